@@ -1,0 +1,197 @@
+"""A model and DeepSpeed's keys go in, an engine that takes optimizer steps comes out. The one module that imports deepspeed."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from bigmix.dist import Cluster, World, export_world
+from bigmix.ds_config import zero_stage
+from bigmix.errors import BigmixError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdamW:
+    """Settings of the optimizer; the learning rate is set anew before every step."""
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+def join(world: World) -> Cluster:
+    """Join the process group of the job and take this rank's device."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device_of(world).type == "cpu":
+        _use_gloo_alone()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+    else:
+        torch.cuda.set_device(world.local_rank)
+    if world.size == 1:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    export_world(world)
+    backend = "gloo" if device_of(world).type == "cpu" else "nccl"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return Cluster(world)
+
+
+def device_of(world: World) -> torch.device:
+    """The device of a rank: its GPU where there are GPUs, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", world.local_rank)
+    return torch.device("cpu")
+
+
+def _use_gloo_alone() -> None:
+    """On a CPU DeepSpeed compiles a shared-memory collective at first use; without it, no compiler is needed."""
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if isinstance(compatible, dict):
+        compatible["deepspeed_shm_comm"] = False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class _SeenByTransformers:
+    """What transformers asks of a DeepSpeed configuration while it makes a model."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def is_zero3(self) -> bool:
+        return True
+
+
+@contextmanager
+def sharded_construction(config: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, transformers makes each parameter as a shard under ZeRO-3, so that no rank ever holds a whole model."""
+    if zero_stage(config) < 3:
+        yield
+        return
+    # transformers keeps a weak reference: `seen` must live as long as the context.
+    seen = _SeenByTransformers(dict(config))
+    set_hf_deepspeed_config(seen)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+
+
+class Engine:
+    """The model under ZeRO. One `forward` and one `backward` per micro-batch, then one `step`."""
+
+    def __init__(self, model: nn.Module, config: Mapping[str, Any], adamw: AdamW) -> None:
+        optimizer = _optimizer(model, config, adamw)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=dict(config)
+        )
+        self._skipped = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches must be."""
+        return torch.device(self._engine.device)
+
+    @property
+    def module(self) -> Any:
+        """The wrapped model; its weights may be shards."""
+        return self._engine.module
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The model's loss of a micro-batch: objective and nll sums."""
+        loss: tuple[Tensor, Tensor] = self._engine(batch)
+        return loss
+
+    def backward(self, objective: Tensor) -> None:
+        """Add the micro-batch's gradient; ZeRO then holds the mean over ranks of the sum over micro-batches."""
+        # The coefficients hold the whole step's counts already: DeepSpeed must not divide by the accumulation again.
+        self._engine.backward(objective, scale_wrt_gas=False)
+
+    def step_micro_batch(self, lr: float) -> None:
+        """End a micro-batch; after the last one of the step the weights move."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+
+    def gradient_norm(self) -> Tensor | float:
+        """Norm of the last step's gradient before clipping, over all ranks."""
+        norm: Tensor | float = self._engine.get_global_grad_norm()
+        return norm
+
+    def was_skipped(self) -> bool:
+        """Whether the last step was left out on all ranks since a gradient was not finite."""
+        skipped = int(self._engine.skipped_steps)
+        was_skipped, self._skipped = skipped > self._skipped, skipped
+        return was_skipped
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, forwards keep no gradient and dropout is off."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write this rank's part of weights and optimizer below folder/tag; a collective."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Put back what `save` wrote, on the same number of ranks; a collective."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise BigmixError(
+                f"checkpoint {folder / tag} could not be loaded by DeepSpeed; delete it to go on from an older one"
+            )
+        self._skipped = int(self._engine.skipped_steps)
+
+    def full_state(self) -> dict[str, Tensor]:
+        """All weights in the model's dtype, whole on the first rank, empty on the others; a collective."""
+        if self._engine.zero_optimization_stage() < 3:
+            return dict(self._engine.module.state_dict())
+        state = self._engine._zero3_consolidated_16bit_state_dict()
+        return dict(state or {})
+
+    def peak_gib(self) -> float:
+        """Most device memory in use so far, in GiB; on a CPU the most this process has had resident."""
+        if self.device.type == "cuda":
+            return float(get_accelerator().max_memory_allocated()) / 2**30
+        import resource  # absent on Windows, where no GPU-less run is supported
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _optimizer(model: nn.Module, config: Mapping[str, Any], adamw: AdamW) -> Any:
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        # Under ZeRO-3 a parameter is a flat shard; its own shape is kept in ds_shape.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (decay if len(shape) >= 2 else plain).append(parameter)
+    groups = [
+        {"params": decay, "weight_decay": adamw.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {"lr": 0.0, "betas": adamw.betas, "eps": adamw.eps}
+    offloads = "offload_optimizer" in config.get("zero_optimization", {})
+    if offloads and config.get("zero_force_ds_cpu_optimizer", True):
+        # Compiled at first use: several times faster on a CPU than torch's.
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, fused=torch.cuda.is_available() and not offloads, **options)

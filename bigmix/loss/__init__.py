@@ -1,0 +1,1 @@
+"""The language model head and the mixed objective as one operation."""

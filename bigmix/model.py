@@ -1,0 +1,159 @@
+"""Settings go in, a causal language model that computes the mixed loss comes out."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.utils import is_flash_attn_2_available
+
+from bigmix.errors import BadInput
+from bigmix.loss.cross_entropy import LogitRule, LossTokens
+from bigmix.loss.head import make_mixed
+
+_POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A setting that was left to us: what it became, and why, for the header."""
+
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelTensors:
+    """A micro-batch on the device of the model."""
+
+    ids_BT: Tensor
+    positions_BT: Tensor
+    kept_N: Tensor
+    tokens: LossTokens
+
+
+class MixedModel(nn.Module):
+    """A Hugging Face causal language model whose forward is the loss of a micro-batch."""
+
+    def __init__(self, lm: Any, chunk_bytes: int) -> None:
+        super().__init__()
+        self.lm = lm
+        head = lm.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise BadInput(
+                f"the head of {type(lm).__name__} is a {type(head).__name__}; bigmix trains models whose head is "
+                "a linear layer, give another model"
+            )
+        make_mixed(head, logit_rule(lm.config), chunk_bytes)
+
+    def forward(self, batch: ModelTensors) -> tuple[Tensor, Tensor]:
+        """The objective of the micro-batch and the nll sum of each group [G]."""
+        hidden_BTD = self.hidden(batch.ids_BT, batch.positions_BT)
+        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.kept_N)
+        loss: tuple[Tensor, Tensor] = self.lm.get_output_embeddings()(hidden_ND, batch.tokens)
+        return loss
+
+    def hidden(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """Final hidden states [B, T, D]. Documents are told apart by positions that restart.
+
+        An attention mask is never given: with one, even of ones, the backends stop looking at the positions.
+        """
+        body = self.lm.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)
+        hidden_BTD: Tensor = body.last_hidden_state
+        return hidden_BTD
+
+
+def logit_rule(config: Any) -> LogitRule:
+    """How the architecture turns the head's output into logits (Gemma caps, Cohere multiplies, Granite divides)."""
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return LogitRule(
+        scale=scale / divisor, softcap=getattr(config, "final_logit_softcapping", None)
+    )
+
+
+def read_config(path: str | None, config: Mapping[str, Any] | None) -> Any:
+    """The Hugging Face configuration of a model folder, hub name or table of settings.
+
+    Raises BadInput where there is none or its model_type is unknown.
+    """
+    try:
+        if path is not None:
+            return transformers.AutoConfig.from_pretrained(path)
+        settings = dict(config or {})
+        return transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        named = f"model.path {path}" if path is not None else "model.config"
+        raise BadInput(
+            f"{named} gives no model configuration ({first}); give a folder with a config.json, a hub name, "
+            "or a config with a model_type that transformers knows"
+        ) from error
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest row that the model has positions for; None where it sets no limit."""
+    return next((n for k in _POSITION_KEYS if (n := getattr(config, k, None)) is not None), None)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> Choice:
+    """The precision of weights and activations."""
+    if dtype != "auto":
+        return Choice(value=dtype, reason="as the recipe says")
+    if device.type == "cpu":
+        return Choice(value="fp32", reason="no GPU")
+    return Choice(value="bf16", reason="a GPU is there")
+
+
+def choose_attention(attention: str, config: Any, device: torch.device, dtype: str) -> Choice:
+    """The attention backend; each of them keeps packed documents apart."""
+    if attention != "auto":
+        return Choice(value=attention, reason="as the recipe says")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return Choice(
+            value="eager", reason="the model caps its attention scores, which sdpa cannot"
+        )
+    if device.type == "cuda" and dtype == "bf16" and is_flash_attn_2_available():
+        return Choice(value="flash_attention_2", reason="flash-attn is installed")
+    return Choice(value="sdpa", reason="part of torch, runs everywhere")
+
+
+def build(
+    config: Any,
+    path: str | None,
+    *,
+    dtype: str,
+    attention: str,
+    activation_checkpointing: bool,
+    chunk_bytes: int,
+    seed: int,
+    construction: AbstractContextManager[None],
+) -> MixedModel:
+    """The model with its weights; inside `construction` each parameter is sharded as it is made.
+
+    Without a path the weights are drawn from `seed`. Raises BadInput where transformers refuses the combination.
+    """
+    torch.manual_seed(seed)
+    options = {"dtype": DTYPES[dtype], "attn_implementation": attention}
+    try:
+        with construction:
+            if path is None:
+                lm = transformers.AutoModelForCausalLM.from_config(config, **options)
+            else:
+                lm = transformers.AutoModelForCausalLM.from_pretrained(
+                    path, config=config, **options
+                )
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise BadInput(
+            f"the model {path or config.model_type} with attention {attention} and dtype {dtype} cannot be built "
+            f"({first}); check model.path, or set model.attention=sdpa or eager"
+        ) from error
+    lm.config.use_cache = False
+    if activation_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return MixedModel(lm, chunk_bytes)

@@ -1,0 +1,65 @@
+"""Counts of a whole step go in, the weight of one loss token of each source comes out.
+
+With nll_i the negative log-likelihood of loss token i and N_s the loss tokens of source s in the step, over all
+ranks and micro-batches, the step minimises
+
+    per_source:  sum_s lambda_s * (sum over i of s of nll_i) / N_s
+    per_token:   sum_i w_s(i) nll_i / sum_i w_s(i),   w_s = loss share / share
+
+so that under per_source a source's share is its weight in the gradient, whatever the masks and the packing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Objective = Literal["per_source", "per_token"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepWeights:
+    """The weights of a step, by source.
+
+    `token`: the coefficient of one loss token's nll; `gradient`: the source's part of the objective, sum over its
+    loss tokens of `token`.
+    """
+
+    token: dict[str, float]
+    gradient: dict[str, float]
+
+
+def source_weights(
+    shares: Mapping[str, float],
+    loss_shares: Mapping[str, float],
+    rows: Mapping[str, int],
+    rows_per_step: int,
+) -> dict[str, float]:
+    """lambda_s of a step: the loss share, and for a source that is not due in every step its catching up.
+
+    A source with fewer than one row per step is in some steps only. There it weighs loss_share / (share * rows per
+    step) for each row, so that over the run its part of the gradient is its loss share: with share 0.25 of 2 rows it
+    is in every second step, with twice the weight.
+    """
+    weights = {}
+    for name, loss_share in loss_shares.items():
+        due = shares[name] * rows_per_step
+        weights[name] = loss_share if due >= 1 or due == 0 else loss_share * rows[name] / due
+    return weights
+
+
+def per_source(lambdas: Mapping[str, float], loss_tokens: Mapping[str, int]) -> StepWeights:
+    """lambda_s / N_s; a source without a loss token in the step has no part in it."""
+    token = {n: lambdas[n] / count if count else 0.0 for n, count in loss_tokens.items()}
+    gradient = {n: lambdas[n] if count else 0.0 for n, count in loss_tokens.items()}
+    return StepWeights(token=token, gradient=gradient)
+
+
+def per_token(
+    shares: Mapping[str, float], loss_shares: Mapping[str, float], loss_tokens: Mapping[str, int]
+) -> StepWeights:
+    """w_s / sum over all loss tokens of w; where every loss share is its share that is one over their number."""
+    weights = {n: loss_shares[n] / shares[n] if shares[n] else 0.0 for n in loss_tokens}
+    total = sum(weights[n] * count for n, count in loss_tokens.items())
+    token = {n: weights[n] / total if total else 0.0 for n in loss_tokens}
+    gradient = {n: token[n] * count for n, count in loss_tokens.items()}
+    return StepWeights(token=token, gradient=gradient)

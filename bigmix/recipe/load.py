@@ -1,0 +1,190 @@
+"""A YAML file and dotted overrides go in, a whole recipe or the list of all its faults comes out."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from bigmix.errors import BadInput
+from bigmix.recipe.models import Recipe
+
+Path_ = tuple[str, ...]  # keys from the top of the tree to a setting
+
+
+def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe; `overrides` are written `train.lr=1e-5` and win over the file.
+
+    Raises BadInput with every fault, each with its line and key.
+    """
+    tree, lines = _read_yaml(path)
+    for override in overrides:
+        key, value = _parse_override(override)
+        _put(tree, key, value)
+        lines[key] = f"override {override}"
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise BadInput(*_messages(error, lines, path)) from error
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The whole recipe with its defaults, as YAML that `load_recipe` reads back equal."""
+    tree = recipe.model_dump(mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+
+
+def differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, Any, Any]]:
+    """Each setting that is not the same in both: its dotted key, the old value and the new one."""
+    before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            yield key, before.get(key), after.get(key)
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _read_yaml(path: str) -> tuple[dict[str, Any], dict[Path_, str]]:
+    """The tree of a YAML file, and for each of its keys where it stands."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(
+            f"recipe {path} cannot be read ({reason}); give the path of a YAML file"
+        ) from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(f"recipe {path} is not YAML: {error}") from error
+    if not isinstance(tree, dict) or not isinstance(node, yaml.MappingNode):
+        raise BadInput(f"recipe {path} holds no settings; see docs/recipe.md for the keys")
+    lines: dict[Path_, str] = {}
+    repeated = list(_walk(node, (), lines, path))
+    if repeated:
+        raise BadInput(*repeated)
+    return tree, lines
+
+
+def _walk(
+    node: yaml.MappingNode, prefix: Path_, lines: dict[Path_, str], path: str
+) -> Iterator[str]:
+    """Fill `lines`; yields a message for each key that a mapping holds twice."""
+    for key_node, value_node in node.value:
+        key = (*prefix, str(key_node.value))
+        place = f"{path}:{key_node.start_mark.line + 1}"
+        if key in lines:
+            yield f"{place}: {'.'.join(key)} stands here again (first at {lines[key]}); delete one of the two"
+        lines[key] = place
+        if isinstance(value_node, yaml.MappingNode):
+            yield from _walk(value_node, key, lines, path)
+
+
+def _parse_override(override: str) -> tuple[Path_, Any]:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise BadInput(
+            f"override {override!r} is not KEY=VALUE; write it like train.lr=1e-5, without spaces"
+        )
+    try:
+        return tuple(key.strip().split(".")), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise BadInput(f"override {override!r}: the value is not YAML: {error}") from error
+
+
+def _put(tree: dict[str, Any], key: Path_, value: Any) -> None:
+    for depth, name in enumerate(key[:-1]):
+        inner = tree.setdefault(name, {})
+        if not isinstance(inner, dict):
+            inside = ".".join(key[: depth + 1])
+            raise BadInput(f"override {'.'.join(key)}: {inside} is {inner!r} and has no keys")
+        tree = inner
+    tree[key[-1]] = value
+
+
+def _messages(error: ValidationError, lines: Mapping[Path_, str], path: str) -> Iterator[str]:
+    said = set()
+    for fault in error.errors():
+        if _is_of_other_type(fault):
+            continue
+        key = tuple(part for part in map(str, fault["loc"]) if not _is_type_tag(part))
+        for text in _text(fault, key).splitlines():
+            message = f"{_place(key, lines, path)}: {text}"
+            if message not in said:
+                said.add(message)
+                yield message
+
+
+def _is_type_tag(part: str) -> bool:
+    """pydantic names the member of a union that it tried; people do not know it."""
+    return part == "[key]" or part.startswith(("tuple[", "constrained-", "function-"))
+
+
+def _is_of_other_type(fault: Any) -> bool:
+    """A share is a number or a list of points; of the two attempts to read it only one says something."""
+    wrong = "constrained-float" if isinstance(fault["input"], list) else "tuple["
+    return any(part.startswith(wrong) for part in map(str, fault["loc"][-1:]))
+
+
+def _place(key: Path_, lines: Mapping[Path_, str], path: str) -> str:
+    for end in range(len(key), 0, -1):
+        if key[:end] in lines:
+            return lines[key[:end]]
+    return path
+
+
+def _text(fault: Any, key: Path_) -> str:
+    name = ".".join(key)
+    value = fault["input"]
+    if fault["type"] == "extra_forbidden":
+        return _unknown(key)
+    if fault["type"] == "missing":
+        return f"{name} is missing; add it, docs/recipe.md says what it means"
+    if fault["type"] == "value_error":
+        reason = str(fault["ctx"]["error"])
+        return f"{name}: {reason}" if name else reason
+    if key[0] == "sources" and key[-1] in ("share", "loss_share") and _is_number(value):
+        return (
+            f"{name} is {value}, must be above 0; to leave {key[1]} out, delete it from the sources"
+        )
+    allowed = fault["msg"][0].lower() + fault["msg"][1:]
+    shown = "a table" if isinstance(value, dict) else repr(value)
+    return f"{name} is {shown}: {allowed.replace('input ', 'it ')}; see docs/recipe.md"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _unknown(key: Path_) -> str:
+    known = list(_fields_at(key[:-1]))
+    near = difflib.get_close_matches(key[-1], known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+    return f"{'.'.join(key)} is not a setting; {hint}"
+
+
+def _fields_at(prefix: Path_) -> Sequence[str]:
+    """Names of the settings in the table at `prefix`; the keys of a dict of tables are anything."""
+    model: Any = Recipe
+    for name in prefix:
+        if name in model.model_fields:
+            model = _table_in(model.model_fields[name].annotation)
+    return tuple(model.model_fields)
+
+
+def _table_in(annotation: Any) -> Any:
+    """The model inside an annotation such as dict[str, Source]."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = [_table_in(part) for part in get_args(annotation)]
+    return next((table for table in found if table is not None), None)

@@ -1,0 +1,160 @@
+"""A step's batch goes in, the weights have moved when its result comes out; sums and counts travel apart, one division."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bigmix.dist import Cluster
+from bigmix.engine import Engine
+from bigmix.loss.cross_entropy import LossTokens
+from bigmix.model import ModelTensors
+from bigmix.objective import Objective, StepWeights, per_source, per_token, source_weights
+from bigmix.records import Ints, MicroBatch, StepBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shares:
+    """Normalised shares of the rows and of the gradient in one step, by source."""
+
+    rows: Mapping[str, float]
+    loss: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step did, over all ranks. `nll_sums_S`, `gradient_norm` and `stopwatch` are on the device until they are read."""
+
+    step: int
+    lr: float
+    rows: Mapping[str, int]
+    tokens: Mapping[str, int]
+    loss_tokens: Mapping[str, int]
+    weights: StepWeights
+    nll_sums_S: Tensor
+    gradient_norm: Tensor | float
+    stopwatch: "Stopwatch"
+    skipped: bool
+    stop_asked: bool
+
+
+def run(
+    engine: Engine,
+    cluster: Cluster,
+    batch: StepBatch,
+    *,
+    shares: Shares,
+    objective: Objective,
+    lr: float,
+    stop_asked: bool,
+) -> StepResult:
+    """One optimizer step; a collective, with one sum of counts before the first forward.
+
+    Every rank learns whether any of them was asked to stop.
+    """
+    watch = Stopwatch(engine.device)
+    names = tuple(batch.rows)
+    counts = cluster.sum_counts(
+        [*batch.loss_tokens.values(), *batch.tokens.values(), float(stop_asked)]
+    )
+    loss_tokens = {name: int(count) for name, count in zip(names, counts, strict=False)}
+    tokens = {name: int(n) for name, n in zip(names, counts[len(names) :], strict=False)}
+    weights = weigh(objective, shares, batch.rows, loss_tokens)
+    # ZeRO averages gradients over ranks; times the number of ranks, the mean is the step's sum again.
+    coefficients_S = [weight * cluster.world.size for weight in weights.token.values()]
+    nll_sums_S = torch.zeros(len(names), device=engine.device)
+    for micro_batch in batch.micro_batches:
+        watch.mark("other")
+        value, sums_S = engine.forward(tensors(micro_batch, coefficients_S, engine.device))
+        nll_sums_S += sums_S
+        watch.mark("forward")
+        engine.backward(value)
+        watch.mark("backward")
+        engine.step_micro_batch(lr)
+        watch.mark("optimizer")
+    return StepResult(
+        step=batch.step,
+        lr=lr,
+        rows=batch.rows,
+        tokens=tokens,
+        loss_tokens=loss_tokens,
+        weights=weights,
+        nll_sums_S=cluster.sum_tensor(nll_sums_S),
+        gradient_norm=engine.gradient_norm(),
+        stopwatch=watch,
+        skipped=engine.was_skipped(),
+        stop_asked=counts[-1] > 0,
+    )
+
+
+def weigh(
+    objective: Objective,
+    shares: Shares,
+    rows: Mapping[str, int],
+    loss_tokens: Mapping[str, int],
+) -> StepWeights:
+    """The weight of a loss token of each source, from the counts of the whole step."""
+    if objective == "per_token":
+        return per_token(shares.rows, shares.loss, loss_tokens)
+    lambdas = source_weights(shares.rows, shares.loss, rows, sum(rows.values()))
+    return per_source(lambdas, loss_tokens)
+
+
+def tensors(
+    micro_batch: MicroBatch, coefficients_G: Sequence[float], device: torch.device
+) -> ModelTensors:
+    """A micro-batch on the device, each loss token with the coefficient of its group."""
+
+    def move(array: Ints) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    groups_N = move(micro_batch.groups_N)
+    table_G = torch.tensor(coefficients_G, dtype=torch.float32, device=device)
+    return ModelTensors(
+        ids_BT=move(micro_batch.ids_BT),
+        positions_BT=move(micro_batch.positions_BT),
+        kept_N=move(micro_batch.kept_N),
+        tokens=LossTokens(
+            labels_N=move(micro_batch.labels_N),
+            groups_N=groups_N,
+            coefficients_N=table_G[groups_N],
+            num_groups=len(coefficients_G),
+        ),
+    )
+
+
+class Stopwatch:
+    """Adds up the seconds of named parts. On a GPU it marks the stream and reads the marks when asked: no waiting."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, torch.cuda.Event | float]] = []
+        self.mark("begin")
+
+    def mark(self, part: str) -> None:
+        """What happened since the last mark belongs to `part`."""
+        if not self._on_gpu:
+            self._marks.append((part, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._marks.append((part, event))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each part; on a GPU this waits for the last mark."""
+        sums: dict[str, float] = {}
+        previous = self._marks[0][1]
+        for part, mark in self._marks[1:]:
+            sums[part] = sums.get(part, 0.0) + _between(previous, mark)
+            previous = mark
+        return sums
+
+
+def _between(earlier: "torch.cuda.Event | float", later: "torch.cuda.Event | float") -> float:
+    if isinstance(earlier, float) and isinstance(later, float):
+        return later - earlier
+    assert isinstance(earlier, torch.cuda.Event) and isinstance(later, torch.cuda.Event)
+    later.synchronize()
+    return float(earlier.elapsed_time(later)) / 1000

@@ -1,0 +1,12 @@
+"""Gradients under ZeRO-3 equal a dense fp64 reference, whatever the ranks, the accumulation and the packing."""
+
+import pytest
+from ranks import run_on_ranks
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gradients_equal_a_dense_reference(ranks, tmp_path):
+    for errors in run_on_ranks("gradient_errors", ranks, tmp_path, {"families": ["llama", "qwen"]}):
+        for case, (gradient, nll) in errors.items():
+            assert gradient < 1e-5, case
+            assert nll < 1e-5, case

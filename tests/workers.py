@@ -1,0 +1,176 @@
+"""What the ranks of distributed tests run: `python -m workers FUNCTION ARGUMENTS OUTPUT`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+from deepspeed.utils import safe_get_full_grad
+from tiny_models import FAMILIES, VOCABULARY
+
+from bigmix import step
+from bigmix.data.loader import micro_batch
+from bigmix.dist import leave, world_of
+from bigmix.ds_config import fill, read_ds_config
+from bigmix.engine import AdamW, Engine, join, sharded_construction
+from bigmix.model import build, read_config
+from bigmix.objective import per_source, per_token
+from bigmix.records import IGNORE, Row, RowId, StepBatch
+
+ROW = 64
+SOURCES = ("web", "chat", "rare")
+SHARES = step.Shares(
+    rows={"web": 0.5, "chat": 0.25, "rare": 0.25}, loss={"web": 0.7, "chat": 0.25, "rare": 0.05}
+)
+
+
+def documents(packed):
+    """Eight rows as lists of (ids, in-loss flags) with very unequal loss-token counts; one row has none at all."""
+    draw = np.random.default_rng(5)
+    rows = []
+    for index, source in enumerate(["web", "web", "web", "web", "chat", "chat", "rare", "chat"]):
+        lengths = draw.permutation([5, 9, 17, 30]) if packed else [draw.integers(8, ROW)]
+        parts = []
+        for length in lengths:
+            ids = draw.integers(3, VOCABULARY, length)
+            flags = np.ones(length, bool) if source == "web" else draw.random(length) < 0.15
+            if index in (2, 6) and source == "web":
+                flags[:] = False
+            parts.append((ids, flags))
+        if source == "rare":
+            parts[-1][1][-1] = True
+        rows.append((source, parts))
+    return rows
+
+
+def as_row(source, parts):
+    ids, labels = np.zeros(ROW, np.int64), np.full(ROW, IGNORE, np.int64)
+    positions, starts, at = np.zeros(ROW, np.int64), [], 0
+    for part_ids, flags in parts:
+        n = len(part_ids)
+        starts.append(at)
+        ids[at : at + n], positions[at : at + n] = part_ids, np.arange(n)
+        labels[at : at + n - 1] = np.where(flags[1:], part_ids[1:], IGNORE)
+        at += n
+    positions[at:] = np.arange(ROW - at)
+    return Row(
+        id=RowId(source=source, epoch=0, shard=0, row=0),
+        ids_T=ids,
+        positions_T=positions,
+        labels_T=labels,
+        starts_P=np.array(starts),
+        documents_P=np.arange(len(starts)),
+        tokens=at,
+    )
+
+
+def batch_of(rows, rank, ranks, accumulation):
+    own = rows[rank * len(rows) // ranks : (rank + 1) * len(rows) // ranks]
+    size = len(own) // accumulation
+    parts = [own[i : i + size] for i in range(0, len(own), size)]
+    loss = {s: sum(int((r.labels_T != IGNORE).sum()) for r in own if r.id.source == s) for s in SOURCES}
+    return StepBatch(
+        step=1,
+        micro_batches=tuple(micro_batch(p, [SOURCES.index(r.id.source) for r in p]) for p in parts),
+        row_ids=tuple(r.id for r in own),
+        rows={s: sum(r.id.source == s for r in rows) for s in SOURCES},
+        tokens=dict.fromkeys(SOURCES, 1),
+        loss_tokens=loss,
+    )
+
+
+class RecordingEngine(Engine):
+    """Keeps the whole gradient of every parameter as it is just before the optimizer moves the weights."""
+
+    gradients: dict
+
+    def step_micro_batch(self, lr):
+        if self._engine.is_gradient_accumulation_boundary():
+            self.gradients = {
+                name: safe_get_full_grad(p).double().clone() for name, p in self.module.named_parameters()
+            }
+        super().step_micro_batch(lr)
+
+
+def make_engine(family, accumulation, ranks, file="ds_configs/cpu.json", dtype="fp32"):
+    keys = fill(
+        read_ds_config(file), micro_batch_rows=8 // ranks // accumulation,
+        accumulation=accumulation, ranks=ranks, clip=0.0, dtype=dtype,
+    )  # fmt: skip
+    config = read_config(None, FAMILIES[family])
+    model = build(
+        config, None, dtype=dtype, attention="eager" if family == "gemma" else "sdpa",
+        activation_checkpointing=False, chunk_bytes=VOCABULARY * 4 * 20, seed=3,
+        construction=sharded_construction(keys),
+    )  # fmt: skip
+    return RecordingEngine(model, keys, AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1))
+
+
+def whole_weights(engine):
+    """Every weight, gathered, in fp64."""
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return {n: p.detach().double().clone() for n, p in engine.module.named_parameters()}
+
+
+def reference(family, weights, rows, objective):
+    """Objective and gradients of a plain fp64 model that is shown one document at a time, unpacked and unpadded."""
+    config = read_config(None, FAMILIES[family])
+    model = build(
+        config, None, dtype="fp32", attention="eager", activation_checkpointing=False,
+        chunk_bytes=1 << 20, seed=0, construction=sharded_construction({}),
+    ).double()  # fmt: skip
+    model.load_state_dict(weights, strict=False)
+    sums, counts = dict.fromkeys(SOURCES, 0.0), dict.fromkeys(SOURCES, 0)
+    for source, parts in rows:
+        for ids, flags in parts:
+            logits = model.lm(input_ids=torch.from_numpy(ids)[None]).logits[0, :-1].double()
+            nll = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[1:]), reduction="none")
+            sums[source] = sums[source] + nll[torch.from_numpy(flags[1:])].sum()
+            counts[source] += int(flags[1:].sum())
+    if objective == "per_source":
+        value = sum(SHARES.loss[s] * sums[s] / counts[s] for s in SOURCES)
+    else:
+        w = {s: SHARES.loss[s] / SHARES.rows[s] for s in SOURCES}
+        value = sum(w[s] * sums[s] for s in SOURCES) / sum(w[s] * counts[s] for s in SOURCES)
+    value.backward()
+    return {n: p.grad for n, p in model.named_parameters()}, {s: float(v) for s, v in sums.items()}
+
+
+def gradient_errors(rank, ranks, cluster, families):
+    """For each case the largest relative gradient error over the parameters, and of the nll sums."""
+    errors = {}
+    for family in families:
+        for accumulation in (1, 4):
+            engine = make_engine(family, accumulation, ranks)
+            for packed in (True, False):
+                rows = documents(packed)
+                batch = batch_of([as_row(*r) for r in rows], rank, ranks, accumulation)
+                for objective in ("per_source", "per_token"):
+                    weights = whole_weights(engine)
+                    result = step.run(
+                        engine, cluster, batch, shares=SHARES, objective=objective, lr=1e-3, stop_asked=False
+                    )
+                    expected, sums = reference(family, weights, rows, objective)
+                    worst = max(
+                        float((engine.gradients[n] - g).norm() / g.norm()) for n, g in expected.items()
+                    )
+                    nll = max(abs(float(v) / sums[s] - 1) for s, v in zip(SOURCES, result.nll_sums_S, strict=True))
+                    errors[f"{family} x{accumulation} {'packed' if packed else 'unpacked'} {objective}"] = [worst, nll]
+    return errors
+
+
+def main():
+    function, arguments, output = sys.argv[1:]
+    world = world_of(os.environ)
+    cluster = join(world)
+    result = globals()[function](world.rank, world.size, cluster, **json.loads(arguments))
+    Path(output).write_text(json.dumps(result))
+    leave()
+
+
+_ = (per_source, per_token)
+if __name__ == "__main__":
+    main()
