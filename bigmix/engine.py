@@ -16,9 +16,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from bigmix.dist import Cluster, World, export_world
+from bigmix.dist import Cluster, export_world
 from bigmix.ds_config import zero_stage
 from bigmix.errors import BigmixError
+from bigmix.world import World
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

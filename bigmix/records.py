@@ -56,7 +56,11 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBatch:
-    """What one rank trains in one step. `rows` counts over all ranks; `tokens` and `loss_tokens` are this rank's own."""
+    """What one rank trains in one step.
+
+    `rows` counts over all ranks; `tokens`, `loss_tokens` and `squares`, the sum over parts of their squared lengths,
+    are this rank's own.
+    """
 
     step: int
     micro_batches: tuple[MicroBatch, ...]
@@ -64,3 +68,4 @@ class StepBatch:
     rows: Mapping[str, int]
     tokens: Mapping[str, int]
     loss_tokens: Mapping[str, int]
+    squares: int

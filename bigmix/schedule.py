@@ -27,7 +27,7 @@ class LearningRate:
         return self.peak * (self.final + (1 - self.final) * self._height(step))
 
     def _height(self, step: int) -> float:
-        """1 at the end of the warm-up, 0 at the last step."""
+        """1 at the end of the warm-up, 0 one step after the last, so that no step is without effect."""
         if self.shape == "constant":
             return 1.0
         decay_from = self.warmup_steps
@@ -35,7 +35,7 @@ class LearningRate:
             decay_from = max(decay_from, self.steps - math.ceil(self.decay * self.steps))
         if step <= decay_from or decay_from >= self.steps:
             return 1.0
-        done = min(1.0, (step - decay_from) / (self.steps - decay_from))
+        done = min(1.0, (step - decay_from) / (self.steps + 1 - decay_from))
         return (1 + math.cos(math.pi * done)) / 2 if self.shape == "cosine" else 1 - done
 
 

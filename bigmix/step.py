@@ -32,6 +32,7 @@ class StepResult:
     rows: Mapping[str, int]
     tokens: Mapping[str, int]
     loss_tokens: Mapping[str, int]
+    squares: int
     weights: StepWeights
     nll_sums_S: Tensor
     gradient_norm: Tensor | float
@@ -57,7 +58,7 @@ def run(
     watch = Stopwatch(engine.device)
     names = tuple(batch.rows)
     counts = cluster.sum_counts(
-        [*batch.loss_tokens.values(), *batch.tokens.values(), float(stop_asked)]
+        [*batch.loss_tokens.values(), *batch.tokens.values(), batch.squares, float(stop_asked)]
     )
     loss_tokens = {name: int(count) for name, count in zip(names, counts, strict=False)}
     tokens = {name: int(n) for name, n in zip(names, counts[len(names) :], strict=False)}
@@ -80,6 +81,7 @@ def run(
         rows=batch.rows,
         tokens=tokens,
         loss_tokens=loss_tokens,
+        squares=int(counts[-2]),
         weights=weights,
         nll_sums_S=cluster.sum_tensor(nll_sums_S),
         gradient_norm=engine.gradient_norm(),

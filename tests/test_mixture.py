@@ -60,9 +60,7 @@ def test_any_constant_shares_are_exact(weights):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(
-        st.lists(st.integers(0, 100), min_size=1, max_size=4), min_size=2, max_size=5
-    ),
+    st.lists(st.lists(st.integers(0, 100), min_size=1, max_size=4), min_size=2, max_size=5),
     st.integers(1, 16),
 )
 def test_any_schedule_is_exact(values, rows_per_step):

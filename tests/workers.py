@@ -8,17 +8,19 @@ from pathlib import Path
 import deepspeed
 import numpy as np
 import torch
+import transformers
 from deepspeed.utils import safe_get_full_grad
 from tiny_models import FAMILIES, VOCABULARY
 
 from bigmix import step
 from bigmix.data.loader import micro_batch
-from bigmix.dist import leave, world_of
+from bigmix.dist import leave
 from bigmix.ds_config import fill, read_ds_config
 from bigmix.engine import AdamW, Engine, join, sharded_construction
+from bigmix.export import export
 from bigmix.model import build, read_config
-from bigmix.objective import per_source, per_token
 from bigmix.records import IGNORE, Row, RowId, StepBatch
+from bigmix.world import world_of
 
 ROW = 64
 SOURCES = ("web", "chat", "rare")
@@ -71,7 +73,9 @@ def batch_of(rows, rank, ranks, accumulation):
     own = rows[rank * len(rows) // ranks : (rank + 1) * len(rows) // ranks]
     size = len(own) // accumulation
     parts = [own[i : i + size] for i in range(0, len(own), size)]
-    loss = {s: sum(int((r.labels_T != IGNORE).sum()) for r in own if r.id.source == s) for s in SOURCES}
+    loss = {
+        s: sum(int((r.labels_T != IGNORE).sum()) for r in own if r.id.source == s) for s in SOURCES
+    }
     return StepBatch(
         step=1,
         micro_batches=tuple(micro_batch(p, [SOURCES.index(r.id.source) for r in p]) for p in parts),
@@ -79,6 +83,7 @@ def batch_of(rows, rank, ranks, accumulation):
         rows={s: sum(r.id.source == s for r in rows) for s in SOURCES},
         tokens=dict.fromkeys(SOURCES, 1),
         loss_tokens=loss,
+        squares=0,
     )
 
 
@@ -90,7 +95,8 @@ class RecordingEngine(Engine):
     def step_micro_batch(self, lr):
         if self._engine.is_gradient_accumulation_boundary():
             self.gradients = {
-                name: safe_get_full_grad(p).double().clone() for name, p in self.module.named_parameters()
+                name: safe_get_full_grad(p).double().clone()
+                for name, p in self.module.named_parameters()
             }
         super().step_micro_batch(lr)
 
@@ -127,7 +133,9 @@ def reference(family, weights, rows, objective):
     for source, parts in rows:
         for ids, flags in parts:
             logits = model.lm(input_ids=torch.from_numpy(ids)[None]).logits[0, :-1].double()
-            nll = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[1:]), reduction="none")
+            nll = torch.nn.functional.cross_entropy(
+                logits, torch.from_numpy(ids[1:]), reduction="none"
+            )
             sums[source] = sums[source] + nll[torch.from_numpy(flags[1:])].sum()
             counts[source] += int(flags[1:].sum())
     if objective == "per_source":
@@ -151,15 +159,69 @@ def gradient_errors(rank, ranks, cluster, families):
                 for objective in ("per_source", "per_token"):
                     weights = whole_weights(engine)
                     result = step.run(
-                        engine, cluster, batch, shares=SHARES, objective=objective, lr=1e-3, stop_asked=False
+                        engine,
+                        cluster,
+                        batch,
+                        shares=SHARES,
+                        objective=objective,
+                        lr=1e-3,
+                        stop_asked=False,
                     )
                     expected, sums = reference(family, weights, rows, objective)
                     worst = max(
-                        float((engine.gradients[n] - g).norm() / g.norm()) for n, g in expected.items()
+                        float((engine.gradients[n] - g).norm() / g.norm())
+                        for n, g in expected.items()
                     )
-                    nll = max(abs(float(v) / sums[s] - 1) for s, v in zip(SOURCES, result.nll_sums_S, strict=True))
-                    errors[f"{family} x{accumulation} {'packed' if packed else 'unpacked'} {objective}"] = [worst, nll]
+                    nll = max(
+                        abs(float(v) / sums[s] - 1)
+                        for s, v in zip(SOURCES, result.nll_sums_S, strict=True)
+                    )
+                    errors[
+                        f"{family} x{accumulation} {'packed' if packed else 'unpacked'} {objective}"
+                    ] = [worst, nll]
     return errors
+
+
+def sharded_build(rank, ranks, cluster):
+    """For each family: the largest part of a weight that is held here, and of each weight its spread and its sum."""
+    found = {}
+    for family, settings in FAMILIES.items():
+        keys = fill(
+            read_ds_config("ds_configs/cpu.json"), micro_batch_rows=1, accumulation=1, ranks=ranks,
+            clip=0.0, dtype="fp32",
+        )  # fmt: skip
+        model = build(
+            read_config(None, settings), None, dtype="fp32", attention="eager",
+            activation_checkpointing=False, chunk_bytes=1 << 20, seed=3,
+            construction=sharded_construction(keys),
+        )  # fmt: skip
+        assert all(p.numel() == 0 for p in model.parameters())
+        weights = {}
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole = parameter.detach().double()
+                weights[name] = {"std": float(whole.std()), "sum": float(whole.sum())}
+        parts = [p.ds_tensor.numel() / p.ds_numel for p in model.parameters()]
+        found[family] = {"largest_part": max(parts), "weights": weights}
+    return found
+
+
+def export_differences(rank, ranks, cluster, folder):
+    """For each family: the largest difference of the exported model's logits to the engine's."""
+    found = {}
+    ids = torch.arange(3, 43)[None]
+    for family in FAMILIES:
+        engine = make_engine(family, 1, ranks)
+        with engine.evaluating():
+            before = engine.module.lm(input_ids=ids).logits
+        path = Path(folder) / family
+        export(engine, cluster, Path(folder) / "no-tokenizer", path)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", attn_implementation=engine.module.lm.config._attn_implementation
+        ).eval()
+        with torch.no_grad():
+            found[family] = float((loaded(input_ids=ids).logits - before).abs().max())
+    return found
 
 
 def main():
@@ -171,6 +233,5 @@ def main():
     leave()
 
 
-_ = (per_source, per_token)
 if __name__ == "__main__":
     main()

@@ -74,6 +74,7 @@ def step_batch(plan: Plan, portion: Portion, step: int) -> StepBatch:
         rows={name: count_of[name] for name in plan.streams},
         tokens={name: tokens[name] for name in plan.streams},
         loss_tokens={name: loss_tokens[name] for name in plan.streams},
+        squares=sum(int((np.diff(row.starts_P, append=row.tokens) ** 2).sum()) for row in rows),
     )
 
 

@@ -1,0 +1,37 @@
+# Every target sets itself up: on a fresh machine `make quickstart` and `make test` are all there is to type.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup quickstart test test-all check bench docs clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $(READY)
+
+quickstart: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" bigmix quickstart
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/mixture.py
+
+docs: $(READY)
+	$(BIN)/python -m bigmix.recipe.document > docs/recipe.md
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

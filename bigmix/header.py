@@ -1,0 +1,132 @@
+"""What a run is about to do goes in, the words and tables for the terminal come out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bigmix.data.stream import Stream
+from bigmix.ds_config import zero_stage
+from bigmix.evaluate import HeldOut
+from bigmix.inputs import Inputs, accumulation
+from bigmix.model import Choice
+from bigmix.recipe import Recipe
+from bigmix.report import Line
+from bigmix.terminal import Cell, HeldOutResult, Table, Terminal, evaluation_table
+from bigmix.world import World
+
+
+def show_header(
+    terminal: Terminal,
+    recipe: Recipe,
+    inputs: Inputs,
+    world: World,
+    *,
+    parameters: int,
+    keys: Mapping[str, Any],
+    dtype: Choice,
+    attention: Choice,
+) -> None:
+    """Say what will be trained on what, before the first step."""
+    train, model = recipe.train, recipe.model
+    made = model.path or f"{(model.config or {})['model_type']} from scratch, seed {recipe.seed}"
+    tokens = recipe.rows_per_step * recipe.sequence_length
+    micro = f"{accumulation(recipe, world.size)} x {train.micro_batch_rows}"
+    rows = [
+        ("model", f"{made}, {parameters:,} parameters"),
+        ("precision", f"{dtype.value} ({dtype.reason})"),
+        ("attention", f"{attention.value} ({attention.reason})"),
+        ("engine", f"ZeRO-{zero_stage(keys)} on {world.size} ranks, {recipe.deepspeed}"),
+        (
+            "step",
+            f"{recipe.rows_per_step} rows x {recipe.sequence_length:,} = {tokens:,} tokens; each rank {micro} rows",
+        ),
+        ("run", f"{inputs.steps:,} steps ({_budget(recipe)}), objective {recipe.objective}"),
+        ("optimizer", f"AdamW, lr {train.lr:g}, {train.schedule}, warm-up {train.warmup:g}"),
+        ("output", f"{recipe.output}; tensorboard --logdir {recipe.output}"),
+    ]
+    terminal.header(f"bigmix: {_way(recipe)} training", rows, _sources(recipe, inputs))
+
+
+def show_held_out(
+    terminal: Terminal,
+    recipe: Recipe,
+    step: int,
+    results: Mapping[str, HeldOut],
+    line: Line,
+) -> None:
+    """The table of an evaluation."""
+    told = []
+    for name, held_out in results.items():
+        source = recipe.sources.get(name)
+        forgetting = line[f"forgetting/{name}"]
+        told.append(
+            HeldOutResult(
+                source=name,
+                role=source.role if source is not None else "held out",
+                loss=held_out.loss,
+                interval=(held_out.low, held_out.high),
+                bits_per_byte=held_out.bits_per_byte,
+                forgetting=None if forgetting is None else float(forgetting),
+            )
+        )
+    terminal.table(evaluation_table(step, told))
+
+
+def _way(recipe: Recipe) -> str:
+    has_replay = any(source.role == "replay" for source in recipe.sources.values())
+    if not recipe.task_names:
+        return "pretraining: replay sources only,"
+    return "two-way" if has_replay else "one-way"
+
+
+def _budget(recipe: Recipe) -> str:
+    if recipe.train.steps is not None:
+        return "train.steps"
+    name, value = next((n, v) for n, v in recipe.budget if v is not None)
+    return f"{name.replace('_', ' ')} {value:,}"
+
+
+def _sources(recipe: Recipe, inputs: Inputs) -> Table:
+    rows_in_all = inputs.steps * recipe.rows_per_step
+    counts = inputs.plan.mixture.counts(rows_in_all)
+    return Table(
+        title="sources",
+        columns=(
+            "source",
+            "role",
+            "kind",
+            "share",
+            "documents",
+            "rows",
+            "epochs",
+            "filled",
+            "lost",
+        ),
+        rows=[
+            _source(recipe, stream, counts[name], rows_in_all)
+            for name, stream in inputs.plan.streams.items()
+        ],
+    )
+
+
+def _source(recipe: Recipe, stream: Stream, rows: int, rows_in_all: int) -> list[Cell]:
+    source, manifest = recipe.sources[stream.name], stream.manifest
+    filled = stream.tokens_per_epoch / (stream.rows_per_epoch * recipe.sequence_length)
+    return [
+        stream.name,
+        source.role,
+        manifest.kind,
+        f"{rows / rows_in_all:.1%}",
+        manifest.documents,
+        rows,
+        f"{rows / stream.rows_per_epoch:.2f}",
+        f"{filled:.1%}",
+        _lost(stream),
+    ]
+
+
+def _lost(stream: Stream) -> str:
+    """Documents that packing leaves out or cuts, so that nothing goes without a word."""
+    dropped = sum(packing.dropped for packing in stream.packings)
+    truncated = sum(packing.truncated for packing in stream.packings)
+    said = [f"{dropped:,} too long" if dropped else "", f"{truncated:,} cut" if truncated else ""]
+    return ", ".join(filter(None, said)) or "none"

@@ -1,0 +1,91 @@
+"""The Python standard library on this machine goes in, raw training data comes out: nothing is downloaded.
+
+The pretraining documents are its source files; the task is to write a function's docstring from its signature.
+Files are split by a hash of their name, so that no held-out function stands in a file that was trained on.
+"""
+
+import ast
+import hashlib
+import json
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+HELD_OUT_OF_100 = 10
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_LONGEST_CODE = 40_000  # characters; tables such as those of the codecs would drown the rest
+_SHORTEST_ANSWER, _LONGEST_ANSWER = 20, 400
+_LONGEST_SIGNATURE = 300
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpus:
+    """Paths of the raw files that were written, and how many documents each holds."""
+
+    code: Path
+    code_held_out: Path
+    task: Path
+    task_held_out: Path
+    counts: tuple[int, int, int, int]
+
+
+def build_corpus(folder: Path) -> Corpus:
+    """Write the four raw files below `folder`, as JSON lines; the same files on every run of one Python."""
+    folder.mkdir(parents=True, exist_ok=True)
+    library = Path(sysconfig.get_paths()["stdlib"])
+    code: dict[bool, list[dict[str, str]]] = {False: [], True: []}
+    task: dict[bool, list[dict[str, str]]] = {False: [], True: []}
+    for path in sorted(_files(library)):
+        name = path.relative_to(library)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        held_out = _is_held_out(str(name))
+        if len(text) <= _LONGEST_CODE:
+            code[held_out].append({"text": text})
+        task[held_out] += list(_tasks(text))
+    paths = [folder / f"{n}.jsonl" for n in ("code", "code-held-out", "task", "task-held-out")]
+    everything = (code[False], code[True], task[False], task[True])
+    for path, rows in zip(paths, everything, strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    counts = tuple(len(rows) for rows in everything)
+    assert len(counts) == 4
+    return Corpus(
+        code=paths[0],
+        code_held_out=paths[1],
+        task=paths[2],
+        task_held_out=paths[3],
+        counts=counts,
+    )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The Python files below a folder; installed packages are not entered, they can be gigabytes."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            if entry.name not in _LEFT_OUT:
+                yield from _files(entry)
+        elif entry.suffix == ".py":
+            yield entry
+
+
+def _is_held_out(name: str) -> bool:
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 < HELD_OUT_OF_100
+
+
+def _tasks(source: str) -> Iterator[dict[str, str]]:
+    """A prompt with the signature, and the first paragraph of the docstring as the answer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes in the library's own strings
+        try:
+            tree = ast.parse(source)
+        except SyntaxError:  # files that are there to be wrong, such as lib2to3's
+            return
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        answer = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+        signature = f"def {node.name}({ast.unparse(node.args)})"
+        fits = _SHORTEST_ANSWER <= len(answer) <= _LONGEST_ANSWER
+        if fits and len(signature) <= _LONGEST_SIGNATURE:
+            yield {"prompt": f"What does this function do?\n{signature}", "response": answer}

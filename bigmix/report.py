@@ -1,0 +1,157 @@
+"""Results of steps and evaluations go in, the lines of metrics.jsonl come out, with what a run has added up so far."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bigmix.evaluate import HeldOut
+from bigmix.flops import Cost
+from bigmix.step import StepResult
+
+Number = float | int | bool | None
+Line = dict[str, Number]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timed:
+    """A step's result with what the loop measured around it, in seconds."""
+
+    result: StepResult
+    data_wait_s: float
+    step_s: float
+    peak_gib: float
+
+
+class Report:
+    """Keeps the results of steps until they are read, so that the device is waited for once in many steps.
+
+    Totals run over the whole run, through resumes: `state` is what they are, `resume` puts it back.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        rows_per_epoch: Mapping[str, int],
+        *,
+        cost: Cost | None,
+        peak_flops: float | None,
+    ) -> None:
+        self._sources = tuple(sources)
+        self._rows_per_epoch = rows_per_epoch
+        self._cost = cost
+        self._peak_flops = peak_flops
+        self._waiting: list[Timed] = []
+        self._totals: dict[str, dict[str, float]] = {
+            unit: dict.fromkeys(self._sources, 0)
+            for unit in ("rows", "tokens", "loss_tokens", "gradient")
+        }
+        self._base: dict[str, float] = {}
+        self._skipped = 0
+
+    def add(self, timed: Timed) -> None:
+        """Take a step in; its numbers are not read yet."""
+        self._waiting.append(timed)
+
+    def read(self) -> list[Line]:
+        """The lines of the steps since the last call; waits for the device once."""
+        if not self._waiting:
+            return []
+        nll_sums = torch.stack([timed.result.nll_sums_S for timed in self._waiting]).tolist()
+        norms = torch.stack(
+            [torch.as_tensor(t.result.gradient_norm).float().cpu() for t in self._waiting]
+        ).tolist()
+        lines = [
+            self._line(timed, dict(zip(self._sources, sums, strict=True)), norm)
+            for timed, sums, norm in zip(self._waiting, nll_sums, norms, strict=True)
+        ]
+        self._waiting = []
+        return lines
+
+    def evaluation(self, step: int, results: Mapping[str, HeldOut]) -> Line:
+        """The line of an evaluation; the first of a run is what forgetting is measured from."""
+        line: Line = {"step": step, "eval": True}
+        for name, held_out in results.items():
+            self._base.setdefault(name, held_out.loss)
+            line[f"held_out_loss/{name}"] = held_out.loss
+            line[f"held_out_low/{name}"] = held_out.low
+            line[f"held_out_high/{name}"] = held_out.high
+            line[f"bits_per_byte/{name}"] = held_out.bits_per_byte
+            line[f"forgetting/{name}"] = held_out.loss - self._base[name]
+            line[f"held_out_tokens/{name}"] = held_out.tokens
+        return line
+
+    def state(self) -> dict[str, Any]:
+        """What has been added up, as plain values; every step must have been read."""
+        assert not self._waiting, "read the report before its state"
+        return {"totals": self._totals, "base": self._base, "skipped": self._skipped}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._totals = {
+            unit: {name: values[name] for name in self._sources}
+            for unit, values in state["totals"].items()
+        }
+        self._base = dict(state["base"])
+        self._skipped = int(state["skipped"])
+
+    def _line(self, timed: Timed, nll_sums: Mapping[str, float], norm: float) -> Line:
+        result = timed.result
+        self._skipped += result.skipped
+        self._add(result)
+        parts = result.stopwatch.seconds()
+        tokens = sum(result.tokens.values())
+        line: Line = {
+            "step": result.step,
+            "loss": sum(result.weights.token[n] * nll_sums[n] for n in self._sources),
+            "lr": result.lr,
+            "grad_norm": norm,
+            "step_s": timed.step_s,
+            "data_wait_s": timed.data_wait_s,
+            "forward_s": parts.get("forward", 0.0),
+            "backward_s": parts.get("backward", 0.0),
+            "optimizer_s": parts.get("optimizer", 0.0),
+            "tokens_per_s": tokens / timed.step_s,
+            "mfu": self._mfu(result, timed.step_s),
+            "peak_gib": timed.peak_gib,
+            "skipped": self._skipped,
+        }
+        for name in self._sources:
+            count = result.loss_tokens[name]
+            line[f"loss/{name}"] = nll_sums[name] / count if count else None
+            line[f"rows/{name}"] = result.rows[name]
+            line[f"tokens/{name}"] = result.tokens[name]
+            line[f"loss_tokens/{name}"] = count
+        return line | self._running()
+
+    def _add(self, result: StepResult) -> None:
+        for name in self._sources:
+            self._totals["rows"][name] += result.rows[name]
+            self._totals["tokens"][name] += result.tokens[name]
+            self._totals["loss_tokens"][name] += result.loss_tokens[name]
+            self._totals["gradient"][name] += result.weights.gradient[name]
+
+    def _running(self) -> Line:
+        """Totals, epochs and realised shares since the first step."""
+        line: Line = {}
+        for unit, values in self._totals.items():
+            total = sum(values.values())
+            for name, value in values.items():
+                share = value / total if total else None
+                line[f"gradient_share/{name}" if unit == "gradient" else f"share_{unit}/{name}"] = (
+                    share
+                )
+                if unit != "gradient":
+                    line[f"total_{unit}/{name}"] = value
+        for name in self._sources:
+            line[f"epoch/{name}"] = self._totals["rows"][name] / self._rows_per_epoch[name]
+        return line
+
+    def _mfu(self, result: StepResult, step_s: float) -> float | None:
+        """The part of the devices' peak that the needed operations take (Chowdhery et al., "PaLM", 2022)."""
+        if self._cost is None or self._peak_flops is None:
+            return None
+        tokens, loss_tokens = sum(result.tokens.values()), sum(result.loss_tokens.values())
+        needed = self._cost.of_step(tokens, loss_tokens, result.squares)
+        return needed / step_s / self._peak_flops

@@ -1,0 +1,64 @@
+"""A built model goes in; it is refused where packing or the loss would silently mean something else on it."""
+
+import torch
+from torch import Tensor
+
+from bigmix.engine import Engine
+from bigmix.errors import BadInput
+from bigmix.loss.cross_entropy import LossTokens
+from bigmix.model import ModelTensors
+
+_FIRST, _SECOND = 9, 14  # tokens of two documents in one row
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+def check_model(engine: Engine, vocabulary: int) -> None:
+    """Run two documents in one row and see that the second knows nothing of the first, and that our loss is the model's.
+
+    A collective. Raises BadInput naming what is wrong: an attention backend that looks across documents, a layer with a
+    state of its own, logits that are made in a way that bigmix does not know.
+    """
+    with engine.evaluating():
+        ids = torch.arange(2 * (_FIRST + _SECOND), device=engine.device) * 7 % min(vocabulary, 997)
+        ids_BT = ids.view(2, -1)
+        ids_BT[1, _FIRST:] = ids_BT[0, _FIRST:]  # the same second document after another first one
+        lengths = (torch.arange(n, device=engine.device) for n in (_FIRST, _SECOND))
+        positions_BT = torch.cat(list(lengths)).expand(2, -1).contiguous()
+        _check_isolation(engine, ids_BT, positions_BT)
+        _check_loss(engine, ids_BT, positions_BT)
+
+
+def _check_isolation(engine: Engine, ids_BT: Tensor, positions_BT: Tensor) -> None:
+    hidden_BTD = engine.module.hidden(ids_BT, positions_BT)
+    one, other = hidden_BTD[:, _FIRST:].float()
+    difference = float((one - other).abs().max() / one.abs().max())
+    if difference > _TOLERANCE[hidden_BTD.dtype]:
+        config = engine.module.lm.config
+        raise BadInput(
+            f"{config.model_type} with attention {config._attn_implementation} looks across documents in a packed row "
+            f"(hidden states differ by {difference:.1%}, at most {_TOLERANCE[hidden_BTD.dtype]:.1%} is rounding); "
+            "set model.attention=sdpa, or choose a model whose every layer is attention"
+        )
+
+
+def _check_loss(engine: Engine, ids_BT: Tensor, positions_BT: Tensor) -> None:
+    """The nll sum of the second document by our head against the model's own logits."""
+    own = ids_BT[:1, _FIRST:]
+    logits_TV = engine.module.lm(input_ids=own).logits[0, :-1].float()
+    expected = float(torch.nn.functional.cross_entropy(logits_TV, own[0, 1:], reduction="sum"))
+    tokens = LossTokens(
+        labels_N=own[0, 1:],
+        groups_N=torch.zeros_like(own[0, 1:]),
+        coefficients_N=torch.zeros(_SECOND - 1, device=engine.device),
+        num_groups=1,
+    )
+    kept_N = torch.arange(_FIRST, _FIRST + _SECOND - 1, device=engine.device)
+    _, sums_G = engine.forward(
+        ModelTensors(ids_BT=ids_BT, positions_BT=positions_BT, kept_N=kept_N, tokens=tokens)
+    )
+    found = float(sums_G[0])
+    if abs(found - expected) > _TOLERANCE[engine.module.lm.dtype] * abs(expected):
+        raise BadInput(
+            f"the loss of {engine.module.lm.config.model_type} is {found:.4f} by bigmix and {expected:.4f} by its own "
+            "logits: it makes its logits in a way that bigmix does not know; choose another model"
+        )

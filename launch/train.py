@@ -1,0 +1,14 @@
+"""Trains what a recipe says: `deepspeed launch/train.py RECIPE.yaml [key=value ...]`.
+
+Runs alike under deepspeed, torchrun, srun and python.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bigmix.cli.train import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

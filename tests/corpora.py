@@ -1,0 +1,64 @@
+"""Prepared sources of generated tokens: small, learnable, different from one another."""
+
+from pathlib import Path
+
+import numpy as np
+from tiny_models import VOCABULARY
+
+from bigmix.data.shards import (
+    Manifest,
+    ShardWriter,
+    TemplateEntry,
+    TokenizerEntry,
+    token_dtype,
+    write_manifest,
+)
+
+FINGERPRINT = "f" * 64
+
+
+def write_source(
+    folder: Path,
+    kind: str = "text",
+    *,
+    seed: int = 0,
+    shards: int = 2,
+    documents: int = 40,
+    lengths: tuple[int, int] = (5, 60),
+    fingerprint: str = FINGERPRINT,
+) -> Path:
+    """A prepared folder whose tokens count upwards with a stride that depends on the seed."""
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(seed)
+    entries = []
+    dtype = token_dtype(VOCABULARY)
+    for index in range(shards):
+        writer = ShardWriter(folder / f"shard-{index:05d}.tar", dtype, masked=kind == "chat")
+        for _ in range(documents):
+            length = int(draw.integers(*lengths))
+            first = int(draw.integers(3, VOCABULARY))
+            ids = (3 + (first + np.arange(length) * (2 + seed)) % (VOCABULARY - 3)).astype(dtype)
+            mask = None
+            if kind == "chat":
+                mask = np.arange(length) > length // 2
+            writer.add(ids, mask)
+        entries.append(writer.close())
+    write_manifest(
+        folder,
+        Manifest(
+            kind=kind,
+            dtype=dtype,
+            tokenizer=TokenizerEntry(
+                name="tiny", fingerprint=fingerprint, vocab_size=VOCABULARY, bos_id=None, eos_id=2
+            ),
+            template=TemplateEntry(name="plain", sha256="0" * 64) if kind == "chat" else None,
+            read=shards * documents,
+            dropped={},
+            documents=shards * documents,
+            tokens=sum(entry.tokens for entry in entries),
+            loss_tokens=sum(entry.loss_tokens for entry in entries),
+            loss_bytes=3 * sum(entry.loss_tokens for entry in entries),
+            shards=tuple(entries),
+        ),
+    )
+    return folder

@@ -1,0 +1,88 @@
+"""Imports go one way, and the cluster lives in two modules."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "bigmix"
+LAYERS = [
+    {"errors", "records", "world"},
+    {"recipe", "objective", "schedule", "data.mixture", "data.order", "dist"},
+    {
+        "data.recognise", "data.tokenizer", "data.shards", "data.packing", "loss", "ds_config",
+        "metrics", "terminal", "guard", "quickstart.corpus",
+    },
+    {"data.documents", "data.chat", "model", "flops", "data.stream", "engine"},
+    {"data.prepare", "data.loader", "model_checks", "step", "checkpoint"},
+    {"inputs", "soundness", "evaluate", "run_folder"},
+    {"report", "export"},
+    {"header", "compare"},
+    {"train"},
+    {"cli"},
+]  # fmt: skip
+WHOLE = {"recipe", "compare", "cli", "loss"}  # packages that are one part
+MODULES = {
+    str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__init__.py" or path.parent.name in WHOLE
+}
+
+
+def part_of(module):
+    """recipe.load is of the part recipe; packages that are one part hide their modules from the others."""
+    module = module.removesuffix(".__init__")
+    first = module.split(".")[0]
+    return first if first in WHOLE else module
+
+
+def layer_of(part):
+    return next(index for index, layer in enumerate(LAYERS) if part in layer)
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}"
+
+
+def own_parts(path):
+    for name in imports_of(path):
+        if name.startswith("bigmix."):
+            inner = name.removeprefix("bigmix.")
+            while inner and inner not in MODULES and f"{inner}.__init__" not in MODULES:
+                inner = inner.rpartition(".")[0]
+            if inner:
+                yield part_of(inner)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_only_from_earlier_layers(module):
+    part = part_of(module)
+    for other in own_parts(MODULES[module]):
+        assert other == part or layer_of(other) < layer_of(part), f"{module} imports {other}"
+
+
+def test_the_list_names_every_part_and_no_other():
+    assert {part_of(module) for module in MODULES} == set().union(*LAYERS)
+
+
+def test_the_cluster_lives_in_two_modules():
+    users = {"torch.distributed": set(), "deepspeed": set()}
+    for module, path in MODULES.items():
+        for name in imports_of(path):
+            for library, found in users.items():
+                if name == library or name.startswith(library + "."):
+                    found.add(module)
+    assert users == {"torch.distributed": {"dist"}, "deepspeed": {"engine"}}
+
+
+def test_nothing_prints_but_the_commands():
+    for module, path in MODULES.items():
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        prints = [n for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"]
+        assert not prints or part_of(module) == "cli", module

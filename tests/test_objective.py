@@ -1,0 +1,50 @@
+"""A source's share is its weight in the gradient, in each step and over the run."""
+
+import pytest
+
+from bigmix.data.mixture import Mixture
+from bigmix.objective import per_source, per_token, source_weights
+
+SHARES = {"web": 0.2, "chat": 0.8}
+
+
+def test_per_source_a_share_is_the_weight_whatever_the_counts():
+    weights = per_source(SHARES, {"web": 9_000, "chat": 10})
+    assert weights.gradient == SHARES
+    assert weights.token == {"web": 0.2 / 9_000, "chat": 0.08}
+
+
+def test_per_token_is_the_mean_over_all_loss_tokens():
+    weights = per_token(SHARES, SHARES, {"web": 90, "chat": 10})
+    assert weights.token == {"web": 0.01, "chat": 0.01}
+    assert weights.gradient == pytest.approx({"web": 0.9, "chat": 0.1})
+
+
+def test_per_token_weighs_by_loss_share_over_share():
+    weights = per_token(SHARES, {"web": 0.4, "chat": 0.6}, {"web": 50, "chat": 50})
+    assert weights.token["web"] / weights.token["chat"] == pytest.approx((0.4 / 0.2) / (0.6 / 0.8))
+    assert sum(weights.gradient.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("weigh", [per_source, lambda s, n: per_token(SHARES, s, n)])
+def test_a_step_without_loss_tokens_weighs_nothing(weigh):
+    weights = weigh(SHARES, {"web": 0, "chat": 0})
+    assert weights.token == weights.gradient == {"web": 0, "chat": 0}
+
+
+def test_a_source_below_one_row_a_step_has_its_share_of_the_gradient_over_the_run():
+    shares, loss, rows_per_step, steps = (
+        {"rare": 0.03, "web": 0.97},
+        {"rare": 0.1, "web": 0.9},
+        8,
+        1000,
+    )
+    mixture = Mixture(shares, rows_per_step)
+    total = dict.fromkeys(shares, 0.0)
+    for step in range(steps):
+        places = mixture.rows(step * rows_per_step, (step + 1) * rows_per_step)
+        rows = {name: sum(p.source == name for p in places) for name in shares}
+        for name, weight in source_weights(shares, loss, rows, rows_per_step).items():
+            total[name] += weight
+    assert total["rare"] / steps == pytest.approx(0.1, rel=0.01)
+    assert total["web"] / steps == pytest.approx(0.9)

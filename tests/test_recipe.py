@@ -1,0 +1,100 @@
+"""A recipe is read whole or refused with every fault, each with its line and key."""
+
+import pytest
+import yaml
+
+from bigmix.errors import BadInput
+from bigmix.recipe import differences, load_recipe, to_yaml
+
+GOOD = """\
+model: {path: base}
+sequence_length: 2048
+rows_per_step: 64
+sources:
+  web:   {path: data/web, role: replay, share: 0.2}
+  gsm8k: {path: data/gsm8k, role: task, share: 0.8, held_out: data/gsm8k-test}
+budget: {task_tokens: 2e6}
+train: {lr: 2e-5, schedule: cosine, warmup: 0.03, evaluate_every: 100, save_every: 500}
+output: runs/two-way
+"""
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def faults(tmp_path, text, *overrides):
+    with pytest.raises(BadInput) as caught:
+        load_recipe(write(tmp_path, text), overrides)
+    return caught.value.faults
+
+
+def test_a_real_job_takes_fewer_than_fifteen_lines(tmp_path):
+    recipe = load_recipe(write(tmp_path, GOOD))
+    assert len(GOOD.splitlines()) <= 15
+    assert recipe.budget.task_tokens == 2_000_000 and recipe.train.lr == 2e-5
+    assert recipe.task_names == ("gsm8k",)
+    assert recipe.held_out_paths == {"gsm8k": "data/gsm8k-test"}
+
+
+def test_overrides_reach_any_setting(tmp_path):
+    recipe = load_recipe(
+        write(tmp_path, GOOD),
+        ["train.steps=100", "sources.web.share=0.3", "sequence_length=4K", "held_out.x=data/x"],
+    )
+    assert recipe.train.steps == 100 and recipe.sources["web"].share == 0.3
+    assert recipe.sequence_length == 4000 and recipe.held_out == {"x": "data/x"}
+
+
+def test_the_resolved_recipe_reads_back_equal(tmp_path):
+    recipe = load_recipe(write(tmp_path, GOOD), ["sources.web.share=[[0, 0.5], [100, 0.1]]"])
+    again = load_recipe(write(tmp_path, to_yaml(recipe)))
+    assert again == recipe and list(differences(again, recipe)) == []
+    assert set(yaml.safe_load(to_yaml(recipe))) == set(type(recipe).model_fields)
+
+
+def test_all_faults_come_at_once_with_their_lines(tmp_path):
+    text = GOOD.replace("share: 0.2", "share: 0").replace("cosine", "cosin") + "sede: 3\n"
+    found = faults(tmp_path, text, "rows_per_step=-1")
+    assert len(found) == 4
+    lines = "\n".join(found)
+    assert "recipe.yaml:5: sources.web.share is 0, must be above 0; to leave web out" in lines
+    assert "recipe.yaml:8: train.schedule is 'cosin'" in lines
+    assert "recipe.yaml:10: sede is not a setting; did you mean seed?" in lines
+    assert "override rows_per_step=-1: rows_per_step is -1" in lines
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("share: 0.2", "share: -0.2", "sources.web.share is -0.2, must be above 0"),
+        ("share: 0.2", "share: [[5, 0.1]]", "begins at step 5; the first point must be at step 0"),
+        ("share: 0.2", "share: [[0, 1], [0, 2]]", "they must grow"),
+        ("share: 0.2", "share: [[0, 0]]", "0 at every point"),
+        ("share: 0.2", "shaer: 0.2", "sources.web.shaer is not a setting; did you mean share?"),
+        ("role: task", "role: taks", "sources.gsm8k.role is 'taks'"),
+        ("path: base", "", "neither of path and config"),
+        ("path: base", "config: {hidden_size: 3}", "config has no model_type"),
+        ("task_tokens: 2e6", "task_tokens: 2e6, steps: 3", "budget has task_tokens and steps"),
+        ("budget: {task_tokens: 2e6}", "", "budget is empty"),
+        ("role: task", "role: replay", "no source has role: task"),
+        ("lr: 2e-5", "lr: .inf", "train.lr"),
+        ("output: runs/two-way", "", "output is missing"),
+        ("rows_per_step: 64", "rows_per_step: 64\nseed: 1\nseed: 2", "seed stands here again"),
+        ("model: {path: base}", "model: {path: [}", "is not YAML"),
+        (GOOD, "[]", "holds no settings"),
+        ("output:", "held_out: {gsm8k: x}\noutput:", "is given beside sources.gsm8k.held_out"),
+    ],
+)
+def test_each_fault_is_named(tmp_path, old, new, said):
+    assert old in GOOD
+    assert any(said in fault for fault in faults(tmp_path, GOOD.replace(old, new)))
+
+
+def test_a_missing_file_and_a_crooked_override_are_refused(tmp_path):
+    with pytest.raises(BadInput, match="nowhere.yaml cannot be read"):
+        load_recipe(str(tmp_path / "nowhere.yaml"))
+    assert "is not KEY=VALUE" in faults(tmp_path, GOOD, "train.lr")[0]
+    assert "has no keys" in faults(tmp_path, GOOD + "seed: 1\n", "seed.x=3")[0]
