@@ -49,7 +49,8 @@ def join(world: World) -> Cluster:
 
 def device_of(world: World) -> torch.device:
     """The device of a rank: its GPU where there are GPUs, else the CPU."""
-    if torch.cuda.is_available():
+    # DeepSpeed's word counts: DS_ACCELERATOR=cpu keeps a job off the GPUs of its machine.
+    if get_accelerator().device_name() == "cuda":
         return torch.device("cuda", world.local_rank)
     return torch.device("cpu")
 
@@ -195,4 +196,5 @@ def _optimizer(model: nn.Module, config: Mapping[str, Any], adamw: AdamW) -> Any
     if offloads and config.get("zero_force_ds_cpu_optimizer", True):
         # Compiled at first use: several times faster on a CPU than torch's.
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    return torch.optim.AdamW(groups, fused=torch.cuda.is_available() and not offloads, **options)
+    on_gpu = get_accelerator().device_name() == "cuda" and not offloads
+    return torch.optim.AdamW(groups, fused=on_gpu, **options)

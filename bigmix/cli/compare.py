@@ -1,0 +1,50 @@
+"""`bigmix compare RUN ... --out report/`: what each run kept and learned, side by side."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigmix.errors import DONE
+
+if TYPE_CHECKING:
+    from bigmix.compare import Summary
+
+
+def add_compare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser of `bigmix`."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="runs side by side: forgetting, task gain, a page, a table and a picture",
+        description="Compare finished runs that started from the same base model.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
+    parser.add_argument(
+        "--out", type=Path, default=Path("report"), help="folder to write into (default: report)"
+    )
+    parser.set_defaults(func=_compare)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    # compare draws with matplotlib and reads YAML: no other command should wait for them.
+    from bigmix.compare import compare
+
+    _show(compare(args.runs, args.out))
+    return DONE
+
+
+def _show(summary: "Summary") -> None:
+    # As above: the table's texts come with compare.
+    from bigmix.compare.table import columns, rows
+    from bigmix.terminal import Table, Terminal
+
+    comparison = summary.comparison
+    terminal = Terminal()
+    terminal.note(f"{comparison.headline} {comparison.detail}".strip())
+    for text in comparison.warnings:
+        terminal.warning(text)
+    body = [[row.source, row.measure, *row.cells] for row in rows(comparison)]
+    heads = ["source", "measure", *columns(comparison)]
+    terminal.table(Table(title="held-out data", columns=heads, rows=body))
+    for path in summary.files:
+        terminal.note(f"wrote {path}")
+    terminal.close()

@@ -1,0 +1,75 @@
+"""Commands that show what a recipe means: `bigmix recipe show`, `bigmix recipe schema`, `bigmix rows`."""
+
+import argparse
+import hashlib
+import json
+from typing import Any
+
+from bigmix.data.loader import Portion, step_batch
+from bigmix.errors import DONE, BadInput
+from bigmix.inputs import open_inputs
+from bigmix.recipe import Recipe, load_recipe, to_yaml
+
+
+def add_recipe(subparsers: Any) -> None:
+    """Add `bigmix recipe`."""
+    parser = subparsers.add_parser("recipe", help="show a recipe with its defaults, or the schema")
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="print the whole recipe with all defaults")
+    _add_recipe_arguments(show)
+    show.set_defaults(func=_show)
+    schema = actions.add_parser("schema", help="print the JSON schema of recipes, for editors")
+    schema.set_defaults(func=_schema)
+
+
+def add_rows(subparsers: Any) -> None:
+    """Add `bigmix rows`."""
+    parser = subparsers.add_parser(
+        "rows",
+        help="print the identity of every row of one step",
+        description="One line a row: rank micro_batch source epoch shard row sha256-of-tokens.",
+    )
+    _add_recipe_arguments(parser)
+    parser.add_argument("--step", type=int, required=True, help="optimizer step, counted from 1")
+    parser.add_argument("--ranks", type=int, default=1, help="number of ranks (default 1)")
+    parser.set_defaults(func=_rows)
+
+
+def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="path of the YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as train.lr=1e-5")
+
+
+def _show(known: argparse.Namespace) -> int:
+    print(to_yaml(load_recipe(known.recipe, known.overrides)), end="")
+    return DONE
+
+
+def _schema(known: argparse.Namespace) -> int:
+    del known
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+    return DONE
+
+
+def _rows(known: argparse.Namespace) -> int:
+    if known.step < 1 or known.ranks < 1:
+        raise BadInput(
+            f"--step is {known.step} and --ranks is {known.ranks}; both count from 1, give 1 or more"
+        )
+    recipe = load_recipe(known.recipe, known.overrides)
+    plan = open_inputs(recipe, ranks=known.ranks, verify=False).plan
+    for rank in range(known.ranks):
+        portion = Portion(
+            rank=rank,
+            ranks=known.ranks,
+            rows_per_step=recipe.rows_per_step,
+            micro_batch_rows=recipe.train.micro_batch_rows,
+        )
+        batch = step_batch(plan, portion, known.step)
+        for index, row_id in enumerate(batch.row_ids):
+            row = plan.streams[row_id.source].read(row_id)
+            tokens = row.ids_T[: row.tokens].astype("<u4").tobytes()
+            micro_batch = index // recipe.train.micro_batch_rows
+            digest = hashlib.sha256(tokens).hexdigest()
+            print(rank, micro_batch, row_id.source, row_id.epoch, row_id.shard, row_id.row, digest)
+    return DONE

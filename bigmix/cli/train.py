@@ -1,0 +1,49 @@
+"""The command of a training run: its arguments go in, its exit code comes out."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from bigmix.errors import BAD_INPUT, DONE, BadInput, BigmixError
+from bigmix.inputs import Inputs, open_inputs
+from bigmix.recipe import Recipe, load_recipe
+from bigmix.terminal import Terminal, tame_libraries
+from bigmix.world import World, world_of
+
+USAGE = "usage: deepspeed launch/train.py RECIPE.yaml [key=value ...]"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a recipe on this rank; returns the exit code."""
+    # The deepspeed launcher puts --local_rank=N first; the environment has it too.
+    given = [word for word in arguments if not word.startswith("--local_rank")]
+    if not given or given[0].startswith("-"):
+        print(USAGE, file=sys.stderr)
+        return DONE if given in (["-h"], ["--help"]) else BAD_INPUT
+    world = world_of(os.environ)
+    try:
+        recipe = load_recipe(given[0], given[1:])
+        inputs = open_inputs(recipe, ranks=world.size, verify=world.local_rank == 0)
+        return _run(recipe, inputs, world)
+    except BigmixError as error:
+        _tell(error, world)
+        return error.exit_code
+
+
+def _run(recipe: Recipe, inputs: Inputs, world: World) -> int:
+    tame_libraries()
+    # Seconds of imports, and only for a recipe that can run.
+    from bigmix.train import run
+
+    run(recipe, inputs, world, Terminal(enabled=world.is_first, every=1))
+    return DONE
+
+
+def _tell(error: BigmixError, world: World) -> None:
+    """Once per node: the ranks of a node see the same recipe and the same files."""
+    if world.local_rank != 0:
+        return
+    kind = "error" if isinstance(error, BadInput) else "stopped"
+    where = f" on rank {world.rank}" if world.rank else ""
+    for line in str(error).splitlines():
+        print(f"{kind}{where}: {line}", file=sys.stderr)

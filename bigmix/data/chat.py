@@ -1,0 +1,312 @@
+"""Conversations go in; token ids come out, with a mask of those that the model is to learn: what the assistant says.
+
+A chat template writes the conversation. Which characters are the assistant's comes from the template's own
+`{% generation %}` mark, else from a second rendering in which unique marks stand for the answers. The end-of-turn token
+behind an answer belongs to it: a model that never learns it never stops.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from bigmix.data.recognise import Conversation, Dropped, Turn
+from bigmix.data.tokenizer import Ids, Tokenizer, special_tokens
+from bigmix.errors import BadInput
+
+PLAIN = """\
+{%- if tools %}{{ 'Tools: ' + (tools | tojson) + '\\n\\n' }}{% endif %}
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}{{ 'Assistant:' }}{% generation %}{{ ' ' + message.content }}
+{%- if message.tool_calls %}{{ '\\nCalls: ' + (message.tool_calls | tojson) }}{% endif %}
+{{- eos_token }}{% endgeneration %}
+{%- else %}{{ message.role | capitalize + ': ' + message.content + '\\n\\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TODAY = "strftime_now"
+# Unicode promises that these four are never characters of a text.
+HIDDEN_OPEN, HIDDEN_CLOSE, MARK_OPEN, MARK_CLOSE = "\ufdd0\ufdd1\ufdd2\ufdd3"
+HIDDEN = re.compile(f"{HIDDEN_OPEN}([0-9]+){HIDDEN_CLOSE}")
+MARK = re.compile(f"{MARK_OPEN}([0-9]+){MARK_CLOSE}")
+QUESTION, ANSWER = "Is it?", "It is so."
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A chat template: its Jinja source, and what it writes behind an answer to end a turn ("" where nothing)."""
+
+    name: Literal["plain", "tokenizer"]
+    source: str
+    marked: bool  # has {% generation %}
+    turn_end: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedChat:
+    """Token ids [T], which of them are in the loss [T], and the UTF-8 bytes of the assistant's answers."""
+
+    ids: Ids
+    loss_mask: Mask
+    answer_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rendered:
+    """A conversation as text; `spans` are the characters [begin, end) that are in the loss."""
+
+    text: str
+    spans: Sequence[tuple[int, int]]
+
+
+def open_template(tokenizer: Tokenizer, name: Literal["plain", "tokenizer"]) -> Template:
+    """The plain built-in template, or the tokenizer's own.
+
+    Raises BadInput where the tokenizer has none, or where the template cannot render one question and one answer.
+    """
+    source = PLAIN if name == "plain" else tokenizer.chat_template
+    if source is None:
+        raise BadInput(
+            f"tokenizer {tokenizer.name} has no chat template, which --template tokenizer asks for; "
+            "give --template plain"
+        )
+    mark = f"{MARK_OPEN}0{MARK_CLOSE}"
+    probe = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": mark}]
+    try:
+        text, _ = _render(tokenizer, source, probe, None)
+    except (jinja2.TemplateError, TypeError) as error:
+        raise BadInput(
+            f"the chat template of {tokenizer.name} cannot render a question and an answer ({error}); mend it, or "
+            "give --template plain"
+        ) from error
+    specials = f"(?:{tokenizer.special_pattern.pattern})"
+    found = re.match(rf"\s*{specials}+", text.rpartition(mark)[2])
+    return Template(
+        name=name,
+        source=source,
+        marked=GENERATION.search(source) is not None,
+        turn_end=found.group() if found else "",
+    )
+
+
+def encode_chat(
+    tokenizer: Tokenizer, template: Template, conversation: Conversation
+) -> EncodedChat | Dropped:
+    """Render and encode a conversation, or say why it cannot be learned from."""
+    reason = _unfit(template, conversation)
+    if reason is not None:
+        return Dropped(reason=reason)
+    hidden = _Hidden(tokenizer)
+    messages = hidden.hide(conversation.messages)
+    tools = hidden.hide(conversation.tools)
+    try:
+        find = _marked_spans if template.marked else _sentinel_spans
+        rendered = find(tokenizer, template, messages, tools)
+    except (jinja2.TemplateError, TypeError):
+        return Dropped(reason="refused_by_template")
+    if rendered is None:
+        return Dropped(reason="answers_not_found")
+    ids, mask = _encode(tokenizer, rendered, hidden)
+    if tokenizer.bos_id is not None and (len(ids) == 0 or ids[0] != tokenizer.bos_id):
+        ids = np.concatenate([np.array([tokenizer.bos_id], np.uint32), ids])
+        mask = np.concatenate([[False], mask])
+    mask[0] = False  # nothing stands before it that could predict it
+    answers = [turn["content"] for turn in conversation.messages if turn["role"] == "assistant"]
+    return EncodedChat(
+        ids=ids, loss_mask=mask, answer_bytes=sum(len(answer.encode()) for answer in answers)
+    )
+
+
+def _unfit(template: Template, conversation: Conversation) -> str | None:
+    answers = [turn for turn in conversation.messages if turn["role"] == "assistant"]
+    if not answers:
+        return "no_assistant_turn"
+    if any(not turn["content"].strip() and not turn.get("tool_calls") for turn in answers):
+        return "empty_answer"
+    # Without a mark of its own, nothing says where in the text the template has put a call.
+    if not template.marked and any(turn.get("tool_calls") for turn in answers):
+        return "tool_calls_not_found"
+    return None
+
+
+def _render(
+    tokenizer: Tokenizer, source: str, messages: Sequence[Turn], tools: Sequence[Any] | None
+) -> tuple[str, Sequence[tuple[int, int]]]:
+    texts, spans = render_jinja_template(
+        conversations=[list(messages)],
+        tools=tools,
+        chat_template=source,
+        return_assistant_tokens_mask=GENERATION.search(source) is not None,
+        **special_tokens(tokenizer),
+    )
+    return texts[0], spans[0] if spans else ()
+
+
+def _marked_spans(
+    tokenizer: Tokenizer, template: Template, messages: Sequence[Turn], tools: Sequence[Any] | None
+) -> _Rendered | None:
+    text, spans = _render(tokenizer, template.source, messages, tools)
+    if not spans:
+        return None
+    return _Rendered(
+        text=text, spans=[(begin, _turn_end(text, end, template)) for begin, end in spans]
+    )
+
+
+def _sentinel_spans(
+    tokenizer: Tokenizer, template: Template, messages: Sequence[Turn], tools: Sequence[Any] | None
+) -> _Rendered | None:
+    """Render with marks for the answers; where the answers, put back, give the true text, that is where they are."""
+    answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
+    numbers = iter(range(len(answers)))
+    marked = [
+        {**turn, "content": f"{MARK_OPEN}{next(numbers)}{MARK_CLOSE}"}
+        if turn["role"] == "assistant"
+        else turn
+        for turn in messages
+    ]
+    truth, _ = _render(tokenizer, template.source, messages, tools)
+    frame, _ = _render(tokenizer, template.source, marked, tools)
+    pieces = MARK.split(frame)  # text, number of an answer, text, ..., text
+    if [int(number) for number in pieces[1::2]] != list(range(len(answers))):
+        return None
+    for trim in (str, str.strip, str.rstrip, str.lstrip):  # many templates trim what they are given
+        text, spans = _put_back(pieces[::2], [trim(answer) for answer in answers])
+        if text == truth:
+            return _Rendered(
+                text=text, spans=[(begin, _turn_end(text, end, template)) for begin, end in spans]
+            )
+    return None
+
+
+def _put_back(
+    between: Sequence[str], answers: Sequence[str]
+) -> tuple[str, Sequence[tuple[int, int]]]:
+    text, spans = between[0], []
+    for answer, after in zip(answers, between[1:], strict=True):
+        spans.append((len(text), len(text) + len(answer)))
+        text += answer + after
+    return text, spans
+
+
+def _turn_end(text: str, end: int, template: Template) -> int:
+    return end + len(template.turn_end) if text.startswith(template.turn_end, end) else end
+
+
+class _Hidden:
+    """Strings of special tokens inside what users wrote, replaced while the template works.
+
+    A template's special tokens are control; the same characters in a message are text and must stay text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._pattern = tokenizer.special_pattern
+        self.strings: list[str] = []
+
+    def hide(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._pattern.sub(self._replacement, value)
+        if isinstance(value, Mapping):
+            return {self.hide(key): self.hide(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.hide(item) for item in value]
+        return value
+
+    def _replacement(self, match: re.Match[str]) -> str:
+        self.strings.append(match.group())
+        return f"{HIDDEN_OPEN}{len(self.strings) - 1}{HIDDEN_CLOSE}"
+
+
+def _encode(tokenizer: Tokenizer, rendered: _Rendered, hidden: _Hidden) -> tuple[Ids, Mask]:
+    """Ids and mask of a rendered text; what was hidden is encoded as the text that it is."""
+    ids, masks, at = [np.zeros(0, np.uint32)], [np.zeros(0, np.bool_)], 0
+    covered = np.zeros(len(rendered.text) + 1, np.int64)
+    for begin, end in rendered.spans:
+        covered[begin + 1 : end + 1] = 1
+    covered = np.cumsum(covered)  # how many of the characters before a place are in the loss
+    for index, piece in enumerate(HIDDEN.split(rendered.text)):
+        is_hidden = index % 2 == 1 and int(piece) < len(hidden.strings)
+        if is_hidden:
+            found = tokenizer.encode([hidden.strings[int(piece)]])[0]
+            width = len(piece) + len(HIDDEN_OPEN + HIDDEN_CLOSE)
+            inside = covered[at + width] > covered[at]
+            ids.append(found)
+            masks.append(np.full(len(found), inside))
+            at += width
+            continue
+        encoded = tokenizer.encode_rendered(piece)
+        # A token of no width (a mark of sentencepiece) counts as the character behind it.
+        ends = np.minimum(np.maximum(encoded.ends, encoded.begins + 1), len(piece))
+        ids.append(encoded.ids)
+        masks.append(covered[at + ends] > covered[at + encoded.begins])
+        at += len(piece)
+    return np.concatenate(ids), np.concatenate(masks)
+
+
+def check_first(
+    tokenizer: Tokenizer, template: Template, samples: Sequence[EncodedChat | Dropped]
+) -> Sequence[str]:
+    """Look at the first conversations of a source; returns warnings.
+
+    Raises BadInput where none of them has an answer that is surely found, and where one begins with two BOS.
+    """
+    chats = [sample for sample in samples if isinstance(sample, EncodedChat)]
+    lost = [sample.reason for sample in samples if isinstance(sample, Dropped)]
+    unsound = [reason for reason in lost if reason in ("answers_not_found", "refused_by_template")]
+    if not any(chat.loss_mask.any() for chat in chats) and (unsound or chats):
+        raise BadInput(
+            f"the chat template of {tokenizer.name} does not let the answers be told from the rest (of the first "
+            f"{len(samples)} conversations: {', '.join(sorted(set(unsound))) or 'no token in the loss'}); give "
+            "--template plain, or put {% generation %} and {% endgeneration %} around the answers in the template"
+        )
+    if tokenizer.bos_id is not None and any(
+        len(chat.ids) > 1 and (chat.ids[:2] == tokenizer.bos_id).all() for chat in chats
+    ):
+        raise BadInput(
+            f"conversations begin with two BOS tokens ({tokenizer.text_of(tokenizer.bos_id)!r}); write it once in "
+            "the chat template, or give --template plain"
+        )
+    return _warnings(tokenizer, template, chats)
+
+
+def _warnings(
+    tokenizer: Tokenizer, template: Template, chats: Sequence[EncodedChat]
+) -> Sequence[str]:
+    special = np.array(sorted(tokenizer.special_ids), np.uint32)
+    found = []
+    learned = [chat.ids[chat.loss_mask] for chat in chats if chat.loss_mask.any()]
+    if any(not np.isin(ids[-1], special) for ids in learned):
+        found.append(
+            "no stop token is in the loss, so the model does not learn to end an answer; give --template plain, or "
+            "let the template end an answer with the eos token"
+        )
+    stops = {int(ids[-1]) for ids in learned} & tokenizer.special_ids
+    if tokenizer.pad_id in stops:
+        found.append(
+            f"the stop token {tokenizer.text_of(tokenizer.pad_id)!r} is the pad token too; bigmix learns it all the "
+            "same, but trainers that mask pad tokens do not"
+        )
+    used = {int(token) for chat in chats for token in np.unique(chat.ids)} & tokenizer.special_ids
+    foreign = sorted(used - {tokenizer.bos_id, tokenizer.eos_id})
+    if foreign:
+        names = ", ".join(map(tokenizer.text_of, foreign))
+        found.append(
+            f"the chat template uses the special tokens {names}; a base model that never trained their embeddings "
+            "loses knowledge while it learns them: with such a base give --template plain"
+        )
+    if TODAY in template.source:
+        found.append("the chat template writes today's date; the tokens are others on another day")
+    return found

@@ -1,0 +1,341 @@
+"""The first rows of an input go in, what they are comes out; then each row becomes a text or a conversation.
+
+There is no registry of datasets: a layout is known by the names and the types of its columns.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from bigmix.errors import BadInput
+
+Kind = Literal["text", "chat"]
+Row = Mapping[str, Any]
+Turn = Mapping[
+    str, Any
+]  # a message as OpenAI's API and chat templates spell it: role, content, tool_calls, ...
+
+TEXT_COLUMNS = ("text", "content", "raw_content", "document")
+MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "chat")
+# Prompt and response; the other columns of a pair are optional: `context` stands before the prompt, `input` after it.
+PAIRS: Sequence[Mapping[str, str]] = (
+    {"prompt": "instruction", "response": "output", "input": "input", "context": "context"},
+    {"prompt": "instruction", "response": "response", "input": "input", "context": "context"},
+    {"prompt": "prompt", "response": "completion"},
+    {"prompt": "prompt", "response": "response", "context": "context"},
+    {"prompt": "question", "response": "answer", "context": "context"},
+    {"prompt": "question", "response": "answers", "context": "context"},
+    {"prompt": "question", "response": "response", "context": "context"},
+    {"prompt": "query", "response": "response", "context": "context"},
+    {"prompt": "query", "response": "answer", "context": "context"},
+    {"prompt": "problem", "response": "solution"},
+    {"prompt": "input", "response": "output"},
+    {"prompt": "inputs", "response": "targets"},
+)
+SYSTEM_COLUMNS = ("system", "system_prompt")
+LABEL_COLUMNS = ("label", "labels", "label_text", "category", "intent")
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "ipython": "tool",
+}
+PARTS = ("text", "messages", "prompt", "response", "context", "input", "system", "history", "tools")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How rows are read: `columns` says which column plays which part; `note` what the user should know about it."""
+
+    kind: Kind
+    columns: Mapping[str, str]
+    note: str | None = None
+
+    def described(self) -> str:
+        """In one line, for the user."""
+        parts = ", ".join(
+            part if part == name else f"{part}={name}" for part, name in self.columns.items()
+        )
+        return f"{self.kind} from {parts}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """Turns with roles system, user, assistant and tool; `tools` are the JSON schemas that the system offers."""
+
+    messages: Sequence[Turn]
+    tools: Sequence[Any] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dropped:
+    """A document that is left out, and why, in one word that is counted."""
+
+    reason: str
+
+
+Document: TypeAlias = Text | Conversation | Dropped
+
+
+def recognise(
+    rows: Sequence[Row], *, kind: Kind | None, columns: Mapping[str, str] | None
+) -> Layout:
+    """Tell from the first rows what they are; `kind` narrows the choice and `columns` makes it.
+
+    Raises BadInput where no known layout fits at least half of the rows.
+    """
+    if columns:
+        return _explicit(columns, kind, rows)
+    candidates = [*_conversations(rows), *_pairs(rows), *_texts(rows)]
+    fitting = [
+        each for each in candidates if kind in (None, each.kind) and _fits_most(rows, each.columns)
+    ]
+    if not fitting:
+        raise BadInput(_unknown(rows, kind))
+    chosen, others = fitting[0], [each for each in fitting[1:] if each.kind != fitting[0].kind]
+    return Layout(kind=chosen.kind, columns=chosen.columns, note=_note(rows, chosen, others))
+
+
+def _conversations(rows: Sequence[Row]) -> Sequence[Layout]:
+    optional = {"tools": "tools"} | _system(rows)
+    return [
+        Layout(kind="chat", columns={"messages": name} | _present(rows, optional))
+        for name in MESSAGE_COLUMNS
+    ]
+
+
+def _system(rows: Sequence[Row]) -> dict[str, str]:
+    """The column of the system turn, if there is one."""
+    found = [name for name in SYSTEM_COLUMNS if _has(rows, name)]
+    return {"system": found[-1]} if found else {}
+
+
+def _pairs(rows: Sequence[Row]) -> Sequence[Layout]:
+    optional = {"tools": "tools", "history": "history"}
+    optional |= _system(rows)
+    required = ("prompt", "response")
+    return [
+        Layout(
+            kind="chat",
+            columns={part: pair[part] for part in required}
+            | _present(
+                rows, optional | {part: pair[part] for part in pair if part not in required}
+            ),
+        )
+        for pair in PAIRS
+    ]
+
+
+def _texts(rows: Sequence[Row]) -> Sequence[Layout]:
+    return [
+        Layout(kind="text", columns={"text": name}) for name in TEXT_COLUMNS if _has(rows, name)
+    ]
+
+
+def _has(rows: Sequence[Row], column: str) -> bool:
+    return any(row.get(column) is not None for row in rows)
+
+
+def _present(rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, str]:
+    return {part: name for part, name in columns.items() if _has(rows, name)}
+
+
+def _fits_most(rows: Sequence[Row], columns: Mapping[str, str]) -> bool:
+    layout = Layout(kind="text" if "text" in columns else "chat", columns=columns)
+    fitting = sum(not isinstance(document_of(row, layout), Dropped) for row in rows)
+    return fitting > 0 and 2 * fitting >= len(rows)
+
+
+def _note(rows: Sequence[Row], chosen: Layout, others: Sequence[Layout]) -> str | None:
+    if others:
+        return (
+            f"the rows could also be read as {others[0].described()}; to do so give "
+            f"--kind {others[0].kind} or --columns"
+        )
+    label = next((name for name in LABEL_COLUMNS if _has(rows, name)), None)
+    if chosen.kind == "text" and label is not None:
+        text = chosen.columns["text"]
+        return (
+            f"column {label!r} is not used; to learn it as the answer to {text!r} give "
+            f"--columns prompt={text},response={label}"
+        )
+    return None
+
+
+def _explicit(columns: Mapping[str, str], kind: Kind | None, rows: Sequence[Row]) -> Layout:
+    unknown = [part for part in columns if part not in PARTS]
+    ways = [
+        way for way in ({"text"}, {"messages"}, {"prompt", "response"}) if way <= columns.keys()
+    ]
+    if unknown or len(ways) != 1:
+        raise BadInput(
+            f"--columns names {', '.join(columns)}; allowed are {', '.join(PARTS)}, with either text, or "
+            "messages, or prompt and response among them; write for instance prompt=question,response=answer"
+        )
+    layout = Layout(kind="text" if "text" in columns else "chat", columns=columns)
+    if kind not in (None, layout.kind):
+        raise BadInput(
+            f"--kind is {kind}, but --columns describe {layout.kind}; leave one of them out"
+        )
+    missing = [name for name in columns.values() if not _has(rows, name)]
+    if missing:
+        raise BadInput(
+            f"--columns names {', '.join(missing)}, which none of the first {len(rows)} rows has; "
+            f"they have {_names(rows)}"
+        )
+    return layout
+
+
+def _unknown(rows: Sequence[Row], kind: Kind | None) -> str:
+    wanted = "a text or a conversation" if kind is None else f"a source of kind {kind}"
+    return (
+        f"the rows are not recognised as {wanted}; their columns are {_names(rows)}; say what they are, for instance "
+        "with --columns text=content or --columns prompt=question,response=answer"
+    )
+
+
+def _names(rows: Sequence[Row]) -> str:
+    return ", ".join(dict.fromkeys(name for row in rows for name in row)) or "none"
+
+
+def document_of(row: Row, layout: Layout) -> Document:
+    """Read one row; a row that does not fit its layout, or is empty, is dropped with a reason."""
+    columns = layout.columns
+    if "text" in columns:
+        text = row.get(columns["text"])
+        if not isinstance(text, str):
+            return Dropped(reason="bad_row")
+        return Text(text=text) if text.strip() else Dropped(reason="empty")
+    if "messages" in columns:
+        turns = _turns_of(row.get(columns["messages"]))
+    else:
+        turns = _turns_of_pair(row, columns)
+    tools = _tools_of(row.get(columns.get("tools", "")))
+    if turns is None or tools is None:
+        return Dropped(reason="bad_row")
+    system = row.get(columns.get("system", ""))
+    if isinstance(system, str) and system.strip() and not (turns and turns[0]["role"] == "system"):
+        turns = [{"role": "system", "content": system}, *turns]
+    return Conversation(messages=turns, tools=tools or None)
+
+
+def _turns_of_pair(row: Row, columns: Mapping[str, str]) -> list[Turn] | None:
+    prompt, response = row.get(columns["prompt"]), row.get(columns["response"])
+    if isinstance(prompt, list) and isinstance(response, list) and _is_turns(prompt):
+        return _turns_of([*prompt, *response])
+    question, answer = _plain(prompt), _plain(response)
+    earlier = _history_of(row.get(columns.get("history", "")))
+    if question is None or answer is None or earlier is None:
+        return None
+    before, after = (row.get(columns.get(part, "")) for part in ("context", "input"))
+    parts = [part for part in (_plain(before), question, _plain(after)) if part and part.strip()]
+    if not parts:
+        return None
+    asked = {"role": "user", "content": "\n\n".join(parts)}
+    return [*earlier, asked, {"role": "assistant", "content": answer}]
+
+
+def _history_of(value: Any) -> list[Turn] | None:
+    """Earlier turns, given as a list of [question, answer]."""
+    turns: list[Turn] = []
+    for pair in value or []:
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(isinstance(p, str) for p in pair)
+        ):
+            return None
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns
+
+
+def _plain(value: Any) -> str | None:
+    """A text, a number as text, or the first of several accepted answers."""
+    if isinstance(value, dict):
+        value = value.get("text")
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) else None
+
+
+def _is_turns(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+    )
+
+
+def _turns_of(value: Any) -> list[Turn] | None:
+    if not _is_turns(value):
+        return None
+    turns = [_turn_of(turn) for turn in value]
+    return None if None in turns else [turn for turn in turns if turn is not None]
+
+
+def _turn_of(turn: Turn) -> Turn | None:
+    """One message with a known role, its content as text, and nothing that is None (parquet adds such keys)."""
+    role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
+    content = _content_of(turn.get("content", turn.get("value")))
+    calls = [_call_of(call) for call in turn.get("tool_calls") or []]
+    if role is None or content is None or None in calls:
+        return None
+    kept = {
+        k: v for k, v in turn.items() if v is not None and k not in ("from", "value", "tool_calls")
+    }
+    return kept | {"role": role, "content": content} | ({"tool_calls": calls} if calls else {})
+
+
+def _content_of(content: Any) -> str | None:
+    """Text, or parts that are all text; None where it holds an image or anything else."""
+    if content is None:
+        return ""
+    if isinstance(content, list):
+        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        return None if None in texts else "".join(map(str, texts))
+    return content if isinstance(content, str) else None
+
+
+def _call_of(call: Any) -> Turn | None:
+    """A tool call with its arguments as an object: templates write them as JSON and would quote a string twice."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return None
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return None
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _tools_of(tools: Any) -> list[Any] | None:
+    """Tool schemas, given as a list or as its JSON; an empty list where there are none, None where it is neither."""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            return None
+    if not tools:
+        return []
+    return tools if isinstance(tools, list) and all(isinstance(t, dict) for t in tools) else None

@@ -1,0 +1,180 @@
+"""The numbers of each step go in; out go a line of metrics.jsonl and the same numbers on TensorBoard's page."""
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from bigmix.errors import BadInput
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+FLUSH_EVERY_S = 5.0
+
+Number: TypeAlias = float | int | bool | None
+
+# TensorBoard makes one group of charts of the tags that agree up to the first slash. Numbers of a source arrive as
+# `loss/web` and are grouped by that; the numbers of the whole step get a group here.
+_GROUPS = {
+    "step_s": "time",
+    "data_wait_s": "time",
+    "forward_s": "time",
+    "backward_s": "time",
+    "optimizer_s": "time",
+    "tokens_per_s": "speed",
+    "mfu": "speed",
+    "peak_gib": "speed",
+}
+_NOT_CHARTED = ("step", "eval")
+_PARTS_OF_STEP = ("step_s", "data_wait_s", "forward_s", "backward_s", "optimizer_s")
+_SHARES = {
+    "share of rows": "share_rows",
+    "share of tokens": "share_tokens",
+    "share of loss tokens": "share_loss_tokens",
+    "share of the gradient": "gradient_share",
+}
+
+
+class RunLog:
+    """Appends to `metrics.jsonl` and `tensorboard/` of a run's folder.
+
+    `resume_step` is the last step that is trained already: what was logged after it is taken back, so that file and
+    page become those of a run that was never interrupted. None starts a new log.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        sources: Sequence[str],
+        held_out: Sequence[str],
+        resume_step: int | None,
+    ) -> None:
+        # SummaryWriter imports torch, seconds that those who only read metrics.jsonl do not need.
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS
+        if resume_step is not None:
+            _take_back(path, after_step=resume_step)
+        self._file = path.open("w" if resume_step is None else "a", encoding="utf-8")
+        self._held_out = tuple(held_out)
+        # Purging from step 0 hides the points of an earlier run whose event files lie in the same folder.
+        purge_step = 0 if resume_step is None else resume_step + 1
+        self._writer: Any = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
+        self._writer.add_custom_scalars(_layout(sources, held_out))
+        self._writer.flush()
+        self._flushed_at = time.monotonic()
+
+    def write(self, line: Mapping[str, Number]) -> None:
+        """Append the numbers of one step (`line["step"]`); None and numbers that are not finite become null."""
+        finite = {key: _finite(value) for key, value in line.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+        for key, value in finite.items():
+            if value is not None and key not in _NOT_CHARTED:
+                self._writer.add_scalar(tag_of(key), value, line["step"])
+        if line.get("eval") or time.monotonic() - self._flushed_at > FLUSH_EVERY_S:
+            self._writer.flush()
+            self._flushed_at = time.monotonic()
+
+    def describe(self, recipe_yaml: str, hparams: Mapping[str, str | float | int | bool]) -> None:
+        """Show the recipe as text, and the run in TensorBoard's table of hyperparameters."""
+        from torch.utils.tensorboard.summary import hparams as hparams_records
+
+        self._writer.add_text("recipe", _as_markdown_code(recipe_yaml), 0)
+        named = {k: str(v).lower() if isinstance(v, bool) else v for k, v in hparams.items()}
+        metrics = [
+            f"{kind}/{s}" for kind in ("held_out_loss", "forgetting") for s in self._held_out
+        ]
+        # add_hparams would open a second event file, and the page would then drop the points that come later.
+        tags = dict.fromkeys([*metrics, tag_of("loss"), tag_of("tokens_per_s")], 0.0)
+        for record in hparams_records(named, tags):
+            self._writer.file_writer.add_summary(record, 0)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close both; a second call does nothing."""
+        self._file.close()
+        self._writer.close()
+
+
+def tag_of(key: str) -> str:
+    """TensorBoard's tag of a key of metrics.jsonl: `step_s` becomes `time/step_s`, `loss/web` stays."""
+    return key if "/" in key else f"{_GROUPS.get(key, 'train')}/{key}"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was half written when the run died is left out.
+
+    Raises BadInput where another line is not a JSON object with a step.
+    """
+    return [line for line, _ in _lines(path)]
+
+
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Each line as read, beside its bytes."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            # Only a last line can lack its newline: it was being written when the run died.
+            if not raw.endswith(b"\n"):
+                return
+            line = _parse(raw)
+            if line is None:
+                raise BadInput(
+                    f"{path}:{number} is {raw[:60]!r}; each line must be a JSON object with a whole number `step`; "
+                    "restore the file from a copy, or delete that line"
+                )
+            yield line, raw
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(raw)
+    except ValueError:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
+
+
+def _take_back(path: Path, *, after_step: int) -> None:
+    """Rewrite the file without the lines after a step and without a half-written end; beside, then renamed."""
+    if not path.exists():
+        return
+    beside = path.with_suffix(".jsonl.part")
+    with beside.open("wb") as file:
+        file.writelines(raw for line, raw in _lines(path) if line["step"] <= after_step)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _finite(value: Number) -> Number:
+    return value if value is None or math.isfinite(value) else None
+
+
+def _layout(
+    sources: Sequence[str], held_out: Sequence[str]
+) -> dict[str, dict[str, tuple[str, list[str]]]]:
+    """The charts with several lines, as `add_custom_scalars` takes them."""
+    learning = {
+        "training loss": _lines_of([f"loss/{s}" for s in sources]),
+        "held-out loss": _lines_of([f"held_out_loss/{s}" for s in held_out]),
+        "forgetting": _lines_of([f"forgetting/{s}" for s in held_out]),
+    }
+    shares = {title: _lines_of([f"{key}/{s}" for s in sources]) for title, key in _SHARES.items()}
+    speed = {"time of a step by part": _lines_of([tag_of(key) for key in _PARTS_OF_STEP])}
+    return {"learning": learning, "realised shares": shares, "speed": speed}
+
+
+def _lines_of(tags: Sequence[str]) -> tuple[str, list[str]]:
+    # The page takes tags as regular expressions and matches their beginning: `loss/a` would also draw `loss/ab`.
+    return "Multiline", [f"{re.escape(tag)}$" for tag in tags]
+
+
+def _as_markdown_code(text: str) -> str:
+    """Indented by four: a fence could be ended by the text itself."""
+    return "\n".join("    " + line for line in text.splitlines())

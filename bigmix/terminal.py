@@ -1,0 +1,299 @@
+"""What a run has to say goes in; out go a live bar on a terminal, or plain lines in a file. Nothing else prints."""
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TextIO, TypeAlias
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table as RichTable
+from rich.text import Text
+
+PLAIN_COLUMNS = 120  # a file has no width; tables in it are laid out for this one
+REFRESHES_PER_S = 2
+PLAIN_EVERY_S = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """A difference in nats/token, for the colour: below 0 the model became better."""
+
+    nats: float
+
+
+Cell: TypeAlias = str | int | float | Change | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Columns of text stand left, columns of numbers right; None is shown as a dash."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutResult:
+    """One source of one evaluation; losses in nats/token, `interval` the 95 % interval of the loss."""
+
+    source: str
+    role: str
+    loss: float
+    interval: tuple[float, float] | None = None
+    bits_per_byte: float | None = None
+    forgetting: float | None = None
+
+
+class Terminal:
+    """The screen of rank 0; with `enabled` False, on the other ranks, nothing is written.
+
+    On a terminal there is one live bar. In a pipe, such as a Slurm log, each `every`-th step is one plain line.
+    """
+
+    def __init__(
+        self,
+        *,
+        enabled: bool = True,
+        every: int = 10,
+        file: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        file = file or sys.stdout
+        # FORCE_COLOR would put escape codes into a log; rich knows dumb terminals by itself.
+        console = Console(
+            file=file, force_terminal=file.isatty(), highlight=False, quiet=not enabled
+        )
+        self._is_live = enabled and console.is_terminal and not console.is_dumb_terminal
+        if not self._is_live:
+            console.width = PLAIN_COLUMNS
+        self._console = console
+        self._every = every
+        self._clock = clock
+        self._first: tuple[int, float] | None = None  # step and time of the first report
+        self._live: Live | None = None
+
+    def header(self, title: str, rows: Sequence[tuple[str, str]], sources: Table) -> None:
+        """Say what is about to run: its title, settings as name and value, and its sources."""
+        self._console.print(Text(title, style="bold"))
+        settings = RichTable.grid(padding=(0, 2))
+        settings.add_column(style="dim", no_wrap=True)
+        settings.add_column(overflow="fold")
+        for name, value in rows:
+            settings.add_row(Text(name), Text(value))
+        self._console.print(settings)
+        self.table(sources)
+
+    def progress(self, step: int, total: int, fields: Mapping[str, float | int | None]) -> None:
+        """Show a step; `fields` has the keys of metrics.jsonl, of which the telling ones are shown."""
+        now = self._clock()
+        first_step, first_time = self._first = self._first or (step, now)
+        done = step - first_step
+        left_s = (now - first_time) / done * (total - step) if done else None
+        if self._is_live:
+            self._show(_bar(step, total, left_s, fields))
+        elif step % self._every == 0 or step == total or done == 0:
+            self._line(_plain_progress(step, total, left_s, fields))
+
+    def counter(self, *names: str) -> Callable[..., None]:
+        """A function to call with the counts so far: a live line, or in a pipe one line every ten seconds."""
+        began = said = self._clock()
+
+        def show(*counts: int) -> None:
+            nonlocal said
+            seconds = max(self._clock() - began, 1e-9)
+            parts = [
+                f"{n:,} {name} ({_short(n / seconds)}/s)"
+                for n, name in zip(counts, names, strict=True)
+            ]
+            if self._is_live:
+                self._show(Text("  ".join(parts)))
+            elif self._clock() - said >= PLAIN_EVERY_S:
+                said = self._clock()
+                self._line("  ".join(parts))
+
+        return show
+
+    def note(self, text: str) -> None:
+        """One line that is worth reading once."""
+        self._line(text)
+
+    def warning(self, text: str) -> None:
+        """Something that the user should look at, while the run goes on."""
+        self._line(f"warning: {text}", style="yellow")
+
+    def table(self, table: Table) -> None:
+        """Print a table; a wide cell is folded, never cut."""
+        self._console.print(_rich_table(table))
+
+    def close(self) -> None:
+        """Leave the last state of the bar on the screen; a second call does nothing."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _line(self, text: str, style: str = "") -> None:
+        self._console.print(Text(text, style=style), soft_wrap=True)
+
+    def _show(self, view: RenderableType) -> None:
+        if self._live is None:
+            self._live = Live(view, console=self._console, refresh_per_second=REFRESHES_PER_S)
+            self._live.start()
+        self._live.update(view)
+
+
+def evaluation_table(step: int, results: Sequence[HeldOutResult]) -> Table:
+    """The results of one evaluation, ready for `Terminal.table`."""
+    has_interval = any(result.interval for result in results)
+    columns = ["source", "role", "loss", "95 %", "bits/byte", "forgetting"]
+    rows: list[list[Cell]] = []
+    for r in results:
+        interval = f"{r.interval[0]:.3f}–{r.interval[1]:.3f}" if r.interval else "–"
+        change = None if r.forgetting is None else Change(nats=r.forgetting)
+        rows.append([r.source, r.role, r.loss, interval, r.bits_per_byte, change])
+    if not has_interval:
+        columns = [name for name in columns if name != "95 %"]
+        rows = [[*row[:3], *row[4:]] for row in rows]
+    return Table(title=f"held out, step {step:,} (nats/token)", columns=columns, rows=rows)
+
+
+def tame_libraries() -> None:
+    """Quieten transformers, deepspeed and torch. Call before they are imported: they read the environment once."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for logger, level in _LEVELS.items():
+        logging.getLogger(logger).setLevel(level)
+    for module, message in _KNOWN_NOISE:
+        warnings.filterwarnings("ignore", message=message, module=module)
+
+
+_ENVIRONMENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # else every forked loader process warns once
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # tensorboard's C++ parts
+}
+_LEVELS = {
+    "DeepSpeed": logging.WARNING,
+    "transformers": logging.ERROR,
+    "datasets": logging.ERROR,
+    "torch.distributed": logging.ERROR,
+    "torch._dynamo": logging.ERROR,
+    "matplotlib": logging.WARNING,
+    "fsspec": logging.WARNING,
+}
+_KNOWN_NOISE = (
+    (r"torch\.distributed.*", r".*barrier\(\).*using the device under current context.*"),
+    (r"torch\.distributed.*", r".*_(all_gather|reduce_scatter)_base.*"),
+    (r"torch\.nn\.modules.*", r".*Full backward hook is firing.*"),
+    (r"torch\.utils\.checkpoint", r".*None of the inputs have requires_grad=True.*"),
+    (r"torch\.optim\.lr_scheduler", r".*lr_scheduler\.step\(\)` before `optimizer\.step.*"),
+    (r"(deepspeed|torch).*", r".*(pynvml package is deprecated|pkg_resources is deprecated).*"),
+)
+
+
+def _bar(
+    step: int, total: int, left_s: float | None, fields: Mapping[str, float | int | None]
+) -> RenderableType:
+    top = RichTable.grid(padding=(0, 1), expand=True)
+    top.add_column(ratio=1)
+    for _ in range(3):
+        top.add_column(no_wrap=True, justify="right")
+    bar = ProgressBar(total=total, completed=step, complete_style="cyan", finished_style="green")
+    count = f"{step:,}/{total:,}"
+    top.add_row(bar, Text(count, style="bold"), Text(f"{step / total:.0%}"), Text(_eta(left_s)))
+    lines = Text()
+    for index, (name, value) in enumerate(_telling(fields)):
+        # Non-breaking inside a pair, so that a narrow screen wraps between pairs only.
+        lines.append("  " if index else "")
+        lines.append(f"{name}\N{NO-BREAK SPACE}".replace(" ", "\N{NO-BREAK SPACE}"), style="dim")
+        lines.append(value.replace(" ", "\N{NO-BREAK SPACE}"))
+    return Group(top, lines)
+
+
+def _plain_progress(
+    step: int, total: int, left_s: float | None, fields: Mapping[str, float | int | None]
+) -> str:
+    count = f"{step:>{len(str(total))}}/{total}"
+    numbers = "  ".join(f"{name} {value}" for name, value in _telling(fields))
+    return f"step {count} {step / total:>4.0%}  {_eta(left_s)}  {numbers}"
+
+
+def _telling(fields: Mapping[str, float | int | None]) -> Sequence[tuple[str, str]]:
+    """The numbers that a person watches: losses first, then speed, then what tells of trouble."""
+    losses = [(k.removeprefix("loss/"), v) for k, v in fields.items() if k.startswith("loss/")]
+    shown = [(name, "–" if value is None else f"{value:.3f}") for name, value in losses]
+    if not losses and (loss := fields.get("loss")) is not None:
+        shown.append(("loss", f"{loss:.3f}"))
+    for key, (name, write) in _SHOWN.items():
+        if (value := fields.get(key)) is not None:
+            shown.append((name, write(value)))
+    step_s, wait_s = fields.get("step_s"), fields.get("data_wait_s")
+    if step_s and wait_s is not None:
+        shown.append(("data wait", f"{wait_s / step_s:.0%}"))
+    return shown
+
+
+def _short(value: float) -> str:
+    """Three digits: 1234567 becomes 1.23M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size * 0.9995:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+_SHOWN: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "tokens_per_s": ("tokens/s", _short),
+    "mfu": ("MFU", lambda value: f"{value:.1%}"),
+    "lr": ("lr", lambda value: f"{value:.2e}"),
+    "grad_norm": ("grad norm", lambda value: f"{value:.2f}"),
+    "peak_gib": ("memory", lambda value: f"{value:.1f} GiB"),
+}
+
+
+def _eta(left_s: float | None) -> str:
+    if left_s is None:
+        return "eta -:--:--"
+    minutes, seconds = divmod(round(left_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    clock = f"{hours}:{minutes:02}:{seconds:02}"
+    return f"eta {days}d {clock}" if days else f"eta {clock}"
+
+
+def _rich_table(table: Table) -> RichTable:
+    rich_table = RichTable(
+        title=Text(table.title), title_justify="left", title_style="bold", box=None, pad_edge=False
+    )
+    for index, name in enumerate(table.columns):
+        is_text = all(isinstance(row[index], str) for row in table.rows)
+        rich_table.add_column(
+            Text(name),
+            justify="left" if is_text else "right",
+            overflow="fold",
+            header_style="dim",
+        )
+    for row in table.rows:
+        rich_table.add_row(*map(_cell, row))
+    return rich_table
+
+
+def _cell(cell: Cell) -> Text:
+    if cell is None:
+        return Text("–", style="dim")
+    if isinstance(cell, str):
+        return Text(cell)
+    if isinstance(cell, Change):
+        return Text(f"{cell.nats:+.3f}", style="green" if cell.nats <= 0 else "red")
+    return Text(f"{cell:,}" if isinstance(cell, int) else f"{cell:.3f}")
