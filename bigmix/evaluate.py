@@ -12,7 +12,7 @@ from bigmix.data.order import key_of
 from bigmix.data.stream import Stream
 from bigmix.dist import Cluster
 from bigmix.engine import Engine
-from bigmix.records import MicroBatch, Row
+from bigmix.records import MicroBatch, Row, RowId
 from bigmix.step import tensors
 
 _RESAMPLES = 1000
@@ -47,7 +47,7 @@ def evaluate(
     micro_batch_rows: int,
     max_rows: int | None,
 ) -> dict[str, HeldOut]:
-    """The held-out loss of each stream, over its first `max_rows` rows; a collective.
+    """The held-out loss of each stream, over all of its rows or `max_rows` spread evenly over them; a collective.
 
     Every rank makes the same number of forwards, with rows of no loss token where it has run out of its own: under
     ZeRO-3 a rank that stayed away would leave the others waiting.
@@ -67,7 +67,7 @@ def _losses_of_rank(
     micro_batch_rows: int,
     max_rows: int | None,
 ) -> list[DocumentLoss]:
-    row_ids = stream.in_shard_order()[:max_rows]
+    row_ids = _spread(stream.in_shard_order(), max_rows)
     own = row_ids[cluster.world.rank :: cluster.world.size]
     longest = -(-len(row_ids) // cluster.world.size)
     num_batches = -(-longest // micro_batch_rows)
@@ -85,6 +85,12 @@ def _losses_of_rank(
                 if count
             ]
     return losses
+
+
+def _spread(row_ids: Sequence[RowId], most: int | None) -> Sequence[RowId]:
+    if most is None or most >= len(row_ids):
+        return row_ids
+    return [row_ids[index * len(row_ids) // most] for index in range(most)]
 
 
 def _by_document(rows: Sequence[Row], *, is_idle: bool) -> tuple[MicroBatch, list[tuple[int, int]]]:

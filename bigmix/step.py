@@ -49,12 +49,15 @@ def run(
     shares: Shares,
     objective: Objective,
     lr: float,
+    chance: int,
     stop_asked: bool,
 ) -> StepResult:
     """One optimizer step; a collective, with one sum of counts before the first forward.
 
-    Every rank learns whether any of them was asked to stop.
+    `chance` decides the dropout of this step on this rank, so that a resumed run drops what an uninterrupted one
+    does. Every rank learns whether any of them was asked to stop.
     """
+    torch.manual_seed(chance)
     watch = Stopwatch(engine.device)
     names = tuple(batch.rows)
     counts = cluster.sum_counts(

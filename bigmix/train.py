@@ -10,6 +10,7 @@ from bigmix import checkpoint, step
 from bigmix.checkpoint import Position
 from bigmix.data.loader import Loader, Portion
 from bigmix.data.mixture import shares_at
+from bigmix.data.order import key_of
 from bigmix.dist import Cluster, leave
 from bigmix.ds_config import fill
 from bigmix.engine import AdamW, Engine, device_of, join, sharded_construction
@@ -92,6 +93,7 @@ def _train(parts: Parts, *, first: int) -> None:
             shares=_shares(recipe, batch.step),
             objective=recipe.objective,
             lr=learning_rate.at(batch.step),
+            chance=key_of(recipe.seed, "dropout", batch.step, portion.rank) >> 1,
             stop_asked=parts.flag.is_set,
         )
         ended = time.perf_counter()

@@ -165,6 +165,7 @@ def gradient_errors(rank, ranks, cluster, families):
                         shares=SHARES,
                         objective=objective,
                         lr=1e-3,
+                        chance=0,
                         stop_asked=False,
                     )
                     expected, sums = reference(family, weights, rows, objective)

@@ -75,7 +75,7 @@ def _commands() -> Iterator[Sequence[str]]:
         for part in ("", "-held-out"):
             yield [
                 *bigmix, "prepare", str(raw / f"{source}{part}.jsonl"), "--tokenizer", tokenizer,
-                "--output", str(data / f"{name}{part}"),
+                "--output", str(data / f"{name}{part}"), "--processes", "1",
             ]  # fmt: skip
     for name in ("base", "one-way", "two-way"):
         yield [

@@ -271,7 +271,7 @@ def _unfinished(
 
 
 def _realised(training: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> dict[str, Realised]:
-    """Shares over the whole run: of the last totals, and of the gradient the mean over steps."""
+    """Shares over the whole run, from its last line: all of them are running totals."""
     totals = {
         key: _normalised({name: training[-1].get(f"{key}/{name}") for name in sources})
         for key in ("total_rows", "total_tokens", "total_loss_tokens")
@@ -281,15 +281,10 @@ def _realised(training: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> 
             rows=totals["total_rows"][name],
             tokens=totals["total_tokens"][name],
             loss_tokens=totals["total_loss_tokens"][name],
-            gradient=_mean([line.get(f"gradient_share/{name}") for line in training]),
+            gradient=training[-1].get(f"gradient_share/{name}"),
         )
         for name in sources
     }
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

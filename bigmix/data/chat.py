@@ -209,11 +209,14 @@ def _turn_end(text: str, end: int, template: Template) -> int:
 class _Hidden:
     """Strings of special tokens inside what users wrote, replaced while the template works.
 
-    A template's special tokens are control; the same characters in a message are text and must stay text.
+    A template's special tokens are control; the same characters in a message are text and must stay text. The signs
+    that this module itself puts into text are hidden as well, so that no message can forge them.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._pattern = tokenizer.special_pattern
+        self._pattern = re.compile(
+            f"{tokenizer.special_pattern.pattern}|[{HIDDEN_OPEN}-{MARK_CLOSE}]"
+        )
         self.strings: list[str] = []
 
     def hide(self, value: Any) -> Any:
@@ -238,8 +241,7 @@ def _encode(tokenizer: Tokenizer, rendered: _Rendered, hidden: _Hidden) -> tuple
         covered[begin + 1 : end + 1] = 1
     covered = np.cumsum(covered)  # how many of the characters before a place are in the loss
     for index, piece in enumerate(HIDDEN.split(rendered.text)):
-        is_hidden = index % 2 == 1 and int(piece) < len(hidden.strings)
-        if is_hidden:
+        if index % 2 == 1:  # the number of a hidden string
             found = tokenizer.encode([hidden.strings[int(piece)]])[0]
             width = len(piece) + len(HIDDEN_OPEN + HIDDEN_CLOSE)
             inside = covered[at + width] > covered[at]

@@ -254,6 +254,13 @@ def _members(place: str, source: IO[bytes]) -> Iterator[_Member]:
                 f"{place} is cut short: no header and no end of archive at byte {tar.offset}; "
                 "fetch or write the file again"
             )
+        # Reading on to the end also makes a compressed file check its own checksum.
+        while rest := source.read(CHUNK):
+            if rest.count(0) != len(rest):
+                raise BadInput(
+                    f"{place} goes on behind the end of its archive at byte {tar.offset}; tars that were joined with "
+                    "cat are read only when they are files of their own"
+                )
 
 
 def _member_columns(place: str, name: str, suffix: str, content: bytes) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -75,7 +76,8 @@ def prepare(settings: PrepareSettings, report: Report = lambda *_: None) -> Prep
     beside.mkdir()
     try:
         collected = _Collected(job, beside, settings.shard_tokens)
-        _collect(collected, tokenised(job, chain(first, rows), settings.processes), report)
+        with closing(tokenised(job, chain(first, rows), settings.processes)) as batches:
+            _collect(collected, batches, report)
         job.tokenizer.save(beside / TOKENIZER_FOLDER)
         manifest = collected.manifest()
         write_manifest(beside, manifest)

@@ -60,9 +60,10 @@ def read_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
             f"{path} is not a sentencepiece model ({error}); give another file"
         ) from error
     kind = proto.trainer_spec.model_type
-    if kind not in (UNIGRAM, BPE):
+    if kind not in (UNIGRAM, BPE) or not proto.pieces:
         raise BadInput(
-            f"{path} is a sentencepiece model of type {kind}; allowed are unigram ({UNIGRAM}) and BPE ({BPE})"
+            f"{path} is a sentencepiece model of type {kind} with {len(proto.pieces)} pieces; allowed are unigram "
+            f"({UNIGRAM}) and BPE ({BPE}) with some"
         )
     backend = _backend(proto)
     for text in PROBES:

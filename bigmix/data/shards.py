@@ -252,15 +252,15 @@ def read_manifest(folder: str) -> Manifest:
         raise BadInput(
             f"{folder} is not a prepared source: it has no {MANIFEST}; make it with `bigmix prepare`"
         )
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         version = json.loads(text).get("version")
         if version != VERSION:
             raise BadInput(
                 f"{path} has version {version}, this bigmix reads {VERSION}; prepare the source again"
             )
         return Manifest.model_validate_json(text)
-    except (ValidationError, json.JSONDecodeError, AttributeError) as error:
+    except (ValidationError, ValueError, AttributeError) as error:
         first = str(error).splitlines()[0]
         raise BadInput(
             f"{path} is not a whole manifest ({first}); prepare the source again"

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -57,8 +57,13 @@ class TokenisedBatch:
     first_dropped: Mapping[str, str]
 
 
-def tokenised(job: Job, rows: Iterable[RawRow], processes: int) -> Iterator[TokenisedBatch]:
-    """Tokenise rows in batches; the batches and their order do not depend on the number of processes."""
+def tokenised(
+    job: Job, rows: Iterable[RawRow], processes: int
+) -> Generator[TokenisedBatch, None, None]:
+    """Tokenise rows in batches; the batches and their order do not depend on the number of processes.
+
+    To be closed by who does not take all of it: that ends the processes.
+    """
     batches = _batches(rows)
     few = list(islice(batches, 2))
     batches = chain(few, batches)
@@ -152,7 +157,7 @@ def _characters(value: Any) -> int:
 
 def _tokenised_in_processes(
     job: Job, batches: Iterable[Sequence[RawRow]], processes: int
-) -> Iterator[TokenisedBatch]:
+) -> Generator[TokenisedBatch, None, None]:
     pool = ProcessPoolExecutor(processes, _context(), initializer=_begin_worker, initargs=(job,))
     waiting: deque[Future[TokenisedBatch]] = deque()
     try:

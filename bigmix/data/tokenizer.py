@@ -196,7 +196,8 @@ def train_tokenizer(
 ) -> Path:
     """Train a tokenizer and return the path to load it from: the folder, for `unigram` its tokenizer.model.
 
-    `bpe` works on bytes, `unigram` falls back to bytes: with both, each text comes back unchanged from its ids.
+    `bpe` works on bytes, `unigram` falls back to bytes: with both, each text comes back unchanged from its ids
+    (but for U+2581, which sentencepiece takes for a space).
     """
     if (folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists():
         raise BadInput(f"{folder} already holds a tokenizer; give another folder or remove it")

@@ -16,8 +16,8 @@ from pathlib import Path
 HELD_OUT_OF_100 = 10
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _LONGEST_CODE = 40_000  # characters; tables such as those of the codecs would drown the rest
-_SHORTEST_ANSWER, _LONGEST_ANSWER = 20, 400
-_LONGEST_SIGNATURE = 300
+_SHORTEST_ANSWER, _LONGEST_ANSWER = 20, 200
+_LONGEST_SIGNATURE = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -143,7 +143,7 @@ class Train(Settings):
     evaluate_every: CountOrZero = 0
     """Steps between held-out evaluations; 0: only before the first and after the last step."""
     evaluate_rows: Count | None = None
-    """Rows of each held-out source that an evaluation reads at most; default: all of them."""
+    """Rows of each held-out source that an evaluation reads at most, spread evenly; default: all of them."""
     save_every: CountOrZero = 0
     """Steps between checkpoints; 0: only after the last step."""
     keep_checkpoints: Count = 2

@@ -1,0 +1,93 @@
+"""The recipe's models go in, docs/recipe.md comes out: every setting with its type, default and meaning."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from bigmix.recipe.models import Budget, ModelSettings, Recipe, Settings, Source, Train
+
+_TABLES: tuple[tuple[str, type[Settings]], ...] = (
+    ("", Recipe),
+    ("model", ModelSettings),
+    ("sources.NAME", Source),
+    ("budget", Budget),
+    ("train", Train),
+)
+_HEAD = """\
+# The recipe
+
+A run is one YAML file. Unknown keys are refused with the nearest known one, and all faults are told at once.
+Any setting can be changed on the command line: `train.steps=100 sources.web.share=0.2 budget.task_tokens=null`.
+Counts may be written `200M`, `512K` (1K is 1000) or `2e6`. `bigmix recipe show RECIPE` prints a recipe with all its
+defaults, `bigmix recipe schema` a JSON schema for editors.
+
+This page is made from the code by `make docs`.
+"""
+
+
+def document() -> str:
+    """The page, in Markdown."""
+    return _HEAD + "".join(_section(prefix, model) for prefix, model in _TABLES)
+
+
+def _section(prefix: str, model: type[Settings]) -> str:
+    title = f"`{prefix}`" if prefix else "Top level"
+    intro = (model.__doc__ or "").strip()
+    return f"\n## {title}\n\n{intro}\n\n| key | type | default | meaning |\n|---|---|---|---|\n" + "".join(
+        _rows(model)
+    )
+
+
+def _rows(model: type[Settings]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        meaning = (field.description or _tables_meaning(field)).replace("|", "\\|").replace("\n", " ")
+        yield f"| `{name}` | {_type(field)} | {_default(field)} | {meaning} |\n"
+
+
+def _tables_meaning(field: FieldInfo) -> str:
+    return "a table, see below" if isinstance(field.annotation, type) else ""
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    value: Any = field.default
+    if value is None or isinstance(value, BaseModel):
+        return "–"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{list(value) if isinstance(value, tuple) else value}`"
+
+
+def _type(field: FieldInfo) -> str:
+    text = _name(field.annotation)
+    return text.replace("|", "\\|")
+
+
+def _name(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(f"`{value}`" for value in arguments)
+    if origin is tuple:
+        return "list"
+    if origin is dict:
+        return "table"
+    if arguments:
+        names = [_name(a) for a in arguments if a is not type(None) and _is_type(a)]
+        return " | ".join(dict.fromkeys(names))
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "table"
+    names = {"int": "whole number", "float": "number", "str": "text", "bool": "true or false"}
+    return names.get(getattr(annotation, "__name__", ""), "value")
+
+
+def _is_type(argument: Any) -> bool:
+    """Whether an argument of an annotation is a type, and not a constraint on one."""
+    return isinstance(argument, type) or get_origin(argument) is not None
+
+
+if __name__ == "__main__":
+    sys.stdout.write(document())

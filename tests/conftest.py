@@ -1,0 +1,48 @@
+"""What several test modules share and is slow to make."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from bigmix.data.tokenizer import train_tokenizer
+
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "a",
+    "to",
+    "in",
+    "it",
+    "is",
+    "was",
+    "river",
+    "tower",
+    "under",
+    "bright",
+    "seven",
+    "learns",
+    "keeps",
+    "12",
+    "3.5",
+    "混合",
+    "知识",
+    "café",
+]
+
+
+def generated_texts(count: int, seed: int = 0) -> list[str]:
+    """Sentences of a few words, the same for the same seed."""
+    draw = random.Random(seed)
+    return [
+        " ".join(draw.choices(WORDS, k=draw.randint(3, 30))).capitalize() + ".\n"
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a byte-level BPE tokenizer of 400 entries, without BOS and without a chat template."""
+    folder = tmp_path_factory.mktemp("tokenizer") / "tiny"
+    return train_tokenizer(generated_texts(200), vocab_size=400, kind="bpe", folder=folder)

@@ -1,0 +1,142 @@
+"""Rows of the usual datasets are known by their columns."""
+
+import pytest
+
+from bigmix.data.recognise import Conversation, Dropped, Text, document_of, recognise
+from bigmix.errors import BadInput
+
+USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+
+
+def read(*rows, kind=None, columns=None):
+    layout = recognise(rows, kind=kind, columns=columns)
+    return [document_of(row, layout) for row in rows]
+
+
+def only(row, **options):
+    return read(row, **options)[0]
+
+
+@pytest.mark.parametrize("name", ["text", "content"])
+def test_a_text_column_is_a_text(name):
+    assert only({"id": 1, name: "Once"}) == Text(text="Once")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, ASSISTANT]},
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        {"conversations": [USER, ASSISTANT], "id": "x"},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, ASSISTANT]},
+        {"messages": [{**USER, "name": None, "tool_calls": None}, ASSISTANT]},
+        {"instruction": "Q", "output": "A", "input": ""},
+        {"instruction": "Q", "response": "A", "context": ""},
+        {"prompt": "Q", "completion": "A"},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"prompt": "Q", "response": "A"},
+        {"question": "Q", "answer": "A"},
+        {"question": "Q", "answers": ["A", "B"]},
+        {"question": "Q", "answers": {"text": ["A", "B"], "answer_start": [1, 2]}},
+        {"query": "Q", "response": "A"},
+        {"problem": "Q", "solution": "A"},
+        {"input": "Q", "output": "A"},
+    ],
+)
+def test_the_usual_spellings_of_a_question_and_an_answer_are_one_conversation(row):
+    assert only(row) == Conversation(messages=[USER, ASSISTANT], tools=None)
+
+
+def test_an_input_follows_its_instruction_and_a_context_precedes_its_question():
+    alpaca = only({"instruction": "Sum up.", "input": "Long text", "output": "A"})
+    squad = only({"context": "Long text", "question": "Who?", "answer": "A"})
+    assert alpaca.messages[0]["content"] == "Sum up.\n\nLong text"
+    assert squad.messages[0]["content"] == "Long text\n\nWho?"
+
+
+def test_a_system_column_tools_and_a_history_become_part_of_the_conversation():
+    tool = {"type": "function", "function": {"name": "f"}}
+    row = {
+        "system": "S",
+        "history": [["q", "a"]],
+        "prompt": "Q",
+        "response": "A",
+        "tools": f"[{str(tool).replace(chr(39), chr(34))}]",
+    }
+    document = only(row)
+    assert [turn["role"][0] + turn["content"] for turn in document.messages] == [
+        "sS", "uq", "aa", "uQ", "aA",
+    ]  # fmt: skip
+    assert document.tools == [tool]
+
+
+def test_arguments_of_a_tool_call_given_as_json_become_an_object():
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+    document = only({"messages": [USER, turn]})
+    assert document.messages[1]["content"] == ""
+    assert document.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+
+
+def test_rows_that_do_not_fit_are_dropped_with_a_reason():
+    rows = [{"text": "a"}, {"text": "b"}, {"text": "c"}, {"text": " \n"}, {"text": 3}, {}]
+    reasons = [each.reason for each in read(*rows) if isinstance(each, Dropped)]
+    assert reasons == ["empty", "bad_row", "bad_row"]
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [],
+        "text",
+        [{"role": "narrator", "content": "x"}],
+        [{"role": "user", "content": [{"type": "image"}]}],
+        [{"role": "user", "content": 3}],
+    ],
+)
+def test_turns_that_are_no_conversation_are_dropped(turns):
+    rows = [{"messages": [USER, ASSISTANT]}] * 2 + [{"messages": turns}]
+    assert read(*rows)[-1] == Dropped(reason="bad_row")
+
+
+def test_a_label_beside_a_text_is_told():
+    layout = recognise([{"text": "good film", "label": "pos"}], kind=None, columns=None)
+    assert layout.kind == "text"
+    assert layout.note is not None and "prompt=text,response=label" in layout.note
+
+
+def test_rows_that_could_be_both_kinds_say_so_and_kind_decides():
+    row = {"instruction": "Q", "output": "A", "text": "### Q\n### A"}
+    layout = recognise([row], kind=None, columns=None)
+    assert layout.kind == "chat" and layout.note is not None and "--kind text" in layout.note
+    assert only(row, kind="text") == Text(text="### Q\n### A")
+
+
+def test_columns_decide():
+    row = {"text": "good film", "label": 1}
+    asked, answered = (
+        {"role": "user", "content": "good film"},
+        {"role": "assistant", "content": "1"},
+    )
+    document = only(row, columns={"prompt": "text", "response": "label"})
+    assert document == Conversation(messages=[asked, answered], tools=None)
+    assert only({"body": "b"}, columns={"text": "body"}) == Text(text="b")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": "a"}, "prompt and response"),
+        ({"text": "a", "messages": "a"}, "either text"),
+        ({"text": "a", "colour": "a"}, "allowed are"),
+        ({"text": "missing"}, "missing"),
+    ],
+)
+def test_columns_that_make_no_sense_are_refused(columns, message):
+    with pytest.raises(BadInput, match=message):
+        recognise([{"a": "x"}], kind=None, columns=columns)
+
+
+def test_unknown_rows_are_refused_with_their_columns():
+    with pytest.raises(BadInput, match="headline, body"):
+        recognise([{"headline": "h", "body": "b"}], kind=None, columns=None)

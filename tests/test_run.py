@@ -1,0 +1,189 @@
+"""Whole runs by the real launchers: they end well, resume bit for bit, stop on a signal, and refuse bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from corpora import write_source
+from ranks import ROOT, environment, free_port
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+RECIPE = """\
+model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
+                 num_attention_heads: 4, max_position_embeddings: 64, attention_dropout: 0.1}}
+sequence_length: 64
+rows_per_step: 8
+sources:
+  web: {path: web, role: replay, share: [[0, 0.5], [8, 0.25]]}
+  chat: {path: chat, role: task, share: 0.75, held_out: held}
+budget: {steps: 8}
+train: {lr: 1e-2, micro_batch_rows: 2, save_every: 2, evaluate_every: 4, log_every: 1}
+deepspeed: ds_configs/cpu.json
+output: run
+"""
+TIMES = ("_s", "tokens_per_s", "peak_gib")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_source(folder / "web", "text")
+    write_source(folder / "chat", "chat", seed=1)
+    write_source(folder / "held", "chat", seed=1, shards=1)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+def bare(extra):
+    """An environment with nothing on PATH but the venv's own programs: no compiler, no shell tools."""
+    return extra | {"PATH": str(Path(sys.executable).parent), "DS_ACCELERATOR": "cpu"}
+
+
+def start(data, ranks, *overrides):
+    """The ranks of a run as plain processes, as srun starts them."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "launch/train.py"), "recipe.yaml", *overrides],
+            cwd=data,
+            env=bare(environment(rank, ranks, port)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def end(processes):
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    return [process.returncode for process in processes], "\n".join(said)
+
+
+def wait_for(path, processes):
+    until = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < until and all(p.poll() is None for p in processes), end(processes)
+        time.sleep(0.02)
+
+
+def lines(folder):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith(TIMES)} for line in found]
+
+
+def weights(folder):
+    return (folder / "export/model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(data):
+    """An uninterrupted run on two ranks, by the deepspeed launcher, without a compiler."""
+    done = subprocess.run(
+        [
+            str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2",
+            "--master_port", str(free_port()), str(ROOT / "launch/train.py"), "recipe.yaml", "output=whole",
+        ],
+        cwd=data, env=bare(os.environ | {"PYTHONPATH": str(ROOT)}), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return data / "whole", done.stdout
+
+
+def test_a_run_leaves_what_it_should(whole):
+    folder, said = whole
+    for name in ("recipe.yaml", "metrics.jsonl", "export/config.json", "log/rank-1.log"):
+        assert (folder / name).is_file(), name
+    assert (folder / "checkpoints/latest").read_text() == "step-000008\n"
+    assert "bigmix: two-way training" in said and "step 8/8 100%" in said
+    steps = [line for line in lines(folder) if "eval" not in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    last = steps[-1]
+    assert last["total_rows/web"] + last["total_rows/chat"] == 64
+    assert last["rows/web"] + last["rows/chat"] == 8
+    assert last["share_rows/web"] == pytest.approx(last["total_rows/web"] / 64)
+    evaluations = [line for line in lines(folder) if "eval" in line]
+    assert [line["step"] for line in evaluations] == [0, 4, 8]
+    assert evaluations[0]["forgetting/chat"] == 0
+    difference = evaluations[2]["held_out_loss/chat"] - evaluations[0]["held_out_loss/chat"]
+    assert evaluations[2]["forgetting/chat"] == pytest.approx(difference)
+    assert difference < -0.1
+
+
+def test_tensorboard_shows_the_run(whole):
+    events = EventAccumulator(str(whole[0] / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    assert {"loss/web", "gradient_share/chat", "forgetting/chat"} <= set(tags)
+    assert [event.step for event in events.Scalars("loss/chat")] == list(range(1, 9))
+
+
+def test_a_run_that_is_killed_resumes_bit_for_bit(whole, data):
+    killed = start(data, 2, "output=killed")
+    wait_for(data / "killed/checkpoints/step-000004", killed)
+    for process in killed:
+        process.send_signal(signal.SIGKILL)
+    end(killed)
+    assert not (data / "killed/export").exists()
+    codes, said = end(start(data, 2, "output=killed"))
+    assert codes == [0, 0], said
+    assert "going on after step" in said
+    assert lines(data / "killed") == lines(whole[0])
+    assert weights(data / "killed") == weights(whole[0])
+
+
+def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(whole, data):
+    asked = start(data, 2, "output=asked")
+    wait_for(data / "asked/checkpoints/step-000002", asked)
+    asked[1].send_signal(signal.SIGTERM)
+    codes, said = end(asked)
+    assert codes == [75, 75], said
+    assert "stopped on request after step" in said
+    codes, said = end(start(data, 2, "output=asked"))
+    assert codes == [0, 0], said
+    assert weights(data / "asked") == weights(whole[0])
+    codes, said = end(start(data, 1, "output=asked"))
+    assert codes == [0] and "is finished: all 8 steps are done" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.sead=1"], "train.sead is not a setting"),
+        (["sources.web.path=nowhere"], "nowhere is not a prepared source"),
+        (["rows_per_step=9"], "rows_per_step is 9, must be a multiple"),
+        (["sequence_length=65"], "sequence_length is 65, the model has positions for 64"),
+        (["model.config.vocab_size=50"], "prepared with a vocabulary of 96, the model has 50"),
+    ],
+)
+def test_bad_input_ends_with_2_before_anything_is_written(data, overrides, said):
+    codes, text = end(start(data, 1, "output=bad", "train.micro_batch_rows=2", *overrides))
+    assert codes == [2], text
+    assert f"error: {said}" in text or said in text
+    assert "Traceback" not in text
+    assert not (data / "bad/metrics.jsonl").exists()
+
+
+def test_another_tokenizer_than_the_models_is_refused(whole, data, tiny_tokenizer):
+    overrides = ["output=bad", "model.config=null", "model.path=whole/export"]
+    codes, text = end(start(data, 1, *overrides, f"model.tokenizer={tiny_tokenizer}"))
+    assert codes == [2], text
+    assert "is not the one that the sources are prepared with" in text
+
+
+def test_rows_are_named_alike_before_and_in_any_split(data):
+    def rows(ranks):
+        done = subprocess.run(
+            [sys.executable, "-m", "bigmix.cli", "rows", "recipe.yaml", "--step", "3", "--ranks", ranks],
+            cwd=data, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return [line.split() for line in done.stdout.splitlines()]
+
+    one, two = rows("1"), rows("2")
+    assert [row[2:] for row in one] == [row[2:] for row in two] and len(one) == 8
+    assert [row[0] for row in two] == ["0"] * 4 + ["1"] * 4
+    assert [row[1] for row in two] == ["0", "0", "1", "1"] * 2
