@@ -136,6 +136,7 @@ def test_a_run_that_is_killed_resumes_bit_for_bit(whole, data):
     assert weights(data / "killed") == weights(whole[0])
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(whole, data):
     asked = start(data, 2, "output=asked")
     wait_for(data / "asked/checkpoints/step-000002", asked)

@@ -1,6 +1,7 @@
 """Raw documents go in, a prepared source comes out: shards, their manifest and the tokenizer that made them."""
 
 import os
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -72,7 +73,8 @@ def prepare(settings: PrepareSettings, report: Report = lambda *_: None) -> Prep
     first = list(islice(rows, FIRST_ROWS))
     job, warnings = _job(settings, load_tokenizer(settings.tokenizer), first)
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    # Not named by process id: in containers each run has the same, and a killed one leaves its folder behind.
+    beside = output.with_name(f"{output.name}.tmp-{secrets.token_hex(4)}")
     beside.mkdir()
     try:
         collected = _Collected(job, beside, settings.shard_tokens)

@@ -1,7 +1,8 @@
 """A sentencepiece .model goes in, the same tokenizer as a fast Hugging Face one comes out, or a refusal.
 
 One implementation of a tokenizer then serves training, export and inference. The conversion is checked against
-sentencepiece itself on a probe, each time: what the two do not agree on is refused, not approximated.
+sentencepiece itself on a probe, each time. One difference remains in unigram models: where two ways to cut a word have
+the same score to the last digit of a float32, which sentencepiece sums in and tokenizers does not, either may be taken.
 """
 
 import re
@@ -46,7 +47,7 @@ PROBES = (
 
 
 def read_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
-    """Convert a unigram or BPE .model; the ids are those of sentencepiece.
+    """Convert a unigram or BPE .model; the ids are those of sentencepiece, but for ties.
 
     Raises BadInput where the file is no such model, or where the conversion would encode a probe differently.
     """

@@ -26,6 +26,7 @@ from bigmix.errors import BadInput
 
 Ids = npt.NDArray[np.uint32]
 END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"  # apart from the end, which is learned and must not be masked
 LONGEST_SENTENCE = 1 << 20  # bytes; sentencepiece leaves out longer ones, so texts are cut before
 
 
@@ -212,13 +213,13 @@ def _train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, PADDING],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PADDING
     ).save_pretrained(folder)
     return folder
 

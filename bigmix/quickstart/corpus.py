@@ -41,7 +41,7 @@ def build_corpus(folder: Path) -> Corpus:
         name = path.relative_to(library)
         text = path.read_text(encoding="utf-8", errors="replace")
         held_out = _is_held_out(str(name))
-        if len(text) <= _LONGEST_CODE:
+        if text.strip() and len(text) <= _LONGEST_CODE:
             code[held_out].append({"text": text})
         task[held_out] += list(_tasks(text))
     paths = [folder / f"{n}.jsonl" for n in ("code", "code-held-out", "task", "task-held-out")]

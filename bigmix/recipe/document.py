@@ -16,6 +16,7 @@ _TABLES: tuple[tuple[str, type[Settings]], ...] = (
     ("budget", Budget),
     ("train", Train),
 )
+_PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 _HEAD = """\
 # The recipe
 
@@ -36,14 +37,17 @@ def document() -> str:
 def _section(prefix: str, model: type[Settings]) -> str:
     title = f"`{prefix}`" if prefix else "Top level"
     intro = (model.__doc__ or "").strip()
-    return f"\n## {title}\n\n{intro}\n\n| key | type | default | meaning |\n|---|---|---|---|\n" + "".join(
-        _rows(model)
+    return (
+        f"\n## {title}\n\n{intro}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
+        + "".join(_rows(model))
     )
 
 
 def _rows(model: type[Settings]) -> Iterator[str]:
     for name, field in model.model_fields.items():
-        meaning = (field.description or _tables_meaning(field)).replace("|", "\\|").replace("\n", " ")
+        meaning = (
+            (field.description or _tables_meaning(field)).replace("|", "\\|").replace("\n", " ")
+        )
         yield f"| `{name}` | {_type(field)} | {_default(field)} | {meaning} |\n"
 
 
@@ -76,12 +80,11 @@ def _name(annotation: Any) -> str:
     if origin is dict:
         return "table"
     if arguments:
-        names = [_name(a) for a in arguments if a is not type(None) and _is_type(a)]
-        return " | ".join(dict.fromkeys(names))
+        members = [_name(a) for a in arguments if a is not type(None) and _is_type(a)]
+        return " | ".join(dict.fromkeys(members))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "table"
-    names = {"int": "whole number", "float": "number", "str": "text", "bool": "true or false"}
-    return names.get(getattr(annotation, "__name__", ""), "value")
+    return _PLAIN[annotation]
 
 
 def _is_type(argument: Any) -> bool:

@@ -1,0 +1,52 @@
+"""What the documents say is what the code does."""
+
+import json
+import re
+from pathlib import Path
+
+from bigmix import __version__
+from bigmix.ds_config import fill, read_ds_config
+from bigmix.recipe import load_recipe
+from bigmix.recipe.document import document
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_recipe_reference_is_current():
+    assert (ROOT / "docs/recipe.md").read_text() == document(), "run `make docs`"
+
+
+def test_every_recipe_in_the_readme_is_valid_and_short(tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(block)
+        load_recipe(str(path))
+        assert len(block.splitlines()) <= 15
+
+
+def test_the_quick_starts_recipes_differ_in_their_sources_alone():
+    folder = ROOT / "bigmix/quickstart"
+    one, two = (load_recipe(str(folder / f"{name}.yaml")) for name in ("one-way", "two-way"))
+    assert one.train == two.train and one.budget == two.budget and one.seed == two.seed
+    assert one.model == two.model and two.sources["code"].share == 0.2
+    load_recipe(str(folder / "base.yaml"))
+
+
+def test_every_deepspeed_file_takes_what_the_recipe_decides():
+    files = sorted((ROOT / "ds_configs").glob("*.json"))
+    assert {f.stem for f in files} >= {
+        "zero1", "zero2", "zero3", "zero3_offload", "zero3_nvme", "zero3_hpz", "cpu",
+    }  # fmt: skip
+    for file in files:
+        keys = fill(
+            read_ds_config(f"ds_configs/{file.name}"),
+            micro_batch_rows=2, accumulation=4, ranks=8, clip=1.0, dtype="bf16",
+        )  # fmt: skip
+        assert keys["train_batch_size"] == 64 and keys["bf16"]["enabled"] is True
+        json.dumps(keys)
+
+
+def test_the_changelog_has_this_version():
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
