@@ -75,13 +75,17 @@ def torn(folder: Path) -> list[str]:
     return said
 
 
-def load(engine: Engine, cluster: Cluster, path: Path, ranks: int) -> None:
-    """Put weights and optimizer back; a collective. Raises BadInput on another number of ranks than wrote it."""
-    if ranks != cluster.world.size:
+def check_ranks(path: Path, wrote: int, now: int) -> None:
+    """Raises BadInput where a checkpoint was written by another number of ranks than would load it."""
+    if wrote != now:
         raise BadInput(
-            f"{path} was written by {ranks} ranks and this run has {cluster.world.size}; "
-            f"start it with {ranks}, or begin a new run from an export"
+            f"{path} was written by {wrote} ranks and this run has {now}; start it with {wrote}, "
+            "or begin a new run from an export"
         )
+
+
+def load(engine: Engine, path: Path) -> None:
+    """Put weights and optimizer back; a collective."""
     engine.load(path.parent, path.name)
 
 

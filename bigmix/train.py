@@ -53,11 +53,15 @@ def run(recipe: Recipe, inputs: Inputs, world: World, terminal: Terminal) -> Non
     Raises BadInput before the first step, and Interrupted after a whole checkpoint when a signal asked to stop.
     """
     flag = StopFlag()
-    start = beginning(recipe)
+    cluster = join(world)
+    # Every file of a checkpoint is read to verify it: once, not by each rank.
+    (start, *_) = cluster.gather(beginning(recipe) if world.is_first else None)
+    if start.checkpoint is not None:
+        checkpoint.check_ranks(start.checkpoint, start.ranks, world.size)
     if start.position.step >= inputs.steps and (Path(recipe.output) / EXPORT).is_dir():
         terminal.note(f"{recipe.output} is finished: all {inputs.steps} steps are done")
+        leave()
         return
-    cluster = join(world)
     try:
         parts = _set_up(recipe, inputs, cluster, terminal, flag, start)
         _train(parts, first=start.position.step + 1)
@@ -168,7 +172,7 @@ def _set_up(
         terminal, recipe, inputs, world,
         parameters=count_parameters(model.lm), keys=keys, dtype=dtype, attention=attention,
     )  # fmt: skip
-    _resume(engine, cluster, report, terminal, start)
+    _resume(engine, report, terminal, start)
     log = _open_log(recipe, inputs, start) if world.is_first else None
     return Parts(
         recipe=recipe, inputs=inputs, cluster=cluster, engine=engine,
@@ -176,14 +180,12 @@ def _set_up(
     )  # fmt: skip
 
 
-def _resume(
-    engine: Engine, cluster: Cluster, report: Report, terminal: Terminal, start: Beginning
-) -> None:
+def _resume(engine: Engine, report: Report, terminal: Terminal, start: Beginning) -> None:
     for fault in start.torn:
         terminal.warning(f"checkpoint passed over: {fault}")
     if start.checkpoint is None:
         return
-    checkpoint.load(engine, cluster, start.checkpoint, start.ranks)
+    checkpoint.load(engine, start.checkpoint)
     report.resume(start.position.report)
     terminal.note(f"going on after step {start.position.step}, from {start.checkpoint}")
 
