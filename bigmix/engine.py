@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from bigmix.dist import Cluster, export_world
 from bigmix.ds_config import zero_stage
 from bigmix.errors import BigmixError
-from bigmix.world import World
+from bigmix.world import World, free_port
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +39,7 @@ def join(world: World) -> Cluster:
     else:
         torch.cuda.set_device(world.local_rank)
     if world.size == 1:
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
     export_world(world)
     backend = "gloo" if device_of(world).type == "cpu" else "nccl"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
@@ -60,12 +59,6 @@ def _use_gloo_alone() -> None:
     compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
     if isinstance(compatible, dict):
         compatible["deepspeed_shm_comm"] = False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class _SeenByTransformers:

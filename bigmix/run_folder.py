@@ -9,13 +9,7 @@ from bigmix.data.shards import replace_text
 from bigmix.errors import BadInput
 from bigmix.recipe import Recipe, differences, load_recipe, to_yaml
 
-RECIPE, METRICS, CHECKPOINTS, EXPORT, LOG = (
-    "recipe.yaml",
-    "metrics.jsonl",
-    "checkpoints",
-    "export",
-    "log",
-)
+RECIPE, CHECKPOINTS, EXPORT, LOG = "recipe.yaml", "checkpoints", "export", "log"
 # These change speed, memory and what is written down, never what is learned.
 _FREE = frozenset(
     f"train.{name}"

@@ -1,5 +1,6 @@
 """The environment that a launcher left goes in, who we are among all processes comes out."""
 
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -37,3 +38,10 @@ def world_of(environment: Mapping[str, str]) -> World:
         size=size,
         local_size=min(local_size, size),
     )
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on: the launchers' default collides with a second job."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -4,7 +4,6 @@ import argparse
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 from bigmix.errors import DONE, BadInput, BigmixError
 from bigmix.quickstart.corpus import build_corpus
 from bigmix.terminal import Terminal
+from bigmix.world import free_port
 
 FOLDER = Path("runs/quickstart")
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -79,7 +79,7 @@ def _commands() -> Iterator[Sequence[str]]:
             ]  # fmt: skip
     for name in ("base", "one-way", "two-way"):
         yield [
-            str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error", "--master_port", str(_free_port()),
+            str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error", "--master_port", str(free_port()),
             "--num_gpus", str(RANKS), str(_TRAIN), str(_RECIPES / f"{name}.yaml"),
         ]  # fmt: skip
     runs = [str(FOLDER / name) for name in ("one-way", "two-way")]
@@ -100,10 +100,3 @@ def _short(word: str) -> str:
     if path.parent == Path(sys.executable).parent:
         return path.name
     return os.path.relpath(word) if path.is_absolute() and path.is_file() else word
-
-
-def _free_port() -> int:
-    """A port that nobody listens on: the launcher's default collides with a second job."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,7 +1,6 @@
 """Folders of runs go in; out come a page, a picture, a table and a summary of what they kept and learned."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from bigmix.compare.judge import Summary, judge
 from bigmix.compare.page import page
 from bigmix.compare.read import read_runs
 from bigmix.compare.table import markdown, summary_tree
+from bigmix.data.shards import replace_text
 
 __all__ = ["Summary", "compare"]
 
@@ -30,13 +30,6 @@ def compare(runs: Sequence[Path], out: Path) -> Summary:
         "summary.json": json.dumps(summary_tree(comparison), indent=2, allow_nan=False) + "\n",
     }
     for name, text in texts.items():
-        _write(out / name, text)
+        replace_text(out / name, text)
     written = ["index.html", "figure.png", "table.md", "summary.json"]
     return Summary(comparison=comparison, files=[out / name for name in written])
-
-
-def _write(path: Path, text: str) -> None:
-    """Beside, then renamed: a reader never sees half a file."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

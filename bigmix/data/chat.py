@@ -36,7 +36,7 @@ TODAY = "strftime_now"
 HIDDEN_OPEN, HIDDEN_CLOSE, MARK_OPEN, MARK_CLOSE = "\ufdd0\ufdd1\ufdd2\ufdd3"
 HIDDEN = re.compile(f"{HIDDEN_OPEN}([0-9]+){HIDDEN_CLOSE}")
 MARK = re.compile(f"{MARK_OPEN}([0-9]+){MARK_CLOSE}")
-QUESTION, ANSWER = "Is it?", "It is so."
+QUESTION = "Is it?"
 
 Mask = npt.NDArray[np.bool_]
 

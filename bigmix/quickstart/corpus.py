@@ -10,7 +10,6 @@ import json
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 HELD_OUT_OF_100 = 10
@@ -20,18 +19,7 @@ _SHORTEST_ANSWER, _LONGEST_ANSWER = 20, 200
 _LONGEST_SIGNATURE = 100
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Corpus:
-    """Paths of the raw files that were written, and how many documents each holds."""
-
-    code: Path
-    code_held_out: Path
-    task: Path
-    task_held_out: Path
-    counts: tuple[int, int, int, int]
-
-
-def build_corpus(folder: Path) -> Corpus:
+def build_corpus(folder: Path) -> None:
     """Write the four raw files below `folder`, as JSON lines; the same files on every run of one Python."""
     folder.mkdir(parents=True, exist_ok=True)
     library = Path(sysconfig.get_paths()["stdlib"])
@@ -48,15 +36,6 @@ def build_corpus(folder: Path) -> Corpus:
     everything = (code[False], code[True], task[False], task[True])
     for path, rows in zip(paths, everything, strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    counts = tuple(len(rows) for rows in everything)
-    assert len(counts) == 4
-    return Corpus(
-        code=paths[0],
-        code_held_out=paths[1],
-        task=paths[2],
-        task_held_out=paths[3],
-        counts=counts,
-    )
 
 
 def _files(folder: Path) -> Iterator[Path]:
