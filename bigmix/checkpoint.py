@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigmix.data.shards import replace_text, sha256_of
 from bigmix.dist import Cluster
 from bigmix.engine import Engine
 from bigmix.errors import BadInput
+from bigmix.files import replace_text, sha256_of
 
 LISTING = "checkpoint.json"
 LATEST = "latest"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bigmix.data.loader import Plan
+from bigmix.data.manifest import Manifest, faults_of_shards, read_manifest
 from bigmix.data.mixture import Mixture, share_at, shares_at
-from bigmix.data.shards import Manifest, faults_of_shards, read_manifest
 from bigmix.data.stream import Stream
 from bigmix.ds_config import fill, read_ds_config
 from bigmix.errors import BadInput

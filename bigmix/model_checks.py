@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from bigmix.data.shards import Manifest
+from bigmix.data.manifest import Manifest
 from bigmix.data.tokenizer import fingerprint_of
 from bigmix.errors import BadInput
 from bigmix.model import max_positions

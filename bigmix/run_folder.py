@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigmix.checkpoint import Position, newest, torn
-from bigmix.data.shards import replace_text
 from bigmix.errors import BadInput
+from bigmix.files import replace_text
 from bigmix.recipe import Recipe, differences, load_recipe, to_yaml
 
 RECIPE, CHECKPOINTS, EXPORT, LOG = "recipe.yaml", "checkpoints", "export", "log"

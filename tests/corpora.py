@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 from tiny_models import VOCABULARY
 
-from bigmix.data.shards import (
+from bigmix.data.manifest import (
     Manifest,
-    ShardWriter,
     TemplateEntry,
     TokenizerEntry,
     token_dtype,
     write_manifest,
 )
+from bigmix.data.shards import ShardWriter, with_lengths
 
 FINGERPRINT = "f" * 64
 
@@ -43,22 +43,20 @@ def write_source(
                 mask = np.arange(length) > length // 2
             writer.add(ids, mask)
         entries.append(writer.close())
-    write_manifest(
-        folder,
-        Manifest(
-            kind=kind,
-            dtype=dtype,
-            tokenizer=TokenizerEntry(
-                name="tiny", fingerprint=fingerprint, vocab_size=VOCABULARY, bos_id=None, eos_id=2
-            ),
-            template=TemplateEntry(name="plain", sha256="0" * 64) if kind == "chat" else None,
-            read=shards * documents,
-            dropped={},
-            documents=shards * documents,
-            tokens=sum(entry.tokens for entry in entries),
-            loss_tokens=sum(entry.loss_tokens for entry in entries),
-            loss_bytes=3 * sum(entry.loss_tokens for entry in entries),
-            shards=tuple(entries),
+    manifest = Manifest(
+        kind=kind,
+        dtype=dtype,
+        tokenizer=TokenizerEntry(
+            name="tiny", fingerprint=fingerprint, vocab_size=VOCABULARY, bos_id=None, eos_id=2
         ),
+        template=TemplateEntry(name="plain", sha256="0" * 64) if kind == "chat" else None,
+        read=shards * documents,
+        dropped={},
+        documents=shards * documents,
+        tokens=sum(entry.tokens for entry in entries),
+        loss_tokens=sum(entry.loss_tokens for entry in entries),
+        loss_bytes=3 * sum(entry.loss_tokens for entry in entries),
+        shards=tuple(entries),
     )
+    write_manifest(folder, with_lengths(folder, manifest))
     return folder

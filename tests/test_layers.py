@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "bigmix"
 LAYERS = [
-    {"errors", "records", "world"},
-    {"recipe", "objective", "schedule", "data.mixture", "data.order", "dist"},
+    {"errors", "files", "records", "world"},
+    {"recipe", "objective", "schedule", "data.manifest", "data.mixture", "data.order", "dist"},
     {
         "data.recognise", "data.sentencepiece_model", "data.shards", "data.packing", "loss", "ds_config",
         "metrics", "terminal", "guard", "quickstart.corpus",

@@ -14,9 +14,10 @@ from bigmix.cli import main
 from bigmix.data import tokenise
 from bigmix.data.chat import encode_chat, open_template
 from bigmix.data.documents import RawRow
+from bigmix.data.manifest import MANIFEST, read_manifest
 from bigmix.data.prepare import PrepareSettings, prepare
 from bigmix.data.recognise import Conversation, Layout
-from bigmix.data.shards import MANIFEST, Shard, read_manifest
+from bigmix.data.shards import open_shard
 from bigmix.data.tokenizer import fingerprint_of, load_tokenizer
 from bigmix.errors import BadInput
 
@@ -55,7 +56,7 @@ def stored(folder):
     """Each document's ids and, for chats, its mask, over all shards."""
     manifest = read_manifest(str(folder))
     for entry in manifest.shards:
-        shard = Shard(folder / entry.file, entry, manifest.dtype)
+        shard = open_shard(folder, entry, manifest.dtype)
         for begin, end in zip(shard.offsets, shard.offsets[1:], strict=False):
             mask = shard.loss_mask(begin, end).tolist() if manifest.kind == "chat" else None
             yield shard.tokens(begin, end).tolist(), mask

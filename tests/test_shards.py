@@ -11,18 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigmix.data import shards
-from bigmix.data.shards import (
+from bigmix.data.manifest import (
     MANIFEST,
     Manifest,
-    Shard,
-    ShardWriter,
     TokenizerEntry,
     faults_of_shards,
     read_manifest,
     token_dtype,
     write_manifest,
 )
-from bigmix.errors import BadInput
+from bigmix.data.shards import ShardWriter, open_shard, with_lengths
+from bigmix.errors import BadInput, BigmixError
 
 EVERYTHING = 1 << 40
 
@@ -49,6 +48,7 @@ def source(folder, entries):
         kind="chat", dtype="uint32", tokenizer=tokenizer, template=None, read=9, dropped={},
         documents=9, tokens=tokens, loss_tokens=1, loss_bytes=1, shards=tuple(entries),
     )  # fmt: skip
+    manifest = with_lengths(folder, manifest)
     write_manifest(folder, manifest)
     return manifest
 
@@ -68,7 +68,7 @@ def test_slices_of_a_shard_equal_those_of_the_flat_arrays(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "BLOCK_TOKENS", block_tokens)
         entry = write(folder, written, masked=masked)
-    shard = Shard(folder / entry.file, entry, "uint32")
+    shard = open_shard(folder, entry, "uint32")
     ids = np.concatenate([ids for ids, _ in written])
     mask = np.concatenate([mask for _, mask in written])
     assert shard.lengths.tolist() == lengths
@@ -87,7 +87,7 @@ def test_webdataset_reads_the_same_tokens_lengths_and_masks(tmp_path, monkeypatc
     written = documents([30, 30, 5, 70, 1])
     entry = write(tmp_path, written)
     samples = list(webdataset.WebDataset(str(tmp_path / entry.file), shardshuffle=False).decode())
-    assert len(samples) == len(entry.blocks) > 1
+    assert len(samples) == entry.blocks > 1
     tokens = np.concatenate([sample["tokens.npy"] for sample in samples])
     lengths = np.concatenate([sample["lengths.npy"] for sample in samples])
     masks = np.concatenate(
@@ -129,7 +129,7 @@ def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path):
 def test_the_type_holds_the_largest_id(tmp_path, size, dtype):
     assert token_dtype(size) == dtype
     entry = write(tmp_path, [(np.array([size - 1], np.uint32), np.array([True]))], dtype=dtype)
-    assert Shard(tmp_path / entry.file, entry, dtype).tokens(0, 1).tolist() == [size - 1]
+    assert open_shard(tmp_path, entry, dtype).tokens(0, 1).tolist() == [size - 1]
 
 
 def test_a_manifest_reads_back_equal(tmp_path):
@@ -148,6 +148,7 @@ def test_a_manifest_reads_back_equal(tmp_path):
         b"3",
         b'{"version": 1}',
         b'{"version": 2}',
+        b'{"version": 2, "shards": {"file": []}}',
         b"\x00",
         b"{}",
         b"\xff",
@@ -192,7 +193,7 @@ def damage(path, how):
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("missing", "missing"), ("shorter", "bytes"), ("no tar", "not a tar"), ("one bit", "sha256")],
+    [("missing", "missing"), ("shorter", "bytes"), ("no tar", "sha256"), ("one bit", "sha256")],
 )
 def test_each_damaged_shard_is_named_with_its_fault(tmp_path, how, message):
     entries = [write(tmp_path, documents([900]), name=f"{n}.tar") for n in range(3)]
@@ -211,3 +212,34 @@ def test_checksums_stop_at_their_budget(tmp_path):
     damage(tmp_path / "2.tar", "one bit")
     assert not faults_of_shards(str(tmp_path), manifest, checksum_bytes=2 * entries[0].bytes)
     assert faults_of_shards(str(tmp_path), manifest, checksum_bytes=3 * entries[0].bytes)
+
+
+def test_the_lengths_of_a_chat_source_lie_beside_its_shards(tmp_path):
+    entries = [write(tmp_path, documents([9, 4, n]), name=f"{n}.tar") for n in (1, 2)]
+    manifest = source(tmp_path, entries)
+    assert np.load(tmp_path / manifest.lengths.file).tolist() == [9, 4, 1, 9, 4, 2]
+
+
+def test_any_flipped_bit_in_what_is_read_is_named_by_file_and_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "BLOCK_TOKENS", 50)
+    entry = write(tmp_path, documents([30, 30, 5, 70, 1]))
+    path = tmp_path / entry.file
+    content = path.read_bytes()
+    with tarfile.open(path) as tar:
+        arrays = [(info.offset_data + 128, info.offset_data + info.size) for info in tar]
+    for begin, end in arrays:
+        at = (begin + end) // 2
+        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        with pytest.raises(BigmixError, match=rf"{entry.file}: the block at byte {begin} "):
+            shard = open_shard(tmp_path, entry, "uint32")
+            shard.tokens(0, int(shard.offsets[-1]))
+            shard.loss_mask(0, int(shard.offsets[-1]))
+
+
+def test_a_shard_cut_short_is_refused_when_it_is_opened(tmp_path):
+    entry = write(tmp_path, documents([900]))
+    path = tmp_path / entry.file
+    for size in (0, 1, 511, entry.bytes - 1):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(BigmixError, match=entry.file):
+            open_shard(tmp_path, entry, "uint32")

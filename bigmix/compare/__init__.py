@@ -10,7 +10,7 @@ from bigmix.compare.judge import Summary, judge
 from bigmix.compare.page import page
 from bigmix.compare.read import read_runs
 from bigmix.compare.table import markdown, summary_tree
-from bigmix.data.shards import replace_text
+from bigmix.files import replace_text
 
 __all__ = ["Summary", "compare"]
 

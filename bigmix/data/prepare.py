@@ -13,17 +13,18 @@ from typing import Literal
 
 from bigmix.data.chat import Template, check_first, encode_chat, open_template
 from bigmix.data.documents import RawRow, ReadOptions, read_rows
-from bigmix.data.recognise import Conversation, Kind, Layout, document_of, recognise
-from bigmix.data.shards import (
+from bigmix.data.manifest import (
     MANIFEST,
     Manifest,
     ShardEntry,
-    ShardWriter,
+    ShardTable,
     TemplateEntry,
     TokenizerEntry,
     token_dtype,
     write_manifest,
 )
+from bigmix.data.recognise import Conversation, Kind, Layout, document_of, recognise
+from bigmix.data.shards import ShardWriter, with_lengths
 from bigmix.data.tokenise import Job, TokenisedBatch, TokenisedDocument, tokenised
 from bigmix.data.tokenizer import Tokenizer, load_tokenizer
 from bigmix.errors import BadInput
@@ -81,7 +82,7 @@ def prepare(settings: PrepareSettings, report: Report = lambda *_: None) -> Prep
         with closing(tokenised(job, chain(first, rows), settings.processes)) as batches:
             _collect(collected, batches, report)
         job.tokenizer.save(beside / TOKENIZER_FOLDER)
-        manifest = collected.manifest()
+        manifest = with_lengths(beside, collected.manifest())
         write_manifest(beside, manifest)
         os.replace(beside, output)
     finally:
@@ -201,7 +202,7 @@ class _Collected:
             tokens=self.tokens,
             loss_tokens=sum(shard.loss_tokens for shard in self._shards),
             loss_bytes=self._loss_bytes,
-            shards=tuple(self._shards),
+            shards=ShardTable.of(self._shards),
         )
 
 

@@ -12,10 +12,10 @@ from typing import Literal
 
 import numpy as np
 
+from bigmix.data.manifest import Manifest
 from bigmix.data.order import Indices, key_of, permutation
 from bigmix.data.packing import Packing, pack_chat, pack_text
-from bigmix.data.shards import Manifest, Shard, sha256_of
-from bigmix.errors import BigmixError
+from bigmix.data.shards import Shard, open_shard
 from bigmix.records import IGNORE, Row, RowId
 
 WINDOW_SHARDS = 16
@@ -49,7 +49,6 @@ class Stream:
         self._row_tokens = row_tokens
         self._long_documents = long_documents
         self._seed = seed
-        self._checked: set[int] = set()
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._open)
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._window = lru_cache(maxsize=2)(self._make_window)
@@ -90,7 +89,6 @@ class Stream:
 
     def read(self, row_id: RowId) -> Row:
         """The tokens of a row."""
-        self._check(row_id.shard)
         shard, packing = self._shard(row_id.shard), self.packings[row_id.shard]
         first, end = int(packing.firsts[row_id.row]), int(packing.firsts[row_id.row + 1])
         ids = np.zeros(self._row_tokens, np.int64)
@@ -120,19 +118,6 @@ class Stream:
             tokens=at,
         )
 
-    def _check(self, index: int) -> None:
-        """Before the first row of a shard is used, its content must be what was prepared."""
-        if index in self._checked:
-            return
-        entry = self.manifest.shards[index]
-        path = self._folder / entry.file
-        if sha256_of(path) != entry.sha256:
-            raise BigmixError(
-                f"{path}: its sha256 is not the manifest's: its content has changed; "
-                "restore the file or prepare the source again"
-            )
-        self._checked.add(index)
-
     def _pack(self, index: int) -> Packing:
         if self.manifest.kind == "text":
             return pack_text(self._shard(index).lengths, self._row_tokens)
@@ -140,7 +125,7 @@ class Stream:
 
     def _open(self, index: int) -> Shard:
         entry = self.manifest.shards[index]
-        return Shard(self._folder / entry.file, entry, self.manifest.dtype)
+        return open_shard(self._folder, entry, self.manifest.dtype)
 
     def _make_epoch(self, epoch: int) -> _Epoch:
         shards = permutation(len(self.packings), key_of(self._seed, self.name, epoch, "shards"))
