@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from bigmix.data.loader import micro_batch
+from bigmix.data.loader import fill_rows, micro_batch
 from bigmix.data.order import key_of
 from bigmix.data.stream import Stream
 from bigmix.dist import Cluster
 from bigmix.engine import Engine
-from bigmix.records import MicroBatch, Row, RowId
+from bigmix.records import Ints, MicroBatch, RowId
 from bigmix.step import tensors
 
 _RESAMPLES = 1000
@@ -75,10 +75,9 @@ def _losses_of_rank(
     with engine.evaluating():
         for index in range(num_batches):
             part = own[index * micro_batch_rows : (index + 1) * micro_batch_rows]
-            rows = [stream.read(row_id) for row_id in part] or [stream.read(row_ids[0])]
-            batch, documents = _by_document(rows, is_idle=not part)
+            batch, documents = _by_document(stream, part or row_ids[:1], is_idle=not part)
             _, sums_G = engine.forward(tensors(batch, [0.0] * len(documents), engine.device))
-            counts = np.bincount(batch.groups_N, minlength=len(documents))
+            counts = _loss_tokens(batch)
             losses += [
                 DocumentLoss(document=document, nll_sum=nll, loss_tokens=int(count))
                 for document, nll, count in zip(documents, sums_G.tolist(), counts, strict=True)
@@ -93,24 +92,31 @@ def _spread(row_ids: Sequence[RowId], most: int | None) -> Sequence[RowId]:
     return [row_ids[index * len(row_ids) // most] for index in range(most)]
 
 
-def _by_document(rows: Sequence[Row], *, is_idle: bool) -> tuple[MicroBatch, list[tuple[int, int]]]:
-    """The rows as a micro-batch whose groups are documents, and which (shard, document) each group is."""
-    batch = micro_batch(rows, [0] * len(rows))
-    documents = [(row.id.shard, int(d)) for row in rows for d in row.documents_P]
-    row_tokens = batch.ids_BT.shape[1]
-    starts = np.concatenate([row.starts_P + i * row_tokens for i, row in enumerate(rows)])
-    kept = batch.kept_N[:0] if is_idle else batch.kept_N
-    groups = np.searchsorted(starts, kept, side="right") - 1
-    return (
-        MicroBatch(
-            ids_BT=batch.ids_BT,
-            positions_BT=batch.positions_BT,
-            kept_N=kept,
-            labels_N=batch.labels_N[: len(kept)],
-            groups_N=groups,
-        ),
-        documents,
+def _by_document(
+    stream: Stream, row_ids: Sequence[RowId], *, is_idle: bool
+) -> tuple[MicroBatch, list[tuple[int, int]]]:
+    """The rows as a micro-batch whose groups are parts, and which (shard, document) each is from; -1 for padding."""
+    ids_BT, rows = fill_rows([stream], [(0, row_id.shard, row_id.row) for row_id in row_ids])
+    documents = []
+    for row_id, row in zip(row_ids, rows, strict=True):
+        padding = [-1] if row.tokens < ids_BT.shape[1] else []
+        documents += [(row_id.shard, document) for document in [*row.documents, *padding]]
+    batch = micro_batch(ids_BT, rows, [0] * len(rows))
+    runs = slice(0) if is_idle else slice(None)
+    batch = replace(
+        batch,
+        groups_P=np.arange(len(documents)),
+        begins_K=batch.begins_K[runs],
+        lengths_K=batch.lengths_K[runs],
     )
+    return batch, documents
+
+
+def _loss_tokens(batch: MicroBatch) -> Ints:
+    """How many loss tokens each part has; a run of them is in one part."""
+    parts_K = np.searchsorted(batch.starts_P, batch.begins_K, side="right") - 1
+    counts = np.bincount(parts_K, batch.lengths_K, minlength=len(batch.starts_P))
+    return counts.astype(np.int64)
 
 
 def summarise(stream: Stream, losses: Sequence[DocumentLoss]) -> HeldOut:

@@ -110,7 +110,7 @@ def _sources(recipe: Recipe, inputs: Inputs) -> Table:
 
 def _source(recipe: Recipe, stream: Stream, rows: int, rows_in_all: int) -> list[Cell]:
     source, manifest = recipe.sources[stream.name], stream.manifest
-    filled = stream.tokens_per_epoch / (stream.rows_per_epoch * recipe.sequence_length)
+    filled = stream.tokens_per_epoch / (stream.rows_per_epoch * stream.packer.row_tokens)
     return [
         stream.name,
         source.role,
@@ -126,7 +126,9 @@ def _source(recipe: Recipe, stream: Stream, rows: int, rows_in_all: int) -> list
 
 def _lost(stream: Stream) -> str:
     """Documents that packing leaves out or cuts, so that nothing goes without a word."""
-    dropped = sum(packing.dropped for packing in stream.packings)
-    truncated = sum(packing.truncated for packing in stream.packings)
-    said = [f"{dropped:,} too long" if dropped else "", f"{truncated:,} cut" if truncated else ""]
+    lost = stream.lost
+    said = [
+        f"{lost.dropped:,} too long" if lost.dropped else "",
+        f"{lost.truncated:,} cut" if lost.truncated else "",
+    ]
     return ", ".join(filter(None, said)) or "none"

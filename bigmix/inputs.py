@@ -9,10 +9,11 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from bigmix.data.loader import Plan
+from bigmix.data.loader import Plan, one_stage
 from bigmix.data.manifest import Manifest, faults_of_shards, read_manifest
-from bigmix.data.mixture import Mixture, share_at, shares_at
-from bigmix.data.stream import Stream
+from bigmix.data.mixture import Mixture
+from bigmix.data.shares import share_at, shares_of
+from bigmix.data.stream import Packer, Stream, open_stream
 from bigmix.ds_config import fill, read_ds_config
 from bigmix.errors import BadInput
 from bigmix.recipe import Recipe
@@ -68,9 +69,7 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool) -> Inputs:
     assert ds_keys is not None
     mixture = Mixture({n: s.share for n, s in recipe.sources.items()}, recipe.rows_per_step)
     return Inputs(
-        plan=Plan(
-            mixture=mixture, streams=streams, rows_per_step=recipe.rows_per_step, seed=recipe.seed
-        ),
+        plan=Plan(mixture=mixture, stages=one_stage(streams), seed=recipe.seed),
         held_out=held_out,
         steps=count_steps(recipe, streams),
         ds_keys=ds_keys,
@@ -95,7 +94,7 @@ def count_steps(recipe: Recipe, streams: Mapping[str, Stream]) -> int:
     )
     tokens, step = 0.0, 0
     while tokens < goal:
-        now = shares_at(shares, step)
+        now = shares_of(shares).at(step)
         gain = recipe.rows_per_step * sum(now[name] * row_tokens[name] for name in names)
         if is_constant or step >= last_point:
             if gain == 0:
@@ -194,14 +193,11 @@ def _tokenizer_faults(manifests: Mapping[str, Manifest]) -> Iterator[str]:
 
 def _stream(recipe: Recipe, name: str, path: str, manifests: Mapping[str, Manifest]) -> Stream:
     source = recipe.sources.get(name)
-    return Stream(
-        name,
-        path,
-        manifests[path],
+    packer = Packer(
         row_tokens=recipe.sequence_length,
         long_documents=source.long_documents if source is not None else "drop",
-        seed=recipe.seed,
     )
+    return open_stream(name, path, manifests[path], packer, seed=recipe.seed)
 
 
 def _empty(stream: Stream) -> Iterator[str]:

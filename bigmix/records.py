@@ -1,14 +1,17 @@
-"""The records that travel between the parts. Letters: B rows, T positions of a row, S sources, N loss tokens, P parts."""
+"""The records that travel between the parts. Letters: B rows, T positions of a row, R rows of a rank's step, N loss tokens, P parts,
+K runs of loss tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 IGNORE = -100  # the label of a position whose prediction is not in the loss
 
-Ints = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.signedinteger[Any]]
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +25,37 @@ class RowId:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RowPlaces:
+    """Many row ids by column; `sources_R` are indices into `names`."""
+
+    names: Sequence[str]
+    sources_R: Ints
+    epochs_R: Ints
+    shards_R: Ints
+    rows_R: Ints
+
+    def ids(self) -> list[RowId]:
+        """The same as records."""
+        columns = (self.sources_R, self.epochs_R, self.shards_R, self.rows_R)
+        return [
+            RowId(source=self.names[source], epoch=epoch, shard=shard, row=row)
+            for source, epoch, shard, row in zip(*(c.tolist() for c in columns), strict=True)
+        ]
+
+    def part(self, rows: slice) -> "RowPlaces":
+        """Some of them."""
+        return RowPlaces(
+            names=self.names,
+            sources_R=self.sources_R[rows],
+            epochs_R=self.epochs_R[rows],
+            shards_R=self.shards_R[rows],
+            rows_R=self.rows_R[rows],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """`sequence_length` tokens packed from documents of one source.
+    """`sequence_length` tokens packed from documents of one source, as one looks at them.
 
     `labels_T[t]` is the token that position t must predict, IGNORE where none is. Positions restart in each part;
     what follows the last part is padding and a part of its own. `documents_P` says which document of its shard a part
@@ -41,17 +73,26 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """The rows of one forward pass, with the loss tokens singled out.
+    """The rows of one forward pass: what cannot be worked out on the device.
 
-    `kept_N` are the flat positions (row * T + position) whose prediction is in the loss, `labels_N` what they must
-    predict, `groups_N` the index of the sum that each of them goes to: its source while training.
+    Parts, padding among them, begin at the flat positions (row * T + position) `starts_P`; the sums of a part go to
+    `groups_P`: its source while training. The flat positions whose prediction, the token that follows, is in the loss
+    are runs of `lengths_K` from `begins_K` on.
     """
 
     ids_BT: Ints
-    positions_BT: Ints
-    kept_N: Ints
-    labels_N: Ints
-    groups_N: Ints
+    starts_P: Ints
+    groups_P: Ints
+    begins_K: Ints
+    lengths_K: Ints
+
+    @property
+    def kept_N(self) -> Ints:  # noqa: N802
+        """The flat positions whose prediction is in the loss."""
+        before_K = np.cumsum(self.lengths_K) - self.lengths_K
+        count = int(self.lengths_K.sum())
+        kept_N: Ints = np.arange(count) + np.repeat(self.begins_K - before_K, self.lengths_K)
+        return kept_N
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +105,6 @@ class StepBatch:
 
     step: int
     micro_batches: tuple[MicroBatch, ...]
-    row_ids: tuple[RowId, ...]
     rows: Mapping[str, int]
     tokens: Mapping[str, int]
     loss_tokens: Mapping[str, int]

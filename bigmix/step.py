@@ -113,21 +113,34 @@ def tensors(
     """A micro-batch on the device, each loss token with the coefficient of its group."""
 
     def move(array: Ints) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        return torch.from_numpy(array).to(device, non_blocking=True).long()
 
-    groups_N = move(micro_batch.groups_N)
+    ids_BT, starts_P = move(micro_batch.ids_BT), move(micro_batch.starts_P)
+    lengths_P = torch.diff(starts_P, append=starts_P.new_full((1,), ids_BT.numel()))
+    positions_X, part_X = _runs(torch.zeros_like(starts_P), lengths_P, ids_BT.numel())
+    num_kept = int(micro_batch.lengths_K.sum())
+    kept_N, _ = _runs(move(micro_batch.begins_K), move(micro_batch.lengths_K), num_kept)
+    groups_N = move(micro_batch.groups_P)[part_X[kept_N]]
     table_G = torch.tensor(coefficients_G, dtype=torch.float32, device=device)
     return ModelTensors(
-        ids_BT=move(micro_batch.ids_BT),
-        positions_BT=move(micro_batch.positions_BT),
-        kept_N=move(micro_batch.kept_N),
+        ids_BT=ids_BT,
+        positions_BT=positions_X.view_as(ids_BT),
+        kept_N=kept_N,
         tokens=LossTokens(
-            labels_N=move(micro_batch.labels_N),
+            labels_N=ids_BT.flatten()[kept_N + 1],
             groups_N=groups_N,
             coefficients_N=table_G[groups_N],
             num_groups=len(coefficients_G),
         ),
     )
+
+
+def _runs(begins_K: Tensor, lengths_K: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Runs of numbers laid end to end, begins_K[k], begins_K[k] + 1, ..., `count` in all, and the run of each."""
+    # With the size given, the device is not waited for.
+    run_X = torch.repeat_interleave(lengths_K, output_size=count)
+    shifts_K = begins_K - lengths_K.cumsum(0) + lengths_K
+    return torch.arange(count, device=begins_K.device) + shifts_K[run_X], run_X
 
 
 class Stopwatch:

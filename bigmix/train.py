@@ -9,8 +9,8 @@ from pathlib import Path
 from bigmix import checkpoint, step
 from bigmix.checkpoint import Position
 from bigmix.data.loader import Loader, Portion
-from bigmix.data.mixture import shares_at
 from bigmix.data.order import key_of
+from bigmix.data.shares import shares_of
 from bigmix.dist import Cluster, leave
 from bigmix.ds_config import fill
 from bigmix.engine import AdamW, Engine, device_of, join, sharded_construction
@@ -251,7 +251,7 @@ def _shares(recipe: Recipe, at_step: int) -> step.Shares:
     """The shares of a step, counted from 1; a schedule's points count the steps that are done."""
     rows = {name: source.share for name, source in recipe.sources.items()}
     loss = {name: source.loss_share or source.share for name, source in recipe.sources.items()}
-    return step.Shares(rows=shares_at(rows, at_step - 1), loss=shares_at(loss, at_step - 1))
+    return step.Shares(rows=shares_of(rows).at(at_step - 1), loss=shares_of(loss).at(at_step - 1))
 
 
 def _learning_rate(recipe: Recipe, steps: int) -> LearningRate:

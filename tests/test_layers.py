@@ -8,15 +8,16 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "bigmix"
 LAYERS = [
     {"errors", "files", "records", "world"},
-    {"recipe", "objective", "schedule", "data.manifest", "data.mixture", "data.order", "dist"},
+    {"recipe", "objective", "schedule", "data.manifest", "data.shares", "data.order", "dist"},
     {
-        "data.recognise", "data.sentencepiece_model", "data.shards", "data.packing", "loss", "ds_config",
+        "data.recognise", "data.sentencepiece_model", "data.shards", "data.packing", "data.mixture", "loss", "ds_config",
         "metrics", "terminal", "guard", "quickstart.corpus",
     },
-    {"data.documents", "data.tokenizer", "model", "flops", "data.stream", "engine"},
-    {"data.chat", "data.loader", "model_checks", "step", "checkpoint"},
-    {"data.tokenise", "inputs", "soundness", "evaluate", "run_folder"},
-    {"data.prepare", "report", "export"},
+    {"data.documents", "data.tokenizer", "model", "flops", "data.rows", "engine"},
+    {"data.chat", "data.stream", "model_checks", "step", "checkpoint"},
+    {"data.tokenise", "data.loader", "soundness", "run_folder"},
+    {"data.prepare", "inputs", "evaluate", "export"},
+    {"report"},
     {"header", "compare"},
     {"train"},
     {"cli"},

@@ -1,10 +1,11 @@
 """Packing loses nothing that it does not count, splits no conversation, and fills rows well."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigmix.data.packing import best_fit, pack_chat, pack_text
+from bigmix.data.packing import count_chat_rows, lost, pack_chat, pack_text
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 
@@ -18,18 +19,31 @@ def rows_of(packing):
 
 
 @settings(max_examples=150, deadline=None)
-@given(LENGTHS, st.integers(1, 40))
-def test_text_is_laid_end_to_end_and_no_token_is_lost(lengths, row_tokens):
+@given(LENGTHS, st.integers(1, 40), st.integers(0, 45))
+def test_no_token_of_a_text_is_lost_and_short_documents_stay_whole(lengths, row_tokens, whole):
     owner = np.repeat(np.arange(len(lengths)), lengths)
-    seen = []
-    rows = rows_of(pack_text(np.array(lengths), row_tokens))
+    seen, parts_of = [], [0] * len(lengths)
+    rows = rows_of(pack_text(np.array(lengths), row_tokens, whole))
     for index, row in enumerate(rows):
         filled = sum(stop - start for start, stop, _ in row)
-        assert filled == row_tokens or index == len(rows) - 1
+        assert 0 < filled <= row_tokens
+        if index + 1 < len(rows) and filled < row_tokens:
+            following = rows[index + 1][0][2]
+            assert lengths[following] < whole and lengths[following] > row_tokens - filled
         for start, stop, document in row:
             assert (owner[start:stop] == document).all()
             seen += range(start, stop)
+            parts_of[document] += 1
     assert seen == list(range(sum(lengths)))
+    for length, parts in zip(lengths, parts_of, strict=True):
+        assert parts == 1 or length >= whole or length > row_tokens
+
+
+def test_text_that_may_be_split_anywhere_is_cut_at_multiples_of_the_row():
+    packing = pack_text(np.array([5, 4]), 4, 0)
+    assert rows_of(packing) == [[(0, 4, 0)], [(4, 5, 0), (5, 8, 1)], [(8, 9, 1)]]
+    packing = pack_text(np.array([5, 4]), 4, 5)
+    assert rows_of(packing) == [[(0, 4, 0)], [(4, 5, 0)], [(5, 9, 1)]]
 
 
 @settings(max_examples=150, deadline=None)
@@ -45,33 +59,40 @@ def test_chats_are_whole_and_what_is_too_long_is_counted(lengths, row_tokens, to
             assert stop - start == min(lengths[document], row_tokens)
             seen.append(document)
     long = [i for i, length in enumerate(lengths) if length > row_tokens]
-    assert len(seen) == len(set(seen)) == len(lengths) - packing.dropped
-    assert (packing.dropped if too_long == "drop" else packing.truncated) == len(long)
+    left_out = lost(np.array(lengths), row_tokens, too_long)
+    assert len(seen) == len(set(seen)) == len(lengths) - left_out.dropped
+    assert (left_out.dropped if too_long == "drop" else left_out.truncated) == len(long)
     kept_tokens = int((packing.stops - packing.starts).sum())
-    assert kept_tokens + packing.tokens_lost == sum(lengths)
+    assert kept_tokens + left_out.tokens == sum(lengths)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(LENGTHS, st.integers(50, 100))
-def test_best_fit_is_that_of_a_plain_search(lengths, row_tokens):
-    rooms, expected = [], []
-    for length in lengths:
+def test_rows_are_filled_as_a_plain_best_fit_decreasing_fills_them(lengths, row_tokens):
+    rooms = []
+    for length in sorted(lengths, reverse=True):
         fitting = [room for room in rooms if room >= length]
         room = min(fitting, default=None)
         if room is None:
             rooms.append(row_tokens)
             room = row_tokens
         rooms[rooms.index(room)] = room - length
-        expected.append(room - length)
-    left = [row_tokens] * len(lengths)
-    found = []
-    for row, length in zip(best_fit(lengths, row_tokens), lengths, strict=True):
-        left[row] -= length
-        found.append(left[row])
-    assert found == expected
+    packing = pack_chat(np.array(lengths), row_tokens, "drop")
+    found = [row_tokens - sum(stop - start for start, stop, _ in row) for row in rows_of(packing)]
+    assert sorted(found) == sorted(rooms)
+    assert count_chat_rows(np.array(lengths), row_tokens, "drop") == len(rooms)
 
 
-def test_chats_of_real_lengths_fill_their_rows():
-    lengths = np.clip(np.random.default_rng(0).lognormal(5.2, 0.7, 5000), 20, 2048).astype(int)
+@pytest.mark.parametrize("mean", [4.0, 5.2, 6.2])
+def test_chats_of_real_lengths_fill_their_rows(mean):
+    draw = np.random.default_rng(0)
+    lengths = np.clip(draw.lognormal(mean, 0.7, 20_000), 20, 2048).astype(int)
     packing = pack_chat(lengths, 2048, "drop")
     assert lengths.sum() / (packing.rows * 2048) > 0.99
+
+
+def test_no_chat_fits_and_none_is_there():
+    for lengths in (np.array([9, 9]), np.zeros(0, np.int64)):
+        packing = pack_chat(lengths, 4, "drop")
+        assert packing.rows == 0 == count_chat_rows(lengths, 4, "drop")
+    assert pack_text(np.zeros(0, np.int64), 4, 2).rows == 0

@@ -14,12 +14,13 @@ from tiny_models import FAMILIES, VOCABULARY
 
 from bigmix import step
 from bigmix.data.loader import micro_batch
+from bigmix.data.rows import FilledRow
 from bigmix.dist import leave
 from bigmix.ds_config import fill, read_ds_config
 from bigmix.engine import AdamW, Engine, join, sharded_construction
 from bigmix.export import export
 from bigmix.model import build, read_config
-from bigmix.records import IGNORE, Row, RowId, StepBatch
+from bigmix.records import StepBatch
 from bigmix.world import world_of
 
 ROW = 64
@@ -48,39 +49,38 @@ def documents(packed):
     return rows
 
 
-def as_row(source, parts):
-    ids, labels = np.zeros(ROW, np.int64), np.full(ROW, IGNORE, np.int64)
-    positions, starts, at = np.zeros(ROW, np.int64), [], 0
+def as_row(parts):
+    """A row's ids, and what else is in it: each loss token is a run of its own."""
+    ids, starts, begins, at = np.zeros(ROW, np.int32), [], [], 0
     for part_ids, flags in parts:
         n = len(part_ids)
         starts.append(at)
-        ids[at : at + n], positions[at : at + n] = part_ids, np.arange(n)
-        labels[at : at + n - 1] = np.where(flags[1:], part_ids[1:], IGNORE)
+        ids[at : at + n] = part_ids
+        begins += (at + np.flatnonzero(flags[1:])).tolist()
         at += n
-    positions[at:] = np.arange(ROW - at)
-    return Row(
-        id=RowId(source=source, epoch=0, shard=0, row=0),
-        ids_T=ids,
-        positions_T=positions,
-        labels_T=labels,
-        starts_P=np.array(starts),
-        documents_P=np.arange(len(starts)),
-        tokens=at,
-    )
+    filled = FilledRow(
+        starts=starts, documents=range(len(starts)), begins=begins, lengths=[1] * len(begins), tokens=at, squares=0
+    )  # fmt: skip
+    return ids, filled
 
 
 def batch_of(rows, rank, ranks, accumulation):
+    """`rows` are (source, ids, filled row)."""
     own = rows[rank * len(rows) // ranks : (rank + 1) * len(rows) // ranks]
     size = len(own) // accumulation
     parts = [own[i : i + size] for i in range(0, len(own), size)]
-    loss = {
-        s: sum(int((r.labels_T != IGNORE).sum()) for r in own if r.id.source == s) for s in SOURCES
-    }
+    loss = {s: sum(len(row.begins) for source, _, row in own if source == s) for s in SOURCES}
     return StepBatch(
         step=1,
-        micro_batches=tuple(micro_batch(p, [SOURCES.index(r.id.source) for r in p]) for p in parts),
-        row_ids=tuple(r.id for r in own),
-        rows={s: sum(r.id.source == s for r in rows) for s in SOURCES},
+        micro_batches=tuple(
+            micro_batch(
+                np.stack([ids for _, ids, _ in p]),
+                [row for _, _, row in p],
+                [SOURCES.index(source) for source, _, _ in p],
+            )
+            for p in parts
+        ),
+        rows={s: sum(source == s for source, _, _ in rows) for s in SOURCES},
         tokens=dict.fromkeys(SOURCES, 1),
         loss_tokens=loss,
         squares=0,
@@ -155,7 +155,7 @@ def gradient_errors(rank, ranks, cluster, families):
             engine = make_engine(family, accumulation, ranks)
             for packed in (True, False):
                 rows = documents(packed)
-                batch = batch_of([as_row(*r) for r in rows], rank, ranks, accumulation)
+                batch = batch_of([(s, *as_row(p)) for s, p in rows], rank, ranks, accumulation)
                 for objective in ("per_source", "per_token"):
                     weights = whole_weights(engine)
                     result = step.run(

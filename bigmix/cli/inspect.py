@@ -5,7 +5,7 @@ import hashlib
 import json
 from typing import Any
 
-from bigmix.data.loader import Portion, step_batch
+from bigmix.data.loader import Portion
 from bigmix.errors import DONE, BadInput
 from bigmix.inputs import open_inputs
 from bigmix.recipe import Recipe, load_recipe, to_yaml
@@ -58,6 +58,7 @@ def _rows(known: argparse.Namespace) -> int:
         )
     recipe = load_recipe(known.recipe, known.overrides)
     plan = open_inputs(recipe, ranks=known.ranks, verify=False).plan
+    streams = plan.streams_at(known.step)
     for rank in range(known.ranks):
         portion = Portion(
             rank=rank,
@@ -65,9 +66,8 @@ def _rows(known: argparse.Namespace) -> int:
             rows_per_step=recipe.rows_per_step,
             micro_batch_rows=recipe.train.micro_batch_rows,
         )
-        batch = step_batch(plan, portion, known.step)
-        for index, row_id in enumerate(batch.row_ids):
-            row = plan.streams[row_id.source].read(row_id)
+        for index, row_id in enumerate(plan.places(portion, known.step).ids()):
+            row = streams[row_id.source].read(row_id)
             tokens = row.ids_T[: row.tokens].astype("<u4").tobytes()
             micro_batch = index // recipe.train.micro_batch_rows
             digest = hashlib.sha256(tokens).hexdigest()

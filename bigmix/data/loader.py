@@ -1,18 +1,24 @@
 """Mixture and streams go in, the batch of each step comes out for one rank, made ready ahead of need by a thread."""
 
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from functools import lru_cache, partial
+from itertools import accumulate, islice, pairwise
 
 import numpy as np
 
-from bigmix.data.mixture import Mixture
-from bigmix.data.order import key_of, permutation
+from bigmix.data.mixture import Mixture, Places
+from bigmix.data.order import key_of
+from bigmix.data.rows import FilledRow
 from bigmix.data.stream import Stream
-from bigmix.records import IGNORE, MicroBatch, Row, RowId, StepBatch
+from bigmix.records import Ints, MicroBatch, RowId, RowPlaces, StepBatch
+
+LOCATED_ROWS = (
+    1024  # rows of a rank that are looked up together: one look-up costs what hundreds of rows cost
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,62 +38,190 @@ class Portion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What decides the rows of every step: the same plan gives the same rows on any number of ranks."""
+class Stage:
+    """Steps from `first_step` on, whose rows have the length that the packers of these streams say."""
 
-    mixture: Mixture
+    first_step: int
     streams: Mapping[str, Stream]
-    rows_per_step: int
-    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Start:
+    """Where a stage begins in a source: after `drawn` rows of the run, with row `index` of its stream."""
+
+    drawn: int
+    index: int
+
+
+class Plan:
+    """What decides the rows of every step: the same plan gives the same rows on any number of ranks.
+
+    Where rows change their length, each source goes on at the same fraction of its epoch.
+    """
+
+    def __init__(self, *, mixture: Mixture, stages: Sequence[Stage], seed: int) -> None:
+        self.mixture = mixture
+        self.rows_per_step = mixture.rows_per_step
+        self._seed = seed
+        self._stages = stages
+        self._first_steps = [stage.first_step for stage in stages]
+        self._starts = list(accumulate(stages[1:], self._next_starts, initial=self._zero()))
+        self._located = lru_cache(maxsize=4)(self._locate)
+
+    @property
+    def streams(self) -> Mapping[str, Stream]:
+        """The sources, with the rows of the last stage."""
+        return self._stages[-1].streams
+
+    def streams_at(self, step: int) -> Mapping[str, Stream]:
+        """The sources, with the rows of a step, counted from 1."""
+        return self._stages[bisect_right(self._first_steps, step) - 1].streams
 
     def row_ids(self, step: int) -> list[RowId]:
-        """The rows of a step, counted from 1, over all ranks and in the order in which ranks take their blocks.
+        """The rows of a step, counted from 1, over all ranks and in the order in which ranks take their blocks."""
+        return self._locate(step, 1, 0, self.rows_per_step).ids()
 
-        They are permuted, since blocks of the regular order would give each rank its own kind of row.
+    def places(self, portion: Portion, step: int) -> RowPlaces:
+        """The rows of one rank in a step, counted from 1."""
+        start, stop = portion.rows.start, portion.rows.stop
+        steps = max(1, LOCATED_ROWS // (stop - start))
+        first = (step - 1) // steps * steps + 1
+        at = (step - first) * (stop - start)
+        return self._located(first, steps, start, stop).part(slice(at, at + stop - start))
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How many times each source has been gone through after a step."""
+        at = bisect_right(self._first_steps, step) - 1
+        starts, streams = self._starts[at], self._stages[at].streams
+        drawn = self.mixture.counts(step * self.rows_per_step)
+        return {
+            name: (drawn[name] - start.drawn + start.index) / streams[name].rows_per_epoch
+            for name, start in starts.items()
+        }
+
+    def _zero(self) -> dict[str, _Start]:
+        return {name: _Start(drawn=0, index=0) for name in self.mixture.names}
+
+    def _next_starts(self, starts: Mapping[str, _Start], stage: Stage) -> dict[str, _Start]:
+        """Where the sources stand when a stage begins; `starts` is the same of the stage before."""
+        drawn = self.mixture.counts((stage.first_step - 1) * self.rows_per_step)
+        before = self.streams_at(stage.first_step - 1)
+        found = {}
+        for name, start in starts.items():
+            old, new = before[name].rows_per_epoch, stage.streams[name].rows_per_epoch
+            epochs, rest = divmod(drawn[name] - start.drawn + start.index, old)
+            found[name] = _Start(drawn=drawn[name], index=epochs * new - (-rest * new // old))
+        return found
+
+    def _locate(self, first: int, steps: int, start: int, stop: int) -> RowPlaces:
+        """The rows at places [start, stop) of each of the steps."""
+        drawn = [self._drawn(step, start, stop) for step in range(first, first + steps)]
+        sources_R = np.concatenate([part.sources_R for parts in drawn for part in parts])
+        indices_R = np.concatenate([part.indices_R for parts in drawn for part in parts])
+        columns_3R = np.empty((3, len(indices_R)), np.int64)
+        last = first + steps
+        bounds = [s for s in self._first_steps if first < s < last]
+        for begin, end in pairwise([first, *bounds, last]):
+            rows = slice((begin - first) * (stop - start), (end - first) * (stop - start))
+            self._locate_in_stage(begin, sources_R[rows], indices_R[rows], columns_3R[:, rows])
+        epochs_R, shards_R, rows_R = columns_3R
+        return RowPlaces(
+            names=self.mixture.names,
+            sources_R=sources_R,
+            epochs_R=epochs_R,
+            shards_R=shards_R,
+            rows_R=rows_R,
+        )
+
+    def _locate_in_stage(
+        self, step: int, sources_R: Ints, indices_R: Ints, columns_3R: Ints
+    ) -> None:
+        at = bisect_right(self._first_steps, step) - 1
+        for source, name in enumerate(self.mixture.names):
+            own = np.flatnonzero(sources_R == source)
+            if len(own):
+                begin = self._starts[at][name]
+                indices = indices_R[own] - begin.drawn + begin.index
+                places = self._stages[at].streams[name].places(indices)
+                columns_3R[:, own] = places.epochs_R, places.shards_R, places.rows_R
+
+    def _drawn(self, step: int, start: int, stop: int) -> list[Places]:
+        """The mixture's rows at places [start, stop) of a step.
+
+        The mixture's order is kept, so that a rank's block holds every source in its share, and begins at a place
+        that changes from step to step, so that no rank is given one kind of row for ever.
         """
-        begin = (step - 1) * self.rows_per_step
-        places = self.mixture.rows(begin, begin + self.rows_per_step)
-        shuffled = permutation(self.rows_per_step, key_of(self.seed, "step", step))
-        return [self.streams[places[i].source].locate(places[i].index) for i in shuffled.tolist()]
+        begin, count = (step - 1) * self.rows_per_step, self.rows_per_step
+        shift = key_of(self._seed, "step", step) % count
+        low, high = start + shift, stop + shift
+        ranges = [(low, min(high, count)), (max(low - count, 0), high - count)]
+        return [self.mixture.rows(begin + a, begin + b) for a, b in ranges if a < b]
+
+
+def one_stage(streams: Mapping[str, Stream]) -> Sequence[Stage]:
+    """Rows of one length for the whole run."""
+    return (Stage(first_step=1, streams=streams),)
 
 
 def step_batch(plan: Plan, portion: Portion, step: int) -> StepBatch:
     """The rows of one rank in one step, as micro-batches."""
-    row_ids = plan.row_ids(step)
-    own = row_ids[portion.rows]
-    rows = [plan.streams[row_id.source].read(row_id) for row_id in own]
-    group_of = {name: index for index, name in enumerate(plan.streams)}
+    places = plan.places(portion, step)
+    streams = plan.streams_at(step)
+    columns = (places.sources_R, places.shards_R, places.rows_R)
+    ids_RT, rows = fill_rows(
+        [streams[name] for name in places.names], zip(*(c.tolist() for c in columns), strict=True)
+    )
+    drawn = plan.mixture.counts(step * plan.rows_per_step)
+    before = plan.mixture.counts((step - 1) * plan.rows_per_step)
+    sources = places.sources_R.tolist()
+    tokens, loss_tokens = [0] * len(places.names), [0] * len(places.names)
+    for source, row in zip(sources, rows, strict=True):
+        tokens[source] += row.tokens
+        loss_tokens[source] += sum(row.lengths)
     size = portion.micro_batch_rows
-    tokens: Counter[str] = Counter()
-    loss_tokens: Counter[str] = Counter()
-    for row in rows:
-        tokens[row.id.source] += row.tokens
-        loss_tokens[row.id.source] += int((row.labels_T != IGNORE).sum())
-    count_of = Counter(row_id.source for row_id in row_ids)
     return StepBatch(
         step=step,
         micro_batches=tuple(
-            micro_batch(part, [group_of[row.id.source] for row in part])
-            for part in (rows[at : at + size] for at in range(0, len(rows), size))
+            micro_batch(ids_RT[at : at + size], rows[at : at + size], sources[at : at + size])
+            for at in range(0, len(rows), size)
         ),
-        row_ids=tuple(own),
-        rows={name: count_of[name] for name in plan.streams},
-        tokens={name: tokens[name] for name in plan.streams},
-        loss_tokens={name: loss_tokens[name] for name in plan.streams},
-        squares=sum(int((np.diff(row.starts_P, append=row.tokens) ** 2).sum()) for row in rows),
+        rows={name: drawn[name] - before[name] for name in places.names},
+        tokens=dict(zip(places.names, tokens, strict=True)),
+        loss_tokens=dict(zip(places.names, loss_tokens, strict=True)),
+        squares=sum(row.squares for row in rows),
     )
 
 
-def micro_batch(rows: Sequence[Row], groups: Sequence[int]) -> MicroBatch:
-    """Rows laid on one another, with their loss tokens singled out; the sums of row r go to group `groups[r]`."""
-    labels_BT = np.stack([row.labels_T for row in rows])
-    kept = np.flatnonzero(labels_BT != IGNORE)
+def fill_rows(
+    streams: Sequence[Stream], places: Iterable[Sequence[int]]
+) -> tuple[Ints, list[FilledRow]]:
+    """The ids of rows [R, T], and what else is in them; `places` has for each its stream, shard and row."""
+    pieces: list[memoryview] = []
+    rows = [streams[source].fill(shard, row, pieces) for source, shard, row in places]
+    # One copy of all pieces of all rows: a copy for each document would cost three times as much.
+    ids = np.frombuffer(b"".join(pieces), streams[0].dtype)
+    return ids.reshape(len(rows), streams[0].packer.row_tokens).astype(np.int32), rows
+
+
+def micro_batch(ids_BT: Ints, rows: Sequence[FilledRow], groups: Sequence[int]) -> MicroBatch:
+    """Rows laid on one another; the sums of row r go to group `groups[r]`."""
+    width = ids_BT.shape[1]
+    starts, begins, groups_of_parts = list[int](), list[int](), list[int]()
+    lengths = list[int]()
+    for offset, row, group in zip(range(0, ids_BT.size, width), rows, groups, strict=True):
+        starts += [offset + start for start in row.starts]
+        groups_of_parts += [group] * len(row.starts)
+        if row.tokens < width:
+            starts.append(offset + row.tokens)
+            groups_of_parts.append(group)
+        begins += [offset + begin for begin in row.begins]
+        lengths += row.lengths
     return MicroBatch(
-        ids_BT=np.stack([row.ids_T for row in rows]),
-        positions_BT=np.stack([row.positions_T for row in rows]),
-        kept_N=kept,
-        labels_N=labels_BT.ravel()[kept],
-        groups_N=np.repeat(np.array(groups, np.int64), labels_BT.shape[1])[kept],
+        ids_BT=ids_BT,
+        starts_P=np.array(starts, np.int32),
+        groups_P=np.array(groups_of_parts, np.int32),
+        begins_K=np.array(begins, np.int32),
+        lengths_K=np.array(lengths, np.int32),
     )
 
 

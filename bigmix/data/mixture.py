@@ -1,52 +1,32 @@
-"""Shares go in, the source of every row of the run comes out, without a random draw.
+"""Shares go in, the source of every row of the run comes out, without a random draw and without passing over the rows before.
 
 The n-th row of a source s is due in the window in which s's target, the sum of its shares over the rows so far, lies
 between n and n + 1. Giving each row to the open window that closes first keeps every prefix within one row of every
 share (proportionate fairness: Baruah, Cohen, Plaxton, Varvel, "Proportionate progress", Algorithmica 1996); the
 proof needs only targets that grow and sum to the number of rows, so it holds while shares change.
+
+Where to begin for a far row: at any row before it, the windows that close first may be taken for done. Two such orders
+differ at most in windows that were open there; the windows that close later wait in both for the same rows, so that
+both orders are the same from the row on at which the last window that was open there has closed.
 """
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
-from math import gcd, lcm
+from math import gcd
 
-Points = Sequence[tuple[int, float]]
-UNITS = (
-    1_000_000  # shares on a schedule are kept to one part in a million; constant shares are exact
-)
-SNAPSHOT_ROWS = 4096
+import numpy as np
+import numpy.typing as npt
 
+from bigmix.data.shares import Share, Shares, shares_of
 
-def whole_weights(shares: Sequence[float]) -> list[int]:
-    """Shares as the smallest whole numbers in the same ratio: 0.57 and 0.43 become 57 and 43."""
-    exact = [Fraction(str(share)) for share in shares]
-    scale = lcm(*(share.denominator for share in exact))
-    whole = [int(share * scale) for share in exact]
-    common = gcd(*whole)
-    return [weight // common for weight in whole]
+BLOCK_ROWS = 1024
+NEVER = 1 << 62
+_FIRST_LOOK_BACK = 64
 
-
-def share_at(share: float | Points, step: int) -> float:
-    """The share at a step: points are joined by straight lines and hold their last value after the end."""
-    if isinstance(share, int | float):
-        return float(share)
-    steps = [at for at, _ in share]
-    index = bisect_right(steps, step) - 1
-    at, value = share[index]
-    if index + 1 == len(share):
-        return value
-    next_at, next_value = share[index + 1]
-    return value + (next_value - value) * (step - at) / (next_at - at)
-
-
-def shares_at(shares: Mapping[str, float | Points], step: int) -> dict[str, float]:
-    """All shares at a step, normalised to sum to 1; all 0 where the schedules leave nothing."""
-    raw = {name: share_at(share, step) for name, share in shares.items()}
-    total = sum(raw.values())
-    return {name: value / total if total else 0.0 for name, value in raw.items()}
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,142 +37,198 @@ class Place:
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Standing:
-    """The state before a row: how many rows each source has had, and its target in whole units."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """The origins of a run of rows: `sources_R` counts the mixture's names, `indices_R` the rows of that source."""
 
+    sources_R: Ints
+    indices_R: Ints
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Block:
+    """The origins of a block of rows, and how many rows each source has before it."""
+
+    sources_R: Ints
+    indices_R: Ints
+    before: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Cycle:
+    """From row `begin` on the order repeats after `rows`; each source then has `counts` more."""
+
+    begin: int
+    rows: int
     counts: tuple[int, ...]
-    targets: tuple[int, ...]
 
 
 class Mixture:
     """Which source each row of the run is drawn from. `at(row)` depends on the shares and the row alone.
 
-    A share is a number or points [step, share]; it is constant within a step of `rows_per_step` rows. Constant
-    shares repeat after the sum of their whole weights, so that any row is found at once; on a schedule the state is
-    kept every few thousand rows.
+    Shares are constant within a step of `rows_per_step` rows. A far row costs about as many rows as the longest
+    window has that is open before it, 1 / (smallest share); while a source rests at share 0, as many as it has
+    rested, at most a few million.
     """
 
-    def __init__(self, shares: Mapping[str, float | Points], rows_per_step: int) -> None:
-        self.names = tuple(shares)
-        self._shares = dict(shares)
-        self._rows_per_step = rows_per_step
-        self._constant = self._constant_weights()
-        self._period = sum(self._constant) if self._constant else 0
-        self._unit = self._period or UNITS
-        self._scheduled = lru_cache(maxsize=64)(self._weights_on_schedule)
-        nothing = (0,) * len(self.names)
-        self._snapshots = [_Standing(nothing, nothing)]
-        self._reached = (
-            0,
-            self._snapshots[0],
-        )  # where `rows` ended last: the next step begins there
+    def __init__(self, shares: Shares | Mapping[str, Share], rows_per_step: int) -> None:
+        self.shares = shares if isinstance(shares, Shares) else shares_of(shares)
+        self.names = self.shares.names
+        self.rows_per_step = rows_per_step
+        weights = self.shares.weights()
+        self._unit = weights.unit
+        self._first_rows: Sequence[int] = array(
+            "q", [step * rows_per_step for step in weights.first_steps]
+        )
+        self._weights: list[list[int]] = [
+            list(column) for column in zip(*weights.weights, strict=True)
+        ]
+        self._reached = [self._sums(column) for column in self._weights]
+        self._cycle = self._find_cycle()
+        self._block = lru_cache(maxsize=256)(self._make_block)
 
     def at(self, row: int) -> Place:
         """The origin of a row of the run, counted from 0."""
-        return self.rows(row, row + 1)[0]
+        places = self.rows(row, row + 1)
+        source = int(places.sources_R[0])
+        return Place(source=self.names[source], index=int(places.indices_R[0]))
 
-    def rows(self, start: int, stop: int) -> list[Place]:
+    def rows(self, start: int, stop: int) -> Places:
         """The origins of rows [start, stop)."""
-        reached, standing = self._reached
-        if reached != start:
-            standing = self._standing(start)
-        counts, targets = list(standing.counts), list(standing.targets)
-        places = []
-        for row in range(start, stop):
-            chosen = self._advance(row, counts, targets)
-            places.append(Place(source=self.names[chosen], index=counts[chosen] - 1))
-        self._reached = (stop, _Standing(tuple(counts), tuple(targets)))
-        return places
+        sources, indices = [], []
+        while start < stop:
+            turns, row = self._in_first_cycle(start)
+            block, offset = divmod(row, BLOCK_ROWS)
+            end = min(offset + stop - start, BLOCK_ROWS)
+            if self._cycle is not None:
+                cycle_ends = self._cycle.begin + self._cycle.rows - block * BLOCK_ROWS
+                end = min(end, cycle_ends) if row >= self._cycle.begin else end
+            found = self._block(block)
+            sources.append(found.sources_R[offset:end])
+            indices.append(found.indices_R[offset:end])
+            if turns:
+                assert self._cycle is not None
+                indices[-1] = indices[-1] + turns * np.array(self._cycle.counts)[sources[-1]]
+            start += end - offset
+        return Places(sources_R=_joined(sources), indices_R=_joined(indices))
 
     def counts(self, row: int) -> dict[str, int]:
         """How many of the rows before `row` each source has."""
-        return dict(zip(self.names, self._standing(row).counts, strict=True))
+        turns, within = self._in_first_cycle(row)
+        block, offset = divmod(within, BLOCK_ROWS)
+        found = self._block(block)
+        inside = np.bincount(found.sources_R[:offset], minlength=len(self.names)).tolist()
+        counts = [before + more for before, more in zip(found.before, inside, strict=True)]
+        if turns:
+            assert self._cycle is not None
+            counts = [c + turns * n for c, n in zip(counts, self._cycle.counts, strict=True)]
+        return dict(zip(self.names, counts, strict=True))
 
-    def _constant_weights(self) -> list[int]:
-        numbers = [share for share in self._shares.values() if isinstance(share, int | float)]
-        return whole_weights(numbers) if len(numbers) == len(self.names) else []
+    def _sums(self, weights: list[int]) -> list[int]:
+        """The target of a source at the beginning of each piece, in units."""
+        sums = [0]
+        for piece in range(1, len(self._first_rows)):
+            rows = self._first_rows[piece] - self._first_rows[piece - 1]
+            sums.append(sums[-1] + rows * weights[piece - 1])
+        return sums
 
-    def _weights(self, row: int) -> tuple[int, ...]:
-        """What each source's target gains by this row, in units that sum to `self._unit`."""
-        if self._constant:
-            return tuple(self._constant)
-        return self._scheduled(row // self._rows_per_step)
+    def _find_cycle(self) -> _Cycle | None:
+        """The last piece repeats when all its targets have grown by whole rows."""
+        weights = [column[-1] for column in self._weights]
+        if sum(weights) == 0:
+            return None
+        rows = self._unit // gcd(*weights)
+        resting = sum(weight == 0 for weight in weights)
+        # A source that rests for ever has at most one row open, which comes in one of these turns or never.
+        begin = self._first_rows[-1] + (0 if len(self._first_rows) == 1 else 2 * resting + 2) * rows
+        rows *= -(-4 * BLOCK_ROWS // rows)
+        counts = tuple(weight * rows // self._unit for weight in weights)
+        return _Cycle(begin=begin, rows=rows, counts=counts)
 
-    def _weights_on_schedule(self, step: int) -> tuple[int, ...]:
-        shares = shares_at(self._shares, step)
-        raw = [share * UNITS for share in shares.values()]
-        units = [int(value) for value in raw]
-        largest_rests = sorted(range(len(raw)), key=lambda i: units[i] - raw[i])
-        for index in largest_rests[: UNITS - sum(units)]:
-            units[index] += 1
-        return tuple(units)
+    def _in_first_cycle(self, row: int) -> tuple[int, int]:
+        if self._cycle is None or row < self._cycle.begin:
+            return 0, row
+        turns, within = divmod(row - self._cycle.begin, self._cycle.rows)
+        return turns, self._cycle.begin + within
 
-    def _advance(self, row: int, counts: list[int], targets: list[int]) -> int:
-        """Give one row to a source and return which; `counts` and `targets` move on."""
-        weights = self._weights(row)
-        chosen, chosen_key = -1, (0, 0)
-        for index, weight in enumerate(weights):
-            targets[index] += weight
-            is_open = targets[index] > counts[index] * self._unit
-            if not is_open:
-                continue
-            key = (self._closes(index, counts[index], targets[index], row, weight), index)
-            if chosen < 0 or key < chosen_key:
-                chosen, chosen_key = index, key
-        counts[chosen] += 1
-        return chosen
+    def _target(self, source: int, row: int) -> int:
+        """The sum of a source's shares over the rows before `row`, in units."""
+        piece = bisect_right(self._first_rows, row) - 1
+        inside = row - self._first_rows[piece]
+        return self._reached[source][piece] + inside * self._weights[source][piece]
 
-    def _closes(self, index: int, count: int, target: int, row: int, weight: int) -> int:
-        """The row by which the source must have had its next one: its target reaches count + 1 there."""
-        missing = (count + 1) * self._unit - target
-        if missing <= 0:
-            return row
-        if self._constant:
-            return row + -(-missing // weight)
-        return self._closes_on_schedule(index, missing, row, weight)
+    def _when(self, source: int, units: int) -> int:
+        """The first row before which a source's target is at least `units` (above 0)."""
+        reached, weights = self._reached[source], self._weights[source]
+        piece = bisect_right(reached, units - 1) - 1
+        weight = weights[piece]
+        if not weight:
+            return NEVER
+        return self._first_rows[piece] - (reached[piece] - units) // weight
 
-    def _closes_on_schedule(self, index: int, missing: int, row: int, weight: int) -> int:
-        end_of_step = (row // self._rows_per_step + 1) * self._rows_per_step - 1
-        while True:
-            room = (end_of_step - row) * weight
-            if weight and missing <= room:
-                return row + -(-missing // weight)
-            missing -= room
-            row = end_of_step
-            end_of_step += self._rows_per_step
-            weight = self._scheduled(row // self._rows_per_step + 1)[index]
-            if weight == 0 and self._is_over(index, row // self._rows_per_step + 1):
-                return 1 << 62
+    def _counts_at(self, row: int) -> list[int]:
+        """How many of the rows before `row` each source has, found from as near as is certain."""
+        back = _FIRST_LOOK_BACK
+        while back < row:
+            counts, last_closes = self._guess(row - back)
+            if last_closes < row:
+                return self._run(counts, row - back, row)[0]
+            back *= 4
+        return self._run([0] * len(self.names), 0, row)[0]
 
-    def _is_over(self, index: int, step: int) -> bool:
-        """Whether a source's schedule has come to its end at share 0: its next row is never due."""
-        share = self._shares[self.names[index]]
-        return not isinstance(share, int | float) and step >= share[-1][0]
-
-    def _standing(self, row: int) -> _Standing:
-        """The state before `row`. After each period the targets are whole rows, and the counts equal them."""
-        if not self._period:
-            return self._from_snapshot(row)
-        periods, rest = divmod(row, self._period)
-        inside = self._from_snapshot(rest)
-        return _Standing(
-            tuple(c + periods * w for c, w in zip(inside.counts, self._constant, strict=True)),
-            tuple(
-                t + periods * w * self._unit
-                for t, w in zip(inside.targets, self._constant, strict=True)
-            ),
+    def _guess(self, row: int) -> tuple[list[int], int]:
+        """Counts before `row` with those open windows done that close first; and when the last open one closes."""
+        targets = [self._target(source, row) for source in range(len(self.names))]
+        counts = [target // self._unit for target in targets]
+        windows = sorted(
+            (self._closes(source, counts[source]), source)
+            for source, target in enumerate(targets)
+            if target % self._unit
         )
+        for _, source in windows[: row - sum(counts)]:
+            counts[source] += 1
+        return counts, windows[-1][0] if windows else -1
 
-    def _from_snapshot(self, row: int) -> _Standing:
-        whole = row // SNAPSHOT_ROWS
-        while len(self._snapshots) <= whole:
-            begin = (len(self._snapshots) - 1) * SNAPSHOT_ROWS
-            self._snapshots.append(self._run(self._snapshots[-1], begin, begin + SNAPSHOT_ROWS))
-        return self._run(self._snapshots[whole], whole * SNAPSHOT_ROWS, row)
+    def _opens(self, source: int, index: int) -> int:
+        """The first row that the source's `index`-th row may be."""
+        return self._when(source, index * self._unit + 1) - 1
 
-    def _run(self, standing: _Standing, start: int, stop: int) -> _Standing:
-        counts, targets = list(standing.counts), list(standing.targets)
+    def _closes(self, source: int, index: int) -> int:
+        """The last row that the source's `index`-th row may be."""
+        return self._when(source, (index + 1) * self._unit) - 1
+
+    def _run(self, counts: list[int], start: int, stop: int) -> tuple[list[int], list[int]]:
+        """Give the rows [start, stop) away; returns the counts after them and the source of each."""
+        counts = list(counts)
+        everybody = range(len(counts))
+        opens = [self._opens(source, counts[source]) for source in everybody]
+        closes = [self._closes(source, counts[source]) for source in everybody]
+        given = []
         for row in range(start, stop):
-            self._advance(row, counts, targets)
-        return _Standing(tuple(counts), tuple(targets))
+            chosen, first = -1, NEVER + 1
+            for source in everybody:
+                if opens[source] <= row and closes[source] < first:
+                    chosen, first = source, closes[source]
+            assert chosen >= 0, f"no source has a share of row {row}"
+            given.append(chosen)
+            counts[chosen] += 1
+            opens[chosen] = self._opens(chosen, counts[chosen])
+            closes[chosen] = self._closes(chosen, counts[chosen])
+        return counts, given
+
+    def _make_block(self, block: int) -> _Block:
+        begin = block * BLOCK_ROWS
+        before = self._counts_at(begin)
+        _, given = self._run(before, begin, begin + BLOCK_ROWS)
+        sources = np.array(given, np.int64)
+        indices = np.empty_like(sources)
+        for source, count in enumerate(before):
+            own = np.flatnonzero(sources == source)
+            indices[own] = count + np.arange(len(own))
+        return _Block(sources_R=sources, indices_R=indices, before=before)
+
+
+def _joined(parts: list[Ints]) -> Ints:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate([np.zeros(0, np.int64), *parts])

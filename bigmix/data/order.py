@@ -1,7 +1,7 @@
 """A key and a count go in, a permutation comes out: chance as a pure function of (seed, name, epoch, index).
 
-Keys are hashed with splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014) and
-sorted, so that an order is the same on every platform and with every release of numpy.
+Keys are hashed with splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014), so that
+an order is the same on every platform and with every release of numpy.
 """
 
 import hashlib
@@ -13,8 +13,10 @@ import numpy.typing as npt
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_ROUNDS = 4
 
 Indices = npt.NDArray[np.int64]
+_Words = npt.NDArray[np.uint64]
 
 
 def key_of(*parts: Any) -> int:
@@ -23,9 +25,46 @@ def key_of(*parts: Any) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+def keys_of(key: int, indices: Indices) -> _Words:
+    """A key of its own for each index."""
+    return _hash((indices.astype(np.uint64) + np.uint64(1)) * _STEP + np.uint64(key))
+
+
 def permutation(count: int, key: int) -> Indices:
     """The numbers 0 .. count-1 in the order that `key` decides."""
-    value = np.arange(1, count + 1, dtype=np.uint64) * _STEP + np.uint64(key)
+    # The hash maps no two numbers to one, so that there are no ties for a sort to break.
+    return np.argsort(keys_of(key, np.arange(count)))
+
+
+def shuffled(indices: Indices, counts: Indices, keys: _Words) -> Indices:
+    """Where each index of 0 .. count-1 goes in the permutation that its key decides; one index costs what it costs alone.
+
+    A Feistel network (Luby, Rackoff, 1988) over pairs (left, right) with left < a and right < b, a * b just above
+    the count; what falls outside is permuted again until it is inside (Black, Rogaway, "Ciphers with arbitrary
+    finite domains", 2002).
+    """
+    values = _feistel(indices.astype(np.uint64), counts, keys)
+    outside = np.flatnonzero(values >= counts.astype(np.uint64))
+    while len(outside):
+        values[outside] = _feistel(values[outside], counts[outside], keys[outside])
+        outside = outside[values[outside] >= counts[outside].astype(np.uint64)]
+    return values.astype(np.int64)
+
+
+def _feistel(values: _Words, counts: Indices, keys: _Words) -> _Words:
+    rights = np.ceil(np.sqrt(counts)).astype(np.uint64)
+    lefts = (counts.astype(np.uint64) + rights - np.uint64(1)) // rights
+    left, right = values // rights, values % rights
+    for _ in range(_ROUNDS):
+        keys = keys + _STEP
+        left = (left + _hash(right * _MIX_1 + keys) % lefts) % lefts
+        keys = keys + _STEP
+        right = (right + _hash(left * _MIX_1 + keys) % rights) % rights
+    return left * rights + right
+
+
+def _hash(value: _Words) -> _Words:
     value = (value ^ (value >> np.uint64(30))) * _MIX_1
     value = (value ^ (value >> np.uint64(27))) * _MIX_2
-    return np.argsort(value ^ (value >> np.uint64(31)), kind="stable")
+    mixed: _Words = value ^ (value >> np.uint64(31))
+    return mixed

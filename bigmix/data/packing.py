@@ -1,5 +1,9 @@
-"""The document lengths of a shard go in, the parts of each of its rows come out: a pure function of the lengths."""
+"""The document lengths of a shard go in, the parts of each of its rows come out: a pure function of the lengths.
 
+Text that may be split anywhere needs no packing: row r of a shard is its tokens [r * T, (r + 1) * T).
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,23 +11,36 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+LongDocuments = Literal["drop", "truncate"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lost:
+    """Documents that were longer than a row, dropped or cut, and the tokens that went with them."""
+
+    dropped: int = 0
+    truncated: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: "Lost") -> "Lost":
+        return Lost(
+            dropped=self.dropped + other.dropped,
+            truncated=self.truncated + other.truncated,
+            tokens=self.tokens + other.tokens,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packing:
     """Rows as runs of parts: row r has the parts [firsts[r], firsts[r + 1]).
 
-    A part is the tokens [starts, stops) of the shard, out of document `documents`. `dropped` and `truncated` count
-    documents that were longer than a row, `tokens_lost` the tokens that went with them.
+    A part is the tokens [starts, stops) of the shard, out of document `documents`.
     """
 
     firsts: Ints
     starts: Ints
     stops: Ints
     documents: Ints
-    dropped: int = 0
-    truncated: int = 0
-    tokens_lost: int = 0
 
     @property
     def rows(self) -> int:
@@ -31,70 +48,118 @@ class Packing:
         return len(self.firsts) - 1
 
 
-def pack_text(lengths: Ints, row_tokens: int) -> Packing:
-    """Documents laid end to end and cut into rows; the last row holds the rest, so that no token is lost.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """`rows` rows from `first` on take `copies` documents of one length each."""
 
-    Lengths 5, 4 in rows of 4 give the parts [0, 4) | [4, 5) [5, 8) | [8, 9).
+    first: int
+    rows: int
+    copies: int
+
+
+def pack_text(lengths: Ints, row_tokens: int, whole_below: int) -> Packing:
+    """Documents laid end to end and cut into rows, those shorter than `whole_below` tokens never inside.
+
+    No token is lost: the last row holds the rest. With lengths 5, 4 in rows of 4 and `whole_below` 0 the parts are
+    [0, 4) | [4, 5) [5, 8) | [8, 9); with `whole_below` 5 they are [0, 4) | [4, 5) | [5, 9).
     """
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    total = int(offsets[-1])
-    cuts = np.arange(0, total, row_tokens)
-    bounds = np.union1d(offsets, cuts)
-    starts, stops = bounds[:-1], bounds[1:]
-    return Packing(
-        firsts=np.append(np.searchsorted(starts, cuts), len(starts)),
-        starts=starts,
-        stops=stops,
-        documents=np.searchsorted(offsets, starts, side="right") - 1,
-    )
+    firsts, starts, stops, documents = [0], list[int](), list[int](), list[int]()
+    room, at = row_tokens, 0
+    for document, length in enumerate(lengths.tolist()):
+        end = at + length
+        stays_whole = length < whole_below and length <= row_tokens
+        if stays_whole and length > room:
+            firsts.append(len(starts))
+            room = row_tokens
+        while at < end:
+            if not room:
+                firsts.append(len(starts))
+                room = row_tokens
+            take = min(room, end - at)
+            starts.append(at)
+            stops.append(at + take)
+            documents.append(document)
+            at, room = at + take, room - take
+    if starts:
+        firsts.append(len(starts))
+    arrays = (np.array(values, np.int64) for values in (firsts, starts, stops, documents))
+    first_a, start_a, stop_a, document_a = arrays
+    return Packing(firsts=first_a, starts=start_a, stops=stop_a, documents=document_a)
 
 
-def pack_chat(lengths: Ints, row_tokens: int, too_long: Literal["drop", "truncate"]) -> Packing:
-    """Whole documents in as few rows as best-fit-decreasing finds; one longer than a row is dropped or cut, and counted."""
+def pack_chat(lengths: Ints, row_tokens: int, long_documents: LongDocuments) -> Packing:
+    """Whole documents in as few rows as best-fit-decreasing finds; one longer than a row is dropped or cut."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    is_long = lengths > row_tokens
-    fitted = np.minimum(lengths, row_tokens)
-    kept = np.arange(len(lengths)) if too_long == "truncate" else np.flatnonzero(~is_long)
-    order = kept[np.argsort(-fitted[kept], kind="stable")]
-    row_of = np.array(best_fit(fitted[order].tolist(), row_tokens), np.int64)
+    fitted = _fitted(lengths, row_tokens, long_documents)
+    order = np.argsort(-fitted, kind="stable")[: np.count_nonzero(fitted)]
+    runs = list(_best_fit(np.bincount(fitted, minlength=row_tokens + 1), row_tokens))
+    rows = [np.repeat(np.arange(run.first, run.first + run.rows), run.copies) for run in runs]
+    row_of = np.concatenate([np.zeros(0, np.int64), *rows])
     by_row = np.argsort(row_of, kind="stable")
     documents = order[by_row]
     num_rows = int(row_of.max()) + 1 if len(row_of) else 0
-    num_long = int(is_long.sum())
-    lost = lengths[is_long] - (row_tokens if too_long == "truncate" else 0)
     return Packing(
         firsts=np.searchsorted(row_of[by_row], np.arange(num_rows + 1)),
         starts=offsets[documents],
         stops=offsets[documents] + fitted[documents],
         documents=documents,
-        dropped=num_long if too_long == "drop" else 0,
-        truncated=num_long if too_long == "truncate" else 0,
-        tokens_lost=int(lost.sum()),
     )
 
 
-def best_fit(lengths: list[int], row_tokens: int) -> list[int]:
-    """For each length, in the given order, the row with the least room that still holds it, else a new row.
+def count_chat_rows(lengths: Ints, row_tokens: int, long_documents: LongDocuments) -> int:
+    """How many rows `pack_chat` makes, at a fraction of its cost."""
+    fitted = _fitted(lengths, row_tokens, long_documents)
+    runs = _best_fit(np.bincount(fitted, minlength=row_tokens + 1), row_tokens)
+    return max((run.first + run.rows for run in runs), default=0)
 
-    Rooms are kept as one big whole number whose bit r says that some row has r tokens left, so that the least room
-    of at least n tokens is its lowest set bit from n on.
+
+def lost(lengths: Ints, row_tokens: int, long_documents: LongDocuments) -> Lost:
+    """What packing chats leaves out: documents longer than a row."""
+    long = lengths[lengths > row_tokens]
+    if long_documents == "drop":
+        return Lost(dropped=len(long), tokens=int(long.sum()))
+    return Lost(truncated=len(long), tokens=int((long - row_tokens).sum()))
+
+
+def _fitted(lengths: Ints, row_tokens: int, long_documents: LongDocuments) -> Ints:
+    """The tokens of each document that a row takes; 0 where it is left out."""
+    if long_documents == "truncate":
+        return np.minimum(lengths, row_tokens)
+    return np.where(lengths > row_tokens, 0, lengths)
+
+
+def _best_fit(count_of_length: Ints, row_tokens: int) -> Iterator[_Run]:
+    """Best-fit-decreasing (Johnson, "Near-optimal bin packing algorithms", 1973), for all documents of a length at once.
+
+    The row with the least room that still holds a document takes it; what is left then is less, so the same row takes
+    the next one of that length as long as it fits. Rows with equal room are kept as runs of numbers, and which rooms
+    there are as one big whole number whose bit r stands for room r: the least that fits is its lowest set bit from
+    the length on.
     """
     rooms = 0
-    rows_with_room: list[list[int]] = [[] for _ in range(row_tokens + 1)]
-    row_of = []
+    rows_with_room: list[list[tuple[int, int]]] = [[] for _ in range(row_tokens + 1)]
     num_rows = 0
-    for length in lengths:
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = rows_with_room[room].pop()
-            if not rows_with_room[room]:
+    lengths = np.flatnonzero(count_of_length[1:]) + 1
+    for length in lengths[::-1].tolist():
+        left = int(count_of_length[length])
+        while left:
+            fitting = rooms >> length
+            if fitting:
+                room = length + (fitting & -fitting).bit_length() - 1
+                first, rows = rows_with_room[room].pop()
+            else:
+                room = row_tokens
+                first, rows = num_rows, -(-left // (room // length))
+                num_rows += rows
+            copies = min(room // length, left)
+            taken = min(rows, left // copies)
+            if taken < rows:
+                rows_with_room[room].append((first + taken, rows - taken))
+            if rows_with_room[room]:
+                rooms |= 1 << room
+            else:
                 rooms &= ~(1 << room)
-        else:
-            room, row = row_tokens, num_rows
-            num_rows += 1
-        left = room - length
-        rows_with_room[left].append(row)
-        rooms |= 1 << left
-        row_of.append(row)
-    return row_of
+            rows_with_room[room - copies * length].append((first, taken))
+            rooms |= 1 << (room - copies * length)
+            left -= taken * copies
+            yield _Run(first=first, rows=taken, copies=copies)

@@ -9,9 +9,12 @@ and takes slices: nothing is decoded, and a damaged block is known by its place 
 import io
 import os
 import tarfile
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ Bytes = npt.NDArray[np.uint8]
 # The columns of the table of blocks, all uint64.
 _DOCUMENTS, _TOKENS, _TOKENS_AT, _LENGTHS_AT, _MASK_AT, _TOKENS_CHECK, _LENGTHS_CHECK, _MASK_CHECK = range(8)  # fmt: skip
 _COLUMNS = 8
-_TABLE_DTYPE = np.dtype("<u8")
+_TABLE_DTYPE, _LENGTH_DTYPE, _BYTE = np.dtype("<u8"), np.dtype("<u4"), np.dtype(np.uint8)
 
 
 class ShardWriter:
@@ -98,7 +101,7 @@ class ShardWriter:
     def _flush(self) -> None:
         key = f"{len(self._table):06d}"
         tokens = np.concatenate(self._ids).astype(self._dtype)
-        lengths = np.array([len(ids) for ids in self._ids], "<u4")
+        lengths = np.array([len(ids) for ids in self._ids], _LENGTH_DTYPE)
         tokens_at = self._member(f"{key}.tokens.npy", tokens)
         lengths_at = self._member(f"{key}.lengths.npy", lengths)
         mask_at, mask_check = 0, 0
@@ -177,85 +180,171 @@ class Shard:
     def __init__(self, source: ByteSource, entry: ShardEntry, dtype: str) -> None:
         self._source = source
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._checked: set[int] = set()
-        self._kept: OrderedDict[int, Bytes] = OrderedDict()
+        self._arrays: OrderedDict[int, npt.NDArray[Any]] = OrderedDict()
         size = entry.blocks * _COLUMNS * _TABLE_DTYPE.itemsize
-        raw = self._array(entry.blocks_at, size, int(entry.blocks_check, 16))
-        self._table = raw.view(_TABLE_DTYPE).reshape(-1, _COLUMNS).tolist()
-        self._begins = np.cumsum([0, *(block[_TOKENS] for block in self._table)])
-        self._lengths: Offsets | None = None
-        self._offsets: Offsets | None = None
+        raw = self._bytes(entry.blocks_at, size, int(entry.blocks_check, 16))
+        self._table: list[list[int]] = raw.view(_TABLE_DTYPE).reshape(-1, _COLUMNS).tolist()
+        self._begins = [0, *accumulate(block[_TOKENS] for block in self._table)]
+        self._first_documents = [0, *accumulate(block[_DOCUMENTS] for block in self._table)]
+        self._size = entry.bytes
+        self._file: memoryview | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents."""
+        return self._begins[-1]
 
     @property
     def lengths(self) -> Offsets:
         """Tokens of each document."""
-        if self._lengths is None:
-            parts = [
-                self._array(b[_LENGTHS_AT], 4 * b[_DOCUMENTS], b[_LENGTHS_CHECK]).view("<u4")
-                for b in self._table
-            ]
-            self._lengths = np.concatenate([*parts, np.zeros(0, "<u4")]).astype(np.int64)
-        return self._lengths
+        ends = [self._ends_of(block) for block in range(len(self._table))]
+        lengths = [np.diff(each, prepend=0) for each in ends]
+        return np.concatenate([np.zeros(0, np.int64), *lengths])
 
     @property
     def offsets(self) -> Offsets:
         """Where each document begins, and behind the last one the end of all."""
-        if self._offsets is None:
-            self._offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        return self._offsets
+        return np.concatenate([[0], np.cumsum(self.lengths)])
 
     def tokens(self, start: int, stop: int) -> Tokens:
         """The ids at token positions [start, stop)."""
-        parts = []
-        for block, low, high in self._overlaps(start, stop):
-            size = block[_TOKENS] * self._dtype.itemsize
-            raw = self._array(block[_TOKENS_AT], size, block[_TOKENS_CHECK])
-            parts.append(raw.view(self._dtype)[low:high])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        ids: Tokens = np.frombuffer(b"".join(self.pieces(start, stop)), self._dtype)
+        return ids
+
+    def pieces(self, start: int, stop: int) -> list[memoryview]:
+        """The ids at token positions [start, stop) as they lie in the file, block by block."""
+        found, width = [], self._dtype.itemsize
+        while start < stop:
+            block = bisect_right(self._begins, start) - 1
+            begin, end = self._begins[block], min(self._begins[block + 1], stop)
+            found.append(self._ids_of(block)[width * (start - begin) : width * (end - begin)])
+            start = end
+        return found
+
+    def addresses(self, starts: Offsets) -> Offsets:
+        """Where documents that begin at these token positions lie in the file, in tokens from its beginning."""
+        blocks = np.searchsorted(self._begins, starts, side="right") - 1
+        at = np.array([row[_TOKENS_AT] // self._dtype.itemsize for row in self._table], np.int64)
+        return starts + (at - self._begins[:-1])[blocks]
+
+    def documents(self, parts: Sequence[Sequence[int]]) -> list[memoryview]:
+        """The ids of documents, or of their beginnings; `parts` gives of each its address, start in a row, and length."""
+        width, file = self._dtype.itemsize, self._file or self._checked_file()
+        if file is None:
+            return [self._document(width * address, width * length) for address, _, length, _ in parts]  # fmt: skip
+        return [
+            file[width * address : width * (address + length)] for address, _, length, _ in parts
+        ]
+
+    def _checked_file(self) -> memoryview | None:
+        """The whole of a mapped file, after all of its blocks have been checked; None where it is not mapped."""
+        if self._source.is_mapped:
+            for block in range(len(self._table)):
+                self._ids_of(block)
+            self._file = self._source.read(0, self._size).data
+        return self._file
+
+    def _document(self, at: int, size: int) -> memoryview:
+        """Bytes of the file out of one block's ids; a document lies in one block."""
+        block = bisect_right(self._table, at, key=itemgetter(_TOKENS_AT)) - 1
+        low = at - self._table[block][_TOKENS_AT]
+        return self._ids_of(block)[low : low + size]
 
     def loss_mask(self, start: int, stop: int) -> Mask:
         """Which of the tokens [start, stop) are in the loss; for a chat shard."""
-        parts = []
-        for block, low, high in self._overlaps(start, stop):
-            assert block[_MASK_AT], "a text shard has no mask"
-            bits = self._array(block[_MASK_AT], -(-block[_TOKENS] // 8), block[_MASK_CHECK])
-            shift = low % 8
-            flags = np.unpackbits(
-                bits[low // 8 : -(-high // 8)], count=shift + high - low, bitorder="little"
+        parts = [np.zeros(0, np.bool_)]
+        while start < stop:
+            block = bisect_right(self._begins, start) - 1
+            begin, end = self._begins[block], min(self._begins[block + 1], stop)
+            low, high = start - begin, end - begin
+            bits = self._bits_of(block)[low // 8 : -(-high // 8)]
+            flags = np.unpackbits(bits, bitorder="little")[low % 8 :][: high - low]
+            parts.append(flags.view(np.bool_))
+            start = end
+        return np.concatenate(parts)
+
+    def loss_runs(self) -> tuple[Offsets, Offsets]:
+        """Runs of tokens [begin, end) in the loss, in order; none of them holds the first token of a document.
+
+        That token is predicted by nothing.
+        """
+        runs = [self._runs_of(block) + self._begins[block] for block in range(len(self._table))]
+        flat = np.concatenate([np.zeros(0, np.int64), *runs])
+        return flat[0::2], flat[1::2]
+
+    def borders(self, start: int, stop: int) -> tuple[int, list[int]]:
+        """The document that holds the token at `start`, and where others begin in (start, stop), counted from start."""
+        block = bisect_right(self._begins, start) - 1
+        ends = self._ends_of(block)
+        inside = int(ends.searchsorted(start - self._begins[block], side="right"))
+        first, found = self._first_documents[block] + inside, []
+        while True:
+            begin = self._begins[block]
+            last = int(ends.searchsorted(stop - begin))
+            found += (ends[inside:last] + (begin - start)).tolist()
+            if self._begins[block + 1] >= stop:
+                return first, found
+            block, inside = block + 1, 0
+            ends = self._ends_of(block)
+
+    def _ids_of(self, block: int) -> memoryview:
+        """The ids of a block, as bytes."""
+        row = self._table[block]
+        return self._array(row[_TOKENS_AT], row[_TOKENS] * self._dtype.itemsize, row[_TOKENS_CHECK], _BYTE).data  # fmt: skip
+
+    def _bits_of(self, block: int) -> npt.NDArray[Any]:
+        row = self._table[block]
+        assert row[_MASK_AT], "a text shard has no mask"
+        return self._array(row[_MASK_AT], (row[_TOKENS] + 7) >> 3, row[_MASK_CHECK], _BYTE)
+
+    def _ends_of(self, block: int) -> Offsets:
+        """Where each document of a block ends, counted from the block's beginning."""
+        row = self._table[block]
+        key = -row[_LENGTHS_AT]  # beside the array as it lies in the file
+        ends = self._arrays.get(key)
+        if ends is None:
+            lengths = self._array(
+                row[_LENGTHS_AT], row[_DOCUMENTS], row[_LENGTHS_CHECK], _LENGTH_DTYPE
             )
-            parts.append(flags[shift:].view(np.bool_))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            ends = self._keep(key, np.cumsum(lengths, dtype=np.int64))
+        return ends
 
-    def _overlaps(self, start: int, stop: int) -> list[tuple[list[int], int, int]]:
-        first = int(self._begins.searchsorted(start, side="right")) - 1
-        begin, end = int(self._begins[first]), int(self._begins[first + 1])
-        if stop <= end:
-            return [(self._table[first], start - begin, stop - begin)]
-        rest = self._overlaps(end, stop)
-        return [(self._table[first], start - begin, end - begin), *rest]
+    def _runs_of(self, block: int) -> Offsets:
+        """Where the mask of a block turns on and off, counted from the block's beginning; 64 tokens at a time."""
+        bits = self._bits_of(block)
+        words = np.zeros(len(bits) // 8 + 2, np.uint64)
+        mask = words.view(np.uint8)
+        mask[: len(bits)] = bits
+        firsts = np.concatenate([[0], self._ends_of(block)[:-1]])
+        np.bitwise_and.at(mask, firsts >> 3, ~(1 << (firsts & 7)).astype(np.uint8))
+        turns = words ^ (words << np.uint64(1))
+        turns[1:] ^= words[:-1] >> np.uint64(63)
+        busy = np.flatnonzero(turns)
+        flags = np.unpackbits(turns[busy].view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
+        word, bit = np.nonzero(flags)
+        return busy[word] * 64 + bit
 
-    def _array(self, at: int, size: int, check: int) -> Bytes:
-        """The raw bytes of an array, checked when they are first read."""
-        if at in self._kept:
-            self._kept.move_to_end(at)
-            return self._kept[at]
+    def _array(self, at: int, count: int, check: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        array = self._arrays.get(at)
+        if array is None:
+            array = self._keep(at, self._bytes(at, count * dtype.itemsize, check).view(dtype))
+        return array
+
+    def _keep(self, at: int, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Hold an array that has been checked; what is not mapped takes memory and is bounded."""
+        self._arrays[at] = array
+        if not self._source.is_mapped and len(self._arrays) > KEPT_ARRAYS:
+            self._arrays.popitem(last=False)
+        return array
+
+    def _bytes(self, at: int, size: int, check: int) -> Bytes:
         raw = self._source.read(at, at + size)
-        if at not in self._checked:
-            if xxhash.xxh3_64_intdigest(raw.data) != check:
-                raise BigmixError(
-                    f"{self._source.name}: the block at byte {at} ({size} bytes) is not what was prepared: its "
-                    "checksum differs; restore the file or prepare the source again"
-                )
-            if self._source.is_mapped:
-                self._checked.add(at)
-        if not self._source.is_mapped:
-            self._keep(at, raw)
+        if xxhash.xxh3_64_intdigest(raw.data) != check:
+            raise BigmixError(
+                f"{self._source.name}: the block at byte {at} ({size} bytes) is not what was prepared: its "
+                "checksum differs; restore the file or prepare the source again"
+            )
         return raw
-
-    def _keep(self, at: int, raw: Bytes) -> None:
-        self._kept[at] = raw
-        if len(self._kept) > KEPT_ARRAYS:
-            self._kept.popitem(last=False)
 
 
 def open_shard(folder: Path, entry: ShardEntry, dtype: str) -> Shard:

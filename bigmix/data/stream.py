@@ -4,137 +4,247 @@ Shards are permuted in each epoch, rows inside a window of shards; both by keys 
 another source changes nothing here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from bigmix.data.manifest import Manifest
-from bigmix.data.order import Indices, key_of, permutation
-from bigmix.data.packing import Packing, pack_chat, pack_text
+from bigmix.data.order import Indices, key_of, keys_of, permutation, shuffled
+from bigmix.data.packing import (
+    LongDocuments,
+    Lost,
+    count_chat_rows,
+    lost,
+    pack_chat,
+    pack_text,
+)
+from bigmix.data.rows import FilledRow, RowTable, chat_table, text_table
 from bigmix.data.shards import Shard, open_shard
-from bigmix.records import IGNORE, Row, RowId
+from bigmix.errors import BigmixError
+from bigmix.records import IGNORE, Ints, Row, RowId, RowPlaces
 
 WINDOW_SHARDS = 16
 OPEN_SHARDS = 64
+OPEN_TABLES = 2 * WINDOW_SHARDS
+
+OpenShard = Callable[[int], Shard]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packer:
+    """How documents become rows of `row_tokens` tokens.
+
+    Chats longer than a row are dropped or cut; texts shorter than `whole_below` tokens are never split.
+    """
+
+    row_tokens: int
+    long_documents: LongDocuments = "drop"
+    whole_below: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Epoch:
-    """An epoch's shards in order, how many rows come before each, and the shard at which each window begins."""
+    """An epoch's shards in order, how many rows come before each, and the key of its windows."""
 
     shards: Indices
     rows_before: Indices
+    key: int
 
 
 class Stream:
-    """The rows of one source in their order. `row_tokens` is the recipe's sequence_length."""
+    """The rows of one source in their order."""
 
     def __init__(
-        self,
-        name: str,
-        folder: str,
-        manifest: Manifest,
-        *,
-        row_tokens: int,
-        long_documents: Literal["drop", "truncate"],
-        seed: int,
-    ) -> None:
+        self, name: str, manifest: Manifest, open_shard: OpenShard, packer: Packer, *, lengths: Ints | None, seed: int
+    ) -> None:  # fmt: skip
+        """`lengths` are the tokens of every document of a chat source, in the order of the shards."""
         self.name = name
         self.manifest = manifest
-        self._folder = Path(folder)
-        self._row_tokens = row_tokens
-        self._long_documents = long_documents
+        self.packer = packer
+        self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self._padding = memoryview(bytes(packer.row_tokens * self.dtype.itemsize))
         self._seed = seed
-        self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._open)
+        self._lengths = lengths
+        self._documents_before = np.concatenate(
+            [[0], np.cumsum(manifest.shards.column("documents"))]
+        )
+        self._shard = lru_cache(maxsize=OPEN_SHARDS)(open_shard)
+        self._table = lru_cache(maxsize=OPEN_TABLES)(self._make_table)
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
-        self._window = lru_cache(maxsize=2)(self._make_window)
-        # The rows of a chat shard follow from its lengths alone, of a text shard from its size.
-        self.packings: Sequence[Packing] = [
-            self._pack(index) for index in range(len(manifest.shards))
-        ]
-        self.rows_per_epoch = sum(packing.rows for packing in self.packings)
+        self._is_cut_anywhere = manifest.kind == "text" and not packer.whole_below
+        self._rows_of_shard = self._count_rows()
+        self.rows_per_epoch = int(self._rows_of_shard.sum())
+
+    @property
+    def lost(self) -> Lost:
+        """Documents that packing leaves out or cuts in an epoch."""
+        if self.manifest.kind == "text":
+            return Lost()
+        assert self._lengths is not None
+        return lost(self._lengths, self.packer.row_tokens, self.packer.long_documents)
 
     @property
     def tokens_per_epoch(self) -> int:
         """Tokens in the rows of an epoch, padding not counted."""
-        return sum(int((p.stops - p.starts).sum()) for p in self.packings)
+        return int(self.manifest.shards.column("tokens").sum()) - self.lost.tokens
 
     def locate(self, index: int) -> RowId:
         """Which row the source's `index`-th is, counted from 0 over all epochs."""
-        epoch, within = divmod(index, self.rows_per_epoch)
-        order = self._epoch(epoch)
-        place = int(np.searchsorted(order.rows_before, within, side="right")) - 1
-        window = place // WINDOW_SHARDS
-        begin = int(order.rows_before[window * WINDOW_SHARDS])
-        position = int(self._window(epoch, window)[within - begin]) + begin
-        place = int(np.searchsorted(order.rows_before, position, side="right")) - 1
-        return RowId(
-            source=self.name,
-            epoch=epoch,
-            shard=int(order.shards[place]),
-            row=position - int(order.rows_before[place]),
+        return self.places(np.array([index])).ids()[0]
+
+    def places(self, indices_R: Ints) -> RowPlaces:
+        """Which rows these are, counted from 0 over all epochs."""
+        epochs_R, within_R = np.divmod(indices_R, self.rows_per_epoch)
+        shards_R, rows_R = np.empty_like(epochs_R), np.empty_like(epochs_R)
+        for epoch in dict.fromkeys(epochs_R.tolist()):
+            own = epochs_R == epoch
+            shards_R[own], rows_R[own] = self._places_in(self._epoch(epoch), within_R[own])
+        return RowPlaces(
+            names=(self.name,),
+            sources_R=np.zeros_like(epochs_R),
+            epochs_R=epochs_R,
+            shards_R=shards_R,
+            rows_R=rows_R,
         )
 
     def in_shard_order(self) -> Sequence[RowId]:
         """Every row once, as the shards hold them; for evaluation."""
         return [
             RowId(source=self.name, epoch=0, shard=shard, row=row)
-            for shard, packing in enumerate(self.packings)
-            for row in range(packing.rows)
+            for shard, rows in enumerate(self._rows_of_shard.tolist())
+            for row in range(rows)
         ]
+
+    def fill(self, shard_index: int, row: int, pieces: list[memoryview]) -> FilledRow:
+        """Add a row's tokens to `pieces`, as they lie in the shard and with its padding; returns what else is in it."""
+        shard, width = self._shard(shard_index), self.packer.row_tokens
+        if self._is_cut_anywhere:
+            filled = _cut_row(shard, row, width)
+            pieces += shard.pieces(row * width, row * width + filled.tokens)
+        elif self.manifest.kind == "chat":
+            filled, parts = self._table(shard_index).row(row)
+            pieces += shard.documents(parts)
+        else:
+            filled, parts = self._table(shard_index).row(row)
+            pieces += shard.pieces(parts[0][0], parts[0][0] + filled.tokens)
+        if filled.tokens < width:
+            pieces.append(self._padding[self.dtype.itemsize * filled.tokens :])
+        return filled
 
     def read(self, row_id: RowId) -> Row:
         """The tokens of a row."""
-        shard, packing = self._shard(row_id.shard), self.packings[row_id.shard]
-        first, end = int(packing.firsts[row_id.row]), int(packing.firsts[row_id.row + 1])
-        ids = np.zeros(self._row_tokens, np.int64)
-        labels = np.full(self._row_tokens, IGNORE, np.int64)
-        positions = np.empty(self._row_tokens, np.int64)
-        starts = []
-        at = 0
-        for start, stop in zip(packing.starts[first:end], packing.stops[first:end], strict=True):
-            length = int(stop - start)
-            starts.append(at)
-            ids[at : at + length] = shard.tokens(int(start), int(stop))
-            positions[at : at + length] = np.arange(length)
-            following = ids[at + 1 : at + length]
-            if self.manifest.kind == "chat":
-                in_loss = shard.loss_mask(int(start), int(stop))[1:]
-                following = np.where(in_loss, following, IGNORE)
-            labels[at : at + length - 1] = following
-            at += length
-        positions[at:] = np.arange(self._row_tokens - at)
+        pieces: list[memoryview] = []
+        filled = self.fill(row_id.shard, row_id.row, pieces)
+        ids = np.frombuffer(b"".join(pieces), self.dtype).astype(np.int64)
+        has_padding = filled.tokens < len(ids)
+        starts = [*filled.starts, *([filled.tokens] if has_padding else [])]
+        labels = np.full(len(ids), IGNORE, np.int64)
+        for begin, length in zip(filled.begins, filled.lengths, strict=True):
+            labels[begin : begin + length] = ids[begin + 1 : begin + length + 1]
         return Row(
             id=row_id,
             ids_T=ids,
-            positions_T=positions,
+            positions_T=np.arange(len(ids)) - np.repeat(starts, np.diff(starts, append=len(ids))),
             labels_T=labels,
-            starts_P=np.array(starts, np.int64),
-            documents_P=packing.documents[first:end],
-            tokens=at,
+            starts_P=np.array(filled.starts),
+            documents_P=np.array(filled.documents),
+            tokens=filled.tokens,
         )
 
-    def _pack(self, index: int) -> Packing:
-        if self.manifest.kind == "text":
-            return pack_text(self._shard(index).lengths, self._row_tokens)
-        return pack_chat(self._shard(index).lengths, self._row_tokens, self._long_documents)
-
-    def _open(self, index: int) -> Shard:
-        entry = self.manifest.shards[index]
-        return open_shard(self._folder, entry, self.manifest.dtype)
+    def _places_in(self, epoch: _Epoch, within_R: Ints) -> tuple[Indices, Indices]:
+        """The shard and the row of each of an epoch's rows: permuted inside the window that holds it."""
+        before = epoch.rows_before
+        windows_R = (np.searchsorted(before, within_R, side="right") - 1) // WINDOW_SHARDS
+        begins_R = before[windows_R * WINDOW_SHARDS]
+        ends_R = before[np.minimum((windows_R + 1) * WINDOW_SHARDS, len(before) - 1)]
+        keys_R = keys_of(epoch.key, windows_R)
+        at_R = begins_R + shuffled(within_R - begins_R, ends_R - begins_R, keys_R)
+        places_R = np.searchsorted(before, at_R, side="right") - 1
+        return epoch.shards[places_R], at_R - before[places_R]
 
     def _make_epoch(self, epoch: int) -> _Epoch:
-        shards = permutation(len(self.packings), key_of(self._seed, self.name, epoch, "shards"))
-        rows = np.array([self.packings[shard].rows for shard in shards], np.int64)
-        return _Epoch(shards=shards, rows_before=np.concatenate([[0], np.cumsum(rows)]))
+        shards = permutation(
+            len(self._rows_of_shard), key_of(self._seed, self.name, epoch, "shards")
+        )
+        return _Epoch(
+            shards=shards,
+            rows_before=np.concatenate([[0], np.cumsum(self._rows_of_shard[shards])]),
+            key=key_of(self._seed, self.name, epoch, "rows"),
+        )
 
-    def _make_window(self, epoch: int, window: int) -> Indices:
-        rows_before = self._epoch(epoch).rows_before
-        begin = window * WINDOW_SHARDS
-        end = min(begin + WINDOW_SHARDS, len(rows_before) - 1)
-        count = int(rows_before[end] - rows_before[begin])
-        return permutation(count, key_of(self._seed, self.name, epoch, "rows", window))
+    def _count_rows(self) -> npt.NDArray[np.int64]:
+        tokens = self.manifest.shards.column("tokens")
+        if self._is_cut_anywhere:
+            return -(-tokens // self.packer.row_tokens)
+        return np.array([self._count(index) for index in range(len(tokens))], np.int64)
+
+    def _count(self, index: int) -> int:
+        if self.manifest.kind == "text":
+            return len(self._table(index).rows_R6)
+        packer = self.packer
+        return count_chat_rows(self._chat_lengths(index), packer.row_tokens, packer.long_documents)
+
+    def _make_table(self, index: int) -> RowTable:
+        packer, shard = self.packer, self._shard(index)
+        if self.manifest.kind == "text":
+            return text_table(pack_text(shard.lengths, packer.row_tokens, packer.whole_below))
+        lengths = self._chat_lengths(index)
+        return chat_table(pack_chat(lengths, packer.row_tokens, packer.long_documents), shard)
+
+    def _chat_lengths(self, index: int) -> Ints:
+        assert self._lengths is not None, "a chat source has lengths"
+        before, after = self._documents_before[index : index + 2]
+        return self._lengths[before:after].astype(np.int64)
+
+
+def _cut_row(shard: Shard, row: int, width: int) -> FilledRow:
+    """A row of text that is cut anywhere: one slice of the shard."""
+    start = row * width
+    count = min(width, shard.num_tokens - start)
+    first, borders = shard.borders(start, start + count)
+    starts = [0, *borders]
+    lengths = [end - begin for begin, end in zip(starts, [*borders, count], strict=True)]
+    return FilledRow(
+        starts=starts,
+        documents=range(first, first + len(starts)),
+        begins=starts,
+        lengths=[length - 1 for length in lengths],
+        tokens=count,
+        squares=sum(length * length for length in lengths),
+    )
+
+
+def open_stream(name: str, folder: str, manifest: Manifest, packer: Packer, *, seed: int) -> Stream:
+    """The rows of a source on local disk.
+
+    Raises BigmixError where its file of lengths is not the one that its manifest lists.
+    """
+    open_local = partial(_open_local, Path(folder), manifest)
+    lengths = _local_lengths(Path(folder), manifest)
+    return Stream(name, manifest, open_local, packer, lengths=lengths, seed=seed)
+
+
+def _open_local(folder: Path, manifest: Manifest, index: int) -> Shard:
+    return open_shard(folder, manifest.shards[index], manifest.dtype)
+
+
+def _local_lengths(folder: Path, manifest: Manifest) -> Ints | None:
+    if manifest.lengths is None:
+        return None
+    path = folder / manifest.lengths.file
+    try:
+        lengths: Ints = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise BigmixError(
+            f"{path} cannot be read ({error}); restore the file or prepare the source again"
+        ) from error
+    if len(lengths) != manifest.documents:
+        raise BigmixError(
+            f"{path} has the lengths of {len(lengths)} documents, the manifest says {manifest.documents}; "
+            "restore the file or prepare the source again"
+        )
+    return lengths

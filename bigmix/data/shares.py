@@ -1,0 +1,191 @@
+"""Shares as a recipe gives them go in, the whole weight of every source in every step comes out.
+
+A share is a number or points [step, share]; sources may be members of groups, whose share they divide in the ratio of
+their own; from a step on a source may have ended. Shares are normalised among the members of each group.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import gcd, lcm
+
+import numpy as np
+import numpy.typing as npt
+
+Points = Sequence[tuple[int, float]]
+Share = float | Points
+# Shares that change are kept to one part in a million; constant ones are exact.
+UNITS = 1_000_000
+
+_Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """A source's or a group's share of the group it is in; `group` None: of the whole."""
+
+    share: Share
+    group: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Whole weights by piece: from step `first_steps[j]` on source s has `weights[j][s]` of `unit`."""
+
+    first_steps: Sequence[int]
+    weights: Sequence[Sequence[int]]
+    unit: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shares:
+    """The shares of all sources; `ends` names the steps from which on a source takes no part."""
+
+    sources: Mapping[str, Member]
+    groups: Mapping[str, Member] = field(default_factory=dict)
+    ends: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources, in their order."""
+        return tuple(self.sources)
+
+    @property
+    def last_change(self) -> int:
+        """The step from which on the shares stay as they are."""
+        members = (*self.sources.values(), *self.groups.values())
+        points = [m.share[-1][0] for m in members if not isinstance(m.share, int | float)]
+        return max([0, *points, *self.ends.values()])
+
+    def at(self, step: int) -> dict[str, float]:
+        """The normalised share of each source in a step that follows `step` others; all 0 where nothing is left."""
+        table = self.table(np.array([step]))
+        return {name: float(table[name][0]) for name in self.sources}
+
+    def table(self, steps: npt.NDArray[np.int64]) -> dict[str, _Floats]:
+        """The normalised share of each source at each of the steps."""
+        values = {name: _values(member.share, steps) for name, member in self.sources.items()}
+        for name, end in self.ends.items():
+            values[name] = np.where(steps < end, values[name], 0.0)
+        return self._divided(values, steps)
+
+    def exact(self) -> dict[str, Fraction] | None:
+        """The shares as fractions, where none of them ever changes."""
+        members = (*self.sources.values(), *self.groups.values())
+        if self.ends or not all(isinstance(m.share, int | float) for m in members):
+            return None
+        whole = {name: Fraction(str(m.share)) for name, m in self.sources.items()}
+        parts = {name: Fraction(str(m.share)) for name, m in self.groups.items()}
+        return {name: self._fraction(name, whole, parts) for name in self.sources}
+
+    def weights(self) -> Weights:
+        """The shares as whole weights, exact where they are constant."""
+        exact = self.exact()
+        if exact is not None:
+            constant = whole_weights(list(exact.values()))
+            return Weights(first_steps=[0], weights=[constant], unit=sum(constant))
+        steps = np.arange(self.last_change + 1)
+        table = self.table(steps)
+        units_KS = _whole_units(np.stack([table[name] for name in self.sources], axis=1))
+        changes = np.flatnonzero((np.diff(units_KS, axis=0) != 0).any(axis=1)) + 1
+        first = np.concatenate([[0], changes])
+        return Weights(first_steps=first.tolist(), weights=units_KS[first].tolist(), unit=UNITS)
+
+    def _divided(
+        self, values: Mapping[str, _Floats], steps: npt.NDArray[np.int64]
+    ) -> dict[str, _Floats]:
+        """From raw shares to normalised ones, from the members of the innermost groups outwards."""
+        raw = {name: _values(group.share, steps) for name, group in self.groups.items()}
+        nothing = np.zeros(len(steps))
+        for name in sorted(self.groups, key=self._depth, reverse=True):
+            inside = sum((values[n] for n in self._sources_of(name)), nothing)
+            inside = sum((raw[n] for n in self._groups_of(name)), inside)
+            raw[name] = np.where(inside > 0, raw[name], 0.0)
+        shares = {}
+        for name, member in self.sources.items():
+            share, level = values[name], member.group
+            while True:
+                total = sum((values[n] for n in self._sources_of(level)), nothing)
+                total = sum((raw[n] for n in self._groups_of(level)), total)
+                share = np.divide(share, total, out=np.zeros(len(steps)), where=total > 0)
+                if level is None:
+                    break
+                share, level = share * raw[level], self.groups[level].group
+            shares[name] = share
+        return shares
+
+    def _fraction(
+        self, name: str, sources: Mapping[str, Fraction], groups: Mapping[str, Fraction]
+    ) -> Fraction:
+        share, level = sources[name], self.sources[name].group
+        while True:
+            total = sum((sources[n] for n in self._sources_of(level)), Fraction(0))
+            total += sum((groups[n] for n in self._groups_of(level)), Fraction(0))
+            share /= total
+            if level is None:
+                return share
+            share, level = share * groups[level], self.groups[level].group
+
+    def _sources_of(self, group: str | None) -> list[str]:
+        return [name for name, member in self.sources.items() if member.group == group]
+
+    def _groups_of(self, group: str | None) -> list[str]:
+        """The groups inside a group; one without a source anywhere inside takes no part."""
+        return [
+            name
+            for name, member in self.groups.items()
+            if member.group == group and self._has_sources(name)
+        ]
+
+    def _has_sources(self, group: str) -> bool:
+        inner = [name for name, member in self.groups.items() if member.group == group]
+        return bool(self._sources_of(group)) or any(map(self._has_sources, inner))
+
+    def _depth(self, group: str) -> int:
+        outer = self.groups[group].group
+        return 0 if outer is None else 1 + self._depth(outer)
+
+
+def shares_of(shares: Mapping[str, Share]) -> Shares:
+    """Shares without groups."""
+    return Shares(sources={name: Member(share=share) for name, share in shares.items()})
+
+
+def share_at(share: Share, step: int) -> float:
+    """The share at a step: points are joined by straight lines and hold their last value after the end."""
+    if isinstance(share, int | float):
+        return float(share)
+    index = bisect_right([at for at, _ in share], step) - 1
+    at, value = share[index]
+    if index + 1 == len(share):
+        return value
+    next_at, next_value = share[index + 1]
+    return value + (next_value - value) * (step - at) / (next_at - at)
+
+
+def whole_weights(shares: Sequence[float | Fraction]) -> list[int]:
+    """Shares as the smallest whole numbers in the same ratio: 0.57 and 0.43 become 57 and 43."""
+    exact = [Fraction(str(share)) for share in shares]
+    scale = lcm(*(share.denominator for share in exact))
+    whole = [int(share * scale) for share in exact]
+    common = gcd(*whole)
+    return [weight // common for weight in whole]
+
+
+def _values(share: Share, steps: npt.NDArray[np.int64]) -> _Floats:
+    if isinstance(share, int | float):
+        return np.full(len(steps), float(share))
+    at, values = zip(*share, strict=True)
+    between: _Floats = np.interp(steps, at, values)
+    return between
+
+
+def _whole_units(shares_KS: _Floats) -> npt.NDArray[np.int64]:
+    """Each step's shares in whole units that sum to UNITS: the largest remainders get what rounding down leaves."""
+    raw = shares_KS * UNITS
+    units = np.floor(raw + 1e-6).astype(np.int64)
+    left = UNITS - units.sum(axis=1)
+    rank = np.argsort(np.argsort(units - raw, axis=1, kind="stable"), axis=1, kind="stable")
+    whole: npt.NDArray[np.int64] = units + (rank < left[:, None])
+    return whole
