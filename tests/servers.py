@@ -31,14 +31,21 @@ class WebServer:
         self.part_wait_s = 0.0
         self.requests = []  # (path with query, Range, Authorization)
         handler = type("Handler", (_Handler,), {"owner": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self):
         self._server.shutdown()
         self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def handle_error(self, request, client_address):
+        """A connection that was reset on command is no news."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -81,6 +88,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("ETag", tag)
         self.end_headers()
         self._send(content[start:stop], fault)
+
+    do_HEAD = do_GET
 
     def _span(self, wanted, tag, size):
         if wanted is None or not self.owner.knows_ranges:

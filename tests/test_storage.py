@@ -267,20 +267,46 @@ def test_a_missing_s3_object_and_bucket_are_told_at_once(bucket):
         assert url in str(caught.value)
 
 
-def test_s3_that_fails_is_asked_again_until_the_tries_are_spent(server, monkeypatch):
+@pytest.fixture
+def s3_at(server, monkeypatch):
+    """The environment that makes the failing web server the S3 server."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
     storage._s3.cache_clear()
-    server.close()
+    yield server
+    storage._s3.cache_clear()
+
+
+@pytest.mark.parametrize("status", [None, 500, 503])
+def test_s3_that_fails_is_asked_again_until_the_tries_are_spent(s3_at, status):
+    if status is None:
+        s3_at.close()
+    s3_at.always = ("status", status, {})
     watch = Watch()
     with pytest.raises(BigmixError, match="3 tries in a row failed at byte 0"):
         read_file("s3://bucket/d/a.tar", retry=FAST_S3, watch=watch)
     assert watch.retries == 2
-    storage._s3.cache_clear()
 
 
-FAST_S3 = Retry(tries=3, first_wait_s=0.01, longest_wait_s=0.02, timeout_s=10)
+@pytest.mark.parametrize("status", [401, 403])
+def test_s3_that_refuses_is_asked_once(s3_at, status):
+    s3_at.always = ("status", status, {})
+    with pytest.raises(BadInput, match="may not be read"):
+        read_file("s3://bucket/d/a.tar", retry=FAST_S3)
+    assert len(s3_at.requests) == 1
+
+
+@pytest.mark.parametrize("fault", [("reset", 100_000), ("truncate", 70_001), ("stall", 50_000)])
+def test_s3_that_breaks_off_is_completed(s3_at, fault):
+    s3_at.files["/bucket/d/a.tar"] = CONTENT
+    s3_at.faults.extend([None, fault])  # the first answer is to HEAD
+    watch = Watch()
+    assert read_file("s3://bucket/d/a.tar", retry=FAST_S3, watch=watch) == CONTENT
+    assert watch.retries == 1
+
+
+FAST_S3 = Retry(tries=3, first_wait_s=0.01, longest_wait_s=0.02, timeout_s=2)
 
 
 def test_a_pipe_is_read_and_resumed(tmp_path):

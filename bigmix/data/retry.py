@@ -17,6 +17,7 @@ from bigmix.errors import BadInput, BigmixError
 
 ASKED_WAIT_S = 300.0  # the longest wait that a server may ask for
 
+_REASON_CHARS = 400  # Google's library tells one cause three times over
 _log = logging.getLogger(__name__)
 
 
@@ -163,7 +164,7 @@ def _wait(
 
 
 def _reason(error: Exception) -> str:
-    return str(error).strip() or type(error).__name__
+    return str(error).strip()[:_REASON_CHARS] or type(error).__name__
 
 
 class _Reading:
