@@ -8,6 +8,12 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "bigmix"
 LAYERS = [
     {"errors", "files", "records", "world"},
+    {"data.location"},
+    {"data.retry"},
+    {"data.http", "data.pipe"},
+    {"data.storage"},
+    {"data.cache"},
+    {"data.fetch_ahead"},
     {"recipe", "objective", "schedule", "data.manifest", "data.shares", "data.order", "dist"},
     {
         "data.recognise", "data.sentencepiece_model", "data.shards", "data.packing", "data.mixture", "loss", "ds_config",

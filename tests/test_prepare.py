@@ -14,7 +14,8 @@ from bigmix.cli import main
 from bigmix.data import tokenise
 from bigmix.data.chat import encode_chat, open_template
 from bigmix.data.documents import RawRow
-from bigmix.data.manifest import MANIFEST, read_manifest
+from bigmix.data.location import MANIFEST
+from bigmix.data.manifest import read_manifest
 from bigmix.data.prepare import PrepareSettings, prepare
 from bigmix.data.recognise import Conversation, Layout
 from bigmix.data.shards import open_shard

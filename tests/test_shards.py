@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigmix.data import shards
+from bigmix.data.location import MANIFEST
 from bigmix.data.manifest import (
-    MANIFEST,
     Manifest,
     TokenizerEntry,
     faults_of_shards,

@@ -21,10 +21,10 @@ from pydantic import (
     ValidationError,
 )
 
+from bigmix.data.location import MANIFEST
 from bigmix.errors import BadInput
 from bigmix.files import replace_text, sha256_of
 
-MANIFEST = "manifest.json"
 LENGTHS = "lengths.npy"
 VERSION = 2
 

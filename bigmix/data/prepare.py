@@ -13,8 +13,8 @@ from typing import Literal
 
 from bigmix.data.chat import Template, check_first, encode_chat, open_template
 from bigmix.data.documents import RawRow, ReadOptions, read_rows
+from bigmix.data.location import MANIFEST
 from bigmix.data.manifest import (
-    MANIFEST,
     Manifest,
     ShardEntry,
     ShardTable,
