@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bigmix.data.stream import Stream
+from bigmix.data.tally import lost_of
 from bigmix.ds_config import zero_stage
 from bigmix.evaluate import HeldOut
 from bigmix.inputs import Inputs, accumulation
@@ -120,13 +121,15 @@ def _source(recipe: Recipe, stream: Stream, rows: int, rows_in_all: int) -> list
         rows,
         f"{rows / stream.rows_per_epoch:.2f}",
         f"{filled:.1%}",
-        _lost(stream),
+        _said_lost(stream),
     ]
 
 
-def _lost(stream: Stream) -> str:
-    """Documents that packing leaves out or cuts, so that nothing goes without a word."""
-    dropped = sum(packing.dropped for packing in stream.packings)
-    truncated = sum(packing.truncated for packing in stream.packings)
-    said = [f"{dropped:,} too long" if dropped else "", f"{truncated:,} cut" if truncated else ""]
+def _said_lost(stream: Stream) -> str:
+    """Documents that packing leaves out or cuts, in words."""
+    lost = lost_of(stream)
+    said = [
+        f"{lost.dropped:,} too long" if lost.dropped else "",
+        f"{lost.truncated:,} cut" if lost.truncated else "",
+    ]
     return ", ".join(filter(None, said)) or "none"

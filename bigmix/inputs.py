@@ -15,6 +15,7 @@ from bigmix.data.shards import Manifest, faults_of_shards, read_manifest
 from bigmix.data.stream import Stream
 from bigmix.ds_config import fill, read_ds_config
 from bigmix.errors import BadInput
+from bigmix.objective import Shares
 from bigmix.recipe import Recipe
 
 CHECKSUM_BYTES = 1 << 30  # shards beyond this are checked when their first row is read
@@ -112,6 +113,13 @@ def count_steps(recipe: Recipe, streams: Mapping[str, Stream]) -> int:
 def accumulation(recipe: Recipe, ranks: int) -> int:
     """Micro-batches of a step on each rank."""
     return recipe.rows_per_step // (ranks * recipe.train.micro_batch_rows)
+
+
+def shares_of_step(recipe: Recipe, at_step: int) -> Shares:
+    """The shares of a step, counted from 1; a schedule's points count the steps that are done."""
+    rows = {name: source.share for name, source in recipe.sources.items()}
+    loss = {name: source.loss_share or source.share for name, source in recipe.sources.items()}
+    return Shares(rows=shares_at(rows, at_step - 1), loss=shares_at(loss, at_step - 1))
 
 
 def _collect(faults: list[str], check: Any, *arguments: Any) -> Any:

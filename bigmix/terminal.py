@@ -277,7 +277,7 @@ def _rich_table(table: Table) -> RichTable:
         title=Text(table.title), title_justify="left", title_style="bold", box=None, pad_edge=False
     )
     for index, name in enumerate(table.columns):
-        is_text = all(isinstance(row[index], str) for row in table.rows)
+        is_text = all(_is_text(row[index]) for row in table.rows)
         rich_table.add_column(
             Text(name),
             justify="left" if is_text else "right",
@@ -287,6 +287,11 @@ def _rich_table(table: Table) -> RichTable:
     for row in table.rows:
         rich_table.add_row(*map(_cell, row))
     return rich_table
+
+
+def _is_text(cell: Cell) -> bool:
+    """Words; a number with its unit, such as 25.0%, is none."""
+    return isinstance(cell, str) and not cell[:1].isdigit()
 
 
 def _cell(cell: Cell) -> Text:

@@ -9,7 +9,6 @@ from pathlib import Path
 from bigmix import checkpoint, step
 from bigmix.checkpoint import Position
 from bigmix.data.loader import Loader, Portion
-from bigmix.data.mixture import shares_at
 from bigmix.data.order import key_of
 from bigmix.dist import Cluster, leave
 from bigmix.ds_config import fill
@@ -20,7 +19,7 @@ from bigmix.export import export
 from bigmix.flops import cost_of, count_parameters, peak_flops
 from bigmix.guard import StopFlag
 from bigmix.header import show_header, show_held_out
-from bigmix.inputs import Inputs, accumulation
+from bigmix.inputs import Inputs, accumulation, shares_of_step
 from bigmix.metrics import RunLog
 from bigmix.model import build, choose_attention, choose_dtype, read_config
 from bigmix.model_checks import check_config
@@ -94,7 +93,7 @@ def _train(parts: Parts, *, first: int) -> None:
             parts.engine,
             parts.cluster,
             batch,
-            shares=_shares(recipe, batch.step),
+            shares=shares_of_step(recipe, batch.step),
             objective=recipe.objective,
             lr=learning_rate.at(batch.step),
             chance=key_of(recipe.seed, "dropout", batch.step, portion.rank) >> 1,
@@ -245,13 +244,6 @@ def _save(parts: Parts, at_step: int) -> None:
         Position(step=at_step, report=parts.report.state()),
         keep=parts.recipe.train.keep_checkpoints,
     )
-
-
-def _shares(recipe: Recipe, at_step: int) -> step.Shares:
-    """The shares of a step, counted from 1; a schedule's points count the steps that are done."""
-    rows = {name: source.share for name, source in recipe.sources.items()}
-    loss = {name: source.loss_share or source.share for name, source in recipe.sources.items()}
-    return step.Shares(rows=shares_at(rows, at_step - 1), loss=shares_at(loss, at_step - 1))
 
 
 def _learning_rate(recipe: Recipe, steps: int) -> LearningRate:

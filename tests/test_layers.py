@@ -14,14 +14,14 @@ LAYERS = [
         "metrics", "terminal", "guard", "quickstart.corpus",
     },
     {"data.documents", "data.tokenizer", "model", "flops", "data.stream", "engine"},
-    {"data.chat", "data.loader", "model_checks", "step", "checkpoint"},
+    {"data.chat", "data.loader", "data.tally", "model_checks", "step", "checkpoint"},
     {"data.tokenise", "inputs", "soundness", "evaluate", "run_folder"},
-    {"data.prepare", "report", "export"},
+    {"data.prepare", "report", "export", "plan"},
     {"header", "compare"},
     {"train"},
     {"cli"},
 ]  # fmt: skip
-WHOLE = {"recipe", "compare", "cli", "loss"}  # packages that are one part
+WHOLE = {"recipe", "compare", "cli", "loss", "plan"}  # packages that are one part
 MODULES = {
     str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path
     for path in PACKAGE.rglob("*.py")

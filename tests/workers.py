@@ -19,12 +19,13 @@ from bigmix.ds_config import fill, read_ds_config
 from bigmix.engine import AdamW, Engine, join, sharded_construction
 from bigmix.export import export
 from bigmix.model import build, read_config
+from bigmix.objective import Shares
 from bigmix.records import IGNORE, Row, RowId, StepBatch
 from bigmix.world import world_of
 
 ROW = 64
 SOURCES = ("web", "chat", "rare")
-SHARES = step.Shares(
+SHARES = Shares(
     rows={"web": 0.5, "chat": 0.25, "rare": 0.25}, loss={"web": 0.7, "chat": 0.25, "rare": 0.05}
 )
 

@@ -120,6 +120,10 @@ class Stream:
             tokens=at,
         )
 
+    def open_shard(self, index: int) -> Shard:
+        """A shard as it lies on the disk, for what is not a row: lengths and masks."""
+        return self._shard(index)
+
     def _check(self, index: int) -> None:
         """Before the first row of a shard is used, its content must be what was prepared."""
         if index in self._checked:
