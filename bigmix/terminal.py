@@ -128,6 +128,15 @@ class Terminal:
         """Something that the user should look at, while the run goes on."""
         self._line(f"warning: {text}", style="yellow")
 
+    @property
+    def has_colour(self) -> bool:
+        """Whether styles can be seen; where not, signs must say what they would."""
+        return self._console.color_system is not None and not self._console.no_color
+
+    def styled(self, pieces: Sequence[tuple[str, str]]) -> None:
+        """Text in pieces, each with its style in rich's words; long lines are folded by the screen."""
+        self._console.print(Text.assemble(*pieces), soft_wrap=True)
+
     def table(self, table: Table) -> None:
         """Print a table; a wide cell is folded, never cut."""
         self._console.print(_rich_table(table))

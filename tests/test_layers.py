@@ -17,7 +17,7 @@ LAYERS = [
     {"data.chat", "data.loader", "data.tally", "model_checks", "step", "checkpoint"},
     {"data.tokenise", "inputs", "soundness", "evaluate", "run_folder"},
     {"data.prepare", "report", "export", "plan"},
-    {"header", "compare"},
+    {"header", "compare", "preview"},
     {"train"},
     {"cli"},
 ]  # fmt: skip

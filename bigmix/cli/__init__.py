@@ -9,6 +9,7 @@ from bigmix.cli.compare import add_compare
 from bigmix.cli.inspect import add_recipe, add_rows
 from bigmix.cli.plan import add_plan
 from bigmix.cli.prepare import add_prepare, add_tokenizer
+from bigmix.cli.preview import add_preview
 from bigmix.cli.quickstart import add_quickstart
 from bigmix.errors import FAILED, BigmixError
 
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"bigmix {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
-        add_prepare, add_tokenizer, add_recipe, add_plan, add_rows, add_compare, add_quickstart,
+        add_prepare, add_tokenizer, add_recipe, add_plan, add_preview, add_rows, add_compare, add_quickstart,
     ):  # fmt: skip
         add(subparsers)
     known = parser.parse_args(arguments)
