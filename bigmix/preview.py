@@ -97,35 +97,30 @@ def _head(row: Row, seat: Seat, loss_tokens: int) -> str:
 
 
 def _decoded(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[Piece]:
-    """Runs of one kind, each decoded behind the run before it: some tokenizers swallow a first space."""
-    before: list[int] = []
-    for (kind, is_special), run in groupby(
-        tokens, key=lambda token: (token.kind, token.is_special)
-    ):
-        ids = [token.id for token in run]
+    for is_special, run in groupby(tokens, key=lambda token: token.is_special):
         if is_special:
-            for token in ids:
-                yield Piece(text=visible(tokenizer.text_of(token)), kind=kind, is_special=True)
-            before = []
-            continue
-        for group, text in _groups(before, ids, tokenizer):
-            yield Piece(text=visible(text), kind=kind)
-            before = group
+            for token in run:
+                text = visible(tokenizer.text_of(token.id))
+                yield Piece(text=text, kind=token.kind, is_special=True)
+        else:
+            yield from _characters(list(run), tokenizer)
 
 
-def _groups(
-    before: list[int], ids: Sequence[int], tokenizer: Tokenizer
-) -> Iterator[tuple[list[int], str]]:
-    """The fewest tokens that decode to whole characters, and their text."""
+def _characters(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[Piece]:
+    """The fewest tokens that decode to whole characters; the last of them says of which kind they are.
+
+    Each is decoded behind the one before it, since some tokenizers swallow a first space.
+    """
+    before: list[int] = []
     group: list[int] = []
-    for index, token in enumerate(ids):
-        group.append(token)
+    for index, token in enumerate(tokens):
+        group.append(token.id)
         text = tokenizer.decode([*before, *group])[len(tokenizer.decode(before)) :]
-        is_open = text.endswith(_BROKEN) and len(group) < LONGEST_GROUP
-        if is_open and index + 1 < len(ids):
+        is_broken = text.endswith(_BROKEN)
+        if is_broken and len(group) < LONGEST_GROUP and index + 1 < len(tokens):
             continue
-        yield group, text or f"<{','.join(map(str, group))}>"
-        before, group = group, []
+        yield Piece(text=visible(text or f"<{token.id}>"), kind=token.kind)
+        before, group = [] if is_broken else group, []
 
 
 def visible(text: str) -> str:

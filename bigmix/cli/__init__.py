@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add_prepare, add_tokenizer, add_recipe, add_plan, add_preview, add_rows, add_compare, add_quickstart,
     ):  # fmt: skip
         add(subparsers)
-    known = parser.parse_args(arguments)
+    known = _parse(parser, arguments)
     try:
         code: int = known.func(known)
         return code
@@ -38,3 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return FAILED
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What argparse makes of the words; KEY=VALUE may also stand behind options, where it does not look for them."""
+    known, rest = parser.parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strange or (rest and not hasattr(known, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if rest:
+        known.overrides = [*known.overrides, *rest]
+    return known

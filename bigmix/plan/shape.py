@@ -113,8 +113,12 @@ def _activations(body: nn.Module, ids_BT: Tensor) -> Activations:
 
     layers = _layers(body)
     hooks = [
-        layer.register_forward_pre_hook(partial(_enter, depth, index + 1))
+        hook
         for index, layer in enumerate(layers)
+        for hook in (
+            layer.register_forward_pre_hook(partial(_enter, depth, index + 1)),
+            layer.register_forward_hook(partial(_enter, depth, 0)),
+        )
     ]
     positions_BT = torch.zeros_like(ids_BT)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -27,7 +27,10 @@ def warnings_of(recipe: Recipe, plan: Forecast, machine: Machine) -> list[str]:
 
 
 def _rare(recipe: Recipe, plan: Forecast, name: str, source: SourceCounts) -> Iterator[str]:
-    if not 0 < source.due < 1:
+    if source.due >= 1:
+        return
+    if not source.rows:
+        yield f"{name} has no row at all in this run; raise its share or the budget, or delete it"
         return
     steps = source.steps / plan.counts.steps
     needed = ceil(recipe.rows_per_step / source.due)
@@ -48,7 +51,7 @@ def _repeated(name: str, source: SourceCounts) -> Iterator[str]:
     part = MOST_EPOCHS / source.epochs
     yield (
         f"{name} is repeated {source.epochs:.1f} times, more than {MOST_EPOCHS}; multiply its share or the budget by "
-        f"{part:.2f} or less, or prepare {1 / part:.1f} times as much data"
+        f"{part:.2f} or less, or prepare {1 / part:.2f} times as much data"
     )
 
 
