@@ -53,7 +53,7 @@ def preview(row: Row, seat: Seat, tokenizer: Tokenizer, *, most: int | None) -> 
         begin, end = bounds[index], bounds[index + 1]
         if begin >= shown:
             break
-        yield Piece(text=f"⎯⎯ document {document:,}, {end - begin:,} tokens\n", kind="border")
+        yield Piece(text=f"── document {document:,}, {end - begin:,} tokens\n", kind="border")
         tokens = [
             _Token(token, "loss" if flag else "context", token in tokenizer.special_ids)
             for token, flag in zip(
@@ -103,7 +103,9 @@ def _decoded(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[Piece]:
                 text = visible(tokenizer.text_of(token.id))
                 yield Piece(text=text, kind=token.kind, is_special=True)
         else:
-            yield from _characters(list(run), tokenizer)
+            pieces = _characters(list(run), tokenizer)
+            for kind, alike in groupby(pieces, key=lambda piece: piece.kind):
+                yield Piece(text="".join(piece.text for piece in alike), kind=kind)
 
 
 def _characters(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[Piece]:

@@ -56,7 +56,7 @@ def test_every_token_is_shown_once_with_its_borders_and_padding(tokenizer):
         f"{row.tokens - 6} in the loss  {row.tokens / 120:.1%} filled\n"
     ]
     borders = [p.text for p in pieces if p.kind == "border" and p.text.strip()]
-    assert [text.split(",")[0] for text in borders] == ["⎯⎯ document 7", "⎯⎯ document 8"]
+    assert [text.split(",")[0] for text in borders] == ["── document 7", "── document 8"]
     assert pieces[-1] == Piece(text=f"… {120 - row.tokens} padding\n", kind="padding")
 
 

@@ -173,7 +173,7 @@ def _sources(plan: Forecast) -> Table:
 def _shares(plan: Forecast) -> Table:
     shares = [plan.counts.shares(unit) for unit in (*UNITS, "wanted")]
     return Table(
-        title="share of the run by",
+        title="shares of the run",
         columns=("source", *(unit.replace("_", " ") for unit in UNITS), "gradient in the recipe"),
         rows=[[name, *(f"{each[name]:.1%}" for each in shares)] for name in plan.counts.sources],
     )
