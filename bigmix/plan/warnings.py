@@ -51,7 +51,7 @@ def _repeated(name: str, source: SourceCounts) -> Iterator[str]:
     part = MOST_EPOCHS / source.epochs
     yield (
         f"{name} is repeated {source.epochs:.1f} times, more than {MOST_EPOCHS}; multiply its share or the budget by "
-        f"{part:.2f} or less, or prepare {1 / part:.2f} times as much data"
+        f"{part:.2g} or less, or prepare {1 / part:.2f} times as much data"
     )
 
 
