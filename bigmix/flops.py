@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets.
-_PEAKS = {
+PEAKS = {
     "B200": 2.25e15,
     "H200": 989e12,
     "H100": 989e12,
@@ -69,4 +69,4 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     if device.type != "cuda" or dtype != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _PEAKS.items() if key in name), None)
+    return next((peak for key, peak in PEAKS.items() if key in name), None)

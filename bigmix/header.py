@@ -28,7 +28,7 @@ def show_header(
     """Say what will be trained on what, before the first step."""
     train, model = recipe.train, recipe.model
     made = model.path or f"{(model.config or {})['model_type']} from scratch, seed {recipe.seed}"
-    tokens = recipe.rows_per_step * recipe.sequence_length
+    tokens = recipe.rows_per_step * recipe.longest_row
     micro = f"{accumulation(recipe, world.size)} x {train.micro_batch_rows}"
     rows = [
         ("model", f"{made}, {parameters:,} parameters"),
@@ -37,7 +37,7 @@ def show_header(
         ("engine", f"ZeRO-{zero_stage(keys)} on {world.size} ranks, {recipe.deepspeed}"),
         (
             "step",
-            f"{recipe.rows_per_step} rows x {recipe.sequence_length:,} = {tokens:,} tokens; each rank {micro} rows",
+            f"{recipe.rows_per_step} rows x {_lengths(recipe)} = {tokens:,} tokens; each rank {micro} rows",
         ),
         ("run", f"{inputs.steps:,} steps ({_budget(recipe)}), objective {recipe.objective}"),
         ("optimizer", f"AdamW, lr {train.lr:g}, {train.schedule}, warm-up {train.warmup:g}"),
@@ -69,6 +69,11 @@ def show_held_out(
             )
         )
     terminal.table(evaluation_table(step, told))
+
+
+def _lengths(recipe: Recipe) -> str:
+    """The tokens of a row, as they change over the run."""
+    return " -> ".join(f"{length:,}" for _, length in recipe.lengths)
 
 
 def _way(recipe: Recipe) -> str:
@@ -120,12 +125,12 @@ def _source(recipe: Recipe, stream: Stream, rows: int, rows_in_all: int) -> list
         rows,
         f"{rows / stream.rows_per_epoch:.2f}",
         f"{filled:.1%}",
-        _lost(stream),
+        _said_lost(stream),
     ]
 
 
-def _lost(stream: Stream) -> str:
-    """Documents that packing leaves out or cuts, so that nothing goes without a word."""
+def _said_lost(stream: Stream) -> str:
+    """Documents that packing leaves out or cuts, in words."""
     lost = stream.lost
     said = [
         f"{lost.dropped:,} too long" if lost.dropped else "",

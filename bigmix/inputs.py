@@ -3,21 +3,26 @@
 No torch here: a fault is told within a second.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from typing import Any
 
-from bigmix.data.loader import Plan, one_stage
-from bigmix.data.manifest import Manifest, faults_of_shards, read_manifest
-from bigmix.data.mixture import Mixture
-from bigmix.data.shares import share_at, shares_of
-from bigmix.data.stream import Packer, Stream, open_stream
+from bigmix.data.fetch_ahead import Ahead
+from bigmix.data.loader import Loader, Plan, Portion, Stage
+from bigmix.data.location import MANIFEST
+from bigmix.data.manifest import Manifest, faults_of_shards
+from bigmix.data.retry import Retry
+from bigmix.data.shares import Shares
+from bigmix.data.source import Depot, Reading, Source, needed_in_order, read_source
+from bigmix.data.stream import OPEN_SHARDS, Packer, Stream
 from bigmix.ds_config import fill, read_ds_config
-from bigmix.errors import BadInput
+from bigmix.errors import BadInput, BigmixError
+from bigmix.mixing import mix
+from bigmix.objective import StepShares
 from bigmix.recipe import Recipe
 
+RANGES_FROM = 64  # machines: each then needs fewer than two of three blocks of a shard
 CHECKSUM_BYTES = 1 << 30  # shards beyond this are checked when their first row is read
 
 
@@ -28,84 +33,122 @@ class Inputs:
     plan: Plan
     held_out: Mapping[str, Stream]
     steps: int
+    loss_shares: Shares
+    notes: Sequence[str]
     ds_keys: Mapping[str, Any]
     tokenizer_folder: Path
+    sources: Mapping[str, Source]
+    depot: Depot
 
     @property
     def manifest(self) -> Manifest:
         """The manifest of the first source; all agree about the tokenizer."""
         return next(iter(self.plan.streams.values())).manifest
 
+    def shares_of_step(self, step: int) -> StepShares:
+        """The shares of a step, counted from 1; a schedule's points count the steps that are done."""
+        return StepShares(
+            rows=self.plan.mixture.shares.at(step - 1), loss=self.loss_shares.at(step - 1)
+        )
 
-def open_inputs(recipe: Recipe, *, ranks: int, verify: bool) -> Inputs:
-    """Open and check what a recipe names; `verify` also reads the shards of small sources through.
+    def loader(self, portion: Portion, *, first: int, ahead: int) -> Loader:
+        """The batches of one rank from step `first` to the last; remote shards are fetched ahead of need."""
+        if any(not source.location.is_local for source in self.sources.values()):
+            steps = range(first, self.steps + 1)
+            places = (self.plan.places(portion, step) for step in steps)
+            rows = (zip(p.source_names, p.shards_R.tolist(), strict=True) for p in places)
+            self.depot.fetch_ahead(needed_in_order(rows, self.sources, OPEN_SHARDS))
+        return Loader(self.plan, portion, first=first, last=self.steps, ahead=ahead)
+
+
+def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) -> Inputs:
+    """Open and check what a recipe names; `verify` also reads the shards of small local sources through.
 
     Raises BadInput with every fault that is found.
     """
-    faults: list[str] = [*_row_faults(recipe, ranks), *_schedule_faults(recipe)]
+    faults: list[str] = [*_row_faults(recipe, ranks)]
     ds_keys = _collect(faults, _ds_keys, recipe, ranks)
-    sources = {f"sources.{n}.path": s.path for n, s in recipe.sources.items()}
-    folders = sources | {f"held_out of {n}": p for n, p in recipe.held_out_paths.items()}
-    manifests = {
-        path: manifest
-        for key, path in folders.items()
-        if (manifest := _collect(faults, _manifest, key, path, verify)) is not None
-    }
-    faults += _tokenizer_faults(manifests)
+    depot = Depot(_reading(recipe, machines))
+    sources = _sources(recipe, faults, verify=verify)
+    faults += _tokenizer_faults({path: source.manifest for path, source in sources.items()})
     if faults:
         raise BadInput(*faults)
-    streams = {
-        name: _stream(recipe, name, source.path, manifests)
-        for name, source in recipe.sources.items()
-    }
-    held_out = {
-        name: _stream(recipe, name, path, manifests) for name, path in recipe.held_out_paths.items()
-    }
-    faults += [
-        fault for stream in (*streams.values(), *held_out.values()) for fault in _empty(stream)
+    stages = [
+        Stage(first_step=after + 1, streams=_streams(recipe, depot, sources, length))
+        for after, length in recipe.lengths
     ]
+    longest = max(length for _, length in recipe.lengths)
+    held_out = {
+        name: depot.stream(name, sources[path], _packer(recipe, name, longest), seed=recipe.seed)
+        for name, path in recipe.held_out_paths.items()
+    }
+    everything = [*(s for stage in stages for s in stage.streams.values()), *held_out.values()]
+    faults += dict.fromkeys(fault for stream in everything for fault in _empty(stream))
     if faults:
         raise BadInput(*faults)
     assert ds_keys is not None
-    mixture = Mixture({n: s.share for n, s in recipe.sources.items()}, recipe.rows_per_step)
+    mixing = mix(recipe, stages)
+    own = {name: sources[source.path] for name, source in recipe.sources.items()}
+    nearest = min(own.values(), key=lambda source: not source.location.is_local)
     return Inputs(
-        plan=Plan(mixture=mixture, stages=one_stage(streams), seed=recipe.seed),
+        plan=mixing.plan,
         held_out=held_out,
-        steps=count_steps(recipe, streams),
+        steps=mixing.steps,
+        loss_shares=mixing.loss_shares,
+        notes=mixing.notes,
         ds_keys=ds_keys,
-        tokenizer_folder=Path(next(iter(recipe.sources.values())).path) / "tokenizer",
+        tokenizer_folder=depot.tokenizer_folder(nearest),
+        sources=own,
+        depot=depot,
     )
 
 
-def count_steps(recipe: Recipe, streams: Mapping[str, Stream]) -> int:
-    """Optimizer steps that the budget allows, from the mean number of tokens in a row of each source."""
-    budget = recipe.budget
-    fixed = recipe.train.steps or budget.steps
-    if fixed is not None:
-        return fixed
-    goal = budget.task_tokens or budget.total_tokens
-    assert goal is not None
-    names = recipe.task_names if budget.task_tokens else tuple(streams)
-    row_tokens = {n: streams[n].tokens_per_epoch / streams[n].rows_per_epoch for n in names}
-    shares = {name: source.share for name, source in recipe.sources.items()}
-    is_constant = all(not isinstance(share, tuple) for share in shares.values())
-    last_point = max(
-        (share[-1][0] for share in shares.values() if isinstance(share, tuple)), default=0
+def _sources(recipe: Recipe, faults: list[str], *, verify: bool) -> dict[str, Source]:
+    """Every source and held-out set that can be read, by its path; what is wrong with the others joins the faults."""
+    places = {f"sources.{n}.path": s.path for n, s in recipe.sources.items()}
+    places |= {f"held_out of {n}": p for n, p in recipe.held_out_paths.items()}
+    retry = _retry(recipe)
+    return {
+        path: source
+        for key, path in places.items()
+        if (source := _collect(faults, _source, key, path, retry, verify)) is not None
+    }
+
+
+def _retry(recipe: Recipe) -> Retry:
+    return Retry(tries=recipe.cache.tries, timeout_s=recipe.cache.timeout_s)
+
+
+def _reading(recipe: Recipe, machines: int) -> Reading:
+    cache = recipe.cache
+    return Reading(
+        folder=Path(cache.folder).expanduser(),
+        max_bytes=cache.size,
+        retry=_retry(recipe),
+        ahead=Ahead(files=cache.ahead_files, bytes=cache.ahead_bytes),
+        ranges=cache.read == "ranges" or (cache.read == "auto" and machines >= RANGES_FROM),
     )
-    tokens, step = 0.0, 0
-    while tokens < goal:
-        now = shares_of(shares).at(step)
-        gain = recipe.rows_per_step * sum(now[name] * row_tokens[name] for name in names)
-        if is_constant or step >= last_point:
-            if gain == 0:
-                raise BadInput(
-                    f"budget.task_tokens is {goal} and cannot be reached: the shares of {', '.join(names)} "
-                    "end at 0; raise their last point, or use budget.steps"
-                )
-            return step + ceil((goal - tokens) / gain)
-        tokens += gain
-        step += 1
-    return step
+
+
+def _packer(recipe: Recipe, name: str, row_tokens: int) -> Packer:
+    source = recipe.sources.get(name)
+    return Packer(
+        row_tokens=row_tokens,
+        long_documents=source.long_documents if source is not None else "drop",
+        whole_below=source.whole_below if source is not None else 0,
+        pad_to_multiple=recipe.pad_to_multiple,
+    )
+
+
+def _streams(
+    recipe: Recipe, depot: Depot, sources: Mapping[str, Source], row_tokens: int
+) -> dict[str, Stream]:
+    return {
+        name: depot.stream(
+            name, sources[source.path], _packer(recipe, name, row_tokens), seed=recipe.seed
+        )
+        for name, source in recipe.sources.items()
+    }
 
 
 def accumulation(recipe: Recipe, ranks: int) -> int:
@@ -133,18 +176,6 @@ def _row_faults(recipe: Recipe, ranks: int) -> Iterator[str]:
         )
 
 
-def _schedule_faults(recipe: Recipe) -> Iterator[str]:
-    for kind in ("share", "loss_share"):
-        shares = {n: getattr(s, kind) or s.share for n, s in recipe.sources.items()}
-        points = {at for s in shares.values() if isinstance(s, tuple) for at, _ in s}
-        for at in sorted(points):
-            if not any(share_at(share, at) for share in shares.values()):
-                yield (
-                    f"{kind} of every source is 0 at step {at}; at each step one must be above 0, "
-                    "move a point or add a constant share"
-                )
-
-
 def _ds_keys(recipe: Recipe, ranks: int) -> Mapping[str, Any]:
     keys = read_ds_config(recipe.deepspeed)
     if recipe.rows_per_step % (ranks * recipe.train.micro_batch_rows) == 0:
@@ -166,17 +197,22 @@ def keys_dtype(recipe: Recipe, keys: Mapping[str, Any]) -> str:
     return "bf16" if keys.get("bf16", {}).get("enabled") is True else "fp32"
 
 
-def _manifest(key: str, path: str, verify: bool) -> Manifest:
+def _source(key: str, path: str, retry: Retry, verify: bool) -> Source:
     try:
-        manifest = read_manifest(path)
-    except BadInput as error:
-        raise BadInput(*(f"{key}: {fault}" for fault in error.faults)) from error
-    if not manifest.documents:
+        source = read_source(path, retry)
+    except BigmixError as error:
+        raise BadInput(*(f"{key}: {fault}" for fault in str(error).splitlines())) from error
+    if not source.manifest.documents:
         raise BadInput(f"{key}: {path} holds no document; prepare it from an input that has some")
-    faults = faults_of_shards(path, manifest, checksum_bytes=CHECKSUM_BYTES if verify else 0)
+    if not source.location.is_local:
+        return source
+    folder = Path(source.location.url(MANIFEST)).parent
+    faults = faults_of_shards(
+        str(folder), source.manifest, checksum_bytes=CHECKSUM_BYTES if verify else 0
+    )
     if faults:
         raise BadInput(*(f"{key}: {fault}" for fault in faults))
-    return manifest
+    return source
 
 
 def _tokenizer_faults(manifests: Mapping[str, Manifest]) -> Iterator[str]:
@@ -189,15 +225,6 @@ def _tokenizer_faults(manifests: Mapping[str, Manifest]) -> Iterator[str]:
             f"{', '.join(others)}: prepared with another tokenizer than {first}; all sources and held-out sets of a "
             "run need the same one, prepare them again with one --tokenizer"
         )
-
-
-def _stream(recipe: Recipe, name: str, path: str, manifests: Mapping[str, Manifest]) -> Stream:
-    source = recipe.sources.get(name)
-    packer = Packer(
-        row_tokens=recipe.sequence_length,
-        long_documents=source.long_documents if source is not None else "drop",
-    )
-    return open_stream(name, path, manifests[path], packer, seed=recipe.seed)
 
 
 def _empty(stream: Stream) -> Iterator[str]:

@@ -23,9 +23,9 @@ def check_config(recipe: Recipe, manifest: Manifest, config: Any) -> None:
 
 def _length_faults(recipe: Recipe, config: Any) -> Iterator[str]:
     longest = max_positions(config)
-    if longest is not None and recipe.sequence_length > longest:
+    if longest is not None and recipe.longest_row > longest:
         yield (
-            f"sequence_length is {recipe.sequence_length}, the model has positions for {longest}; "
+            f"sequence_length is {recipe.longest_row}, the model has positions for {longest}; "
             f"set sequence_length={longest} or less, or choose a model with more"
         )
 

@@ -28,6 +28,27 @@ class StepWeights:
     gradient: dict[str, float]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepShares:
+    """Normalised shares of the rows and of the gradient in one step, by source."""
+
+    rows: Mapping[str, float]
+    loss: Mapping[str, float]
+
+
+def weigh(
+    objective: Objective,
+    shares: StepShares,
+    rows: Mapping[str, int],
+    loss_tokens: Mapping[str, int],
+) -> StepWeights:
+    """The weight of a loss token of each source, from the counts of the whole step."""
+    if objective == "per_token":
+        return per_token(shares.rows, shares.loss, loss_tokens)
+    lambdas = source_weights(shares.rows, shares.loss, rows, sum(rows.values()))
+    return per_source(lambdas, loss_tokens)
+
+
 def source_weights(
     shares: Mapping[str, float],
     loss_shares: Mapping[str, float],

@@ -34,6 +34,11 @@ class RowPlaces:
     shards_R: Ints
     rows_R: Ints
 
+    @property
+    def source_names(self) -> list[str]:
+        """The source of each row."""
+        return [self.names[source] for source in self.sources_R.tolist()]
+
     def ids(self) -> list[RowId]:
         """The same as records."""
         columns = (self.sources_R, self.epochs_R, self.shards_R, self.rows_R)

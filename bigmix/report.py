@@ -1,6 +1,6 @@
 """Results of steps and evaluations go in, the lines of metrics.jsonl come out, with what a run has added up so far."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +33,13 @@ class Report:
     def __init__(
         self,
         sources: Sequence[str],
-        rows_per_epoch: Mapping[str, int],
+        epochs: Callable[[int], Mapping[str, float]],
         *,
         cost: Cost | None,
         peak_flops: float | None,
     ) -> None:
         self._sources = tuple(sources)
-        self._rows_per_epoch = rows_per_epoch
+        self._epochs = epochs
         self._cost = cost
         self._peak_flops = peak_flops
         self._waiting: list[Timed] = []
@@ -123,7 +123,8 @@ class Report:
             line[f"rows/{name}"] = result.rows[name]
             line[f"tokens/{name}"] = result.tokens[name]
             line[f"loss_tokens/{name}"] = count
-        return line | self._running()
+        epochs = {f"epoch/{name}": value for name, value in self._epochs(result.step).items()}
+        return line | self._running() | epochs
 
     def _add(self, result: StepResult) -> None:
         for name in self._sources:
@@ -133,7 +134,7 @@ class Report:
             self._totals["gradient"][name] += result.weights.gradient[name]
 
     def _running(self) -> Line:
-        """Totals, epochs and realised shares since the first step."""
+        """Totals and realised shares since the first step."""
         line: Line = {}
         for unit, values in self._totals.items():
             total = sum(values.values())
@@ -144,8 +145,6 @@ class Report:
                 )
                 if unit != "gradient":
                     line[f"total_{unit}/{name}"] = value
-        for name in self._sources:
-            line[f"epoch/{name}"] = self._totals["rows"][name] / self._rows_per_epoch[name]
         return line
 
     def _mfu(self, result: StepResult, step_s: float) -> float | None:

@@ -11,16 +11,8 @@ from bigmix.dist import Cluster
 from bigmix.engine import Engine
 from bigmix.loss.cross_entropy import LossTokens
 from bigmix.model import ModelTensors
-from bigmix.objective import Objective, StepWeights, per_source, per_token, source_weights
+from bigmix.objective import Objective, StepShares, StepWeights, weigh
 from bigmix.records import Ints, MicroBatch, StepBatch
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shares:
-    """Normalised shares of the rows and of the gradient in one step, by source."""
-
-    rows: Mapping[str, float]
-    loss: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +38,7 @@ def run(
     cluster: Cluster,
     batch: StepBatch,
     *,
-    shares: Shares,
+    shares: StepShares,
     objective: Objective,
     lr: float,
     chance: int,
@@ -92,19 +84,6 @@ def run(
         skipped=engine.was_skipped(),
         stop_asked=counts[-1] > 0,
     )
-
-
-def weigh(
-    objective: Objective,
-    shares: Shares,
-    rows: Mapping[str, int],
-    loss_tokens: Mapping[str, int],
-) -> StepWeights:
-    """The weight of a loss token of each source, from the counts of the whole step."""
-    if objective == "per_token":
-        return per_token(shares.rows, shares.loss, loss_tokens)
-    lambdas = source_weights(shares.rows, shares.loss, rows, sum(rows.values()))
-    return per_source(lambdas, loss_tokens)
 
 
 def tensors(

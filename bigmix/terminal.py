@@ -128,6 +128,15 @@ class Terminal:
         """Something that the user should look at, while the run goes on."""
         self._line(f"warning: {text}", style="yellow")
 
+    @property
+    def has_colour(self) -> bool:
+        """Whether styles can be seen; where not, signs must say what they would."""
+        return self._console.color_system is not None and not self._console.no_color
+
+    def styled(self, pieces: Sequence[tuple[str, str]]) -> None:
+        """Text in pieces, each with its style in rich's words; long lines are folded by the screen."""
+        self._console.print(Text.assemble(*pieces), soft_wrap=True)
+
     def table(self, table: Table) -> None:
         """Print a table; a wide cell is folded, never cut."""
         self._console.print(_rich_table(table))
@@ -277,7 +286,7 @@ def _rich_table(table: Table) -> RichTable:
         title=Text(table.title), title_justify="left", title_style="bold", box=None, pad_edge=False
     )
     for index, name in enumerate(table.columns):
-        is_text = all(isinstance(row[index], str) for row in table.rows)
+        is_text = all(_is_text(row[index]) for row in table.rows)
         rich_table.add_column(
             Text(name),
             justify="left" if is_text else "right",
@@ -287,6 +296,11 @@ def _rich_table(table: Table) -> RichTable:
     for row in table.rows:
         rich_table.add_row(*map(_cell, row))
     return rich_table
+
+
+def _is_text(cell: Cell) -> bool:
+    """Words; a number with its unit, such as 25.0%, is none."""
+    return isinstance(cell, str) and not cell[:1].isdigit()
 
 
 def _cell(cell: Cell) -> Text:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from bigmix import checkpoint, step
 from bigmix.checkpoint import Position
-from bigmix.data.loader import Loader, Portion
+from bigmix.data.loader import Portion
 from bigmix.data.order import key_of
-from bigmix.data.shares import shares_of
 from bigmix.dist import Cluster, leave
 from bigmix.ds_config import fill
 from bigmix.engine import AdamW, Engine, device_of, join, sharded_construction
@@ -86,7 +85,7 @@ def _train(parts: Parts, *, first: int) -> None:
     )
     if first == 1:
         _evaluate(parts, 0)
-    loader = Loader(inputs.plan, portion, first=first, last=last, ahead=recipe.train.prefetch_steps)
+    loader = inputs.loader(portion, first=first, ahead=recipe.train.prefetch_steps)
     began = time.perf_counter()
     for batch in loader:
         fetched = time.perf_counter()
@@ -94,7 +93,7 @@ def _train(parts: Parts, *, first: int) -> None:
             parts.engine,
             parts.cluster,
             batch,
-            shares=_shares(recipe, batch.step),
+            shares=inputs.shares_of_step(batch.step),
             objective=recipe.objective,
             lr=learning_rate.at(batch.step),
             chance=key_of(recipe.seed, "dropout", batch.step, portion.rank) >> 1,
@@ -164,7 +163,7 @@ def _set_up(
     peak = peak_flops(device, dtype.value)
     report = Report(
         tuple(recipe.sources),
-        {name: stream.rows_per_epoch for name, stream in inputs.plan.streams.items()},
+        inputs.plan.epochs,
         cost=cost_of(model.lm),
         peak_flops=peak * world.size if peak else None,
     )
@@ -172,6 +171,8 @@ def _set_up(
         terminal, recipe, inputs, world,
         parameters=count_parameters(model.lm), keys=keys, dtype=dtype, attention=attention,
     )  # fmt: skip
+    for note in inputs.notes:
+        terminal.note(note)
     _resume(engine, report, terminal, start)
     log = _open_log(recipe, inputs, start) if world.is_first else None
     return Parts(
@@ -245,13 +246,6 @@ def _save(parts: Parts, at_step: int) -> None:
         Position(step=at_step, report=parts.report.state()),
         keep=parts.recipe.train.keep_checkpoints,
     )
-
-
-def _shares(recipe: Recipe, at_step: int) -> step.Shares:
-    """The shares of a step, counted from 1; a schedule's points count the steps that are done."""
-    rows = {name: source.share for name, source in recipe.sources.items()}
-    loss = {name: source.loss_share or source.share for name, source in recipe.sources.items()}
-    return step.Shares(rows=shares_of(rows).at(at_step - 1), loss=shares_of(loss).at(at_step - 1))
 
 
 def _learning_rate(recipe: Recipe, steps: int) -> LearningRate:

@@ -1,10 +1,12 @@
 """Prepared sources of generated tokens: small, learnable, different from one another."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from tiny_models import VOCABULARY
 
+from bigmix.data.fetch_ahead import Ahead
 from bigmix.data.manifest import (
     Manifest,
     TemplateEntry,
@@ -12,8 +14,17 @@ from bigmix.data.manifest import (
     token_dtype,
     write_manifest,
 )
+from bigmix.data.retry import Retry
 from bigmix.data.shards import ShardWriter, with_lengths
+from bigmix.data.source import Depot, Reading, read_source
+from bigmix.data.stream import Packer, Stream
 
+READING = Reading(
+    folder=Path(tempfile.gettempdir()) / "bigmix-test-cache",
+    max_bytes=1 << 30,
+    retry=Retry(tries=3, first_wait_s=0.01, timeout_s=2.0),
+    ahead=Ahead(),
+)
 FINGERPRINT = "f" * 64
 
 
@@ -60,3 +71,8 @@ def write_source(
     )
     write_manifest(folder, with_lengths(folder, manifest))
     return folder
+
+
+def open_stream(name: str, path: str, packer: Packer, seed: int = 0) -> Stream:
+    """The rows of a prepared source."""
+    return Depot(READING).stream(name, read_source(path), packer, seed=seed)

@@ -6,7 +6,7 @@ import pytest
 from corpora import write_source
 
 from bigmix.errors import BadInput
-from bigmix.inputs import count_steps, open_inputs
+from bigmix.inputs import open_inputs
 from bigmix.recipe import load_recipe
 from bigmix.run_folder import beginning, write_recipe
 
@@ -130,7 +130,7 @@ def test_a_budget_of_task_tokens_leaves_replay_on_top(world):
             "recipe.yaml",
             ["budget.steps=null", "budget.task_tokens=100K", f"sources.web.share={share}"],
         )
-        return count_steps(recipe, open_inputs(recipe, ranks=2, verify=False).plan.streams)
+        return open_inputs(recipe, ranks=2, verify=False).steps
 
     one_way, two_way = steps(1e-9), steps(0.75)
     assert two_way == pytest.approx(2 * one_way, abs=1)

@@ -21,14 +21,15 @@ LAYERS = [
     },
     {"data.documents", "data.tokenizer", "model", "flops", "data.rows", "engine"},
     {"data.chat", "data.stream", "model_checks", "step", "checkpoint"},
-    {"data.tokenise", "data.loader", "soundness", "run_folder"},
-    {"data.prepare", "inputs", "evaluate", "export"},
-    {"report"},
-    {"header", "compare"},
+    {"data.tokenise", "data.loader", "data.source", "soundness", "run_folder"},
+    {"data.prepare", "data.tally", "mixing", "evaluate", "export"},
+    {"report", "inputs"},
+    {"plan"},
+    {"header", "compare", "preview"},
     {"train"},
     {"cli"},
 ]  # fmt: skip
-WHOLE = {"recipe", "compare", "cli", "loss"}  # packages that are one part
+WHOLE = {"recipe", "compare", "cli", "loss", "plan"}  # packages that are one part
 MODULES = {
     str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path
     for path in PACKAGE.rglob("*.py")

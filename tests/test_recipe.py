@@ -98,3 +98,42 @@ def test_a_missing_file_and_a_crooked_override_are_refused(tmp_path):
         load_recipe(str(tmp_path / "nowhere.yaml"))
     assert "is not KEY=VALUE" in faults(tmp_path, GOOD, "train.lr")[0]
     assert "has no keys" in faults(tmp_path, GOOD + "seed: 1\n", "seed.x=3")[0]
+
+
+GROUPED = GOOD.replace(
+    "  web:   {path: data/web, role: replay, share: 0.2}\n",
+    "  web: {path: w, role: replay, share: {temperature: 0.5}, group: old}\n"
+    "  code: {path: c, role: replay, share: {temperature: 0.5}, group: old, max_epochs: 4}\n",
+).replace("budget:", "groups: {old: {share: [[0, 0.2], [100, 0.1]]}}\nbudget:")
+
+
+def test_groups_temperatures_and_lengths_are_read(tmp_path):
+    recipe = load_recipe(
+        write(tmp_path, GROUPED), ["sequence_length=[[0, 512], [100, 2K]]", "pad_to_multiple=128"]
+    )
+    assert recipe.sources["web"].share.temperature == 0.5 and recipe.sources["web"].group == "old"
+    assert recipe.groups["old"].share == ((0, 0.2), (100, 0.1))
+    assert recipe.lengths == ((0, 512), (100, 2000)) and recipe.longest_row == 2048
+    assert load_recipe(write(tmp_path, to_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("group: old}", "group: odl}", "sources.web.group is odl, which is no group; known are: old"),
+        ("{old: {share", "{gsm8k: {share: 1}, old: {share", "groups.gsm8k has the name of a source"),
+        ("{old: {share", "{x: {share: 1}, old: {share", "groups.x has no source in it"),
+        ("{old: {", "{old: {group: old, ", "groups.old is inside itself"),
+        ("temperature: 0.5}, group: old, max", "temperature: 0.7}, group: old, max", "must have the same one"),
+        ("{temperature: 0.5}, group: old, max", "0.5, group: old, max", "must have the same one"),
+        ("{temperature: 0.5}, group: old, max", "{temprature: 0.5}, group: old, max", "did you mean temperature?"),
+        ("{temperature: 0.5}, group: old, max", "{temperature: -1}, group: old, max", "sources.code.share.temperature is -1"),
+        ("share: [[0, 0.2]", "share: [[0, -0.2]", "groups.old.share.0.1 is -0.2"),
+        ("{share: [[0, 0.2], [100, 0.1]]}", "{share: {temperature: 1}}", "must be a number or points"),
+        ("sequence_length: 2048", "sequence_length: [[3, 2048]]", "the first must be 0"),
+        ("max_epochs: 4", "max_epochs: 0", "sources.code.max_epochs is 0"),
+    ],
+)  # fmt: skip
+def test_each_fault_of_groups_and_lengths_is_named(tmp_path, old, new, said):
+    assert old in GROUPED
+    assert any(said in fault for fault in faults(tmp_path, GROUPED.replace(old, new, 1)))

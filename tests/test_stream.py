@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from corpora import write_source
+from corpora import open_stream, write_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +13,7 @@ from bigmix.data.manifest import Manifest, ShardTable, TokenizerEntry, read_mani
 from bigmix.data.mixture import Mixture
 from bigmix.data.order import keys_of, shuffled
 from bigmix.data.shards import open_shard
-from bigmix.data.stream import Packer, Stream, open_stream
+from bigmix.data.stream import Packer, Stream
 from bigmix.errors import BigmixError
 from bigmix.records import IGNORE
 
@@ -34,7 +34,7 @@ def folders(tmp_path_factory):
 def stream(folders, name, seed=0, row_tokens=T, whole_below=0):
     path = str(folders[name])
     packer = Packer(row_tokens=row_tokens, long_documents="truncate", whole_below=whole_below)
-    return open_stream(name, path, read_manifest(path), packer, seed=seed)
+    return open_stream(name, path, packer, seed)
 
 
 def plan(folders, shares=None):

@@ -20,12 +20,13 @@ from bigmix.ds_config import fill, read_ds_config
 from bigmix.engine import AdamW, Engine, join, sharded_construction
 from bigmix.export import export
 from bigmix.model import build, read_config
+from bigmix.objective import StepShares
 from bigmix.records import StepBatch
 from bigmix.world import world_of
 
 ROW = 64
 SOURCES = ("web", "chat", "rare")
-SHARES = step.Shares(
+SHARES = StepShares(
     rows={"web": 0.5, "chat": 0.25, "rare": 0.25}, loss={"web": 0.7, "chat": 0.25, "rare": 0.05}
 )
 

@@ -23,7 +23,12 @@ def main(arguments: Sequence[str]) -> int:
     world = world_of(os.environ)
     try:
         recipe = load_recipe(given[0], given[1:])
-        inputs = open_inputs(recipe, ranks=world.size, verify=world.local_rank == 0)
+        inputs = open_inputs(
+            recipe,
+            ranks=world.size,
+            verify=world.local_rank == 0,
+            machines=world.size // world.local_size,
+        )
         return _run(recipe, inputs, world)
     except BigmixError as error:
         _tell(error, world)

@@ -179,7 +179,7 @@ def _trained_sources(recipe: Mapping[str, Any]) -> dict[str, TrainedSource]:
 
 
 def _normalised(shares: Mapping[str, Any]) -> dict[str, float | None]:
-    """Shares as parts of 1; all None where one of them is a schedule over steps."""
+    """Shares as parts of 1; all None where one of them is a schedule or follows from the size of its source."""
     numbers = {name: share for name, share in shares.items() if isinstance(share, int | float)}
     if len(numbers) < len(shares):
         return dict.fromkeys(shares)

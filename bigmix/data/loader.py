@@ -99,6 +99,15 @@ class Plan:
             for name, start in starts.items()
         }
 
+    def drawn(self, name: str, rows: int) -> Iterator[tuple[Stream, int, int]]:
+        """What the first `rows` rows of a source in the run are: of each stage its stream, and from which row to which."""
+        ends = [*(starts[name].drawn for starts in self._starts[1:]), rows]
+        for stage, starts, end in zip(self._stages, self._starts, ends, strict=True):
+            start = starts[name]
+            count = min(end, rows) - start.drawn
+            if count > 0:
+                yield stage.streams[name], start.index, start.index + count
+
     def _zero(self) -> dict[str, _Start]:
         return {name: _Start(drawn=0, index=0) for name in self.mixture.names}
 
@@ -200,7 +209,7 @@ def fill_rows(
     rows = [streams[source].fill(shard, row, pieces) for source, shard, row in places]
     # One copy of all pieces of all rows: a copy for each document would cost three times as much.
     ids = np.frombuffer(b"".join(pieces), streams[0].dtype)
-    return ids.reshape(len(rows), streams[0].packer.row_tokens).astype(np.int32), rows
+    return ids.reshape(len(rows), streams[0].packer.width).astype(np.int32), rows
 
 
 def micro_batch(ids_BT: Ints, rows: Sequence[FilledRow], groups: Sequence[int]) -> MicroBatch:

@@ -139,7 +139,7 @@ def _check(array: npt.NDArray[Any]) -> int:
     return xxhash.xxh3_64_intdigest(array.tobytes())
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ByteSource:
     """Where the bytes of a shard are: `read(start, stop)` gives them as uint8; `name` is for messages.
 

@@ -6,8 +6,7 @@ another source changes nothing here.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +22,11 @@ from bigmix.data.packing import (
     pack_text,
 )
 from bigmix.data.rows import FilledRow, RowTable, chat_table, text_table
-from bigmix.data.shards import Shard, open_shard
-from bigmix.errors import BigmixError
+from bigmix.data.shards import Shard
 from bigmix.records import IGNORE, Ints, Row, RowId, RowPlaces
 
 WINDOW_SHARDS = 16
-OPEN_SHARDS = 64
-OPEN_TABLES = 2 * WINDOW_SHARDS
+OPEN_SHARDS = 2 * WINDOW_SHARDS
 
 OpenShard = Callable[[int], Shard]
 
@@ -38,12 +35,19 @@ OpenShard = Callable[[int], Shard]
 class Packer:
     """How documents become rows of `row_tokens` tokens.
 
-    Chats longer than a row are dropped or cut; texts shorter than `whole_below` tokens are never split.
+    Chats longer than a row are dropped or cut; texts shorter than `whole_below` tokens are never split. Rows are then
+    padded to a multiple of `pad_to_multiple` tokens.
     """
 
     row_tokens: int
     long_documents: LongDocuments = "drop"
     whole_below: int = 0
+    pad_to_multiple: int = 1
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row with the padding to a multiple."""
+        return -(-self.row_tokens // self.pad_to_multiple) * self.pad_to_multiple
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,14 +70,14 @@ class Stream:
         self.manifest = manifest
         self.packer = packer
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self._padding = memoryview(bytes(packer.row_tokens * self.dtype.itemsize))
+        self._padding = memoryview(bytes(packer.width * self.dtype.itemsize))
         self._seed = seed
         self._lengths = lengths
         self._documents_before = np.concatenate(
             [[0], np.cumsum(manifest.shards.column("documents"))]
         )
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(open_shard)
-        self._table = lru_cache(maxsize=OPEN_TABLES)(self._make_table)
+        self.table = lru_cache(maxsize=OPEN_SHARDS)(self._make_table)
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._is_cut_anywhere = manifest.kind == "text" and not packer.whole_below
         self._rows_of_shard = self._count_rows()
@@ -126,12 +130,12 @@ class Stream:
             filled = _cut_row(shard, row, width)
             pieces += shard.pieces(row * width, row * width + filled.tokens)
         elif self.manifest.kind == "chat":
-            filled, parts = self._table(shard_index).row(row)
+            filled, parts = self.table(shard_index).row(row)
             pieces += shard.documents(parts)
         else:
-            filled, parts = self._table(shard_index).row(row)
+            filled, parts = self.table(shard_index).row(row)
             pieces += shard.pieces(parts[0][0], parts[0][0] + filled.tokens)
-        if filled.tokens < width:
+        if filled.tokens < self.packer.width:
             pieces.append(self._padding[self.dtype.itemsize * filled.tokens :])
         return filled
 
@@ -184,11 +188,12 @@ class Stream:
 
     def _count(self, index: int) -> int:
         if self.manifest.kind == "text":
-            return len(self._table(index).rows_R6)
+            return len(self.table(index).rows_R6)
         packer = self.packer
         return count_chat_rows(self._chat_lengths(index), packer.row_tokens, packer.long_documents)
 
     def _make_table(self, index: int) -> RowTable:
+        """The rows of a shard."""
         packer, shard = self.packer, self._shard(index)
         if self.manifest.kind == "text":
             return text_table(pack_text(shard.lengths, packer.row_tokens, packer.whole_below))
@@ -216,35 +221,3 @@ def _cut_row(shard: Shard, row: int, width: int) -> FilledRow:
         tokens=count,
         squares=sum(length * length for length in lengths),
     )
-
-
-def open_stream(name: str, folder: str, manifest: Manifest, packer: Packer, *, seed: int) -> Stream:
-    """The rows of a source on local disk.
-
-    Raises BigmixError where its file of lengths is not the one that its manifest lists.
-    """
-    open_local = partial(_open_local, Path(folder), manifest)
-    lengths = _local_lengths(Path(folder), manifest)
-    return Stream(name, manifest, open_local, packer, lengths=lengths, seed=seed)
-
-
-def _open_local(folder: Path, manifest: Manifest, index: int) -> Shard:
-    return open_shard(folder, manifest.shards[index], manifest.dtype)
-
-
-def _local_lengths(folder: Path, manifest: Manifest) -> Ints | None:
-    if manifest.lengths is None:
-        return None
-    path = folder / manifest.lengths.file
-    try:
-        lengths: Ints = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise BigmixError(
-            f"{path} cannot be read ({error}); restore the file or prepare the source again"
-        ) from error
-    if len(lengths) != manifest.documents:
-        raise BigmixError(
-            f"{path} has the lengths of {len(lengths)} documents, the manifest says {manifest.documents}; "
-            "restore the file or prepare the source again"
-        )
-    return lengths

@@ -7,14 +7,25 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from bigmix.recipe.models import Budget, ModelSettings, Recipe, Settings, Source, Train
+from bigmix.recipe.models import (
+    Budget,
+    Cache,
+    Group,
+    ModelSettings,
+    Recipe,
+    Settings,
+    Source,
+    Train,
+)
 
 _TABLES: tuple[tuple[str, type[Settings]], ...] = (
     ("", Recipe),
     ("model", ModelSettings),
     ("sources.NAME", Source),
+    ("groups.NAME", Group),
     ("budget", Budget),
     ("train", Train),
+    ("cache", Cache),
 )
 _PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 _HEAD = """\

@@ -115,8 +115,6 @@ def _put(tree: dict[str, Any], key: Path_, value: Any) -> None:
 def _messages(error: ValidationError, lines: Mapping[Path_, str], path: str) -> Iterator[str]:
     said = set()
     for fault in error.errors():
-        if _is_of_other_type(fault):
-            continue
         key = tuple(part for part in map(str, fault["loc"]) if not _is_type_tag(part))
         for text in _text(fault, key).splitlines():
             message = f"{_place(key, lines, path)}: {text}"
@@ -127,13 +125,7 @@ def _messages(error: ValidationError, lines: Mapping[Path_, str], path: str) -> 
 
 def _is_type_tag(part: str) -> bool:
     """pydantic names the member of a union that it tried; people do not know it."""
-    return part == "[key]" or part.startswith(("tuple[", "constrained-", "function-"))
-
-
-def _is_of_other_type(fault: Any) -> bool:
-    """A share is a number or a list of points; of the two attempts to read it only one says something."""
-    wrong = "constrained-float" if isinstance(fault["input"], list) else "tuple["
-    return any(part.startswith(wrong) for part in map(str, fault["loc"][-1:]))
+    return part == "[key]" or part.startswith(("<", "tuple[", "constrained-", "function-"))
 
 
 def _place(key: Path_, lines: Mapping[Path_, str], path: str) -> str:
@@ -148,15 +140,15 @@ def _text(fault: Any, key: Path_) -> str:
     value = fault["input"]
     if fault["type"] == "extra_forbidden":
         return _unknown(key)
+    if fault["type"] == "union_tag_invalid":
+        return f"{name} is a table, must be a number or points [step, value]; see docs/recipe.md"
     if fault["type"] == "missing":
         return f"{name} is missing; add it, docs/recipe.md says what it means"
     if fault["type"] == "value_error":
         reason = str(fault["ctx"]["error"])
         return f"{name}: {reason}" if name else reason
-    if key[0] == "sources" and key[-1] in ("share", "loss_share") and _is_number(value):
-        return (
-            f"{name} is {value}, must be above 0; to leave {key[1]} out, delete it from the sources"
-        )
+    if key[0] in ("sources", "groups") and key[-1] in ("share", "loss_share") and _is_number(value):
+        return f"{name} is {value}, must be above 0; to leave {key[1]} out, delete it from the {key[0]}"
     allowed = fault["msg"][0].lower() + fault["msg"][1:]
     shown = "a table" if isinstance(value, dict) else repr(value)
     return f"{name} is {shown}: {allowed.replace('input ', 'it ')}; see docs/recipe.md"

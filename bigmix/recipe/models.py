@@ -1,17 +1,20 @@
 """The settings of a run as one tree of frozen models; what follows from settings is a property, never written back."""
 
 import re
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    Tag,
     model_validator,
 )
 
@@ -30,13 +33,36 @@ Count = Annotated[PositiveInt, BeforeValidator(whole_number)]
 CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(whole_number)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Point = tuple[CountOrZero, NonNegativeFloat]
-Share = PositiveFloat | Annotated[tuple[Point, ...], Field(min_length=1)]
 
 
 class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+class Temperature(Settings):
+    """A share that follows from the size of the source."""
+
+    temperature: NonNegativeFloat
+    """The share is the source's tokens to this power: 1 by size, 0 equal for all, between them small sources are raised."""
+
+
+def _kind_of(value: Any) -> str:
+    """Which of the ways to write a value is meant, so that its faults are told and not those of the other ways."""
+    if isinstance(value, list | tuple):
+        return "<points>"
+    return "<table>" if isinstance(value, dict | Temperature) else "<number>"
+
+
+_Number = Annotated[PositiveFloat, Tag("<number>")]
+_Points = Annotated[tuple[Point, ...], Field(min_length=1), Tag("<points>")]
+Share = Annotated[_Number | _Points, Discriminator(_kind_of)]
+SourceShare = Annotated[
+    _Number | _Points | Annotated[Temperature, Tag("<table>")], Discriminator(_kind_of)
+]
+_Lengths = Annotated[tuple[tuple[CountOrZero, Count], ...], Field(min_length=1), Tag("<points>")]
+Length = Annotated[Annotated[Count, Tag("<number>")] | _Lengths, Discriminator(_kind_of)]
 
 
 class ModelSettings(Settings):
@@ -65,29 +91,78 @@ class ModelSettings(Settings):
         return self
 
 
+class Group(Settings):
+    """Sources that divide one share among themselves, in the ratio of their own shares."""
+
+    share: Share
+    """Fraction of the rows for all members together: of the run, or of the group that this one is in."""
+    loss_share: Share | None = None
+    """Fraction of the gradient; default: the share."""
+    group: Name | None = None
+    """The group that this one is in."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> "Group":
+        return _checked_points(self)
+
+
+class Cache(Settings):
+    """Where shards that lie elsewhere are kept while they are needed; all processes of a machine share it."""
+
+    folder: str = "~/.cache/bigmix/shards"
+    """Folder on a local disk."""
+    size: Count = 64_000_000_000
+    """Bytes that the cache may hold at most."""
+    read: Literal["auto", "whole", "ranges"] = "auto"
+    """whole: a shard is fetched before its first row is read; ranges: only the blocks that rows of this machine are in. auto: ranges for text on 64 machines and more."""
+    ahead_files: Count = 8
+    """Shards that each rank fetches ahead of need at most."""
+    ahead_bytes: Count = 4_000_000_000
+    """Bytes of them at most."""
+    tries: Count = 8
+    """Tries in a row without one new byte after which a file is given up."""
+    timeout_s: PositiveFloat = 30.0
+    """Seconds without a byte after which a transfer is begun again from where it is."""
+
+
 class Source(Settings):
     """One named stream of documents."""
 
     path: str
-    """Prepared folder, as `bigmix prepare` makes it."""
+    """Prepared source, as `bigmix prepare` makes it: a folder, a URL of one (s3, gs, https, hf, any of fsspec), a brace pattern of its shards, or `pipe:` with a command in which {} is the file."""
     role: Literal["task", "replay"]
     """task: what the model is to learn; replay: pretraining data that keeps what it knows."""
-    share: Share
-    """Fraction of the rows; a number, or points [step, share] with straight lines between them. Shares are normalised to sum to 1."""
+    share: SourceShare
+    """Fraction of the rows; a number, points [step, share] with straight lines between them, or {temperature: 0.5}. Shares are normalised to sum to 1 in each group."""
     loss_share: Share | None = None
     """Fraction of the gradient; default: the share."""
+    group: Name | None = None
+    """The group whose share this source divides with the other members; default: none, the share is one of the run."""
+    max_epochs: PositiveFloat | None = None
+    """How many times the source may be gone through; default: without limit."""
+    when_exhausted: Literal["error", "stop", "renormalise"] = "error"
+    """What happens where the run would need more than max_epochs. error: it is refused; stop: it ends there; renormalise: it goes on without the source."""
     held_out: str | None = None
     """Prepared folder that is evaluated and never trained on."""
     long_documents: Literal["drop", "truncate"] = "drop"
     """What happens to a conversation longer than a row; text is always split, with nothing lost."""
+    whole_below: CountOrZero = 0
+    """Texts with fewer tokens than this are never split over two rows; 0: rows are cut anywhere and hold no padding."""
 
     @model_validator(mode="after")
     def _shares(self) -> "Source":
-        for name, value in (("share", self.share), ("loss_share", self.loss_share)):
-            fault = _fault_of_points(value) if isinstance(value, tuple) else None
-            if fault is not None:
-                raise ValueError(f"{name} {fault}")
-        return self
+        return _checked_points(self)
+
+
+_Sharing = TypeVar("_Sharing", "Source", Group)
+
+
+def _checked_points(settings: _Sharing) -> _Sharing:
+    for name, value in (("share", settings.share), ("loss_share", settings.loss_share)):
+        fault = _fault_of_points(value) if isinstance(value, tuple) else None
+        if fault is not None:
+            raise ValueError(f"{name} {fault}")
+    return settings
 
 
 def _fault_of_points(points: tuple[tuple[int, float], ...]) -> str | None:
@@ -164,14 +239,19 @@ class Recipe(Settings):
     """A whole run."""
 
     model: ModelSettings
-    sequence_length: Count
-    """Tokens of a row."""
+    sequence_length: Length
+    """Tokens of a row; a number, or [step, tokens] pairs for rows whose length changes at these steps."""
     rows_per_step: Count
     """Rows of one optimizer step, over all ranks and micro-batches."""
     objective: Literal["per_source", "per_token"] = "per_source"
     """per_source: a source's share is its weight in the gradient; per_token: the classic weighted mean over tokens."""
     sources: Annotated[dict[Name, Source], Field(min_length=1)]
     """The streams that are mixed, by name."""
+    groups: dict[Name, Group] = {}
+    """Groups of sources, by name."""
+    pad_to_multiple: Count = 1
+    """Rows are padded to a multiple of so many tokens, for backends that want it."""
+    cache: Cache = Cache()
     held_out: dict[Name, str] = {}
     """Further prepared folders, by name, that are evaluated and never trained on; forgetting is measured on them too."""
     budget: Budget = Budget()
@@ -185,7 +265,12 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _whole(self) -> "Recipe":
-        faults = [*self._budget_faults(), *self._source_faults()]
+        faults = [
+            *self._budget_faults(),
+            *self._source_faults(),
+            *self._group_faults(),
+            *self._length_faults(),
+        ]
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -211,6 +296,64 @@ class Recipe(Settings):
             f"held_out.{name} is given beside sources.{name}.held_out; keep one of them"
             for name in both
         ]
+
+    def _group_faults(self) -> Iterator[str]:
+        known = ", ".join(self.groups) or "none"
+        members = [(f"sources.{name}", source.group) for name, source in self.sources.items()]
+        members += [(f"groups.{name}", group.group) for name, group in self.groups.items()]
+        for key, group in members:
+            if group is not None and group not in self.groups:
+                yield f"{key}.group is {group}, which is no group; known are: {known}; add groups.{group}"
+        for name in self.groups:
+            if name in self.sources:
+                yield f"groups.{name} has the name of a source; rename one of them"
+            if self._outside(name).count(name) > 1:
+                yield f"groups.{name} is inside itself; change its group"
+            elif not any(name in self._outside(s.group) for s in self.sources.values()):
+                yield f"groups.{name} has no source in it; delete it, or set group: {name} in a source"
+        for level in (None, *self.groups):
+            yield from self._temperature_faults(level)
+
+    def _outside(self, group: str | None) -> list[str]:
+        """A group and those around it; a group inside itself comes twice at most."""
+        found: list[str] = []
+        while group in self.groups and found.count(group) < 2:
+            found.append(group)
+            group = self.groups[group].group
+        return found
+
+    def _temperature_faults(self, level: str | None) -> Iterator[str]:
+        shares = {
+            f"sources.{n}.share": s.share for n, s in self.sources.items() if s.group == level
+        }
+        shares |= {f"groups.{n}.share": g.share for n, g in self.groups.items() if g.group == level}
+        powers = {key: s.temperature for key, s in shares.items() if isinstance(s, Temperature)}
+        if powers and (len(powers) < len(shares) or len(set(powers.values())) > 1):
+            where = f"in group {level}" if level else "outside of groups"
+            yield (
+                f"{', '.join(powers)}: a temperature compares the sizes of sources, so all shares {where} "
+                f"({', '.join(shares)}) must have the same one; put these sources into a group of their own"
+            )
+
+    def _length_faults(self) -> Iterator[str]:
+        if isinstance(self.sequence_length, tuple):
+            steps = [step for step, _ in self.sequence_length]
+            if steps[0] != 0 or any(later <= earlier for earlier, later in pairwise(steps)):
+                yield (
+                    f"sequence_length has steps {steps}; the first must be 0 and they must grow from pair to pair"
+                )
+
+    @property
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """The step after which rows have a length, and the length, for each length of the run."""
+        length = self.sequence_length
+        return length if isinstance(length, tuple) else ((0, length),)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row, padding to a multiple counted."""
+        longest = max(length for _, length in self.lengths)
+        return -(-longest // self.pad_to_multiple) * self.pad_to_multiple
 
     @property
     def task_names(self) -> tuple[str, ...]:

@@ -1,0 +1,168 @@
+"""Opened inputs go in; what each source gives to the run comes out: rows, tokens, loss tokens, gradient, epochs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bigmix.data.packing import Lost
+from bigmix.data.tally import Tally, tally_of
+from bigmix.inputs import Inputs
+from bigmix.objective import weigh
+from bigmix.recipe import Recipe
+
+EXACT_ROWS = 2_000_000  # a longer run is estimated from the rows that come first
+SAMPLE_ROWS = 50_000  # of each source, for an estimate
+SAMPLE_STEPS = 1_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceCounts:
+    """One source over the whole run; `gradient` adds up its part of each step's objective.
+
+    `due` is how many rows a step has of it in the mean, `steps` in how many steps it is; `read`, `documents` and
+    `dropped` are what its manifest says, `lost` what packing leaves out of each epoch.
+    """
+
+    role: str
+    kind: str
+    rows: int
+    tokens: int
+    loss_tokens: int
+    gradient: float
+    wanted: float
+    epochs: float
+    filled: float
+    due: float
+    steps: int
+    read: int
+    documents: int
+    dropped: Mapping[str, int]
+    lost: Lost
+
+    @property
+    def dropped_fraction(self) -> float:
+        """Documents that do not reach the model, of all that were read."""
+        return (sum(self.dropped.values()) + self.lost.dropped) / max(self.read, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """The whole run. Rows and epochs are always exact; the rest is where `is_exact`, else estimated from a sample."""
+
+    steps: int
+    squares: int
+    is_exact: bool
+    sources: Mapping[str, SourceCounts]
+
+    def shares(self, unit: str) -> dict[str, float]:
+        """Each source's part of all rows, tokens, loss_tokens or gradient."""
+        values = {name: float(getattr(source, unit)) for name, source in self.sources.items()}
+        total = sum(values.values())
+        return {name: value / total if total else 0.0 for name, value in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Walk:
+    """Sums over the steps, by source: gradient as it comes out and as the recipe asks for it, steps that have it."""
+
+    gradient: Mapping[str, float]
+    wanted: Mapping[str, float]
+    steps: Mapping[str, float]
+
+
+def count(recipe: Recipe, inputs: Inputs) -> Counts:
+    """Walk through the rows of the run, or through the first rows of each source where the run is long."""
+    streams, num_rows = inputs.plan.streams, inputs.steps * recipe.rows_per_step
+    rows = inputs.plan.mixture.counts(num_rows)
+    epochs = inputs.plan.epochs(inputs.steps)
+    is_exact = num_rows <= EXACT_ROWS
+    walked = {name: n if is_exact else min(n, SAMPLE_ROWS) for name, n in rows.items()}
+    tallies = {name: tally_of(inputs.plan, name, n) for name, n in walked.items()}
+    scale = {name: n / walked[name] if n else 0.0 for name, n in rows.items()}
+    sums = {
+        name: {
+            unit: round(int(getattr(tally, f"{unit}_R").sum()) * scale[name])
+            for unit in ("tokens", "loss_tokens", "squares")
+        }
+        for name, tally in tallies.items()
+    }
+    if is_exact:
+        walk = _walk(recipe, inputs, tallies)
+    else:
+        walk = _sample(recipe, inputs, {name: each["loss_tokens"] for name, each in sums.items()})
+    return Counts(
+        steps=inputs.steps,
+        squares=sum(each["squares"] for each in sums.values()),
+        is_exact=is_exact,
+        sources={
+            name: SourceCounts(
+                role=recipe.sources[name].role,
+                kind=stream.manifest.kind,
+                rows=rows[name],
+                tokens=sums[name]["tokens"],
+                loss_tokens=sums[name]["loss_tokens"],
+                gradient=walk.gradient[name],
+                wanted=walk.wanted[name],
+                epochs=epochs[name],
+                filled=stream.tokens_per_epoch / (stream.rows_per_epoch * stream.packer.row_tokens),
+                due=rows[name] / inputs.steps,
+                steps=round(walk.steps[name]),
+                read=stream.manifest.read,
+                documents=stream.manifest.documents,
+                dropped=stream.manifest.dropped,
+                lost=stream.lost,
+            )
+            for name, stream in streams.items()
+        },
+    )
+
+
+def _walk(recipe: Recipe, inputs: Inputs, tallies: Mapping[str, Tally]) -> _Walk:
+    """Every step as the run will weigh it."""
+    before = {
+        name: np.concatenate([[0], np.cumsum(tally.loss_tokens_R)]).tolist()
+        for name, tally in tallies.items()
+    }
+    gradient, wanted, steps = (dict.fromkeys(tallies, 0.0) for _ in range(3))
+    seen = dict.fromkeys(tallies, 0)
+    for step in range(1, inputs.steps + 1):
+        drawn = inputs.plan.mixture.counts(step * recipe.rows_per_step)
+        rows = {name: drawn[name] - n for name, n in seen.items()}
+        loss_tokens = {n: at[seen[n] + rows[n]] - at[seen[n]] for n, at in before.items()}
+        shares = inputs.shares_of_step(step)
+        _add(gradient, weigh(recipe.objective, shares, rows, loss_tokens).gradient)
+        _add(wanted, shares.loss)
+        for name, n in rows.items():
+            steps[name] += n > 0
+            seen[name] += n
+    return _Walk(gradient=gradient, wanted=wanted, steps=steps)
+
+
+def _sample(recipe: Recipe, inputs: Inputs, loss_tokens: Mapping[str, int]) -> _Walk:
+    """Steps spread evenly over the run; per_token takes the loss tokens of a mean step."""
+    gradient, wanted, steps = (dict.fromkeys(loss_tokens, 0.0) for _ in range(3))
+    sampled = _spread(inputs.steps)
+    for step in sampled:
+        shares = inputs.shares_of_step(step)
+        due = {name: share * recipe.rows_per_step for name, share in shares.rows.items()}
+        _add(wanted, shares.loss)
+        if recipe.objective == "per_source":
+            _add(gradient, shares.loss)
+        else:
+            _add(gradient, weigh("per_token", shares, {}, loss_tokens).gradient)
+        _add(steps, {name: min(1.0, rows) for name, rows in due.items()})
+    scale = inputs.steps / len(sampled)
+    return _Walk(
+        gradient=gradient, wanted=wanted, steps={name: n * scale for name, n in steps.items()}
+    )
+
+
+def _add(sums: dict[str, float], values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        sums[name] += value
+
+
+def _spread(steps: int) -> Sequence[int]:
+    most = min(steps, SAMPLE_STEPS)
+    return [1 + index * steps // most for index in range(most)]

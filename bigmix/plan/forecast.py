@@ -1,0 +1,133 @@
+"""A recipe and its opened inputs go in, everything that can be known of the run before it starts comes out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bigmix.ds_config import fill
+from bigmix.flops import PEAKS
+from bigmix.inputs import Inputs, accumulation
+from bigmix.model import choose_attention, choose_dtype, read_config
+from bigmix.model_checks import check_config
+from bigmix.plan.counts import Counts, count
+from bigmix.plan.memory import Memory, Setting, memory_of
+from bigmix.plan.shape import Shape, shape_of
+from bigmix.recipe import Recipe
+
+CHECKPOINT_BYTES = (
+    12  # of one weight: fp32 master weight and two moments; the weights follow from the master
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What the run would run on; `gpu` is a key of flops.PEAKS, or cpu."""
+
+    gpus: int
+    gpu: str
+    device_gib: float
+    mfu: float
+
+    @property
+    def device(self) -> torch.device:
+        """The kind of device; nothing is done on it."""
+        return torch.device("cpu" if self.gpu == "cpu" else "cuda")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Disk:
+    """Bytes in the output folder; while a checkpoint is written, one more than are kept is there."""
+
+    checkpoint: int
+    checkpoints: int
+    export: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What a run will be. `seconds` is None where the model's FLOPs or the device's peak are not known."""
+
+    counts: Counts
+    shape: Shape
+    setting: Setting
+    memory: Memory
+    disk: Disk
+    flops: float | None
+    seconds: float | None
+    attention: str
+
+
+def forecast(recipe: Recipe, inputs: Inputs, machine: Machine) -> Forecast:
+    """Everything about the run but its losses; reads lengths and masks, and touches no device.
+
+    Raises BadInput where the model does not fit the data or cannot be made.
+    """
+    config = read_config(recipe.model.path, recipe.model.config)
+    check_config(recipe, inputs.manifest, config)
+    dtype = choose_dtype(recipe.model.dtype, machine.device).value
+    attention = choose_attention(recipe.model.attention, config, machine.device, dtype).value
+    rows = recipe.train.micro_batch_rows
+    shape = shape_of(
+        config,
+        dtype=dtype,
+        attention=attention,
+        micro_batch_rows=rows,
+        row_tokens=recipe.longest_row,
+    )
+    counts = count(recipe, inputs)
+    setting = _setting(recipe, inputs.ds_keys, machine, dtype)
+    flops = flops_of(shape, counts)
+    peak = PEAKS.get(machine.gpu)
+    return Forecast(
+        counts=counts,
+        shape=shape,
+        setting=setting,
+        memory=memory_of(shape, setting),
+        disk=_disk(recipe, shape, setting),
+        flops=flops,
+        seconds=flops / (machine.mfu * peak * machine.gpus) if flops and peak else None,
+        attention=attention,
+    )
+
+
+def flops_of(shape: Shape, counts: Counts) -> float | None:
+    """The operations of the whole run; None for mixtures of experts, where they depend on the routing."""
+    if shape.cost is None:
+        return None
+    sources = counts.sources.values()
+    return shape.cost.of_step(
+        sum(source.tokens for source in sources),
+        sum(source.loss_tokens for source in sources),
+        counts.squares,
+    )
+
+
+def _setting(recipe: Recipe, keys: Mapping[str, Any], machine: Machine, dtype: str) -> Setting:
+    rows = recipe.train.micro_batch_rows
+    return Setting(
+        keys=fill(
+            keys,
+            micro_batch_rows=rows,
+            accumulation=accumulation(recipe, machine.gpus),
+            ranks=machine.gpus,
+            clip=recipe.train.clip,
+            dtype=dtype,
+        ),
+        ranks=machine.gpus,
+        dtype=dtype,
+        on_gpu=machine.device.type == "cuda",
+        tokens=rows * recipe.longest_row,
+        loss_chunk_bytes=recipe.train.loss_chunk_mib << 20,
+        activation_checkpointing=recipe.model.activation_checkpointing,
+    )
+
+
+def _disk(recipe: Recipe, shape: Shape, setting: Setting) -> Disk:
+    checkpoint = CHECKPOINT_BYTES * shape.parameters
+    return Disk(
+        checkpoint=checkpoint,
+        checkpoints=checkpoint * (recipe.train.keep_checkpoints + 1),
+        export=setting.weight_bytes * shape.parameters if recipe.train.export else 0,
+    )

@@ -1,0 +1,235 @@
+"""The sizes of a model and DeepSpeed's keys go in, the bytes of one rank come out, part by part and phase by phase.
+
+Under ZeRO-3 with N ranks, P weights of b bytes (Rajbhandari et al., "ZeRO", 2020): weights b P / N, gradients
+4 P / N, master weights 4 P / N, Adam's moments 8 P / N. What the paper leaves out is what DeepSpeed 0.19 allocates
+beside them: reduce bucket, gathered and prefetched weights, a flat copy of the gradients in the step. Activations are
+counted on the model itself (what is kept, and what checkpointing keeps: Korthikanti et al., 2022).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bigmix.ds_config import zero_stage
+from bigmix.loss.cross_entropy import BYTES_OF_A_LOGIT
+from bigmix.plan.shape import Shape
+
+Place = Literal["device", "host", "nvme"]
+PLACES: tuple[Place, ...] = ("device", "host", "nvme")
+PHASES = ("forward", "backward", "step")
+_DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# DeepSpeed's own defaults, for files that leave the keys out.
+_BUCKET, _PREFETCH, _PERSISTENT, _SUB_GROUP = 500_000_000, 50_000_000, 100_000, 1_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """How a model is trained: `keys` is the whole DeepSpeed configuration, `tokens` those of a micro-batch."""
+
+    keys: Mapping[str, Any]
+    ranks: int
+    dtype: str
+    on_gpu: bool
+    tokens: int
+    loss_chunk_bytes: int
+    activation_checkpointing: bool
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one weight in the model."""
+        return _DTYPE_BYTES[self.dtype]
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of one element of the accumulated gradient."""
+        given = self.keys.get("data_types", {}).get("grad_accum_dtype")
+        return _DTYPE_BYTES.get(given or self.dtype, 4)
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Of one element of the reduce bucket."""
+        return _DTYPE_BYTES.get(self.keys.get("communication_data_type") or self.dtype, 4)
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO."""
+        return zero_stage(self.keys)
+
+    def zero(self, key: str, default: int) -> int:
+        """A number of zero_optimization."""
+        return int(self.keys.get("zero_optimization", {}).get(key, default))
+
+    def offload(self, what: str) -> Place:
+        """Where the optimizer's states or the weights live."""
+        given = self.keys.get("zero_optimization", {}).get(f"offload_{what}") or {}
+        places: dict[str, Place] = {"cpu": "host", "nvme": "nvme"}
+        return places.get(given.get("device", "none"), "device")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One use of memory, in bytes: at the peak of forward, of backward and of the optimizer's step."""
+
+    name: str
+    place: Place
+    forward: int
+    backward: int
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """All uses of one rank."""
+
+    parts: tuple[Part, ...]
+
+    def total(self, phase: str, place: Place = "device") -> int:
+        """The bytes of a phase."""
+        return sum(getattr(part, phase) for part in self.parts if part.place == place)
+
+    def peak(self, place: Place = "device") -> int:
+        """The most bytes of any phase."""
+        return max(self.total(phase, place) for phase in PHASES)
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase with the most device memory."""
+        return max(PHASES, key=self.total)
+
+
+def memory_of(shape: Shape, setting: Setting) -> Memory:
+    """What one rank holds."""
+    parts = [
+        *_states(shape, setting),
+        *_buckets(shape, setting),
+        _gathered(shape, setting),
+        _activations(shape, setting),
+        _loss(shape, setting),
+        _backward_temporaries(shape, setting),
+        *_step_temporaries(shape, setting),
+    ]
+    return Memory(parts=tuple(p for p in parts if p.forward or p.backward or p.step))
+
+
+def shard_of(shape: Shape, ranks: int) -> int:
+    """Weights of one rank under ZeRO-3: each parameter is padded to a multiple of the ranks."""
+    return sum(-(-n // ranks) for n in (*shape.matrices, *shape.vectors))
+
+
+def _always(name: str, place: Place, size: int) -> Part:
+    return Part(name=name, place=place, forward=size, backward=size, step=size)
+
+
+def _states(shape: Shape, setting: Setting) -> Iterator[Part]:
+    stage, ranks = setting.stage, setting.ranks
+    shard, whole = shard_of(shape, ranks), shape.parameters
+    optimizer, weights = setting.offload("optimizer"), setting.offload("param")
+    states = shard if stage else whole
+    yield _always("weights", weights, setting.weight_bytes * (shard if stage == 3 else whole))
+    has_master = stage > 0 or setting.dtype != "fp32"
+    yield _always("master weights, fp32", optimizer, 4 * states * has_master)
+    yield _always("Adam moments, fp32", optimizer, 8 * states)
+    gradients = setting.gradient_bytes * (shard if stage >= 2 else whole)
+    yield _always("gradients", "host" if optimizer == "nvme" else optimizer, gradients)
+    hpz = setting.zero("zero_hpz_partition_size", 1)
+    if stage == 3 and hpz > 1:
+        yield _always(
+            "second shard of the weights (hpz)", "device", setting.weight_bytes * whole // hpz
+        )
+    if optimizer == "host":
+        yield _always("gradients for the step, fp32", "host", 4 * states)
+
+
+def _buckets(shape: Shape, setting: Setting) -> Iterator[Part]:
+    elements = setting.zero("reduce_bucket_size", _BUCKET)
+    if not setting.on_gpu:  # what was never written is not resident
+        elements = min(elements, shape.parameters)
+    copies = 2 if setting.stage < 3 and _overlaps(setting) else 1
+    yield _always("reduce bucket", "device", copies * elements * setting.bucket_bytes)
+
+
+def _overlaps(setting: Setting) -> bool:
+    return bool(setting.keys.get("zero_optimization", {}).get("overlap_comm", False))
+
+
+def _gathered(shape: Shape, setting: Setting) -> Part:
+    """Whole weights under ZeRO-3: what is small stays whole, the rest is gathered for one module and ahead of the next."""
+    if setting.stage < 3 or setting.ranks == 1:
+        return _always("gathered weights", "device", 0)
+    threshold = setting.zero("stage3_param_persistence_threshold", _PERSISTENT)
+    small = sum(n for n in (*shape.matrices, *shape.vectors) if n <= threshold)
+    ahead = setting.zero("stage3_prefetch_bucket_size", _PREFETCH)
+    room = min(shape.parameters - small, setting.zero("stage3_max_live_parameters", 10**9))
+    head = shape.vocabulary * shape.hidden
+    return Part(
+        name="gathered weights",
+        place="device",
+        forward=setting.weight_bytes * (small + min(room, head + ahead)),
+        backward=setting.weight_bytes * (small + min(room, _largest_inside(shape) + ahead)),
+        step=setting.weight_bytes * small,
+    )
+
+
+def _largest_inside(shape: Shape) -> int:
+    """The largest matrix that is neither embedding nor head."""
+    outer = shape.vocabulary * shape.hidden
+    return max((n for n in shape.matrices if n != outer), default=outer)
+
+
+def _activations(shape: Shape, setting: Setting) -> Part:
+    kept = shape.activations
+    forward = backward = kept.total
+    if setting.activation_checkpointing:
+        forward = kept.outside + shape.layers * kept.entrance
+        backward = forward + kept.layer  # one layer at a time is computed again
+    return Part(name="activations", place="device", forward=forward, backward=backward, step=0)
+
+
+def _loss(shape: Shape, setting: Setting) -> Part:
+    """Head and loss: the head's gradient in fp32, hidden states and their gradient, one chunk of logits.
+
+    Of the chunk the most is alive in logsumexp (logits and exponentials in fp32), or where its gradient meets the
+    head's: C V b for the chunk and V D b for their product. The head's own backward holds less and is left out.
+    """
+    width, head = setting.weight_bytes, shape.vocabulary * shape.hidden
+    rows = max(16, setting.loss_chunk_bytes // (BYTES_OF_A_LOGIT * shape.vocabulary))
+    chunk = min(rows, setting.tokens) * shape.vocabulary
+    working = max(2 * BYTES_OF_A_LOGIT * chunk, width * (chunk + head))
+    hidden = 2 * setting.tokens * shape.hidden * width
+    return Part(
+        name="head and loss",
+        place="device",
+        forward=4 * head + hidden + working,
+        backward=width * head * shape.is_tied,  # waits for the embedding's gradient
+        step=0,
+    )
+
+
+def _backward_temporaries(shape: Shape, setting: Setting) -> Part:
+    """Gradients on their way: of a layer's widest tensors, of one matrix, and of a bucket while it is reduced.
+
+    A bucket is copied once to bring the shards in order; gloo, the backend of CPUs, reduces in a second copy.
+    """
+    kept = shape.activations
+    flowing = 3 * kept.widest + 2 * kept.entrance + setting.weight_bytes * _largest_inside(shape)
+    bucket = min(setting.zero("reduce_bucket_size", _BUCKET), shape.parameters)
+    reducing = bucket * setting.bucket_bytes * (1 if setting.on_gpu else 2)
+    return Part(
+        name="gradients on their way",
+        place="device",
+        forward=0,
+        backward=flowing + (reducing if setting.stage == 3 and setting.ranks > 1 else 0),
+        step=0,
+    )
+
+
+def _step_temporaries(shape: Shape, setting: Setting) -> Iterator[Part]:
+    """A flat fp32 copy of the gradients of a sub-group; on a CPU torch's AdamW makes two more tensors of its size."""
+    if setting.offload("optimizer") != "device":
+        return
+    matrices = sum(-(-n // setting.ranks) for n in shape.matrices)
+    group = min(matrices, setting.zero("sub_group_size", _SUB_GROUP))
+    cast = 0 if setting.gradient_bytes == 4 else setting.gradient_bytes
+    flat = (4 + cast) * group if setting.stage else 0
+    adam = 0 if setting.on_gpu else 8 * group
+    yield Part(name="optimizer's step", place="device", forward=0, backward=0, step=flat + adam)

@@ -1,0 +1,335 @@
+"""What a plan says is what a run then logs; its memory is added up by hand, and held against a real process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpora import write_source
+from ranks import ROOT, environment, free_port
+
+from bigmix.data.tally import tally_of
+from bigmix.errors import BadInput
+from bigmix.inputs import open_inputs
+from bigmix.plan.forecast import Machine, forecast
+from bigmix.plan.memory import Setting, memory_of
+from bigmix.plan.shape import Activations, Shape, shape_of
+from bigmix.plan.show import as_json
+from bigmix.plan.warnings import warnings_of
+from bigmix.recipe import load_recipe
+from bigmix.records import IGNORE
+
+RECIPE = """\
+model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
+                 num_attention_heads: 4, max_position_embeddings: 64}}
+sequence_length: 64
+rows_per_step: 4
+sources:
+  web: {path: web, role: replay, share: [[0, 0.5], [8, 0.1]]}
+  chat: {path: chat, role: task, share: 0.75, loss_share: 0.5}
+budget: {steps: 20}
+train: {lr: 1e-2, micro_batch_rows: 2, log_every: 20, export: false}
+deepspeed: ds_configs/cpu.json
+output: run
+"""
+CPU = Machine(gpus=1, gpu="cpu", device_gib=8, mfu=0.4)
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    write_source(folder / "web", "text", shards=1)
+    write_source(folder / "chat", "chat", seed=1, documents=30)
+    write_source(folder / "long", "chat", seed=1, documents=30, lengths=(40, 80))
+    write_source(folder / "half", "chat", seed=1, documents=30, lengths=(34, 48))
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture
+def here(data, monkeypatch):
+    monkeypatch.chdir(data)
+
+
+def command(data, *words):
+    return subprocess.run(
+        [sys.executable, "-m", "bigmix.cli", "plan", "recipe.yaml", *words],
+        cwd=data, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def planned(*overrides, machine=CPU):
+    recipe = load_recipe("recipe.yaml", overrides)
+    inputs = open_inputs(recipe, ranks=machine.gpus, verify=False)
+    plan = forecast(recipe, inputs, machine)
+    return plan, warnings_of(recipe, plan, machine)
+
+
+@pytest.mark.parametrize("objective", ["per_source", "per_token"])
+def test_a_plan_says_what_the_run_logs(data, objective):
+    overrides = [f"objective={objective}", f"output={objective}"]
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "launch/train.py"), "recipe.yaml", *overrides],
+        cwd=data, env=environment(0, 1, free_port()) | {"DS_ACCELERATOR": "cpu"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    logged = json.loads((data / objective / "metrics.jsonl").read_text().splitlines()[-1])
+    done = command(data, "--gpu", "cpu", "--json", *overrides)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["exact"] and plan["steps"] == logged["step"] == 20
+    for name, source in plan["sources"].items():
+        for unit in ("rows", "tokens", "loss_tokens"):
+            assert source[unit] == logged[f"total_{unit}/{name}"]
+            assert source["share"][unit] == pytest.approx(logged[f"share_{unit}/{name}"])
+        assert source["epochs"] == logged[f"epoch/{name}"]
+        assert source["share"]["gradient"] == pytest.approx(logged[f"gradient_share/{name}"])
+
+
+def test_rows_are_counted_without_being_read(here):
+    inputs = open_inputs(load_recipe("recipe.yaml"), ranks=1, verify=False)
+    for name, stream in inputs.plan.streams.items():
+        count = 2 * stream.rows_per_epoch + 3
+        tally = tally_of(inputs.plan, name, count)
+        rows = [stream.read(stream.locate(index)) for index in range(count)]
+        assert tally.tokens_R.tolist() == [row.tokens for row in rows]
+        assert tally.loss_tokens_R.tolist() == [int((row.labels_T != IGNORE).sum()) for row in rows]
+        squares = [int((np.diff(row.starts_P, append=row.tokens) ** 2).sum()) for row in rows]
+        assert tally.squares_R.tolist() == squares
+
+
+def test_a_long_run_is_estimated_and_says_so(here, monkeypatch):
+    exact, _ = planned("budget.steps=300")
+    monkeypatch.setattr("bigmix.plan.counts.EXACT_ROWS", 100)
+    about, _ = planned("budget.steps=300")
+    assert exact.counts.is_exact and not about.counts.is_exact
+    for name, source in about.counts.sources.items():
+        known = exact.counts.sources[name]
+        assert (source.rows, source.epochs) == (known.rows, known.epochs)
+        assert source.loss_tokens == pytest.approx(known.loss_tokens, rel=0.02)
+        assert source.steps == pytest.approx(known.steps, rel=0.02)
+        share = exact.counts.shares("gradient")[name]
+        assert about.counts.shares("gradient")[name] == pytest.approx(share, abs=0.01)
+
+
+def test_what_packing_leaves_out_is_counted(here):
+    inputs = open_inputs(
+        load_recipe("recipe.yaml", ["sources.chat.path=long"]), ranks=1, verify=False
+    )
+    lost, packed = (
+        inputs.plan.streams["chat"].lost,
+        inputs.plan.streams["chat"].rows_per_epoch,
+    )
+    assert lost.dropped > 0 and lost.truncated == 0 and packed > 0
+    assert lost.tokens > 64 * lost.dropped
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["sources.web.share=0.1", "budget.steps=40"], "web has 0.45 rows a step, so it is in 45% of the steps only"),
+        (["sources.web.share=0.1", "budget.steps=40"], "set rows_per_step=9 or more"),
+        (["sources.chat.share=20"], "web has no row at all in this run"),
+        (["budget.steps=900"], "chat is repeated"),
+        (["sources.chat.path=half"], "of its rows is padding"),
+        (["sources.chat.path=long"], "are dropped ("),
+        (["objective=per_token", "sources.chat.loss_share=null"], "set objective=per_source"),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_needs_a_look_is_told_so(here, overrides, said):
+    _, warnings = planned(*overrides)
+    assert any(said in warning for warning in warnings), warnings
+
+
+def test_a_sound_recipe_has_nothing_to_warn_of(here):
+    assert planned("sources.web.share=0.25")[1] == []
+
+
+def test_too_little_memory_is_told_with_what_helps(here):
+    small = Machine(gpus=1, gpu="H100", device_gib=0.01, mfu=0.4)
+    _, warnings = planned("model.dtype=fp32", machine=small)
+    assert "does not fit 0.01 GiB" in warnings[-1]
+    for remedy in ("activation_checkpointing=true", "micro_batch_rows=1", "zero3_offload.json"):
+        assert remedy in warnings[-1]
+
+
+def test_all_faults_are_told_at_once_and_nothing_is_planned(data):
+    done = command(data, "--gpus", "3", "sources.web.path=nowhere")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "rows_per_step is 4, must be a multiple" in done.stderr
+    assert "nowhere is not a prepared source" in done.stderr
+    assert "--gpu is K80, must be one of" in command(data, "--gpu", "K80").stderr
+
+
+def shape(**changes):
+    sizes = {
+        "matrices": (1000, 400, 1000), "vectors": (10, 11), "layers": 2, "hidden": 10, "vocabulary": 100,
+        "is_tied": False, "cost": None,
+        "activations": Activations(total=5000, outside=1000, layer=2000, entrance=80, widest=300),
+    }  # fmt: skip
+    return Shape(**sizes | changes)
+
+
+def setting(zero, *, dtype="bf16", ranks=4, on_gpu=True, checkpointing=False, **keys):
+    return Setting(
+        keys={"zero_optimization": zero, **keys}, ranks=ranks, dtype=dtype, on_gpu=on_gpu,
+        tokens=20, loss_chunk_bytes=16 * 4 * 100, activation_checkpointing=checkpointing,
+    )  # fmt: skip
+
+
+ZERO3 = {
+    "stage": 3, "reduce_bucket_size": 500, "stage3_prefetch_bucket_size": 200,
+    "stage3_param_persistence_threshold": 100,
+}  # fmt: skip
+
+
+def parts_of(a_shape, a_setting):
+    return {p.name: (p.forward, p.backward, p.step) for p in memory_of(a_shape, a_setting).parts}
+
+
+def test_memory_of_zero_3_by_hand():
+    shard = 250 + 100 + 250 + 3 + 3
+    parts = parts_of(shape(), setting(ZERO3, data_types={"grad_accum_dtype": "fp32"}))
+    assert parts == {
+        "weights": (2 * shard,) * 3,
+        "master weights, fp32": (4 * shard,) * 3,
+        "Adam moments, fp32": (8 * shard,) * 3,
+        "gradients": (4 * shard,) * 3,
+        "reduce bucket": (2 * 500,) * 3,
+        # 21 weights stay whole; the head or the largest matrix, and 200 ahead
+        "gathered weights": (2 * (21 + 1200), 2 * (21 + 600), 2 * 21),
+        "activations": (5000, 5000, 0),
+        # 4 V D, two of N D, and the larger of two chunks of logits (16 rows) and chunk + V D in bf16
+        "head and loss": (4000 + 2 * 20 * 10 * 2 + max(2 * 4 * 1600, 2 * (1600 + 1000)), 0, 0),
+        "gradients on their way": (0, 3 * 300 + 2 * 80 + 2 * 400 + 500 * 2, 0),
+        "optimizer's step": (0, 0, 4 * 600),
+    }
+
+
+def test_memory_that_other_settings_move():
+    cpu = parts_of(shape(), setting(ZERO3, dtype="fp32", on_gpu=False))
+    assert cpu["optimizer's step"] == (0, 0, (4 + 8) * 600)
+    assert cpu["gradients on their way"][1] == 900 + 160 + 4 * 400 + 2 * 500 * 4
+    bf16_sums = parts_of(shape(), setting(ZERO3))
+    assert bf16_sums["gradients"][0] == 2 * 606 and bf16_sums["optimizer's step"][2] == 6 * 600
+    few = parts_of(shape(), setting(ZERO3, checkpointing=True))
+    assert few["activations"] == (1000 + 2 * 80, 1000 + 2 * 80 + 2000, 0)
+    assert parts_of(shape(is_tied=True), setting(ZERO3))["head and loss"][1] == 2 * 1000
+    alone = parts_of(shape(), setting(ZERO3, ranks=1))
+    assert "gathered weights" not in alone
+    two = parts_of(shape(), setting({"stage": 2, "reduce_bucket_size": 500, "overlap_comm": True}))
+    assert two["weights"] == (2 * 2421,) * 3 and two["reduce bucket"][0] == 2 * 2 * 500
+
+
+def test_offloading_moves_states_off_the_device():
+    offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    memory = memory_of(shape(), setting(ZERO3 | offload))
+    assert memory.total("step", "host") == (2 + 4 + 8 + 2 + 4) * 606
+    assert memory.total("step") == 2 * 500 + 2 * 21
+    nvme = memory_of(shape(), setting(ZERO3 | {"offload_optimizer": {"device": "nvme"}}))
+    assert nvme.peak("nvme") == 12 * 606
+
+
+def test_what_a_layer_keeps_by_hand():
+    """Letters as in the formula: a row of T = 16 positions, D = 32, F = 64, 4 heads and 2 for keys, in fp32."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    kept = shape_of(
+        config, dtype="fp32", attention="flash_attention_2", micro_batch_rows=1, row_tokens=16
+    )
+    narrow, wide, one = 16 * 32 * 4, 16 * 64 * 4, 16 * 4
+    norms = 2 * (3 * narrow + one)  # input, normed, output; the inverse root of each token
+    attention = (
+        narrow + 2 * narrow // 2 + narrow + 4 * one
+    )  # query, half as wide keys and values, output, log-sum-exp
+    mlp = 4 * wide  # gate, its activation, up, their product
+    assert kept.activations.layer == pytest.approx(norms + attention + mlp, rel=0.03)
+    assert kept.activations.entrance == narrow and kept.activations.widest == wide
+    masked = shape_of(config, dtype="fp32", attention="sdpa", micro_batch_rows=1, row_tokens=16)
+    more = 2 * narrow // 2 + 16 * 16 * 4  # keys and values for all heads, and the mask
+    assert masked.activations.layer - kept.activations.layer == more
+
+
+def test_seventy_billion_weights_are_planned_on_a_laptop():
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+        num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=8192,
+    )  # fmt: skip
+    sizes = shape_of(config, dtype="bf16", attention="sdpa", micro_batch_rows=1, row_tokens=4096)
+    assert sizes.parameters == 70_553_706_496 and sizes.layers == 80
+
+
+def test_json_is_stable(here):
+    plan, warnings = planned()
+    keys = as_json(plan, CPU, warnings)
+    assert list(keys) == [
+        "version", "steps", "exact", "parameters", "flops", "seconds", "gpus", "sources", "memory", "disk", "warnings",
+    ]  # fmt: skip
+    assert keys["disk"]["checkpoint"] == 12 * plan.shape.parameters
+
+
+def test_a_model_that_does_not_fit_the_data_is_refused(here):
+    with pytest.raises(BadInput, match="the model has positions for 32"):
+        planned("model.config.max_position_embeddings=32")
+
+
+LARGE = """\
+model: {config: {model_type: llama, vocab_size: 8192, hidden_size: 512, intermediate_size: 1536, num_hidden_layers: 8,
+                 num_attention_heads: 8, num_key_value_heads: 4, max_position_embeddings: 512}}
+sequence_length: 256
+rows_per_step: 4
+sources: {web: {path: web, role: replay, share: 1}}
+budget: {steps: 3}
+train: {lr: 1e-3, micro_batch_rows: 2, log_every: 1, export: false, loss_chunk_mib: 16}
+deepspeed: ds_configs/cpu.json
+output: run
+"""
+TINY = [
+    f"model.config.{key}"
+    for key in ("hidden_size=32", "intermediate_size=64", "num_hidden_layers=1")
+]
+
+
+def _peaks(folder, name, *overrides):
+    """Most MiB of the first of two ranks: what it logged, and what the plan says beforehand."""
+    # glibc must give freed memory back at once, else what it keeps would count as in use.
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"} | allocator
+    ran = subprocess.run(
+        [
+            str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port()),
+            str(ROOT / "launch/train.py"), "recipe.yaml", f"output={name}", *overrides,
+        ],
+        cwd=folder, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    last = json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])
+    plan = command(folder, "--gpus", "2", "--gpu", "cpu", "--json", *overrides)
+    return last["peak_gib"] * 1024, json.loads(plan.stdout)["memory"]["device"] / MIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["sequence_length=128", "train.micro_batch_rows=1"]],
+    ids=["activations", "optimizer"],
+)
+def test_memory_is_within_five_per_cent_of_what_a_rank_takes(tmp_path, overrides):
+    """A model of one layer is subtracted on both sides: with it go the interpreter and the libraries."""
+    write_source(tmp_path / "web", "text", documents=400, lengths=(20, 250))
+    (tmp_path / "recipe.yaml").write_text(LARGE)
+    large, expected_large = _peaks(tmp_path, "large", *overrides)
+    tiny, expected_tiny = _peaks(tmp_path, "tiny", *overrides, *TINY)
+    assert large - tiny > 400
+    assert expected_large - expected_tiny == pytest.approx(large - tiny, rel=0.05)
