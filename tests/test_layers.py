@@ -7,15 +7,16 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "bigmix"
 LAYERS = [
-    {"errors", "files", "records", "world"},
-    {"recipe", "objective", "schedule", "data.manifest", "data.mixture", "data.order", "dist"},
+    {"errors", "files", "records", "world", "data.statistics", "data.duplicates"},
+    {"data.tars", "data.workers", "recipe", "objective", "schedule", "data.manifest", "data.mixture", "data.order", "dist"},
     {
         "data.recognise", "data.sentencepiece_model", "data.shards", "data.packing", "loss", "ds_config",
-        "metrics", "terminal", "guard", "quickstart.corpus",
+        "metrics", "terminal", "guard", "quickstart.corpus", "data.progress",
     },
     {"data.documents", "data.tokenizer", "model", "flops", "data.stream", "engine"},
-    {"data.chat", "data.loader", "model_checks", "step", "checkpoint"},
+    {"data.chat", "data.parts", "data.merge", "data.loader", "model_checks", "step", "checkpoint"},
     {"data.tokenise", "inputs", "soundness", "evaluate", "run_folder"},
+    {"data.part_writer"},
     {"data.prepare", "report", "export"},
     {"header", "compare"},
     {"train"},
