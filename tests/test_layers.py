@@ -11,7 +11,7 @@ LAYERS = [
     {"data.tars", "data.workers", "recipe", "objective", "schedule", "data.manifest", "data.mixture", "data.order", "dist"},
     {
         "data.recognise", "data.sentencepiece_model", "data.shards", "data.packing", "loss", "ds_config",
-        "metrics", "terminal", "guard", "quickstart.corpus", "data.progress",
+        "metrics", "terminal", "guard", "quickstart.corpus", "data.progress", "data.picture",
     },
     {"data.documents", "data.tokenizer", "model", "flops", "data.stream", "engine"},
     {"data.chat", "data.parts", "data.merge", "data.loader", "model_checks", "step", "checkpoint"},

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from bigmix import __version__
 from bigmix.cli.compare import add_compare
 from bigmix.cli.inspect import add_recipe, add_rows
-from bigmix.cli.prepare import add_prepare, add_tokenizer
+from bigmix.cli.prepare import add_prepare
 from bigmix.cli.quickstart import add_quickstart
+from bigmix.cli.tokenizer import add_tokenizer
 from bigmix.errors import FAILED, BigmixError
 
 

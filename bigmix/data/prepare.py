@@ -89,7 +89,7 @@ def prepare(settings: PrepareSettings, report: Report = lambda *_: None) -> Prep
     something else, an input is broken or not recognised, or no document is left.
     """
     output = Path(settings.output)
-    faults = [*_faults(settings), *faults_of_output(output)]
+    faults = [*faults_of_settings(settings), *faults_of_output(output)]
     if faults:
         raise BadInput(*faults)
     with _started(output), _told_when_full(output):
@@ -114,7 +114,8 @@ def prepare(settings: PrepareSettings, report: Report = lambda *_: None) -> Prep
     )
 
 
-def _faults(settings: PrepareSettings) -> Sequence[str]:
+def faults_of_settings(settings: PrepareSettings) -> Sequence[str]:
+    """Every setting that is not allowed."""
     faults = [
         f"--{name.replace('_', '-')} is {value}, must be at least 1"
         for name in ("processes", "max_tokens", "shard_tokens", "limit")

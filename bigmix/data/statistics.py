@@ -1,6 +1,8 @@
 """Columns of documents go in, counts that add up over parts of a source come out."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +31,12 @@ class Statistics(BaseModel):
     documents_by_turns: tuple[int, ...] = (0,) * TURN_BINS
     characters: int = 0
     text_bytes: int = 0
+
+    def length_of_half(self) -> str:
+        """What at least half of the documents have: with the middle one in the bin of 256 to 511, "less than 512"."""
+        half = (sum(self.documents_by_length) + 1) // 2
+        up_to = list(accumulate(self.documents_by_length))
+        return f"less than {2 << bisect_left(up_to, half):,}"
 
     def __add__(self, other: "Statistics") -> "Statistics":
         return Statistics(
