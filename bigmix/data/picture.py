@@ -91,7 +91,8 @@ def _bars(axes: Any, panel: _Panel) -> None:
     axes.bar(places, shares, width=0.86, color=BLUE)
     step = -(-len(shares) // 16)
     axes.set_xticks(places[::step], panel.labels[::step])
-    axes.set_xlim(-0.7, max(len(shares), 6) - 0.3)
+    beside = max(0, 6 - len(shares)) / 2  # few bars stand in the middle, no wider than others
+    axes.set_xlim(-0.7 - beside, len(shares) - 0.3 + beside)
     axes.set_ylabel(f"% of the {panel.title}", fontsize=9, color=INK)
     axes.set_xlabel(panel.axis, fontsize=9, color=INK)
     axes.spines[["top", "right", "left"]].set_visible(False)
