@@ -75,7 +75,7 @@ def bytes_of(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.suffix != ".lock"
     }
 
 
@@ -269,6 +269,35 @@ def test_another_tokenizer_or_other_inputs_are_refused_together(given, tmp_path)
     with pytest.raises(BadInput) as caught:
         prepare(given(ROWS["chat"], tokenizer=str(other)))
     assert [fault.split()[0] for fault in caught.value.faults] == ["inputs", "tokenizer"]
+
+
+def test_a_part_is_prepared_by_one_command_at_a_time(given, tmp_path):
+    said = []
+
+    def again(*_):
+        with pytest.raises(BadInput) as caught:
+            prepare(given(ROWS["text"]))
+        said.append(caught.value.faults[0])
+
+    prepare(given(ROWS["text"]), again)
+    assert "is being prepared by another command" in said[0]
+
+
+def test_a_folder_with_anything_else_in_it_is_left_alone(given, tmp_path):
+    (tmp_path / "out" / PARTS).mkdir(parents=True)
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(BadInput, match="is not empty"):
+        prepare(given(ROWS["text"]))
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_shards_that_a_killed_run_did_not_write_down_are_removed(given, tmp_path):
+    prepare(given(ROWS["text"], part=(1, 2)))
+    (tmp_path / "out" / "shard-000000.tar").write_bytes(b"")
+    (tmp_path / "out" / "shard-00002-000007.tar.tmp").write_bytes(b"")
+    folder = merged(given(ROWS["text"]), 2)
+    listed = {entry.file for entry in read_manifest(folder).shards}
+    assert {path.name for path in (tmp_path / "out").glob("shard-*")} == listed
 
 
 def test_merging_names_what_is_missing_and_what_does_not_go_together(given, tmp_path, capsys):

@@ -9,18 +9,18 @@ from pathlib import Path
 from bigmix.data.manifest import Manifest, ShardTable, faults_of_shards, write_manifest
 from bigmix.data.progress import (
     PARTS,
+    TOKENIZER_FOLDER,
     Progress,
     differing,
     faults_of_output,
     file_of_part,
     held_out_folder,
     read_progress,
+    remove_unlisted,
 )
 from bigmix.data.shards import with_lengths
 from bigmix.data.statistics import Statistics
 from bigmix.errors import BadInput
-
-TOKENIZER_FOLDER = "tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +71,7 @@ def nothing_left(manifest: Manifest) -> BadInput:
 
 
 def _written(folder: Path, manifest: Manifest) -> Manifest:
+    remove_unlisted(folder, [entry.file for entry in manifest.shards])
     manifest = with_lengths(folder, manifest)
     write_manifest(folder, manifest)
     return manifest

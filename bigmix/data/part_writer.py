@@ -9,7 +9,7 @@ import numpy as np
 
 from bigmix.data.duplicates import Seen, is_held_out
 from bigmix.data.manifest import Manifest, ShardEntry, ShardTable
-from bigmix.data.progress import Progress, held_out_folder, write_progress
+from bigmix.data.progress import SHARD, Progress, held_out_folder, write_progress
 from bigmix.data.shards import ShardWriter
 from bigmix.data.statistics import Statistics, statistics_of
 from bigmix.data.tokenise import DroppedRow, Mask, TokenisedBatch
@@ -128,7 +128,7 @@ class _Side:
 
     def __init__(self, folder: Path, progress: Progress, begun: Manifest) -> None:
         self._folder = folder
-        self._prefix = "shard-" if progress.parts == 1 else f"shard-{progress.part + 1:05d}-"
+        self._prefix = SHARD if progress.parts == 1 else f"{SHARD}{progress.part + 1:05d}-"
         self._begun = begun
         self._shards: list[ShardEntry] = list(begun.shards)
         self._loss_bytes = begun.loss_bytes

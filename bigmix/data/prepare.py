@@ -19,17 +19,27 @@ from typing import Literal
 from bigmix.data.chat import Template, check_first, encode_chat, open_template
 from bigmix.data.documents import RawLine, RawRow, ReadOptions, read_rows, read_span
 from bigmix.data.duplicates import Seen
-from bigmix.data.manifest import Manifest, ShardTable, TemplateEntry, TokenizerEntry, token_dtype
-from bigmix.data.merge import TOKENIZER_FOLDER, merge, nothing_left
+from bigmix.data.manifest import (
+    MANIFEST,
+    Manifest,
+    ShardTable,
+    TemplateEntry,
+    TokenizerEntry,
+    token_dtype,
+)
+from bigmix.data.merge import merge, nothing_left
 from bigmix.data.part_writer import PartWriter, Rules
 from bigmix.data.parts import Piece, Place, files_of, listing, share_out
 from bigmix.data.progress import (
     PARTS,
+    TOKENIZER_FOLDER,
     Progress,
+    alone,
     faults_of_identity,
     faults_of_output,
     file_of_part,
     read_progress,
+    remove_begun,
 )
 from bigmix.data.recognise import Conversation, Kind, Layout, document_of, recognise
 from bigmix.data.statistics import Statistics
@@ -92,7 +102,7 @@ def prepare(settings: PrepareSettings, report: Report = lambda *_: None) -> Prep
     faults = [*faults_of_settings(settings), *faults_of_output(output)]
     if faults:
         raise BadInput(*faults)
-    with _started(output), _told_when_full(output):
+    with _started(settings, output), _told_when_full(output):
         job, warnings = _job(settings, load_tokenizer(settings.tokenizer))
         progress = _prepare_part(settings, job, report)
         manifest, held_out = progress.source, progress.held_out
@@ -141,14 +151,18 @@ def faults_of_settings(settings: PrepareSettings) -> Sequence[str]:
 
 
 @contextmanager
-def _started(output: Path) -> Iterator[None]:
-    """The folder of the work; it is gone again where the work ends without a whole shard."""
+def _started(settings: PrepareSettings, output: Path) -> Iterator[None]:
+    """The folder of the work; it is gone again where all the work ends without a whole shard."""
     (output / PARTS).mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        if not any((output / PARTS).glob("*.json")) and not any(output.glob("*.json")):
-            shutil.rmtree(output, ignore_errors=True)
+    part, parts = settings.part or (1, 1)
+    with alone(output, part - 1, parts):
+        try:
+            yield
+        finally:
+            # Other parts may be at work in the folder.
+            is_empty = not (output / MANIFEST).exists() and not any(output.glob(f"{PARTS}/*.json"))
+            if settings.part is None and is_empty:
+                remove_begun(output)
 
 
 @contextmanager

@@ -3,17 +3,22 @@
 The file of a part is replaced after each shard. Merging takes these files for what the parts have made.
 """
 
-from collections.abc import Mapping, Sequence
+import fcntl
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bigmix.data.manifest import MANIFEST, Manifest
+from bigmix.data.manifest import LENGTHS, MANIFEST, Manifest
 from bigmix.errors import BadInput
 from bigmix.files import replace_text
 
 PARTS = "parts"
+SHARD = "shard-"
+TOKENIZER_FOLDER = "tokenizer"
 HELD_OUT = "-held-out"
 
 
@@ -66,7 +71,7 @@ def read_progress(path: Path) -> Progress:
 
 def faults_of_output(output: Path) -> Sequence[str]:
     """Why nothing can be prepared into a folder; work that was begun in it is no reason."""
-    if (output / PARTS).is_dir() and not (output / MANIFEST).is_file():
+    if _is_begun(output):
         return []
     faults = []
     for folder in (output, held_out_folder(output)):
@@ -74,6 +79,48 @@ def faults_of_output(output: Path) -> Sequence[str]:
             what = "holds a prepared source" if (folder / MANIFEST).is_file() else "is not empty"
             faults.append(f"output {folder} already {what}; remove it or give another --output")
     return faults
+
+
+def _is_begun(output: Path) -> bool:
+    """Whether a folder holds what work that goes on has left, and nothing else."""
+    if not (output / PARTS).is_dir():
+        return False
+    names = [path.name for path in output.iterdir()]
+    return all(
+        name == PARTS or name.startswith((SHARD, TOKENIZER_FOLDER, LENGTHS)) for name in names
+    )
+
+
+@contextmanager
+def alone(output: Path, part: int, parts: int) -> Iterator[None]:
+    """Hold a part, counted from 0, against other commands on this machine; BadInput where one holds it."""
+    with file_of_part(output, part, parts).with_suffix(".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(
+                f"part {part + 1}/{parts} of {output} is being prepared by another command; wait for it or stop it"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def remove_unlisted(folder: Path, listed: Collection[str]) -> None:
+    """Remove shards that were begun, or finished but not written down, before a run was killed."""
+    for path in folder.glob(f"{SHARD}*.tar*"):
+        if path.name not in listed:
+            path.unlink()
+
+
+def remove_begun(output: Path) -> None:
+    """Remove what work without a whole shard has left, and nothing else."""
+    for folder in (output, held_out_folder(output)):
+        remove_unlisted(folder, ())
+        for name in (PARTS, TOKENIZER_FOLDER):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        with suppress(OSError):  # it is not there, or something else is in it
+            folder.rmdir()
 
 
 def differing(begun: Mapping[str, str], now: Mapping[str, str]) -> Sequence[str]:
