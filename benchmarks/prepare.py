@@ -108,7 +108,8 @@ WORK = """
 import json, sys, time
 from bigmix.terminal import tame_libraries
 tame_libraries()
-from bigmix.data.prepare import PrepareSettings, prepare
+from bigmix.data.prepare import prepare
+from bigmix.data.prepare_settings import PrepareSettings
 given = json.loads(sys.argv[1])
 marks = []
 if __name__ == "__main__":

@@ -12,17 +12,10 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from bigmix.data.chat import (
-    HIDDEN,
-    MARK_CLOSE,
-    MARK_OPEN,
-    check_first,
-    encode_chat,
-    encode_chats,
-    open_template,
-    render_chat,
-)
-from bigmix.data.prepare import PrepareSettings, prepare
+from bigmix.data.chat import check_first, encode_chat, open_template, render_chat
+from bigmix.data.chat_tokens import HIDDEN, MARK_CLOSE, MARK_OPEN, encode_chats
+from bigmix.data.prepare import prepare
+from bigmix.data.prepare_settings import PrepareSettings
 from bigmix.data.recognise import Conversation, Dropped
 from bigmix.data.tokenizer import END_OF_TEXT, load_tokenizer, special_tokens
 from bigmix.errors import BadInput

@@ -15,7 +15,8 @@ from bigmix.data import tokenise, workers
 from bigmix.data.chat import encode_chat, open_template
 from bigmix.data.documents import RawRow
 from bigmix.data.manifest import MANIFEST, read_manifest
-from bigmix.data.prepare import PrepareSettings, prepare
+from bigmix.data.prepare import prepare
+from bigmix.data.prepare_settings import PrepareSettings
 from bigmix.data.recognise import Conversation, Layout
 from bigmix.data.shards import open_shard
 from bigmix.data.tokenizer import fingerprint_of, load_tokenizer

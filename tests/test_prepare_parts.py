@@ -21,7 +21,8 @@ from bigmix.data import parts, tokenise
 from bigmix.data.documents import RawRow, ReadOptions, Span, parsed, read_rows, read_span
 from bigmix.data.manifest import read_manifest
 from bigmix.data.parts import listing, share_out
-from bigmix.data.prepare import PrepareSettings, prepare
+from bigmix.data.prepare import prepare
+from bigmix.data.prepare_settings import PrepareSettings
 from bigmix.data.progress import PARTS
 from bigmix.data.shards import open_shard
 from bigmix.data.tokenizer import train_tokenizer

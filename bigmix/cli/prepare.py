@@ -13,7 +13,7 @@ from bigmix.errors import DONE, BadInput
 from bigmix.terminal import Table, Terminal, tame_libraries
 
 if TYPE_CHECKING:
-    from bigmix.data.prepare import PrepareSettings
+    from bigmix.data.prepare_settings import PrepareSettings
 
 _PICTURE = "report.png"
 
@@ -107,7 +107,7 @@ def _settings(known: argparse.Namespace) -> "PrepareSettings":
     """The settings that the words say; BadInput with all that is wrong with them."""
     # As above.
     from bigmix.data.documents import ReadOptions
-    from bigmix.data.prepare import PrepareSettings, faults_of_settings
+    from bigmix.data.prepare_settings import PrepareSettings, faults_of_settings
 
     faults = []
     if not known.inputs:

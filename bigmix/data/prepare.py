@@ -8,16 +8,14 @@ import hashlib
 import json
 import secrets
 import shutil
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 from bigmix.data.chat import Template, check_first, encode_chat, open_template
-from bigmix.data.documents import RawLine, RawRow, ReadOptions, read_rows, read_span
+from bigmix.data.documents import read_rows
 from bigmix.data.duplicates import Seen
 from bigmix.data.manifest import (
     MANIFEST,
@@ -28,8 +26,10 @@ from bigmix.data.manifest import (
     token_dtype,
 )
 from bigmix.data.merge import merge, nothing_left
+from bigmix.data.part_rows import PartRows, rows_before
 from bigmix.data.part_writer import PartWriter, Rules
-from bigmix.data.parts import Piece, Place, files_of, listing, share_out
+from bigmix.data.parts import Place, files_of, listing, share_out
+from bigmix.data.prepare_settings import PrepareSettings, faults_of_settings
 from bigmix.data.progress import (
     PARTS,
     TOKENIZER_FOLDER,
@@ -41,7 +41,7 @@ from bigmix.data.progress import (
     read_progress,
     remove_begun,
 )
-from bigmix.data.recognise import Conversation, Kind, Layout, document_of, recognise
+from bigmix.data.recognise import Conversation, Layout, document_of, recognise
 from bigmix.data.statistics import Statistics
 from bigmix.data.tokenise import Job, hashed, tokenised
 from bigmix.data.tokenizer import Tokenizer, load_tokenizer
@@ -51,34 +51,9 @@ from bigmix.errors import BadInput, BigmixError
 PREPARE_VERSION = 1
 FIRST_ROWS = 256  # looked at to recognise a source and to check its chats
 MANY_DROPPED = 0.05  # a share of the documents that deserves a warning
-LARGEST_HELD_OUT = 0.5
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Report = Callable[[int, int], None]  # documents read and tokens written so far
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrepareSettings:
-    """What to prepare and how: `limit` counts rows, `max_tokens` the tokens of a document, `shard_tokens` of a shard.
-
-    `part` = (i, n) does the i-th of n parts, from 1; None does all the work and joins it. `held_out` is the fraction of
-    the documents that goes to a source of its own.
-    """
-
-    inputs: Sequence[str]
-    tokenizer: str
-    output: str
-    kind: Kind | None = None  # None: what the first rows show
-    template: Literal["plain", "tokenizer"] = "plain"
-    columns: Mapping[str, str] | None = None  # which column plays which part; None: recognised
-    read: ReadOptions = field(default_factory=ReadOptions)
-    processes: int = 1
-    max_tokens: int | None = None
-    shard_tokens: int = 64_000_000
-    limit: int | None = None
-    part: tuple[int, int] | None = None
-    deduplicate: bool = False
-    held_out: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,32 +97,6 @@ def prepare(settings: PrepareSettings, report: Report = lambda *_: None) -> Prep
         warnings=[*warnings, *warnings_about_dropped(manifest)],
         first_dropped=first_dropped,
     )
-
-
-def faults_of_settings(settings: PrepareSettings) -> Sequence[str]:
-    """Every setting that is not allowed."""
-    faults = [
-        f"--{name.replace('_', '-')} is {value}, must be at least 1"
-        for name in ("processes", "max_tokens", "shard_tokens", "limit")
-        if (value := getattr(settings, name)) is not None and value < 1
-    ]
-    if not 0 <= settings.held_out <= LARGEST_HELD_OUT:
-        faults.append(
-            f"--held-out is {settings.held_out}, must be above 0 and at most {LARGEST_HELD_OUT}; "
-            "give a fraction such as 0.005, or leave it out"
-        )
-    part, parts = settings.part or (1, 1)
-    if not 1 <= part <= parts:
-        faults.append(
-            f"--part is {part}/{parts}, must be from 1/{parts} to {parts}/{parts}; "
-            "give each of these parts to one command"
-        )
-    if settings.limit is not None and parts > 1:
-        faults.append(
-            f"--limit is {settings.limit}, must be left out with --part: it counts the rows of all parts; "
-            "try a limit without --part"
-        )
-    return faults
 
 
 @contextmanager
@@ -210,10 +159,10 @@ def _prepare_part(settings: PrepareSettings, job: Job, report: Report) -> Progre
     if progress.whole:
         return progress
     pieces = share_out(places, progress.parts)
-    rows = _Rows(pieces[progress.part], settings.read, progress)
+    rows = PartRows(pieces[progress.part], settings.read, progress)
     seen = Seen()
     if settings.deduplicate:
-        before = _rows_before(pieces, settings.read, progress)
+        before = rows_before(pieces, settings.read, progress)
         with closing(hashed(job, before, settings.processes)) as batches:
             for hashes in batches:
                 seen.add(hashes)
@@ -299,48 +248,6 @@ def _identity(settings: PrepareSettings, job: Job, places: Sequence[Place]) -> M
         "held-out": str(settings.held_out),
         "version of prepare": str(PREPARE_VERSION),
     }
-
-
-class _Rows:
-    """The rows of a part from where it stands, and where it stands after so many rows."""
-
-    def __init__(self, pieces: Sequence[Piece], options: ReadOptions, begun: Progress) -> None:
-        self._pieces = pieces
-        self._options = options
-        self._begun = begun
-        # Rows of the part before each piece that was opened; the first as if its rows had all been read now.
-        self._before = [begun.source.read - begun.row]
-
-    def __iter__(self) -> Iterator[RawRow | RawLine]:
-        skipped = self._begun.row
-        for piece in self._pieces[self._begun.piece :]:
-            count = 0
-            for row in _rows_of(piece, self._options):
-                count += 1
-                if count > skipped:
-                    yield row
-            skipped = 0
-            self._before.append(self._before[-1] + count)
-
-    def position(self, read: int) -> tuple[int, int]:
-        """The piece and the row in it before which the part stands when it has read so many rows."""
-        at = bisect_right(self._before, read) - 1
-        return self._begun.piece + at, read - self._before[at]
-
-
-def _rows_of(piece: Piece, options: ReadOptions) -> Iterator[RawRow | RawLine]:
-    return (row for span in piece for row in read_span(span, options))
-
-
-def _rows_before(
-    pieces: Sequence[Sequence[Piece]], options: ReadOptions, begun: Progress
-) -> Iterator[RawRow | RawLine]:
-    """All rows of earlier parts, and those of this part that are done."""
-    own = pieces[begun.part]
-    for piece in (*(p for part in pieces[: begun.part] for p in part), *own[: begun.piece]):
-        yield from _rows_of(piece, options)
-    if begun.row:
-        yield from islice(_rows_of(own[begun.piece], options), begun.row)
 
 
 def _save_tokenizer(tokenizer: Tokenizer, output: Path) -> None:

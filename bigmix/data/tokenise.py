@@ -9,13 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from bigmix.data.chat import (
-    EncodedChat,
-    RenderedChat,
-    Template,
-    encode_chats,
-    render_chat,
-)
+from bigmix.data.chat import Template, render_chat
+from bigmix.data.chat_tokens import EncodedChat, RenderedChat, encode_chats
 from bigmix.data.documents import RawLine, RawRow, ReadOptions, parsed
 from bigmix.data.manifest import token_dtype
 from bigmix.data.recognise import Document, Dropped, Layout, Text, document_of
