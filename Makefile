@@ -29,6 +29,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/mixture.py
+	$(BIN)/python benchmarks/prepare.py
 
 docs: $(READY)
 	$(BIN)/python -m bigmix.recipe.document > docs/recipe.md

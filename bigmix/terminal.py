@@ -102,15 +102,21 @@ class Terminal:
             self._line(_plain_progress(step, total, left_s, fields))
 
     def counter(self, *names: str) -> Callable[..., None]:
-        """A function to call with the counts so far: a live line, or in a pipe one line every ten seconds."""
+        """A function to call with the counts so far: a live line, or in a pipe one line every ten seconds.
+
+        The rates count from its first call, so that they are right where work goes on from an earlier run.
+        """
         began = said = self._clock()
+        first: tuple[int, ...] = ()
 
         def show(*counts: int) -> None:
-            nonlocal said
+            nonlocal began, said, first
+            if not first:
+                first, began = counts, self._clock()
             seconds = max(self._clock() - began, 1e-9)
             parts = [
-                f"{n:,} {name} ({_short(n / seconds)}/s)"
-                for n, name in zip(counts, names, strict=True)
+                f"{n:,} {name} ({_short((n - n0) / seconds)}/s)"
+                for n, n0, name in zip(counts, first, names, strict=True)
             ]
             if self._is_live:
                 self._show(Text("  ".join(parts)))

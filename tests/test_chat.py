@@ -1,6 +1,7 @@
 """The loss falls on what the assistant says and on the token that ends its turn, or the template is refused."""
 
 import random
+import re
 from dataclasses import replace
 from itertools import groupby
 
@@ -9,11 +10,14 @@ import pytest
 from conftest import generated_texts
 from tokenizers import processors
 from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from bigmix.data.chat import check_first, encode_chat, open_template
-from bigmix.data.prepare import PrepareSettings, prepare
+from bigmix.data.chat import check_first, encode_chat, open_template, render_chat
+from bigmix.data.chat_tokens import HIDDEN, MARK_CLOSE, MARK_OPEN, encode_chats
+from bigmix.data.prepare import prepare
+from bigmix.data.prepare_settings import PrepareSettings
 from bigmix.data.recognise import Conversation, Dropped
-from bigmix.data.tokenizer import END_OF_TEXT, load_tokenizer
+from bigmix.data.tokenizer import END_OF_TEXT, load_tokenizer, special_tokens
 from bigmix.errors import BadInput
 
 OPEN, CLOSE = "<|im_start|>", "<|im_end|>"
@@ -307,3 +311,101 @@ def test_two_bos_are_refused(with_template):
     tokenizer = with_template("{{ bos_token + bos_token }}" + CHATML, adds_bos=True)
     with pytest.raises(BadInput, match="begin with two BOS tokens"):
         warnings(tokenizer)
+
+
+def slow_chat(tokenizer, template, conversation):
+    """Ids and mask of one conversation: rendered by Jinja, encoded piece by piece, each token looked up alone."""
+    strings = []
+
+    def hide(value):
+        if isinstance(value, str):
+            return re.sub(
+                f"{tokenizer.special_pattern.pattern}|[\ufdd0-\ufdd3]",
+                lambda match: strings.append(match.group()) or f"\ufdd0{len(strings) - 1}\ufdd1",
+                value,
+            )
+        if isinstance(value, dict):
+            return {key: hide(item) for key, item in value.items()}
+        return [hide(item) for item in value] if isinstance(value, list) else value
+
+    def render(turns):
+        texts, spans = render_jinja_template(
+            conversations=[turns],
+            tools=tools,
+            chat_template=template.source,
+            return_assistant_tokens_mask=template.marked,
+            **special_tokens(tokenizer),
+        )
+        return texts[0], spans[0] if spans else []
+
+    messages, tools = hide(conversation.messages), hide(conversation.tools)
+    text, spans = render(messages)
+    if not template.marked:
+        spans, at = [], 0
+        for turn in messages:
+            if turn["role"] == "assistant":
+                at = text.index(turn["content"], at)
+                spans.append((at, at + len(turn["content"])))
+                at += len(turn["content"])
+            else:
+                at = text.index(turn["content"], at) + len(turn["content"])
+    end = template.turn_end
+    spans = [(b, e + len(end) if text.startswith(end, e) else e) for b, e in spans]
+    learned = [any(b <= k < e for b, e in spans) for k in range(len(text))]
+    ids, mask, at = [], [], 0
+    for index, piece in enumerate(HIDDEN.split(text)):
+        width = len(piece) + 2 * (index % 2)
+        if index % 2:
+            found = tokenizer.encode([strings[int(piece)]])[0].tolist()
+            mask += [any(learned[at : at + width])] * len(found)
+        else:
+            encoded = tokenizer.encode_rendered(piece)
+            found = encoded.ids.tolist()
+            for b, e in zip(encoded.begins.tolist(), encoded.ends.tolist(), strict=True):
+                mask.append(any(learned[at + b : at + min(max(e, b + 1), len(piece))]))
+        ids += found
+        at += width
+    if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+        ids, mask = [tokenizer.bos_id, *ids], [False, *mask]
+    return ids, [False, *mask[1:]]
+
+
+HOSTILE = [
+    chat(
+        f"Say {END_OF_TEXT}", f"{CLOSE}{END_OF_TEXT} and {OPEN}", "知识", f"é{CLOSE}", system=OPEN
+    ),
+    chat(f"User: {MARK_OPEN}0{MARK_CLOSE}", "Assistant: \ufdd00\ufdd1", "🙂", " 🙂 \n"),
+    Conversation(
+        messages=[
+            {"role": "user", "content": "Call."},
+            {
+                "role": "assistant",
+                "content": "I do.",
+                "tool_calls": [{"function": {"name": "f", "arguments": {"a": END_OF_TEXT}}}],
+            },
+            {"role": "tool", "content": "12"},
+            {"role": "assistant", "content": "12"},
+        ],
+        tools=[{"name": "f"}],
+    ),
+]
+
+
+@pytest.mark.parametrize("source", ["plain", CHATML, GENERATION, GENERATION_WITH_END, TWO_ENDS])
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_chats_that_are_encoded_together_are_those_of_the_slow_way(with_template, source, adds_bos):
+    is_plain = source == "plain"
+    tokenizer = with_template(CHATML if is_plain else source, adds_bos=adds_bos)
+    template = open_template(tokenizer, "plain" if is_plain else "tokenizer")
+    texts = [text.strip() for text in generated_texts(90, 8)]
+    chats = [TALK, *HOSTILE[:2], *(chat(*texts[k : k + 4]) for k in range(80))]
+    if template.marked:
+        chats.append(HOSTILE[2])
+    empty = Conversation(messages=[{"role": "user", "content": "Q"}], tools=None)
+    rendered = [render_chat(tokenizer, template, each) for each in [*chats, empty]]
+    *together, last = encode_chats(tokenizer, rendered)
+    assert last == Dropped(reason="no_assistant_turn")
+    for conversation, fast in zip(chats, together, strict=True):
+        ids, mask = slow_chat(tokenizer, template, conversation)
+        assert fast.ids.tolist() == ids
+        assert fast.loss_mask.tolist() == mask

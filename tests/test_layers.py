@@ -7,24 +7,30 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "bigmix"
 LAYERS = [
-    {"errors", "files", "records", "world"},
+    {"errors", "files", "records", "world", "data.statistics", "data.duplicates"},
     {"data.location"},
     {"data.retry"},
     {"data.http", "data.pipe"},
     {"data.storage"},
     {"data.cache"},
     {"data.fetch_ahead"},
-    {"recipe", "objective", "schedule", "data.manifest", "data.shares", "data.order", "dist"},
+    {
+        "recipe", "objective", "schedule", "dist", "data.tars", "data.workers", "data.manifest", "data.shares",
+        "data.order",
+    },
     {
         "data.recognise", "data.sentencepiece_model", "data.shards", "data.packing", "data.mixture", "loss", "ds_config",
-        "metrics", "terminal", "guard", "quickstart.corpus",
+        "metrics", "terminal", "guard", "quickstart.corpus", "data.progress", "data.picture",
     },
     {"data.documents", "data.tokenizer", "model", "flops", "data.rows", "engine"},
-    {"data.chat", "data.stream", "model_checks", "step", "checkpoint"},
-    {"data.tokenise", "data.loader", "data.source", "soundness", "run_folder"},
-    {"data.prepare", "data.tally", "mixing", "evaluate", "export"},
-    {"report", "inputs"},
-    {"plan"},
+    {
+        "data.chat_tokens", "data.parts", "data.prepare_settings", "data.merge", "data.stream", "model_checks", "step",
+        "checkpoint",
+    },
+    {"data.chat", "data.part_rows", "data.loader", "data.source", "soundness", "run_folder"},
+    {"data.tokenise", "data.tally", "mixing", "evaluate", "export"},
+    {"data.part_writer", "report", "inputs"},
+    {"data.prepare", "plan"},
     {"header", "compare", "preview"},
     {"train"},
     {"cli"},

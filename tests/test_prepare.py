@@ -11,12 +11,13 @@ import pytest
 from conftest import generated_texts
 
 from bigmix.cli import main
-from bigmix.data import tokenise
+from bigmix.data import tokenise, workers
 from bigmix.data.chat import encode_chat, open_template
 from bigmix.data.documents import RawRow
 from bigmix.data.location import MANIFEST
 from bigmix.data.manifest import read_manifest
-from bigmix.data.prepare import PrepareSettings, prepare
+from bigmix.data.prepare import prepare
+from bigmix.data.prepare_settings import PrepareSettings
 from bigmix.data.recognise import Conversation, Layout
 from bigmix.data.shards import open_shard
 from bigmix.data.tokenizer import fingerprint_of, load_tokenizer
@@ -201,7 +202,7 @@ def test_progress_counts_up_to_the_whole(run, monkeypatch):
     monkeypatch.setattr(tokenise, "BATCH_ROWS", 50)
     seen = []
     manifest = run([{"text": text} for text in TEXTS], report=lambda *c: seen.append(c)).manifest
-    assert seen == sorted(seen) and len(seen) == len(TEXTS) / 50
+    assert seen == sorted(seen) and len(seen) == 1 + len(TEXTS) / 50
     assert seen[-1] == (manifest.read, manifest.tokens)
 
 
@@ -249,7 +250,7 @@ def test_a_killed_run_leaves_no_source_and_no_process(tmp_path, tiny_tokenizer):
     command += ["--tokenizer", str(tiny_tokenizer), "--output", str(output), "--processes", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out.tmp-*/*.tar.tmp")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("out/*.tar.tmp")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -286,6 +287,6 @@ def test_rows_are_read_only_a_few_batches_ahead(tiny_tokenizer, processes):
     batches = tokenise.tokenised(job, rows(), processes)
     for done in range(1, 6):
         next(batches)
-        ahead = tokenise.IN_FLIGHT * processes + 2
+        ahead = workers.IN_FLIGHT * processes + 2
         assert taken <= (done + ahead) * tokenise.BATCH_ROWS
     batches.close()

@@ -10,7 +10,8 @@ from conftest import generated_texts
 from bigmix.cli import main
 from bigmix.data import shards
 from bigmix.data.manifest import read_manifest
-from bigmix.data.prepare import PrepareSettings, prepare
+from bigmix.data.prepare import prepare
+from bigmix.data.prepare_settings import PrepareSettings
 from bigmix.data.shards import open_shard
 from bigmix.errors import BAD_INPUT
 

@@ -8,9 +8,10 @@ from bigmix import __version__
 from bigmix.cli.compare import add_compare
 from bigmix.cli.inspect import add_recipe, add_rows
 from bigmix.cli.plan import add_plan
-from bigmix.cli.prepare import add_prepare, add_tokenizer
+from bigmix.cli.prepare import add_prepare
 from bigmix.cli.preview import add_preview
 from bigmix.cli.quickstart import add_quickstart
+from bigmix.cli.tokenizer import add_tokenizer
 from bigmix.errors import FAILED, BigmixError
 
 

@@ -9,15 +9,24 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import jinja2
 import numpy as np
-import numpy.typing as npt
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from bigmix.data.chat_tokens import (
+    HIDDEN_CLOSE,
+    HIDDEN_OPEN,
+    MARK_CLOSE,
+    MARK_OPEN,
+    EncodedChat,
+    RenderedChat,
+    encode_chats,
+)
 from bigmix.data.recognise import Conversation, Dropped, Turn
-from bigmix.data.tokenizer import Ids, Tokenizer, special_tokens
+from bigmix.data.tokenizer import Tokenizer, special_tokens
 from bigmix.errors import BadInput
 
 PLAIN = """\
@@ -30,15 +39,11 @@ PLAIN = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
 
+SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TODAY = "strftime_now"
-# Unicode promises that these four are never characters of a text.
-HIDDEN_OPEN, HIDDEN_CLOSE, MARK_OPEN, MARK_CLOSE = "\ufdd0\ufdd1\ufdd2\ufdd3"
-HIDDEN = re.compile(f"{HIDDEN_OPEN}([0-9]+){HIDDEN_CLOSE}")
 MARK = re.compile(f"{MARK_OPEN}([0-9]+){MARK_CLOSE}")
 QUESTION = "Is it?"
-
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +58,6 @@ class Template:
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.source.encode()).hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EncodedChat:
-    """Token ids [T], which of them are in the loss [T], and the UTF-8 bytes of the assistant's answers."""
-
-    ids: Ids
-    loss_mask: Mask
-    answer_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,28 +102,69 @@ def encode_chat(
     tokenizer: Tokenizer, template: Template, conversation: Conversation
 ) -> EncodedChat | Dropped:
     """Render and encode a conversation, or say why it cannot be learned from."""
+    return encode_chats(tokenizer, [render_chat(tokenizer, template, conversation)])[0]
+
+
+def render_chat(
+    tokenizer: Tokenizer, template: Template, conversation: Conversation
+) -> RenderedChat | Dropped:
+    """Write a conversation as its template does, and find the answers in it; or say why it cannot be learned from."""
     reason = _unfit(template, conversation)
     if reason is not None:
         return Dropped(reason=reason)
     hidden = _Hidden(tokenizer)
-    messages = hidden.hide(conversation.messages)
-    tools = hidden.hide(conversation.tools)
     try:
-        find = _marked_spans if template.marked else _sentinel_spans
-        rendered = find(tokenizer, template, messages, tools)
+        rendered = _rendered(tokenizer, template, conversation, hidden)
     except (jinja2.TemplateError, TypeError):
         return Dropped(reason="refused_by_template")
     if rendered is None:
         return Dropped(reason="answers_not_found")
-    ids, mask = _encode(tokenizer, rendered, hidden)
-    if tokenizer.bos_id is not None and (len(ids) == 0 or ids[0] != tokenizer.bos_id):
-        ids = np.concatenate([np.array([tokenizer.bos_id], np.uint32), ids])
-        mask = np.concatenate([[False], mask])
-    mask[0] = False  # nothing stands before it that could predict it
     answers = [turn["content"] for turn in conversation.messages if turn["role"] == "assistant"]
-    return EncodedChat(
-        ids=ids, loss_mask=mask, answer_bytes=sum(len(answer.encode()) for answer in answers)
+    return RenderedChat(
+        text=rendered.text,
+        spans=rendered.spans,
+        hidden=hidden.strings,
+        answer_bytes=sum(len(answer.encode()) for answer in answers),
+        turns=len(conversation.messages),
     )
+
+
+def _rendered(
+    tokenizer: Tokenizer, template: Template, conversation: Conversation, hidden: "_Hidden"
+) -> _Rendered | None:
+    """The text of a conversation and where its answers are; None where they are not found."""
+    if template.name == "plain" and _is_simple(tokenizer, conversation):
+        return _simple(tokenizer, template, conversation.messages, hidden)
+    find = _marked_spans if template.marked else _sentinel_spans
+    messages, tools = hidden.hide(conversation.messages), hidden.hide(conversation.tools)
+    return find(tokenizer, template, messages, tools)
+
+
+def _is_simple(tokenizer: Tokenizer, conversation: Conversation) -> bool:
+    """Whether the plain template writes nothing but roles and contents, and no role is a special token."""
+    if conversation.tools or any(turn.get("tool_calls") for turn in conversation.messages):
+        return False
+    return not any(tokenizer.special_pattern.search(role) for role in SPEAKERS)
+
+
+def _simple(
+    tokenizer: Tokenizer, template: Template, messages: Sequence[Turn], hidden: "_Hidden"
+) -> _Rendered:
+    """What the plain template writes of simple turns, ten times as fast as Jinja."""
+    eos = str(tokenizer.whole.eos_token)
+    parts, spans, at = list[str](), list[tuple[int, int]](), 0
+    for turn in messages:
+        content = hidden.hide(turn["content"])
+        if turn["role"] == "assistant":
+            parts += ["Assistant:", f" {content}{eos}"]
+            begin = at + len(parts[-2])
+            at = begin + len(parts[-1])
+            spans.append((begin, at))
+        else:
+            parts.append(f"{SPEAKERS[turn['role']]}: {content}\n\n")
+            at += len(parts[-1])
+    text = "".join(parts)
+    return _Rendered(text=text, spans=[(b, _turn_end(text, e, template)) for b, e in spans])
 
 
 def _unfit(template: Template, conversation: Conversation) -> str | None:
@@ -206,6 +243,11 @@ def _turn_end(text: str, end: int, template: Template) -> int:
     return end + len(template.turn_end) if text.startswith(template.turn_end, end) else end
 
 
+@lru_cache(maxsize=8)
+def _hidden_pattern(specials: str) -> re.Pattern[str]:
+    return re.compile(f"{specials}|[{HIDDEN_OPEN}-{MARK_CLOSE}]")
+
+
 class _Hidden:
     """Strings of special tokens inside what users wrote, replaced while the template works.
 
@@ -214,9 +256,7 @@ class _Hidden:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._pattern = re.compile(
-            f"{tokenizer.special_pattern.pattern}|[{HIDDEN_OPEN}-{MARK_CLOSE}]"
-        )
+        self._pattern = _hidden_pattern(tokenizer.special_pattern.pattern)
         self.strings: list[str] = []
 
     def hide(self, value: Any) -> Any:
@@ -231,31 +271,6 @@ class _Hidden:
     def _replacement(self, match: re.Match[str]) -> str:
         self.strings.append(match.group())
         return f"{HIDDEN_OPEN}{len(self.strings) - 1}{HIDDEN_CLOSE}"
-
-
-def _encode(tokenizer: Tokenizer, rendered: _Rendered, hidden: _Hidden) -> tuple[Ids, Mask]:
-    """Ids and mask of a rendered text; what was hidden is encoded as the text that it is."""
-    ids, masks, at = [np.zeros(0, np.uint32)], [np.zeros(0, np.bool_)], 0
-    covered = np.zeros(len(rendered.text) + 1, np.int64)
-    for begin, end in rendered.spans:
-        covered[begin + 1 : end + 1] = 1
-    covered = np.cumsum(covered)  # how many of the characters before a place are in the loss
-    for index, piece in enumerate(HIDDEN.split(rendered.text)):
-        if index % 2 == 1:  # the number of a hidden string
-            found = tokenizer.encode([hidden.strings[int(piece)]])[0]
-            width = len(piece) + len(HIDDEN_OPEN + HIDDEN_CLOSE)
-            inside = covered[at + width] > covered[at]
-            ids.append(found)
-            masks.append(np.full(len(found), inside))
-            at += width
-            continue
-        encoded = tokenizer.encode_rendered(piece)
-        # A token of no width (a mark of sentencepiece) counts as the character behind it.
-        ends = np.minimum(np.maximum(encoded.ends, encoded.begins + 1), len(piece))
-        ids.append(encoded.ids)
-        masks.append(covered[at + ends] > covered[at + encoded.begins])
-        at += len(piece)
-    return np.concatenate(ids), np.concatenate(masks)
 
 
 def check_first(

@@ -9,6 +9,7 @@ import glob
 import gzip
 import io
 import json
+import math
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 
+from bigmix.data.tars import read_tar
 from bigmix.errors import BadInput
 
 HUB = "hf:"
@@ -33,7 +35,7 @@ TAR_SUFFIXES = (".tar", ".tgz")
 PACKED_SUFFIXES = (".gz", ".zst")
 ALLOWED = ".txt, .jsonl, .json, .tar (each also .gz or .zst) and .parquet"
 CHUNK = 1 << 20
-TAR_BLOCK = 512
+BLOCK_ROWS = 256  # rows that go together where an input is dealt out
 BROKEN = (OSError, EOFError, zlib.error, tarfile.TarError, pyarrow.ArrowException)
 
 
@@ -50,6 +52,30 @@ class RawRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RawLine:
+    """A line of a JSON-lines file that is not parsed yet: it is cheap to read, to skip and to give to another process."""
+
+    file: str
+    index: int
+    line: bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """A stretch of one input, which is a file, a saved dataset or a hub name: all of it, or [start, stop).
+
+    These are bytes from the start of a line to the start of another in a JSON-lines file, row groups in a parquet
+    file, and rows in a saved dataset. `dealt` = (index, count) takes the blocks of 256 rows whose number leaves `index`
+    when divided by `count`.
+    """
+
+    place: str
+    start: int = 0
+    stop: int | None = None
+    dealt: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReadOptions:
     """`split_on` cuts a text file into documents at each place where it stands; with None a file is one document."""
 
@@ -62,8 +88,15 @@ def read_rows(inputs: Sequence[str], options: ReadOptions) -> Iterator[RawRow]:
 
     Raises BadInput at once where an input is not there, and while reading where a file is broken.
     """
-    places = [place for each in inputs for place in _places(each)]
-    return (row for place in places for row in _read(place, options))
+    places = places_of(inputs)
+    return (
+        parsed(row, options) for place in places for row in read_span(Span(place=place), options)
+    )
+
+
+def places_of(inputs: Sequence[str]) -> Sequence[str]:
+    """The files, saved datasets and hub names behind the inputs, in order; BadInput where one is not there."""
+    return [place for each in inputs for place in _places(each)]
 
 
 def _places(given: str) -> Sequence[str]:
@@ -75,11 +108,11 @@ def _places(given: str) -> Sequence[str]:
         splits = ", ".join(json.loads((path / SAVED_SPLITS).read_text("utf-8"))["splits"])
         raise BadInput(f"input {given} holds several splits ({splits}); give {given}/SPLIT")
     if path.is_file():
-        if _format(given) is None:
+        if format_of(given) is None:
             raise BadInput(f"input {given} is no file that can be read; allowed are {ALLOWED}")
         return [given]
     found = path.rglob("*") if path.is_dir() else map(Path, glob.iglob(given, recursive=True))  # noqa: PTH207
-    files = sorted(str(file) for file in found if file.is_file() and _format(str(file)))
+    files = sorted(str(file) for file in found if file.is_file() and format_of(str(file)))
     if not files:
         raise BadInput(
             f"input {given} is no file, glob or folder with files; allowed are {ALLOWED}, "
@@ -88,8 +121,8 @@ def _places(given: str) -> Sequence[str]:
     return files
 
 
-def _format(name: str) -> str | None:
-    """The suffix that decides how a file is read, without that of its compression."""
+def format_of(name: str) -> str | None:
+    """The suffix that decides how a file is read, without that of its compression; None where it cannot be."""
     path = Path(name)
     if path.suffix in PACKED_SUFFIXES:
         path = path.with_suffix("")
@@ -97,30 +130,44 @@ def _format(name: str) -> str | None:
     return path.suffix if path.suffix in known else None
 
 
-def _read(place: str, options: ReadOptions) -> Iterator[RawRow]:
-    suffix = _format(place)
+def read_span(span: Span, options: ReadOptions) -> Iterator[RawRow | RawLine]:
+    """The rows of a span; `parsed` makes rows of lines.
+
+    Raises BadInput while reading where a file is broken.
+    """
+    rows = _read(span, options)
+    if span.dealt is None:
+        return rows
+    index, parts = span.dealt
+    return (row for at, row in enumerate(rows) if at // BLOCK_ROWS % parts == index)
+
+
+def _read(span: Span, options: ReadOptions) -> Iterator[RawRow | RawLine]:
+    place, suffix = span.place, format_of(span.place)
     if place.startswith(HUB):
         rows: Iterable[Mapping[str, Any]] = _read_hub(place)
     elif Path(place).is_dir():
-        rows = _read_saved(place)
+        rows = _read_saved(span)
     elif suffix in LINE_SUFFIXES:
-        yield from _read_lines(place, options)
+        yield from _read_lines(span)
         return
     elif suffix in JSON_SUFFIXES:
-        yield from _read_json(place, options)
+        yield from _read_json(span, options)
         return
     elif suffix in PARQUET_SUFFIXES:
-        rows = _read_parquet(place)
+        rows = _read_parquet(span)
     elif suffix in TAR_SUFFIXES:
         rows = _read_tar(place)
     else:
         rows = ({"text": text} for text in _read_text(place, options.split_on))
+    unit = "row group" if suffix in PARQUET_SUFFIXES else "row"
+    file = place if span.start == 0 else f"{place} from {unit} {span.start}"
     for index, columns in enumerate(rows, 1):
-        yield RawRow(file=place, index=index, columns=columns)
+        yield RawRow(file=file, index=index, columns=columns)
 
 
 @contextmanager
-def _opened(place: str) -> Iterator[IO[bytes]]:
+def opened(place: str) -> Iterator[IO[bytes]]:
     """The unpacked bytes of a file; what is wrong with them is told with the place where it shows."""
     with Path(place).open("rb") as file:
         stream: IO[bytes] = file
@@ -142,7 +189,7 @@ def _read_text(place: str, split_on: str | None) -> Iterator[str]:
     """The documents of a text file, in bounded memory where it is split; nothing but the mark is taken away."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     held = ""
-    with _opened(place) as stream:
+    with opened(place) as stream:
         while chunk := stream.read(CHUNK):
             held += _decoded(place, decoder, chunk)
             if split_on is not None:
@@ -165,18 +212,31 @@ def _decoded(
         ) from error
 
 
-def _read_lines(place: str, options: ReadOptions) -> Iterator[RawRow]:
-    with _opened(place) as stream:
+def _read_lines(span: Span) -> Iterator[RawLine]:
+    file = span.place if span.start == 0 else f"{span.place} from byte {span.start}"
+    with opened(span.place) as stream:
+        if span.start:
+            stream.seek(span.start)
+        left = math.inf if span.stop is None else span.stop - span.start
         for number, line in enumerate(stream, 1):
-            if line.isspace():
-                continue
-            columns, fault = _parsed(line)
-            if fault is not None and not options.skip_bad_lines:
-                raise BadInput(
-                    f"{place}, line {number}: {fault}; mend the line or give --skip-bad-lines "
-                    "to drop and count such lines"
-                )
-            yield RawRow(file=place, index=number, columns=columns)
+            if not line.isspace():
+                yield RawLine(file=file, index=number, line=line)
+            left -= len(line)
+            if left <= 0:
+                return
+
+
+def parsed(row: RawRow | RawLine, options: ReadOptions) -> RawRow:
+    """The row in a line; BadInput where it holds no JSON object and such lines are not to be skipped."""
+    if isinstance(row, RawRow):
+        return row
+    columns, fault = _parsed(row.line)
+    if fault is not None and not options.skip_bad_lines:
+        raise BadInput(
+            f"{row.file}, line {row.index}: {fault}; mend the line or give --skip-bad-lines "
+            "to drop and count such lines"
+        )
+    return RawRow(file=row.file, index=row.index, columns=columns)
 
 
 def _parsed(line: bytes) -> tuple[Mapping[str, Any] | None, str | None]:
@@ -190,12 +250,13 @@ def _parsed(line: bytes) -> tuple[Mapping[str, Any] | None, str | None]:
     return value, None
 
 
-def _read_json(place: str, options: ReadOptions) -> Iterator[RawRow]:
+def _read_json(span: Span, options: ReadOptions) -> Iterator[RawRow | RawLine]:
     """A file that is one array of objects, or in spite of its name JSON lines."""
-    with _opened(place) as stream:
+    place = span.place
+    with opened(place) as stream:
         content = stream.read()
     if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from _read_lines(place, options)
+        yield from _read_lines(span)
         return
     try:
         rows = json.loads(content.decode("utf-8-sig"))
@@ -210,71 +271,16 @@ def _read_json(place: str, options: ReadOptions) -> Iterator[RawRow]:
         yield RawRow(file=place, index=index, columns=row if isinstance(row, dict) else None)
 
 
-def _read_parquet(place: str) -> Iterator[Mapping[str, Any]]:
-    with _opened(place) as stream, pyarrow.parquet.ParquetFile(stream) as file:
-        for batch in file.iter_batches(batch_size=256):
+def _read_parquet(span: Span) -> Iterator[Mapping[str, Any]]:
+    with opened(span.place) as stream, pyarrow.parquet.ParquetFile(stream) as file:
+        stop = file.num_row_groups if span.stop is None else span.stop
+        for batch in file.iter_batches(BLOCK_ROWS, row_groups=range(span.start, stop)):
             yield from batch.to_pylist()
 
 
 def _read_tar(place: str) -> Iterator[Mapping[str, Any]]:
-    """The samples of a WebDataset tar: neighbouring members with one key, .txt as `text` and .json as columns."""
-    key, columns = None, dict[str, Any]()
-    with _opened(place) as stream:
-        # The tar is read through a file that can seek; only then does tarfile check what it skips.
-        source = stream if stream.seekable() else io.BytesIO(stream.read())
-        for member in _members(place, source):
-            folder, _, base = member.name.rpartition("/")
-            stem, _, suffix = base.partition(".")
-            if key is not None and key != (folder, stem):
-                yield columns
-                columns = {}
-            key = (folder, stem)
-            columns |= _member_columns(place, member.name, suffix, member.content)
-    if key is not None:
-        yield columns
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Member:
-    name: str
-    content: bytes
-
-
-def _members(place: str, source: IO[bytes]) -> Iterator[_Member]:
-    with tarfile.open(fileobj=source, mode="r:") as tar:
-        for info in tar:
-            content = tar.extractfile(info) if info.isfile() else None
-            if content is not None:
-                yield _Member(name=info.name, content=content.read())
-            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-        # tarfile takes a cut or damaged header for the end of the archive.
-        source.seek(tar.offset)
-        if source.read(TAR_BLOCK) != bytes(TAR_BLOCK):
-            raise BadInput(
-                f"{place} is cut short: no header and no end of archive at byte {tar.offset}; "
-                "fetch or write the file again"
-            )
-        # Reading on to the end also makes a compressed file check its own checksum.
-        while rest := source.read(CHUNK):
-            if rest.count(0) != len(rest):
-                raise BadInput(
-                    f"{place} goes on behind the end of its archive at byte {tar.offset}; tars that were joined with "
-                    "cat are read only when they are files of their own"
-                )
-
-
-def _member_columns(place: str, name: str, suffix: str, content: bytes) -> Mapping[str, Any]:
-    try:
-        if suffix == "txt":
-            return {"text": content.decode("utf-8-sig")}
-        if suffix == "json":
-            value = json.loads(content.decode("utf-8-sig"))
-            return value if isinstance(value, dict) else {}
-    except ValueError as error:
-        raise BadInput(
-            f"{place}, member {name}: not {suffix} in UTF-8 ({error}); mend it"
-        ) from error
-    return {}
+    with opened(place) as stream:
+        yield from read_tar(place, stream)
 
 
 def _read_hub(place: str) -> Iterator[Mapping[str, Any]]:
@@ -293,11 +299,15 @@ def _read_hub(place: str) -> Iterator[Mapping[str, Any]]:
         ) from error
 
 
-def _read_saved(place: str) -> Iterator[Mapping[str, Any]]:
+def _read_saved(span: Span) -> Iterator[Mapping[str, Any]]:
     # As above: a second of import.
     import datasets
 
     try:
-        yield from datasets.load_from_disk(place)
+        whole = datasets.load_from_disk(span.place)
+        stop = len(whole) if span.stop is None else span.stop
+        yield from whole.select(range(span.start, stop))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise BadInput(f"{place} is no whole saved dataset ({error}); save it again") from error
+        raise BadInput(
+            f"{span.place} is no whole saved dataset ({error}); save it again"
+        ) from error

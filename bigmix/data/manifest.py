@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from bigmix.data.location import MANIFEST
+from bigmix.data.statistics import Statistics
 from bigmix.errors import BadInput
 from bigmix.files import replace_text, sha256_of
 
@@ -148,7 +149,8 @@ class Manifest(_Frozen):
     `loss_tokens` counts the tokens that have a prediction in the loss while documents are not split, `loss_bytes`
     the UTF-8 bytes of the text behind them; bits per byte follow from both. `read` documents went in, `dropped`
     counts by reason those that did not come out. `lengths` is a file with the tokens of every document of a chat
-    source, in the order of the shards: from it rows are packed without a look at the shards.
+    source, in the order of the shards: from it rows are packed without a look at the shards. `statistics` tells what the
+    documents are like.
     """
 
     version: Literal[2] = 2
@@ -163,6 +165,7 @@ class Manifest(_Frozen):
     loss_tokens: int
     loss_bytes: int
     lengths: FileEntry | None = None
+    statistics: Statistics | None = None
     shards: Annotated[
         InstanceOf[ShardTable],
         PlainValidator(_as_table),

@@ -1,119 +1,136 @@
-"""Raw documents go in, a prepared source comes out: shards, their manifest and the tokenizer that made them."""
+"""Raw documents go in, a prepared source comes out: shards, their manifest and the tokenizer that made them.
 
-import os
+The work is one part or several. A part that is stopped goes on at its last whole shard; the last step joins the parts.
+"""
+
+import errno
+import hashlib
+import json
 import secrets
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
-from itertools import chain, islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 from bigmix.data.chat import Template, check_first, encode_chat, open_template
-from bigmix.data.documents import RawRow, ReadOptions, read_rows
+from bigmix.data.documents import read_rows
+from bigmix.data.duplicates import Seen
 from bigmix.data.location import MANIFEST
 from bigmix.data.manifest import (
     Manifest,
-    ShardEntry,
     ShardTable,
     TemplateEntry,
     TokenizerEntry,
     token_dtype,
-    write_manifest,
 )
-from bigmix.data.recognise import Conversation, Kind, Layout, document_of, recognise
-from bigmix.data.shards import ShardWriter, with_lengths
-from bigmix.data.tokenise import Job, TokenisedBatch, TokenisedDocument, tokenised
+from bigmix.data.merge import merge, nothing_left
+from bigmix.data.part_rows import PartRows, rows_before
+from bigmix.data.part_writer import PartWriter, Rules
+from bigmix.data.parts import Place, files_of, listing, share_out
+from bigmix.data.prepare_settings import PrepareSettings, faults_of_settings
+from bigmix.data.progress import (
+    PARTS,
+    TOKENIZER_FOLDER,
+    Progress,
+    alone,
+    faults_of_identity,
+    faults_of_output,
+    file_of_part,
+    read_progress,
+    remove_begun,
+)
+from bigmix.data.recognise import Conversation, Layout, document_of, recognise
+from bigmix.data.statistics import Statistics
+from bigmix.data.tokenise import Job, hashed, tokenised
 from bigmix.data.tokenizer import Tokenizer, load_tokenizer
-from bigmix.errors import BadInput
+from bigmix.errors import BadInput, BigmixError
 
-TOKENIZER_FOLDER = "tokenizer"
+# To be raised with every change by which the same inputs and settings give other shards.
+PREPARE_VERSION = 1
 FIRST_ROWS = 256  # looked at to recognise a source and to check its chats
 MANY_DROPPED = 0.05  # a share of the documents that deserves a warning
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Report = Callable[[int, int], None]  # documents read and tokens written so far
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PrepareSettings:
-    """What to prepare and how: `limit` counts rows, `max_tokens` the tokens of a document, `shard_tokens` of a shard."""
-
-    inputs: Sequence[str]
-    tokenizer: str
-    output: str
-    kind: Kind | None = None  # None: what the first rows show
-    template: Literal["plain", "tokenizer"] = "plain"
-    columns: Mapping[str, str] | None = None  # which column plays which part; None: recognised
-    read: ReadOptions = field(default_factory=ReadOptions)
-    processes: int = 1
-    max_tokens: int | None = None
-    shard_tokens: int = 64_000_000
-    limit: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """What was made. `first_dropped` names for each reason the place of the first document that was left out."""
+    """What was made; of a part, its share. `first_dropped` names for a reason where the first such document was read."""
 
     manifest: Manifest
+    held_out: Manifest | None
     layout: Layout
     warnings: Sequence[str]
     first_dropped: Mapping[str, str]
 
 
 def prepare(settings: PrepareSettings, report: Report = lambda *_: None) -> Prepared:
-    """Tokenise the inputs into the output folder, which appears under its name only when it is whole.
+    """Tokenise the inputs into the output folder, which has a manifest only when it is whole.
 
-    Raises BadInput where the output exists, an input is broken or not recognised, or no document is left.
+    What was stopped goes on at its last whole shard and ends with the same bytes. Raises BadInput where the output holds
+    something else, an input is broken or not recognised, or no document is left.
     """
     output = Path(settings.output)
-    _check(settings, output)
-    rows: Iterator[RawRow] = islice(read_rows(settings.inputs, settings.read), settings.limit)
-    first = list(islice(rows, FIRST_ROWS))
-    job, warnings = _job(settings, load_tokenizer(settings.tokenizer), first)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Not named by process id: in containers each run has the same, and a killed one leaves its folder behind.
-    beside = output.with_name(f"{output.name}.tmp-{secrets.token_hex(4)}")
-    beside.mkdir()
-    try:
-        collected = _Collected(job, beside, settings.shard_tokens)
-        with closing(tokenised(job, chain(first, rows), settings.processes)) as batches:
-            _collect(collected, batches, report)
-        job.tokenizer.save(beside / TOKENIZER_FOLDER)
-        manifest = with_lengths(beside, collected.manifest())
-        write_manifest(beside, manifest)
-        os.replace(beside, output)
-    finally:
-        # Where all went well the folder has its name by now, and nothing is left to remove.
-        shutil.rmtree(beside, ignore_errors=True)
+    faults = [*faults_of_settings(settings), *faults_of_output(output)]
+    if faults:
+        raise BadInput(*faults)
+    with _started(settings, output), _told_when_full(output):
+        job, warnings = _job(settings, load_tokenizer(settings.tokenizer))
+        progress = _prepare_part(settings, job, report)
+        manifest, held_out = progress.source, progress.held_out
+        first_dropped = progress.first_dropped
+        if settings.part is None:
+            if manifest.documents == 0:  # nothing to go on from
+                file_of_part(output, 0, 1).unlink()
+                raise nothing_left(manifest)
+            merged = merge(output)
+            manifest, held_out = merged.manifest, merged.held_out
+            if settings.held_out and held_out is None:
+                warnings = [*warnings, "no document is held out: there are too few of them"]
     return Prepared(
         manifest=manifest,
+        held_out=held_out,
         layout=job.layout,
-        warnings=[*warnings, *_warnings_about_dropped(manifest)],
-        first_dropped=collected.first_dropped,
+        warnings=[*warnings, *warnings_about_dropped(manifest)],
+        first_dropped=first_dropped,
     )
 
 
-def _check(settings: PrepareSettings, output: Path) -> None:
-    faults = [
-        f"--{name.replace('_', '-')} is {value}, must be at least 1"
-        for name in ("processes", "max_tokens", "shard_tokens", "limit")
-        if (value := getattr(settings, name)) is not None and value < 1
-    ]
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        what = "holds a prepared source" if (output / MANIFEST).is_file() else "is not empty"
-        faults.append(f"output {output} already {what}; remove it or give another --output")
-    if faults:
-        raise BadInput(*faults)
+@contextmanager
+def _started(settings: PrepareSettings, output: Path) -> Iterator[None]:
+    """The folder of the work; it is gone again where all the work ends without a whole shard."""
+    (output / PARTS).mkdir(parents=True, exist_ok=True)
+    part, parts = settings.part or (1, 1)
+    with alone(output, part - 1, parts):
+        try:
+            yield
+        finally:
+            # Other parts may be at work in the folder.
+            is_empty = not (output / MANIFEST).exists() and not any(output.glob(f"{PARTS}/*.json"))
+            if settings.part is None and is_empty:
+                remove_begun(output)
 
 
-def _job(
-    settings: PrepareSettings, tokenizer: Tokenizer, first: Sequence[RawRow]
-) -> tuple[Job, Sequence[str]]:
-    """Decide from the first rows what the source is, and check that its chats can be learned from."""
-    columns = [row.columns for row in first if row.columns is not None]
+@contextmanager
+def _told_when_full(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise BigmixError(
+            f"{output} cannot be written: {error.strerror}; make room and run the same command again, "
+            "it goes on at its last whole shard"
+        ) from error
+
+
+def _job(settings: PrepareSettings, tokenizer: Tokenizer) -> tuple[Job, Sequence[str]]:
+    """Decide from the first rows of all parts what the source is, and check that its chats can be learned from."""
+    first = islice(read_rows(settings.inputs, settings.read), settings.limit)
+    columns = [row.columns for row in islice(first, FIRST_ROWS) if row.columns is not None]
     if not columns:
         raise BadInput(f"no rows are in {', '.join(settings.inputs)}; give inputs with data")
     layout = recognise(columns, kind=settings.kind, columns=settings.columns)
@@ -124,86 +141,127 @@ def _job(
         chats = [each for each in documents if isinstance(each, Conversation)]
         samples = [encode_chat(tokenizer, template, chat) for chat in chats]
         warnings.extend(check_first(tokenizer, template, samples))
-    job = Job(tokenizer=tokenizer, layout=layout, template=template, max_tokens=settings.max_tokens)
+    job = Job(
+        tokenizer=tokenizer,
+        layout=layout,
+        template=template,
+        max_tokens=settings.max_tokens,
+        read=settings.read,
+    )
     return job, warnings
 
 
-def _collect(collected: "_Collected", batches: Iterable[TokenisedBatch], report: Report) -> None:
+def _prepare_part(settings: PrepareSettings, job: Job, report: Report) -> Progress:
+    """Do what is left of a part."""
+    output = Path(settings.output)
+    places = listing(settings.inputs)
+    progress = _begun(settings, job, _identity(settings, job, places))
+    if progress.whole:
+        return progress
+    pieces = share_out(places, progress.parts)
+    rows = PartRows(pieces[progress.part], settings.read, progress)
+    seen = Seen()
+    if settings.deduplicate:
+        before = rows_before(pieces, settings.read, progress)
+        with closing(hashed(job, before, settings.processes)) as batches:
+            for hashes in batches:
+                seen.add(hashes)
+    _save_tokenizer(job.tokenizer, output)
+    rules = Rules(
+        shard_tokens=settings.shard_tokens,
+        deduplicate=settings.deduplicate,
+        held_out=settings.held_out,
+    )
+    writer = PartWriter(output, progress, rules, seen=seen, position=rows.position)
+    left = None if settings.limit is None else settings.limit - progress.source.read
+    report(writer.read, writer.tokens)
     try:
-        for batch in batches:
-            collected.add(batch)
-            report(collected.read, collected.tokens)
-        collected.close()
+        with closing(tokenised(job, islice(rows, left), settings.processes)) as batches:
+            for batch in batches:
+                writer.add(batch)
+                report(writer.read, writer.tokens)
+        return writer.save(whole=True)
     finally:
-        collected.abort()
+        writer.abort()
 
 
-class _Collected:
-    """The shards written so far, and the counts of what went into them and of what did not."""
-
-    def __init__(self, job: Job, folder: Path, shard_tokens: int) -> None:
-        self._job = job
-        self._folder = folder
-        self._shard_tokens = shard_tokens
-        self._dtype = token_dtype(job.tokenizer.vocab_size)
-        self._writer: ShardWriter | None = None
-        self._shards: list[ShardEntry] = []
-        self._dropped: Counter[str] = Counter()
-        self._loss_bytes = 0
-        self.first_dropped: dict[str, str] = {}
-        self.read = 0
-        self.tokens = 0
-
-    def add(self, batch: TokenisedBatch) -> None:
-        """Write the documents of a batch and count the others."""
-        self.read += batch.read
-        self._dropped.update(batch.dropped)
-        self.first_dropped = {**batch.first_dropped, **self.first_dropped}
-        for document in batch.documents:
-            self._add(document)
-
-    def _add(self, document: TokenisedDocument) -> None:
-        if self._writer is None:
-            path = self._folder / f"shard-{len(self._shards):06d}.tar"
-            self._writer = ShardWriter(path, self._dtype, masked=document.loss_mask is not None)
-        self._writer.add(document.ids, document.loss_mask)
-        self.tokens += len(document.ids)
-        self._loss_bytes += document.loss_bytes
-        if self._writer.tokens >= self._shard_tokens:
-            self.close()
-
-    def close(self) -> None:
-        """Finish the open shard, if one is."""
-        if self._writer is not None:
-            self._shards.append(self._writer.close())
-            self._writer = None
-
-    def abort(self) -> None:
-        """Remove the open shard, if one is."""
-        if self._writer is not None:
-            self._writer.abort()
-            self._writer = None
-
-    def manifest(self) -> Manifest:
-        """What has been written; BadInput where that is nothing."""
-        if not self._shards:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in self._dropped.most_common())
-            raise BadInput(
-                f"none of {self.read} documents is left ({reasons}); nothing was written, see docs/data-formats.md"
-            )
-        return Manifest(
-            kind=self._job.layout.kind,
-            dtype=self._dtype,
-            tokenizer=_tokenizer_entry(self._job.tokenizer),
-            template=_template_entry(self._job.template),
-            read=self.read,
-            dropped=dict(sorted(self._dropped.items())),
-            documents=sum(shard.documents for shard in self._shards),
-            tokens=self.tokens,
-            loss_tokens=sum(shard.loss_tokens for shard in self._shards),
-            loss_bytes=self._loss_bytes,
-            shards=ShardTable.of(self._shards),
+def _begun(settings: PrepareSettings, job: Job, identity: Mapping[str, str]) -> Progress:
+    """Where the part stands: at its beginning, or where an earlier run has left it."""
+    part, parts = settings.part or (1, 1)
+    output = Path(settings.output)
+    nothing = Manifest(
+        kind=job.layout.kind,
+        dtype=token_dtype(job.tokenizer.vocab_size),
+        tokenizer=_tokenizer_entry(job.tokenizer),
+        template=_template_entry(job.template),
+        read=0,
+        dropped={},
+        documents=0,
+        tokens=0,
+        loss_tokens=0,
+        loss_bytes=0,
+        statistics=Statistics(),
+        shards=ShardTable.of([]),
+    )
+    fresh = Progress(
+        part=part - 1,
+        parts=parts,
+        identity=dict(identity),
+        source=nothing,
+        held_out=nothing if settings.held_out else None,
+    )
+    path = file_of_part(output, part - 1, parts)
+    others = [
+        each for each in (output / PARTS).glob("*.json") if not each.match(f"*-of-{parts:05d}.json")
+    ]
+    if others:
+        raise BadInput(
+            f"--part is {part}/{parts}, but {output} was begun in another number of parts ({others[0].name}); "
+            "give that number, or remove the folder and prepare anew"
         )
+    if not path.exists():
+        return fresh
+    begun = read_progress(path)
+    faults = faults_of_identity(begun, fresh, output)
+    if faults:
+        raise BadInput(*faults)
+    return begun
+
+
+def _identity(settings: PrepareSettings, job: Job, places: Sequence[Place]) -> Mapping[str, str]:
+    """What the tokens of a part depend on. Bad lines that are skipped are none of it: they stop a run, or do not."""
+    files = [each for place in places for each in files_of(place.name)]
+    text = json.dumps([[place.name for place in places], files])
+    size = sum(each[1] for each in files)
+    template = job.template
+    return {
+        "inputs": f"{len(places)} files of {size:,} bytes (names, sizes and times of change: "
+        f"{hashlib.sha256(text.encode()).hexdigest()[:12]})",
+        "split-on": repr(settings.read.split_on),
+        "tokenizer": f"{job.tokenizer.fingerprint[:16]}",
+        "template": "none" if template is None else f"{template.name} {template.sha256[:16]}",
+        "columns": job.layout.described(),
+        "max-tokens": str(settings.max_tokens),
+        "shard-tokens": str(settings.shard_tokens),
+        "limit": str(settings.limit),
+        "deduplicate": "yes" if settings.deduplicate else "no",
+        "held-out": str(settings.held_out),
+        "version of prepare": str(PREPARE_VERSION),
+    }
+
+
+def _save_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
+    """Write the tokenizer once; several parts may try at the same time."""
+    beside = output / f"{TOKENIZER_FOLDER}.tmp-{secrets.token_hex(4)}"
+    try:
+        if not (output / TOKENIZER_FOLDER).exists():
+            tokenizer.save(beside)
+            beside.rename(output / TOKENIZER_FOLDER)
+    except OSError:
+        if not (output / TOKENIZER_FOLDER).exists():
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
@@ -220,9 +278,10 @@ def _template_entry(template: Template | None) -> TemplateEntry | None:
     return None if template is None else TemplateEntry(name=template.name, sha256=template.sha256)
 
 
-def _warnings_about_dropped(manifest: Manifest) -> Sequence[str]:
+def warnings_about_dropped(manifest: Manifest) -> Sequence[str]:
+    """One for each reason for which many documents were left out; holding some out was asked for."""
     return [
         f"{count / manifest.read:.0%} of the documents were dropped as {reason}"
         for reason, count in manifest.dropped.items()
-        if count > MANY_DROPPED * manifest.read
+        if reason != "held_out" and count > MANY_DROPPED * manifest.read
     ]

@@ -1,31 +1,31 @@
 """Rows and a job go in, batches of tokenised documents come out in the order of the rows, from one process or many."""
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
-from bigmix.data.chat import EncodedChat, Template, encode_chat
-from bigmix.data.documents import RawRow
-from bigmix.data.recognise import Conversation, Document, Dropped, Layout, Text, document_of
+from bigmix.data.chat import Template, render_chat
+from bigmix.data.chat_tokens import EncodedChat, RenderedChat, encode_chats
+from bigmix.data.documents import RawLine, RawRow, ReadOptions, parsed
+from bigmix.data.manifest import token_dtype
+from bigmix.data.recognise import Document, Dropped, Layout, Text, document_of
 from bigmix.data.tokenizer import Ids, Tokenizer
-from bigmix.errors import BigmixError
+from bigmix.data.workers import in_processes
 
 BATCH_ROWS = 256
 BATCH_CHARACTERS = 1 << 18
-IN_FLIGHT = 3  # batches per process that are read ahead: bounds the memory
+HASH_BYTES = 16
 
 Mask = npt.NDArray[np.bool_]
+Column = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.bytes_]
+Rows = Sequence[RawRow | RawLine]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,110 +36,239 @@ class Job:
     layout: Layout
     template: Template | None
     max_tokens: int | None
+    read: ReadOptions = field(default_factory=ReadOptions)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenisedDocument:
-    """Token ids [T], for a chat which of them are in the loss [T], and the bytes of text behind the loss."""
+class DroppedRow(NamedTuple):
+    """The row of a batch, counted from 0, that gave no document, why, and where it was read, if that is known."""
 
-    ids: Ids
-    loss_mask: Mask | None
-    loss_bytes: int
+    row: int
+    reason: str
+    place: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenisedBatch:
-    """The documents of `read` rows; `dropped` counts the others by reason, with the place of the first of each."""
+    """The documents of `read` rows by column, and the rows that gave none.
+
+    `ids` and, for chats, `loss_mask` hold the tokens of all documents end to end [T]; the columns have one entry a
+    document [D]. Two documents with the same hash are the same: the same text, or the same rendered conversation.
+    """
 
     read: int
-    documents: Sequence[TokenisedDocument]
-    dropped: Mapping[str, int]
-    first_dropped: Mapping[str, str]
+    dropped: Sequence[DroppedRow]
+    ids: npt.NDArray[np.unsignedinteger[Any]]
+    loss_mask: Mask | None
+    rows: Column  # the row of each document
+    tokens: Column
+    loss_bytes: Column
+    text_bytes: Column  # UTF-8, of a chat as it is rendered
+    characters: Column
+    turns: Column
+    hashes: Hashes  # 16 bytes each
+
+    @property
+    def loss_tokens(self) -> Column | None:
+        """Tokens of each document that are in the loss [D]; None for texts, where all but the first are."""
+        if self.loss_mask is None:
+            return None
+        before = np.concatenate([[0], np.cumsum(self.loss_mask)])
+        ends = np.cumsum(self.tokens)
+        counts: Column = before[ends] - before[ends - self.tokens]
+        return counts
+
+    def split(self, rows: int) -> "tuple[TokenisedBatch, TokenisedBatch]":
+        """The batch of the first `rows` rows and that of the others."""
+        at = int(self.rows.searchsorted(rows))
+        begin, end = self._documents(0, at), self._documents(at, len(self.rows))
+        return (
+            replace(begin, read=rows, dropped=[each for each in self.dropped if each.row < rows]),
+            replace(
+                end,
+                read=self.read - rows,
+                rows=end.rows - rows,
+                dropped=[d._replace(row=d.row - rows) for d in self.dropped if d.row >= rows],
+            ),
+        )
+
+    def select(self, keep: Mask, dropped: Sequence[DroppedRow]) -> "TokenisedBatch":
+        """Only the documents with a True [D], and another list of what was dropped."""
+        if keep.all():
+            return replace(self, dropped=dropped)
+        flags = np.repeat(keep, self.tokens)
+        columns = {name: getattr(self, name)[keep] for name in _COLUMNS}
+        mask = None if self.loss_mask is None else self.loss_mask[flags]
+        return replace(self, dropped=dropped, ids=self.ids[flags], loss_mask=mask, **columns)
+
+    def _documents(self, start: int, stop: int) -> "TokenisedBatch":
+        begin, end = (int(self.tokens[:at].sum()) for at in (start, stop))
+        columns = {name: getattr(self, name)[start:stop] for name in _COLUMNS}
+        mask = None if self.loss_mask is None else self.loss_mask[begin:end]
+        return replace(self, ids=self.ids[begin:end], loss_mask=mask, **columns)
+
+
+_COLUMNS = ("rows", "tokens", "loss_bytes", "text_bytes", "characters", "turns", "hashes")
+
+
+class _Found(NamedTuple):
+    """A document before its tokens: its text, and for a chat how it is rendered."""
+
+    row: int
+    text: str
+    utf8: bytes
+    chat: RenderedChat | None
+
+
+class _Encoded(NamedTuple):
+    found: _Found
+    ids: Ids
+    loss_mask: Mask | None
 
 
 def tokenised(
-    job: Job, rows: Iterable[RawRow], processes: int
+    job: Job, rows: Iterable[RawRow | RawLine], processes: int
 ) -> Generator[TokenisedBatch, None, None]:
-    """Tokenise rows in batches; the batches and their order do not depend on the number of processes.
+    """Tokenise rows in batches; the documents and their order do not depend on the number of processes.
 
     To be closed by who does not take all of it: that ends the processes.
     """
+    return _worked(job, tokenise, rows, processes)
+
+
+def hashed(
+    job: Job, rows: Iterable[RawRow | RawLine], processes: int
+) -> Generator[Hashes, None, None]:
+    """The hashes of all documents, in batches, without a look at their tokens."""
+    return _worked(job, hashes_of, rows, processes)
+
+
+def tokenise(job: Job, rows: Rows) -> TokenisedBatch:
+    """Tokenise one batch."""
+    found = list(_documents(job, rows))
+    documents = [each for each in found if isinstance(each, _Found)]
+    dropped = [each for each in found if isinstance(each, DroppedRow)]
+    encode = _encode_texts if job.template is None else _encode_chats
+    kept = []
+    for each in encode(job.tokenizer, documents):
+        if job.max_tokens is not None and len(each.ids) > job.max_tokens:
+            dropped.append(_dropped(rows, each.found.row, "too_long"))
+        else:
+            kept.append(each)
+    return _columns(job, len(rows), kept, sorted(dropped))
+
+
+def hashes_of(job: Job, rows: Rows) -> Hashes:
+    """The hashes of the documents of one batch."""
+    return _hashes([each for each in _documents(job, rows) if isinstance(each, _Found)])
+
+
+def _columns(
+    job: Job, read: int, kept: Sequence[_Encoded], dropped: Sequence[DroppedRow]
+) -> TokenisedBatch:
+    dtype = np.dtype(token_dtype(job.tokenizer.vocab_size))
+    found = [each.found for each in kept]
+    chats = [each.chat for each in found if each.chat is not None]
+    masks = [each.loss_mask for each in kept if each.loss_mask is not None]
+    utf8 = np.array([len(each.utf8) for each in found], np.int64)
+    is_chat = job.template is not None
+    return TokenisedBatch(
+        read=read,
+        dropped=dropped,
+        ids=np.concatenate(
+            [np.zeros(0, dtype), *(each.ids for each in kept)], dtype=dtype, casting="unsafe"
+        ),
+        loss_mask=np.concatenate([np.zeros(0, np.bool_), *masks]) if is_chat else None,
+        rows=np.array([each.row for each in found], np.int64),
+        tokens=np.array([len(each.ids) for each in kept], np.int64),
+        loss_bytes=np.array([each.answer_bytes for each in chats], np.int64) if is_chat else utf8,
+        text_bytes=utf8,
+        characters=np.array([len(each.text) for each in found], np.int64),
+        turns=np.array([each.turns for each in chats], np.int64)
+        if is_chat
+        else np.zeros_like(utf8),
+        hashes=_hashes(found),
+    )
+
+
+def _hashes(found: Sequence[_Found]) -> Hashes:
+    """XXH3 of the text; of a chat also of what is learned in it, for a user can write what looks like an answer."""
+    digests = []
+    for each in found:
+        digest = xxhash.xxh3_128(each.utf8)
+        if each.chat is not None:
+            digest.update(repr((each.chat.spans, each.chat.hidden)).encode())
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), f"S{HASH_BYTES}")
+
+
+def _documents(job: Job, rows: Rows) -> Iterator[_Found | DroppedRow]:
+    """A document for each row, or why there is none."""
+    for number, raw in enumerate(rows):
+        row = parsed(raw, job.read)
+        if row.columns is None:
+            yield _dropped(rows, number, "bad_line")
+            continue
+        try:
+            found = _document(job, number, document_of(row.columns, job.layout))
+        except UnicodeEncodeError:  # half of a surrogate pair: JSON can write it, UTF-8 cannot
+            found = Dropped(reason="not_unicode")
+        yield _dropped(rows, number, found.reason) if isinstance(found, Dropped) else found
+
+
+def _document(job: Job, number: int, document: Document) -> _Found | Dropped:
+    if isinstance(document, Dropped):
+        return document
+    if isinstance(document, Text):
+        return _Found(number, document.text, document.text.encode(), None)
+    chat = render_chat(job.tokenizer, _template(job), document)
+    return (
+        chat if isinstance(chat, Dropped) else _Found(number, chat.text, chat.text.encode(), chat)
+    )
+
+
+def _template(job: Job) -> Template:
+    assert job.template is not None, "chats have a template"
+    return job.template
+
+
+def _dropped(rows: Rows, row: int, reason: str) -> DroppedRow:
+    return DroppedRow(row, reason, f"{rows[row].file}:{rows[row].index}")
+
+
+def _encode_texts(tokenizer: Tokenizer, found: Sequence[_Found]) -> Iterator[_Encoded]:
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    begin, end = np.array(bos, np.uint32), np.array([tokenizer.eos_id], np.uint32)
+    for each, ids in zip(found, tokenizer.encode([f.text for f in found]), strict=True):
+        yield _Encoded(each, np.concatenate([begin, ids, end]), None)
+
+
+def _encode_chats(tokenizer: Tokenizer, found: Sequence[_Found]) -> Iterator[_Encoded]:
+    chats = [each.chat for each in found if each.chat is not None]
+    for each, chat in zip(found, encode_chats(tokenizer, chats), strict=True):
+        assert isinstance(chat, EncodedChat)
+        yield _Encoded(each, chat.ids, chat.loss_mask)
+
+
+def _worked(
+    job: Job,
+    work: Callable[[Job, Rows], Result],
+    rows: Iterable[RawRow | RawLine],
+    processes: int,
+) -> Generator[Result, None, None]:
     batches = _batches(rows)
     few = list(islice(batches, 2))
     batches = chain(few, batches)
     if processes == 1 or len(few) < 2:
-        return (tokenise(job, batch) for batch in batches)
-    return _tokenised_in_processes(job, batches, processes)
+        return (work(job, batch) for batch in batches)
+    return in_processes(job, work, batches, processes)
 
 
-def tokenise(job: Job, rows: Sequence[RawRow]) -> TokenisedBatch:
-    """Tokenise one batch."""
-    dropped: Counter[str] = Counter()
-    first_dropped: dict[str, str] = {}
-    documents = []
-    read = [
-        Dropped(reason="bad_line") if row.columns is None else document_of(row.columns, job.layout)
-        for row in rows
-    ]
-    for row, found in zip(rows, _encode(job, read), strict=True):
-        kept = _within(found, job.max_tokens)
-        if isinstance(kept, Dropped):
-            dropped[kept.reason] += 1
-            first_dropped.setdefault(kept.reason, f"{row.file}:{row.index}")
-        else:
-            documents.append(kept)
-    return TokenisedBatch(
-        read=len(rows), documents=documents, dropped=dropped, first_dropped=first_dropped
-    )
-
-
-def _within(
-    found: TokenisedDocument | Dropped, max_tokens: int | None
-) -> TokenisedDocument | Dropped:
-    too_long = (
-        isinstance(found, TokenisedDocument)
-        and max_tokens is not None
-        and len(found.ids) > max_tokens
-    )
-    return Dropped(reason="too_long") if too_long else found
-
-
-def _encode(job: Job, documents: Sequence[Document]) -> Iterator[TokenisedDocument | Dropped]:
-    """One result for each document; the texts of a batch are encoded together."""
-    texts = iter(job.tokenizer.encode([each.text for each in documents if isinstance(each, Text)]))
-    for document in documents:
-        if isinstance(document, Text):
-            yield _framed(job.tokenizer, next(texts), document)
-        elif isinstance(document, Conversation):
-            yield _chat(job, document)
-        else:
-            yield document
-
-
-def _framed(tokenizer: Tokenizer, ids: Ids, document: Text) -> TokenisedDocument:
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ends = np.array(bos, np.uint32), ids, np.array([tokenizer.eos_id], np.uint32)
-    return TokenisedDocument(
-        ids=np.concatenate(ends), loss_mask=None, loss_bytes=len(document.text.encode())
-    )
-
-
-def _chat(job: Job, document: Conversation) -> TokenisedDocument | Dropped:
-    assert job.template is not None, "chats have a template"
-    chat = encode_chat(job.tokenizer, job.template, document)
-    if isinstance(chat, EncodedChat):
-        return TokenisedDocument(
-            ids=chat.ids, loss_mask=chat.loss_mask, loss_bytes=chat.answer_bytes
-        )
-    return chat
-
-
-def _batches(rows: Iterable[RawRow]) -> Iterator[Sequence[RawRow]]:
-    batch: list[RawRow] = []
+def _batches(rows: Iterable[RawRow | RawLine]) -> Iterator[Rows]:
+    batch: list[RawRow | RawLine] = []
     characters = 0
     for row in rows:
         batch.append(row)
-        characters += _characters(row.columns)
+        characters += len(row.line) if isinstance(row, RawLine) else _characters(row.columns)
         if len(batch) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -153,58 +282,3 @@ def _characters(value: Any) -> int:
     if isinstance(value, dict):
         return sum(map(_characters, value.values()))
     return sum(map(_characters, value)) if isinstance(value, list) else 0
-
-
-def _tokenised_in_processes(
-    job: Job, batches: Iterable[Sequence[RawRow]], processes: int
-) -> Generator[TokenisedBatch, None, None]:
-    pool = ProcessPoolExecutor(processes, _context(), initializer=_begin_worker, initargs=(job,))
-    waiting: deque[Future[TokenisedBatch]] = deque()
-    try:
-        for batch in batches:
-            waiting.append(pool.submit(_tokenise_in_worker, batch))
-            if len(waiting) >= IN_FLIGHT * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise BigmixError(
-            f"one of {processes} tokenising processes died, most likely for want of memory; run again with fewer "
-            "--processes"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _context() -> Any:
-    """How workers start: not by a fork of this process, whose tokenizer and reader threads a fork would break."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # the imports are paid once, not by each worker
-    return context
-
-
-# The job of a worker process, given once: a tokenizer is too large to travel with each batch.
-_tokenise: Callable[[Sequence[RawRow]], TokenisedBatch]
-
-
-def _begin_worker(job: Job) -> None:
-    global _tokenise
-    # ctrl-C reaches the whole group; the main process alone decides what follows.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The processes are the parallelism.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _tokenise = lambda rows: tokenise(job, rows)  # noqa: E731
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _tokenise_in_worker(rows: Sequence[RawRow]) -> TokenisedBatch:
-    return _tokenise(rows)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,16 @@ class Encoded:
     ends: npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedBatch:
+    """The same for several texts, end to end [T]; `counts` are the tokens of each text."""
+
+    ids: Ids
+    begins: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
     """What turns text into ids and back. `bos_id` is None where the tokenizer adds none to plain text by itself."""
@@ -59,6 +69,9 @@ class Tokenizer:
         self.backend.encode_special_tokens = True
         found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         arrays = [np.array(each.ids, np.uint32) for each in found]
+        # One look for the whole batch; nearly always it finds none.
+        if not arrays or not self._is_special[np.concatenate(arrays)].any():
+            return arrays
         return [
             self._encode_broken(text) if self._is_special[ids].any() else ids
             for text, ids in zip(texts, arrays, strict=True)
@@ -70,6 +83,20 @@ class Tokenizer:
         found = self.backend.encode(text, add_special_tokens=False)
         offsets = np.array(found.offsets, np.int64).reshape(-1, 2)
         return Encoded(ids=np.array(found.ids, np.uint32), begins=offsets[:, 0], ends=offsets[:, 1])
+
+    def encode_rendered_batch(self, texts: Sequence[str]) -> EncodedBatch:
+        """What `encode_rendered` gives for each text, end to end."""
+        self.backend.encode_special_tokens = False
+        found = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        ids = [each.ids for each in found]
+        numbers = chain.from_iterable(chain.from_iterable(each.offsets for each in found))
+        offsets = np.fromiter(numbers, np.int64).reshape(-1, 2)
+        return EncodedBatch(
+            ids=np.fromiter(chain.from_iterable(ids), np.uint32),
+            begins=offsets[:, 0],
+            ends=offsets[:, 1],
+            counts=np.array([len(each) for each in ids], np.int64),
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens included."""

@@ -1,0 +1,215 @@
+"""How much of `bigmix prepare` is the tokenizer: one command, one table, each speed beside its limit in the same run.
+
+python benchmarks/prepare.py [--megabytes 8] [--processes 2] [--vocab-size 16K] [--input FILE.jsonl]
+
+The limit is the tokenizer alone: encode_batch over the same strings, already in memory, on as many processes. For
+chats it gives the characters of each token too, which the loss mask needs; for texts it is the faster form without.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from bigmix.data.chat import open_template, render_chat
+from bigmix.data.documents import ReadOptions, read_rows
+from bigmix.data.recognise import Conversation, Text, document_of, recognise
+from bigmix.data.tokenizer import load_tokenizer, train_tokenizer
+from bigmix.recipe.models import whole_number
+
+BATCH = 256
+
+
+def words(draw: random.Random) -> list[str]:
+    """A vocabulary of made-up words, frequent ones short."""
+    letters = "etaoinshrdlucmfwypvbgkjqxz"
+    weights = [1 / (k + 1) for k in range(26)]
+    return ["".join(draw.choices(letters, weights, k=2 + k // 400)) for k in range(4000)]
+
+
+def generate(path: Path, kind: str, size: int) -> None:
+    """JSON lines of texts with about 2,500 characters, or of chats with two answers of about 300."""
+    draw = random.Random(0)
+    vocabulary = words(draw)
+    weights = [1 / (k + 10) for k in range(len(vocabulary))]
+
+    def text(characters: float) -> str:
+        count = max(3, int(draw.lognormvariate(0, 0.7) * characters / 5))
+        return " ".join(draw.choices(vocabulary, weights, k=count)).capitalize() + "."
+
+    with path.open("w") as file:
+        while file.tell() < size:
+            row: dict[str, object] = {"text": text(2500)}
+            if kind == "chat":
+                roles = ("user", "assistant") * 2
+                turns = [{"role": r, "content": text(120 if r == "user" else 300)} for r in roles]
+                row = {"messages": turns}
+            file.write(json.dumps(row) + "\n")
+
+
+def strings_of(path: Path, tokenizer: Path) -> tuple[str, list[str]]:
+    """What the tokenizer is given when this file is prepared."""
+    rows = [dict(row.columns or {}) for row in read_rows([str(path)], ReadOptions())]
+    layout = recognise(rows[:BATCH], kind=None, columns=None)
+    loaded = load_tokenizer(str(tokenizer))
+    template = open_template(loaded, "plain") if layout.kind == "chat" else None
+    strings = []
+    for document in (document_of(row, layout) for row in rows):
+        if isinstance(document, Text):
+            strings.append(document.text)
+        elif isinstance(document, Conversation) and template is not None:
+            strings.append(getattr(render_chat(loaded, template, document), "text", ""))
+    return layout.kind, strings
+
+
+def encode(
+    tokenizer: str, strings: Sequence[str], kind: str, ready: Any, go: Any, ends: Any
+) -> None:
+    """The limit: what one process takes for its share, told before the process is torn down."""
+    backend = load_tokenizer(tokenizer).backend
+    work = backend.encode_batch if kind == "chat" else backend.encode_batch_fast
+    work(list(strings[:BATCH]), add_special_tokens=False)
+    ready.release()
+    go.wait()
+    for at in range(0, len(strings), BATCH):
+        work(strings[at : at + BATCH], add_special_tokens=False)
+    ends.put(time.monotonic())  # one clock for all processes
+
+
+def seconds_of_tokenizer(
+    tokenizer: Path, strings: Sequence[str], kind: str, processes: int
+) -> float:
+    context = multiprocessing.get_context("spawn")
+    ready, go, ends = context.Semaphore(0), context.Event(), context.Queue()
+    shares = [strings[k::processes] for k in range(processes)]
+    workers = [
+        context.Process(target=encode, args=(str(tokenizer), share, kind, ready, go, ends))
+        for share in shares
+    ]
+    for worker in workers:
+        worker.start()
+    for _ in workers:
+        ready.acquire()
+    began = time.monotonic()
+    go.set()
+    seconds = max(ends.get() for _ in workers) - began
+    for worker in workers:
+        worker.join()
+    return float(seconds)
+
+
+WORK = """
+import json, sys, time
+from bigmix.terminal import tame_libraries
+tame_libraries()
+from bigmix.data.prepare import prepare
+from bigmix.data.prepare_settings import PrepareSettings
+given = json.loads(sys.argv[1])
+marks = []
+if __name__ == "__main__":
+    made = prepare(PrepareSettings(**given), lambda *counts: marks.append((time.perf_counter(), *counts)))
+    print(json.dumps([time.perf_counter() - marks[0][0], made.manifest.tokens]))
+"""
+
+
+def prepare_once(
+    path: Path, output: Path, tokenizer: Path, processes: int
+) -> tuple[float, int, float]:
+    """Seconds from the first row to the last shard, tokens, and the most MiB that all its processes held."""
+    given = {"inputs": [str(path)], "tokenizer": str(tokenizer), "output": str(output)}
+    script = output.with_suffix(".py")
+    script.write_text(WORK)
+    arguments = json.dumps(given | {"processes": processes})
+    process = subprocess.Popen(
+        [sys.executable, str(script), arguments], stdout=subprocess.PIPE, start_new_session=True
+    )
+    peak = [0.0]
+    watcher = threading.Thread(target=watch, args=(process, peak))
+    watcher.start()
+    said, _ = process.communicate()
+    watcher.join()
+    seconds, tokens = json.loads(said)
+    return seconds, tokens, peak[0]
+
+
+def watch(process: "subprocess.Popen[bytes]", peak: list[float]) -> None:
+    while process.poll() is None:
+        peak[0] = max(peak[0], memory_of(process.pid))
+        time.sleep(0.2)
+
+
+def memory_of(session: int) -> float:
+    """MiB of anonymous memory of all processes of a session; pages of files are the system's to drop."""
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(folder.name)) == session:
+                lines = (folder / "status").read_text().splitlines()
+                total += sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        except (OSError, ProcessLookupError):
+            continue
+    return total / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=int, default=8)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--vocab-size", type=whole_number, default=16_000)
+    parser.add_argument("--input", type=Path)
+    known = parser.parse_args()
+    print(f"{known.processes} processes")
+    print(f"{'work':<30}{'M tokens/s':>12}{'of the tokenizer':>18}{'MiB, all processes':>20}")
+    with tempfile.TemporaryDirectory() as temporary:
+        top = Path(temporary)
+        for kind in ("text", "chat") if known.input is None else ("input",):
+            path = known.input or top / f"{kind}.jsonl"
+            if known.input is None:
+                generate(path, kind, known.megabytes << 20)
+            measure(top, path, known.processes, known.vocab_size)
+
+
+def measure(top: Path, path: Path, processes: int, vocab_size: int) -> None:
+    folder = top / f"{path.stem}-tokenizer"
+    rows = (row.columns or {} for row in read_rows([str(path)], ReadOptions()))
+    sample = (
+        json.dumps(row, ensure_ascii=False) for _, row in zip(range(3000), rows, strict=False)
+    )
+    tokenizer = train_tokenizer(sample, vocab_size=vocab_size, kind="bpe", folder=folder)
+    kind, strings = strings_of(path, tokenizer)
+    limits = [seconds_of_tokenizer(tokenizer, strings, kind, processes)]
+    made = [prepare_once(path, top / f"{path.stem}-{k}", tokenizer, processes) for k in range(2)]
+    seconds, tokens, memory = min(made)
+    four = top / f"{path.stem}-four.jsonl"
+    four.write_text(path.read_text() * 4)
+    seconds_of_four, tokens_of_four, memory_of_four = prepare_once(
+        four, top / f"{path.stem}-four", tokenizer, processes
+    )
+    # Before and after: where the two are far apart, something else was running and the ratios say nothing.
+    limits.append(seconds_of_tokenizer(tokenizer, strings, kind, processes))
+    limit = min(limits)
+    print(f"{f'{kind}: tokenizer alone':<30}{tokens / limit / 1e6:>12.2f}{'100 %':>18}")
+    print(
+        f"{f'{kind}: prepare':<30}{tokens / seconds / 1e6:>12.2f}{limit / seconds:>18.0%}{memory:>20.0f}"
+    )
+    print(f"{f'{kind}: tokenizer, other run':<30}{tokens / max(limits) / 1e6:>12.2f}")
+    share = 4 * limit / seconds_of_four
+    print(
+        f"{f'{kind}: prepare, 4 x the input':<30}{tokens_of_four / seconds_of_four / 1e6:>12.2f}"
+        f"{share:>18.0%}{memory_of_four:>20.0f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

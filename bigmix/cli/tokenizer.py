@@ -1,0 +1,62 @@
+"""`bigmix tokenizer train`: raw text becomes a tokenizer."""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bigmix.cli.words import INPUTS, columns_of, count
+from bigmix.errors import DONE, BadInput
+from bigmix.terminal import Terminal, tame_libraries
+
+
+def add_tokenizer(subparsers: Any) -> None:
+    """Add `bigmix tokenizer train`."""
+    parser = subparsers.add_parser("tokenizer", help="train a tokenizer, for work from scratch")
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    train = actions.add_parser("train", help="train on the texts of the inputs")
+    add = train.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help=INPUTS)
+    add("--vocab-size", type=count, default=32_000, help="default 32000")
+    add("--kind", choices=("bpe", "unigram"), default="bpe", help="default: byte-level BPE")
+    add("--output", required=True, help="folder of the tokenizer")
+    add("--columns", metavar="PART=COLUMN,...", help="as for `bigmix prepare`")
+    add("--limit", type=count, help="read only so many rows")
+    train.set_defaults(func=_train_tokenizer)
+
+
+def _train_tokenizer(known: argparse.Namespace) -> int:
+    tame_libraries()
+    # transformers takes seconds to import: `bigmix --help` should not.
+    from bigmix.data.tokenizer import load_tokenizer, train_tokenizer
+
+    texts = _texts(known.inputs, columns_of(known.columns), known.limit)
+    path = train_tokenizer(
+        texts, vocab_size=known.vocab_size, kind=known.kind, folder=Path(known.output)
+    )
+    size = load_tokenizer(str(path)).vocab_size
+    Terminal().note(f"tokenizer with {size:,} entries written to {path}")
+    return DONE
+
+
+def _texts(
+    inputs: list[str], columns: Mapping[str, str] | None, limit: int | None
+) -> Iterator[str]:
+    """The text of each document, of a chat that of all its turns."""
+    from itertools import chain, islice
+
+    from bigmix.data.documents import ReadOptions, read_rows
+    from bigmix.data.recognise import Conversation, Text, document_of, recognise
+
+    read = islice(read_rows(inputs, ReadOptions()), limit)
+    rows = (row.columns for row in read if row.columns is not None)
+    first = list(islice(rows, 256))
+    if not first:
+        raise BadInput(f"no rows are in {', '.join(inputs)}; give inputs with text")
+    layout = recognise(first, kind=None, columns=columns)
+    for row in chain(first, rows):
+        document = document_of(row, layout)
+        if isinstance(document, Text):
+            yield document.text
+        elif isinstance(document, Conversation):
+            yield from (str(turn["content"]) for turn in document.messages if turn.get("content"))

@@ -1,0 +1,32 @@
+"""Words of the command line that several commands understand."""
+
+import argparse
+from collections.abc import Mapping
+
+from bigmix.errors import BadInput
+from bigmix.recipe.models import whole_number
+
+INPUTS = (
+    ".txt, .jsonl(.gz/.zst), .parquet, WebDataset .tar, a glob or folder of them, a saved dataset, "
+    "or hf:NAME[:CONFIG][:SPLIT]"
+)
+
+
+def count(text: str) -> int:
+    """A whole number above zero, such as 500, 64M or 2e6."""
+    value = whole_number(text)
+    if not isinstance(value, int) or value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no count; write it like 500, 64M or 2e6")
+    return value
+
+
+def columns_of(text: str | None) -> Mapping[str, str] | None:
+    """Which column plays which part: prompt=question,response=answer."""
+    if text is None:
+        return None
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(part and equals and column for part, equals, column in pairs):
+        raise BadInput(
+            f"--columns is {text!r}; write PART=COLUMN pairs with commas between, such as prompt=question,response=answer"
+        )
+    return {part: column for part, _, column in pairs}
