@@ -28,7 +28,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/mixture.py
+	$(BIN)/python benchmarks/loader.py
 
 docs: $(READY)
 	$(BIN)/python -m bigmix.recipe.document > docs/recipe.md

@@ -1,0 +1,184 @@
+"""All that the benchmarks use of bigmix's own interface."""
+
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from corpus import ROW_TOKENS, SHARES, Batch, Corpus, Source
+from reader import Reader
+
+from bigmix.data.loader import Loader, Plan, Portion, step_batch
+from bigmix.data.mixture import Mixture
+from bigmix.data.shards import (
+    Block,
+    Manifest,
+    ShardEntry,
+    ShardWriter,
+    TemplateEntry,
+    TokenizerEntry,
+    read_manifest,
+    write_manifest,
+)
+from bigmix.data.stream import Stream
+from bigmix.records import RowId, StepBatch
+
+ROWS_PER_STEP = 64
+LAST_STEP = 1 << 40
+TOKENIZER = TokenizerEntry(
+    name="random", fingerprint="0" * 64, vocab_size=50_000, bos_id=None, eos_id=0
+)
+TEMPLATE = TemplateEntry(name="plain", sha256="0" * 64)
+
+
+def write(corpus: Corpus, folder: Path) -> None:
+    """The corpus as prepared sources, one folder each."""
+    for name, source in corpus.sources.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        shards = [
+            _write_shard(source, part, folder / name / f"shard-{index:06d}.tar")
+            for index, part in enumerate(source.shards())
+        ]
+        write_manifest(folder / name, _manifest(name, tuple(shards)))
+
+
+def _write_shard(source: Source, documents: range, path: Path) -> ShardEntry:
+    writer = ShardWriter(path, "uint16", masked=source.mask_N is not None)
+    for index in documents:
+        document = source[index]
+        mask = None if document.mask_T is None else document.mask_T.astype(np.bool_)
+        writer.add(document.ids_T, mask)
+    return writer.close()
+
+
+def _manifest(name: str, shards: tuple[ShardEntry, ...]) -> Manifest:
+    documents = sum(shard.documents for shard in shards)
+    loss_tokens = sum(shard.loss_tokens for shard in shards)
+    return Manifest(
+        kind="chat" if name == "chat" else "text",
+        dtype="uint16",
+        tokenizer=TOKENIZER,
+        template=TEMPLATE if name == "chat" else None,
+        read=documents,
+        dropped={},
+        documents=documents,
+        tokens=sum(shard.tokens for shard in shards),
+        loss_tokens=loss_tokens,
+        loss_bytes=loss_tokens,
+        shards=shards,
+    )
+
+
+def simulated_manifest(shards: int) -> Manifest:
+    """A text source of `shards` shards of 64M tokens each, without files; all have the same blocks."""
+    tokens, documents = 64_000_000, 70_000
+    block = Block(
+        documents=documents // 64,
+        tokens=1_000_000,
+        tokens_at=1024,
+        lengths_at=512,
+        loss_mask_at=None,
+    )
+    entries = tuple(
+        ShardEntry.model_construct(
+            file=f"shard-{index:06d}.tar",
+            bytes=2 * tokens,
+            sha256="0" * 64,
+            documents=documents,
+            tokens=tokens,
+            loss_tokens=tokens - documents,
+            blocks=(block,) * 64,
+        )
+        for index in range(shards)
+    )
+    return Manifest.model_construct(
+        version=1,
+        kind="text",
+        dtype="uint16",
+        tokenizer=TOKENIZER,
+        template=None,
+        read=documents * shards,
+        dropped={},
+        documents=documents * shards,
+        tokens=tokens * shards,
+        loss_tokens=(tokens - documents) * shards,
+        loss_bytes=(tokens - documents) * shards,
+        shards=entries,
+    )
+
+
+def make_stream(name: str, folder: Path, manifest: Manifest | None = None) -> Stream:
+    """The rows of one source."""
+    return Stream(
+        name,
+        str(folder),
+        manifest or read_manifest(str(folder)),
+        row_tokens=ROW_TOKENS,
+        long_documents="drop",
+        seed=0,
+    )
+
+
+def make_plan(folder: Path, rows_per_step: int) -> Plan:
+    """The mixture of the corpus's prepared sources."""
+    return Plan(
+        mixture=Mixture(SHARES, rows_per_step),
+        streams={name: make_stream(name, folder / name) for name in SHARES},
+        rows_per_step=rows_per_step,
+        seed=0,
+    )
+
+
+def simulated_plan(manifest: Manifest, folder: Path) -> Plan:
+    """A plan of one simulated source."""
+    return Plan(
+        mixture=Mixture({"text": 1.0}, ROWS_PER_STEP),
+        streams={"text": make_stream("text", folder, manifest)},
+        rows_per_step=ROWS_PER_STEP,
+        seed=0,
+    )
+
+
+def open_reader(folder: Path, *, threaded: bool, first: int) -> Reader:
+    """The micro-batches of the steps from `first` on; the state is the next step."""
+    plan = make_plan(folder, ROWS_PER_STEP)
+    portion = Portion(rank=0, ranks=1, rows_per_step=ROWS_PER_STEP, micro_batch_rows=8)
+    reached = first
+    if threaded:
+        steps = iter(Loader(plan, portion, first=first, last=LAST_STEP, ahead=2))
+    else:
+        steps = (step_batch(plan, portion, step) for step in count(first))
+
+    def batches() -> Iterator[Batch]:
+        nonlocal reached
+        for batch in steps:
+            reached = batch.step + 1
+            yield from _as_batches(batch)
+
+    return Reader(batches=batches(), state=lambda: reached)
+
+
+def _as_batches(batch: StepBatch) -> Iterator[Batch]:
+    """Tokens are counted without padding; the loss tokens stand for the labels."""
+    each = sum(batch.tokens.values()) / len(batch.micro_batches)
+    return (Batch(part.ids_BT, part.labels_N, round(each)) for part in batch.micro_batches)
+
+
+def rank_step(plan: Plan, ranks: int, rank: int) -> Callable[[int], StepBatch]:
+    """What one rank does for a step: it has eight rows of it."""
+    portion = Portion(rank=rank, ranks=ranks, rows_per_step=plan.rows_per_step, micro_batch_rows=8)
+    return lambda step: step_batch(plan, portion, step)
+
+
+def row_order(folder: Path, source: str, rows: int) -> list[RowId]:
+    """The first rows of a source in bigmix's order."""
+    stream = make_stream(source, folder / source)
+    return [stream.locate(index) for index in range(min(rows, stream.rows_per_epoch))]
+
+
+def shard_rows(folder: Path, source: str) -> list[int]:
+    """How many rows each shard has, as an epoch's rows in the order of the shards tell."""
+    counts: dict[int, int] = {}
+    for row_id in make_stream(source, folder / source).in_shard_order():
+        counts[row_id.shard] = counts.get(row_id.shard, 0) + 1
+    return [counts[shard] for shard in sorted(counts)]
