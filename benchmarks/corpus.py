@@ -21,7 +21,7 @@ VOCABULARY = 50_000
 SHARES = {"chat": 0.8, "text": 0.2}
 LENGTHS = {"chat": (5.2, 0.8), "text": (6.5, 0.8)}
 SHARD_TOKENS = 4_000_000
-VERSION = 1
+VERSION = 2
 WHOLE = "whole.json"  # written last: a folder that has it is whole
 
 Array = npt.NDArray[Any]

@@ -122,6 +122,7 @@ def summary(alone: Sequence[Result], used: Sequence[Result]) -> Result:
         "with_imports_s": middle(alone, lambda run: run["with_imports_s"]),
         "measured_tokens": middle(alone, lambda run: run["tokens"]),
         "resume_s": middle([r for r in alone if "resume_s" in r], lambda run: run["resume_s"]),
+        "resume_exact": all(run.get("resume_exact", False) for run in alone),
         "resume_fault": next((r["resume_fault"] for r in alone if "resume_fault" in r), None),
     }
     fault = next((run["fault"] for run in used if "fault" in run), None)

@@ -11,11 +11,13 @@ import pickle
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from corpus import ROW_TOKENS, SHARES, Batch, Corpus, is_whole, mark_whole, read_corpus
 
@@ -50,23 +52,28 @@ def read(*, name: str, folder: str, workers: int, seconds: float, started: float
     halves = [_iterate(reader.batches, seconds / 2, workers)]
     # An unpickled copy, as from a file: the reader goes on and changes its own.
     state = pickle.dumps(reader.state()) if reader.state and not workers else None
+    expected = _fingerprint(next(reader.batches))
     halves.append(_iterate(reader.batches, seconds / 2, workers))
     result = {key: sum(half[key] for half in halves) for key in halves[0]}
     result |= {"first_s": first_s, "with_imports_s": with_imports_s}
     if state is not None:
-        result |= _resume(module, corpus, own, state)
+        result |= _resume(module, corpus, own, state, expected)
     return result
 
 
-def _resume(module: Any, corpus: Corpus, own: Path, state: bytes) -> dict[str, Any]:
-    """Seconds from a state to the next batch; a peer that cannot go on says why."""
+def _resume(module: Any, corpus: Corpus, own: Path, state: bytes, expected: int) -> dict[str, Any]:
+    """Seconds from a state to the next batch, and whether it is the one that came; or why it cannot go on."""
     try:
         began = time.time()
         reader = module.open_reader(corpus, own, workers=0, state=pickle.loads(state))
-        next(reader.batches)
+        batch = next(reader.batches)
     except Exception as error:
         return {"resume_fault": f"{type(error).__name__}: {error}"}
-    return {"resume_s": time.time() - began}
+    return {"resume_s": time.time() - began, "resume_exact": _fingerprint(batch) == expected}
+
+
+def _fingerprint(batch: Batch) -> int:
+    return zlib.crc32(np.ascontiguousarray(batch.ids_BT))
 
 
 def _iterate(batches: Any, seconds: float, workers: int) -> dict[str, float]:
@@ -106,7 +113,7 @@ def _part(module: Any, folder: str) -> Corpus:
 def soak(*, folder: str, minutes: float) -> dict[str, float]:
     """Resident memory of bigmix's loader: at the start, after a minute, at the end."""
     ours = importlib.import_module("ours")
-    reader = ours.open_reader(Path(folder) / "bigmix", threaded=True, first=1)
+    reader = ours.open_reader(Path(folder) / "bigmix", threaded=True, skip=0)
     next(reader.batches)
     began, tokens = time.monotonic(), 0
     result = {"rss_start_mib": _rss_mib()}

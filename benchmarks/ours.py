@@ -1,11 +1,11 @@
 """All that the benchmarks use of bigmix's own interface."""
 
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
-from corpus import ROW_TOKENS, SHARES, Batch, Corpus, Source
+from corpus import BATCH_ROWS, ROW_TOKENS, SHARES, Batch, Corpus, Source
 from reader import Reader
 
 from bigmix.data.loader import Loader, Plan, Portion, step_batch
@@ -24,6 +24,7 @@ from bigmix.data.stream import Stream
 from bigmix.records import RowId, StepBatch
 
 ROWS_PER_STEP = 64
+BATCHES_PER_STEP = ROWS_PER_STEP // BATCH_ROWS
 LAST_STEP = 1 << 40
 TOKENIZER = TokenizerEntry(
     name="random", fingerprint="0" * 64, vocab_size=50_000, bos_id=None, eos_id=0
@@ -139,23 +140,24 @@ def simulated_plan(manifest: Manifest, folder: Path) -> Plan:
     )
 
 
-def open_reader(folder: Path, *, threaded: bool, first: int) -> Reader:
-    """The micro-batches of the steps from `first` on; the state is the next step."""
+def open_reader(folder: Path, *, threaded: bool, skip: int) -> Reader:
+    """The micro-batches after the first `skip` of the run; the state is how many were read."""
     plan = make_plan(folder, ROWS_PER_STEP)
-    portion = Portion(rank=0, ranks=1, rows_per_step=ROWS_PER_STEP, micro_batch_rows=8)
-    reached = first
+    portion = Portion(rank=0, ranks=1, rows_per_step=ROWS_PER_STEP, micro_batch_rows=BATCH_ROWS)
+    first, inside = 1 + skip // BATCHES_PER_STEP, skip % BATCHES_PER_STEP
+    read = skip
     if threaded:
         steps = iter(Loader(plan, portion, first=first, last=LAST_STEP, ahead=2))
     else:
         steps = (step_batch(plan, portion, step) for step in count(first))
 
     def batches() -> Iterator[Batch]:
-        nonlocal reached
-        for batch in steps:
-            reached = batch.step + 1
-            yield from _as_batches(batch)
+        nonlocal read
+        for batch in islice(chain.from_iterable(map(_as_batches, steps)), inside, None):
+            read += 1
+            yield batch
 
-    return Reader(batches=batches(), state=lambda: reached)
+    return Reader(batches=batches(), state=lambda: read)
 
 
 def _as_batches(batch: StepBatch) -> Iterator[Batch]:
@@ -166,7 +168,9 @@ def _as_batches(batch: StepBatch) -> Iterator[Batch]:
 
 def rank_step(plan: Plan, ranks: int, rank: int) -> Callable[[int], StepBatch]:
     """What one rank does for a step: it has eight rows of it."""
-    portion = Portion(rank=rank, ranks=ranks, rows_per_step=plan.rows_per_step, micro_batch_rows=8)
+    portion = Portion(
+        rank=rank, ranks=ranks, rows_per_step=plan.rows_per_step, micro_batch_rows=BATCH_ROWS
+    )
     return lambda step: step_batch(plan, portion, step)
 
 

@@ -77,10 +77,10 @@ def of_contestants(results: Mapping[str, Result]) -> Table:
     limits, others = list(results)[:2], list(results)[2:]
     others.sort(key=lambda name: -results[name].get("per_cpu_s", 0.0))
     notes = [
-        "M tokens a second in packed batches [8, 2048] from two sources 80/20; `CPU s`: a second of CPU time in one "
-        "process; `wall`: the same process by the clock; `2 workers`: by the clock as it is meant to be used (bigmix "
-        "and torchdata: a thread); `first`: until the first batch, then with interpreter and imports; `resume`: from a "
-        "state in the middle to the next batch; `of limit`: of copying documents."
+        "Tokens a second in packed batches [8, 2048] from two sources 80/20. `/CPU s`, `ns`: per second of CPU time and CPU "
+        "time per token, one process; `/wall s`: the same by the clock; `2 workers`: by the clock as it is meant to be used "
+        "(bigmix and torchdata: a thread; the others: 2 processes), then per second of CPU time of all processes; `first`: until the first batch, then with interpreter and imports; `resume`: from a "
+        "state in the middle to the next batch, ~ where that is another batch than without the stop; `of limit`: of copying documents; `read`: tokens measured on."
     ]
     for name in (*limits, *others):
         found = results[name]
@@ -93,17 +93,17 @@ def of_contestants(results: Mapping[str, Result]) -> Table:
         heading="Loaders",
         columns=(
             "loader",
-            "CPU s",
-            "ns/token",
-            "wall",
+            "/CPU s",
+            "ns",
+            "/wall s",
             "2 workers",
-            "their CPU s",
+            "/CPU s",
             "first",
             "+imports",
             "resume",
             "of limit",
             "x bigmix",
-            "measured on",
+            "read",
         ),
         rows=[_contestant(name, results[name], limit, own) for name in (*limits, *others)],
         notes=notes,
@@ -123,10 +123,17 @@ def _contestant(name: str, found: Result, limit: float | None, own: float | None
         millions(found.get("used_per_cpu_s")),
         seconds(found["first_s"]),
         seconds(found["with_imports_s"]),
-        seconds(found["resume_s"]),
+        _resumed(found),
         f"{rate / limit:.1%}" if limit else "-",
         f"{rate / own:.3f}" if own else "-",
         millions(found["measured_tokens"]),
+    )
+
+
+def _resumed(found: Result) -> str:
+    """A tilde where the next batch is not the one that came without the stop."""
+    return seconds(found["resume_s"]) + (
+        "~" if found["resume_s"] and not found["resume_exact"] else " "
     )
 
 

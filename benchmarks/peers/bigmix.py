@@ -22,4 +22,4 @@ def write(corpus: Corpus, folder: Path) -> None:
 
 def open_reader(corpus: Corpus, folder: Path, *, workers: int, state: Any) -> Reader:
     """`workers`: with the loader's thread, as in training; without, the calls that the thread makes."""
-    return ours.open_reader(folder, threaded=bool(workers), first=state or 1)
+    return ours.open_reader(folder, threaded=bool(workers), skip=state or 0)

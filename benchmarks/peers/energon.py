@@ -61,10 +61,10 @@ class Tokens(Sample):
 @stateless
 def cook(sample: dict[str, Any]) -> Tokens:
     """A document with the label of each position."""
-    mask = sample.get("mask.npy")
-    ids = np.asarray(sample["ids.npy"]).astype(np.int32)
+    raw, mask = tars.document_of(np.asarray(sample["tokens.npy"]))
+    ids = raw.astype(np.int32)
     labels = np.full(len(ids), IGNORE, np.int32)
-    labels[:-1] = ids[1:] if mask is None else np.where(np.asarray(mask)[1:], ids[1:], IGNORE)
+    labels[:-1] = ids[1:] if mask is None else np.where(mask[1:], ids[1:], IGNORE)
     return Tokens(**basic_sample_keys(sample), ids=ids, labels=labels)
 
 

@@ -1,13 +1,13 @@
 """LitData: an optimised folder with a document an item."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import litdata
-from corpus import Corpus, Document
+from corpus import Corpus, Document, pack
 from litdata.streaming.cache import Cache
-from reader import Forever, Mapped, Reader
-from workers import packed_batches
+from reader import Forever, Reader
 
 NOTE = (
     "CombinedStreamingDataset of documents, greedy packing by us; no packing of its own; "
@@ -28,7 +28,7 @@ def write(corpus: Corpus, folder: Path) -> None:
 
 
 def open_reader(corpus: Corpus, folder: Path, *, workers: int, state: Any) -> Reader:
-    """Iterated itself; in worker processes, the worker packs."""
+    """Its own loader gives lists of documents; only through it is the state whole."""
     weights = corpus.document_weights
     combined = litdata.CombinedStreamingDataset(
         [
@@ -39,12 +39,13 @@ def open_reader(corpus: Corpus, folder: Path, *, workers: int, state: Any) -> Re
         weights=list(weights.values()),
         iterate_over_all=False,
     )
-    if state is not None:
-        combined.load_state_dict(state)
-    return Reader(
-        batches=packed_batches(Mapped(_document, Forever(combined)), workers),
-        state=lambda: combined.state_dict(num_workers=0, batch_size=1),
+    loader = litdata.StreamingDataLoader(
+        combined, batch_size=64, num_workers=workers, collate_fn=list
     )
+    if state is not None:
+        loader.load_state_dict(state)
+    items = chain.from_iterable(Forever(loader))
+    return Reader(batches=pack(map(_document, items)), state=loader.state_dict)
 
 
 def _document(item: list[Any]) -> Document:
