@@ -2,8 +2,9 @@
 
 python benchmarks/loader.py [--tokens 200M] [--only bigmix,webdataset] [--scale] [--order] [--minutes 10]
 
-Each figure is the median of fresh processes that take turns. Peers come with `pip install '.[bench]'`; one that is
-not installed or fails is a line with the reason. `reader.py` says what a contestant is.
+Each figure is the median of fresh processes that take turns. Peers come with `pip install '.[bench]'` and
+`pip install --no-deps litdata mosaicml-streaming`; one that is not installed or fails is a line with the reason.
+`reader.py` says what a contestant is.
 """
 
 import argparse
@@ -163,7 +164,7 @@ def options() -> argparse.Namespace:
     add("--only", type=lambda text: text.split(","), default=list(PEERS), help=", ".join(PEERS))
     add("--repeats", type=int, default=3, help="runs whose median is shown (3)")
     add("--seconds", type=float, default=2.0, help="of CPU time a run (2)")
-    add("--minutes", type=float, default=0.0, help="also: memory of the loader over M minutes (10)")
+    add("--minutes", type=float, default=0.0, help="only: memory of our loader over M minutes (10)")
     add("--scale", action="store_true", help="only: cost over simulated ranks and shards")
     add("--order", action="store_true", help="only: how well the order is shuffled")
     add("--json", type=Path, help="also write the figures")
@@ -179,10 +180,11 @@ def run(folder: Path, asked: argparse.Namespace) -> tuple[Mapping[str, Any], lis
     tables: list[table.Table] = []
     if asked.scale or asked.order or asked.minutes:
         prepare(["bigmix"], folder)
-    if not (asked.scale or asked.order):
+    else:
         results["loaders"], tables = compare(folder, asked)
     if asked.scale:
-        results["scale"], tables = scale(folder)
+        results["scale"], found = scale(folder)
+        tables += found
     if asked.order:
         results["order"] = child("order", folder=str(folder), rows=ORDER_ROWS)
         tables.append(table.of_orders(results["order"]))

@@ -77,10 +77,11 @@ def of_contestants(results: Mapping[str, Result]) -> Table:
     limits, others = list(results)[:2], list(results)[2:]
     others.sort(key=lambda name: -results[name].get("per_cpu_s", 0.0))
     notes = [
-        "Tokens a second in packed batches [8, 2048] from two sources 80/20. `/CPU s`, `ns`: per second of CPU time and CPU "
-        "time per token, one process; `/wall s`: the same by the clock; `2 workers`: by the clock as it is meant to be used "
-        "(bigmix and torchdata: a thread; the others: 2 processes), then per second of CPU time of all processes; `first`: until the first batch, then with interpreter and imports; `resume`: from a "
-        "state in the middle to the next batch, ~ where that is another batch than without the stop; `of limit`: of copying documents; `read`: tokens measured on."
+        "Tokens a second in packed batches [8, 2048] from two sources 80/20. `/CPU s`, `ns`: per second of CPU time, "
+        "and CPU time per token, in one process; `/wall s`: the same by the clock; `2w`: as it is meant to be used, "
+        "with 2 worker processes (bigmix and torchdata: a thread), CPU time over all processes; `first`: until the "
+        "first batch, then with interpreter and imports; `resume`: from a state in the middle to the next batch, ~ "
+        "where that is another batch than without the stop; `of limit`: of copying documents; `read`: tokens measured."
     ]
     for name in (*limits, *others):
         found = results[name]
@@ -96,8 +97,8 @@ def of_contestants(results: Mapping[str, Result]) -> Table:
             "/CPU s",
             "ns",
             "/wall s",
-            "2 workers",
-            "/CPU s",
+            "2w /wall",
+            "2w /CPU",
             "first",
             "+imports",
             "resume",
