@@ -6,6 +6,7 @@ from typing import Any
 
 from corpus import Batch, Corpus, pack
 from reader import WHOLE_CORPUS, Reader
+from torch import Generator
 from torch.utils.data import RandomSampler
 from torchdata.nodes import (
     BaseNode,
@@ -18,7 +19,7 @@ from torchdata.nodes import StopCriteria as Stop
 
 NOTE = (
     "MultiNodeWeightedSampler over a memory map that we wrote, random order, greedy packing by us; no format, "
-    "no packing, no checksum of its own; resume draws the permutation again and loses what lay in the packer"
+    "no packing, no checksum of its own; resume passes over the permutation again and loses what lay in the packer"
 )
 PACKAGES = ("torchdata",)
 PART_TOKENS = WHOLE_CORPUS
@@ -32,7 +33,9 @@ def open_reader(corpus: Corpus, folder: Path, *, workers: int, state: Any) -> Re
     """Workers: one thread ahead, which is what it recommends for a chain of cheap nodes."""
     mixed = MultiNodeWeightedSampler(
         {
-            name: MapStyleWrapper(source, RandomSampler(source))
+            name: MapStyleWrapper(
+                source, RandomSampler(source, generator=Generator().manual_seed(0))
+            )
             for name, source in corpus.sources.items()
         },
         corpus.document_weights,
