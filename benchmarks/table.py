@@ -164,7 +164,7 @@ def of_ranks(results: Sequence[Result]) -> Table:
             for found in results
         ],
         notes=[
-            "A jump goes to step 100, 10,000 and 1,000,000; `us a row` is of the steps after it."
+            "A jump goes to step 100, 10,000 and 1,000,000; `us a row` is of the three steps after it, with the checksums of shards that they touch first."
         ],
     )
 
