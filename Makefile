@@ -28,7 +28,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/mixture.py
+	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/prepare.py
 
 docs: $(READY)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from bigmix.data.loader import fill_rows, micro_batch
+from bigmix.data.assemble import assemble
 from bigmix.data.order import key_of
 from bigmix.data.stream import Stream
 from bigmix.dist import Cluster
 from bigmix.engine import Engine
-from bigmix.records import Ints, MicroBatch, RowId
+from bigmix.records import Ints, MicroBatch, RowId, RowPlaces
 from bigmix.step import tensors
 
 _RESAMPLES = 1000
@@ -95,13 +95,18 @@ def _spread(row_ids: Sequence[RowId], most: int | None) -> Sequence[RowId]:
 def _by_document(
     stream: Stream, row_ids: Sequence[RowId], *, is_idle: bool
 ) -> tuple[MicroBatch, list[tuple[int, int]]]:
-    """The rows as a micro-batch whose groups are parts, and which (shard, document) each is from; -1 for padding."""
-    ids_BT, rows = fill_rows([stream], [(0, row_id.shard, row_id.row) for row_id in row_ids])
-    documents = []
-    for row_id, row in zip(row_ids, rows, strict=True):
-        padding = [-1] if row.tokens < ids_BT.shape[1] else []
-        documents += [(row_id.shard, document) for document in [*row.documents, *padding]]
-    batch = micro_batch(ids_BT, rows, [0] * len(rows))
+    """The rows as a micro-batch whose groups are parts, and which (shard, document) each is from."""
+    places = RowPlaces(
+        names=(stream.name,),
+        sources_R=np.zeros(len(row_ids), np.int64),
+        epochs_R=np.zeros(len(row_ids), np.int64),
+        shards_R=np.array([row_id.shard for row_id in row_ids]),
+        rows_R=np.array([row_id.row for row_id in row_ids]),
+    )
+    rows = assemble([stream], places)
+    shards_P = np.repeat(places.shards_R, np.diff(rows.parts_R1))
+    documents = list(zip(shards_P.tolist(), rows.documents_P.tolist(), strict=True))
+    batch = rows.micro_batch(rows.ids(0, len(row_ids)), 0)
     runs = slice(0) if is_idle else slice(None)
     batch = replace(
         batch,

@@ -13,15 +13,13 @@ from deepspeed.utils import safe_get_full_grad
 from tiny_models import FAMILIES, VOCABULARY
 
 from bigmix import step
-from bigmix.data.loader import micro_batch
-from bigmix.data.rows import FilledRow
 from bigmix.dist import leave
 from bigmix.ds_config import fill, read_ds_config
 from bigmix.engine import AdamW, Engine, join, sharded_construction
 from bigmix.export import export
 from bigmix.model import build, read_config
 from bigmix.objective import StepShares
-from bigmix.records import StepBatch
+from bigmix.records import MicroBatch, StepBatch
 from bigmix.world import world_of
 
 ROW = 64
@@ -50,40 +48,43 @@ def documents(packed):
     return rows
 
 
-def as_row(parts):
-    """A row's ids, and what else is in it: each loss token is a run of its own."""
-    ids, starts, begins, at = np.zeros(ROW, np.int32), [], [], 0
-    for part_ids, flags in parts:
-        n = len(part_ids)
-        starts.append(at)
-        ids[at : at + n] = part_ids
-        begins += (at + np.flatnonzero(flags[1:])).tolist()
-        at += n
-    filled = FilledRow(
-        starts=starts, documents=range(len(starts)), begins=begins, lengths=[1] * len(begins), tokens=at, squares=0
-    )  # fmt: skip
-    return ids, filled
+def micro_batch(rows):
+    """Rows, each (source, parts), as a micro-batch in which each loss token is a run of its own."""
+    ids = np.zeros((len(rows), ROW), np.int32)
+    starts, groups, begins = [], [], []
+    for row, (source, parts) in enumerate(rows):
+        at = 0
+        for part_ids, flags in parts:
+            n = len(part_ids)
+            starts.append(row * ROW + at)
+            ids[row, at : at + n] = part_ids
+            begins += (row * ROW + at + np.flatnonzero(flags[1:])).tolist()
+            at += n
+        if at < ROW:
+            starts.append(row * ROW + at)
+        groups += [SOURCES.index(source)] * (len(parts) + (at < ROW))
+    return MicroBatch(
+        ids_BT=ids,
+        starts_P=np.array(starts),
+        groups_P=np.array(groups),
+        begins_K=np.array(begins, np.int64),
+        lengths_K=np.ones(len(begins), np.int64),
+    )
+
+
+def loss_tokens(rows, name):
+    return sum(int(f[1:].sum()) for source, parts in rows if source == name for _, f in parts)
 
 
 def batch_of(rows, rank, ranks, accumulation):
-    """`rows` are (source, ids, filled row)."""
     own = rows[rank * len(rows) // ranks : (rank + 1) * len(rows) // ranks]
     size = len(own) // accumulation
-    parts = [own[i : i + size] for i in range(0, len(own), size)]
-    loss = {s: sum(len(row.begins) for source, _, row in own if source == s) for s in SOURCES}
     return StepBatch(
         step=1,
-        micro_batches=tuple(
-            micro_batch(
-                np.stack([ids for _, ids, _ in p]),
-                [row for _, _, row in p],
-                [SOURCES.index(source) for source, _, _ in p],
-            )
-            for p in parts
-        ),
-        rows={s: sum(source == s for source, _, _ in rows) for s in SOURCES},
+        micro_batches=tuple(micro_batch(own[i : i + size]) for i in range(0, len(own), size)),
+        rows={s: sum(source == s for source, _ in rows) for s in SOURCES},
         tokens=dict.fromkeys(SOURCES, 1),
-        loss_tokens=loss,
+        loss_tokens={s: loss_tokens(own, s) for s in SOURCES},
         squares=0,
     )
 
@@ -156,7 +157,7 @@ def gradient_errors(rank, ranks, cluster, families):
             engine = make_engine(family, accumulation, ranks)
             for packed in (True, False):
                 rows = documents(packed)
-                batch = batch_of([(s, *as_row(p)) for s, p in rows], rank, ranks, accumulation)
+                batch = batch_of(rows, rank, ranks, accumulation)
                 for objective in ("per_source", "per_token"):
                     weights = whole_weights(engine)
                     result = step.run(

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -10,15 +10,14 @@ from itertools import accumulate, islice, pairwise
 
 import numpy as np
 
+from bigmix.data.assemble import Assembled, assemble
 from bigmix.data.mixture import Mixture, Places
 from bigmix.data.order import key_of
-from bigmix.data.rows import FilledRow
 from bigmix.data.stream import Stream
-from bigmix.records import Ints, MicroBatch, RowId, RowPlaces, StepBatch
+from bigmix.records import Ints, RowId, RowPlaces, StepBatch
 
-LOCATED_ROWS = (
-    1024  # rows of a rank that are looked up together: one look-up costs what hundreds of rows cost
-)
+# Rows of a rank that are gathered together: a step at a time costs twice as much.
+ASSEMBLED_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +65,7 @@ class Plan:
         self._stages = stages
         self._first_steps = [stage.first_step for stage in stages]
         self._starts = list(accumulate(stages[1:], self._next_starts, initial=self._zero()))
-        self._located = lru_cache(maxsize=4)(self._locate)
+        self._assembled = lru_cache(maxsize=2)(self._assemble)
 
     @property
     def streams(self) -> Mapping[str, Stream]:
@@ -83,11 +82,22 @@ class Plan:
 
     def places(self, portion: Portion, step: int) -> RowPlaces:
         """The rows of one rank in a step, counted from 1."""
+        return self._locate(step, 1, portion.rows.start, portion.rows.stop)
+
+    def assembled(self, portion: Portion, step: int) -> tuple[Assembled, int]:
+        """The rows of one rank in some steps, this one among them, and the first of the step's rows in them."""
         start, stop = portion.rows.start, portion.rows.stop
-        steps = max(1, LOCATED_ROWS // (stop - start))
+        steps = max(1, ASSEMBLED_ROWS // (stop - start))
         first = (step - 1) // steps * steps + 1
-        at = (step - first) * (stop - start)
-        return self._located(first, steps, start, stop).part(slice(at, at + stop - start))
+        later = [begin for begin in self._first_steps if first < begin <= step]
+        until = [begin for begin in self._first_steps if step < begin < first + steps]
+        begin, end = max([first, *later]), min([first + steps, *until])
+        return self._assembled(begin, end - begin, start, stop), (step - begin) * (stop - start)
+
+    def _assemble(self, first: int, steps: int, start: int, stop: int) -> Assembled:
+        streams = self.streams_at(first)
+        places = self._locate(first, steps, start, stop)
+        return assemble([streams[name] for name in places.names], places)
 
     def epochs(self, step: int) -> dict[str, float]:
         """How many times each source has been gone through after a step."""
@@ -174,63 +184,27 @@ def one_stage(streams: Mapping[str, Stream]) -> Sequence[Stage]:
 
 def step_batch(plan: Plan, portion: Portion, step: int) -> StepBatch:
     """The rows of one rank in one step, as micro-batches."""
-    places = plan.places(portion, step)
-    streams = plan.streams_at(step)
-    columns = (places.sources_R, places.shards_R, places.rows_R)
-    ids_RT, rows = fill_rows(
-        [streams[name] for name in places.names], zip(*(c.tolist() for c in columns), strict=True)
-    )
+    rows, first = plan.assembled(portion, step)
+    count, size = portion.rows.stop - portion.rows.start, portion.micro_batch_rows
+    own = slice(first, first + count)
+    ids_RT = rows.ids(first, first + count)
+    names, sources_R = plan.mixture.names, rows.sources_R[own]
     drawn = plan.mixture.counts(step * plan.rows_per_step)
     before = plan.mixture.counts((step - 1) * plan.rows_per_step)
-    sources = places.sources_R.tolist()
-    tokens, loss_tokens = [0] * len(places.names), [0] * len(places.names)
-    for source, row in zip(sources, rows, strict=True):
-        tokens[source] += row.tokens
-        loss_tokens[source] += sum(row.lengths)
-    size = portion.micro_batch_rows
+
+    def by_source(values_R: Ints) -> dict[str, int]:
+        sums = np.bincount(sources_R, values_R, minlength=len(names))
+        return {name: int(total) for name, total in zip(names, sums.tolist(), strict=True)}
+
     return StepBatch(
         step=step,
         micro_batches=tuple(
-            micro_batch(ids_RT[at : at + size], rows[at : at + size], sources[at : at + size])
-            for at in range(0, len(rows), size)
+            rows.micro_batch(ids_RT[at : at + size], first + at) for at in range(0, count, size)
         ),
-        rows={name: drawn[name] - before[name] for name in places.names},
-        tokens=dict(zip(places.names, tokens, strict=True)),
-        loss_tokens=dict(zip(places.names, loss_tokens, strict=True)),
-        squares=sum(row.squares for row in rows),
-    )
-
-
-def fill_rows(
-    streams: Sequence[Stream], places: Iterable[Sequence[int]]
-) -> tuple[Ints, list[FilledRow]]:
-    """The ids of rows [R, T], and what else is in them; `places` has for each its stream, shard and row."""
-    pieces: list[memoryview] = []
-    rows = [streams[source].fill(shard, row, pieces) for source, shard, row in places]
-    # One copy of all pieces of all rows: a copy for each document would cost three times as much.
-    ids = np.frombuffer(b"".join(pieces), streams[0].dtype)
-    return ids.reshape(len(rows), streams[0].packer.width).astype(np.int32), rows
-
-
-def micro_batch(ids_BT: Ints, rows: Sequence[FilledRow], groups: Sequence[int]) -> MicroBatch:
-    """Rows laid on one another; the sums of row r go to group `groups[r]`."""
-    width = ids_BT.shape[1]
-    starts, begins, groups_of_parts = list[int](), list[int](), list[int]()
-    lengths = list[int]()
-    for offset, row, group in zip(range(0, ids_BT.size, width), rows, groups, strict=True):
-        starts += [offset + start for start in row.starts]
-        groups_of_parts += [group] * len(row.starts)
-        if row.tokens < width:
-            starts.append(offset + row.tokens)
-            groups_of_parts.append(group)
-        begins += [offset + begin for begin in row.begins]
-        lengths += row.lengths
-    return MicroBatch(
-        ids_BT=ids_BT,
-        starts_P=np.array(starts, np.int32),
-        groups_P=np.array(groups_of_parts, np.int32),
-        begins_K=np.array(begins, np.int32),
-        lengths_K=np.array(lengths, np.int32),
+        rows={name: drawn[name] - before[name] for name in names},
+        tokens=by_source(rows.tokens_R[own]),
+        loss_tokens=by_source(rows.loss_tokens_R[own]),
+        squares=int(rows.squares_R[own].sum()),
     )
 
 

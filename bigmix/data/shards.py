@@ -7,9 +7,10 @@ and takes slices: nothing is decoded, and a damaged block is known by its place 
 """
 
 import io
+import mmap
 import os
 import tarfile
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -143,12 +144,12 @@ def _check(array: npt.NDArray[Any]) -> int:
 class ByteSource:
     """Where the bytes of a shard are: `read(start, stop)` gives them as uint8; `name` is for messages.
 
-    `is_mapped` tells that reading costs nothing, so that arrays need not be kept.
+    `mapping` is the whole file where it is mapped into memory, so that arrays need not be kept.
     """
 
     name: str
     read: Callable[[int, int], Bytes]
-    is_mapped: bool
+    mapping: mmap.mmap | None = None
 
 
 def mapped(path: Path, size: int) -> ByteSource:
@@ -157,17 +158,18 @@ def mapped(path: Path, size: int) -> ByteSource:
     Raises BigmixError where it is missing or of another size.
     """
     try:
-        # asarray: a slice of a memmap object costs ten times one of a plain array.
-        content = np.asarray(np.memmap(path, np.uint8, mode="r"))
+        with path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise BigmixError(
             f"{path} cannot be read ({error}); restore the file or prepare the source again"
         ) from error
-    if len(content) != size:
+    if len(mapping) != size:
         raise BigmixError(
-            f"{path} has {len(content)} bytes, the manifest says {size}; restore the file or prepare the source again"
+            f"{path} has {len(mapping)} bytes, the manifest says {size}; restore the file or prepare the source again"
         )
-    return ByteSource(name=str(path), read=lambda start, stop: content[start:stop], is_mapped=True)
+    content = np.frombuffer(mapping, np.uint8)
+    return ByteSource(name=str(path), read=lambda start, stop: content[start:stop], mapping=mapping)
 
 
 class Shard:
@@ -187,7 +189,8 @@ class Shard:
         self._begins = [0, *accumulate(block[_TOKENS] for block in self._table)]
         self._first_documents = [0, *accumulate(block[_DOCUMENTS] for block in self._table)]
         self._size = entry.bytes
-        self._file: memoryview | None = None
+        self._file: mmap.mmap | None = None
+        self._ends: dict[int, list[int]] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -197,58 +200,73 @@ class Shard:
     @property
     def lengths(self) -> Offsets:
         """Tokens of each document."""
-        ends = [self._ends_of(block) for block in range(len(self._table))]
-        lengths = [np.diff(each, prepend=0) for each in ends]
-        return np.concatenate([np.zeros(0, np.int64), *lengths])
+        parts = [
+            self._array(row[_LENGTHS_AT], row[_DOCUMENTS], row[_LENGTHS_CHECK], _LENGTH_DTYPE)
+            for row in self._table
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
 
     @property
     def offsets(self) -> Offsets:
         """Where each document begins, and behind the last one the end of all."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
+    @property
+    def width(self) -> int:
+        """Bytes of an id."""
+        return int(self._dtype.itemsize)
+
     def tokens(self, start: int, stop: int) -> Tokens:
         """The ids at token positions [start, stop)."""
-        ids: Tokens = np.frombuffer(b"".join(self.pieces(start, stop)), self._dtype)
+        ids: Tokens = np.frombuffer(self.piece(start, stop), self._dtype)
         return ids
 
-    def pieces(self, start: int, stop: int) -> list[memoryview]:
-        """The ids at token positions [start, stop) as they lie in the file, block by block."""
-        found, width = [], self._dtype.itemsize
-        while start < stop:
-            block = bisect_right(self._begins, start) - 1
-            begin, end = self._begins[block], min(self._begins[block + 1], stop)
-            found.append(self._ids_of(block)[width * (start - begin) : width * (end - begin)])
-            start = end
-        return found
+    def piece(self, start: int, stop: int) -> bytes:
+        """The bytes of the ids at token positions [start, stop)."""
+        block = bisect_right(self._begins, start) - 1
+        begin, end = self._begins[block], self._begins[block + 1]
+        if stop <= end:
+            return self._ids_of(block, self.width * (start - begin), self.width * (stop - begin))
+        first = self._ids_of(block, self.width * (start - begin), self.width * (end - begin))
+        return first + self.piece(end, stop)
 
     def addresses(self, starts: Offsets) -> Offsets:
         """Where documents that begin at these token positions lie in the file, in tokens from its beginning."""
         blocks = np.searchsorted(self._begins, starts, side="right") - 1
-        at = np.array([row[_TOKENS_AT] // self._dtype.itemsize for row in self._table], np.int64)
+        at = np.array([row[_TOKENS_AT] // self.width for row in self._table], np.int64)
         return starts + (at - self._begins[:-1])[blocks]
 
-    def documents(self, parts: Sequence[Sequence[int]]) -> list[memoryview]:
-        """The ids of documents, or of their beginnings; `parts` gives of each its address, start in a row, and length."""
-        width, file = self._dtype.itemsize, self._file or self._checked_file()
+    def pieces_at(
+        self, addresses: npt.NDArray[Any], lengths: npt.NDArray[Any], padding: bytes
+    ) -> list[bytes]:
+        """The bytes of the ids of parts of documents; of as much `padding` where an address is below 0."""
+        begins = addresses.astype(np.int64) * self.width
+        ends = (begins + lengths * self.width).tolist()
+        file = self._file or self._checked_file()
         if file is None:
-            return [self._document(width * address, width * length) for address, _, length, _ in parts]  # fmt: skip
-        return [
-            file[width * address : width * (address + length)] for address, _, length, _ in parts
-        ]
+            pieces = [self._piece(at, end) for at, end in zip(begins.tolist(), ends, strict=True)]
+        else:
+            # bytes and no views: a million views that live on would keep Python's garbage collector busy.
+            pieces = [file[at:end] for at, end in zip(begins.tolist(), ends, strict=True)]
+        for at in np.flatnonzero(begins < 0).tolist():
+            pieces[at] = padding[: int(lengths[at]) * self.width]
+        return pieces
 
-    def _checked_file(self) -> memoryview | None:
+    def _checked_file(self) -> mmap.mmap | None:
         """The whole of a mapped file, after all of its blocks have been checked; None where it is not mapped."""
-        if self._source.is_mapped:
+        if self._source.mapping is not None:
             for block in range(len(self._table)):
-                self._ids_of(block)
-            self._file = self._source.read(0, self._size).data
+                self._ids_of(block, 0, 0)
+            self._file = self._source.mapping
         return self._file
 
-    def _document(self, at: int, size: int) -> memoryview:
+    def _piece(self, at: int, end: int) -> bytes:
         """Bytes of the file out of one block's ids; a document lies in one block."""
+        if at < 0:
+            return b""
         block = bisect_right(self._table, at, key=itemgetter(_TOKENS_AT)) - 1
-        low = at - self._table[block][_TOKENS_AT]
-        return self._ids_of(block)[low : low + size]
+        first = self._table[block][_TOKENS_AT]
+        return self._ids_of(block, at - first, end - first)
 
     def loss_mask(self, start: int, stop: int) -> Mask:
         """Which of the tokens [start, stop) are in the loss; for a chat shard."""
@@ -268,61 +286,61 @@ class Shard:
 
         That token is predicted by nothing.
         """
-        runs = [self._runs_of(block) + self._begins[block] for block in range(len(self._table))]
-        flat = np.concatenate([np.zeros(0, np.int64), *runs])
-        return flat[0::2], flat[1::2]
+        # Each block begins at a word of its own, so that all are gone through 64 tokens at a time.
+        words_B = [row[_TOKENS] // 64 + 1 for row in self._table]
+        first_words = [0, *accumulate(words_B)]
+        words = np.zeros(first_words[-1], np.uint64)
+        mask = words.view(np.uint8)
+        shifts = np.array([64 * word for word in first_words[:-1]]) - self._begins[:-1]
+        for block, word in enumerate(first_words[:-1]):
+            bits = self._bits_of(block)
+            mask[8 * word : 8 * word + len(bits)] = bits
+        documents_B = [row[_DOCUMENTS] for row in self._table]
+        firsts = self.offsets[:-1] + np.repeat(shifts, documents_B)
+        np.bitwise_and.at(mask, firsts >> 3, ~(1 << (firsts & 7)).astype(np.uint8))
+        turns = _turns(words)
+        blocks = np.searchsorted(first_words, turns >> 6, side="right") - 1
+        turns -= np.append(shifts, 0)[blocks].astype(np.int64)
+        return turns[0::2], turns[1::2]
 
     def borders(self, start: int, stop: int) -> tuple[int, list[int]]:
         """The document that holds the token at `start`, and where others begin in (start, stop), counted from start."""
         block = bisect_right(self._begins, start) - 1
         ends = self._ends_of(block)
-        inside = int(ends.searchsorted(start - self._begins[block], side="right"))
-        first, found = self._first_documents[block] + inside, []
+        inside = bisect_right(ends, start - self._begins[block])
+        first, found = self._first_documents[block] + inside, list[int]()
         while True:
-            begin = self._begins[block]
-            last = int(ends.searchsorted(stop - begin))
-            found += (ends[inside:last] + (begin - start)).tolist()
+            shift = self._begins[block] - start
+            last = bisect_left(ends, stop - self._begins[block])
+            found += [end + shift for end in ends[inside:last]]
             if self._begins[block + 1] >= stop:
                 return first, found
             block, inside = block + 1, 0
             ends = self._ends_of(block)
 
-    def _ids_of(self, block: int) -> memoryview:
-        """The ids of a block, as bytes."""
-        row = self._table[block]
-        return self._array(row[_TOKENS_AT], row[_TOKENS] * self._dtype.itemsize, row[_TOKENS_CHECK], _BYTE).data  # fmt: skip
+    def _ids_of(self, block: int, low: int, high: int) -> bytes:
+        """The bytes [low, high) of a block's ids."""
+        at, count = self._table[block][_TOKENS_AT], self._table[block][_TOKENS]
+        ids = self._array(at, count * self.width, self._table[block][_TOKENS_CHECK], _BYTE)
+        if self._source.mapping is not None:
+            return self._source.mapping[at + low : at + high]
+        return ids[low:high].tobytes()
 
     def _bits_of(self, block: int) -> npt.NDArray[Any]:
         row = self._table[block]
         assert row[_MASK_AT], "a text shard has no mask"
         return self._array(row[_MASK_AT], (row[_TOKENS] + 7) >> 3, row[_MASK_CHECK], _BYTE)
 
-    def _ends_of(self, block: int) -> Offsets:
+    def _ends_of(self, block: int) -> list[int]:
         """Where each document of a block ends, counted from the block's beginning."""
-        row = self._table[block]
-        key = -row[_LENGTHS_AT]  # beside the array as it lies in the file
-        ends = self._arrays.get(key)
+        ends = self._ends.get(block)
         if ends is None:
+            row = self._table[block]
             lengths = self._array(
                 row[_LENGTHS_AT], row[_DOCUMENTS], row[_LENGTHS_CHECK], _LENGTH_DTYPE
             )
-            ends = self._keep(key, np.cumsum(lengths, dtype=np.int64))
+            ends = self._ends[block] = np.cumsum(lengths, dtype=np.int64).tolist()
         return ends
-
-    def _runs_of(self, block: int) -> Offsets:
-        """Where the mask of a block turns on and off, counted from the block's beginning; 64 tokens at a time."""
-        bits = self._bits_of(block)
-        words = np.zeros(len(bits) // 8 + 2, np.uint64)
-        mask = words.view(np.uint8)
-        mask[: len(bits)] = bits
-        firsts = np.concatenate([[0], self._ends_of(block)[:-1]])
-        np.bitwise_and.at(mask, firsts >> 3, ~(1 << (firsts & 7)).astype(np.uint8))
-        turns = words ^ (words << np.uint64(1))
-        turns[1:] ^= words[:-1] >> np.uint64(63)
-        busy = np.flatnonzero(turns)
-        flags = np.unpackbits(turns[busy].view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
-        word, bit = np.nonzero(flags)
-        return busy[word] * 64 + bit
 
     def _array(self, at: int, count: int, check: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         array = self._arrays.get(at)
@@ -333,7 +351,7 @@ class Shard:
     def _keep(self, at: int, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Hold an array that has been checked; what is not mapped takes memory and is bounded."""
         self._arrays[at] = array
-        if not self._source.is_mapped and len(self._arrays) > KEPT_ARRAYS:
+        if self._source.mapping is None and len(self._arrays) > KEPT_ARRAYS:
             self._arrays.popitem(last=False)
         return array
 
@@ -345,6 +363,22 @@ class Shard:
                 "checksum differs; restore the file or prepare the source again"
             )
         return raw
+
+
+def _turns(words: npt.NDArray[np.uint64]) -> Offsets:
+    """Where the bits turn on and off, in order."""
+    turns = words ^ (words << np.uint64(1))
+    turns[1:] ^= words[:-1] >> np.uint64(63)
+    found, busy = [], np.flatnonzero(turns)
+    turns = turns[busy]
+    while len(busy):
+        lowest = turns & (~turns + np.uint64(1))
+        # A power of two is exact as a float, and its exponent is the place of the bit.
+        found.append(busy * 64 + np.frexp(lowest.astype(np.float64))[1] - 1)
+        turns ^= lowest
+        left = turns != 0
+        busy, turns = busy[left], turns[left]
+    return np.sort(np.concatenate([np.zeros(0, np.int64), *found]))
 
 
 def open_shard(folder: Path, entry: ShardEntry, dtype: str) -> Shard:

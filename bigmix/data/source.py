@@ -155,7 +155,7 @@ class Depot:
         elif self._is_fetched(source):
             where = _leased(self._lease(source, index), url, entry.bytes)
         else:
-            where = ByteSource(name=shown(url), read=partial(_read_range, url, self._reading.retry), is_mapped=False)  # fmt: skip
+            where = ByteSource(name=shown(url), read=partial(_read_range, url, self._reading.retry), mapping=None)  # fmt: skip
         return Shard(where, entry, source.manifest.dtype)
 
     def _lease(self, source: Source, index: int) -> Lease:
@@ -210,7 +210,7 @@ def _needed(source: Source, index: int) -> Needed:
 def _leased(lease: Lease, url: str, size: int) -> ByteSource:
     """A file of the cache, held for as long as somebody reads it."""
     found = mapped(lease.path, size)
-    where = ByteSource(name=shown(url), read=found.read, is_mapped=True)
+    where = ByteSource(name=shown(url), read=found.read, mapping=found.mapping)
     weakref.finalize(where, lease.close)
     return where
 

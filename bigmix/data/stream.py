@@ -21,7 +21,16 @@ from bigmix.data.packing import (
     pack_chat,
     pack_text,
 )
-from bigmix.data.rows import FilledRow, RowTable, chat_table, text_table
+from bigmix.data.rows import (
+    PADDING,
+    Rows,
+    RowTable,
+    chat_table,
+    cut_rows,
+    ragged,
+    rows_of,
+    text_table,
+)
 from bigmix.data.shards import Shard
 from bigmix.records import IGNORE, Ints, Row, RowId, RowPlaces
 
@@ -70,7 +79,7 @@ class Stream:
         self.manifest = manifest
         self.packer = packer
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self._padding = memoryview(bytes(packer.width * self.dtype.itemsize))
+        self._padding = bytes(packer.width * self.dtype.itemsize)
         self._seed = seed
         self._lengths = lengths
         self._documents_before = np.concatenate(
@@ -123,40 +132,30 @@ class Stream:
             for row in range(rows)
         ]
 
-    def fill(self, shard_index: int, row: int, pieces: list[memoryview]) -> FilledRow:
-        """Add a row's tokens to `pieces`, as they lie in the shard and with its padding; returns what else is in it."""
-        shard, width = self._shard(shard_index), self.packer.row_tokens
+    def rows(self, shard_index: int, indices: Ints) -> Rows:
+        """Rows of a shard by their numbers."""
+        shard = self._shard(shard_index)
         if self._is_cut_anywhere:
-            filled = _cut_row(shard, row, width)
-            pieces += shard.pieces(row * width, row * width + filled.tokens)
-        elif self.manifest.kind == "chat":
-            filled, parts = self.table(shard_index).row(row)
-            pieces += shard.documents(parts)
-        else:
-            filled, parts = self.table(shard_index).row(row)
-            pieces += shard.pieces(parts[0][0], parts[0][0] + filled.tokens)
-        if filled.tokens < self.packer.width:
-            pieces.append(self._padding[self.dtype.itemsize * filled.tokens :])
-        return filled
+            return cut_rows(shard, indices, self.packer.row_tokens, self._padding)
+        return rows_of(self.table(shard_index), shard, indices, self._padding)
 
     def read(self, row_id: RowId) -> Row:
         """The tokens of a row."""
-        pieces: list[memoryview] = []
-        filled = self.fill(row_id.shard, row_id.row, pieces)
-        ids = np.frombuffer(b"".join(pieces), self.dtype).astype(np.int64)
-        has_padding = filled.tokens < len(ids)
-        starts = [*filled.starts, *([filled.tokens] if has_padding else [])]
+        rows = self.rows(row_id.shard, np.array([row_id.row]))
+        ids = np.frombuffer(b"".join(rows.pieces), self.dtype).astype(np.int64)
         labels = np.full(len(ids), IGNORE, np.int64)
-        for begin, length in zip(filled.begins, filled.lengths, strict=True):
-            labels[begin : begin + length] = ids[begin + 1 : begin + length + 1]
+        kept = ragged(rows.begins_K, rows.lengths_K)
+        labels[kept] = ids[kept + 1]
+        lengths_P = np.diff(rows.starts_P, append=len(ids))
+        is_document = rows.documents_P != PADDING
         return Row(
             id=row_id,
             ids_T=ids,
-            positions_T=np.arange(len(ids)) - np.repeat(starts, np.diff(starts, append=len(ids))),
+            positions_T=np.arange(len(ids)) - np.repeat(rows.starts_P, lengths_P),
             labels_T=labels,
-            starts_P=np.array(filled.starts),
-            documents_P=np.array(filled.documents),
-            tokens=filled.tokens,
+            starts_P=rows.starts_P[is_document],
+            documents_P=rows.documents_P[is_document],
+            tokens=int(rows.tokens_R[0]),
         )
 
     def _places_in(self, epoch: _Epoch, within_R: Ints) -> tuple[Indices, Indices]:
@@ -196,28 +195,13 @@ class Stream:
         """The rows of a shard."""
         packer, shard = self.packer, self._shard(index)
         if self.manifest.kind == "text":
-            return text_table(pack_text(shard.lengths, packer.row_tokens, packer.whole_below))
+            packing = pack_text(shard.lengths, packer.row_tokens, packer.whole_below)
+            return text_table(packing, shard, packer.width)
         lengths = self._chat_lengths(index)
-        return chat_table(pack_chat(lengths, packer.row_tokens, packer.long_documents), shard)
+        packing = pack_chat(lengths, packer.row_tokens, packer.long_documents)
+        return chat_table(packing, shard, packer.width)
 
     def _chat_lengths(self, index: int) -> Ints:
         assert self._lengths is not None, "a chat source has lengths"
         before, after = self._documents_before[index : index + 2]
         return self._lengths[before:after].astype(np.int64)
-
-
-def _cut_row(shard: Shard, row: int, width: int) -> FilledRow:
-    """A row of text that is cut anywhere: one slice of the shard."""
-    start = row * width
-    count = min(width, shard.num_tokens - start)
-    first, borders = shard.borders(start, start + count)
-    starts = [0, *borders]
-    lengths = [end - begin for begin, end in zip(starts, [*borders, count], strict=True)]
-    return FilledRow(
-        starts=starts,
-        documents=range(first, first + len(starts)),
-        begins=starts,
-        lengths=[length - 1 for length in lengths],
-        tokens=count,
-        squares=sum(length * length for length in lengths),
-    )

@@ -1,0 +1,73 @@
+"""A source's rows in the order of some loader go in, how far they are from a true shuffle comes out.
+
+A row is a pair (shard, row of the shard); its index counts rows over the shards in their order.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ours
+
+Indices = npt.NDArray[np.int64]
+
+
+def compare(folder: Path, source: str, rows: int) -> dict[str, Any]:
+    """The measures of every order by its name; a peer that is not installed gives its reason."""
+    bigmix = folder / "bigmix"
+    sizes = ours.shard_rows(bigmix, source)
+    begins = np.concatenate([[0], np.cumsum(sizes)])
+    count = int(begins[-1])
+    ids = ours.row_order(bigmix, source, rows)
+    own = np.array([begins[row.shard] + row.row for row in ids], np.int64)
+    orders = {
+        "bigmix": own,
+        "true shuffle": np.random.default_rng(0).permutation(count)[:rows],
+        "file order": np.arange(count)[:rows],
+    }
+    result: dict[str, Any] = {name: measures(order, begins) for name, order in orders.items()}
+    for name, make in {"webdataset": _webdataset, "mosaicml (py1e)": _mosaicml}.items():
+        try:
+            result[name] = measures(np.array(make(sizes)[:rows], np.int64), begins)
+        except ImportError as error:
+            result[name] = {"fault": str(error)}
+    return {"orders": result, "rows": min(rows, count), "shards": len(sizes)}
+
+
+def measures(order: Indices, begins: Indices) -> dict[str, float]:
+    """Of neighbours in the order: same shard, next to each other in the file, and their indices' correlation.
+
+    `coverage` is the share of shards among any 64 rows that are one step.
+    """
+    shards = np.searchsorted(begins, order, side="right") - 1
+    steps = [len(set(shards[at : at + 64].tolist())) for at in range(0, len(order) - 63, 64)]
+    return {
+        "same_shard": float((shards[1:] == shards[:-1]).mean()),
+        "adjacent": float((np.abs(np.diff(order)) == 1).mean()),
+        "correlation": float(np.corrcoef(order[1:], order[:-1])[0, 1]),
+        "step_shards": float(np.mean(steps)),
+    }
+
+
+def _webdataset(sizes: Sequence[int]) -> Sequence[int]:
+    """Shards shuffled, then a buffer of 1,000 samples, both by the library."""
+    from peers import webdataset
+
+    begins = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+
+    def in_shards() -> Iterator[int]:
+        shards = list(range(len(sizes)))
+        random.Random(0).shuffle(shards)
+        for shard in shards:
+            yield from range(begins[shard], begins[shard + 1])
+
+    return list(webdataset.shuffled(in_shards()))
+
+
+def _mosaicml(sizes: Sequence[int]) -> Sequence[int]:
+    from streaming.base.shuffle import get_shuffle
+
+    return list(get_shuffle("py1e", np.array(sizes, np.int64), 1, 0, 0, 4_000_000).tolist())

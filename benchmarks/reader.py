@@ -1,0 +1,46 @@
+"""What a contestant gives: its batches, and the state from which it could go on.
+
+A contestant is a module of `peers` with
+    NOTE          one line: what it does and what it does not do
+    PACKAGES      the distributions it needs, as PyPI names them
+    PART_TOKENS   how many tokens of the corpus are enough to measure it
+    write(corpus, folder)                                   the corpus in its own format
+    open_reader(corpus, folder, *, workers, state) -> Reader
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from corpus import Batch
+
+WHOLE_CORPUS = 1 << 60
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reader:
+    """Batches without end; `state` is None for one that cannot resume."""
+
+    batches: Iterator[Batch]
+    state: Callable[[], Any] | None
+
+
+class Forever:
+    """An iterable again and again: one epoch after the other."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self._items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield from self._items
+
+
+class Mapped:
+    """An iterable with a function applied to each item; unlike a generator it travels to a worker."""
+
+    def __init__(self, function: Callable[[Any], Any], items: Iterable[Any]) -> None:
+        self._function, self._items = function, items
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._function, self._items)

@@ -1,0 +1,99 @@
+"""Places of rows in any streams go in; their ids and what is in the loss come out, laid end to end in the order of the places."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bigmix.data.rows import ragged
+from bigmix.data.stream import Stream
+from bigmix.records import Ints, MicroBatch, RowPlaces
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assembled:
+    """Rows [R] of one length. Parts [P] and runs [K] of row r lie from `parts_R1[r]` and `runs_R1[r]` on.
+
+    `starts_P` and `begins_K` are flat positions: row * T + position.
+    """
+
+    sources_R: Ints
+    tokens_R: Ints
+    loss_tokens_R: Ints
+    squares_R: Ints
+    parts_R1: Ints
+    runs_R1: Ints
+    starts_P: Ints
+    documents_P: Ints
+    pieces: Sequence[bytes]
+    begins_K: Ints
+    lengths_K: Ints
+    row_tokens: int
+    dtype: "np.dtype[np.unsignedinteger]"
+
+    def ids(self, first: int, end: int) -> Ints:
+        """The ids of the rows [first, end), one below the other."""
+        low, high = self.parts_R1[first], self.parts_R1[end]
+        # One copy of all pieces of all rows: a copy for each document would cost three times as much.
+        ids = np.frombuffer(b"".join(self.pieces[low:high]), self.dtype)
+        return ids.reshape(end - first, self.row_tokens).astype(np.int32)
+
+    def micro_batch(self, ids_BT: Ints, first: int) -> MicroBatch:
+        """The rows from `first` on, as many as `ids_BT` has, with their sources as groups."""
+        end, offset = first + len(ids_BT), first * self.row_tokens
+        parts = slice(self.parts_R1[first], self.parts_R1[end])
+        runs = slice(self.runs_R1[first], self.runs_R1[end])
+        counts = np.diff(self.parts_R1[first : end + 1])
+        return MicroBatch(
+            ids_BT=ids_BT,
+            starts_P=self.starts_P[parts] - offset,
+            groups_P=np.repeat(self.sources_R[first:end], counts),
+            begins_K=self.begins_K[runs] - offset,
+            lengths_K=self.lengths_K[runs],
+        )
+
+
+def assemble(streams: Sequence[Stream], places: RowPlaces) -> Assembled:
+    """Gather rows shard by shard, in the order in which the shards are first needed."""
+    groups = _by_shard(places)
+    found = [streams[source].rows(shard, places.rows_R[own]) for source, shard, own in groups]
+    counts_4R = np.empty((4, len(places.rows_R)), np.int64)
+    for (_, _, own), rows in zip(groups, found, strict=True):
+        counts_4R[:, own] = rows.parts_R, rows.runs_R, rows.tokens_R, rows.squares_R
+    parts_R1, runs_R1 = (np.concatenate([[0], np.cumsum(counts)]) for counts in counts_4R[:2])
+    width = streams[0].packer.width
+    parts_2P, runs_2K = np.empty((2, parts_R1[-1]), np.int64), np.empty((2, runs_R1[-1]), np.int64)
+    pieces = [b""] * int(parts_R1[-1])
+    for (_, _, own), rows in zip(groups, found, strict=True):
+        at_P, at_K = ragged(parts_R1[own], rows.parts_R), ragged(runs_R1[own], rows.runs_R)
+        parts_2P[:, at_P] = rows.starts_P + np.repeat(own * width, rows.parts_R), rows.documents_P
+        runs_2K[:, at_K] = rows.begins_K + np.repeat(own * width, rows.runs_R), rows.lengths_K
+        for place, piece in zip(at_P.tolist(), rows.pieces, strict=True):
+            pieces[place] = piece
+    loss_tokens = np.concatenate([[0], np.cumsum(runs_2K[1])])
+    return Assembled(
+        sources_R=places.sources_R,
+        tokens_R=counts_4R[2],
+        loss_tokens_R=np.diff(loss_tokens[runs_R1]),
+        squares_R=counts_4R[3],
+        parts_R1=parts_R1,
+        runs_R1=runs_R1,
+        starts_P=parts_2P[0],
+        documents_P=parts_2P[1],
+        pieces=pieces,
+        begins_K=runs_2K[0],
+        lengths_K=runs_2K[1],
+        row_tokens=width,
+        dtype=streams[0].dtype,
+    )
+
+
+def _by_shard(places: RowPlaces) -> list[tuple[int, int, Ints]]:
+    """Source, shard and the places of its rows, in the order in which the shards are first needed."""
+    keys = places.sources_R * (int(places.shards_R.max(initial=0)) + 1) + places.shards_R
+    _, first, group_R = np.unique(keys, return_index=True, return_inverse=True)
+    by_group = np.split(np.argsort(group_R, kind="stable"), np.cumsum(np.bincount(group_R))[:-1])
+    return [
+        (int(places.sources_R[first[group]]), int(places.shards_R[first[group]]), by_group[group])
+        for group in np.argsort(first).tolist()
+    ]
