@@ -24,7 +24,7 @@ from corpus import write_corpus
 
 from bigmix.recipe.models import whole_number
 
-LIMITS = ("memcpy", "document_copy")
+LIMITS = ("memcpy", "document_copy", "shuffled_copy")
 PEERS = (
     "torchdata",
     "litdata_tokens",

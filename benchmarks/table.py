@@ -72,16 +72,17 @@ def seconds(value: float | None) -> str:
 
 def of_contestants(results: Mapping[str, Result]) -> Table:
     """One line a contestant, the limits first, the others by speed."""
-    limit = results["document_copy"].get("per_cpu_s")
+    limits_of = [results[name].get("per_cpu_s") for name in ("document_copy", "shuffled_copy")]
     own = results["bigmix"].get("per_cpu_s")
-    limits, others = list(results)[:2], list(results)[2:]
+    limits, others = list(results)[:3], list(results)[3:]
     others.sort(key=lambda name: -results[name].get("per_cpu_s", 0.0))
     notes = [
         "Tokens a second in packed batches [8, 2048] from two sources 80/20. `/CPU s`, `ns`: per second of CPU time, "
         "and CPU time per token, in one process; `/wall s`: the same by the clock; `2w`: as it is meant to be used, "
         "with 2 worker processes (bigmix and torchdata: a thread), CPU time over all processes; `first`: until the "
         "first batch, then with interpreter and imports; `resume`: from a state in the middle to the next batch, ~ "
-        "where that is another batch than without the stop; `of limit`: of copying documents; `read`: tokens measured."
+        "where that is another batch than without the stop; `of limit`: of copying documents in the order of the file, "
+        "`of shuffled`: in a random order; `read`: tokens measured."
     ]
     for name in (*limits, *others):
         found = results[name]
@@ -103,15 +104,18 @@ def of_contestants(results: Mapping[str, Result]) -> Table:
             "+imports",
             "resume",
             "of limit",
+            "of shuffled",
             "x bigmix",
             "read",
         ),
-        rows=[_contestant(name, results[name], limit, own) for name in (*limits, *others)],
+        rows=[_contestant(name, results[name], limits_of, own) for name in (*limits, *others)],
         notes=notes,
     )
 
 
-def _contestant(name: str, found: Result, limit: float | None, own: float | None) -> Sequence[str]:
+def _contestant(
+    name: str, found: Result, limits: Sequence[float | None], own: float | None
+) -> Sequence[str]:
     if "fault" in found:
         return name, found["fault"]
     rate = found["per_cpu_s"]
@@ -125,7 +129,7 @@ def _contestant(name: str, found: Result, limit: float | None, own: float | None
         seconds(found["first_s"]),
         seconds(found["with_imports_s"]),
         _resumed(found),
-        f"{rate / limit:.1%}" if limit else "-",
+        *(f"{rate / limit:.1%}" if limit else "-" for limit in limits),
         f"{rate / own:.3f}" if own else "-",
         millions(found["measured_tokens"]),
     )
