@@ -25,7 +25,7 @@ _FREE = frozenset(
         "resume",
         "export",
     ]
-) | {"output", "deepspeed", "model.activation_checkpointing"}
+) | {"output", "deepspeed", "pad_to_multiple", "model.activation_checkpointing"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ def write_recipe(recipe: Recipe) -> None:
 
 def _changes(recipe: Recipe, folder: Path) -> Iterator[str]:
     for key, old, new in differences(load_recipe(str(folder / RECIPE)), recipe):
-        if key not in _FREE:
+        if key not in _FREE and not key.startswith("cache."):
             yield (
                 f"{key} is {new!r}, and the run in {folder} was begun with {old!r}; "
                 "it cannot go on as the same run, put the old value back or give another output"
