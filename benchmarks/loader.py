@@ -40,7 +40,8 @@ WORKERS = 2
 RANKS = (1, 8, 64, 512, 4096)
 SHARDS = (1_000, 10_000, 100_000, 1_000_000)
 LIMIT_S = 300
-ORDER_ROWS = 50_000
+ORDER_ROWS = 1_500_000
+ORDER_SHARDS = 64
 
 Result = dict[str, Any]
 
@@ -186,7 +187,7 @@ def run(folder: Path, asked: argparse.Namespace) -> tuple[Mapping[str, Any], lis
         results["scale"], found = scale(folder)
         tables += found
     if asked.order:
-        results["order"] = child("order", folder=str(folder), rows=ORDER_ROWS)
+        results["order"] = child("order", folder=str(folder), shards=ORDER_SHARDS, rows=ORDER_ROWS)
         tables.append(table.of_orders(results["order"]))
     if asked.minutes:
         results["memory"] = child("soak", folder=str(folder), minutes=asked.minutes)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from corpus import ROW_TOKENS, SHARES, Batch, Corpus, is_whole, mark_whole, read_corpus
+from corpus import ROW_TOKENS, Batch, Corpus, is_whole, mark_whole, read_corpus
 
 MIB = 1 << 20
 
@@ -175,9 +175,9 @@ def shards(*, folder: str, shards: int) -> dict[str, float]:
     }
 
 
-def order(*, folder: str, rows: int) -> dict[str, Any]:
-    """How well each order of the chat source is shuffled."""
-    return importlib.import_module("order").compare(Path(folder), next(iter(SHARES)), rows)
+def order(*, folder: str, shards: int, rows: int) -> dict[str, Any]:
+    """How well each order of a simulated source is shuffled."""
+    return importlib.import_module("order").compare(Path(folder), shards, rows)
 
 
 def _rss_mib() -> float:

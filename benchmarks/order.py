@@ -15,14 +15,12 @@ import ours
 Indices = npt.NDArray[np.int64]
 
 
-def compare(folder: Path, source: str, rows: int) -> dict[str, Any]:
+def compare(folder: Path, shards: int, rows: int) -> dict[str, Any]:
     """The measures of every order by its name; a peer that is not installed gives its reason."""
-    bigmix = folder / "bigmix"
-    sizes = ours.shard_rows(bigmix, source)
+    places, sizes = ours.simulated_order(folder, shards, rows)
     begins = np.concatenate([[0], np.cumsum(sizes)])
     count = int(begins[-1])
-    ids = ours.row_order(bigmix, source, rows)
-    own = np.array([begins[row.shard] + row.row for row in ids], np.int64)
+    own = begins[places.shards_R] + places.rows_R
     orders = {
         "bigmix": own,
         "true shuffle": np.random.default_rng(0).permutation(count)[:rows],

@@ -23,7 +23,7 @@ from bigmix.data.retry import Retry
 from bigmix.data.shards import Shard, ShardWriter, with_lengths
 from bigmix.data.source import Depot, Reading, read_source
 from bigmix.data.stream import Packer, Stream
-from bigmix.records import RowId, StepBatch
+from bigmix.records import RowPlaces, StepBatch
 
 ROWS_PER_STEP = 64
 SHARD_TOKENS = 64_000_000  # what `bigmix prepare` makes if nothing is said
@@ -156,15 +156,9 @@ def rank_step(plan: Plan, ranks: int, rank: int) -> Callable[[int], StepBatch]:
     return lambda step: step_batch(plan, portion, step)
 
 
-def row_order(folder: Path, source: str, rows: int) -> list[RowId]:
-    """The first rows of a source in bigmix's order."""
-    stream = make_stream(source, folder / source)
-    return [stream.locate(index) for index in range(min(rows, stream.rows_per_epoch))]
-
-
-def shard_rows(folder: Path, source: str) -> list[int]:
-    """How many rows each shard has, as an epoch's rows in the order of the shards tell."""
-    counts: dict[int, int] = {}
-    for row_id in make_stream(source, folder / source).in_shard_order():
-        counts[row_id.shard] = counts.get(row_id.shard, 0) + 1
-    return [counts[shard] for shard in sorted(counts)]
+def simulated_order(folder: Path, shards: int, rows: int) -> tuple[RowPlaces, list[int]]:
+    """The first rows of a simulated source in bigmix's order, and how many rows each shard has."""
+    write_simulated(folder, shards)
+    stream = simulated_plan(folder).streams["text"]
+    tokens = stream.manifest.shards.column("tokens")
+    return stream.places(np.arange(rows)), (-(-tokens // ROW_TOKENS)).tolist()

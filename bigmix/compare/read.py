@@ -166,9 +166,10 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 def _trained_sources(recipe: Mapping[str, Any]) -> dict[str, TrainedSource]:
     tables: Mapping[str, Mapping[str, Any]] = recipe["sources"]
-    shares = _normalised({name: table.get("share") for name, table in tables.items()})
+    grouped = any(table.get("group") for table in tables.values())
+    shares = _normalised({n: None if grouped else t.get("share") for n, t in tables.items()})
     loss_shares = _normalised(
-        {name: table.get("loss_share") or table.get("share") for name, table in tables.items()}
+        {n: None if grouped else t.get("loss_share") or t.get("share") for n, t in tables.items()}
     )
     return {
         name: TrainedSource(
@@ -179,7 +180,7 @@ def _trained_sources(recipe: Mapping[str, Any]) -> dict[str, TrainedSource]:
 
 
 def _normalised(shares: Mapping[str, Any]) -> dict[str, float | None]:
-    """Shares as parts of 1; all None where one of them is a schedule or follows from the size of its source."""
+    """Shares as parts of 1; all None where one of them is no number for the whole run."""
     numbers = {name: share for name, share in shares.items() if isinstance(share, int | float)}
     if len(numbers) < len(shares):
         return dict.fromkeys(shares)
