@@ -21,8 +21,9 @@ class Assembled:
     tokens_R: Ints
     loss_tokens_R: Ints
     squares_R: Ints
-    parts_R1: Ints
-    runs_R1: Ints
+    parts_R1: Sequence[int]
+    runs_R1: Sequence[int]
+    sources_P: Ints
     starts_P: Ints
     documents_P: Ints
     pieces: Sequence[bytes]
@@ -43,11 +44,10 @@ class Assembled:
         end, offset = first + len(ids_BT), first * self.row_tokens
         parts = slice(self.parts_R1[first], self.parts_R1[end])
         runs = slice(self.runs_R1[first], self.runs_R1[end])
-        counts = np.diff(self.parts_R1[first : end + 1])
         return MicroBatch(
             ids_BT=ids_BT,
             starts_P=self.starts_P[parts] - offset,
-            groups_P=np.repeat(self.sources_R[first:end], counts),
+            groups_P=self.sources_P[parts],
             begins_K=self.begins_K[runs] - offset,
             lengths_K=self.lengths_K[runs],
         )
@@ -76,8 +76,9 @@ def assemble(streams: Sequence[Stream], places: RowPlaces) -> Assembled:
         tokens_R=counts_4R[2],
         loss_tokens_R=np.diff(loss_tokens[runs_R1]),
         squares_R=counts_4R[3],
-        parts_R1=parts_R1,
-        runs_R1=runs_R1,
+        parts_R1=parts_R1.tolist(),
+        runs_R1=runs_R1.tolist(),
+        sources_P=np.repeat(places.sources_R, counts_4R[0]),
         starts_P=parts_2P[0],
         documents_P=parts_2P[1],
         pieces=pieces,

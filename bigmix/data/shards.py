@@ -182,6 +182,7 @@ class Shard:
     def __init__(self, source: ByteSource, entry: ShardEntry, dtype: str) -> None:
         self._source = source
         self._dtype = np.dtype(dtype).newbyteorder("<")
+        self.width = int(self._dtype.itemsize)  # bytes of an id
         self._arrays: OrderedDict[int, npt.NDArray[Any]] = OrderedDict()
         size = entry.blocks * _COLUMNS * _TABLE_DTYPE.itemsize
         raw = self._bytes(entry.blocks_at, size, int(entry.blocks_check, 16))
@@ -211,11 +212,6 @@ class Shard:
         """Where each document begins, and behind the last one the end of all."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
-    @property
-    def width(self) -> int:
-        """Bytes of an id."""
-        return int(self._dtype.itemsize)
-
     def tokens(self, start: int, stop: int) -> Tokens:
         """The ids at token positions [start, stop)."""
         ids: Tokens = np.frombuffer(self.piece(start, stop), self._dtype)
@@ -223,11 +219,11 @@ class Shard:
 
     def piece(self, start: int, stop: int) -> bytes:
         """The bytes of the ids at token positions [start, stop)."""
-        block = bisect_right(self._begins, start) - 1
+        block, width = bisect_right(self._begins, start) - 1, self.width
         begin, end = self._begins[block], self._begins[block + 1]
         if stop <= end:
-            return self._ids_of(block, self.width * (start - begin), self.width * (stop - begin))
-        first = self._ids_of(block, self.width * (start - begin), self.width * (end - begin))
+            return self._ids_of(block, width * (start - begin), width * (stop - begin))
+        first = self._ids_of(block, width * (start - begin), width * (end - begin))
         return first + self.piece(end, stop)
 
     def addresses(self, starts: Offsets) -> Offsets:
