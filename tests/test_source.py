@@ -360,13 +360,16 @@ def test_ranks_that_share_a_cache_fetch_each_shard_once(mixed, remote, monkeypat
     assert set(downloads(remote).values()) == {1}
 
 
-def test_a_small_cache_fetches_a_shard_once_for_each_time_it_is_opened(mixed, remote, monkeypatch):
+@pytest.mark.parametrize("length", ["64", "[[0, 32], [70, 64]]"])
+def test_a_small_cache_fetches_a_shard_once_for_each_time_it_is_opened(
+    mixed, remote, monkeypatch, length
+):
     monkeypatch.setattr(loader_module, "ASSEMBLED_ROWS", 32)
     sources = [read_source(f"{remote.url}/{name}") for name in ("web", "chat", "held")]
     room = room_in_use(sources, Ahead(files=2))
-    inputs = opened(remote.url, f"cache.size={room}", "cache.ahead_files=2")
+    inputs = opened(remote.url, f"cache.size={room}", "cache.ahead_files=2", length=length)
     assert inputs.notes == []
-    assert batches(inputs) == batches(opened(mixed))
+    assert batches(inputs) == batches(opened(mixed, length=length))
     assert inputs.depot.unforeseen == 0
     portion = Portion(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
     stages = inputs.plan.gathered(portion, first=1, last=inputs.steps)
