@@ -87,6 +87,13 @@ def downloads(server):
     return Counter(path for path, _, _ in server.requests if path.endswith(".tar"))
 
 
+def bytes_in_ranges(server):
+    """The bytes of shards that were asked for by their range."""
+    spans = [span for path, span, _ in server.requests if path.endswith(".tar")]
+    bounds = [span.removeprefix("bytes=").split("-") for span in spans]
+    return sum(int(last) - int(first) + 1 for first, last in bounds)
+
+
 def in_use(folder):
     """The files of the cache that somebody holds."""
     found = []
@@ -166,10 +173,15 @@ def test_few_rows_in_ranges_take_few_bytes(data, server, tmp_path):
     remote = stream_of(depot_at(tmp_path, ranges=True), f"{server.url}/large")
     rows = rows_of(remote, 2)
     assert rows == rows_of(stream_of(depot_at(tmp_path), str(data / "large")), 2)
-    spans = [span.removeprefix("bytes=").split("-") for path, span, _ in server.requests if path.endswith(".tar")]  # fmt: skip
-    fetched = sum(int(last) - int(first) + 1 for first, last in spans)
+    fetched = bytes_in_ranges(server)
     assert 0 < fetched < 0.4 * size
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_lengths_of_documents_are_read_in_ranges_without_their_tokens(server, tmp_path):
+    remote = stream_of(depot_at(tmp_path, ranges=True), f"{server.url}/large")
+    assert remote.table(0).rows_R6[:, 4].sum() == remote.manifest.tokens
+    assert bytes_in_ranges(server) < 2000
 
 
 def test_every_block_in_ranges_is_checked(data, server, tmp_path):
