@@ -3,7 +3,7 @@
 No torch here: a fault is told within a second.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,15 @@ from bigmix.data.location import MANIFEST
 from bigmix.data.manifest import Manifest, faults_of_shards
 from bigmix.data.retry import Retry
 from bigmix.data.shares import Shares
-from bigmix.data.source import Depot, Reading, Source, needed_in_order, read_source
-from bigmix.data.stream import OPEN_SHARDS, Packer, Stream
+from bigmix.data.source import (
+    Depot,
+    Reading,
+    Source,
+    needed_in_order,
+    read_source,
+    room_in_use,
+)
+from bigmix.data.stream import Packer, Stream
 from bigmix.ds_config import fill, read_ds_config
 from bigmix.errors import BadInput, BigmixError
 from bigmix.mixing import mix
@@ -36,9 +43,14 @@ class Inputs:
     loss_shares: Shares
     notes: Sequence[str]
     ds_keys: Mapping[str, Any]
-    tokenizer_folder: Path
     sources: Mapping[str, Source]
     depot: Depot
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder of the sources' tokenizer, fetched where all sources are remote; absent where they have none."""
+        nearest = min(self.sources.values(), key=lambda source: not source.location.is_local)
+        return self.depot.tokenizer_folder(nearest)
 
     @property
     def manifest(self) -> Manifest:
@@ -53,11 +65,10 @@ class Inputs:
 
     def loader(self, portion: Portion, *, first: int, ahead: int) -> Loader:
         """The batches of one rank from step `first` to the last; remote shards are fetched ahead of need."""
-        if any(not source.location.is_local for source in self.sources.values()):
-            steps = range(first, self.steps + 1)
-            places = (self.plan.places(portion, step) for step in steps)
-            rows = (zip(p.source_names, p.shards_R.tolist(), strict=True) for p in places)
-            self.depot.fetch_ahead(needed_in_order(rows, self.sources, OPEN_SHARDS))
+        fetched = {n: source for n, source in self.sources.items() if self.depot.is_fetched(source)}
+        if fetched:
+            stages = self.plan.gathered(portion, first=first, last=self.steps)
+            self.depot.fetch_ahead(needed_in_order(stages, fetched))
         return Loader(self.plan, portion, first=first, last=self.steps, ahead=ahead)
 
 
@@ -89,15 +100,13 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
     assert ds_keys is not None
     mixing = mix(recipe, stages)
     own = {name: sources[source.path] for name, source in recipe.sources.items()}
-    nearest = min(own.values(), key=lambda source: not source.location.is_local)
     return Inputs(
         plan=mixing.plan,
         held_out=held_out,
         steps=mixing.steps,
         loss_shares=mixing.loss_shares,
-        notes=mixing.notes,
+        notes=[*mixing.notes, *_cache_notes(recipe, depot, sources.values())],
         ds_keys=ds_keys,
-        tokenizer_folder=depot.tokenizer_folder(nearest),
         sources=own,
         depot=depot,
     )
@@ -119,13 +128,27 @@ def _retry(recipe: Recipe) -> Retry:
     return Retry(tries=recipe.cache.tries, timeout_s=recipe.cache.timeout_s)
 
 
+def _cache_notes(recipe: Recipe, depot: Depot, sources: Iterable[Source]) -> Iterator[str]:
+    fetched = [source for source in sources if depot.is_fetched(source)]
+    room = room_in_use(fetched, _ahead(recipe)) if fetched else 0
+    if room > recipe.cache.size:
+        yield (
+            f"cache.size is {recipe.cache.size:,} bytes, and up to {room:,} bytes of shards may be in use at once; the run "
+            f"ends where they do not fit: set cache.size={room} or more, or fewer cache.ahead_files"
+        )
+
+
+def _ahead(recipe: Recipe) -> Ahead:
+    return Ahead(files=recipe.cache.ahead_files, bytes=recipe.cache.ahead_bytes)
+
+
 def _reading(recipe: Recipe, machines: int) -> Reading:
     cache = recipe.cache
     return Reading(
         folder=Path(cache.folder).expanduser(),
         max_bytes=cache.size,
         retry=_retry(recipe),
-        ahead=Ahead(files=cache.ahead_files, bytes=cache.ahead_bytes),
+        ahead=_ahead(recipe),
         ranges=cache.read == "ranges" or (cache.read == "auto" and machines >= RANGES_FROM),
     )
 

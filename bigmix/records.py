@@ -34,17 +34,23 @@ class RowPlaces:
     shards_R: Ints
     rows_R: Ints
 
-    @property
-    def source_names(self) -> list[str]:
-        """The source of each row."""
-        return [self.names[source] for source in self.sources_R.tolist()]
-
     def ids(self) -> list[RowId]:
         """The same as records."""
         columns = (self.sources_R, self.epochs_R, self.shards_R, self.rows_R)
         return [
             RowId(source=self.names[source], epoch=epoch, shard=shard, row=row)
             for source, epoch, shard, row in zip(*(c.tolist() for c in columns), strict=True)
+        ]
+
+    def by_shard(self) -> list[tuple[int, int, Ints]]:
+        """Source, shard and the places of its rows, in the order in which the shards are first needed."""
+        keys = self.sources_R * (int(self.shards_R.max(initial=0)) + 1) + self.shards_R
+        _, first, group_R = np.unique(keys, return_index=True, return_inverse=True)
+        ends = np.cumsum(np.bincount(group_R))[:-1]
+        by_group = np.split(np.argsort(group_R, kind="stable"), ends)
+        return [
+            (int(self.sources_R[first[group]]), int(self.shards_R[first[group]]), by_group[group])
+            for group in np.argsort(first).tolist()
         ]
 
     def part(self, rows: slice) -> "RowPlaces":

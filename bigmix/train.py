@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bigmix import checkpoint, step
 from bigmix.checkpoint import Position
-from bigmix.data.loader import Portion
+from bigmix.data.loader import Loader, Portion
 from bigmix.data.order import key_of
 from bigmix.dist import Cluster, leave
 from bigmix.ds_config import fill
@@ -62,11 +62,13 @@ def run(recipe: Recipe, inputs: Inputs, world: World, terminal: Terminal) -> Non
         leave()
         return
     try:
+        # Now, so that a tokenizer that cannot be fetched is not found out at the end.
+        tokenizer_folder = inputs.tokenizer_folder if recipe.train.export else None
         parts = _set_up(recipe, inputs, cluster, terminal, flag, start)
         _train(parts, first=start.position.step + 1)
-        if recipe.train.export:
+        if tokenizer_folder is not None:
             folder = Path(recipe.output) / EXPORT
-            export(parts.engine, cluster, inputs.tokenizer_folder, folder)
+            export(parts.engine, cluster, tokenizer_folder, folder)
             terminal.note(f"model written to {folder}")
     finally:
         terminal.close()
@@ -74,9 +76,7 @@ def run(recipe: Recipe, inputs: Inputs, world: World, terminal: Terminal) -> Non
 
 
 def _train(parts: Parts, *, first: int) -> None:
-    recipe, inputs, report = parts.recipe, parts.inputs, parts.report
-    last = inputs.steps
-    learning_rate = _learning_rate(recipe, last)
+    recipe, inputs = parts.recipe, parts.inputs
     portion = Portion(
         rank=parts.cluster.world.rank,
         ranks=parts.cluster.world.size,
@@ -86,6 +86,18 @@ def _train(parts: Parts, *, first: int) -> None:
     if first == 1:
         _evaluate(parts, 0)
     loader = inputs.loader(portion, first=first, ahead=recipe.train.prefetch_steps)
+    try:
+        _go_through(parts, loader, portion)
+    finally:
+        # First the depot: the loader's thread may wait for a shard that never comes.
+        inputs.depot.close()
+        loader.close()
+
+
+def _go_through(parts: Parts, loader: Loader, portion: Portion) -> None:
+    recipe, inputs, report = parts.recipe, parts.inputs, parts.report
+    last = inputs.steps
+    learning_rate = _learning_rate(recipe, last)
     began = time.perf_counter()
     for batch in loader:
         fetched = time.perf_counter()
@@ -116,12 +128,10 @@ def _train(parts: Parts, *, first: int) -> None:
         if is_last or result.stop_asked or _is_due(batch.step, recipe.train.save_every):
             _save(parts, batch.step)
         if result.stop_asked and not is_last:
-            loader.close()
             raise Interrupted(
                 f"stopped on request after step {batch.step} of {last}; the same command goes on from there"
             )
         began = time.perf_counter()
-    loader.close()
 
 
 def _set_up(

@@ -392,6 +392,18 @@ def test_files_ahead_make_room_for_the_one_that_is_needed_now(server, ahead):
             assert path.read_bytes() == content_of(index)
 
 
+def test_files_ahead_make_room_also_for_one_that_is_not_among_them(server, ahead):
+    server.part_wait_s = 0.05
+    fetch, cache = ahead([1, 2, 3], room=2500, files=2)
+    wait_for(lambda: cache.counts.downloads == 2)
+    with fetch.take(needed(server, 9)) as path:
+        assert path.read_bytes() == content_of(9)
+    assert fetch.unforeseen == 1
+    for index in (1, 2, 3):
+        with fetch.take(needed(server, index)) as path:
+            assert path.read_bytes() == content_of(index)
+
+
 def test_closing_stops_transfers_soon_and_keeps_what_they_had(server, ahead, tmp_path):
     server.part_wait_s = 0.2
     fetch, _ = ahead(["big", 1, 2, 3], threads=1)

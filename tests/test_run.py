@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from corpora import write_source
 from ranks import ROOT, environment, free_port
+from servers import web_server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 RECIPE = """\
@@ -151,6 +153,41 @@ def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(whole, data):
     assert weights(data / "asked") == weights(whole[0])
     codes, said = end(start(data, 2, "output=asked"))
     assert codes == [0, 0] and "is finished: all 8 steps are done" in said
+
+
+@pytest.fixture
+def remote(data):
+    """A server with the sources, and what a recipe says to read them from there."""
+    with web_server() as server:
+        for path in (path for name in ("web", "chat", "held") for path in (data / name).iterdir()):
+            server.files[f"/{path.relative_to(data)}"] = path.read_bytes()
+        paths = [f"sources.{name}.path={server.url}/{name}" for name in ("web", "chat")]
+        yield server, [*paths, f"sources.chat.held_out={server.url}/held"]
+
+
+@pytest.mark.slow
+def test_a_run_from_a_server_is_the_same_and_fetches_each_shard_once_for_all_ranks(
+    whole, data, remote
+):
+    server, paths = remote
+    server.faults.extend([("status", 503, {}), ("truncate", 90)])
+    codes, said = end(start(data, 2, "output=remote", "cache.folder=cache", *paths))
+    assert codes == [0, 0], said
+    assert lines(data / "remote") == lines(whole[0])
+    assert weights(data / "remote") == weights(whole[0])
+    whole_answers = Counter(path for path, span, _ in server.requests if span is None)
+    shards = {path: count for path, count in whole_answers.items() if path.endswith(".tar")}
+    assert len(shards) == 5 - 1 and set(shards.values()) == {1}  # the held-out one is one of chat's
+
+
+@pytest.mark.slow
+def test_a_shard_that_vanishes_ends_the_run_and_nothing_hangs(data, remote):
+    server, paths = remote
+    gone = f"{server.url}/chat/shard-00001.tar"
+    del server.files["/chat/shard-00001.tar"]
+    codes, said = end(start(data, 1, "output=gone", "cache.folder=fresh", *paths))
+    assert codes == [1], said
+    assert f"stopped: there is no file {gone}" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class Assembled:
 
 def assemble(streams: Sequence[Stream], places: RowPlaces) -> Assembled:
     """Gather rows shard by shard, in the order in which the shards are first needed."""
-    groups = _by_shard(places)
+    groups = places.by_shard()
     found = [streams[source].rows(shard, places.rows_R[own]) for source, shard, own in groups]
     counts_4R = np.empty((4, len(places.rows_R)), np.int64)
     for (_, _, own), rows in zip(groups, found, strict=True):
@@ -87,14 +87,3 @@ def assemble(streams: Sequence[Stream], places: RowPlaces) -> Assembled:
         row_tokens=width,
         dtype=streams[0].dtype,
     )
-
-
-def _by_shard(places: RowPlaces) -> list[tuple[int, int, Ints]]:
-    """Source, shard and the places of its rows, in the order in which the shards are first needed."""
-    keys = places.sources_R * (int(places.shards_R.max(initial=0)) + 1) + places.shards_R
-    _, first, group_R = np.unique(keys, return_index=True, return_inverse=True)
-    by_group = np.split(np.argsort(group_R, kind="stable"), np.cumsum(np.bincount(group_R))[:-1])
-    return [
-        (int(places.sources_R[first[group]]), int(places.shards_R[first[group]]), by_group[group])
-        for group in np.argsort(first).tolist()
-    ]

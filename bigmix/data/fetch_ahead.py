@@ -5,7 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass
 
 from bigmix.data.cache import CacheFull, Lease, ShardCache
@@ -47,6 +47,7 @@ class FetchAhead:
 
     def __init__(self, cache: ShardCache, order: Iterable[Needed], ahead: Ahead) -> None:
         self.wait_s = 0.0
+        self.unforeseen = 0  # files that were asked for and were not among the next ones
         self._cache = cache
         self._order = iter(order)
         self._ahead = ahead
@@ -72,7 +73,10 @@ class FetchAhead:
         begin = time.monotonic()
         try:
             job = self._advance_to(needed)
-            return self._fetch(needed) if job is None else self._result(job)
+            if job is None:
+                self.unforeseen += 1
+                return self._fetch_alone(needed)
+            return self._result(job)
         finally:
             self.wait_s += time.monotonic() - begin
 
@@ -91,12 +95,22 @@ class FetchAhead:
         try:
             return job.lease.result()
         except CacheFull:
-            # Our own later files may be what fills it.
-            with self._lock:
-                self._give_up(len(self._window))
-            return self._fetch(job.needed)
+            return self._fetch_alone(job.needed)
         except CancelledError as error:
             raise Stopped("fetching ahead was closed") from error
+
+    def _fetch_alone(self, needed: Needed) -> Lease:
+        """Fetch a file now; where the cache is full, once more after the files ahead, which may fill it, are given back."""
+        try:
+            return self._fetch(needed)
+        except CacheFull:
+            with self._lock:
+                under_way = [job.lease for job in self._window if not job.lease.cancel()]
+                self._window.clear()
+            wait(under_way)
+            for lease in under_way:
+                _close(lease)
+            return self._fetch(needed)
 
     def _fetch(self, needed: Needed) -> Lease:
         return self._cache.get(

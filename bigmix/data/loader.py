@@ -87,15 +87,36 @@ class Plan:
     def assembled(self, portion: Portion, step: int) -> tuple[Assembled, int]:
         """The rows of one rank in some steps, this one among them, and the first of the step's rows in them."""
         start, stop = portion.rows.start, portion.rows.stop
-        steps = max(1, ASSEMBLED_ROWS // (stop - start))
+        steps = self._together(portion, step)
+        rows = self._assembled(steps.start, len(steps), start, stop)
+        return rows, (step - steps.start) * (stop - start)
+
+    def gathered(self, portion: Portion, *, first: int, last: int) -> Iterator[Iterator[RowPlaces]]:
+        """What `assembled` reads for the steps `first` .. `last`, in its order: of each stage, the rows of one reading."""
+        bounds = [begin for begin in self._first_steps if first < begin <= last]
+        for begin, end in pairwise([first, *bounds, last + 1]):
+            yield self._gathered(portion, begin, end)
+
+    def _gathered(self, portion: Portion, step: int, end: int) -> Iterator[RowPlaces]:
+        while step < end:
+            steps = self._together(portion, step)
+            yield self._locate(steps.start, len(steps), portion.rows.start, portion.rows.stop)
+            step = steps.stop
+
+    def _together(self, portion: Portion, step: int) -> range:
+        """The steps that are read together with this one: about ASSEMBLED_ROWS rows of the rank, of one stage."""
+        steps = max(1, ASSEMBLED_ROWS // (portion.rows.stop - portion.rows.start))
         first = (step - 1) // steps * steps + 1
         later = [begin for begin in self._first_steps if first < begin <= step]
         until = [begin for begin in self._first_steps if step < begin < first + steps]
-        begin, end = max([first, *later]), min([first + steps, *until])
-        return self._assembled(begin, end - begin, start, stop), (step - begin) * (stop - start)
+        return range(max([first, *later]), min([first + steps, *until]))
 
     def _assemble(self, first: int, steps: int, start: int, stop: int) -> Assembled:
-        streams = self.streams_at(first)
+        at = bisect_right(self._first_steps, first) - 1
+        if at and first == self._first_steps[at]:
+            for stream in self._stages[at - 1].streams.values():
+                stream.release()
+        streams = self._stages[at].streams
         places = self._locate(first, steps, start, stop)
         return assemble([streams[name] for name in places.names], places)
 

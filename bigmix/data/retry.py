@@ -129,6 +129,7 @@ def parts_of(
     reading = _Reading(url, span)
     failures = 0
     while True:
+        watch.pause(0)
         try:
             for part in reading.go_on(opener, retry.timeout_s):
                 failures = 0

@@ -4,10 +4,13 @@ A source on local disk is mapped. The shards of others are fetched whole into a 
 in the order in which they will be needed, or read in ranges where a machine needs little of each.
 """
 
-import io
+import hashlib
+import shutil
+import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,22 +23,20 @@ from bigmix.data.manifest import Manifest, parse_manifest, read_manifest
 from bigmix.data.retry import Changed, Retry
 from bigmix.data.shards import ByteSource, Shard, mapped
 from bigmix.data.storage import read_file, read_range
-from bigmix.data.stream import Packer, Stream
+from bigmix.data.stream import OPEN_SHARDS, Packer, Stream
 from bigmix.errors import BadInput, BigmixError
 from bigmix.files import sha256_of
-from bigmix.records import Ints
+from bigmix.records import Ints, RowPlaces
 
 TOKENIZER = "tokenizer"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
+_TOKENIZER_FILE = "tokenizer.json"
+_TOKENIZER_FILES_TOO = (  # those of them that there are
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
     "chat_template.jinja",
 )
+_PIPE_TRIES = 2  # a command's failure does not say whether its file is missing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +52,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """How remote shards are read: through a cache, whole unless `ranges` is set for texts."""
+    """How remote shards are read: through a cache, whole unless `ranges` is set for texts, and then block by block."""
 
     folder: Path
     max_bytes: int
@@ -95,7 +96,10 @@ def _selected(manifest: Manifest, names: Sequence[str]) -> Manifest:
 
 
 class Depot:
-    """Opens the shards of sources for one process; what is remote comes through one cache."""
+    """Opens the shards of sources for one process; what is remote comes through one cache.
+
+    An opened shard is held in the cache for as long as somebody holds it.
+    """
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
@@ -112,47 +116,78 @@ class Depot:
 
         Raises BigmixError where its file of lengths is not the one that its manifest lists.
         """
-        open_shard = partial(self._open, source)
+        open_shard = partial(self.open, source)
         return Stream(name, source.manifest, open_shard, packer, lengths=self._lengths(source), seed=seed)  # fmt: skip
 
+    @property
+    def unforeseen(self) -> int:
+        """Shards that were opened and were not among the next ones of the order."""
+        return self._ahead.unforeseen if self._ahead is not None else 0
+
     def fetch_ahead(self, order: Iterable[tuple[Source, int]]) -> None:
-        """From now on fetch shards in this order, remote ones alone, before they are asked for."""
+        """From now on fetch shards in this order before they are asked for; those of `is_fetched` sources alone."""
         self.close()
-        needed = (_needed(source, index) for source, index in order if self._is_fetched(source))
+        needed = (_needed(source, index) for source, index in order)
         self._ahead = FetchAhead(self._opened_cache(), needed, self._reading.ahead)
 
     def close(self) -> None:
-        """Stop fetching ahead."""
+        """Stop fetching ahead: who waits for a shard gets Stopped, as does who asks later for one that is not here."""
         if self._ahead is not None:
             self._ahead.close()
-            self._ahead = None
 
     def tokenizer_folder(self, source: Source) -> Path:
-        """The folder of the tokenizer that made a source; that of a remote one is copied beside the cache."""
-        location = source.location
+        """The folder of the tokenizer that made a source; that of a remote one is copied into the cache's, once.
+
+        The folder does not exist where the source has no tokenizer.
+        """
+        location, manifest = source.location, source.manifest
         if location.is_local:
             return Path(location.url(MANIFEST)).parent / TOKENIZER
-        folder = self._reading.folder / f"tokenizer-{source.manifest.tokenizer.fingerprint[:32]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in _TOKENIZER_FILES:
-            try:
-                content = read_file(location.url(f"{TOKENIZER}/{name}"), retry=self._reading.retry)
-            except BadInput:
-                continue  # a tokenizer has some of these files
-            (folder / name).write_bytes(content)
+        template = manifest.template.sha256 if manifest.template is not None else ""
+        named = f"{location.url(TOKENIZER)} {manifest.tokenizer.fingerprint} {template}"
+        folder = (
+            self._reading.folder / f"tokenizer-{hashlib.sha256(named.encode()).hexdigest()[:32]}"
+        )
+        first = None if folder.is_dir() else self._tokenizer_file(location, _TOKENIZER_FILE)
+        if first is not None:
+            self._opened_cache()
+            beside = Path(tempfile.mkdtemp(dir=self._reading.folder))
+            (beside / _TOKENIZER_FILE).write_bytes(first)
+            for name in _TOKENIZER_FILES_TOO:
+                content = self._tokenizer_file(location, name)
+                if content is not None:
+                    (beside / name).write_bytes(content)
+            with suppress(OSError):  # another process was first
+                beside.rename(folder)
+            shutil.rmtree(beside, ignore_errors=True)
         return folder
 
-    def _is_fetched(self, source: Source) -> bool:
+    def _tokenizer_file(self, location: Location, name: str) -> bytes | None:
+        url, retry = location.url(f"{TOKENIZER}/{name}"), self._reading.retry
+        try:
+            if location.scheme != "pipe":
+                return read_file(url, retry=retry)
+            return read_file(url, retry=replace(retry, tries=min(retry.tries, _PIPE_TRIES)))
+        except BadInput:
+            return None
+        except BigmixError:
+            if location.scheme != "pipe":
+                raise
+            return None
+
+    def is_fetched(self, source: Source) -> bool:
         """Whether shards of a source go through the cache."""
-        ranges = self._reading.ranges and source.manifest.kind == "text"
+        # A command prints a file from its beginning: in ranges it would be printed again for each block.
+        ranges = self._reading.ranges and source.manifest.kind == "text" and source.location.scheme != "pipe"  # fmt: skip
         return not source.location.is_local and not ranges
 
-    def _open(self, source: Source, index: int) -> Shard:
+    def open(self, source: Source, index: int) -> Shard:
+        """A shard of a source by its place among those that are chosen."""
         entry = source.manifest.shards[index]
         url = source.location.url(entry.file)
         if source.location.is_local:
             where = mapped(Path(url), entry.bytes)
-        elif self._is_fetched(source):
+        elif self.is_fetched(source):
             where = _leased(self._lease(source, index), url, entry.bytes)
         else:
             where = ByteSource(name=shown(url), read=partial(_read_range, url, self._reading.retry), mapping=None)  # fmt: skip
@@ -160,9 +195,10 @@ class Depot:
 
     def _lease(self, source: Source, index: int) -> Lease:
         needed = _needed(source, index)
-        if self._ahead is not None:
-            return self._ahead.take(needed)
-        return self._opened_cache().get(needed.url, size=needed.size, sha256=needed.sha256)
+        with _begun():
+            if self._ahead is not None:
+                return self._ahead.take(needed)
+            return self._opened_cache().get(needed.url, size=needed.size, sha256=needed.sha256)
 
     def _opened_cache(self) -> ShardCache:
         if self._cache is None:
@@ -179,27 +215,62 @@ class Depot:
             lengths = _load_lengths(Path(url), manifest)
         else:
             entry = manifest.lengths
-            with self._opened_cache().get(url, size=entry.bytes, sha256=entry.sha256) as path:
-                lengths = np.load(io.BytesIO(path.read_bytes()))
+            lease = self._opened_cache().get(url, size=entry.bytes, sha256=entry.sha256)
+            lengths = np.load(lease.path, mmap_mode="r")
+            weakref.finalize(lengths, lease.close)
         if source.documents is None:
             return lengths
         return np.concatenate([lengths[part] for part in source.documents])
 
 
 def needed_in_order(
-    places: Iterable[Iterable[tuple[str, int]]], sources: Mapping[str, Source], kept: int
+    stages: Iterable[Iterable[RowPlaces]], sources: Mapping[str, Source]
 ) -> Iterator[tuple[Source, int]]:
-    """The shards that rows come from, in the order of the rows, each once until `kept` others of its source came since."""
-    recent: dict[str, dict[int, None]] = {name: {} for name in sources}
-    for rows in places:
-        for name, shard in rows:
-            seen = recent[name]
-            if shard not in seen:
-                yield sources[name], shard
-            seen.pop(shard, None)
-            seen[shard] = None
-            if len(seen) > kept:
-                del seen[next(iter(seen))]
+    """The shards of `sources` that streams open, in their order, where they read these rows together, stage by stage.
+
+    Each stage has streams of its own; a stream holds the OPEN_SHARDS shards open that it used last.
+    """
+    for batches in stages:
+        held: dict[str, dict[int, None]] = {name: {} for name in sources}
+        for places in batches:
+            for source, shard, _ in places.by_shard():
+                name = places.names[source]
+                if name in held and _is_opened(shard, held[name]):
+                    yield sources[name], shard
+            # Else the rest of the run would be gone through for a shard that never comes.
+            if all(len(held[name]) == len(s.manifest.shards) for name, s in sources.items()):
+                break
+
+
+def _is_opened(shard: int, held: dict[int, None]) -> bool:
+    """Whether a stream that holds these shards, the one used last at the end, must open this one; `held` follows it."""
+    is_opened = shard not in held
+    held.pop(shard, None)
+    held[shard] = None
+    if len(held) > OPEN_SHARDS:
+        del held[next(iter(held))]
+    return is_opened
+
+
+def room_in_use(sources: Iterable[Source], ahead: Ahead) -> int:
+    """Bytes of a cache that streams of these sources hold at most: their open shards, one more each, and what is ahead."""
+    total, largest = 0, 0
+    for source in sources:
+        sizes = np.sort(source.manifest.shards.column("bytes"))[::-1]
+        total += int(sizes[: OPEN_SHARDS + 1].sum())
+        largest = max(largest, int(sizes[0]))
+        lengths = source.manifest.lengths
+        total += lengths.bytes if lengths is not None else 0
+    return total + max(largest, min(ahead.bytes, ahead.files * largest))
+
+
+@contextmanager
+def _begun() -> Iterator[None]:
+    """What is bad input at the start is a failure later: the source was there when the run began."""
+    try:
+        yield
+    except BadInput as error:
+        raise BigmixError(str(error)) from error
 
 
 def _needed(source: Source, index: int) -> Needed:
@@ -216,7 +287,8 @@ def _leased(lease: Lease, url: str, size: int) -> ByteSource:
 
 
 def _read_range(url: str, retry: Retry, start: int, stop: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":  # fmt: skip
-    return np.frombuffer(read_range(url, start, stop, retry=retry), np.uint8)
+    with _begun():
+        return np.frombuffer(read_range(url, start, stop, retry=retry), np.uint8)
 
 
 def _load_lengths(path: Path, manifest: Manifest) -> Ints:

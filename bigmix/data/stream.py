@@ -91,6 +91,13 @@ class Stream:
         self._is_cut_anywhere = manifest.kind == "text" and not packer.whole_below
         self._rows_of_shard = self._count_rows()
         self.rows_per_epoch = int(self._rows_of_shard.sum())
+        # Counting may have opened shards, and what is fetched ahead supposes that none is open.
+        self._shard.cache_clear()
+
+    def release(self) -> None:
+        """Close the shards that are held open; they are opened again where a row of them is read."""
+        self._shard.cache_clear()
+        self.table.cache_clear()
 
     @property
     def lost(self) -> Lost:
