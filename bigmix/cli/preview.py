@@ -70,9 +70,10 @@ def _show(known: argparse.Namespace, recipe: Recipe, inputs: Inputs, terminal: T
         rows_per_step=recipe.rows_per_step,
         micro_batch_rows=size,
     )
+    streams = inputs.plan.streams_at(known.step)
     own = inputs.plan.row_ids(known.step)[portion.rows]
     for index, row_id in enumerate(own[: known.rows]):
-        row = inputs.plan.streams[row_id.source].read(row_id)
+        row = streams[row_id.source].read(row_id)
         seat = Seat(rank=known.rank, micro_batch=index // size)
         pieces = list(preview(row, seat, tokenizer, most=None if known.full else SHOWN_TOKENS))
         if known.plain or not terminal.has_colour:
