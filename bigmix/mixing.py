@@ -222,14 +222,16 @@ def _smaller_share(recipe: Recipe, plan: Plan, name: str, factor: float) -> str:
     if not isinstance(source.share, float) or len(numbers) < len(others) or not numbers:
         return ""
     part = source.share / (source.share + sum(numbers)) * factor
-    share = part * sum(numbers) / (1 - part)
     # Prefixes are within one row, and with the share the steps of a budget change: what is said has been tried.
+    guess, fits, too_many = part * sum(numbers) / (1 - part), 0.0, source.share
     for _ in range(_SHARES_TRIED):
-        share = float(f"{share:.2e}")
+        share = float(f"{guess:.2e}")
         if _fits(recipe, plan, name, share):
-            return f", or sources.{name}.share to {share:.3g} or less"
-        share *= 0.99
-    return ""
+            fits = max(fits, share)
+        else:
+            too_many = min(too_many, share)
+        guess = (fits + too_many) / 2 if fits else share * 0.9
+    return f", or sources.{name}.share to {fits:.3g} or less" if fits else ""
 
 
 def _fits(recipe: Recipe, plan: Plan, name: str, share: float) -> bool:
