@@ -129,7 +129,8 @@ def _within_epochs(
             return Mixing(plan=plan, steps=end, loss_shares=loss_shares, notes=notes)
         if first in shares.ends:
             # The mixture owes it the rest of a row, and gives it when several have left: it leaves a row earlier.
-            end = _last_step(recipe, plan, first, steps, spare_rows=1)
+            earlier = _last_step(recipe, plan, first, steps, spare_rows=1)
+            end = min(earlier, shares.ends[first] - 1)
         _check_not_empty(end, first)
         shares = replace(shares, ends={**shares.ends, first: end})
         loss_shares = replace(loss_shares, ends=shares.ends)

@@ -10,6 +10,8 @@ import sys
 import numpy as np
 import pytest
 from corpora import write_source
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ranks import ROOT
 from test_run import end, lines, start, wait_for
 
@@ -42,6 +44,7 @@ def data(tmp_path_factory):
     write_source(folder / "web", "text", shards=3)
     write_source(folder / "code", "text", seed=1, documents=10)
     write_source(folder / "chat", "chat", seed=2)
+    write_source(folder / "more", "text", seed=3, documents=16)
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
 
@@ -184,6 +187,32 @@ def test_sources_leave_one_after_the_other(here, rows_per_step, limit, shares):
     both = max(ends.values())
     assert inputs.shares_of_step(both + 1).rows["web"] == pytest.approx(1)
     assert sum(drawn(inputs).values()) == 400 * rows_per_step
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows_per_step=st.integers(1, 7),
+    shares=st.lists(st.integers(10, 1000), min_size=3, max_size=3),
+    limits=st.lists(st.integers(40, 250), min_size=3, max_size=3),
+    longer=st.integers(0, 30),
+)
+def test_no_source_that_leaves_comes_back(data, rows_per_step, shares, limits, longer):
+    """Each is owed a part of a row when it leaves; these parts together are rows that somebody must give."""
+    names = ("code", "chat", "more")
+    overrides = [f"rows_per_step={rows_per_step}", "budget.steps=200"]
+    overrides += ["sources.more={path: more, role: replay, share: 1}"]
+    overrides += [f"sources.{n}.share={s / 1000}" for n, s in zip(names, shares, strict=True)]
+    overrides += [f"sources.{n}.max_epochs={m / 100}" for n, m in zip(names, limits, strict=True)]
+    overrides += [f"sources.{n}.when_exhausted=renormalise" for n in names]
+    overrides += ["train.micro_batch_rows=1", f"deepspeed={ROOT}/ds_configs/cpu.json"]
+    overrides += [f"sources.{n}.path={data / n}" for n in ("web", *names)]
+    if longer:
+        overrides.append(f"sequence_length=[[0, 60], [{longer}, 64]]")
+    recipe = load_recipe(str(data / "recipe.yaml"), overrides)
+    inputs = open_inputs(recipe, ranks=1, verify=False)
+    for name in names:
+        assert epochs(inputs)[name] <= recipe.sources[name].max_epochs
+    assert sum(drawn(inputs).values()) == 200 * rows_per_step
 
 
 def test_when_all_have_left_nothing_is_left(here):
