@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bigmix.data.stream import Stream
+from bigmix.data.packing import Lost
 from bigmix.ds_config import zero_stage
 from bigmix.evaluate import HeldOut
 from bigmix.inputs import Inputs, accumulation
@@ -73,7 +73,7 @@ def show_held_out(
 
 def _lengths(recipe: Recipe) -> str:
     """The tokens of a row, as they change over the run."""
-    return " -> ".join(f"{length:,}" for _, length in recipe.lengths)
+    return " -> ".join(f"{recipe.padded(length):,}" for _, length in recipe.lengths)
 
 
 def _way(recipe: Recipe) -> str:
@@ -106,32 +106,27 @@ def _sources(recipe: Recipe, inputs: Inputs) -> Table:
             "filled",
             "lost",
         ),
-        rows=[
-            _source(recipe, stream, counts[name], rows_in_all)
-            for name, stream in inputs.plan.streams.items()
-        ],
+        rows=[_source(recipe, inputs, name, counts[name]) for name in inputs.plan.streams],
     )
 
 
-def _source(recipe: Recipe, stream: Stream, rows: int, rows_in_all: int) -> list[Cell]:
-    source, manifest = recipe.sources[stream.name], stream.manifest
-    filled = stream.tokens_per_epoch / (stream.rows_per_epoch * stream.packer.row_tokens)
+def _source(recipe: Recipe, inputs: Inputs, name: str, rows: int) -> list[Cell]:
+    plan, stream = inputs.plan, inputs.plan.streams[name]
     return [
-        stream.name,
-        source.role,
-        manifest.kind,
-        f"{rows / rows_in_all:.1%}",
-        manifest.documents,
+        name,
+        recipe.sources[name].role,
+        stream.manifest.kind,
+        f"{rows / (inputs.steps * recipe.rows_per_step):.1%}",
+        stream.manifest.documents,
         rows,
-        f"{rows / stream.rows_per_epoch:.2f}",
-        f"{filled:.1%}",
-        _said_lost(stream),
+        f"{plan.epochs(inputs.steps)[name]:.2f}",
+        f"{plan.filled(name, rows):.1%}",
+        _said_lost(plan.lost(name)),
     ]
 
 
-def _said_lost(stream: Stream) -> str:
+def _said_lost(lost: Lost) -> str:
     """Documents that packing leaves out or cuts, in words."""
-    lost = stream.lost
     said = [
         f"{lost.dropped:,} too long" if lost.dropped else "",
         f"{lost.truncated:,} cut" if lost.truncated else "",

@@ -16,9 +16,10 @@ from bigmix.data.mixture import Mixture
 from bigmix.data.shares import Member, Points, Share, Shares
 from bigmix.errors import BadInput
 from bigmix.recipe import Recipe
-from bigmix.recipe.models import Temperature
+from bigmix.recipe.models import Group, Source, Temperature
 
 SIZE_DIGITS = 6  # shares that follow from sizes are kept to one part in a million
+_SHARES_TRIED = 20
 _Floats = npt.NDArray[np.float64]
 
 
@@ -38,13 +39,21 @@ def mix(recipe: Recipe, stages: Sequence[Stage]) -> Mixing:
     Raises BadInput with every fault: shares that leave nothing, a budget that is never reached, a source that would
     be gone through more often than it may.
     """
-    tokens = {name: stream.manifest.tokens for name, stream in stages[-1].streams.items()}
-    shares = _shares(recipe, tokens, lambda member: member.share)
+    tokens = _tokens(stages)
+    shares = _shares(recipe, tokens, _share)
     loss_shares = _shares(recipe, tokens, lambda member: member.loss_share or member.share)
     faults = [*_empty_steps("share", shares), *_empty_steps("loss_share", loss_shares)]
     if faults:
         raise BadInput(*faults)
     return _within_epochs(recipe, stages, shares, loss_shares)
+
+
+def _tokens(stages: Sequence[Stage]) -> dict[str, int]:
+    return {name: stream.manifest.tokens for name, stream in stages[-1].streams.items()}
+
+
+def _share(member: Source | Group) -> Any:
+    return member.share
 
 
 def _shares(recipe: Recipe, tokens: Mapping[str, int], share_of: Callable[..., Any]) -> Shares:
@@ -69,14 +78,18 @@ def _number(share: float | Points | Temperature, by_size: float | None) -> Share
 
 def _by_size(recipe: Recipe, tokens: Mapping[str, int]) -> dict[str, float]:
     """The shares of sources with a temperature: tokens to its power, as parts of their group."""
-    powers = {
-        name: float(tokens[name]) ** source.share.temperature
-        for name, source in recipe.sources.items()
-        if isinstance(source.share, Temperature)
-    }
-    total = sum(powers.values())
-    least = 10.0**-SIZE_DIGITS
-    return {name: max(round(power / total, SIZE_DIGITS), least) for name, power in powers.items()}
+    found: dict[str, float] = {}
+    for level in {source.group for source in recipe.sources.values()}:
+        powers = {
+            name: source.share.temperature
+            for name, source in recipe.sources.items()
+            if isinstance(source.share, Temperature) and source.group == level
+        }
+        largest = max((tokens[name] for name in powers), default=1)
+        sizes = {name: (tokens[name] / largest) ** power for name, power in powers.items()}
+        total, least = sum(sizes.values()), 10.0**-SIZE_DIGITS
+        found |= {name: max(round(n / total, SIZE_DIGITS), least) for name, n in sizes.items()}
+    return found
 
 
 def _empty_steps(kind: str, shares: Shares) -> Iterator[str]:
@@ -92,40 +105,67 @@ def _empty_steps(kind: str, shares: Shares) -> Iterator[str]:
 def _within_epochs(
     recipe: Recipe, stages: Sequence[Stage], shares: Shares, loss_shares: Shares
 ) -> Mixing:
-    """Let sources that come to their limit leave, one after the other, until the rest lasts to the end."""
-    notes: list[str] = []
+    """Go from limit to limit: the source that comes first to its own is refused, ends the run, or leaves it."""
     while True:
         plan = Plan(mixture=Mixture(shares, recipe.rows_per_step), stages=stages, seed=recipe.seed)
         steps = count_steps(recipe, stages, shares)
         ends = {
             n: end for n in recipe.sources if (end := _last_step(recipe, plan, n, steps)) < steps
         }
-        refused = [n for n in ends if recipe.sources[n].when_exhausted == "error"]
-        if refused:
-            raise BadInput(*(_too_many(recipe, plan, name, steps) for name in refused))
+        notes = [_said_left(recipe, name, end) for name, end in shares.ends.items() if end < steps]
         if not ends:
             return Mixing(plan=plan, steps=steps, loss_shares=loss_shares, notes=notes)
-        first = min(ends, key=lambda name: ends[name])
-        end, limit = ends[first], recipe.sources[first].max_epochs
-        if recipe.sources[first].when_exhausted == "stop":
-            notes.append(
-                f"the run ends after {end:,} steps and not {steps:,}: {first} has then been gone through "
-                f"max_epochs = {limit:g} times"
-            )
+        # At one step, a stop comes before the others: none of them then goes beyond its limit.
+        first = min(ends, key=lambda n: (ends[n], recipe.sources[n].when_exhausted != "stop"))
+        end, source = ends[first], recipe.sources[first]
+        if source.when_exhausted == "error":
+            raise BadInput(*_refused(recipe, plan, ends, steps))
+        if source.when_exhausted == "stop":
             _check_not_empty(end, first)
-            return Mixing(plan=plan, steps=end, loss_shares=loss_shares, notes=notes)
-        notes.append(
-            f"from step {end + 1:,} on {first} is left out and its share given to the others: it has then been gone "
-            f"through max_epochs = {limit:g} times"
-        )
-        shares = replace(shares, ends={**shares.ends, first: end})
-        loss_shares = replace(loss_shares, ends={**loss_shares.ends, first: end})
-        _check_not_empty(end, first)
-        if not any(shares.at(step)[n] for step in (end, shares.last_change) for n in shares.names):
-            raise BadInput(
-                f"every source has come to its max_epochs after {end:,} of {steps:,} steps; raise a max_epochs, lower the "
-                "budget, or set when_exhausted: stop"
+            notes.append(
+                f"the run ends after {end:,} steps and not {steps:,}: {first} has then come to its max_epochs = "
+                f"{source.max_epochs:g}"
             )
+            return Mixing(plan=plan, steps=end, loss_shares=loss_shares, notes=notes)
+        if first in shares.ends:
+            # The mixture owes it the rest of a row, and gives it when several have left: it leaves a row earlier.
+            earlier = _last_step(recipe, plan, first, steps, spare_rows=1)
+            end = min(earlier, shares.ends[first] - 1)
+        _check_not_empty(end, first)
+        shares = replace(shares, ends={**shares.ends, first: end})
+        loss_shares = replace(loss_shares, ends=shares.ends)
+        faults = [
+            *_nothing_left("share", shares, steps),
+            *_nothing_left("loss_share", loss_shares, steps),
+        ]
+        if faults:
+            raise BadInput(faults[0])
+
+
+def _said_left(recipe: Recipe, name: str, end: int) -> str:
+    return (
+        f"from step {end + 1:,} on {name} is left out and its share given to the others: it has then come to its "
+        f"max_epochs = {recipe.sources[name].max_epochs:g}"
+    )
+
+
+def _nothing_left(kind: str, shares: Shares, steps: int) -> Iterator[str]:
+    """Shares are 0 from a step on because sources have left; a block of rows beyond the run's end counts too."""
+    table = shares.table(np.arange(shares.last_change + 1))
+    empty = np.flatnonzero(sum(table.values()) == 0)
+    if not len(empty):
+        return
+    gone = ", ".join(shares.ends)
+    if len(shares.ends) == len(shares.names):
+        yield (
+            f"every source ({gone}) has come to its max_epochs after {empty[0]:,} of {steps:,} steps; raise a max_epochs, "
+            "lower the budget, or set when_exhausted: stop"
+        )
+    else:
+        yield (
+            f"{kind} of every source is 0 at step {empty[0]:,}, since {gone} has come to its max_epochs; raise it, set "
+            "when_exhausted: stop, or move a point of the others"
+        )
 
 
 def _check_not_empty(end: int, name: str) -> None:
@@ -135,34 +175,46 @@ def _check_not_empty(end: int, name: str) -> None:
         )
 
 
-def _last_step(recipe: Recipe, plan: Plan, name: str, steps: int) -> int:
-    """The last step after which a source is still within its limit, at most `steps`."""
+def _last_step(recipe: Recipe, plan: Plan, name: str, steps: int, *, spare_rows: int = 0) -> int:
+    """The last step after which a source is within its limit less `spare_rows`, at most `steps`."""
     limit = recipe.sources[name].max_epochs
-    if limit is None or plan.epochs(steps)[name] <= limit:
+    if limit is None or _epochs(plan, name, steps, spare_rows) <= limit:
         return steps
     within, beyond = 0, steps
     while beyond - within > 1:
         middle = (within + beyond) // 2
-        if plan.epochs(middle)[name] <= limit:
+        if _epochs(plan, name, middle, spare_rows) <= limit:
             within = middle
         else:
             beyond = middle
     return within
 
 
+def _epochs(plan: Plan, name: str, step: int, more_rows: int) -> float:
+    return plan.epochs(step)[name] + more_rows / plan.streams_at(step)[name].rows_per_epoch
+
+
+def _refused(recipe: Recipe, plan: Plan, ends: Mapping[str, int], steps: int) -> Iterator[str]:
+    """Every source that would go beyond its limit and must not, before another one stops the run."""
+    stops = [end for n, end in ends.items() if recipe.sources[n].when_exhausted == "stop"]
+    for name, end in ends.items():
+        if recipe.sources[name].when_exhausted == "error" and end < min([*stops, steps]):
+            yield _too_many(recipe, plan, name, steps)
+
+
 def _too_many(recipe: Recipe, plan: Plan, name: str, steps: int) -> str:
     source = recipe.sources[name]
     needed, limit = plan.epochs(steps)[name], source.max_epochs
     assert limit is not None
-    fewer = _smaller_share(recipe, name, limit / needed)
+    fewer = _smaller_share(recipe, plan, name, limit / needed)
     return (
-        f"sources.{name}.max_epochs is {limit:g} and the run goes through it {needed:.3g} times in {steps:,} steps; set "
-        f"sources.{name}.max_epochs to {ceil(needed * 100) / 100:g}{fewer}, lower the budget, or choose when_exhausted: stop "
-        "or renormalise"
+        f"sources.{name}.max_epochs is {limit:g} and the run goes through it {needed:.4g} times in {steps:,} steps; set "
+        f"sources.{name}.max_epochs to {ceil(needed * 100) / 100:.15g}{fewer}, lower the budget, or choose when_exhausted: "
+        "stop or renormalise"
     )
 
 
-def _smaller_share(recipe: Recipe, name: str, factor: float) -> str:
+def _smaller_share(recipe: Recipe, plan: Plan, name: str, factor: float) -> str:
     """The share that draws `factor` times the rows while the others keep theirs, in words; nothing where it moves."""
     source = recipe.sources[name]
     others = [s.share for n, s in recipe.sources.items() if n != name and s.group == source.group]
@@ -171,8 +223,29 @@ def _smaller_share(recipe: Recipe, name: str, factor: float) -> str:
     if not isinstance(source.share, float) or len(numbers) < len(others) or not numbers:
         return ""
     part = source.share / (source.share + sum(numbers)) * factor
-    share = part * sum(numbers) / (1 - part)
-    return f", or sources.{name}.share to {share:.3g} or less"
+    # Prefixes are within one row, and with the share the steps of a budget change: what is said has been tried.
+    guess, fits, too_many = part * sum(numbers) / (1 - part), 0.0, source.share
+    for _ in range(_SHARES_TRIED):
+        share = float(f"{guess:.2e}")
+        if _fits(recipe, plan, name, share):
+            fits = max(fits, share)
+        else:
+            too_many = min(too_many, share)
+        guess = (fits + too_many) / 2 if fits else share * 0.9
+    return f", or sources.{name}.share to {fits:.3g} or less" if fits else ""
+
+
+def _fits(recipe: Recipe, plan: Plan, name: str, share: float) -> bool:
+    """Whether a source stays within its limit with this share."""
+    sources = dict(recipe.sources)
+    sources[name] = sources[name].model_copy(update={"share": share})
+    changed = recipe.model_copy(update={"sources": sources})
+    limit, stages = sources[name].max_epochs, plan.stages
+    assert limit is not None
+    shares = replace(_shares(changed, _tokens(stages), _share), ends=plan.mixture.shares.ends)
+    steps = count_steps(changed, stages, shares)
+    mixture = Mixture(shares, recipe.rows_per_step)
+    return Plan(mixture=mixture, stages=stages, seed=recipe.seed).epochs(steps)[name] <= limit
 
 
 def count_steps(recipe: Recipe, stages: Sequence[Stage], shares: Shares) -> int:
@@ -193,8 +266,8 @@ def count_steps(recipe: Recipe, stages: Sequence[Stage], shares: Shares) -> int:
     left = goal - (float(reached[-1]) if len(reached) else 0.0)
     if gains[-1] == 0:
         raise BadInput(
-            f"budget.task_tokens is {goal} and cannot be reached: the shares of {', '.join(names)} "
-            "end at 0; raise their last point, or use budget.steps"
+            f"budget.task_tokens is {goal:,} and {float(reached[-1]):,.0f} can be reached: the shares of {', '.join(names)} end "
+            f"at 0 after step {last:,}; raise their last point or max_epochs, or use budget.steps"
         )
     return last + ceil(left / float(gains[-1]))
 

@@ -62,9 +62,13 @@ class MixedModel(nn.Module):
 
         An attention mask is never given: with one, even of ones, the backends stop looking at the positions.
         """
+        shape = ids_BT.shape
+        if self.lm.config._attn_implementation == "flash_attention_2":
+            # transformers looks at the positions only where there is one row; a row begins a document in any case.
+            ids_BT, positions_BT = ids_BT.view(1, -1), positions_BT.view(1, -1)
         body = self.lm.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)
         hidden_BTD: Tensor = body.last_hidden_state
-        return hidden_BTD
+        return hidden_BTD.view(*shape, -1)
 
 
 def logit_rule(config: Any) -> LogitRule:

@@ -70,6 +70,7 @@ def _show(known: argparse.Namespace, recipe: Recipe, inputs: Inputs, terminal: T
         rows_per_step=recipe.rows_per_step,
         micro_batch_rows=size,
     )
+    streams = inputs.plan.streams_at(known.step)
     own = inputs.plan.row_ids(known.step)[portion.rows]
     streams = inputs.plan.streams_at(known.step)
     for index, row_id in enumerate(own[: known.rows]):

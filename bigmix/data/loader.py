@@ -13,6 +13,7 @@ import numpy as np
 from bigmix.data.assemble import Assembled, assemble
 from bigmix.data.mixture import Mixture, Places
 from bigmix.data.order import key_of
+from bigmix.data.packing import Lost
 from bigmix.data.stream import Stream
 from bigmix.records import Ints, RowId, RowPlaces, StepBatch
 
@@ -62,7 +63,7 @@ class Plan:
         self.mixture = mixture
         self.rows_per_step = mixture.rows_per_step
         self._seed = seed
-        self._stages = stages
+        self.stages = stages
         self._first_steps = [stage.first_step for stage in stages]
         self._starts = list(accumulate(stages[1:], self._next_starts, initial=self._zero()))
         self._assembled = lru_cache(maxsize=2)(self._assemble)
@@ -70,11 +71,11 @@ class Plan:
     @property
     def streams(self) -> Mapping[str, Stream]:
         """The sources, with the rows of the last stage."""
-        return self._stages[-1].streams
+        return self.stages[-1].streams
 
     def streams_at(self, step: int) -> Mapping[str, Stream]:
         """The sources, with the rows of a step, counted from 1."""
-        return self._stages[bisect_right(self._first_steps, step) - 1].streams
+        return self.stages[bisect_right(self._first_steps, step) - 1].streams
 
     def row_ids(self, step: int) -> list[RowId]:
         """The rows of a step, counted from 1, over all ranks and in the order in which ranks take their blocks."""
@@ -123,7 +124,7 @@ class Plan:
     def epochs(self, step: int) -> dict[str, float]:
         """How many times each source has been gone through after a step."""
         at = bisect_right(self._first_steps, step) - 1
-        starts, streams = self._starts[at], self._stages[at].streams
+        starts, streams = self._starts[at], self.stages[at].streams
         drawn = self.mixture.counts(step * self.rows_per_step)
         return {
             name: (drawn[name] - start.drawn + start.index) / streams[name].rows_per_epoch
@@ -133,11 +134,23 @@ class Plan:
     def drawn(self, name: str, rows: int) -> Iterator[tuple[Stream, int, int]]:
         """What the first `rows` rows of a source in the run are: of each stage its stream, and from which row to which."""
         ends = [*(starts[name].drawn for starts in self._starts[1:]), rows]
-        for stage, starts, end in zip(self._stages, self._starts, ends, strict=True):
+        for stage, starts, end in zip(self.stages, self._starts, ends, strict=True):
             start = starts[name]
             count = min(end, rows) - start.drawn
             if count > 0:
                 yield stage.streams[name], start.index, start.index + count
+
+    def filled(self, name: str, rows: int) -> float:
+        """The part of the first `rows` rows of a source in the run that is not padding, in the mean of its epochs."""
+        tokens = places = 0.0
+        for stream, begin, end in self.drawn(name, max(rows, 1)):
+            tokens += (end - begin) * stream.tokens_per_epoch / stream.rows_per_epoch
+            places += (end - begin) * stream.packer.width
+        return tokens / places
+
+    def lost(self, name: str) -> Lost:
+        """What packing leaves out of an epoch of a source, where rows are shortest."""
+        return max((s.streams[name].lost for s in self.stages), key=lambda lost: lost.tokens)
 
     def _zero(self) -> dict[str, _Start]:
         return {name: _Start(drawn=0, index=0) for name in self.mixture.names}
@@ -182,7 +195,7 @@ class Plan:
             if len(own):
                 begin = self._starts[at][name]
                 indices = indices_R[own] - begin.drawn + begin.index
-                places = self._stages[at].streams[name].places(indices)
+                places = self.stages[at].streams[name].places(indices)
                 columns_3R[:, own] = places.epochs_R, places.shards_R, places.rows_R
 
     def _drawn(self, step: int, start: int, stop: int) -> list[Places]:

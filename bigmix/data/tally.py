@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from bigmix.data.loader import Plan
 from bigmix.data.rows import RowTable
@@ -27,7 +26,7 @@ class Tally:
 def tally_of(plan: Plan, name: str, num_rows: int) -> Tally:
     """The first `num_rows` rows of a source in the order in which they are trained, over all epochs."""
     drawn = plan.drawn(name, num_rows)
-    parts = [_tally(stream, np.arange(begin, end)) for stream, begin, end in drawn]
+    parts = [tally_of_rows(stream, begin, end) for stream, begin, end in drawn]
 
     def joined(columns: Iterable[Ints]) -> Ints:
         return np.concatenate([np.zeros(0, np.int64), *columns])
@@ -39,9 +38,10 @@ def tally_of(plan: Plan, name: str, num_rows: int) -> Tally:
     )
 
 
-def _tally(stream: Stream, indices_R: npt.NDArray[np.int64]) -> Tally:
-    places = stream.places(indices_R)
-    columns_3R = np.empty((3, len(indices_R)), np.int64)
+def tally_of_rows(stream: Stream, begin: int, end: int) -> Tally:
+    """The rows [begin, end) of a stream."""
+    places = stream.places(np.arange(begin, end))
+    columns_3R = np.empty((3, end - begin), np.int64)
     for shard in np.unique(places.shards_R).tolist():
         own = np.flatnonzero(places.shards_R == shard)
         columns_3R[:, own] = _columns(stream.table(shard))[:, places.rows_R[own]]

@@ -5,15 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bigmix.data.loader import Plan
 from bigmix.data.packing import Lost
-from bigmix.data.tally import Tally, tally_of
+from bigmix.data.tally import Tally, tally_of, tally_of_rows
 from bigmix.inputs import Inputs
 from bigmix.objective import weigh
 from bigmix.recipe import Recipe
 
 EXACT_ROWS = 2_000_000  # a longer run is estimated from the rows that come first
-SAMPLE_ROWS = 50_000  # of each source, for an estimate
+SAMPLE_ROWS = 50_000  # of each source and length of rows, for an estimate
 SAMPLE_STEPS = 1_000
+_UNITS = ("tokens", "loss_tokens", "squares")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,15 +79,10 @@ def count(recipe: Recipe, inputs: Inputs) -> Counts:
     rows = inputs.plan.mixture.counts(num_rows)
     epochs = inputs.plan.epochs(inputs.steps)
     is_exact = num_rows <= EXACT_ROWS
-    walked = {name: n if is_exact else min(n, SAMPLE_ROWS) for name, n in rows.items()}
-    tallies = {name: tally_of(inputs.plan, name, n) for name, n in walked.items()}
-    scale = {name: n / walked[name] if n else 0.0 for name, n in rows.items()}
+    tallies = {name: tally_of(inputs.plan, name, n) for name, n in rows.items() if is_exact}
     sums = {
-        name: {
-            unit: round(int(getattr(tally, f"{unit}_R").sum()) * scale[name])
-            for unit in ("tokens", "loss_tokens", "squares")
-        }
-        for name, tally in tallies.items()
+        name: _sums(tallies[name]) if is_exact else _estimate(inputs.plan, name, n)
+        for name, n in rows.items()
     }
     if is_exact:
         walk = _walk(recipe, inputs, tallies)
@@ -105,17 +102,31 @@ def count(recipe: Recipe, inputs: Inputs) -> Counts:
                 gradient=walk.gradient[name],
                 wanted=walk.wanted[name],
                 epochs=epochs[name],
-                filled=stream.tokens_per_epoch / (stream.rows_per_epoch * stream.packer.row_tokens),
+                filled=inputs.plan.filled(name, rows[name]),
                 due=rows[name] / inputs.steps,
                 steps=round(walk.steps[name]),
                 read=stream.manifest.read,
                 documents=stream.manifest.documents,
                 dropped=stream.manifest.dropped,
-                lost=stream.lost,
+                lost=inputs.plan.lost(name),
             )
             for name, stream in streams.items()
         },
     )
+
+
+def _sums(tally: Tally) -> dict[str, int]:
+    return {unit: int(getattr(tally, f"{unit}_R").sum()) for unit in _UNITS}
+
+
+def _estimate(plan: Plan, name: str, num_rows: int) -> dict[str, int]:
+    """The sums of a source from the first of its rows of each length."""
+    sums = dict.fromkeys(_UNITS, 0)
+    for stream, begin, end in plan.drawn(name, num_rows):
+        walked = min(end - begin, SAMPLE_ROWS)
+        for unit, total in _sums(tally_of_rows(stream, begin, begin + walked)).items():
+            sums[unit] += round(total * (end - begin) / walked)
+    return sums
 
 
 def _walk(recipe: Recipe, inputs: Inputs, tallies: Mapping[str, Tally]) -> _Walk:

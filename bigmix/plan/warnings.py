@@ -21,7 +21,7 @@ def warnings_of(recipe: Recipe, plan: Forecast, machine: Machine) -> list[str]:
     for name, source in plan.counts.sources.items():
         found += _rare(recipe, plan, name, source)
         found += _repeated(name, source)
-        found += _padded(recipe, name, source)
+        found += _padded(name, source)
         found += _dropped(name, source)
     return [*found, *_drifted(recipe, plan), *_too_large(recipe, plan, machine)]
 
@@ -55,13 +55,13 @@ def _repeated(name: str, source: SourceCounts) -> Iterator[str]:
     )
 
 
-def _padded(recipe: Recipe, name: str, source: SourceCounts) -> Iterator[str]:
+def _padded(name: str, source: SourceCounts) -> Iterator[str]:
     padding = 1 - source.filled
     if padding <= MOST_PADDING:
         return
     mean = source.tokens / source.rows if source.rows else 0.0
     yield (
-        f"{name}: {padding:.0%} of its rows is padding (a row holds {mean:,.0f} of {recipe.longest_row:,} tokens), "
+        f"{name}: {padding:.0%} of its rows is padding (a row holds {mean:,.0f} of {mean / source.filled:,.0f} tokens), "
         f"more than {MOST_PADDING:.0%}; choose another sequence_length, or put more documents into each shard"
     )
 

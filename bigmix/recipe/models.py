@@ -352,8 +352,11 @@ class Recipe(Settings):
     @property
     def longest_row(self) -> int:
         """Tokens of the longest row, padding to a multiple counted."""
-        longest = max(length for _, length in self.lengths)
-        return -(-longest // self.pad_to_multiple) * self.pad_to_multiple
+        return self.padded(max(length for _, length in self.lengths))
+
+    def padded(self, length: int) -> int:
+        """Tokens of a row of a length with the padding to a multiple."""
+        return -(-length // self.pad_to_multiple) * self.pad_to_multiple
 
     @property
     def task_names(self) -> tuple[str, ...]:
