@@ -331,7 +331,6 @@ def test_the_resolved_recipe_means_the_same(here):
         ("sequence_length=64", "sequence_length is 64"),
         ("sources.code.max_epochs=3", "sources.code.max_epochs is 3.0"),
         ("sources.code.share={temperature: 1}", "sources.code.share"),
-        ("pad_to_multiple=8", "pad_to_multiple is 8"),
     ],
 )
 def test_a_run_does_not_go_on_with_another_mixture(here, tmp_path, change, named):

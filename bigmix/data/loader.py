@@ -115,9 +115,9 @@ class Plan:
     def _assemble(self, first: int, steps: int, start: int, stop: int) -> Assembled:
         at = bisect_right(self._first_steps, first) - 1
         if at and first == self._first_steps[at]:
-            for stream in self._stages[at - 1].streams.values():
+            for stream in self.stages[at - 1].streams.values():
                 stream.release()
-        streams = self._stages[at].streams
+        streams = self.stages[at].streams
         places = self._locate(first, steps, start, stop)
         return assemble([streams[name] for name in places.names], places)
 
