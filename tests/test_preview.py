@@ -150,3 +150,9 @@ def test_the_command_shows_the_rows_of_a_rank(tmp_path, tiny_tokenizer):
         assert f"{named[2]}  epoch {named[3]}  shard {named[4]}  row {named[5]}  " in head
     done = bigmix("preview", "recipe.yaml", "--step", "3", "--rank", "2")
     assert done.returncode == 2 and "--rank is 2 and --ranks is 1" in done.stderr
+    grown = ("sequence_length=[[0, 16], [1, 64]]", "pad_to_multiple=12", "--plain")
+    for step, width in (("1", 24), ("2", 72)):
+        shown = bigmix("preview", "recipe.yaml", *grown, "--step", step, "--rows", "8").stdout
+        filled = re.findall(r"([0-9]+) tokens .* ([0-9.]+)% filled", shown)
+        assert len(filled) == 8
+        assert all(float(part) == round(100 * int(n) / width, 1) for n, part in filled)
