@@ -1,9 +1,12 @@
 """How much of `bigmix prepare` is the tokenizer: one command, one table, each speed beside its limit in the same run.
 
-python benchmarks/prepare.py [--megabytes 8] [--processes 2] [--vocab-size 16K] [--input FILE.jsonl]
+python benchmarks/prepare.py [--megabytes 8] [--processes 2] [--rounds 2] [--vocab-size 16K] [--input FILE.jsonl]
 
-The limit is the tokenizer alone: encode_batch over the same strings, already in memory, on as many processes. For
-chats it gives the characters of each token too, which the loss mask needs; for texts it is the faster form without.
+The limit is the tokenizer alone: encode_batch_fast over the same strings, already in memory, on as many processes. For
+chats the table also has encode_batch, which gives the characters of each token too. prepare is timed for the input and
+for four times the input, from the first row on (the start of its processes is in that) and as a whole command (imports
+and the loading of the tokenizer are in that too). Without start-up: what the three further inputs cost, the slope
+between the two. Each figure is the best of the rounds, which take turns, so that other work on the machine hits all.
 """
 
 import argparse
@@ -11,14 +14,16 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -74,11 +79,11 @@ def strings_of(path: Path, tokenizer: Path) -> tuple[str, list[str]]:
 
 
 def encode(
-    tokenizer: str, strings: Sequence[str], kind: str, ready: Any, go: Any, ends: Any
+    tokenizer: str, strings: Sequence[str], characters: bool, ready: Any, go: Any, ends: Any
 ) -> None:
     """The limit: what one process takes for its share, told before the process is torn down."""
     backend = load_tokenizer(tokenizer).backend
-    work = backend.encode_batch if kind == "chat" else backend.encode_batch_fast
+    work = backend.encode_batch if characters else backend.encode_batch_fast
     work(list(strings[:BATCH]), add_special_tokens=False)
     ready.release()
     go.wait()
@@ -88,13 +93,13 @@ def encode(
 
 
 def seconds_of_tokenizer(
-    tokenizer: Path, strings: Sequence[str], kind: str, processes: int
+    tokenizer: Path, strings: Sequence[str], processes: int, *, characters: bool
 ) -> float:
     context = multiprocessing.get_context("spawn")
     ready, go, ends = context.Semaphore(0), context.Event(), context.Queue()
     shares = [strings[k::processes] for k in range(processes)]
     workers = [
-        context.Process(target=encode, args=(str(tokenizer), share, kind, ready, go, ends))
+        context.Process(target=encode, args=(str(tokenizer), share, characters, ready, go, ends))
         for share in shares
     ]
     for worker in workers:
@@ -123,14 +128,21 @@ if __name__ == "__main__":
 """
 
 
-def prepare_once(
-    path: Path, output: Path, tokenizer: Path, processes: int
-) -> tuple[float, int, float]:
-    """Seconds from the first row to the last shard, tokens, and the most MiB that all its processes held."""
+class Run(NamedTuple):
+    """Seconds of the whole command and from the first row to the last shard; MiB that all its processes held at most."""
+
+    command_s: float
+    rows_s: float
+    tokens: int
+    mib: float
+
+
+def prepare_once(path: Path, output: Path, tokenizer: Path, processes: int) -> Run:
     given = {"inputs": [str(path)], "tokenizer": str(tokenizer), "output": str(output)}
     script = output.with_suffix(".py")
     script.write_text(WORK)
     arguments = json.dumps(given | {"processes": processes})
+    began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, str(script), arguments], stdout=subprocess.PIPE, start_new_session=True
     )
@@ -138,9 +150,11 @@ def prepare_once(
     watcher = threading.Thread(target=watch, args=(process, peak))
     watcher.start()
     said, _ = process.communicate()
+    command_s = time.perf_counter() - began
     watcher.join()
-    seconds, tokens = json.loads(said)
-    return seconds, tokens, peak[0]
+    shutil.rmtree(output)
+    rows_s, tokens = json.loads(said)
+    return Run(command_s, rows_s, tokens, peak[0])
 
 
 def watch(process: "subprocess.Popen[bytes]", peak: list[float]) -> None:
@@ -166,49 +180,70 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=8)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--vocab-size", type=whole_number, default=16_000)
     parser.add_argument("--input", type=Path)
     known = parser.parse_args()
     print(f"{known.processes} processes")
-    print(f"{'work':<30}{'M tokens/s':>12}{'of the tokenizer':>18}{'MiB, all processes':>20}")
+    print(f"{'work':<46}{'M tokens/s':>12}{'of the tokenizer':>18}{'MiB, all processes':>20}")
     with tempfile.TemporaryDirectory() as temporary:
         top = Path(temporary)
         for kind in ("text", "chat") if known.input is None else ("input",):
             path = known.input or top / f"{kind}.jsonl"
             if known.input is None:
                 generate(path, kind, known.megabytes << 20)
-            measure(top, path, known.processes, known.vocab_size)
+            measure(top, path, known)
 
 
-def measure(top: Path, path: Path, processes: int, vocab_size: int) -> None:
-    folder = top / f"{path.stem}-tokenizer"
-    rows = (row.columns or {} for row in read_rows([str(path)], ReadOptions()))
-    sample = (
-        json.dumps(row, ensure_ascii=False) for _, row in zip(range(3000), rows, strict=False)
-    )
-    tokenizer = train_tokenizer(sample, vocab_size=vocab_size, kind="bpe", folder=folder)
+def measure(top: Path, path: Path, known: argparse.Namespace) -> None:
+    tokenizer = trained(path, known.vocab_size, top / f"{path.stem}-tokenizer")
     kind, strings = strings_of(path, tokenizer)
-    limits = [seconds_of_tokenizer(tokenizer, strings, kind, processes)]
-    made = [prepare_once(path, top / f"{path.stem}-{k}", tokenizer, processes) for k in range(2)]
-    seconds, tokens, memory = min(made)
     four = top / f"{path.stem}-four.jsonl"
-    four.write_text(path.read_text() * 4)
-    seconds_of_four, tokens_of_four, memory_of_four = prepare_once(
-        four, top / f"{path.stem}-four", tokenizer, processes
-    )
-    # Before and after: where the two are far apart, something else was running and the ratios say nothing.
-    limits.append(seconds_of_tokenizer(tokenizer, strings, kind, processes))
-    limit = min(limits)
-    print(f"{f'{kind}: tokenizer alone':<30}{tokens / limit / 1e6:>12.2f}{'100 %':>18}")
-    print(
-        f"{f'{kind}: prepare':<30}{tokens / seconds / 1e6:>12.2f}{limit / seconds:>18.0%}{memory:>20.0f}"
-    )
-    print(f"{f'{kind}: tokenizer, other run':<30}{tokens / max(limits) / 1e6:>12.2f}")
-    share = 4 * limit / seconds_of_four
-    print(
-        f"{f'{kind}: prepare, 4 x the input':<30}{tokens_of_four / seconds_of_four / 1e6:>12.2f}"
-        f"{share:>18.0%}{memory_of_four:>20.0f}"
-    )
+    with four.open("wb") as file:
+        for _ in range(4):
+            file.write(path.read_bytes())
+    limits: dict[bool, list[float]] = {False: [], True: []}
+    runs: dict[Path, list[Run]] = {path: [], four: []}
+    for _ in range(known.rounds):
+        for characters, found in limits.items():
+            if kind == "chat" or not characters:
+                seconds = seconds_of_tokenizer(
+                    tokenizer, strings, known.processes, characters=characters
+                )
+                found.append(seconds)
+        for each, made in runs.items():
+            made.append(prepare_once(each, top / "output", tokenizer, known.processes))
+    show(kind, limits, runs[path], runs[four])
+
+
+def trained(path: Path, vocab_size: int, folder: Path) -> Path:
+    rows = islice(read_rows([str(path)], ReadOptions()), 3000)
+    sample = (json.dumps(row.columns or {}, ensure_ascii=False) for row in rows)
+    return train_tokenizer(sample, vocab_size=vocab_size, kind="bpe", folder=folder)
+
+
+def show(
+    kind: str, limits: dict[bool, list[float]], one: Sequence[Run], four: Sequence[Run]
+) -> None:
+    tokens, mib = one[0].tokens, [max(run.mib for run in runs) for runs in (one, four)]
+    limit = tokens / min(limits[False])
+
+    def line(work: str, speed: float, memory: float | None = None) -> None:
+        end = "" if memory is None else f"{memory:>20.0f}"
+        print(f"{f'{kind}: {work}':<46}{speed / 1e6:>12.2f}{speed / limit:>18.0%}{end}")
+
+    line("tokenizer alone", limit)
+    # Where it is far from the best, something else was running and the ratios say little.
+    line("tokenizer alone, worst round", tokens / max(limits[False]))
+    if limits[True]:
+        line("tokenizer alone, with characters", tokens / min(limits[True]))
+    rows_s = [min(run.rows_s for run in runs) for runs in (one, four)]
+    command_s = [min(run.command_s for run in runs) for runs in (one, four)]
+    line("prepare, whole command", tokens / command_s[0], mib[0])
+    line("prepare, whole command, 4 x the input", 4 * tokens / command_s[1], mib[1])
+    line("prepare, from the first row", tokens / rows_s[0])
+    line("prepare, from the first row, 4 x the input", 4 * tokens / rows_s[1])
+    line("prepare, without start-up (the slope)", 3 * tokens / (rows_s[1] - rows_s[0]))
 
 
 if __name__ == "__main__":
