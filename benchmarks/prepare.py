@@ -7,6 +7,7 @@ chats the table also has encode_batch, which gives the characters of each token 
 for four times the input, from the first row on (the start of its processes is in that) and as a whole command (imports
 and the loading of the tokenizer are in that too). Without start-up: what the three further inputs cost, the slope
 between the two. Each figure is the best of the rounds, which take turns, so that other work on the machine hits all.
+"By processor time" is the tokenizer's share of the processor seconds of all processes, which other work hits less.
 """
 
 import argparse
@@ -87,14 +88,22 @@ def encode(
     work(list(strings[:BATCH]), add_special_tokens=False)
     ready.release()
     go.wait()
+    began_s = time.process_time()
     for at in range(0, len(strings), BATCH):
         work(strings[at : at + BATCH], add_special_tokens=False)
-    ends.put(time.monotonic())  # one clock for all processes
+    ends.put((time.monotonic(), time.process_time() - began_s))  # one clock for all processes
 
 
-def seconds_of_tokenizer(
+class Cost(NamedTuple):
+    """Seconds by the clock, and processor seconds of all processes."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def cost_of_tokenizer(
     tokenizer: Path, strings: Sequence[str], processes: int, *, characters: bool
-) -> float:
+) -> Cost:
     context = multiprocessing.get_context("spawn")
     ready, go, ends = context.Semaphore(0), context.Event(), context.Queue()
     shares = [strings[k::processes] for k in range(processes)]
@@ -108,31 +117,48 @@ def seconds_of_tokenizer(
         ready.acquire()
     began = time.monotonic()
     go.set()
-    seconds = max(ends.get() for _ in workers) - began
+    found = [ends.get() for _ in workers]
     for worker in workers:
         worker.join()
-    return float(seconds)
+    return Cost(max(end for end, _ in found) - began, sum(cpu_s for _, cpu_s in found))
 
 
 WORK = """
-import json, sys, time
+import json, os, sys, time
+from pathlib import Path
 from bigmix.terminal import tame_libraries
 tame_libraries()
 from bigmix.data.prepare import prepare
 from bigmix.data.prepare_settings import PrepareSettings
+
+def cpu_s():
+    # The server of the workers is a child, and the ended workers are in its account.
+    total = time.process_time()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == os.getpid():
+            total += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return total
+
 given = json.loads(sys.argv[1])
 marks = []
 if __name__ == "__main__":
-    made = prepare(PrepareSettings(**given), lambda *counts: marks.append((time.perf_counter(), *counts)))
-    print(json.dumps([time.perf_counter() - marks[0][0], made.manifest.tokens]))
+    report = lambda *counts: marks.append((time.perf_counter(), cpu_s())) if not marks else None
+    made = prepare(PrepareSettings(**given), report)
+    (begin_s, begin_cpu_s), end_cpu_s = marks[0], cpu_s()
+    rows = [time.perf_counter() - begin_s, end_cpu_s - begin_cpu_s]
+    print(json.dumps([rows, end_cpu_s, made.manifest.tokens]))
 """
 
 
 class Run(NamedTuple):
-    """Seconds of the whole command and from the first row to the last shard; MiB that all its processes held at most."""
+    """The whole command, what is from the first row to the last shard, and the MiB that all processes held at most."""
 
-    command_s: float
-    rows_s: float
+    command: Cost
+    rows: Cost
     tokens: int
     mib: float
 
@@ -153,8 +179,8 @@ def prepare_once(path: Path, output: Path, tokenizer: Path, processes: int) -> R
     command_s = time.perf_counter() - began
     watcher.join()
     shutil.rmtree(output)
-    rows_s, tokens = json.loads(said)
-    return Run(command_s, rows_s, tokens, peak[0])
+    rows, cpu_s, tokens = json.loads(said)
+    return Run(Cost(command_s, cpu_s), Cost(*rows), tokens, peak[0])
 
 
 def watch(process: "subprocess.Popen[bytes]", peak: list[float]) -> None:
@@ -185,7 +211,9 @@ def main() -> None:
     parser.add_argument("--input", type=Path)
     known = parser.parse_args()
     print(f"{known.processes} processes")
-    print(f"{'work':<46}{'M tokens/s':>12}{'of the tokenizer':>18}{'MiB, all processes':>20}")
+    print(
+        f"{'work':<48}{'M tokens/s':>12}{'of the tokenizer':>18}{'by processor time':>20}{'MiB, all processes':>20}"
+    )
     with tempfile.TemporaryDirectory() as temporary:
         top = Path(temporary)
         for kind in ("text", "chat") if known.input is None else ("input",):
@@ -202,15 +230,14 @@ def measure(top: Path, path: Path, known: argparse.Namespace) -> None:
     with four.open("wb") as file:
         for _ in range(4):
             file.write(path.read_bytes())
-    limits: dict[bool, list[float]] = {False: [], True: []}
+    limits: dict[bool, list[Cost]] = {False: [], True: []}
     runs: dict[Path, list[Run]] = {path: [], four: []}
     for _ in range(known.rounds):
         for characters, found in limits.items():
             if kind == "chat" or not characters:
-                seconds = seconds_of_tokenizer(
-                    tokenizer, strings, known.processes, characters=characters
+                found.append(
+                    cost_of_tokenizer(tokenizer, strings, known.processes, characters=characters)
                 )
-                found.append(seconds)
         for each, made in runs.items():
             made.append(prepare_once(each, top / "output", tokenizer, known.processes))
     show(kind, limits, runs[path], runs[four])
@@ -223,27 +250,33 @@ def trained(path: Path, vocab_size: int, folder: Path) -> Path:
 
 
 def show(
-    kind: str, limits: dict[bool, list[float]], one: Sequence[Run], four: Sequence[Run]
+    kind: str, limits: dict[bool, list[Cost]], one: Sequence[Run], four: Sequence[Run]
 ) -> None:
     tokens, mib = one[0].tokens, [max(run.mib for run in runs) for runs in (one, four)]
-    limit = tokens / min(limits[False])
+    limit = best(limits[False])
 
-    def line(work: str, speed: float, memory: float | None = None) -> None:
+    def line(work: str, cost: Cost, inputs: int = 1, memory: float | None = None) -> None:
         end = "" if memory is None else f"{memory:>20.0f}"
-        print(f"{f'{kind}: {work}':<46}{speed / 1e6:>12.2f}{speed / limit:>18.0%}{end}")
+        shares = [inputs * limit.wall_s / cost.wall_s, inputs * limit.cpu_s / cost.cpu_s]
+        speed = inputs * tokens / cost.wall_s / 1e6
+        print(f"{f'{kind}: {work}':<48}{speed:>12.2f}{shares[0]:>18.0%}{shares[1]:>20.0%}{end}")
 
     line("tokenizer alone", limit)
     # Where it is far from the best, something else was running and the ratios say little.
-    line("tokenizer alone, worst round", tokens / max(limits[False]))
+    line("tokenizer alone, worst round", Cost(*map(max, zip(*limits[False], strict=True))))
     if limits[True]:
-        line("tokenizer alone, with characters", tokens / min(limits[True]))
-    rows_s = [min(run.rows_s for run in runs) for runs in (one, four)]
-    command_s = [min(run.command_s for run in runs) for runs in (one, four)]
-    line("prepare, whole command", tokens / command_s[0], mib[0])
-    line("prepare, whole command, 4 x the input", 4 * tokens / command_s[1], mib[1])
-    line("prepare, from the first row", tokens / rows_s[0])
-    line("prepare, from the first row, 4 x the input", 4 * tokens / rows_s[1])
-    line("prepare, without start-up (the slope)", 3 * tokens / (rows_s[1] - rows_s[0]))
+        line("tokenizer alone, with characters", best(limits[True]))
+    rows = [best([run.rows for run in runs]) for runs in (one, four)]
+    line("prepare, whole command", best([run.command for run in one]), 1, mib[0])
+    line("prepare, whole command, 4 x the input", best([run.command for run in four]), 4, mib[1])
+    line("prepare, from the first row", rows[0])
+    line("prepare, from the first row, 4 x the input", rows[1], 4)
+    slope = Cost(rows[1].wall_s - rows[0].wall_s, rows[1].cpu_s - rows[0].cpu_s)
+    line("prepare, without start-up (the slope)", slope, 3)
+
+
+def best(costs: Sequence[Cost]) -> Cost:
+    return Cost(min(cost.wall_s for cost in costs), min(cost.cpu_s for cost in costs))
 
 
 if __name__ == "__main__":
