@@ -411,6 +411,11 @@ def test_chats_that_are_encoded_together_are_those_of_the_slow_way(with_template
         assert fast.loss_mask.tolist() == mask
 
 
+@pytest.mark.parametrize("talk", [chat("Q\ud800", "A"), chat("Q", "A\ud800")])
+def test_half_of_a_surrogate_pair_is_no_text(plain, talk):
+    assert encode(plain, talk, "plain") == Dropped(reason="not_unicode")
+
+
 PIECES = ["x", "  a", "a\n", "é", "知识", "👩‍👩‍👧", "e\u0301", " 🙂 \n", "混合 keeps", "Is it so?"]
 KINDS = {
     "plain": lambda whole: None,

@@ -119,11 +119,16 @@ def render_chat(
     if rendered is None:
         return Dropped(reason="answers_not_found")
     answers = [turn["content"] for turn in conversation.messages if turn["role"] == "assistant"]
+    try:
+        rendered.text.encode()
+        answer_bytes = sum(len(answer.encode()) for answer in answers)
+    except UnicodeEncodeError:  # half of a surrogate pair: JSON can write it, UTF-8 cannot
+        return Dropped(reason="not_unicode")
     return RenderedChat(
         text=rendered.text,
         spans=rendered.spans,
         hidden=hidden.strings,
-        answer_bytes=sum(len(answer.encode()) for answer in answers),
+        answer_bytes=answer_bytes,
         turns=len(conversation.messages),
     )
 

@@ -52,7 +52,7 @@ ROLES = {
     "function_response": "tool",
     "ipython": "tool",
 }
-STANDARD = frozenset(ROLES.values())
+STANDARD = tuple(dict.fromkeys(ROLES.values()))
 PARTS = ("text", "messages", "prompt", "response", "context", "input", "system", "history", "tools")
 
 
