@@ -1,9 +1,13 @@
 """How much of `bigmix prepare` is the tokenizer: one command, one table, each speed beside its limit in the same run.
 
-python benchmarks/prepare.py [--megabytes 8] [--processes 2] [--vocab-size 16K] [--input FILE.jsonl]
+python benchmarks/prepare.py [--megabytes 8] [--processes 2] [--rounds 2] [--vocab-size 16K] [--input FILE.jsonl]
 
-The limit is the tokenizer alone: encode_batch over the same strings, already in memory, on as many processes. For
-chats it gives the characters of each token too, which the loss mask needs; for texts it is the faster form without.
+The limit is the tokenizer alone: encode_batch_fast over the same strings, already in memory, on as many processes. For
+chats the table also has encode_batch, which gives the characters of each token too. prepare is timed for the input and
+for four times the input, from the first row on (the start of its processes is in that) and as a whole command (imports
+and the loading of the tokenizer are in that too). Without start-up: what the three further inputs cost, the slope
+between the two. Each figure is the best of the rounds, which take turns, so that other work on the machine hits all.
+"By processor time" is the tokenizer's share of the processor seconds of all processes, which other work hits less.
 """
 
 import argparse
@@ -11,14 +15,16 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -74,27 +80,35 @@ def strings_of(path: Path, tokenizer: Path) -> tuple[str, list[str]]:
 
 
 def encode(
-    tokenizer: str, strings: Sequence[str], kind: str, ready: Any, go: Any, ends: Any
+    tokenizer: str, strings: Sequence[str], characters: bool, ready: Any, go: Any, ends: Any
 ) -> None:
     """The limit: what one process takes for its share, told before the process is torn down."""
     backend = load_tokenizer(tokenizer).backend
-    work = backend.encode_batch if kind == "chat" else backend.encode_batch_fast
+    work = backend.encode_batch if characters else backend.encode_batch_fast
     work(list(strings[:BATCH]), add_special_tokens=False)
     ready.release()
     go.wait()
+    began_s = time.process_time()
     for at in range(0, len(strings), BATCH):
         work(strings[at : at + BATCH], add_special_tokens=False)
-    ends.put(time.monotonic())  # one clock for all processes
+    ends.put((time.monotonic(), time.process_time() - began_s))  # one clock for all processes
 
 
-def seconds_of_tokenizer(
-    tokenizer: Path, strings: Sequence[str], kind: str, processes: int
-) -> float:
+class Cost(NamedTuple):
+    """Seconds by the clock, and processor seconds of all processes."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def cost_of_tokenizer(
+    tokenizer: Path, strings: Sequence[str], processes: int, *, characters: bool
+) -> Cost:
     context = multiprocessing.get_context("spawn")
     ready, go, ends = context.Semaphore(0), context.Event(), context.Queue()
     shares = [strings[k::processes] for k in range(processes)]
     workers = [
-        context.Process(target=encode, args=(str(tokenizer), share, kind, ready, go, ends))
+        context.Process(target=encode, args=(str(tokenizer), share, characters, ready, go, ends))
         for share in shares
     ]
     for worker in workers:
@@ -103,34 +117,58 @@ def seconds_of_tokenizer(
         ready.acquire()
     began = time.monotonic()
     go.set()
-    seconds = max(ends.get() for _ in workers) - began
+    found = [ends.get() for _ in workers]
     for worker in workers:
         worker.join()
-    return float(seconds)
+    return Cost(max(end for end, _ in found) - began, sum(cpu_s for _, cpu_s in found))
 
 
 WORK = """
-import json, sys, time
+import json, os, sys, time
+from pathlib import Path
 from bigmix.terminal import tame_libraries
 tame_libraries()
 from bigmix.data.prepare import prepare
 from bigmix.data.prepare_settings import PrepareSettings
+
+def cpu_s():
+    # The server of the workers is a child, and the ended workers are in its account.
+    total = time.process_time()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == os.getpid():
+            total += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return total
+
 given = json.loads(sys.argv[1])
 marks = []
 if __name__ == "__main__":
-    made = prepare(PrepareSettings(**given), lambda *counts: marks.append((time.perf_counter(), *counts)))
-    print(json.dumps([time.perf_counter() - marks[0][0], made.manifest.tokens]))
+    report = lambda *counts: marks.append((time.perf_counter(), cpu_s())) if not marks else None
+    made = prepare(PrepareSettings(**given), report)
+    (begin_s, begin_cpu_s), end_cpu_s = marks[0], cpu_s()
+    rows = [time.perf_counter() - begin_s, end_cpu_s - begin_cpu_s]
+    print(json.dumps([rows, end_cpu_s, made.manifest.tokens]))
 """
 
 
-def prepare_once(
-    path: Path, output: Path, tokenizer: Path, processes: int
-) -> tuple[float, int, float]:
-    """Seconds from the first row to the last shard, tokens, and the most MiB that all its processes held."""
+class Run(NamedTuple):
+    """The whole command, what is from the first row to the last shard, and the MiB that all processes held at most."""
+
+    command: Cost
+    rows: Cost
+    tokens: int
+    mib: float
+
+
+def prepare_once(path: Path, output: Path, tokenizer: Path, processes: int) -> Run:
     given = {"inputs": [str(path)], "tokenizer": str(tokenizer), "output": str(output)}
     script = output.with_suffix(".py")
     script.write_text(WORK)
     arguments = json.dumps(given | {"processes": processes})
+    began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, str(script), arguments], stdout=subprocess.PIPE, start_new_session=True
     )
@@ -138,9 +176,11 @@ def prepare_once(
     watcher = threading.Thread(target=watch, args=(process, peak))
     watcher.start()
     said, _ = process.communicate()
+    command_s = time.perf_counter() - began
     watcher.join()
-    seconds, tokens = json.loads(said)
-    return seconds, tokens, peak[0]
+    shutil.rmtree(output)
+    rows, cpu_s, tokens = json.loads(said)
+    return Run(Cost(command_s, cpu_s), Cost(*rows), tokens, peak[0])
 
 
 def watch(process: "subprocess.Popen[bytes]", peak: list[float]) -> None:
@@ -166,49 +206,77 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=8)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--vocab-size", type=whole_number, default=16_000)
     parser.add_argument("--input", type=Path)
     known = parser.parse_args()
     print(f"{known.processes} processes")
-    print(f"{'work':<30}{'M tokens/s':>12}{'of the tokenizer':>18}{'MiB, all processes':>20}")
+    print(
+        f"{'work':<48}{'M tokens/s':>12}{'of the tokenizer':>18}{'by processor time':>20}{'MiB, all processes':>20}"
+    )
     with tempfile.TemporaryDirectory() as temporary:
         top = Path(temporary)
         for kind in ("text", "chat") if known.input is None else ("input",):
             path = known.input or top / f"{kind}.jsonl"
             if known.input is None:
                 generate(path, kind, known.megabytes << 20)
-            measure(top, path, known.processes, known.vocab_size)
+            measure(top, path, known)
 
 
-def measure(top: Path, path: Path, processes: int, vocab_size: int) -> None:
-    folder = top / f"{path.stem}-tokenizer"
-    rows = (row.columns or {} for row in read_rows([str(path)], ReadOptions()))
-    sample = (
-        json.dumps(row, ensure_ascii=False) for _, row in zip(range(3000), rows, strict=False)
-    )
-    tokenizer = train_tokenizer(sample, vocab_size=vocab_size, kind="bpe", folder=folder)
+def measure(top: Path, path: Path, known: argparse.Namespace) -> None:
+    tokenizer = trained(path, known.vocab_size, top / f"{path.stem}-tokenizer")
     kind, strings = strings_of(path, tokenizer)
-    limits = [seconds_of_tokenizer(tokenizer, strings, kind, processes)]
-    made = [prepare_once(path, top / f"{path.stem}-{k}", tokenizer, processes) for k in range(2)]
-    seconds, tokens, memory = min(made)
     four = top / f"{path.stem}-four.jsonl"
-    four.write_text(path.read_text() * 4)
-    seconds_of_four, tokens_of_four, memory_of_four = prepare_once(
-        four, top / f"{path.stem}-four", tokenizer, processes
-    )
-    # Before and after: where the two are far apart, something else was running and the ratios say nothing.
-    limits.append(seconds_of_tokenizer(tokenizer, strings, kind, processes))
-    limit = min(limits)
-    print(f"{f'{kind}: tokenizer alone':<30}{tokens / limit / 1e6:>12.2f}{'100 %':>18}")
-    print(
-        f"{f'{kind}: prepare':<30}{tokens / seconds / 1e6:>12.2f}{limit / seconds:>18.0%}{memory:>20.0f}"
-    )
-    print(f"{f'{kind}: tokenizer, other run':<30}{tokens / max(limits) / 1e6:>12.2f}")
-    share = 4 * limit / seconds_of_four
-    print(
-        f"{f'{kind}: prepare, 4 x the input':<30}{tokens_of_four / seconds_of_four / 1e6:>12.2f}"
-        f"{share:>18.0%}{memory_of_four:>20.0f}"
-    )
+    with four.open("wb") as file:
+        for _ in range(4):
+            file.write(path.read_bytes())
+    limits: dict[bool, list[Cost]] = {False: [], True: []}
+    runs: dict[Path, list[Run]] = {path: [], four: []}
+    for _ in range(known.rounds):
+        for characters, found in limits.items():
+            if kind == "chat" or not characters:
+                found.append(
+                    cost_of_tokenizer(tokenizer, strings, known.processes, characters=characters)
+                )
+        for each, made in runs.items():
+            made.append(prepare_once(each, top / "output", tokenizer, known.processes))
+    show(kind, limits, runs[path], runs[four])
+
+
+def trained(path: Path, vocab_size: int, folder: Path) -> Path:
+    rows = islice(read_rows([str(path)], ReadOptions()), 3000)
+    sample = (json.dumps(row.columns or {}, ensure_ascii=False) for row in rows)
+    return train_tokenizer(sample, vocab_size=vocab_size, kind="bpe", folder=folder)
+
+
+def show(
+    kind: str, limits: dict[bool, list[Cost]], one: Sequence[Run], four: Sequence[Run]
+) -> None:
+    tokens, mib = one[0].tokens, [max(run.mib for run in runs) for runs in (one, four)]
+    limit = best(limits[False])
+
+    def line(work: str, cost: Cost, inputs: int = 1, memory: float | None = None) -> None:
+        end = "" if memory is None else f"{memory:>20.0f}"
+        shares = [inputs * limit.wall_s / cost.wall_s, inputs * limit.cpu_s / cost.cpu_s]
+        speed = inputs * tokens / cost.wall_s / 1e6
+        print(f"{f'{kind}: {work}':<48}{speed:>12.2f}{shares[0]:>18.0%}{shares[1]:>20.0%}{end}")
+
+    line("tokenizer alone", limit)
+    # Where it is far from the best, something else was running and the ratios say little.
+    line("tokenizer alone, worst round", Cost(*map(max, zip(*limits[False], strict=True))))
+    if limits[True]:
+        line("tokenizer alone, with characters", best(limits[True]))
+    rows = [best([run.rows for run in runs]) for runs in (one, four)]
+    line("prepare, whole command", best([run.command for run in one]), 1, mib[0])
+    line("prepare, whole command, 4 x the input", best([run.command for run in four]), 4, mib[1])
+    line("prepare, from the first row", rows[0])
+    line("prepare, from the first row, 4 x the input", rows[1], 4)
+    slope = Cost(rows[1].wall_s - rows[0].wall_s, rows[1].cpu_s - rows[0].cpu_s)
+    line("prepare, without start-up (the slope)", slope, 3)
+
+
+def best(costs: Sequence[Cost]) -> Cost:
+    return Cost(min(cost.wall_s for cost in costs), min(cost.cpu_s for cost in costs))
 
 
 if __name__ == "__main__":

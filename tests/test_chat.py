@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 import pytest
 from conftest import generated_texts
-from tokenizers import processors
+from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -409,3 +409,33 @@ def test_chats_that_are_encoded_together_are_those_of_the_slow_way(with_template
         ids, mask = slow_chat(tokenizer, template, conversation)
         assert fast.ids.tolist() == ids
         assert fast.loss_mask.tolist() == mask
+
+
+@pytest.mark.parametrize("talk", [chat("Q\ud800", "A"), chat("Q", "A\ud800")])
+def test_half_of_a_surrogate_pair_is_no_text(plain, talk):
+    assert encode(plain, talk, "plain") == Dropped(reason="not_unicode")
+
+
+PIECES = ["x", "  a", "a\n", "é", "知识", "👩‍👩‍👧", "e\u0301", " 🙂 \n", "混合 keeps", "Is it so?"]
+KINDS = {
+    "plain": lambda whole: None,
+    "NFC": lambda whole: setattr(whole, "normalizer", normalizers.NFC()),
+    "trimmed": lambda whole: setattr(whole, "post_processor", processors.ByteLevel()),
+    "space before": lambda whole: setattr(whole, "pre_tokenizer", pre_tokenizers.ByteLevel()),
+}
+
+
+@pytest.mark.parametrize("source", ["plain", CHATML, GENERATION])
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_by_the_bytes_of_tokens_are_those_by_their_characters(with_template, source, kind):
+    tokenizer, draw = with_template(CHATML if source == "plain" else source), random.Random(1)
+    KINDS[kind](tokenizer.backend)
+    assert (tokenizer.token_bytes is None) == (kind in ("trimmed", "space before"))
+    template = open_template(tokenizer, "plain" if source == "plain" else "tokenizer")
+    talks = [
+        chat(*("".join(draw.choices(PIECES, k=draw.randint(1, 5))) for _ in range(4)))
+        for _ in range(60)
+    ]
+    encoded = encode_chats(tokenizer, [render_chat(tokenizer, template, talk) for talk in talks])
+    for talk, fast in zip(talks, encoded, strict=True):
+        assert (fast.ids.tolist(), fast.loss_mask.tolist()) == slow_chat(tokenizer, template, talk)

@@ -89,7 +89,7 @@ def test_a_saved_dataset_with_splits_wants_one_of_them(tmp_path):
 def test_rows_know_their_line_and_blank_lines_count(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text":"a"}\n\n  \n{"text":"b"}\n')
-    assert [(row.file, row.index) for row in read(path)] == [(str(path), 1), (str(path), 4)]
+    assert [(row.file, row.number) for row in read(path)] == [(str(path), 1), (str(path), 4)]
 
 
 def test_folders_and_globs_are_read_in_order_of_their_names(tmp_path):

@@ -19,7 +19,7 @@ LAYERS = [
         "data.order",
     },
     {
-        "data.recognise", "data.sentencepiece_model", "data.shards", "data.packing", "data.mixture", "loss", "ds_config",
+        "data.recognise", "data.sentencepiece_model", "data.token_bytes", "data.shards", "data.packing", "data.mixture", "loss", "ds_config",
         "metrics", "terminal", "guard", "quickstart.corpus", "data.progress", "data.picture",
     },
     {"data.documents", "data.tokenizer", "model", "flops", "data.rows", "engine"},

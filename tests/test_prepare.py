@@ -276,7 +276,7 @@ def test_rows_are_read_only_a_few_batches_ahead(tiny_tokenizer, processes):
         nonlocal taken
         for index in range(100_000):
             taken += 1
-            yield RawRow(file="f", index=index, columns={"text": "a"})
+            yield RawRow(file="f", number=index, columns={"text": "a"})
 
     job = tokenise.Job(
         tokenizer=load_tokenizer(str(tiny_tokenizer)),

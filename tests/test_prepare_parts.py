@@ -382,4 +382,4 @@ def test_a_stretch_names_the_byte_from_which_its_lines_are_counted(tmp_path):
     path.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}\n')
     span = Span(place=str(path), start=9, stop=18)
     (row,) = [parsed(row, ReadOptions()) for row in read_span(span, ReadOptions())]
-    assert row == RawRow(file=f"{path} from byte 9", index=1, columns={"a": 2})
+    assert row == RawRow(file=f"{path} from byte 9", number=1, columns={"a": 2})

@@ -90,6 +90,7 @@ def test_rows_that_do_not_fit_are_dropped_with_a_reason():
         [],
         "text",
         [{"role": "narrator", "content": "x"}],
+        [{"role": ["user"], "content": "x"}],
         [{"role": "user", "content": [{"type": "image"}]}],
         [{"role": "user", "content": 3}],
     ],

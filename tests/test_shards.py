@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -115,6 +116,22 @@ def test_the_same_documents_give_the_same_bytes(tmp_path):
     assert first.sha256 == second.sha256
     with tarfile.open(tmp_path / "a.tar") as tar:
         assert {(info.mtime, info.uid, info.uname) for info in tar} == {(0, 0, "")}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("size", [1, 3, 30])
+def test_documents_added_together_give_the_bytes_of_one_by_one(tmp_path, monkeypatch, masked, size):
+    monkeypatch.setattr(shards, "BLOCK_TOKENS", 50)
+    written = documents([30, 20, 5, 70, 1, 120, 3, 46, 2, 60])
+    one = write(tmp_path, written, masked=masked, name="one.tar")
+    writer = ShardWriter(tmp_path / "many.tar", "uint32", masked=masked)
+    for at in range(0, len(written), size):
+        ids, masks = zip(*written[at : at + size], strict=True)
+        lengths = np.array([len(each) for each in ids])
+        writer.add_many(np.concatenate(ids), lengths, np.concatenate(masks) if masked else None)
+    many = writer.close()
+    assert replace(many, file=one.file) == one
+    assert (tmp_path / "many.tar").read_bytes() == (tmp_path / "one.tar").read_bytes()
 
 
 def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path):

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -39,24 +39,22 @@ BLOCK_ROWS = 256  # rows that go together where an input is dealt out
 BROKEN = (OSError, EOFError, zlib.error, tarfile.TarError, pyarrow.ArrowException)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RawRow:
-    """One row of an input: `index` counts from 1, lines in a JSON-lines file and rows elsewhere.
+class RawRow(NamedTuple):
+    """One row of an input: `number` counts from 1, lines in a JSON-lines file and rows elsewhere.
 
     `columns` is None for a line that is no JSON object, where the caller asked to go on after such lines.
     """
 
     file: str
-    index: int
+    number: int
     columns: Mapping[str, Any] | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RawLine:
+class RawLine(NamedTuple):
     """A line of a JSON-lines file that is not parsed yet: it is cheap to read, to skip and to give to another process."""
 
     file: str
-    index: int
+    number: int
     line: bytes
 
 
@@ -162,8 +160,8 @@ def _read(span: Span, options: ReadOptions) -> Iterator[RawRow | RawLine]:
         rows = ({"text": text} for text in _read_text(place, options.split_on))
     unit = "row group" if suffix in PARQUET_SUFFIXES else "row"
     file = place if span.start == 0 else f"{place} from {unit} {span.start}"
-    for index, columns in enumerate(rows, 1):
-        yield RawRow(file=file, index=index, columns=columns)
+    for number, columns in enumerate(rows, 1):
+        yield RawRow(file=file, number=number, columns=columns)
 
 
 @contextmanager
@@ -220,7 +218,7 @@ def _read_lines(span: Span) -> Iterator[RawLine]:
         left = math.inf if span.stop is None else span.stop - span.start
         for number, line in enumerate(stream, 1):
             if not line.isspace():
-                yield RawLine(file=file, index=number, line=line)
+                yield RawLine(file=file, number=number, line=line)
             left -= len(line)
             if left <= 0:
                 return
@@ -233,16 +231,17 @@ def parsed(row: RawRow | RawLine, options: ReadOptions) -> RawRow:
     columns, fault = _parsed(row.line)
     if fault is not None and not options.skip_bad_lines:
         raise BadInput(
-            f"{row.file}, line {row.index}: {fault}; mend the line or give --skip-bad-lines "
+            f"{row.file}, line {row.number}: {fault}; mend the line or give --skip-bad-lines "
             "to drop and count such lines"
         )
-    return RawRow(file=row.file, index=row.index, columns=columns)
+    return RawRow(file=row.file, number=row.number, columns=columns)
 
 
 def _parsed(line: bytes) -> tuple[Mapping[str, Any] | None, str | None]:
     """A JSON object, or why the line is none."""
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        # What the codec utf-8-sig does, at a fifth of its time.
+        value = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
         return None, f"not JSON ({error})"
     if not isinstance(value, dict):
@@ -262,13 +261,13 @@ def _read_json(span: Span, options: ReadOptions) -> Iterator[RawRow | RawLine]:
         rows = json.loads(content.decode("utf-8-sig"))
     except ValueError as error:
         raise BadInput(f"{place}: not JSON ({error}); mend the file") from error
-    for index, row in enumerate(rows, 1):
+    for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) and not options.skip_bad_lines:
             raise BadInput(
-                f"{place}, element {index}: a JSON {type(row).__name__}, not an object; mend it or "
+                f"{place}, element {number}: a JSON {type(row).__name__}, not an object; mend it or "
                 "give --skip-bad-lines to drop and count such elements"
             )
-        yield RawRow(file=place, index=index, columns=row if isinstance(row, dict) else None)
+        yield RawRow(file=place, number=number, columns=row if isinstance(row, dict) else None)
 
 
 def _read_parquet(span: Span) -> Iterator[Mapping[str, Any]]:

@@ -147,11 +147,8 @@ class _Side:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"{self._prefix}{len(self._shards):06d}.tar"
             self._writer = ShardWriter(path, self._begun.dtype, masked=batch.loss_mask is not None)
-        ends = np.cumsum(batch.tokens).tolist()
-        for start, stop in zip([0, *ends], ends, strict=False):
-            mask = None if batch.loss_mask is None else batch.loss_mask[start:stop]
-            self._writer.add(batch.ids[start:stop], mask)
-        self.tokens += ends[-1]
+        self._writer.add_many(batch.ids, batch.tokens, batch.loss_mask)
+        self.tokens += len(batch.ids)
         self._loss_bytes += int(batch.loss_bytes.sum())
         self._statistics += statistics_of(
             tokens=batch.tokens,

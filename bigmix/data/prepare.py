@@ -45,6 +45,7 @@ from bigmix.data.recognise import Conversation, Layout, document_of, recognise
 from bigmix.data.statistics import Statistics
 from bigmix.data.tokenise import Job, hashed, tokenised
 from bigmix.data.tokenizer import Tokenizer, load_tokenizer
+from bigmix.data.workers import start_early
 from bigmix.errors import BadInput, BigmixError
 
 # To be raised with every change by which the same inputs and settings give other shards.
@@ -77,6 +78,8 @@ def prepare(settings: PrepareSettings, report: Report = lambda *_: None) -> Prep
     faults = [*faults_of_settings(settings), *faults_of_output(output)]
     if faults:
         raise BadInput(*faults)
+    if settings.processes > 1:
+        start_early(tokenised.__module__)
     with _started(settings, output), _told_when_full(output):
         job, warnings = _job(settings, load_tokenizer(settings.tokenizer))
         progress = _prepare_part(settings, job, report)

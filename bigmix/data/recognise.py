@@ -52,6 +52,7 @@ ROLES = {
     "function_response": "tool",
     "ipython": "tool",
 }
+STANDARD = tuple(dict.fromkeys(ROLES.values()))
 PARTS = ("text", "messages", "prompt", "response", "context", "input", "system", "history", "tools")
 
 
@@ -294,6 +295,8 @@ def _turns_of(value: Any) -> list[Turn] | None:
 
 def _turn_of(turn: Turn) -> Turn | None:
     """One message with a known role, its content as text, and nothing that is None (parquet adds such keys)."""
+    if len(turn) == 2 and turn.get("role") in STANDARD and isinstance(turn.get("content"), str):
+        return turn  # what most are, and then nothing is to be done
     role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
     content = _content_of(turn.get("content", turn.get("value")))
     calls = [_call_of(call) for call in turn.get("tool_calls") or []]

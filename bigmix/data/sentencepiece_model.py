@@ -8,7 +8,7 @@ the same score to the last digit of a float32, which sentencepiece sums in and t
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sentencepiece
 from google.protobuf.message import DecodeError
@@ -22,9 +22,11 @@ from tokenizers import (
     normalizers,
     pre_tokenizers,
 )
-from transformers import PreTrainedTokenizerFast
 
 from bigmix.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # the type of a piece
@@ -46,7 +48,7 @@ PROBES = (
 )
 
 
-def read_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
+def read_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
     """Convert a unigram or BPE .model; the ids are those of sentencepiece, but for ties.
 
     Raises BadInput where the file is no such model, or where the conversion would encode a probe differently.
@@ -77,6 +79,9 @@ def read_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     spec = {"bos_token": original.bos_id(), "eos_token": original.eos_id()}
     spec |= {"unk_token": original.unk_id(), "pad_token": original.pad_id()}
     names = {name: original.id_to_piece(index) for name, index in spec.items() if index >= 0}
+    # As AutoTokenizer: worker processes do without its import.
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 

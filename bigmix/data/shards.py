@@ -54,6 +54,7 @@ class ShardWriter:
         self._table: list[list[int]] = []
         self._ids: list[Tokens] = []
         self._masks: list[Mask] = []
+        self._lengths: list[Offsets] = []
         self._open_tokens = 0
         self._documents = 0
         self._loss_tokens = 0
@@ -61,12 +62,31 @@ class ShardWriter:
 
     def add(self, ids: Tokens, loss_mask: Mask | None) -> None:
         """Append a document: ids [T] and, for a chat, which of them are in the loss [T]."""
+        self.add_many(ids, np.array([len(ids)]), loss_mask)
+
+    def add_many(self, ids: Tokens, lengths: Offsets, loss_mask: Mask | None) -> None:
+        """Append documents of `lengths` [D] that stand end to end [T]; the file is that of adding one after the other."""
+        ends = np.cumsum(lengths)
+        document, token = 0, 0
+        while document < len(lengths):
+            # A block is full with the document that brings it to its size.
+            least = BLOCK_TOKENS - self._open_tokens + token
+            stop = min(int(ends.searchsorted(least)) + 1, len(lengths))
+            end = int(ends[stop - 1])
+            mask = None if loss_mask is None else loss_mask[token:end]
+            self._append(ids[token:end], lengths[document:stop], mask)
+            document, token = stop, end
+
+    def _append(self, ids: Tokens, lengths: Offsets, loss_mask: Mask | None) -> None:
+        """Documents of which none but the last fills the block."""
         self._ids.append(ids)
+        self._lengths.append(lengths)
         if loss_mask is not None:
             self._masks.append(loss_mask)
-        self._loss_tokens += len(ids) - 1 if loss_mask is None else int(loss_mask.sum())
+        in_loss = len(ids) - len(lengths) if loss_mask is None else np.count_nonzero(loss_mask)
+        self._loss_tokens += int(in_loss)
         self._open_tokens += len(ids)
-        self._documents += 1
+        self._documents += len(lengths)
         self.tokens += len(ids)
         if self._open_tokens >= BLOCK_TOKENS:
             self._flush()
@@ -102,7 +122,7 @@ class ShardWriter:
     def _flush(self) -> None:
         key = f"{len(self._table):06d}"
         tokens = np.concatenate(self._ids).astype(self._dtype)
-        lengths = np.array([len(ids) for ids in self._ids], _LENGTH_DTYPE)
+        lengths = np.concatenate(self._lengths).astype(_LENGTH_DTYPE)
         tokens_at = self._member(f"{key}.tokens.npy", tokens)
         lengths_at = self._member(f"{key}.lengths.npy", lengths)
         mask_at, mask_check = 0, 0
@@ -121,7 +141,7 @@ class ShardWriter:
                 mask_check,
             ]
         )
-        self._ids, self._masks, self._open_tokens = [], [], 0
+        self._ids, self._lengths, self._masks, self._open_tokens = [], [], [], 0
 
     def _member(self, name: str, array: npt.NDArray[Any]) -> int:
         """Append an array as a member; returns the byte offset of its raw data in the tar."""

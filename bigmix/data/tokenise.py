@@ -10,11 +10,11 @@ import numpy.typing as npt
 import xxhash
 
 from bigmix.data.chat import Template, render_chat
-from bigmix.data.chat_tokens import EncodedChat, RenderedChat, encode_chats
+from bigmix.data.chat_tokens import RenderedChat, encode_together
 from bigmix.data.documents import RawLine, RawRow, ReadOptions, parsed
 from bigmix.data.manifest import token_dtype
 from bigmix.data.recognise import Document, Dropped, Layout, Text, document_of
-from bigmix.data.tokenizer import Ids, Tokenizer
+from bigmix.data.tokenizer import Tokenizer
 from bigmix.data.workers import in_processes
 
 BATCH_ROWS = 256
@@ -119,12 +119,6 @@ class _Found(NamedTuple):
     chat: RenderedChat | None
 
 
-class _Encoded(NamedTuple):
-    found: _Found
-    ids: Ids
-    loss_mask: Mask | None
-
-
 def tokenised(
     job: Job, rows: Iterable[RawRow | RawLine], processes: int
 ) -> Generator[TokenisedBatch, None, None]:
@@ -148,13 +142,12 @@ def tokenise(job: Job, rows: Rows) -> TokenisedBatch:
     documents = [each for each in found if isinstance(each, _Found)]
     dropped = [each for each in found if isinstance(each, DroppedRow)]
     encode = _encode_texts if job.template is None else _encode_chats
-    kept = []
-    for each in encode(job.tokenizer, documents):
-        if job.max_tokens is not None and len(each.ids) > job.max_tokens:
-            dropped.append(_dropped(rows, each.found.row, "too_long"))
-        else:
-            kept.append(each)
-    return _columns(job, len(rows), kept, sorted(dropped))
+    batch = encode(job, len(rows), documents, dropped)
+    if job.max_tokens is None:
+        return batch
+    fits = batch.tokens <= job.max_tokens
+    dropped += [_dropped(rows, row, "too_long") for row in batch.rows[~fits].tolist()]
+    return batch.select(fits, sorted(dropped))
 
 
 def hashes_of(job: Job, rows: Rows) -> Hashes:
@@ -162,30 +155,52 @@ def hashes_of(job: Job, rows: Rows) -> Hashes:
     return _hashes([each for each in _documents(job, rows) if isinstance(each, _Found)])
 
 
-def _columns(
-    job: Job, read: int, kept: Sequence[_Encoded], dropped: Sequence[DroppedRow]
+def _encode_texts(
+    job: Job, read: int, found: Sequence[_Found], dropped: Sequence[DroppedRow]
 ) -> TokenisedBatch:
-    dtype = np.dtype(token_dtype(job.tokenizer.vocab_size))
-    found = [each.found for each in kept]
-    chats = [each.chat for each in found if each.chat is not None]
-    masks = [each.loss_mask for each in kept if each.loss_mask is not None]
-    utf8 = np.array([len(each.utf8) for each in found], np.int64)
-    is_chat = job.template is not None
+    encoded = job.tokenizer.encode_together([each.text for each in found])
+    begin = 0 if job.tokenizer.bos_id is None else 1
+    tokens = encoded.counts + begin + 1
+    ends = np.cumsum(tokens)
+    is_text = np.ones(tokens.sum(), np.bool_)
+    is_text[ends - 1] = False
+    ids = np.full(len(is_text), job.tokenizer.eos_id, np.uint32)
+    if job.tokenizer.bos_id is not None:
+        is_text[ends - tokens] = False
+        ids[ends - tokens] = job.tokenizer.bos_id
+    ids[is_text] = encoded.ids
+    text_bytes = np.array([len(each.utf8) for each in found], np.int64)
     return TokenisedBatch(
         read=read,
         dropped=dropped,
-        ids=np.concatenate(
-            [np.zeros(0, dtype), *(each.ids for each in kept)], dtype=dtype, casting="unsafe"
-        ),
-        loss_mask=np.concatenate([np.zeros(0, np.bool_), *masks]) if is_chat else None,
+        ids=ids.astype(token_dtype(job.tokenizer.vocab_size)),
+        loss_mask=None,
         rows=np.array([each.row for each in found], np.int64),
-        tokens=np.array([len(each.ids) for each in kept], np.int64),
-        loss_bytes=np.array([each.answer_bytes for each in chats], np.int64) if is_chat else utf8,
-        text_bytes=utf8,
+        tokens=tokens,
+        loss_bytes=text_bytes,
+        text_bytes=text_bytes,
         characters=np.array([len(each.text) for each in found], np.int64),
-        turns=np.array([each.turns for each in chats], np.int64)
-        if is_chat
-        else np.zeros_like(utf8),
+        turns=np.zeros_like(text_bytes),
+        hashes=_hashes(found),
+    )
+
+
+def _encode_chats(
+    job: Job, read: int, found: Sequence[_Found], dropped: Sequence[DroppedRow]
+) -> TokenisedBatch:
+    chats = [each.chat for each in found if each.chat is not None]
+    encoded = encode_together(job.tokenizer, chats)
+    return TokenisedBatch(
+        read=read,
+        dropped=dropped,
+        ids=encoded.ids.astype(token_dtype(job.tokenizer.vocab_size)),
+        loss_mask=encoded.loss_mask,
+        rows=np.array([each.row for each in found], np.int64),
+        tokens=encoded.counts,
+        loss_bytes=np.array([chat.answer_bytes for chat in chats], np.int64),
+        text_bytes=np.array([len(each.utf8) for each in found], np.int64),
+        characters=np.array([len(each.text) for each in found], np.int64),
+        turns=np.array([chat.turns for chat in chats], np.int64),
         hashes=_hashes(found),
     )
 
@@ -232,21 +247,7 @@ def _template(job: Job) -> Template:
 
 
 def _dropped(rows: Rows, row: int, reason: str) -> DroppedRow:
-    return DroppedRow(row, reason, f"{rows[row].file}:{rows[row].index}")
-
-
-def _encode_texts(tokenizer: Tokenizer, found: Sequence[_Found]) -> Iterator[_Encoded]:
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    begin, end = np.array(bos, np.uint32), np.array([tokenizer.eos_id], np.uint32)
-    for each, ids in zip(found, tokenizer.encode([f.text for f in found]), strict=True):
-        yield _Encoded(each, np.concatenate([begin, ids, end]), None)
-
-
-def _encode_chats(tokenizer: Tokenizer, found: Sequence[_Found]) -> Iterator[_Encoded]:
-    chats = [each.chat for each in found if each.chat is not None]
-    for each, chat in zip(found, encode_chats(tokenizer, chats), strict=True):
-        assert isinstance(chat, EncodedChat)
-        yield _Encoded(each, chat.ids, chat.loss_mask)
+    return DroppedRow(row, reason, f"{rows[row].file}:{rows[row].number}")
 
 
 def _worked(
@@ -260,7 +261,8 @@ def _worked(
     batches = chain(few, batches)
     if processes == 1 or len(few) < 2:
         return (work(job, batch) for batch in batches)
-    return in_processes(job, work, batches, processes)
+    light = replace(job, tokenizer=job.tokenizer.for_workers())
+    return in_processes(light, work, batches, processes)
 
 
 def _batches(rows: Iterable[RawRow | RawLine]) -> Iterator[Rows]:

@@ -7,22 +7,26 @@ template (`encode_rendered`) or from the one who packs documents (`bos_id`, `eos
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from bigmix.data.sentencepiece_model import PROBES, read_sentencepiece
+from bigmix.data.token_bytes import bytes_of_tokens
 from bigmix.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Ids = npt.NDArray[np.uint32]
 END_OF_TEXT = "<|endoftext|>"
@@ -49,6 +53,19 @@ class EncodedBatch:
     counts: npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedTexts:
+    """Token ids of several texts, end to end [T]; `counts` are the tokens of each text."""
+
+    ids: Ids
+    counts: npt.NDArray[np.int64]
+
+    def split(self) -> list[Ids]:
+        """The ids of each text."""
+        ends = np.cumsum(self.counts).tolist()
+        return [self.ids[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
     """What turns text into ids and back. `bos_id` is None where the tokenizer adds none to plain text by itself."""
@@ -62,20 +79,34 @@ class Tokenizer:
     special_ids: frozenset[int]
     # Its own object: the switch between text and template is a state of the backend.
     backend: tokenizers.Tokenizer = field(repr=False)
-    whole: PreTrainedTokenizerFast = field(repr=False)
+    unk_id: int | None
+    special_tokens: Mapping[str, Any] = field(repr=False)  # by the names that chat templates know
+    # None in a worker process, which does not save it and is spared the import of transformers.
+    whole: "PreTrainedTokenizerFast | None" = field(repr=False)
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, without special tokens."""
+        return self.encode_together(texts).split()
+
+    def encode_together(self, texts: Sequence[str]) -> EncodedTexts:
+        """What `encode` gives for each text, end to end."""
         self.backend.encode_special_tokens = True
-        found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        arrays = [np.array(each.ids, np.uint32) for each in found]
+        encoded = _joined(self.backend.encode_batch_fast(list(texts), add_special_tokens=False))
         # One look for the whole batch; nearly always it finds none.
-        if not arrays or not self._is_special[np.concatenate(arrays)].any():
-            return arrays
-        return [
+        if not self._is_special[encoded.ids].any():
+            return encoded
+        arrays = [
             self._encode_broken(text) if self._is_special[ids].any() else ids
-            for text, ids in zip(texts, arrays, strict=True)
+            for text, ids in zip(texts, encoded.split(), strict=True)
         ]
+        return EncodedTexts(
+            ids=np.concatenate(arrays), counts=np.array([len(ids) for ids in arrays], np.int64)
+        )
+
+    def encode_rendered_together(self, texts: Sequence[str]) -> EncodedTexts:
+        """The ids that `encode_rendered` gives for each text, end to end; without characters it is faster."""
+        self.backend.encode_special_tokens = False
+        return _joined(self.backend.encode_batch_fast(list(texts), add_special_tokens=False))
 
     def encode_rendered(self, text: str) -> Encoded:
         """The ids of what a chat template wrote: here strings of special tokens become their ids."""
@@ -108,13 +139,38 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write a folder that `load_tokenizer` and transformers load, with the same fingerprint."""
+        assert self.whole is not None, "a worker process saves no tokenizer"
         self.whole.save_pretrained(folder)
+
+    def for_workers(self) -> "Tokenizer":
+        """What encodes and renders, to be sent to other processes."""
+        return replace(self, whole=None)
+
+    @property
+    def eos_token(self) -> str:
+        """The string of the end."""
+        return str(self.special_tokens["eos_token"])
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
         """Finds the strings of special tokens, the longer first."""
         strings = sorted((self.text_of(token) for token in self.special_ids), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, strings)) or "(?!)")
+
+    @cached_property
+    def special_signs(self) -> str:
+        """The characters that strings of special tokens begin with."""
+        return "".join(sorted({self.text_of(token)[:1] for token in self.special_ids}))
+
+    @cached_property
+    def token_bytes(self) -> Sequence[bytes] | None:
+        """What `bytes_of_tokens` says of this tokenizer."""
+        return bytes_of_tokens(self.backend, self.vocab_size)
+
+    @cached_property
+    def token_widths(self) -> npt.NDArray[np.int64]:
+        """How many bytes each id stands for, where `token_bytes` are known."""
+        return np.array([len(each) for each in self.token_bytes or ()], np.int64)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -132,7 +188,7 @@ class Tokenizer:
     def _is_special(self) -> npt.NDArray[np.bool_]:
         flags = np.zeros(self.vocab_size, np.bool_)
         # Where unknown text becomes the unknown token, that is not a string taken for a special token.
-        flags[sorted(self.special_ids - {self.whole.unk_token_id})] = True
+        flags[sorted(self.special_ids - {self.unk_id})] = True
         return flags
 
     def _encode_broken(self, text: str) -> Ids:
@@ -147,6 +203,16 @@ class Tokenizer:
                 "out of ordinary text; take a tokenizer whose special tokens are not part of its vocabulary"
             )
         return ids
+
+
+def _joined(found: Sequence[tokenizers.Encoding]) -> EncodedTexts:
+    # The quickest way from lists of Python's integers to an array.
+    joined, counts = array("I"), []
+    for each in found:
+        ids = each.ids
+        counts.append(len(ids))
+        joined.fromlist(ids)
+    return EncodedTexts(ids=np.array(joined, np.uint32), counts=np.array(counts, np.int64))
 
 
 def load_tokenizer(path_or_name: str) -> Tokenizer:
@@ -176,9 +242,9 @@ def fingerprint_of(path_or_name: str) -> str:
     return load_tokenizer(path_or_name).fingerprint
 
 
-def _load_pretrained(path_or_name: str) -> PreTrainedTokenizerFast:
-    # AutoTokenizer imports torch, three seconds that worker processes do without.
-    from transformers import AutoTokenizer
+def _load_pretrained(path_or_name: str) -> "PreTrainedTokenizerFast":
+    # transformers, and torch that AutoTokenizer imports, take seconds that worker processes do without.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         whole = AutoTokenizer.from_pretrained(path_or_name)
@@ -195,7 +261,7 @@ def _load_pretrained(path_or_name: str) -> PreTrainedTokenizerFast:
     return whole
 
 
-def _wrapped(name: str, whole: PreTrainedTokenizerFast) -> Tokenizer:
+def _wrapped(name: str, whole: "PreTrainedTokenizerFast") -> Tokenizer:
     backend = tokenizers.Tokenizer.from_str(whole.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -215,6 +281,8 @@ def _wrapped(name: str, whole: PreTrainedTokenizerFast) -> Tokenizer:
         chat_template=template,
         special_ids=frozenset(special | {whole.eos_token_id}),
         backend=backend,
+        unk_id=whole.unk_token_id,
+        special_tokens=dict(whole.special_tokens_map),
         whole=whole,
     )
 
@@ -235,6 +303,9 @@ def train_tokenizer(
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
+    # As above.
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -294,4 +365,4 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
     """What chat templates find under bos_token, eos_token and so on."""
-    return dict(tokenizer.whole.special_tokens_map)
+    return dict(tokenizer.special_tokens)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from typing import Any, TypeVar
 
 from bigmix.errors import BigmixError
@@ -48,11 +49,22 @@ def in_processes(
 
 def _context(module: str) -> Any:
     """How workers start: not by a fork of this process, whose tokenizer and reader threads a fork would break."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    if not _has_forkserver():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])  # the imports are paid once, not by each worker
     return context
+
+
+def start_early(module: str) -> None:
+    """Begin the imports that workers of a module need, while this process has other things to do."""
+    _context(module)
+    if _has_forkserver():
+        forkserver.ensure_running()
+
+
+def _has_forkserver() -> bool:
+    return "forkserver" in multiprocessing.get_all_start_methods()
 
 
 # The job of a worker process, given once: a tokenizer is too large to travel with each batch.
