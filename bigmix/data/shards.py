@@ -262,6 +262,8 @@ class Shard:
         if file is None:
             pieces = [self._piece(at, end) for at, end in zip(begins.tolist(), ends, strict=True)]
         else:
+            # They lie all over the file. Asked for together, their first bytes come from memory many at a time.
+            self._source.read(0, self._size).take(begins, mode="clip")
             # bytes and no views: a million views that live on would keep Python's garbage collector busy.
             pieces = [file[at:end] for at, end in zip(begins.tolist(), ends, strict=True)]
         for at in np.flatnonzero(begins < 0).tolist():
