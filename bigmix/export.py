@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from bigmix.dist import Cluster
 from bigmix.engine import Engine
 
@@ -16,6 +18,7 @@ def export(engine: Engine, cluster: Cluster, tokenizer_folder: Path, folder: Pat
         lm = engine.module.lm
         lm.config.use_cache = True
         own = {name.removeprefix("lm."): tensor for name, tensor in state.items()}
+        disable_progress_bar()  # in a log its states run together
         lm.save_pretrained(beside, state_dict=own)
         if tokenizer_folder.is_dir():
             shutil.copytree(tokenizer_folder, beside, dirs_exist_ok=True)

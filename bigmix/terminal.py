@@ -195,7 +195,6 @@ _ENVIRONMENT = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TQDM_DISABLE": "1",  # a bar for each file that is written; in a log they run together
     "TOKENIZERS_PARALLELISM": "false",  # else every forked loader process warns once
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TF_CPP_MIN_LOG_LEVEL": "3",  # tensorboard's C++ parts
