@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 from corpora import write_source
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from ranks import ROOT
 from test_run import end, lines, start, wait_for
@@ -209,7 +209,12 @@ def test_no_source_that_leaves_comes_back(data, rows_per_step, shares, limits, l
     if longer:
         overrides.append(f"sequence_length=[[0, 60], [{longer}, 64]]")
     recipe = load_recipe(str(data / "recipe.yaml"), overrides)
-    inputs = open_inputs(recipe, ranks=1, verify=False)
+    try:
+        inputs = open_inputs(recipe, ranks=1, verify=False)
+    except BadInput as error:
+        # A limit of a few rows may not last for one step.
+        assert "is used up within the first step" in str(error) and rows_per_step > 1
+        reject()
     for name in names:
         assert epochs(inputs)[name] <= recipe.sources[name].max_epochs
     assert sum(drawn(inputs).values()) == 200 * rows_per_step
