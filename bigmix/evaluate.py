@@ -106,7 +106,7 @@ def _by_document(
     rows = assemble([stream], places)
     shards_P = np.repeat(places.shards_R, np.diff(rows.parts_R1))
     documents = list(zip(shards_P.tolist(), rows.documents_P.tolist(), strict=True))
-    batch = rows.micro_batch(rows.ids(0, len(row_ids)), 0)
+    batch = rows.micro_batch(0, len(row_ids))
     runs = slice(0) if is_idle else slice(None)
     batch = replace(
         batch,

@@ -26,26 +26,17 @@ class Assembled:
     sources_P: Ints
     starts_P: Ints
     documents_P: Ints
-    pieces: Sequence[bytes]
     begins_K: Ints
     lengths_K: Ints
-    row_tokens: int
-    dtype: "np.dtype[np.unsignedinteger]"
+    ids_RT: Ints
 
-    def ids(self, first: int, end: int) -> Ints:
-        """The ids of the rows [first, end), one below the other."""
-        low, high = self.parts_R1[first], self.parts_R1[end]
-        # One copy of all pieces of all rows: a copy for each document would cost three times as much.
-        ids = np.frombuffer(b"".join(self.pieces[low:high]), self.dtype)
-        return ids.reshape(end - first, self.row_tokens).astype(np.int32)
-
-    def micro_batch(self, ids_BT: Ints, first: int) -> MicroBatch:
-        """The rows from `first` on, as many as `ids_BT` has, with their sources as groups."""
-        end, offset = first + len(ids_BT), first * self.row_tokens
+    def micro_batch(self, first: int, end: int) -> MicroBatch:
+        """The rows [first, end), with their sources as groups."""
+        offset = first * self.ids_RT.shape[1]
         parts = slice(self.parts_R1[first], self.parts_R1[end])
         runs = slice(self.runs_R1[first], self.runs_R1[end])
         return MicroBatch(
-            ids_BT=ids_BT,
+            ids_BT=self.ids_RT[first:end],
             starts_P=self.starts_P[parts] - offset,
             groups_P=self.sources_P[parts],
             begins_K=self.begins_K[runs] - offset,
@@ -63,13 +54,14 @@ def assemble(streams: Sequence[Stream], places: RowPlaces) -> Assembled:
     parts_R1, runs_R1 = (np.concatenate([[0], np.cumsum(counts)]) for counts in counts_4R[:2])
     width = streams[0].packer.width
     parts_2P, runs_2K = np.empty((2, parts_R1[-1]), np.int64), np.empty((2, runs_R1[-1]), np.int64)
-    pieces = [b""] * int(parts_R1[-1])
+    ids_RT = np.empty((len(places.rows_R), width), np.int32)
     for (_, _, own), rows in zip(groups, found, strict=True):
         at_P, at_K = ragged(parts_R1[own], rows.parts_R), ragged(runs_R1[own], rows.runs_R)
         parts_2P[:, at_P] = rows.starts_P + np.repeat(own * width, rows.parts_R), rows.documents_P
         runs_2K[:, at_K] = rows.begins_K + np.repeat(own * width, rows.runs_R), rows.lengths_K
-        for place, piece in zip(at_P.tolist(), rows.pieces, strict=True):
-            pieces[place] = piece
+        # One copy of all pieces, and one that widens them into their rows: a copy for each would cost three times as much.
+        ids = np.frombuffer(b"".join(rows.pieces), streams[0].dtype)
+        ids_RT[own] = ids.reshape(len(own), width)
     loss_tokens = np.concatenate([[0], np.cumsum(runs_2K[1])])
     return Assembled(
         sources_R=places.sources_R,
@@ -81,9 +73,7 @@ def assemble(streams: Sequence[Stream], places: RowPlaces) -> Assembled:
         sources_P=np.repeat(places.sources_R, counts_4R[0]),
         starts_P=parts_2P[0],
         documents_P=parts_2P[1],
-        pieces=pieces,
         begins_K=runs_2K[0],
         lengths_K=runs_2K[1],
-        row_tokens=width,
-        dtype=streams[0].dtype,
+        ids_RT=ids_RT,
     )

@@ -221,7 +221,6 @@ def step_batch(plan: Plan, portion: Portion, step: int) -> StepBatch:
     rows, first = plan.assembled(portion, step)
     count, size = portion.rows.stop - portion.rows.start, portion.micro_batch_rows
     own = slice(first, first + count)
-    ids_RT = rows.ids(first, first + count)
     names, sources_R = plan.mixture.names, rows.sources_R[own]
     drawn = plan.mixture.counts(step * plan.rows_per_step)
     before = plan.mixture.counts((step - 1) * plan.rows_per_step)
@@ -233,7 +232,8 @@ def step_batch(plan: Plan, portion: Portion, step: int) -> StepBatch:
     return StepBatch(
         step=step,
         micro_batches=tuple(
-            rows.micro_batch(ids_RT[at : at + size], first + at) for at in range(0, count, size)
+            rows.micro_batch(at, min(at + size, first + count))
+            for at in range(first, first + count, size)
         ),
         rows={name: drawn[name] - before[name] for name in names},
         tokens=by_source(rows.tokens_R[own]),

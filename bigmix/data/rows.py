@@ -35,8 +35,7 @@ class RowTable:
 class Rows:
     """Some rows: what their parts are, and what is in the loss.
 
-    `parts_R` and `runs_R` count the parts and runs of each row; `pieces` has one for each part, and together they are the
-    bytes of the ids.
+    `parts_R` and `runs_R` count the parts and runs of each row; `pieces` are the bytes of the ids, end to end.
     Parts start and runs begin at positions in their row; `documents_P` is PADDING for padding.
     """
 
@@ -85,17 +84,15 @@ def cut_rows(shard: Shard, indices: Ints, row_tokens: int, padding: bytes) -> Ro
     for start in (indices * row_tokens).tolist():
         stop = min(start + row_tokens, shard.num_tokens)
         first, borders = shard.borders(start, stop)
-        # The first part stands for the bytes of all of them.
-        own = [shard.piece(start, stop), *(b"" for _ in borders)]
+        pieces.append(shard.piece(start, stop))
         if len(padding) > (stop - start) * shard.width:
             borders.append(stop - start)
-            own.append(padding[(stop - start) * shard.width :])
+            pieces.append(padding[(stop - start) * shard.width :])
         starts.append(0)
         starts += borders
         documents += range(first, first + len(borders) + 1)
         parts.append(len(borders) + 1)
         tokens.append(stop - start)
-        pieces += own
     return _text_rows(
         np.array(parts), np.array(tokens), np.array(starts), np.array(documents), pieces
     )
