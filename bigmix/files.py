@@ -21,6 +21,11 @@ def replace_text(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".tmp")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
+    put_in_place(beside, path)
+
+
+def put_in_place(beside: Path, path: Path) -> None:
+    """Give a file that is whole its name, once it is on the disk and not only on its way there."""
+    with beside.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(beside, path)

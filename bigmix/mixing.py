@@ -93,13 +93,19 @@ def _by_size(recipe: Recipe, tokens: Mapping[str, int]) -> dict[str, float]:
 
 
 def _empty_steps(kind: str, shares: Shares) -> Iterator[str]:
-    table = shares.table(np.arange(shares.last_change + 1))
-    empty = np.flatnonzero(sum(table.values()) == 0)
-    if len(empty):
+    empty = _first_empty(shares)
+    if empty is not None:
         yield (
-            f"{kind} of every source is 0 at step {empty[0]}; at each step one must be above 0, "
+            f"{kind} of every source is 0 at step {empty}; at each step one must be above 0, "
             "move a point or add a constant share"
         )
+
+
+def _first_empty(shares: Shares) -> int | None:
+    """The first step in which no source has a share."""
+    table = shares.table(np.arange(shares.last_change + 1))
+    empty = np.flatnonzero(sum(table.values()) == 0)
+    return int(empty[0]) if len(empty) else None
 
 
 def _within_epochs(
@@ -151,19 +157,18 @@ def _said_left(recipe: Recipe, name: str, end: int) -> str:
 
 def _nothing_left(kind: str, shares: Shares, steps: int) -> Iterator[str]:
     """Shares are 0 from a step on because sources have left; a block of rows beyond the run's end counts too."""
-    table = shares.table(np.arange(shares.last_change + 1))
-    empty = np.flatnonzero(sum(table.values()) == 0)
-    if not len(empty):
+    empty = _first_empty(shares)
+    if empty is None:
         return
     gone = ", ".join(shares.ends)
     if len(shares.ends) == len(shares.names):
         yield (
-            f"every source ({gone}) has come to its max_epochs after {empty[0]:,} of {steps:,} steps; raise a max_epochs, "
+            f"every source ({gone}) has come to its max_epochs after {empty:,} of {steps:,} steps; raise a max_epochs, "
             "lower the budget, or set when_exhausted: stop"
         )
     else:
         yield (
-            f"{kind} of every source is 0 at step {empty[0]:,}, since {gone} has come to its max_epochs; raise it, set "
+            f"{kind} of every source is 0 at step {empty:,}, since {gone} has come to its max_epochs; raise it, set "
             "when_exhausted: stop, or move a point of the others"
         )
 

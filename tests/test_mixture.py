@@ -1,5 +1,6 @@
 """The mixture is exact in every prefix, and each place in it is found without replaying."""
 
+from bisect import bisect_right
 from fractions import Fraction
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigmix.data.mixture import Mixture
-from bigmix.data.shares import Member, Shares, share_at, shares_of, whole_weights
+from bigmix.data.shares import Member, Shares, shares_of, whole_weights
 
 
 def places(shares, rows, rows_per_step=64):
@@ -194,6 +195,16 @@ def test_far_rows_of_crooked_shares_stay_within_one_row():
 def test_a_source_of_any_smallness_appears():
     counts = Mixture({"rare": 0.00001, "web": 0.99999}, 64).counts(1_000_000)
     assert counts == {"rare": 10, "web": 999_990}
+
+
+def share_at(points, step):
+    """Points joined by straight lines, one step at a time; the last value holds after the end."""
+    index = bisect_right([at for at, _ in points], step) - 1
+    at, value = points[index]
+    if index + 1 == len(points):
+        return value
+    next_at, next_value = points[index + 1]
+    return value + (next_value - value) * (step - at) / (next_at - at)
 
 
 def test_shares_between_points_lie_on_the_line():

@@ -5,6 +5,7 @@ import hashlib
 import json
 from typing import Any
 
+from bigmix.cli.words import add_recipe_arguments
 from bigmix.data.loader import Portion
 from bigmix.errors import DONE, BadInput
 from bigmix.inputs import open_inputs
@@ -16,7 +17,7 @@ def add_recipe(subparsers: Any) -> None:
     parser = subparsers.add_parser("recipe", help="show a recipe with its defaults, or the schema")
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="print the whole recipe with all defaults")
-    _add_recipe_arguments(show)
+    add_recipe_arguments(show)
     show.set_defaults(func=_show)
     schema = actions.add_parser("schema", help="print the JSON schema of recipes, for editors")
     schema.set_defaults(func=_schema)
@@ -29,15 +30,10 @@ def add_rows(subparsers: Any) -> None:
         help="print the identity of every row of one step",
         description="One line a row: rank micro_batch source epoch shard row sha256-of-tokens.",
     )
-    _add_recipe_arguments(parser)
+    add_recipe_arguments(parser)
     parser.add_argument("--step", type=int, required=True, help="optimizer step, counted from 1")
     parser.add_argument("--ranks", type=int, default=1, help="number of ranks (default 1)")
     parser.set_defaults(func=_rows)
-
-
-def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="path of the YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as train.lr=1e-5")
 
 
 def _show(known: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import Any
 
+from bigmix.cli.words import add_recipe_arguments
 from bigmix.errors import DONE, BadInput
 from bigmix.inputs import open_inputs
 from bigmix.recipe import load_recipe
@@ -17,8 +18,7 @@ def add_plan(subparsers: Any) -> None:
         help="what a run will be: shares, epochs, padding, memory, disk, time",
         description="Says what a recipe will do before anything is trained; docs/plan.md explains every number.",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="path of the YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as train.lr=1e-5")
+    add_recipe_arguments(parser)
     parser.add_argument("--gpus", type=int, default=1, help="ranks over all nodes (default 1)")
     parser.add_argument("--gpu", default="H100", help="their name, or cpu (default H100)")
     parser.add_argument("--device-gib", type=float, default=80, help="their memory (default 80)")

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from bigmix.cli.words import add_recipe_arguments
 from bigmix.data.loader import Portion
 from bigmix.errors import DONE, BadInput
 from bigmix.inputs import Inputs, open_inputs
@@ -18,8 +19,7 @@ def add_preview(subparsers: Any) -> None:
         description="Loss tokens are green, context is dim, special tokens are magenta. In a pipe and with --plain "
         "loss tokens stand in [[ ]] and special tokens in {{ }}.",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="path of the YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as train.lr=1e-5")
+    add_recipe_arguments(parser)
     parser.add_argument("--step", type=int, default=1, help="optimizer step (default 1, the first)")
     parser.add_argument("--rank", type=int, default=0, help="whose rows (default 0)")
     parser.add_argument("--ranks", type=int, default=1, help="number of ranks (default 1)")

@@ -20,6 +20,12 @@ def count(text: str) -> int:
     return value
 
 
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the recipe and the settings that are changed in it."""
+    parser.add_argument("recipe", metavar="RECIPE", help="path of the YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as train.lr=1e-5")
+
+
 def columns_of(text: str | None) -> Mapping[str, str] | None:
     """Which column plays which part: prompt=question,response=answer."""
     if text is None:

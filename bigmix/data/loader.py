@@ -167,29 +167,12 @@ class Plan:
         return found
 
     def _locate(self, first: int, steps: int, start: int, stop: int) -> RowPlaces:
-        """The rows at places [start, stop) of each of the steps."""
+        """The rows at places [start, stop) of each of the steps, which are of one stage."""
         drawn = [self._drawn(step, start, stop) for step in range(first, first + steps)]
         sources_R = np.concatenate([part.sources_R for parts in drawn for part in parts])
         indices_R = np.concatenate([part.indices_R for parts in drawn for part in parts])
-        columns_3R = np.empty((3, len(indices_R)), np.int64)
-        last = first + steps
-        bounds = [s for s in self._first_steps if first < s < last]
-        for begin, end in pairwise([first, *bounds, last]):
-            rows = slice((begin - first) * (stop - start), (end - first) * (stop - start))
-            self._locate_in_stage(begin, sources_R[rows], indices_R[rows], columns_3R[:, rows])
-        epochs_R, shards_R, rows_R = columns_3R
-        return RowPlaces(
-            names=self.mixture.names,
-            sources_R=sources_R,
-            epochs_R=epochs_R,
-            shards_R=shards_R,
-            rows_R=rows_R,
-        )
-
-    def _locate_in_stage(
-        self, step: int, sources_R: Ints, indices_R: Ints, columns_3R: Ints
-    ) -> None:
-        at = bisect_right(self._first_steps, step) - 1
+        epochs_R, shards_R, rows_R = columns_3R = np.empty((3, len(indices_R)), np.int64)
+        at = bisect_right(self._first_steps, first) - 1
         for source, name in enumerate(self.mixture.names):
             own = np.flatnonzero(sources_R == source)
             if len(own):
@@ -197,6 +180,13 @@ class Plan:
                 indices = indices_R[own] - begin.drawn + begin.index
                 places = self.stages[at].streams[name].places(indices)
                 columns_3R[:, own] = places.epochs_R, places.shards_R, places.rows_R
+        return RowPlaces(
+            names=self.mixture.names,
+            sources_R=sources_R,
+            epochs_R=epochs_R,
+            shards_R=shards_R,
+            rows_R=rows_R,
+        )
 
     def _drawn(self, step: int, start: int, stop: int) -> list[Places]:
         """The mixture's rows at places [start, stop) of a step.

@@ -5,6 +5,7 @@ Where the arrays of a shard begin is told by the shard itself, in its table of b
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,11 @@ class ShardTable(Sequence[ShardEntry]):
         """A column of numbers, one for each shard: bytes, documents, tokens, loss_tokens, blocks or blocks_at."""
         return self._columns[name]
 
+    @property
+    def files(self) -> list[str]:
+        """The name of each shard."""
+        return [name.decode() for name in self._columns["file"].tolist()]
+
     def __len__(self) -> int:
         return len(self._columns["bytes"])
 
@@ -95,8 +101,8 @@ class ShardTable(Sequence[ShardEntry]):
 
     def select(self, files: Sequence[str]) -> "ShardTable":
         """The shards with these names, in this order; raises KeyError with the first name that is not there."""
-        place = {name: at for at, name in enumerate(self._columns["file"].tolist())}
-        at = [place[file.encode()] for file in files]
+        place = {name: at for at, name in enumerate(self.files)}
+        at = [place[file] for file in files]
         return ShardTable({name: values[at] for name, values in self._columns.items()})
 
     def to_lists(self) -> dict[str, list[Any]]:
@@ -219,17 +225,21 @@ def read_manifest(folder: str) -> Manifest:
 def faults_of_shards(folder: str, manifest: Manifest, *, checksum_bytes: int) -> Sequence[str]:
     """Every shard that is missing, of another size or, up to `checksum_bytes` in all, of another content."""
     # One listing for all shards: a question to the file system for each of a million takes minutes.
-    sizes = {path.name: path.stat().st_size for path in Path(folder).iterdir() if path.is_file()}
-    faults = []
-    for entry in manifest.shards:
-        path = Path(folder) / entry.file
-        fault = _fault_of_size(sizes.get(entry.file), entry.bytes)
-        if fault is None and checksum_bytes >= entry.bytes:
-            checksum_bytes -= entry.bytes
-            if sha256_of(path) != entry.sha256:
+    with os.scandir(folder) as listing:
+        found = {item.name: item.stat().st_size for item in listing if item.is_file()}
+    faults, shards = [], manifest.shards
+    for index, (file, size) in enumerate(
+        zip(shards.files, shards.column("bytes").tolist(), strict=True)
+    ):
+        fault = _fault_of_size(found.get(file), size)
+        if fault is None and checksum_bytes >= size:
+            checksum_bytes -= size
+            if sha256_of(Path(folder) / file) != shards[index].sha256:
                 fault = "its sha256 is not the manifest's: its content has changed"
         if fault is not None:
-            faults.append(f"{path}: {fault}; restore the file or prepare the source again")
+            faults.append(
+                f"{Path(folder) / file}: {fault}; restore the file or prepare the source again"
+            )
     return faults
 
 

@@ -8,7 +8,6 @@ and takes slices: nothing is decoded, and a damaged block is known by its place 
 
 import io
 import mmap
-import os
 import tarfile
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
@@ -25,7 +24,7 @@ import xxhash
 
 from bigmix.data.manifest import LENGTHS, FileEntry, Manifest, ShardEntry
 from bigmix.errors import BigmixError
-from bigmix.files import sha256_of
+from bigmix.files import put_in_place, sha256_of
 
 BLOCK_TOKENS = 1 << 17
 TAR_BLOCK = 512
@@ -109,9 +108,7 @@ class ShardWriter:
             blocks_at=blocks_at,
             blocks_check=f"{_check(table):016x}",
         )
-        with self._beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(self._beside, self._path)
+        put_in_place(self._beside, self._path)
         return entry
 
     def abort(self) -> None:
@@ -415,9 +412,7 @@ def write_lengths(folder: Path, dtype: str, shards: Sequence[ShardEntry]) -> Fil
         lengths[at : at + entry.documents] = open_shard(folder, entry, dtype).lengths
         at += entry.documents
     lengths.flush()
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    put_in_place(beside, path)
     return FileEntry(file=LENGTHS, bytes=path.stat().st_size, sha256=sha256_of(path))
 
 

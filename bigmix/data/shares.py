@@ -4,7 +4,6 @@ A share is a number or points [step, share]; sources may be members of groups, w
 their own; from a step on a source may have ended. Shares are normalised among the members of each group.
 """
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -150,18 +149,6 @@ class Shares:
 def shares_of(shares: Mapping[str, Share]) -> Shares:
     """Shares without groups."""
     return Shares(sources={name: Member(share=share) for name, share in shares.items()})
-
-
-def share_at(share: Share, step: int) -> float:
-    """The share at a step: points are joined by straight lines and hold their last value after the end."""
-    if isinstance(share, int | float):
-        return float(share)
-    index = bisect_right([at for at, _ in share], step) - 1
-    at, value = share[index]
-    if index + 1 == len(share):
-        return value
-    next_at, next_value = share[index + 1]
-    return value + (next_value - value) * (step - at) / (next_at - at)
 
 
 def whole_weights(shares: Sequence[float | Fraction]) -> list[int]:

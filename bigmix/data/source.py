@@ -74,7 +74,7 @@ def read_source(path: str, retry: Retry | None = None) -> Source:
         manifest = parse_manifest(read_file(url, retry=retry), shown(url))
     if location.names is None:
         return Source(location=location, manifest=manifest, documents=None)
-    places = {entry.file: index for index, entry in enumerate(manifest.shards)}
+    places = {file: index for index, file in enumerate(manifest.shards.files)}
     missing = [name for name in location.names if name not in places]
     if missing:
         raise BadInput(
@@ -105,6 +105,7 @@ class Depot:
         self._reading = reading
         self._cache: ShardCache | None = None
         self._ahead: FetchAhead | None = None
+        self._lengths: dict[Location, Ints | None] = {}
 
     @property
     def wait_s(self) -> float:
@@ -116,8 +117,12 @@ class Depot:
 
         Raises BigmixError where its file of lengths is not the one that its manifest lists.
         """
+        if source.location not in self._lengths:
+            # Checked once for all the streams of a source: each length of rows has its own.
+            self._lengths[source.location] = self._open_lengths(source)
+        lengths = self._lengths[source.location]
         open_shard = partial(self.open, source)
-        return Stream(name, source.manifest, open_shard, packer, lengths=self._lengths(source), seed=seed)  # fmt: skip
+        return Stream(name, source.manifest, open_shard, packer, lengths=lengths, seed=seed)
 
     @property
     def unforeseen(self) -> int:
@@ -206,7 +211,7 @@ class Depot:
             self._cache = ShardCache(reading.folder, reading.max_bytes, reading.retry)
         return self._cache
 
-    def _lengths(self, source: Source) -> Ints | None:
+    def _open_lengths(self, source: Source) -> Ints | None:
         manifest = source.manifest
         if manifest.lengths is None:
             return None

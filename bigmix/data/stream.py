@@ -6,7 +6,7 @@ another source changes nothing here.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -99,7 +99,7 @@ class Stream:
         self._shard.cache_clear()
         self.table.cache_clear()
 
-    @property
+    @cached_property
     def lost(self) -> Lost:
         """Documents that packing leaves out or cuts in an epoch."""
         if self.manifest.kind == "text":
