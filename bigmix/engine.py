@@ -107,7 +107,7 @@ class Engine:
         return self._engine.module
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The model's loss of a micro-batch: objective and nll sums."""
+        """The model's loss of a micro-batch: objective and sums."""
         loss: tuple[Tensor, Tensor] = self._engine(batch)
         return loss
 

@@ -12,6 +12,7 @@ from bigmix.data.order import key_of
 from bigmix.data.stream import Stream
 from bigmix.dist import Cluster
 from bigmix.engine import Engine
+from bigmix.loss.terms import GroupSums
 from bigmix.records import Ints, MicroBatch, RowId, RowPlaces
 from bigmix.step import tensors
 
@@ -76,11 +77,13 @@ def _losses_of_rank(
         for index in range(num_batches):
             part = own[index * micro_batch_rows : (index + 1) * micro_batch_rows]
             batch, documents = _by_document(stream, part or row_ids[:1], is_idle=not part)
-            _, sums_G = engine.forward(tensors(batch, [0.0] * len(documents), engine.device))
+            _, sums_GM = engine.forward(tensors(batch, [0.0] * len(documents), engine.device))
             counts = _loss_tokens(batch)
             losses += [
                 DocumentLoss(document=document, nll_sum=nll, loss_tokens=int(count))
-                for document, nll, count in zip(documents, sums_G.tolist(), counts, strict=True)
+                for document, nll, count in zip(
+                    documents, GroupSums.of(sums_GM).nll_G.tolist(), counts, strict=True
+                )
                 if count
             ]
     return losses

@@ -7,8 +7,8 @@ from bigmix.data.packing import Lost
 from bigmix.ds_config import zero_stage
 from bigmix.evaluate import HeldOut
 from bigmix.inputs import Inputs, accumulation
-from bigmix.model import Choice
 from bigmix.recipe import Recipe
+from bigmix.records import Choice
 from bigmix.report import Line
 from bigmix.terminal import Cell, HeldOutResult, Table, Terminal, evaluation_table
 from bigmix.world import World
@@ -24,6 +24,7 @@ def show_header(
     keys: Mapping[str, Any],
     dtype: Choice,
     attention: Choice,
+    loss: Choice,
 ) -> None:
     """Say what will be trained on what, before the first step."""
     train, model = recipe.train, recipe.model
@@ -34,12 +35,13 @@ def show_header(
         ("model", f"{made}, {parameters:,} parameters"),
         ("precision", f"{dtype.value} ({dtype.reason})"),
         ("attention", f"{attention.value} ({attention.reason})"),
+        ("loss", _loss(recipe, loss)),
         ("engine", f"ZeRO-{zero_stage(keys)} on {world.size} ranks, {recipe.deepspeed}"),
         (
             "step",
             f"{recipe.rows_per_step} rows x {_lengths(recipe)} = {tokens:,} tokens; each rank {micro} rows",
         ),
-        ("run", f"{inputs.steps:,} steps ({_budget(recipe)}), objective {recipe.objective}"),
+        ("run", f"{inputs.steps:,} steps ({_budget(recipe)})"),
         ("optimizer", f"AdamW, lr {train.lr:g}, {train.schedule}, warm-up {train.warmup:g}"),
         ("output", f"{recipe.output}; tensorboard --logdir {recipe.output}"),
     ]
@@ -69,6 +71,16 @@ def show_held_out(
             )
         )
     terminal.table(evaluation_table(step, told))
+
+
+def _loss(recipe: Recipe, backend: Choice) -> str:
+    """The terms of the objective beside the nll, and what computes them."""
+    terms = [
+        f"label smoothing {recipe.loss.label_smoothing:g}" if recipe.loss.label_smoothing else "",
+        f"z-loss {recipe.loss.z_loss:g}" if recipe.loss.z_loss else "",
+    ]
+    by = f"{backend.value} ({backend.reason})"
+    return ", ".join([f"objective {recipe.objective}", *filter(None, terms), f"computed by {by}"])
 
 
 def _lengths(recipe: Recipe) -> str:

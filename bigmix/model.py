@@ -11,19 +11,13 @@ from torch import Tensor, nn
 from transformers.utils import is_flash_attn_2_available
 
 from bigmix.errors import BadInput
-from bigmix.loss.cross_entropy import LogitRule, LossTokens
-from bigmix.loss.head import make_mixed
+from bigmix.loss.head import HeadSettings, make_mixed
+from bigmix.loss.mixed import Computing
+from bigmix.loss.terms import LogitRule, LossTokens, Terms
+from bigmix.records import Choice
 
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    """A setting that was left to us: what it became, and why, for the header."""
-
-    value: str
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,14 +26,13 @@ class ModelTensors:
 
     ids_BT: Tensor
     positions_BT: Tensor
-    kept_N: Tensor
     tokens: LossTokens
 
 
 class MixedModel(nn.Module):
     """A Hugging Face causal language model whose forward is the loss of a micro-batch."""
 
-    def __init__(self, lm: Any, chunk_bytes: int) -> None:
+    def __init__(self, lm: Any, terms: Terms, computing: Computing) -> None:
         super().__init__()
         self.lm = lm
         head = lm.get_output_embeddings()
@@ -48,13 +41,14 @@ class MixedModel(nn.Module):
                 f"the head of {type(lm).__name__} is a {type(head).__name__}; bigmix trains models whose head is "
                 "a linear layer, give another model"
             )
-        make_mixed(head, logit_rule(lm.config), chunk_bytes)
+        rule = logit_rule(lm.config)
+        make_mixed(head, HeadSettings(rule=rule, terms=terms, computing=computing))
 
     def forward(self, batch: ModelTensors) -> tuple[Tensor, Tensor]:
-        """The objective of the micro-batch and the nll sum of each group [G]."""
+        """The objective of the micro-batch and the sums of each group [G, Statistic]."""
         hidden_BTD = self.hidden(batch.ids_BT, batch.positions_BT)
-        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.kept_N)
-        loss: tuple[Tensor, Tensor] = self.lm.get_output_embeddings()(hidden_ND, batch.tokens)
+        head = self.lm.get_output_embeddings()
+        loss: tuple[Tensor, Tensor] = head(hidden_BTD.flatten(0, 1), batch.tokens)
         return loss
 
     def hidden(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
@@ -133,7 +127,8 @@ def build(
     dtype: str,
     attention: str,
     activation_checkpointing: bool,
-    chunk_bytes: int,
+    terms: Terms,
+    computing: Computing,
     seed: int,
     construction: AbstractContextManager[None],
 ) -> MixedModel:
@@ -160,4 +155,4 @@ def build(
     lm.config.use_cache = False
     if activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return MixedModel(lm, chunk_bytes)
+    return MixedModel(lm, terms, computing)

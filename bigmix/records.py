@@ -15,6 +15,14 @@ Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A setting that was left to us: what it became, and why, for the header."""
+
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RowId:
     """Which row of a source: `row` counts inside the shard."""
 

@@ -8,6 +8,7 @@ import torch
 
 from bigmix.evaluate import HeldOut
 from bigmix.flops import Cost
+from bigmix.loss.terms import Statistic
 from bigmix.step import StepResult
 
 Number = float | int | bool | None
@@ -27,7 +28,8 @@ class Timed:
 class Report:
     """Keeps the results of steps until they are read, so that the device is waited for once in many steps.
 
-    Totals run over the whole run, through resumes: `state` is what they are, `resume` puts it back.
+    Totals run over the whole run, through resumes: `state` is what they are, `resume` puts it back. `measured`: what is
+    written as KEY/SOURCE, a mean over the loss tokens of the source in the step.
     """
 
     def __init__(
@@ -37,10 +39,12 @@ class Report:
         *,
         cost: Cost | None,
         peak_flops: float | None,
+        measured: Mapping[str, Statistic],
     ) -> None:
         self._sources = tuple(sources)
         self._epochs = epochs
         self._cost = cost
+        self._measured = dict(measured)
         self._peak_flops = peak_flops
         self._waiting: list[Timed] = []
         self._totals: dict[str, dict[str, float]] = {
@@ -58,13 +62,13 @@ class Report:
         """The lines of the steps since the last call; waits for the device once."""
         if not self._waiting:
             return []
-        nll_sums = torch.stack([timed.result.nll_sums_S for timed in self._waiting]).tolist()
+        sums = torch.stack([timed.result.sums_SM for timed in self._waiting]).tolist()
         norms = torch.stack(
             [torch.as_tensor(t.result.gradient_norm).float().cpu() for t in self._waiting]
         ).tolist()
         lines = [
-            self._line(timed, dict(zip(self._sources, sums, strict=True)), norm)
-            for timed, sums, norm in zip(self._waiting, nll_sums, norms, strict=True)
+            self._line(timed, dict(zip(self._sources, sums_SM, strict=True)), norm)
+            for timed, sums_SM, norm in zip(self._waiting, sums, norms, strict=True)
         ]
         self._waiting = []
         return lines
@@ -96,7 +100,7 @@ class Report:
         self._base = dict(state["base"])
         self._skipped = int(state["skipped"])
 
-    def _line(self, timed: Timed, nll_sums: Mapping[str, float], norm: float) -> Line:
+    def _line(self, timed: Timed, sums: Mapping[str, Sequence[float]], norm: float) -> Line:
         result = timed.result
         self._skipped += result.skipped
         self._add(result)
@@ -104,7 +108,7 @@ class Report:
         tokens = sum(result.tokens.values())
         line: Line = {
             "step": result.step,
-            "loss": sum(result.weights.token[n] * nll_sums[n] for n in self._sources),
+            "loss": sum(result.weights.token[n] * sums[n][Statistic.NLL] for n in self._sources),
             "lr": result.lr,
             "grad_norm": norm,
             "step_s": timed.step_s,
@@ -119,7 +123,8 @@ class Report:
         }
         for name in self._sources:
             count = result.loss_tokens[name]
-            line[f"loss/{name}"] = nll_sums[name] / count if count else None
+            for key, statistic in self._measured.items():
+                line[f"{key}/{name}"] = sums[name][statistic] / count if count else None
             line[f"rows/{name}"] = result.rows[name]
             line[f"tokens/{name}"] = result.tokens[name]
             line[f"loss_tokens/{name}"] = count

@@ -21,11 +21,18 @@ _FREE = frozenset(
         "keep_checkpoints",
         "log_every",
         "prefetch_steps",
-        "loss_chunk_mib",
         "resume",
         "export",
     ]
-) | {"output", "deepspeed", "pad_to_multiple", "model.activation_checkpointing"}
+) | {
+    "output",
+    "deepspeed",
+    "pad_to_multiple",
+    "model.activation_checkpointing",
+    "loss.entropy",
+    "loss.backend",
+    "loss.chunk_mib",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bigmix.engine import Engine
 from bigmix.errors import BadInput
-from bigmix.loss.cross_entropy import LossTokens
+from bigmix.loss.terms import GroupSums, LossTokens
 from bigmix.model import ModelTensors
 
 _FIRST, _SECOND = 9, 14  # tokens of two documents in one row
@@ -47,16 +47,16 @@ def _check_loss(engine: Engine, ids_BT: Tensor, positions_BT: Tensor) -> None:
     logits_TV = engine.module.lm(input_ids=own).logits[0, :-1].float()
     expected = float(torch.nn.functional.cross_entropy(logits_TV, own[0, 1:], reduction="sum"))
     tokens = LossTokens(
+        positions_N=torch.arange(_FIRST, _FIRST + _SECOND - 1, device=engine.device),
         labels_N=own[0, 1:],
         groups_N=torch.zeros_like(own[0, 1:]),
         coefficients_N=torch.zeros(_SECOND - 1, device=engine.device),
         num_groups=1,
     )
-    kept_N = torch.arange(_FIRST, _FIRST + _SECOND - 1, device=engine.device)
-    _, sums_G = engine.forward(
-        ModelTensors(ids_BT=ids_BT, positions_BT=positions_BT, kept_N=kept_N, tokens=tokens)
+    _, sums_GM = engine.forward(
+        ModelTensors(ids_BT=ids_BT, positions_BT=positions_BT, tokens=tokens)
     )
-    found = float(sums_G[0])
+    found = float(GroupSums.of(sums_GM).nll_G[0])
     if abs(found - expected) > _TOLERANCE[engine.module.lm.dtype] * abs(expected):
         raise BadInput(
             f"the loss of {engine.module.lm.config.model_type} is {found:.4f} by bigmix and {expected:.4f} by its own "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bigmix.dist import Cluster
 from bigmix.engine import Engine
-from bigmix.loss.cross_entropy import LossTokens
+from bigmix.loss.terms import LossTokens, Statistic
 from bigmix.model import ModelTensors
 from bigmix.objective import Objective, StepShares, StepWeights, weigh
 from bigmix.records import Ints, MicroBatch, StepBatch
@@ -17,7 +17,7 @@ from bigmix.records import Ints, MicroBatch, StepBatch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What a step did, over all ranks. `nll_sums_S`, `gradient_norm` and `stopwatch` are on the device until they are read."""
+    """What a step did, over all ranks. `sums_SM` (see `GroupSums`), `gradient_norm` and `stopwatch` are on the device until they are read."""
 
     step: int
     lr: float
@@ -26,7 +26,7 @@ class StepResult:
     loss_tokens: Mapping[str, int]
     squares: int
     weights: StepWeights
-    nll_sums_S: Tensor
+    sums_SM: Tensor
     gradient_norm: Tensor | float
     stopwatch: "Stopwatch"
     skipped: bool
@@ -60,11 +60,11 @@ def run(
     weights = weigh(objective, shares, batch.rows, loss_tokens)
     # ZeRO averages gradients over ranks; times the number of ranks, the mean is the step's sum again.
     coefficients_S = [weight * cluster.world.size for weight in weights.token.values()]
-    nll_sums_S = torch.zeros(len(names), device=engine.device)
+    sums_SM = torch.zeros(len(names), len(Statistic), device=engine.device)
     for micro_batch in batch.micro_batches:
         watch.mark("other")
-        value, sums_S = engine.forward(tensors(micro_batch, coefficients_S, engine.device))
-        nll_sums_S += sums_S
+        value, micro_SM = engine.forward(tensors(micro_batch, coefficients_S, engine.device))
+        sums_SM += micro_SM
         watch.mark("forward")
         engine.backward(value)
         watch.mark("backward")
@@ -78,7 +78,7 @@ def run(
         loss_tokens=loss_tokens,
         squares=int(counts[-2]),
         weights=weights,
-        nll_sums_S=cluster.sum_tensor(nll_sums_S),
+        sums_SM=cluster.sum_tensor(sums_SM),
         gradient_norm=engine.gradient_norm(),
         stopwatch=watch,
         skipped=engine.was_skipped(),
@@ -104,8 +104,8 @@ def tensors(
     return ModelTensors(
         ids_BT=ids_BT,
         positions_BT=positions_X.view_as(ids_BT),
-        kept_N=kept_N,
         tokens=LossTokens(
+            positions_N=kept_N,
             labels_N=ids_BT.flatten()[kept_N + 1],
             groups_N=groups_N,
             coefficients_N=table_G[groups_N],

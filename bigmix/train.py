@@ -20,10 +20,14 @@ from bigmix.flops import cost_of, count_parameters, peak_flops
 from bigmix.guard import StopFlag
 from bigmix.header import show_header, show_held_out
 from bigmix.inputs import Inputs, accumulation
+from bigmix.loss.backend import backend_of, choose_backend
+from bigmix.loss.mixed import Computing
+from bigmix.loss.terms import Statistic, Terms
 from bigmix.metrics import RunLog
 from bigmix.model import build, choose_attention, choose_dtype, read_config
 from bigmix.model_checks import check_config
 from bigmix.recipe import Recipe, to_yaml
+from bigmix.records import Choice
 from bigmix.report import Report, Timed
 from bigmix.run_folder import CHECKPOINTS, EXPORT, LOG, Beginning, beginning, write_recipe
 from bigmix.schedule import LearningRate, warmup_steps
@@ -148,6 +152,7 @@ def _set_up(
     check_config(recipe, inputs.manifest, config)
     dtype = choose_dtype(recipe.model.dtype, device)
     attention = choose_attention(recipe.model.attention, config, device, dtype.value)
+    backend = choose_backend(recipe.loss.backend, device)
     keys = fill(
         inputs.ds_keys,
         micro_batch_rows=recipe.train.micro_batch_rows,
@@ -162,7 +167,12 @@ def _set_up(
         dtype=dtype.value,
         attention=attention.value,
         activation_checkpointing=recipe.model.activation_checkpointing,
-        chunk_bytes=recipe.train.loss_chunk_mib << 20,
+        terms=Terms(
+            label_smoothing=recipe.loss.label_smoothing,
+            z_loss=recipe.loss.z_loss,
+            entropy=recipe.loss.entropy,
+        ),
+        computing=_computing(recipe, backend),
         seed=recipe.seed,
         construction=sharded_construction(keys),
     )
@@ -176,10 +186,11 @@ def _set_up(
         inputs.plan.epochs,
         cost=cost_of(model.lm),
         peak_flops=peak * world.size if peak else None,
+        measured=_measured(recipe),
     )
     show_header(
         terminal, recipe, inputs, world,
-        parameters=count_parameters(model.lm), keys=keys, dtype=dtype, attention=attention,
+        parameters=count_parameters(model.lm), keys=keys, dtype=dtype, attention=attention, loss=backend,
     )  # fmt: skip
     for note in inputs.notes:
         terminal.note(note)
@@ -189,6 +200,13 @@ def _set_up(
         recipe=recipe, inputs=inputs, cluster=cluster, engine=engine,
         report=report, log=log, terminal=terminal, flag=flag,
     )  # fmt: skip
+
+
+def _computing(recipe: Recipe, backend: Choice) -> Computing:
+    mib = recipe.loss.chunk_mib
+    return Computing(
+        backend=backend_of(backend.value), chunk_bytes=None if mib is None else mib << 20
+    )
 
 
 def _resume(engine: Engine, report: Report, terminal: Terminal, start: Beginning) -> None:
@@ -256,6 +274,16 @@ def _save(parts: Parts, at_step: int) -> None:
         Position(step=at_step, report=parts.report.state()),
         keep=parts.recipe.train.keep_checkpoints,
     )
+
+
+def _measured(recipe: Recipe) -> dict[str, Statistic]:
+    """The statistics of each source that are logged, as means over its loss tokens."""
+    measured = {"loss": Statistic.NLL, "accuracy": Statistic.HITS}
+    if recipe.loss.z_loss:
+        measured["z"] = Statistic.Z
+    if recipe.loss.entropy:
+        measured["entropy"] = Statistic.ENTROPY
+    return measured
 
 
 def _learning_rate(recipe: Recipe, steps: int) -> LearningRate:

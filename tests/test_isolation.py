@@ -22,6 +22,8 @@ from bigmix.data.loader import Plan, Portion, one_stage, step_batch
 from bigmix.data.mixture import Mixture
 from bigmix.data.rows import PADDING
 from bigmix.data.stream import Packer
+from bigmix.loss.mixed import Computing
+from bigmix.loss.terms import GroupSums, Terms
 from bigmix.model import build, read_config
 from bigmix.step import tensors
 
@@ -116,7 +118,7 @@ def make(family, attention, dtype="fp32", **changes):
     built = "eager" if attention == "flash_attention_2" and DEVICE.type == "cpu" else attention
     model = build(
         read_config(None, FAMILIES[family] | spread | changes), None, dtype=dtype, attention=built,
-        activation_checkpointing=False, chunk_bytes=1 << 14, seed=1, construction=torch.device("cpu"),
+        activation_checkpointing=False, terms=Terms(), computing=Computing(chunk_bytes=1 << 14), seed=1, construction=torch.device("cpu"),
     )  # fmt: skip
     model.lm.config._attn_implementation = attention
     return model.to(DEVICE).train()
@@ -130,8 +132,8 @@ def gradient_of(model):
 
 def forward(model, batch, parts):
     coefficients = [COEFFICIENTS[part.source] for part in parts]
-    value, sums_G = model(tensors(batch, coefficients, DEVICE))
-    return value, sums_G.tolist()
+    value, sums_GM = model(tensors(batch, coefficients, DEVICE))
+    return value, GroupSums.of(sums_GM).nll_G.tolist()
 
 
 def packed_losses(model, pairs):

@@ -1,6 +1,7 @@
 """On every family of models documents stay apart and the loss is the model's own; what breaks that is refused."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from tiny_models import FAMILIES, VOCABULARY
 from bigmix.engine import sharded_construction
 from bigmix.errors import BadInput
 from bigmix.flops import cost_of
-from bigmix.loss.cross_entropy import LogitRule, LossTokens
+from bigmix.loss.mixed import Computing
+from bigmix.loss.terms import GroupSums, LogitRule, LossTokens, Terms
 from bigmix.model import (
     MixedModel,
     ModelTensors,
@@ -29,7 +31,7 @@ CPU = torch.device("cpu")
 def make(family, attention="eager", dtype="fp32", **changes):
     model = build(
         read_config(None, FAMILIES[family] | changes), None, dtype=dtype, attention=attention,
-        activation_checkpointing=False, chunk_bytes=1 << 16, seed=0,
+        activation_checkpointing=False, terms=Terms(), computing=Computing(chunk_bytes=1 << 16), seed=0,
         construction=sharded_construction({}),
     )  # fmt: skip
     return model.eval()
@@ -80,6 +82,7 @@ def test_the_loss_is_that_of_the_models_own_logits(family):
     logits = model.lm(input_ids=ids[None]).logits[0, :-1]
     expected = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
     tokens = LossTokens(
+        positions_N=torch.arange(49),
         labels_N=ids[1:],
         groups_N=torch.zeros(49, dtype=torch.long),
         coefficients_N=torch.ones(49),
@@ -89,12 +92,11 @@ def test_the_loss_is_that_of_the_models_own_logits(family):
         ModelTensors(
             ids_BT=ids[None],
             positions_BT=torch.arange(50)[None],
-            kept_N=torch.arange(49),
             tokens=tokens,
         )
     )
     assert torch.allclose(objective, expected, rtol=1e-5)
-    assert torch.allclose(sums[0], expected, rtol=1e-5)
+    assert torch.allclose(GroupSums.of(sums).nll_G[0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,7 +120,8 @@ def test_a_model_that_looks_across_documents_is_refused():
 
 def test_logits_that_are_made_in_an_unknown_way_are_refused():
     model = make("gemma", initializer_range=1.0)
-    model.lm.get_output_embeddings().rule = LogitRule()
+    head = model.lm.get_output_embeddings()
+    head.settings = replace(head.settings, rule=LogitRule())
     with pytest.raises(BadInput, match="by its own logits"):
         check_model(Plain(model), VOCABULARY)
 

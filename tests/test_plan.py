@@ -178,7 +178,7 @@ def shape(**changes):
 def setting(zero, *, dtype="bf16", ranks=4, on_gpu=True, checkpointing=False, **keys):
     return Setting(
         keys={"zero_optimization": zero, **keys}, ranks=ranks, dtype=dtype, on_gpu=on_gpu,
-        tokens=20, loss_chunk_bytes=16 * 4 * 100, activation_checkpointing=checkpointing,
+        tokens=20, device_bytes=0, loss_chunk_mib=None, activation_checkpointing=checkpointing,
     )  # fmt: skip
 
 
@@ -204,8 +204,8 @@ def test_memory_of_zero_3_by_hand():
         # 21 weights stay whole; the head or the largest matrix, and 200 ahead
         "gathered weights": (2 * (21 + 1200), 2 * (21 + 600), 2 * 21),
         "activations": (5000, 5000, 0),
-        # 4 V D, two of N D, and the larger of two chunks of logits (16 rows) and chunk + V D in bf16
-        "head and loss": (4000 + 2 * 20 * 10 * 2 + max(2 * 4 * 1600, 2 * (1600 + 1000)), 0, 0),
+        # 4 V D, D for each of 20 tokens and of 16 in a chunk, and a chunk's logits in fp32
+        "head and loss": (4000 + 2 * 36 * 10 + 4 * 1600, 0, 0),
         "gradients on their way": (0, 3 * 300 + 2 * 80 + 2 * 400 + 500 * 2, 0),
         "optimizer's step": (0, 0, 4 * 600),
     }
@@ -219,7 +219,7 @@ def test_memory_that_other_settings_move():
     assert bf16_sums["gradients"][0] == 2 * 606 and bf16_sums["optimizer's step"][2] == 6 * 600
     few = parts_of(shape(), setting(ZERO3, checkpointing=True))
     assert few["activations"] == (1000 + 2 * 80, 1000 + 2 * 80 + 2000, 0)
-    assert parts_of(shape(is_tied=True), setting(ZERO3))["head and loss"][1] == 2 * 1000
+    assert parts_of(shape(is_tied=True), setting(ZERO3))["head and loss"][1] == 4 * 1000
     alone = parts_of(shape(), setting(ZERO3, ranks=1))
     assert "gathered weights" not in alone
     two = parts_of(shape(), setting({"stage": 2, "reduce_bucket_size": 500, "overlap_comm": True}))
@@ -291,7 +291,7 @@ sequence_length: 256
 rows_per_step: 4
 sources: {web: {path: web, role: replay, share: 1}}
 budget: {steps: 3}
-train: {lr: 1e-3, micro_batch_rows: 2, log_every: 1, export: false, loss_chunk_mib: 16}
+train: {lr: 1e-3, micro_batch_rows: 2, log_every: 1, export: false}
 deepspeed: ds_configs/cpu.json
 output: run
 """

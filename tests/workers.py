@@ -17,6 +17,8 @@ from bigmix.dist import leave
 from bigmix.ds_config import fill, read_ds_config
 from bigmix.engine import AdamW, Engine, join, sharded_construction
 from bigmix.export import export
+from bigmix.loss.mixed import Computing
+from bigmix.loss.terms import GroupSums, Terms
 from bigmix.model import build, read_config
 from bigmix.objective import StepShares
 from bigmix.records import MicroBatch, StepBatch
@@ -111,7 +113,7 @@ def make_engine(family, accumulation, ranks, file="ds_configs/cpu.json", dtype="
     config = read_config(None, FAMILIES[family])
     model = build(
         config, None, dtype=dtype, attention="eager" if family == "gemma" else "sdpa",
-        activation_checkpointing=False, chunk_bytes=VOCABULARY * 4 * 20, seed=3,
+        activation_checkpointing=False, terms=Terms(), computing=Computing(chunk_bytes=VOCABULARY * 4 * 20), seed=3,
         construction=sharded_construction(keys),
     )  # fmt: skip
     return RecordingEngine(model, keys, AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1))
@@ -128,7 +130,7 @@ def reference(family, weights, rows, objective):
     config = read_config(None, FAMILIES[family])
     model = build(
         config, None, dtype="fp32", attention="eager", activation_checkpointing=False,
-        chunk_bytes=1 << 20, seed=0, construction=sharded_construction({}),
+        terms=Terms(), computing=Computing(), seed=0, construction=sharded_construction({}),
     ).double()  # fmt: skip
     model.load_state_dict(weights, strict=False)
     sums, counts = dict.fromkeys(SOURCES, 0.0), dict.fromkeys(SOURCES, 0)
@@ -177,7 +179,7 @@ def gradient_errors(rank, ranks, cluster, families):
                     )
                     nll = max(
                         abs(float(v) / sums[s] - 1)
-                        for s, v in zip(SOURCES, result.nll_sums_S, strict=True)
+                        for s, v in zip(SOURCES, GroupSums.of(result.sums_SM).nll_G, strict=True)
                     )
                     errors[
                         f"{family} x{accumulation} {'packed' if packed else 'unpacked'} {objective}"

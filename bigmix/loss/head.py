@@ -4,31 +4,52 @@ ZeRO-3 gathers a module's weights when its forward is entered, so the head's wei
 last of all, and freed before the body's backward.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from bigmix.loss.cross_entropy import LogitRule, LossTokens, mixed_cross_entropy
+from bigmix.loss.mixed import Computing, mixed_loss
+from bigmix.loss.terms import LogitRule, LossTokens, Reference, Terms
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadSettings:
+    """What a MixedHead knows beside its weights: the objective while training, and how it is computed."""
+
+    rule: LogitRule
+    terms: Terms
+    computing: Computing
 
 
 class MixedHead(nn.Linear):
     """A linear head that gives logits when called with hidden states, and the loss when given loss tokens too."""
 
-    rule: LogitRule
-    chunk_bytes: int
+    settings: HeadSettings
 
-    def forward(self, hidden: Tensor, tokens: LossTokens | None = None) -> Any:
-        """Logits [..., V] of hidden [..., D]; with `tokens`, objective and nll sums [G] of hidden [N, D]."""
+    def forward(
+        self,
+        hidden: Tensor,
+        tokens: LossTokens | None = None,
+        reference: Reference | None = None,
+    ) -> Any:
+        """Logits [..., V] of hidden [..., D]; with `tokens`, `mixed_loss` of hidden [T, D]: objective and sums."""
         if tokens is None:
             return super().forward(hidden)
-        return mixed_cross_entropy(
-            hidden, self.weight, self.bias, tokens, rule=self.rule, chunk_bytes=self.chunk_bytes
+        return mixed_loss(
+            hidden,
+            self.weight,
+            self.bias,
+            tokens,
+            rule=self.settings.rule,
+            terms=self.settings.terms,
+            reference=reference,
+            computing=self.settings.computing,
         )
 
 
-def make_mixed(head: nn.Linear, rule: LogitRule, chunk_bytes: int) -> None:
+def make_mixed(head: nn.Linear, settings: HeadSettings) -> None:
     """Turn a model's own head into a MixedHead in place: same parameters, same names, ties untouched."""
     head.__class__ = MixedHead
     assert isinstance(head, MixedHead)
-    head.rule = rule
-    head.chunk_bytes = chunk_bytes
+    head.settings = settings

@@ -119,7 +119,8 @@ def _setting(recipe: Recipe, keys: Mapping[str, Any], machine: Machine, dtype: s
         dtype=dtype,
         on_gpu=machine.device.type == "cuda",
         tokens=rows * recipe.longest_row,
-        loss_chunk_bytes=recipe.train.loss_chunk_mib << 20,
+        device_bytes=int(machine.device_gib * 2**30),
+        loss_chunk_mib=recipe.loss.chunk_mib,
         activation_checkpointing=recipe.model.activation_checkpointing,
     )
 

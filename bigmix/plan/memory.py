@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bigmix.ds_config import zero_stage
-from bigmix.loss.cross_entropy import BYTES_OF_A_LOGIT
+from bigmix.loss.chunks import LossShape, chunk_tokens
 from bigmix.plan.shape import Shape
 
 Place = Literal["device", "host", "nvme"]
@@ -31,7 +31,8 @@ class Setting:
     dtype: str
     on_gpu: bool
     tokens: int
-    loss_chunk_bytes: int
+    device_bytes: int
+    loss_chunk_mib: int | None
     activation_checkpointing: bool
 
     @property
@@ -186,21 +187,31 @@ def _activations(shape: Shape, setting: Setting) -> Part:
 
 
 def _loss(shape: Shape, setting: Setting) -> Part:
-    """Head and loss: the head's gradient in fp32, hidden states and their gradient, one chunk of logits.
+    """Head and loss: the head's gradient, that of the hidden states, and one chunk of logits.
 
-    Of the chunk the most is alive in logsumexp (logits and exponentials in fp32), or where its gradient meets the
-    head's: C V b for the chunk and V D b for their product. The head's own backward holds less and is left out.
+    The head's gradient is added up in fp32 and narrowed in its own memory; where one chunk takes all tokens, it is in
+    the dtype of the weights at once.
     """
     width, head = setting.weight_bytes, shape.vocabulary * shape.hidden
-    rows = max(16, setting.loss_chunk_bytes // (BYTES_OF_A_LOGIT * shape.vocabulary))
-    chunk = min(rows, setting.tokens) * shape.vocabulary
-    working = max(2 * BYTES_OF_A_LOGIT * chunk, width * (chunk + head))
-    hidden = 2 * setting.tokens * shape.hidden * width
+    logit_bytes = 4 if setting.on_gpu else width
+    sizes = LossShape(
+        tokens=setting.tokens,
+        hidden=shape.hidden,
+        vocabulary=shape.vocabulary,
+        hidden_bytes=width,
+        logit_bytes=logit_bytes,
+        device_type="cuda" if setting.on_gpu else "cpu",
+        device_bytes=setting.device_bytes,
+    )
+    given = None if setting.loss_chunk_mib is None else setting.loss_chunk_mib << 20
+    tokens = min(chunk_tokens(sizes, given), setting.tokens)
+    gradient = head * (width if tokens == setting.tokens else 4)
+    hidden = width * shape.hidden * (setting.tokens + tokens)
     return Part(
         name="head and loss",
         place="device",
-        forward=4 * head + hidden + working,
-        backward=width * head * shape.is_tied,  # waits for the embedding's gradient
+        forward=gradient + hidden + tokens * shape.vocabulary * logit_bytes,
+        backward=gradient * shape.is_tied,  # waits for the embedding's gradient
         step=0,
     )
 

@@ -227,12 +227,25 @@ class Train(Settings):
     """Steps between two readings of the device; metrics.jsonl has a line for every step all the same."""
     prefetch_steps: Count = 2
     """Steps whose rows are made ready ahead of need."""
-    loss_chunk_mib: Count = 256
-    """Memory for the logits of one chunk of the loss, in MiB."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest whole checkpoint of `output` if there is one; never: refuse an output that holds a run."""
     export: bool = True
     """Write a Hugging Face folder to `output`/export after the last step."""
+
+
+class Loss(Settings):
+    """What the objective holds beside the loss of the tokens, and how it is computed."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of each label's probability that is spread over the whole vocabulary."""
+    z_loss: NonNegativeFloat = 0.0
+    """Coefficient of the square of each token's log-normaliser, which keeps logits from growing; 1e-4 is usual."""
+    entropy: bool = False
+    """Log the mean entropy of the predictions of each source, for a little time."""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """What computes the rows of the logits. auto: triton on a GPU where it is installed, else torch."""
+    chunk_mib: Count | None = None
+    """Memory for the logits of one chunk, in MiB; default: by sizes and device, see docs/loss.md."""
 
 
 class Recipe(Settings):
@@ -245,6 +258,8 @@ class Recipe(Settings):
     """Rows of one optimizer step, over all ranks and micro-batches."""
     objective: Literal["per_source", "per_token"] = "per_source"
     """per_source: a source's share is its weight in the gradient; per_token: the classic weighted mean over tokens."""
+    loss: Loss = Loss()
+    """Terms of the objective beside the loss of the tokens."""
     sources: Annotated[dict[Name, Source], Field(min_length=1)]
     """The streams that are mixed, by name."""
     groups: dict[Name, Group] = {}

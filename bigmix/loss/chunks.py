@@ -1,0 +1,75 @@
+"""Sizes go in, how many tokens a chunk of the loss has comes out; never anything measured, so that runs repeat.
+
+A chunk of C tokens takes 6 C V D operations in three matrix products, and adding its product to the head's gradient
+moves 8 V D bytes. On a device of F operations and B bytes a second the adding takes a fraction (8 / 6) (F / B) / C of
+the time, a tenth at C = 13 F / B: 128 tokens on a CPU in fp32 (F / B about 10), 512 in bf16 (40), 4096 on a GPU in
+bf16 (200 to 300). More tokens only cost memory. Fewer are worth it where the chunk's logits would be large beside what
+the loss needs in any case, the gradients of head and hidden states: the logits get a fifth of that, and on a GPU, whose
+matrix products are slow on few rows, a 64th of its memory where that is more. It is the memory that the device has, not
+what is free: that changes from run to run, and with it the order of additions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+_FULL_SPEED_CPU = {4: 128, 2: 512}  # by the bytes of an element
+_FULL_SPEED_ELSEWHERE = 4096
+_OF_GRADIENTS = 5
+_OF_DEVICE = 64
+_FEWEST = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossShape:
+    """What a chunk's size follows from: N tokens in the loss, hidden size D, vocabulary V, bytes of their elements.
+
+    `logit_bytes`: of one logit in the chunk, those of a reference's beside it included.
+    """
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+    hidden_bytes: int
+    logit_bytes: int
+    device_type: str
+    device_bytes: int
+
+
+def chunk_bytes(shape: LossShape) -> int:
+    """Memory that the logits of a chunk may take by the formula above."""
+    # The head's gradient is added up in fp32 whatever the dtype of the weights.
+    gradients = (
+        4 * shape.vocabulary * shape.hidden + shape.hidden_bytes * shape.tokens * shape.hidden
+    )
+    of_gradients = gradients // _OF_GRADIENTS
+    if shape.device_type == "cpu":
+        return of_gradients
+    return max(of_gradients, shape.device_bytes // _OF_DEVICE)
+
+
+def chunk_tokens(shape: LossShape, given_bytes: int | None = None) -> int:
+    """Tokens of a chunk at most: by the formula, or as many as fit `given_bytes`."""
+    token_bytes = shape.vocabulary * shape.logit_bytes
+    if given_bytes is not None:
+        return max(_FEWEST, given_bytes // token_bytes)
+    full_speed = _FULL_SPEED_ELSEWHERE
+    if shape.device_type == "cpu":
+        full_speed = _FULL_SPEED_CPU.get(shape.hidden_bytes, 128)
+    return max(_FEWEST, min(full_speed, chunk_bytes(shape) // token_bytes))
+
+
+def even_slices(tokens: int, most: int) -> list[slice]:
+    """The tokens in as few chunks of at most `most` as there must be, even but for the last and multiples of 16."""
+    if not tokens:
+        return []
+    chunks = -(-tokens // most)
+    size = min(most, -(-tokens // (16 * chunks)) * 16)
+    return [slice(begin, min(begin + size, tokens)) for begin in range(0, tokens, size)]
+
+
+def device_bytes(device: torch.device) -> int:
+    """Memory of a GPU; 0 elsewhere."""
+    return (
+        int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0
+    )

@@ -1,0 +1,113 @@
+"""Chunks of logit gradients go in, the gradients of hidden states, head and bias come out.
+
+The head's gradient is added up in fp32: in bf16 the sum drifts by per cents over many chunks. It is narrowed to the
+weight's dtype within its own memory, so that the two never lie beside each other.
+"""
+
+import torch
+from torch import Tensor
+
+# Elements that are narrowed, or multiplied and added, at once where an operation needs room of its own (a CPU).
+_BLOCK = 1 << 20
+
+
+class Gradients:
+    """What has been added up so far; a part that is not wanted stays None."""
+
+    def __init__(
+        self,
+        hidden_TD: Tensor,
+        head_VD: Tensor,
+        bias_V: Tensor | None,
+        *,
+        wanted: tuple[bool, bool, bool],
+        in_one_chunk: bool,
+    ) -> None:
+        self._one_chunk = in_one_chunk
+        self._head_VD = head_VD
+        self.hidden_TD = torch.zeros_like(hidden_TD) if wanted[0] else None
+        self.head_VD = self._for_head(head_VD) if wanted[1] else None
+        self.bias_V = (
+            torch.zeros_like(bias_V, dtype=torch.float32)
+            if wanted[2] and bias_V is not None
+            else None
+        )
+        self._is_first = True
+
+    def _for_head(self, head_VD: Tensor) -> Tensor:
+        # The first chunk writes, later ones add: zeros are needed only where there is no chunk at all.
+        dtype = head_VD.dtype if self._one_chunk else torch.float32
+        return torch.empty_like(head_VD, dtype=dtype)
+
+    def add(self, grad_logits_CV: Tensor, hidden_CD: Tensor, places_C: Tensor | slice) -> None:
+        """Take in a chunk: d / d outputs, and the hidden states that gave it with their places."""
+        if self.hidden_TD is not None:
+            if isinstance(places_C, slice):
+                torch.mm(grad_logits_CV, self._head_VD, out=self.hidden_TD[places_C])
+            else:
+                self.hidden_TD.index_copy_(0, places_C, grad_logits_CV @ self._head_VD)
+        if self.head_VD is not None:
+            _add_product(self.head_VD, grad_logits_CV, hidden_CD, first=self._is_first)
+        if self.bias_V is not None:
+            self.bias_V += grad_logits_CV.sum(0, dtype=torch.float32)
+        self._is_first = False
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The three gradients, as they were added up."""
+        if self._is_first and self.head_VD is not None:
+            self.head_VD.zero_()
+        return self.hidden_TD, self.head_VD, self.bias_V
+
+
+def _add_product(sum_VD: Tensor, left_CV: Tensor, right_CD: Tensor, *, first: bool) -> None:
+    """sum_VD (+)= left_CV^T right_CD."""
+    if sum_VD.dtype == left_CV.dtype:
+        torch.addmm(sum_VD, left_CV.T, right_CD, beta=0 if first else 1, out=sum_VD)
+    elif sum_VD.device.type == "cuda":
+        torch.addmm(
+            sum_VD, left_CV.T, right_CD, out_dtype=sum_VD.dtype, beta=0 if first else 1, out=sum_VD
+        )
+    else:
+        _add_product_in_blocks(sum_VD, left_CV, right_CD, first=first)
+
+
+def _add_product_in_blocks(
+    sum_VD: Tensor, left_CV: Tensor, right_CD: Tensor, *, first: bool
+) -> None:
+    """A CPU has no product of bf16 that gives fp32: each chunk's product is rounded, the sum of them is not."""
+    rows = max(1, _BLOCK // right_CD.shape[1])
+    for begin in range(0, len(sum_VD), rows):
+        product = left_CV[:, begin : begin + rows].T @ right_CD
+        block = sum_VD[begin : begin + rows]
+        block.copy_(product) if first else block.add_(product)
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in `dtype`, in the gradient's own memory; the gradient must not be used afterwards."""
+    if gradient.dtype == dtype:
+        return gradient.mul_(factor)
+    if dtype.itemsize > gradient.dtype.itemsize:
+        return gradient.to(dtype).mul_(factor)
+    return _narrowed(gradient, factor, dtype)
+
+
+def _narrowed(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Element i of the narrow one lies where element i / 2 of the wide one was, which has been read by then."""
+    wide_X = gradient.view(-1)
+    narrow = torch.empty(0, dtype=dtype, device=gradient.device)
+    narrow.set_(gradient.untyped_storage(), 0, gradient.shape, gradient.stride())
+    narrow_X = narrow.view(-1)
+    begin = 0
+    while begin < len(wide_X):
+        # From `begin` on, as many elements as lie wholly behind what they are written over; the very first through
+        # room of their own.
+        size = min(max(begin, _BLOCK), len(wide_X) - begin, _most(gradient.device))
+        block_X = wide_X[begin : begin + size]
+        block_X = block_X * factor if begin < size else block_X.mul_(factor)
+        narrow_X[begin : begin + size].copy_(block_X)
+        begin += size
+    return narrow
+
+
+def _most(device: torch.device) -> int:
+    return _BLOCK if device.type == "cpu" else 1 << 62

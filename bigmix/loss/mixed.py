@@ -1,0 +1,287 @@
+"""Hidden states and the head's weight go in; the objective and the sums of each group come out, in one pass.
+
+The logits exist for one chunk at a time. Their gradient is known as soon as they are, since each token's coefficient
+is given beforehand, so all gradients are formed in forward and nothing of size N x V is kept (the idea of
+gradient-in-forward: Hsu et al., "Liger Kernel", 2024). `terms` has the letters and the equations.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bigmix.loss.chunks import LossShape, chunk_tokens, device_bytes, even_slices
+from bigmix.loss.gradients import Gradients, scaled
+from bigmix.loss.terms import LogitRule, LossTokens, Reference, Statistic, Terms
+from bigmix.loss.torch_rows import torch_rows
+from bigmix.loss.work import OBJECTIVE, Backend, ChunkWork, ReferenceWork
+
+_PLAIN = LogitRule()
+_NO_TERMS = Terms()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Computing:
+    """How the loss is computed; it changes memory and speed, and results by rounding alone.
+
+    `chunk_bytes` bounds the logits of a chunk; None: by the formula in `chunks`.
+    """
+
+    backend: Backend = torch_rows
+    chunk_bytes: int | None = None
+
+
+_BY_DEFAULT = Computing()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """All that is asked for beside the tensors that gradients flow to."""
+
+    tokens: LossTokens
+    rule: LogitRule
+    terms: Terms
+    reference: Reference | None
+    computing: Computing
+    wanted: tuple[bool, bool, bool]
+
+
+def mixed_loss(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    tokens: LossTokens,
+    *,
+    rule: LogitRule = _PLAIN,
+    terms: Terms = _NO_TERMS,
+    reference: Reference | None = None,
+    computing: Computing = _BY_DEFAULT,
+) -> tuple[Tensor, Tensor]:
+    """The objective to differentiate, and the sums of each group [G, Statistic] (see `GroupSums`), both fp32.
+
+    Gradients flow to `hidden_TD`, `head_VD` and `bias_V` where they ask for one, and once: both are formed here.
+    Without tokens the objective is 0 and the gradients are zeros, still part of the graph. Where no gradient is asked
+    for, none is formed. Under autocast the matrix products are in its dtype, all sums and losses in fp32.
+
+    Raises ValueError where shapes or dtypes do not fit together.
+    """
+    _check(hidden_TD, head_VD, bias_V, tokens, reference)
+    asked = _Asked(
+        tokens=tokens,
+        rule=rule,
+        terms=terms,
+        reference=reference,
+        computing=computing,
+        wanted=(_wants(hidden_TD), _wants(head_VD), _wants(bias_V)),
+    )
+    result: tuple[Tensor, Tensor] = _MixedLoss.apply(hidden_TD, head_VD, bias_V, asked)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _wants(tensor: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+
+
+class _MixedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, asked: _Asked
+    ) -> tuple[Tensor, Tensor]:
+        device_type = hidden_TD.device.type
+        dtype = hidden_TD.dtype
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            objective, sums_GM, gradients = _all_chunks(
+                hidden_TD.to(dtype), head_VD.to(dtype), bias_V, asked
+            )
+        ctx.gradients = gradients
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden_TD, head_VD, bias_V))
+        ctx.mark_non_differentiable(sums_GM)
+        return objective, sums_GM
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "backward went through the mixed loss a second time; its gradients are given away by the first, "
+                "call forward again"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        # What multiplies the loss outside (loss scale, ranks) must reach every gradient alike.
+        return *(
+            None if gradient is None else scaled(gradient, outputs[0], dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ), None
+
+
+def _all_chunks(
+    hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, asked: _Asked
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    tokens = asked.tokens
+    chunks = _chunks(hidden_TD, head_VD, asked)
+    room = _Room(hidden_TD, head_VD, asked, chunks)
+    gradients = Gradients(
+        hidden_TD, head_VD, bias_V, wanted=asked.wanted, in_one_chunk=len(chunks) == 1
+    )
+    objective = torch.zeros((), device=hidden_TD.device)
+    sums_GM = torch.zeros(tokens.num_groups, len(Statistic), device=hidden_TD.device)
+    for part in chunks:
+        places_C = part if tokens.positions_N is None else tokens.positions_N[part]
+        hidden_CD = hidden_TD[places_C]
+        work = _work(hidden_CD, head_VD, bias_V, asked, part, room)
+        stats_CM = asked.computing.backend(work)
+        objective += stats_CM[:, OBJECTIVE].sum()
+        sums_GM += _sums(stats_CM[:, 1:], tokens.groups_N[part], tokens.num_groups)
+        if work.gradient_CV is not None:
+            gradients.add(work.gradient_CV, hidden_CD, places_C)
+    return objective, sums_GM, gradients.finish()
+
+
+def _chunks(hidden_TD: Tensor, head_VD: Tensor, asked: _Asked) -> list[slice]:
+    """Chunks of tokens with a reference, then of those without: none is half."""
+    with_reference = 0 if asked.reference is None else len(asked.reference.coefficients_K)
+    logit_bytes = logit_dtype(hidden_TD.device, hidden_TD.dtype).itemsize
+    most = chunk_tokens(
+        LossShape(
+            tokens=len(asked.tokens),
+            hidden=hidden_TD.shape[1],
+            vocabulary=head_VD.shape[0],
+            hidden_bytes=hidden_TD.dtype.itemsize,
+            logit_bytes=logit_bytes * (2 if with_reference else 1),
+            device_type=hidden_TD.device.type,
+            device_bytes=device_bytes(hidden_TD.device),
+        ),
+        asked.computing.chunk_bytes,
+    )
+    rest = even_slices(len(asked.tokens) - with_reference, most)
+    return [
+        *even_slices(with_reference, most),
+        *(slice(s.start + with_reference, s.stop + with_reference) for s in rest),
+    ]
+
+
+def logit_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Of a chunk's logits: fp32 where the device's product of `dtype` can give it, else `dtype`.
+
+    Rounding logits to bf16 is half of the error of the hidden states' gradient.
+    """
+    return torch.float32 if device.type == "cuda" else dtype
+
+
+class _Room:
+    """Memory for the logits of one chunk, used by all chunks in turn."""
+
+    def __init__(
+        self, hidden_TD: Tensor, head_VD: Tensor, asked: _Asked, chunks: list[slice]
+    ) -> None:
+        self._vocabulary = head_VD.shape[0]
+        self._logits_X = self._empty(hidden_TD, chunks)
+        reference = asked.reference
+        self._reference_X = self._logits_X[:0]
+        if reference is not None:
+            own = [part for part in chunks if part.start < len(reference.coefficients_K)]
+            self._reference_X = self._empty(reference.hidden_KD, own)
+
+    def _empty(self, like: Tensor, chunks: list[slice]) -> Tensor:
+        most = max((part.stop - part.start for part in chunks), default=0)
+        dtype = logit_dtype(like.device, like.dtype)
+        return like.new_empty(most * self._vocabulary, dtype=dtype)
+
+    def logits(self, tokens: int) -> Tensor:
+        """For the model's, [tokens, V]."""
+        return self._logits_X[: tokens * self._vocabulary].view(tokens, self._vocabulary)
+
+    def reference(self, tokens: int) -> Tensor:
+        """For the reference's, [tokens, V]."""
+        return self._reference_X[: tokens * self._vocabulary].view(tokens, self._vocabulary)
+
+
+def _work(
+    hidden_CD: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    asked: _Asked,
+    part: slice,
+    room: _Room,
+) -> ChunkWork:
+    outputs_CV = room.logits(len(hidden_CD))
+    _product(hidden_CD, head_VD, outputs_CV)
+    gradient_CV = None
+    if any(asked.wanted):
+        # Where logits are wider than the gradient, each of its rows lies in the first half of the row of logits.
+        gradient_CV = outputs_CV.view(hidden_CD.dtype)[:, : len(head_VD)]
+    return ChunkWork(
+        outputs_CV=outputs_CV,
+        gradient_CV=gradient_CV,
+        bias_V=bias_V,
+        labels_C=asked.tokens.labels_N[part],
+        coefficients_C=asked.tokens.coefficients_N[part],
+        rule=asked.rule,
+        terms=asked.terms,
+        reference=_reference_work(asked.reference, part, room),
+    )
+
+
+def _reference_work(reference: Reference | None, part: slice, room: _Room) -> ReferenceWork | None:
+    if reference is None or part.start >= len(reference.coefficients_K):
+        return None
+    outputs_CV = room.reference(part.stop - part.start)
+    _product(reference.hidden_KD[part], reference.head_VD, outputs_CV)
+    return ReferenceWork(
+        outputs_CV=outputs_CV,
+        bias_V=reference.bias_V,
+        rule=reference.rule,
+        coefficients_C=reference.coefficients_K[part],
+    )
+
+
+def _product(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor) -> None:
+    if out_CV.dtype == hidden_CD.dtype:
+        torch.mm(hidden_CD, head_VD.T, out=out_CV)
+    else:
+        torch.mm(hidden_CD, head_VD.T, out_dtype=out_CV.dtype, out=out_CV)
+
+
+def _sums(stats_CM: Tensor, groups_C: Tensor, num_groups: int) -> Tensor:
+    """The sums of each group [G, M], as a product with a one-hot matrix: index_add_ has no fixed order on a GPU."""
+    groups_G1 = torch.arange(num_groups, device=groups_C.device).unsqueeze(1)
+    return (groups_G1 == groups_C).to(stats_CM.dtype) @ stats_CM
+
+
+def _check(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    tokens: LossTokens,
+    reference: Reference | None,
+) -> None:
+    vocabulary, size = head_VD.shape
+    if hidden_TD.ndim != 2 or hidden_TD.shape[1] != size:
+        raise ValueError(
+            f"hidden states are {tuple(hidden_TD.shape)} and the head is {(vocabulary, size)}; both must be matrices with "
+            "the same second axis, flatten batch and time first"
+        )
+    if bias_V is not None and bias_V.shape != (vocabulary,):
+        raise ValueError(f"the bias is {tuple(bias_V.shape)}, must be {(vocabulary,)}")
+    count = len(tokens)
+    lengths = {"groups_N": len(tokens.groups_N), "coefficients_N": len(tokens.coefficients_N)}
+    lengths["positions_N"] = len(hidden_TD if tokens.positions_N is None else tokens.positions_N)
+    wrong = {name: length for name, length in lengths.items() if length != count}
+    if wrong:
+        raise ValueError(f"{count} labels, but {wrong}; each loss token needs one of each")
+    if reference is None:
+        return
+    if reference.head_VD.shape[0] != vocabulary:
+        raise ValueError(
+            f"the reference's head has {reference.head_VD.shape[0]} tokens and the model's {vocabulary}; a divergence "
+            "needs one vocabulary"
+        )
+    if not len(reference.hidden_KD) == len(reference.coefficients_K) <= count:
+        raise ValueError(
+            f"{len(reference.hidden_KD)} hidden states and {len(reference.coefficients_K)} coefficients of the reference for "
+            f"{count} loss tokens; it needs one of each for the first K of them"
+        )
