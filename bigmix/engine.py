@@ -172,6 +172,38 @@ class Engine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+class Frozen:
+    """A model that is never trained: sharded as the trained one where that is (ZeRO-3), else whole on each rank."""
+
+    def __init__(self, model: nn.Module, config: Mapping[str, Any], device: torch.device) -> None:
+        self._is_sharded = zero_stage(config) == 3
+        if self._is_sharded:
+            keys = dict(config)
+            # There is no optimizer to offload; DeepSpeed would insist on one.
+            keys["zero_optimization"] = {
+                key: value
+                for key, value in keys["zero_optimization"].items()
+                if key != "offload_optimizer"
+            }
+            model, *_ = deepspeed.initialize(model=model, config=keys)
+        else:
+            model.to(device)
+        self._run = model.eval()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """What the model gives, without gradient; a collective where it is sharded."""
+        with torch.no_grad():
+            result: Tensor = self._run(*inputs)
+        return result
+
+    @contextmanager
+    def gathered(self, part: nn.Linear) -> Iterator[nn.Linear]:
+        """Inside, a part of the model has its whole weights; a collective where it is sharded."""
+        weights = list(part.parameters())
+        with deepspeed.zero.GatheredParameters(weights, enabled=self._is_sharded):
+            yield part
+
+
 def _optimizer(model: nn.Module, config: Mapping[str, Any], adamw: AdamW) -> Any:
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []

@@ -13,8 +13,8 @@ from bigmix.data.stream import Stream
 from bigmix.dist import Cluster
 from bigmix.engine import Engine
 from bigmix.loss.terms import GroupSums
+from bigmix.on_device import tensors
 from bigmix.records import Ints, MicroBatch, RowId, RowPlaces
-from bigmix.step import tensors
 
 _RESAMPLES = 1000
 

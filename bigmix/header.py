@@ -79,6 +79,11 @@ def _loss(recipe: Recipe, backend: Choice) -> str:
         f"label smoothing {recipe.loss.label_smoothing:g}" if recipe.loss.label_smoothing else "",
         f"z-loss {recipe.loss.z_loss:g}" if recipe.loss.z_loss else "",
     ]
+    if recipe.reference is not None:
+        weights = ", ".join(
+            f"{kappa:g} on {name}" for name, kappa in recipe.reference.sources.items()
+        )
+        terms.append(f"KL to {recipe.reference_path} ({weights})")
     by = f"{backend.value} ({backend.reason})"
     return ", ".join([f"objective {recipe.objective}", *filter(None, terms), f"computed by {by}"])
 

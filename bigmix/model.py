@@ -1,7 +1,7 @@
 """Settings go in, a causal language model that computes the mixed loss comes out."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers.utils import is_flash_attn_2_available
 from bigmix.errors import BadInput
 from bigmix.loss.head import HeadSettings, make_mixed
 from bigmix.loss.mixed import Computing
-from bigmix.loss.terms import LogitRule, LossTokens, Terms
+from bigmix.loss.terms import LogitRule, LossTokens, Reference, Terms
 from bigmix.records import Choice
 
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -27,6 +27,20 @@ class ModelTensors:
     ids_BT: Tensor
     positions_BT: Tensor
     tokens: LossTokens
+    reference: "ReferenceTensors | None" = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceTensors:
+    """What a frozen model says of the first K loss tokens: its final hidden states, and its head when it is asked for.
+
+    Within `head()` the head's weights are whole; under ZeRO-3 they are gathered for as long.
+    """
+
+    hidden_KD: Tensor
+    coefficients_K: Tensor
+    rule: LogitRule
+    head: "Callable[[], AbstractContextManager[nn.Linear]]"
 
 
 class MixedModel(nn.Module):
@@ -35,34 +49,80 @@ class MixedModel(nn.Module):
     def __init__(self, lm: Any, terms: Terms, computing: Computing) -> None:
         super().__init__()
         self.lm = lm
-        head = lm.get_output_embeddings()
-        if type(head) is not nn.Linear:
-            raise BadInput(
-                f"the head of {type(lm).__name__} is a {type(head).__name__}; bigmix trains models whose head is "
-                "a linear layer, give another model"
-            )
+        head = linear_head(lm)
         rule = logit_rule(lm.config)
         make_mixed(head, HeadSettings(rule=rule, terms=terms, computing=computing))
 
     def forward(self, batch: ModelTensors) -> tuple[Tensor, Tensor]:
         """The objective of the micro-batch and the sums of each group [G, Statistic]."""
         hidden_BTD = self.hidden(batch.ids_BT, batch.positions_BT)
-        head = self.lm.get_output_embeddings()
-        loss: tuple[Tensor, Tensor] = head(hidden_BTD.flatten(0, 1), batch.tokens)
+        reference = nullcontext() if batch.reference is None else _whole(batch.reference)
+        # The reference's head is gathered here, after the body, so that it is whole for the loss alone.
+        with reference as given:
+            loss: tuple[Tensor, Tensor] = self.lm.get_output_embeddings()(
+                hidden_BTD.flatten(0, 1), batch.tokens, given
+            )
         return loss
 
     def hidden(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
-        """Final hidden states [B, T, D]. Documents are told apart by positions that restart.
+        """Final hidden states [B, T, D]."""
+        return final_hidden(self.lm, ids_BT, positions_BT)
 
-        An attention mask is never given: with one, even of ones, the backends stop looking at the positions.
-        """
-        shape = ids_BT.shape
-        if self.lm.config._attn_implementation == "flash_attention_2":
-            # transformers looks at the positions only where there is one row; a row begins a document in any case.
-            ids_BT, positions_BT = ids_BT.view(1, -1), positions_BT.view(1, -1)
-        body = self.lm.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)
-        hidden_BTD: Tensor = body.last_hidden_state
-        return hidden_BTD.view(*shape, -1)
+
+class FrozenModel(nn.Module):
+    """A Hugging Face causal language model whose forward gives its final hidden states [B, T, D]."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm.requires_grad_(False)
+        linear_head(lm)
+        self.rule = logit_rule(lm.config)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The model's own head; a property, since a module that is registered twice is hooked twice."""
+        return linear_head(self.lm)
+
+    def forward(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """Hidden states before the head."""
+        return final_hidden(self.lm, ids_BT, positions_BT)
+
+
+def final_hidden(lm: Any, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+    """Final hidden states [B, T, D]. Documents are told apart by positions that restart.
+
+    An attention mask is never given: with one, even of ones, the backends stop looking at the positions.
+    """
+    shape = ids_BT.shape
+    if lm.config._attn_implementation == "flash_attention_2":
+        # transformers looks at the positions only where there is one row; a row begins a document in any case.
+        ids_BT, positions_BT = ids_BT.view(1, -1), positions_BT.view(1, -1)
+    body = lm.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)
+    hidden_BTD: Tensor = body.last_hidden_state
+    return hidden_BTD.view(*shape, -1)
+
+
+def linear_head(lm: Any) -> nn.Linear:
+    """The head of a language model; raises BadInput where it is not a linear layer."""
+    head = lm.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise BadInput(
+            f"the head of {type(lm).__name__} is a {type(head).__name__}; bigmix trains models whose head is "
+            "a linear layer, give another model"
+        )
+    return head
+
+
+@contextmanager
+def _whole(reference: ReferenceTensors) -> Iterator[Reference]:
+    with reference.head() as head:
+        yield Reference(
+            hidden_KD=reference.hidden_KD,
+            head_VD=head.weight,
+            bias_V=head.bias,
+            rule=reference.rule,
+            coefficients_K=reference.coefficients_K,
+        )
 
 
 def logit_rule(config: Any) -> LogitRule:
@@ -132,7 +192,23 @@ def build(
     seed: int,
     construction: AbstractContextManager[None],
 ) -> MixedModel:
-    """The model with its weights; inside `construction` each parameter is sharded as it is made.
+    """The model to train, as `load` makes it, with the mixed loss in its head."""
+    lm = load(config, path, dtype=dtype, attention=attention, seed=seed, construction=construction)
+    if activation_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return MixedModel(lm, terms, computing)
+
+
+def load(
+    config: Any,
+    path: str | None,
+    *,
+    dtype: str,
+    attention: str,
+    seed: int,
+    construction: AbstractContextManager[None],
+) -> Any:
+    """A language model with its weights; inside `construction` each parameter is sharded as it is made.
 
     Without a path the weights are drawn from `seed`. Raises BadInput where transformers refuses the combination.
     """
@@ -153,6 +229,4 @@ def build(
             f"({first}); check model.path, or set model.attention=sdpa or eager"
         ) from error
     lm.config.use_cache = False
-    if activation_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return MixedModel(lm, terms, computing)
+    return lm

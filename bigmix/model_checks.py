@@ -13,19 +13,37 @@ from bigmix.recipe import Recipe
 def check_config(recipe: Recipe, manifest: Manifest, config: Any) -> None:
     """Raises BadInput where rows are longer than the model's positions, or tokens are not the model's."""
     faults = [
-        *_length_faults(recipe, config),
+        *_length_faults(recipe, config, "the model"),
         *_vocabulary_faults(manifest, config),
-        *_tokenizer_faults(recipe, manifest),
+        *_tokenizer_faults(
+            recipe.model.tokenizer or recipe.model.path, manifest, "model.tokenizer"
+        ),
     ]
     if faults:
         raise BadInput(*faults)
 
 
-def _length_faults(recipe: Recipe, config: Any) -> Iterator[str]:
+def check_reference(recipe: Recipe, manifest: Manifest, config: Any, reference: Any) -> None:
+    """The same of the frozen model of a recipe, whose configuration is `reference`; its vocabulary must be the model's."""
+    path = recipe.reference_path
+    assert path is not None
+    faults = [*_length_faults(recipe, reference, "reference.model")]
+    if reference.vocab_size != config.vocab_size:
+        faults.append(
+            f"reference.model {path} has a vocabulary of {reference.vocab_size}, the model has {config.vocab_size}; a "
+            "divergence needs one vocabulary, choose a reference of the same family"
+        )
+    if path != recipe.model.path:
+        faults += _tokenizer_faults(path, manifest, "reference.model")
+    if faults:
+        raise BadInput(*faults)
+
+
+def _length_faults(recipe: Recipe, config: Any, named: str) -> Iterator[str]:
     longest = max_positions(config)
     if longest is not None and recipe.longest_row > longest:
         yield (
-            f"sequence_length is {recipe.longest_row}, the model has positions for {longest}; "
+            f"sequence_length is {recipe.longest_row}, {named} has positions for {longest}; "
             f"set sequence_length={longest} or less, or choose a model with more"
         )
 
@@ -39,9 +57,8 @@ def _vocabulary_faults(manifest: Manifest, config: Any) -> Iterator[str]:
         )
 
 
-def _tokenizer_faults(recipe: Recipe, manifest: Manifest) -> Iterator[str]:
+def _tokenizer_faults(path: str | None, manifest: Manifest, key: str) -> Iterator[str]:
     """A model from scratch has no tokenizer of its own: it learns whatever the sources speak."""
-    path = recipe.model.tokenizer or recipe.model.path
     if path is None:
         return
     fingerprint = fingerprint_of(path)
@@ -49,5 +66,5 @@ def _tokenizer_faults(recipe: Recipe, manifest: Manifest) -> Iterator[str]:
         yield (
             f"the tokenizer of {path} ({fingerprint[:12]}) is not the one that the sources are prepared with "
             f"({manifest.tokenizer.name}, {manifest.tokenizer.fingerprint[:12]}); prepare them again with "
-            f"`--tokenizer {path}`, or set model.tokenizer to the right one"
+            f"`--tokenizer {path}`, or set {key} to the right one"
         )

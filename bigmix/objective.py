@@ -6,7 +6,8 @@ ranks and micro-batches, the step minimises
     per_source:  sum_s lambda_s * (sum over i of s of nll_i) / N_s
     per_token:   sum_i w_s(i) nll_i / sum_i w_s(i),   w_s = loss share / share
 
-so that under per_source a source's share is its weight in the gradient, whatever the masks and the packing.
+so that under per_source a source's share is its weight in the gradient, whatever the masks and the packing. Where
+chosen sources stay near a reference model, either has beside it sum_s kappa_s * (sum over i of s of KL_i) / N_s.
 """
 
 from collections.abc import Mapping
@@ -66,6 +67,21 @@ def source_weights(
         due = shares[name] * rows_per_step
         weights[name] = loss_share if due >= 1 or due == 0 else loss_share * rows[name] / due
     return weights
+
+
+def divergence_weights(
+    kappas: Mapping[str, float],
+    shares: StepShares,
+    rows: Mapping[str, int],
+    loss_tokens: Mapping[str, int],
+) -> dict[str, float]:
+    """The coefficient of one loss token's KL: kappa_s / N_s, 0 for sources without a kappa.
+
+    A source that is not due in every step catches up as it does in `source_weights`.
+    """
+    given = {name: kappas.get(name, 0.0) for name in rows}
+    due = source_weights(shares.rows, given, rows, sum(rows.values()))
+    return per_source(due, loss_tokens).token
 
 
 def per_source(lambdas: Mapping[str, float], loss_tokens: Mapping[str, int]) -> StepWeights:

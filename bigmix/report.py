@@ -28,8 +28,8 @@ class Timed:
 class Report:
     """Keeps the results of steps until they are read, so that the device is waited for once in many steps.
 
-    Totals run over the whole run, through resumes: `state` is what they are, `resume` puts it back. `measured`: what is
-    written as KEY/SOURCE, a mean over the loss tokens of the source in the step.
+    Totals run over the whole run, through resumes: `state` is what they are, `resume` puts it back. `measured`: for
+    each source what is written as KEY/SOURCE, a mean over its loss tokens in the step.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Report:
         *,
         cost: Cost | None,
         peak_flops: float | None,
-        measured: Mapping[str, Statistic],
+        measured: Mapping[str, Mapping[str, Statistic]],
     ) -> None:
         self._sources = tuple(sources)
         self._epochs = epochs
@@ -123,7 +123,7 @@ class Report:
         }
         for name in self._sources:
             count = result.loss_tokens[name]
-            for key, statistic in self._measured.items():
+            for key, statistic in self._measured[name].items():
                 line[f"{key}/{name}"] = sums[name][statistic] / count if count else None
             line[f"rows/{name}"] = result.rows[name]
             line[f"tokens/{name}"] = result.tokens[name]

@@ -1,5 +1,7 @@
 """A built model goes in; it is refused where packing or the loss would silently mean something else on it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from bigmix.engine import Engine
 from bigmix.errors import BadInput
 from bigmix.loss.terms import GroupSums, LossTokens
 from bigmix.model import ModelTensors
+from bigmix.reference import Anchor
 
 _FIRST, _SECOND = 9, 14  # tokens of two documents in one row
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -18,24 +21,35 @@ def check_model(engine: Engine, vocabulary: int) -> None:
     A collective. Raises BadInput naming what is wrong: an attention backend that looks across documents, a layer with a
     state of its own, logits that are made in a way that bigmix does not know.
     """
+    ids_BT, positions_BT = _two_documents(vocabulary, engine.device)
     with engine.evaluating():
-        ids = torch.arange(2 * (_FIRST + _SECOND), device=engine.device) * 7 % min(vocabulary, 997)
-        ids_BT = ids.view(2, -1)
-        ids_BT[1, _FIRST:] = ids_BT[0, _FIRST:]  # the same second document after another first one
-        lengths = (torch.arange(n, device=engine.device) for n in (_FIRST, _SECOND))
-        positions_BT = torch.cat(list(lengths)).expand(2, -1).contiguous()
-        _check_isolation(engine, ids_BT, positions_BT)
+        hidden_BTD = engine.module.hidden(ids_BT, positions_BT)
+        _check_isolation(hidden_BTD, engine.module.lm.config, "model")
         _check_loss(engine, ids_BT, positions_BT)
 
 
-def _check_isolation(engine: Engine, ids_BT: Tensor, positions_BT: Tensor) -> None:
-    hidden_BTD = engine.module.hidden(ids_BT, positions_BT)
+def check_reference_model(anchor: Anchor, vocabulary: int, device: torch.device) -> None:
+    """The same of the frozen model: documents of one row must not see each other in it either. A collective."""
+    ids_BT, positions_BT = _two_documents(vocabulary, device)
+    hidden_BTD = anchor.engine.forward(ids_BT, positions_BT)
+    _check_isolation(hidden_BTD, anchor.model.lm.config, "reference.model")
+
+
+def _two_documents(vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and positions of two rows of two documents each, of which the second ones are the same."""
+    ids = torch.arange(2 * (_FIRST + _SECOND), device=device) * 7 % min(vocabulary, 997)
+    ids_BT = ids.view(2, -1)
+    ids_BT[1, _FIRST:] = ids_BT[0, _FIRST:]
+    lengths = (torch.arange(n, device=device) for n in (_FIRST, _SECOND))
+    return ids_BT, torch.cat(list(lengths)).expand(2, -1).contiguous()
+
+
+def _check_isolation(hidden_BTD: Tensor, config: Any, named: str) -> None:
     one, other = hidden_BTD[:, _FIRST:].float()
     difference = float((one - other).abs().max() / one.abs().max())
     if difference > _TOLERANCE[hidden_BTD.dtype]:
-        config = engine.module.lm.config
         raise BadInput(
-            f"{config.model_type} with attention {config._attn_implementation} looks across documents in a packed row "
+            f"{named}: {config.model_type} with attention {config._attn_implementation} looks across documents in a packed row "
             f"(hidden states differ by {difference:.1%}, at most {_TOLERANCE[hidden_BTD.dtype]:.1%} is rounding); "
             "set model.attention=sdpa, or choose a model whose every layer is attention"
         )

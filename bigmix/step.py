@@ -1,7 +1,7 @@
 """A step's batch goes in, the weights have moved when its result comes out; sums and counts travel apart, one division."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +9,11 @@ from torch import Tensor
 
 from bigmix.dist import Cluster
 from bigmix.engine import Engine
-from bigmix.loss.terms import LossTokens, Statistic
-from bigmix.model import ModelTensors
-from bigmix.objective import Objective, StepShares, StepWeights, weigh
+from bigmix.loss.terms import Statistic
+from bigmix.objective import Objective, StepShares, StepWeights, divergence_weights, weigh
+from bigmix.on_device import tensors
 from bigmix.records import Ints, MicroBatch, StepBatch
+from bigmix.reference import Anchor, rows_of_sources, tensors_with_reference
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +44,7 @@ def run(
     lr: float,
     chance: int,
     stop_asked: bool,
+    anchor: Anchor | None = None,
 ) -> StepResult:
     """One optimizer step; a collective, with one sum of counts before the first forward.
 
@@ -52,18 +54,36 @@ def run(
     torch.manual_seed(chance)
     watch = Stopwatch(engine.device)
     names = tuple(batch.rows)
-    counts = cluster.sum_counts(
-        [*batch.loss_tokens.values(), *batch.tokens.values(), batch.squares, float(stop_asked)]
+    anchored = [_anchored_rows(part, names, anchor) for part in batch.micro_batches]
+    own = [*batch.loss_tokens.values(), *batch.tokens.values(), *map(len, anchored)]
+    counts = cluster.sum_counts([*own, batch.squares, float(stop_asked)])
+    loss_tokens, tokens = (
+        {name: int(n) for name, n in zip(names, counts[begin:], strict=False)}
+        for begin in (0, len(names))
     )
-    loss_tokens = {name: int(count) for name, count in zip(names, counts, strict=False)}
-    tokens = {name: int(n) for name, n in zip(names, counts[len(names) :], strict=False)}
     weights = weigh(objective, shares, batch.rows, loss_tokens)
     # ZeRO averages gradients over ranks; times the number of ranks, the mean is the step's sum again.
     coefficients_S = [weight * cluster.world.size for weight in weights.token.values()]
+    divergences = divergence_weights(
+        anchor.weights if anchor else {}, shares, batch.rows, loss_tokens
+    )
+    divergences_S = [divergences[name] * cluster.world.size for name in names]
     sums_SM = torch.zeros(len(names), len(Statistic), device=engine.device)
-    for micro_batch in batch.micro_batches:
+    for index, (part, rows_U) in enumerate(zip(batch.micro_batches, anchored, strict=True)):
         watch.mark("other")
-        value, micro_SM = engine.forward(tensors(micro_batch, coefficients_S, engine.device))
+        # All ranks show it to the frozen model or none does.
+        if anchor is not None and counts[2 * len(names) + index]:
+            moved = tensors_with_reference(
+                part,
+                rows_U,
+                anchor,
+                coefficients_S=coefficients_S,
+                divergences_S=divergences_S,
+                device=engine.device,
+            )
+        else:
+            moved = tensors(part, coefficients_S, engine.device)
+        value, micro_SM = engine.forward(moved)
         sums_SM += micro_SM
         watch.mark("forward")
         engine.backward(value)
@@ -86,40 +106,9 @@ def run(
     )
 
 
-def tensors(
-    micro_batch: MicroBatch, coefficients_G: Sequence[float], device: torch.device
-) -> ModelTensors:
-    """A micro-batch on the device, each loss token with the coefficient of its group."""
-
-    def move(array: Ints) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True).long()
-
-    ids_BT, starts_P = move(micro_batch.ids_BT), move(micro_batch.starts_P)
-    lengths_P = torch.diff(starts_P, append=starts_P.new_full((1,), ids_BT.numel()))
-    positions_X, part_X = _runs(torch.zeros_like(starts_P), lengths_P, ids_BT.numel())
-    num_kept = int(micro_batch.lengths_K.sum())
-    kept_N, _ = _runs(move(micro_batch.begins_K), move(micro_batch.lengths_K), num_kept)
-    groups_N = move(micro_batch.groups_P)[part_X[kept_N]]
-    table_G = torch.tensor(coefficients_G, dtype=torch.float32, device=device)
-    return ModelTensors(
-        ids_BT=ids_BT,
-        positions_BT=positions_X.view_as(ids_BT),
-        tokens=LossTokens(
-            positions_N=kept_N,
-            labels_N=ids_BT.flatten()[kept_N + 1],
-            groups_N=groups_N,
-            coefficients_N=table_G[groups_N],
-            num_groups=len(coefficients_G),
-        ),
-    )
-
-
-def _runs(begins_K: Tensor, lengths_K: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Runs of numbers laid end to end, begins_K[k], begins_K[k] + 1, ..., `count` in all, and the run of each."""
-    # With the size given, the device is not waited for.
-    run_X = torch.repeat_interleave(lengths_K, output_size=count)
-    shifts_K = begins_K - lengths_K.cumsum(0) + lengths_K
-    return torch.arange(count, device=begins_K.device) + shifts_K[run_X], run_X
+def _anchored_rows(part: MicroBatch, names: tuple[str, ...], anchor: Anchor | None) -> Ints:
+    chosen_S = [anchor is not None and name in anchor.weights for name in names]
+    return rows_of_sources(part, chosen_S)
 
 
 class Stopwatch:

@@ -5,6 +5,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from bigmix import checkpoint, step
 from bigmix.checkpoint import Position
@@ -12,7 +15,7 @@ from bigmix.data.loader import Loader, Portion
 from bigmix.data.order import key_of
 from bigmix.dist import Cluster, leave
 from bigmix.ds_config import fill
-from bigmix.engine import AdamW, Engine, device_of, join, sharded_construction
+from bigmix.engine import AdamW, Engine, Frozen, device_of, join, sharded_construction
 from bigmix.errors import Interrupted
 from bigmix.evaluate import HeldOut, evaluate
 from bigmix.export import export
@@ -24,14 +27,22 @@ from bigmix.loss.backend import backend_of, choose_backend
 from bigmix.loss.mixed import Computing
 from bigmix.loss.terms import Statistic, Terms
 from bigmix.metrics import RunLog
-from bigmix.model import build, choose_attention, choose_dtype, read_config
-from bigmix.model_checks import check_config
+from bigmix.model import (
+    FrozenModel,
+    build,
+    choose_attention,
+    choose_dtype,
+    load,
+    read_config,
+)
+from bigmix.model_checks import check_config, check_reference
 from bigmix.recipe import Recipe, to_yaml
 from bigmix.records import Choice
+from bigmix.reference import Anchor
 from bigmix.report import Report, Timed
 from bigmix.run_folder import CHECKPOINTS, EXPORT, LOG, Beginning, beginning, write_recipe
 from bigmix.schedule import LearningRate, warmup_steps
-from bigmix.soundness import check_model
+from bigmix.soundness import check_model, check_reference_model
 from bigmix.terminal import Terminal
 from bigmix.world import World
 
@@ -44,6 +55,7 @@ class Parts:
     inputs: Inputs
     cluster: Cluster
     engine: Engine
+    anchor: Anchor | None
     report: Report
     log: RunLog | None
     terminal: Terminal
@@ -114,6 +126,7 @@ def _go_through(parts: Parts, loader: Loader, portion: Portion) -> None:
             lr=learning_rate.at(batch.step),
             chance=key_of(recipe.seed, "dropout", batch.step, portion.rank) >> 1,
             stop_asked=parts.flag.is_set,
+            anchor=parts.anchor,
         )
         ended = time.perf_counter()
         report.add(
@@ -180,6 +193,7 @@ def _set_up(
     adamw = AdamW(betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
     engine = Engine(model, keys, adamw)
     check_model(engine, config.vocab_size)
+    anchor = _anchor(recipe, inputs, config, keys, device)
     peak = peak_flops(device, dtype.value)
     report = Report(
         tuple(recipe.sources),
@@ -197,9 +211,36 @@ def _set_up(
     _resume(engine, report, terminal, start)
     log = _open_log(recipe, inputs, start) if world.is_first else None
     return Parts(
-        recipe=recipe, inputs=inputs, cluster=cluster, engine=engine,
+        recipe=recipe, inputs=inputs, cluster=cluster, engine=engine, anchor=anchor,
         report=report, log=log, terminal=terminal, flag=flag,
     )  # fmt: skip
+
+
+def _anchor(
+    recipe: Recipe, inputs: Inputs, config: Any, keys: Mapping[str, Any], device: torch.device
+) -> Anchor | None:
+    """The frozen model of the recipe, sharded like the trained one."""
+    if recipe.reference is None:
+        return None
+    path = recipe.reference_path
+    reference = read_config(path, None)
+    check_reference(recipe, inputs.manifest, config, reference)
+    dtype = choose_dtype(recipe.model.dtype, device).value
+    model = FrozenModel(
+        load(
+            reference,
+            path,
+            dtype=dtype,
+            attention=choose_attention(recipe.model.attention, reference, device, dtype).value,
+            seed=recipe.seed,
+            construction=sharded_construction(keys),
+        )
+    )
+    anchor = Anchor(
+        model=model, engine=Frozen(model, keys, device), weights=recipe.reference.sources
+    )
+    check_reference_model(anchor, config.vocab_size, device)
+    return anchor
 
 
 def _computing(recipe: Recipe, backend: Choice) -> Computing:
@@ -276,14 +317,18 @@ def _save(parts: Parts, at_step: int) -> None:
     )
 
 
-def _measured(recipe: Recipe) -> dict[str, Statistic]:
+def _measured(recipe: Recipe) -> dict[str, dict[str, Statistic]]:
     """The statistics of each source that are logged, as means over its loss tokens."""
-    measured = {"loss": Statistic.NLL, "accuracy": Statistic.HITS}
+    everywhere = {"loss": Statistic.NLL, "accuracy": Statistic.HITS}
     if recipe.loss.z_loss:
-        measured["z"] = Statistic.Z
+        everywhere["z"] = Statistic.Z
     if recipe.loss.entropy:
-        measured["entropy"] = Statistic.ENTROPY
-    return measured
+        everywhere["entropy"] = Statistic.ENTROPY
+    anchored = recipe.reference.sources if recipe.reference is not None else {}
+    return {
+        name: everywhere | ({"kl": Statistic.KL} if name in anchored else {})
+        for name in recipe.sources
+    }
 
 
 def _learning_rate(recipe: Recipe, steps: int) -> LearningRate:

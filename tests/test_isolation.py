@@ -25,7 +25,7 @@ from bigmix.data.stream import Packer
 from bigmix.loss.mixed import Computing
 from bigmix.loss.terms import GroupSums, Terms
 from bigmix.model import build, read_config
-from bigmix.step import tensors
+from bigmix.on_device import tensors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS, SEED = 3, 0

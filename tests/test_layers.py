@@ -23,6 +23,8 @@ LAYERS = [
         "metrics", "terminal", "guard", "quickstart.corpus", "data.progress", "data.picture",
     },
     {"data.documents", "data.tokenizer", "model", "flops", "data.rows", "engine"},
+    {"on_device"},
+    {"reference"},
     {
         "data.chat_tokens", "data.parts", "data.prepare_settings", "data.merge", "data.stream", "model_checks", "step",
         "checkpoint",

@@ -197,7 +197,7 @@ def sharded_build(rank, ranks, cluster):
         )  # fmt: skip
         model = build(
             read_config(None, settings), None, dtype="fp32", attention="eager",
-            activation_checkpointing=False, chunk_bytes=1 << 20, seed=3,
+            activation_checkpointing=False, terms=Terms(), computing=Computing(), seed=3,
             construction=sharded_construction(keys),
         )  # fmt: skip
         assert all(p.numel() == 0 for p in model.parameters())

@@ -248,6 +248,15 @@ class Loss(Settings):
     """Memory for the logits of one chunk, in MiB; default: by sizes and device, see docs/loss.md."""
 
 
+class Reference(Settings):
+    """A frozen model that chosen sources stay near to, by the divergence KL(reference || model) of their loss tokens."""
+
+    model: str | None = None
+    """Folder or hub name of a model with the same tokenizer; default: `model.path`, the model as it was before training."""
+    sources: Annotated[dict[Name, PositiveFloat], Field(min_length=1)]
+    """Weight of the mean divergence over the loss tokens of a source, for each source that has one; 0.1 is a start."""
+
+
 class Recipe(Settings):
     """A whole run."""
 
@@ -260,6 +269,8 @@ class Recipe(Settings):
     """per_source: a source's share is its weight in the gradient; per_token: the classic weighted mean over tokens."""
     loss: Loss = Loss()
     """Terms of the objective beside the loss of the tokens."""
+    reference: Reference | None = None
+    """A frozen model to stay near to."""
     sources: Annotated[dict[Name, Source], Field(min_length=1)]
     """The streams that are mixed, by name."""
     groups: dict[Name, Group] = {}
@@ -285,6 +296,7 @@ class Recipe(Settings):
             *self._source_faults(),
             *self._group_faults(),
             *self._length_faults(),
+            *self._reference_faults(),
         ]
         if faults:
             raise ValueError("\n".join(faults))
@@ -357,6 +369,24 @@ class Recipe(Settings):
                 yield (
                     f"sequence_length has steps {steps}; the first must be 0 and they must grow from pair to pair"
                 )
+
+    def _reference_faults(self) -> Iterator[str]:
+        if self.reference is None:
+            return
+        for name in self.reference.sources:
+            if name not in self.sources:
+                yield f"reference.sources.{name} is no source; known are: {', '.join(self.sources)}"
+        if self.reference_path is None:
+            yield (
+                "reference.model is not given, and a model from scratch has no model.path to stay near to; "
+                "give reference.model, or delete reference"
+            )
+
+    @property
+    def reference_path(self) -> str | None:
+        """Where the frozen model is."""
+        given = self.reference.model if self.reference is not None else None
+        return given or self.model.path
 
     @property
     def lengths(self) -> tuple[tuple[int, int], ...]:
