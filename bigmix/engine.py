@@ -188,7 +188,8 @@ class Frozen:
             model, *_ = deepspeed.initialize(model=model, config=keys)
         else:
             model.to(device)
-        self._run = model.eval()
+        model.eval()
+        self._run = model
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """What the model gives, without gradient; a collective where it is sharded."""

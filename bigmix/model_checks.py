@@ -1,17 +1,32 @@
-"""A recipe, a manifest and a model's configuration go in; what does not fit together is refused before the model is built."""
+"""A recipe and a manifest go in, the configurations of its models come out; what does not fit together is refused."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from bigmix.data.manifest import Manifest
 from bigmix.data.tokenizer import fingerprint_of
 from bigmix.errors import BadInput
-from bigmix.model import max_positions
+from bigmix.model import max_positions, read_config
 from bigmix.recipe import Recipe
 
 
-def check_config(recipe: Recipe, manifest: Manifest, config: Any) -> None:
-    """Raises BadInput where rows are longer than the model's positions, or tokens are not the model's."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Configs:
+    """Hugging Face configurations of the model and of the frozen reference."""
+
+    model: Any
+    reference: Any | None
+
+
+def read_configs(recipe: Recipe, manifest: Manifest) -> Configs:
+    """The configurations of the models of a recipe, for sources of a manifest.
+
+    Raises BadInput where there is none, rows are longer than a model's positions, tokens are not the model's, or the
+    reference speaks of another vocabulary.
+    """
+    config = read_config(recipe.model.path, recipe.model.config)
+    reference = None if recipe.reference is None else read_config(recipe.reference_path, None)
     faults = [
         *_length_faults(recipe, config, "the model"),
         *_vocabulary_faults(manifest, config),
@@ -19,24 +34,25 @@ def check_config(recipe: Recipe, manifest: Manifest, config: Any) -> None:
             recipe.model.tokenizer or recipe.model.path, manifest, "model.tokenizer"
         ),
     ]
+    if reference is not None:
+        faults += _reference_faults(recipe, manifest, config, reference)
     if faults:
         raise BadInput(*faults)
+    return Configs(model=config, reference=reference)
 
 
-def check_reference(recipe: Recipe, manifest: Manifest, config: Any, reference: Any) -> None:
-    """The same of the frozen model of a recipe, whose configuration is `reference`; its vocabulary must be the model's."""
+def _reference_faults(
+    recipe: Recipe, manifest: Manifest, config: Any, reference: Any
+) -> Iterator[str]:
     path = recipe.reference_path
-    assert path is not None
-    faults = [*_length_faults(recipe, reference, "reference.model")]
+    yield from _length_faults(recipe, reference, "reference.model")
     if reference.vocab_size != config.vocab_size:
-        faults.append(
+        yield (
             f"reference.model {path} has a vocabulary of {reference.vocab_size}, the model has {config.vocab_size}; a "
             "divergence needs one vocabulary, choose a reference of the same family"
         )
     if path != recipe.model.path:
-        faults += _tokenizer_faults(path, manifest, "reference.model")
-    if faults:
-        raise BadInput(*faults)
+        yield from _tokenizer_faults(path, manifest, "reference.model")
 
 
 def _length_faults(recipe: Recipe, config: Any, named: str) -> Iterator[str]:

@@ -1,65 +1,28 @@
 """A recipe and its inputs go in, a trained model comes out: the whole run, from joining the cluster to the export."""
 
-import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from bigmix import checkpoint, step
 from bigmix.checkpoint import Position
 from bigmix.data.loader import Loader, Portion
 from bigmix.data.order import key_of
-from bigmix.dist import Cluster, leave
-from bigmix.ds_config import fill
-from bigmix.engine import AdamW, Engine, Frozen, device_of, join, sharded_construction
+from bigmix.dist import leave
+from bigmix.engine import join
 from bigmix.errors import Interrupted
 from bigmix.evaluate import HeldOut, evaluate
 from bigmix.export import export
-from bigmix.flops import cost_of, count_parameters, peak_flops
 from bigmix.guard import StopFlag
-from bigmix.header import show_header, show_held_out
-from bigmix.inputs import Inputs, accumulation
-from bigmix.loss.backend import backend_of, choose_backend
-from bigmix.loss.mixed import Computing
-from bigmix.loss.terms import Statistic, Terms
-from bigmix.metrics import RunLog
-from bigmix.model import (
-    FrozenModel,
-    build,
-    choose_attention,
-    choose_dtype,
-    load,
-    read_config,
-)
-from bigmix.model_checks import check_config, check_reference
-from bigmix.recipe import Recipe, to_yaml
-from bigmix.records import Choice
-from bigmix.reference import Anchor
-from bigmix.report import Report, Timed
-from bigmix.run_folder import CHECKPOINTS, EXPORT, LOG, Beginning, beginning, write_recipe
+from bigmix.header import show_held_out
+from bigmix.inputs import Inputs
+from bigmix.recipe import Recipe
+from bigmix.report import Timed
+from bigmix.run_folder import CHECKPOINTS, EXPORT, beginning
 from bigmix.schedule import LearningRate, warmup_steps
-from bigmix.soundness import check_model, check_reference_model
+from bigmix.set_up import Parts, set_up
 from bigmix.terminal import Terminal
 from bigmix.world import World
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Parts:
-    """What the loop moves values between."""
-
-    recipe: Recipe
-    inputs: Inputs
-    cluster: Cluster
-    engine: Engine
-    anchor: Anchor | None
-    report: Report
-    log: RunLog | None
-    terminal: Terminal
-    flag: StopFlag
 
 
 def run(recipe: Recipe, inputs: Inputs, world: World, terminal: Terminal) -> None:
@@ -80,7 +43,7 @@ def run(recipe: Recipe, inputs: Inputs, world: World, terminal: Terminal) -> Non
     try:
         # Now, so that a tokenizer that cannot be fetched is not found out at the end.
         tokenizer_folder = inputs.tokenizer_folder if recipe.train.export else None
-        parts = _set_up(recipe, inputs, cluster, terminal, flag, start)
+        parts = set_up(recipe, inputs, cluster, terminal, flag, start)
         _train(parts, first=start.position.step + 1)
         if tokenizer_folder is not None:
             folder = Path(recipe.output) / EXPORT
@@ -151,131 +114,6 @@ def _go_through(parts: Parts, loader: Loader, portion: Portion) -> None:
         began = time.perf_counter()
 
 
-def _set_up(
-    recipe: Recipe,
-    inputs: Inputs,
-    cluster: Cluster,
-    terminal: Terminal,
-    flag: StopFlag,
-    start: Beginning,
-) -> Parts:
-    world, device = cluster.world, device_of(cluster.world)
-    _log_to_file(Path(recipe.output) / LOG, world)
-    config = read_config(recipe.model.path, recipe.model.config)
-    check_config(recipe, inputs.manifest, config)
-    dtype = choose_dtype(recipe.model.dtype, device)
-    attention = choose_attention(recipe.model.attention, config, device, dtype.value)
-    backend = choose_backend(recipe.loss.backend, device)
-    keys = fill(
-        inputs.ds_keys,
-        micro_batch_rows=recipe.train.micro_batch_rows,
-        accumulation=accumulation(recipe, world.size),
-        ranks=world.size,
-        clip=recipe.train.clip,
-        dtype=dtype.value,
-    )
-    model = build(
-        config,
-        recipe.model.path,
-        dtype=dtype.value,
-        attention=attention.value,
-        activation_checkpointing=recipe.model.activation_checkpointing,
-        terms=Terms(
-            label_smoothing=recipe.loss.label_smoothing,
-            z_loss=recipe.loss.z_loss,
-            entropy=recipe.loss.entropy,
-        ),
-        computing=_computing(recipe, backend),
-        seed=recipe.seed,
-        construction=sharded_construction(keys),
-    )
-    train = recipe.train
-    adamw = AdamW(betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
-    engine = Engine(model, keys, adamw)
-    check_model(engine, config.vocab_size)
-    anchor = _anchor(recipe, inputs, config, keys, device)
-    peak = peak_flops(device, dtype.value)
-    report = Report(
-        tuple(recipe.sources),
-        inputs.plan.epochs,
-        cost=cost_of(model.lm),
-        peak_flops=peak * world.size if peak else None,
-        measured=_measured(recipe),
-    )
-    show_header(
-        terminal, recipe, inputs, world,
-        parameters=count_parameters(model.lm), keys=keys, dtype=dtype, attention=attention, loss=backend,
-    )  # fmt: skip
-    for note in inputs.notes:
-        terminal.note(note)
-    _resume(engine, report, terminal, start)
-    log = _open_log(recipe, inputs, start) if world.is_first else None
-    return Parts(
-        recipe=recipe, inputs=inputs, cluster=cluster, engine=engine, anchor=anchor,
-        report=report, log=log, terminal=terminal, flag=flag,
-    )  # fmt: skip
-
-
-def _anchor(
-    recipe: Recipe, inputs: Inputs, config: Any, keys: Mapping[str, Any], device: torch.device
-) -> Anchor | None:
-    """The frozen model of the recipe, sharded like the trained one."""
-    if recipe.reference is None:
-        return None
-    path = recipe.reference_path
-    reference = read_config(path, None)
-    check_reference(recipe, inputs.manifest, config, reference)
-    dtype = choose_dtype(recipe.model.dtype, device).value
-    model = FrozenModel(
-        load(
-            reference,
-            path,
-            dtype=dtype,
-            attention=choose_attention(recipe.model.attention, reference, device, dtype).value,
-            seed=recipe.seed,
-            construction=sharded_construction(keys),
-        )
-    )
-    anchor = Anchor(
-        model=model, engine=Frozen(model, keys, device), weights=recipe.reference.sources
-    )
-    check_reference_model(anchor, config.vocab_size, device)
-    return anchor
-
-
-def _computing(recipe: Recipe, backend: Choice) -> Computing:
-    mib = recipe.loss.chunk_mib
-    return Computing(
-        backend=backend_of(backend.value), chunk_bytes=None if mib is None else mib << 20
-    )
-
-
-def _resume(engine: Engine, report: Report, terminal: Terminal, start: Beginning) -> None:
-    for fault in start.torn:
-        terminal.warning(f"checkpoint passed over: {fault}")
-    if start.checkpoint is None:
-        return
-    checkpoint.load(engine, start.checkpoint)
-    report.resume(start.position.report)
-    terminal.note(f"going on after step {start.position.step}, from {start.checkpoint}")
-
-
-def _open_log(recipe: Recipe, inputs: Inputs, start: Beginning) -> RunLog:
-    write_recipe(recipe)
-    log = RunLog(
-        Path(recipe.output),
-        sources=tuple(recipe.sources),
-        held_out=tuple(inputs.held_out),
-        resume_step=start.position.step if start.checkpoint is not None else None,
-    )
-    shares = {f"share/{n}": str(s.share) for n, s in recipe.sources.items()}
-    log.describe(
-        to_yaml(recipe),
-        {"lr": recipe.train.lr, "objective": recipe.objective, "steps": inputs.steps, **shares},
-    )
-    return log
-
-
 def _tell(parts: Parts) -> None:
     lines = parts.report.read()
     if parts.log is None:
@@ -317,20 +155,6 @@ def _save(parts: Parts, at_step: int) -> None:
     )
 
 
-def _measured(recipe: Recipe) -> dict[str, dict[str, Statistic]]:
-    """The statistics of each source that are logged, as means over its loss tokens."""
-    everywhere = {"loss": Statistic.NLL, "accuracy": Statistic.HITS}
-    if recipe.loss.z_loss:
-        everywhere["z"] = Statistic.Z
-    if recipe.loss.entropy:
-        everywhere["entropy"] = Statistic.ENTROPY
-    anchored = recipe.reference.sources if recipe.reference is not None else {}
-    return {
-        name: everywhere | ({"kl": Statistic.KL} if name in anchored else {})
-        for name in recipe.sources
-    }
-
-
 def _learning_rate(recipe: Recipe, steps: int) -> LearningRate:
     train = recipe.train
     return LearningRate(
@@ -345,14 +169,3 @@ def _learning_rate(recipe: Recipe, steps: int) -> LearningRate:
 
 def _is_due(at_step: int, every: int) -> bool:
     return every > 0 and at_step % every == 0
-
-
-def _log_to_file(folder: Path, world: World) -> None:
-    """What libraries log and warn goes to a file of each rank, not over the progress bar."""
-    folder.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        filename=folder / f"rank-{world.rank}.log",
-        level=logging.WARNING,
-        format="%(asctime)s %(name)s %(levelname)s %(message)s",
-    )
-    logging.captureWarnings(True)

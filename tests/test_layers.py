@@ -35,6 +35,7 @@ LAYERS = [
     {"data.prepare", "inputs"},
     {"plan"},
     {"header", "compare", "preview"},
+    {"set_up"},
     {"train"},
     {"cli"},
 ]  # fmt: skip

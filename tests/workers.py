@@ -15,16 +15,20 @@ from tiny_models import FAMILIES, VOCABULARY
 from bigmix import step
 from bigmix.dist import leave
 from bigmix.ds_config import fill, read_ds_config
-from bigmix.engine import AdamW, Engine, join, sharded_construction
+from bigmix.engine import AdamW, Engine, Frozen, join, sharded_construction
 from bigmix.export import export
 from bigmix.loss.mixed import Computing
 from bigmix.loss.terms import GroupSums, Terms
-from bigmix.model import build, read_config
+from bigmix.model import FrozenModel, build, load, read_config
 from bigmix.objective import StepShares
 from bigmix.records import MicroBatch, StepBatch
+from bigmix.reference import Anchor
 from bigmix.world import world_of
 
 ROW = 64
+NO_TERMS = Terms()
+ALL_TERMS = Terms(label_smoothing=0.1, z_loss=1e-2, entropy=True)
+KAPPAS = {"web": 0.3, "rare": 0.7}
 SOURCES = ("web", "chat", "rare")
 SHARES = StepShares(
     rows={"web": 0.5, "chat": 0.25, "rare": 0.25}, loss={"web": 0.7, "chat": 0.25, "rare": 0.05}
@@ -105,15 +109,22 @@ class RecordingEngine(Engine):
         super().step_micro_batch(lr)
 
 
-def make_engine(family, accumulation, ranks, file="ds_configs/cpu.json", dtype="fp32"):
-    keys = fill(
+def filled(accumulation, ranks, file="ds_configs/cpu.json", dtype="fp32"):
+    return fill(
         read_ds_config(file), micro_batch_rows=8 // ranks // accumulation,
         accumulation=accumulation, ranks=ranks, clip=0.0, dtype=dtype,
     )  # fmt: skip
+
+
+def make_engine(
+    family, accumulation, ranks, file="ds_configs/cpu.json", dtype="fp32", terms=NO_TERMS,
+    checkpointing=False,
+):  # fmt: skip
+    keys = filled(accumulation, ranks, file, dtype)
     config = read_config(None, FAMILIES[family])
     model = build(
         config, None, dtype=dtype, attention="eager" if family == "gemma" else "sdpa",
-        activation_checkpointing=False, terms=Terms(), computing=Computing(chunk_bytes=VOCABULARY * 4 * 20), seed=3,
+        activation_checkpointing=checkpointing, terms=terms, computing=Computing(chunk_bytes=VOCABULARY * 4 * 20), seed=3,
         construction=sharded_construction(keys),
     )  # fmt: skip
     return RecordingEngine(model, keys, AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1))
@@ -185,6 +196,108 @@ def gradient_errors(rank, ranks, cluster, families):
                         f"{family} x{accumulation} {'packed' if packed else 'unpacked'} {objective}"
                     ] = [worst, nll]
     return errors
+
+
+def make_anchor(family, accumulation, ranks, device, file):
+    keys = filled(accumulation, ranks, file)
+    config = read_config(None, FAMILIES[family])
+    lm = load(
+        config, None, dtype="fp32", attention="eager", seed=4,
+        construction=sharded_construction(keys),
+    )  # fmt: skip
+    model = FrozenModel(lm)
+    return Anchor(model=model, engine=Frozen(model, keys, device), weights=KAPPAS)
+
+
+def dense_objective(family, weights, other, theirs, rows):
+    """All terms of the objective by plain fp64 models, document by document: gradients and mean KL of each source."""
+    model, frozen = (
+        load(
+            read_config(None, FAMILIES[name]), None, dtype="fp32", attention="eager", seed=0,
+            construction=sharded_construction({}),
+        ).double()
+        for name in (family, other)
+    )  # fmt: skip
+    model.load_state_dict({n.removeprefix("lm."): w for n, w in weights.items()}, strict=False)
+    frozen.load_state_dict({n.removeprefix("lm."): w for n, w in theirs.items()}, strict=False)
+    counts = {s: loss_tokens(rows, s) for s in SOURCES}
+    value, kl_sums = 0.0, dict.fromkeys(SOURCES, 0.0)
+    for source, parts in rows:
+        for ids, flags in parts:
+            kept = torch.from_numpy(flags[1:])
+            labels = torch.from_numpy(ids[1:])[kept]
+            shown = torch.from_numpy(ids)[None]
+            logits = model(input_ids=shown).logits[0, :-1][kept]
+            log_p = logits.log_softmax(1)
+            eps = ALL_TERMS.label_smoothing
+            nll = torch.nn.functional.nll_loss(log_p, labels, reduction="sum")
+            loss = (1 - eps) * nll - eps * log_p.mean(1).sum()
+            loss = loss + ALL_TERMS.z_loss * logits.logsumexp(1).square().sum()
+            with torch.no_grad():
+                log_q = frozen(input_ids=shown).logits[0, :-1][kept].log_softmax(1)
+            kl = (log_q.exp() * (log_q - log_p)).sum()
+            kl_sums[source] += float(kl.detach())
+            value = (
+                value + (SHARES.loss[source] * loss + KAPPAS.get(source, 0) * kl) / counts[source]
+            )
+    value.backward()
+    gradients = {f"lm.{n}": p.grad for n, p in model.named_parameters()}
+    return gradients, {s: kl_sums[s] / counts[s] for s in KAPPAS}
+
+
+def whole_objective_errors(rank, ranks, cluster, families, other, file):
+    """The largest relative gradient error with every term of the objective, and the largest error of a source's mean KL in nats."""
+    errors = {}
+    for family in families:
+        for accumulation in (1, 4):
+            engine = make_engine(
+                family, accumulation, ranks, file, terms=ALL_TERMS, checkpointing=True
+            )
+            anchor = make_anchor(other, accumulation, ranks, engine.device, file)
+            rows = documents(True)
+            batch = batch_of(rows, rank, ranks, accumulation)
+            with deepspeed.zero.GatheredParameters(list(anchor.model.parameters())):
+                theirs = {
+                    n: p.detach().double().clone() for n, p in anchor.model.named_parameters()
+                }
+            weights = whole_weights(engine)
+            result = step.run(
+                engine, cluster, batch, shares=SHARES, objective="per_source", lr=1e-3, chance=0,
+                stop_asked=False, anchor=anchor,
+            )  # fmt: skip
+            expected, kl = dense_objective(family, weights, other, theirs, rows)
+            worst = max(
+                float((engine.gradients[n] - g).norm() / g.norm()) for n, g in expected.items()
+            )
+            sums = GroupSums.of(result.sums_SM)
+            means = (sums.kl_G / sums.tokens_G).tolist()
+            kl_error = max(abs(means[SOURCES.index(s)] - kl[s]) for s in KAPPAS)
+            other_kl = max(means[i] for i, s in enumerate(SOURCES) if s not in KAPPAS)
+            errors[f"{family} x{accumulation}"] = [worst, kl_error, other_kl]
+    return errors
+
+
+def gathers_of_the_head(rank, ranks, cluster, family):
+    """How often the head's weight is gathered in each of three steps, forward and backward, of 4 micro-batches."""
+    engine = make_engine(family, 4, ranks)
+    head = engine.module.lm.get_output_embeddings().weight
+    counts = []
+    # DeepSpeed gathers a group of parameters through a method of its first one.
+    for parameter in engine.module.parameters():
+        original = parameter.all_gather_coalesced
+
+        def counted(params, *arguments, original=original, **options):
+            counts[-1] += sum(p is head for p in params)
+            return original(params, *arguments, **options)
+
+        parameter.all_gather_coalesced = counted
+    for _ in range(3):
+        counts.append(0)
+        step.run(
+            engine, cluster, batch_of(documents(True), rank, ranks, 4), shares=SHARES,
+            objective="per_source", lr=1e-3, chance=0, stop_asked=False,
+        )  # fmt: skip
+    return counts
 
 
 def sharded_build(rank, ranks, cluster):

@@ -9,8 +9,8 @@ import torch
 from bigmix.ds_config import fill
 from bigmix.flops import PEAKS
 from bigmix.inputs import Inputs, accumulation
-from bigmix.model import choose_attention, choose_dtype, read_config
-from bigmix.model_checks import check_config
+from bigmix.model import choose_attention, choose_dtype
+from bigmix.model_checks import read_configs
 from bigmix.plan.counts import Counts, count
 from bigmix.plan.memory import Memory, Setting, memory_of
 from bigmix.plan.shape import Shape, shape_of
@@ -64,8 +64,8 @@ def forecast(recipe: Recipe, inputs: Inputs, machine: Machine) -> Forecast:
 
     Raises BadInput where the model does not fit the data or cannot be made.
     """
-    config = read_config(recipe.model.path, recipe.model.config)
-    check_config(recipe, inputs.manifest, config)
+    configs = read_configs(recipe, inputs.manifest)
+    config = configs.model
     dtype = choose_dtype(recipe.model.dtype, machine.device).value
     attention = choose_attention(recipe.model.attention, config, machine.device, dtype).value
     rows = recipe.train.micro_batch_rows
