@@ -12,8 +12,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from bigmix.errors import BadInput
 from bigmix.loss.head import HeadSettings, make_mixed
-from bigmix.loss.mixed import Computing
 from bigmix.loss.terms import LogitRule, LossTokens, Reference, Terms
+from bigmix.loss.work import Computing
 from bigmix.records import Choice
 
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")

@@ -17,8 +17,8 @@ from bigmix.guard import StopFlag
 from bigmix.header import show_header
 from bigmix.inputs import Inputs, accumulation
 from bigmix.loss.backend import backend_of, choose_backend
-from bigmix.loss.mixed import Computing
 from bigmix.loss.terms import Statistic, Terms
+from bigmix.loss.work import Computing
 from bigmix.metrics import RunLog
 from bigmix.model import (
     FrozenModel,

@@ -22,8 +22,9 @@ from bigmix.data.loader import Plan, Portion, one_stage, step_batch
 from bigmix.data.mixture import Mixture
 from bigmix.data.rows import PADDING
 from bigmix.data.stream import Packer
-from bigmix.loss.mixed import Computing
 from bigmix.loss.terms import GroupSums, Terms
+from bigmix.loss.torch_rows import torch_rows
+from bigmix.loss.work import Computing
 from bigmix.model import build, read_config
 from bigmix.on_device import tensors
 
@@ -118,7 +119,7 @@ def make(family, attention, dtype="fp32", **changes):
     built = "eager" if attention == "flash_attention_2" and DEVICE.type == "cpu" else attention
     model = build(
         read_config(None, FAMILIES[family] | spread | changes), None, dtype=dtype, attention=built,
-        activation_checkpointing=False, terms=Terms(), computing=Computing(chunk_bytes=1 << 14), seed=1, construction=torch.device("cpu"),
+        activation_checkpointing=False, terms=Terms(), computing=Computing(backend=torch_rows, chunk_bytes=1 << 14), seed=1, construction=torch.device("cpu"),
     )  # fmt: skip
     model.lm.config._attn_implementation = attention
     return model.to(DEVICE).train()

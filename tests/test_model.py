@@ -12,8 +12,9 @@ from tiny_models import FAMILIES, VOCABULARY
 from bigmix.engine import sharded_construction
 from bigmix.errors import BadInput
 from bigmix.flops import cost_of
-from bigmix.loss.mixed import Computing
 from bigmix.loss.terms import GroupSums, LogitRule, LossTokens, Terms
+from bigmix.loss.torch_rows import torch_rows
+from bigmix.loss.work import Computing
 from bigmix.model import (
     MixedModel,
     ModelTensors,
@@ -31,7 +32,7 @@ CPU = torch.device("cpu")
 def make(family, attention="eager", dtype="fp32", **changes):
     model = build(
         read_config(None, FAMILIES[family] | changes), None, dtype=dtype, attention=attention,
-        activation_checkpointing=False, terms=Terms(), computing=Computing(chunk_bytes=1 << 16), seed=0,
+        activation_checkpointing=False, terms=Terms(), computing=Computing(backend=torch_rows, chunk_bytes=1 << 16), seed=0,
         construction=sharded_construction({}),
     )  # fmt: skip
     return model.eval()

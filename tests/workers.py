@@ -17,8 +17,9 @@ from bigmix.dist import leave
 from bigmix.ds_config import fill, read_ds_config
 from bigmix.engine import AdamW, Engine, Frozen, join, sharded_construction
 from bigmix.export import export
-from bigmix.loss.mixed import Computing
 from bigmix.loss.terms import GroupSums, Terms
+from bigmix.loss.torch_rows import torch_rows
+from bigmix.loss.work import Computing
 from bigmix.model import FrozenModel, build, load, read_config
 from bigmix.objective import StepShares
 from bigmix.records import MicroBatch, StepBatch
@@ -124,7 +125,7 @@ def make_engine(
     config = read_config(None, FAMILIES[family])
     model = build(
         config, None, dtype=dtype, attention="eager" if family == "gemma" else "sdpa",
-        activation_checkpointing=checkpointing, terms=terms, computing=Computing(chunk_bytes=VOCABULARY * 4 * 20), seed=3,
+        activation_checkpointing=checkpointing, terms=terms, computing=Computing(backend=torch_rows, chunk_bytes=VOCABULARY * 4 * 20), seed=3,
         construction=sharded_construction(keys),
     )  # fmt: skip
     return RecordingEngine(model, keys, AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1))
@@ -141,7 +142,7 @@ def reference(family, weights, rows, objective):
     config = read_config(None, FAMILIES[family])
     model = build(
         config, None, dtype="fp32", attention="eager", activation_checkpointing=False,
-        terms=Terms(), computing=Computing(), seed=0, construction=sharded_construction({}),
+        terms=Terms(), computing=Computing(backend=torch_rows), seed=0, construction=sharded_construction({}),
     ).double()  # fmt: skip
     model.load_state_dict(weights, strict=False)
     sums, counts = dict.fromkeys(SOURCES, 0.0), dict.fromkeys(SOURCES, 0)
@@ -310,7 +311,7 @@ def sharded_build(rank, ranks, cluster):
         )  # fmt: skip
         model = build(
             read_config(None, settings), None, dtype="fp32", attention="eager",
-            activation_checkpointing=False, terms=Terms(), computing=Computing(), seed=3,
+            activation_checkpointing=False, terms=Terms(), computing=Computing(backend=torch_rows), seed=3,
             construction=sharded_construction(keys),
         )  # fmt: skip
         assert all(p.numel() == 0 for p in model.parameters())

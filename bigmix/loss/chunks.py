@@ -24,13 +24,15 @@ _FEWEST = 16
 class LossShape:
     """What a chunk's size follows from: N tokens in the loss, hidden size D, vocabulary V, bytes of their elements.
 
-    `logit_bytes`: of one logit in the chunk, those of a reference's beside it included.
+    `gradient_bytes`: of one element of the head's gradient while it is made. `logit_bytes`: of one logit in the chunk,
+    those of a reference's beside it included.
     """
 
     tokens: int
     hidden: int
     vocabulary: int
     hidden_bytes: int
+    gradient_bytes: int
     logit_bytes: int
     device_type: str
     device_bytes: int
@@ -38,9 +40,8 @@ class LossShape:
 
 def chunk_bytes(shape: LossShape) -> int:
     """Memory that the logits of a chunk may take by the formula above."""
-    # The head's gradient is added up in fp32 whatever the dtype of the weights.
-    gradients = (
-        4 * shape.vocabulary * shape.hidden + shape.hidden_bytes * shape.tokens * shape.hidden
+    gradients = shape.hidden * (
+        shape.gradient_bytes * shape.vocabulary + shape.hidden_bytes * shape.tokens
     )
     of_gradients = gradients // _OF_GRADIENTS
     if shape.device_type == "cpu":

@@ -74,12 +74,13 @@ def _add_product(sum_VD: Tensor, left_CV: Tensor, right_CD: Tensor, *, first: bo
 def _add_product_in_blocks(
     sum_VD: Tensor, left_CV: Tensor, right_CD: Tensor, *, first: bool
 ) -> None:
-    """A CPU has no product of bf16 that gives fp32: each chunk's product is rounded, the sum of them is not."""
-    rows = max(1, _BLOCK // right_CD.shape[1])
-    for begin in range(0, len(sum_VD), rows):
-        product = left_CV[:, begin : begin + rows].T @ right_CD
-        block = sum_VD[begin : begin + rows]
-        block.copy_(product) if first else block.add_(product)
+    """A CPU has no product of bf16 that gives fp32: rounding each chunk's product would double the error of the sum."""
+    right_CD = right_CD.to(sum_VD.dtype)
+    columns = max(1, _BLOCK // len(left_CV))
+    for begin in range(0, len(sum_VD), columns):
+        left = left_CV[:, begin : begin + columns].to(sum_VD.dtype)
+        block = sum_VD[begin : begin + columns]
+        torch.addmm(block, left.T, right_CD, beta=0 if first else 1, out=block)
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

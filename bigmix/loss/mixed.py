@@ -5,7 +5,6 @@ is given beforehand, so all gradients are formed in forward and nothing of size 
 gradient-in-forward: Hsu et al., "Liger Kernel", 2024). `terms` has the letters and the equations.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,39 +12,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bigmix.loss.chunks import LossShape, chunk_tokens, device_bytes, even_slices
+from bigmix.loss.columns import Known, head_gradient
 from bigmix.loss.gradients import Gradients, scaled
 from bigmix.loss.terms import LogitRule, LossTokens, Reference, Statistic, Terms
 from bigmix.loss.torch_rows import torch_rows
-from bigmix.loss.work import OBJECTIVE, Backend, ChunkWork, ReferenceWork
+from bigmix.loss.work import (
+    LSE,
+    OBJECTIVE,
+    REFERENCE_LSE,
+    ChunkWork,
+    Computing,
+    ReferenceWork,
+    Request,
+)
 
 _PLAIN = LogitRule()
 _NO_TERMS = Terms()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Computing:
-    """How the loss is computed; it changes memory and speed, and results by rounding alone.
-
-    `chunk_bytes` bounds the logits of a chunk; None: by the formula in `chunks`.
-    """
-
-    backend: Backend = torch_rows
-    chunk_bytes: int | None = None
-
-
-_BY_DEFAULT = Computing()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Asked:
-    """All that is asked for beside the tensors that gradients flow to."""
-
-    tokens: LossTokens
-    rule: LogitRule
-    terms: Terms
-    reference: Reference | None
-    computing: Computing
-    wanted: tuple[bool, bool, bool]
+_BY_DEFAULT = Computing(backend=torch_rows)
 
 
 def mixed_loss(
@@ -68,7 +53,7 @@ def mixed_loss(
     Raises ValueError where shapes or dtypes do not fit together.
     """
     _check(hidden_TD, head_VD, bias_V, tokens, reference)
-    asked = _Asked(
+    request = Request(
         tokens=tokens,
         rule=rule,
         terms=terms,
@@ -76,7 +61,7 @@ def mixed_loss(
         computing=computing,
         wanted=(_wants(hidden_TD), _wants(head_VD), _wants(bias_V)),
     )
-    result: tuple[Tensor, Tensor] = _MixedLoss.apply(hidden_TD, head_VD, bias_V, asked)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _MixedLoss.apply(hidden_TD, head_VD, bias_V, request)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -87,7 +72,7 @@ def _wants(tensor: Tensor | None) -> bool:
 class _MixedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, asked: _Asked
+        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, request: Request
     ) -> tuple[Tensor, Tensor]:
         device_type = hidden_TD.device.type
         dtype = hidden_TD.dtype
@@ -95,7 +80,7 @@ class _MixedLoss(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
             objective, sums_GM, gradients = _all_chunks(
-                hidden_TD.to(dtype), head_VD.to(dtype), bias_V, asked
+                hidden_TD.to(dtype), head_VD.to(dtype), bias_V, request
             )
         ctx.gradients = gradients
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden_TD, head_VD, bias_V))
@@ -119,49 +104,79 @@ class _MixedLoss(torch.autograd.Function):
 
 
 def _all_chunks(
-    hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, asked: _Asked
+    hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, request: Request
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    tokens = asked.tokens
-    chunks = _chunks(hidden_TD, head_VD, asked)
-    room = _Room(hidden_TD, head_VD, asked, chunks)
-    gradients = Gradients(
-        hidden_TD, head_VD, bias_V, wanted=asked.wanted, in_one_chunk=len(chunks) == 1
-    )
+    tokens = request.tokens
+    most = _chunk_tokens(hidden_TD, head_VD, request)
+    chunks = _chunks(request, most)
+    recomputes = request.wanted[1] and len(chunks) > 1 and _recomputes(hidden_TD, request.computing)
+    wanted = (request.wanted[0], request.wanted[1] and not recomputes, request.wanted[2])
+    room = _Room(hidden_TD, head_VD, request, chunks)
+    gradients = Gradients(hidden_TD, head_VD, bias_V, wanted=wanted, in_one_chunk=len(chunks) == 1)
     objective = torch.zeros((), device=hidden_TD.device)
     sums_GM = torch.zeros(tokens.num_groups, len(Statistic), device=hidden_TD.device)
+    lse_N2 = sums_GM.new_empty(len(tokens), 2)
     for part in chunks:
         places_C = part if tokens.positions_N is None else tokens.positions_N[part]
         hidden_CD = hidden_TD[places_C]
-        work = _work(hidden_CD, head_VD, bias_V, asked, part, room)
-        stats_CM = asked.computing.backend(work)
-        objective += stats_CM[:, OBJECTIVE].sum()
-        sums_GM += _sums(stats_CM[:, 1:], tokens.groups_N[part], tokens.num_groups)
+        work = _work(hidden_CD, head_VD, bias_V, request, part, room)
+        columns_CM = request.computing.backend(work)
+        objective += columns_CM[:, OBJECTIVE].sum()
+        sums_GM += _sums(
+            columns_CM[:, OBJECTIVE + 1 : LSE], tokens.groups_N[part], tokens.num_groups
+        )
+        lse_N2[part] = columns_CM[:, [LSE, REFERENCE_LSE]]
         if work.gradient_CV is not None:
             gradients.add(work.gradient_CV, hidden_CD, places_C)
-    return objective, sums_GM, gradients.finish()
+    grad_hidden_TD, grad_head_VD, grad_bias_V = gradients.finish()
+    if recomputes:
+        del room
+        hidden_ND = hidden_TD if tokens.positions_N is None else hidden_TD[tokens.positions_N]
+        known = Known(lse_N=lse_N2[:, 0], reference_lse_K=lse_N2[: request.anchored, 1])
+        block_bytes = most * len(head_VD) * head_VD.dtype.itemsize
+        grad_head_VD = head_gradient(
+            hidden_ND, head_VD, bias_V, request, known, block_bytes=block_bytes
+        )
+    return objective, sums_GM, (grad_hidden_TD, grad_head_VD, grad_bias_V)
 
 
-def _chunks(hidden_TD: Tensor, head_VD: Tensor, asked: _Asked) -> list[slice]:
-    """Chunks of tokens with a reference, then of those without: none is half."""
-    with_reference = 0 if asked.reference is None else len(asked.reference.coefficients_K)
+def _recomputes(hidden_TD: Tensor, computing: Computing) -> bool:
+    if computing.head_gradient != "auto":
+        return computing.head_gradient == "recompute"
+    return not gives_fp32(hidden_TD.device, hidden_TD.dtype)
+
+
+def _chunk_tokens(hidden_TD: Tensor, head_VD: Tensor, request: Request) -> int:
     logit_bytes = logit_dtype(hidden_TD.device, hidden_TD.dtype).itemsize
-    most = chunk_tokens(
+    recomputes = _recomputes(hidden_TD, request.computing)
+    return chunk_tokens(
         LossShape(
-            tokens=len(asked.tokens),
+            tokens=len(request.tokens),
             hidden=hidden_TD.shape[1],
             vocabulary=head_VD.shape[0],
             hidden_bytes=hidden_TD.dtype.itemsize,
-            logit_bytes=logit_bytes * (2 if with_reference else 1),
+            gradient_bytes=head_VD.dtype.itemsize if recomputes else 4,
+            logit_bytes=logit_bytes * (2 if request.anchored else 1),
             device_type=hidden_TD.device.type,
             device_bytes=device_bytes(hidden_TD.device),
         ),
-        asked.computing.chunk_bytes,
+        request.computing.chunk_bytes,
     )
-    rest = even_slices(len(asked.tokens) - with_reference, most)
+
+
+def _chunks(request: Request, most: int) -> list[slice]:
+    """Chunks of tokens with a reference, then of those without: none is half."""
+    anchored = request.anchored
+    rest = even_slices(len(request.tokens) - anchored, most)
     return [
-        *even_slices(with_reference, most),
-        *(slice(s.start + with_reference, s.stop + with_reference) for s in rest),
+        *even_slices(anchored, most),
+        *(slice(s.start + anchored, s.stop + anchored) for s in rest),
     ]
+
+
+def gives_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device's matrix product of `dtype` can give fp32, not rounded to `dtype`."""
+    return dtype == torch.float32 or device.type == "cuda"
 
 
 def logit_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -169,18 +184,18 @@ def logit_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
     Rounding logits to bf16 is half of the error of the hidden states' gradient.
     """
-    return torch.float32 if device.type == "cuda" else dtype
+    return torch.float32 if gives_fp32(device, dtype) else dtype
 
 
 class _Room:
     """Memory for the logits of one chunk, used by all chunks in turn."""
 
     def __init__(
-        self, hidden_TD: Tensor, head_VD: Tensor, asked: _Asked, chunks: list[slice]
+        self, hidden_TD: Tensor, head_VD: Tensor, request: Request, chunks: list[slice]
     ) -> None:
         self._vocabulary = head_VD.shape[0]
         self._logits_X = self._empty(hidden_TD, chunks)
-        reference = asked.reference
+        reference = request.reference
         self._reference_X = self._logits_X[:0]
         if reference is not None:
             own = [part for part in chunks if part.start < len(reference.coefficients_K)]
@@ -204,25 +219,25 @@ def _work(
     hidden_CD: Tensor,
     head_VD: Tensor,
     bias_V: Tensor | None,
-    asked: _Asked,
+    request: Request,
     part: slice,
     room: _Room,
 ) -> ChunkWork:
     outputs_CV = room.logits(len(hidden_CD))
     _product(hidden_CD, head_VD, outputs_CV)
     gradient_CV = None
-    if any(asked.wanted):
+    if any(request.wanted):
         # Where logits are wider than the gradient, each of its rows lies in the first half of the row of logits.
         gradient_CV = outputs_CV.view(hidden_CD.dtype)[:, : len(head_VD)]
     return ChunkWork(
         outputs_CV=outputs_CV,
         gradient_CV=gradient_CV,
         bias_V=bias_V,
-        labels_C=asked.tokens.labels_N[part],
-        coefficients_C=asked.tokens.coefficients_N[part],
-        rule=asked.rule,
-        terms=asked.terms,
-        reference=_reference_work(asked.reference, part, room),
+        labels_C=request.tokens.labels_N[part],
+        coefficients_C=request.tokens.coefficients_N[part],
+        rule=request.rule,
+        terms=request.terms,
+        reference=_reference_work(request.reference, part, room),
     )
 
 

@@ -4,11 +4,13 @@ The chunk is worked through in blocks of rows that fit a cache, so that what lie
 goes to memory.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from bigmix.loss.terms import LogitRule, Statistic
-from bigmix.loss.work import COLUMNS, OBJECTIVE, ChunkWork, ReferenceWork
+from bigmix.loss.work import COLUMNS, LSE, OBJECTIVE, REFERENCE_LSE, ChunkWork, ReferenceWork
 
 # Elements of a block. CPU: two or three arrays of 1 MiB in the L2 caches; GPU: enough to keep every processor busy.
 _BLOCK = {"cpu": 1 << 18}
@@ -19,15 +21,21 @@ def torch_rows(work: ChunkWork) -> Tensor:
     """A `Backend` for any device."""
     tokens, vocabulary = work.outputs_CV.shape
     stats_CM = work.coefficients_C.new_zeros(tokens, COLUMNS)
-    rows = max(1, _BLOCK.get(work.outputs_CV.device.type, _BLOCK_ELSEWHERE) // vocabulary)
-    for begin in range(0, tokens, rows):
-        _block(work, slice(begin, begin + rows), stats_CM[begin : begin + rows])
+    for part in blocks(tokens, vocabulary, work.outputs_CV.device):
+        _block(work, part, stats_CM[part])
     return stats_CM
+
+
+def blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """The rows of a matrix in blocks that fit a cache."""
+    size = max(1, _BLOCK.get(device.type, _BLOCK_ELSEWHERE) // columns)
+    for begin in range(0, rows, size):
+        yield slice(begin, min(begin + size, rows))
 
 
 def _block(work: ChunkWork, part: slice, stats_BM: Tensor) -> None:
     terms, smoothing = work.terms, work.terms.label_smoothing
-    logits_BV = _logits(work.outputs_CV[part], work.bias_V, work.rule)
+    logits_BV = logits_of(work.outputs_CV[part], work.bias_V, work.rule)
     labels_B, weights_B = work.labels_C[part], work.coefficients_C[part]
     top_B, best_B = logits_BV.max(1)
     p_BV = logits_BV.softmax(1)
@@ -42,6 +50,7 @@ def _block(work: ChunkWork, part: slice, stats_BM: Tensor) -> None:
     _set(stats_BM, 1 + Statistic.NLL, nll_B)
     _set(stats_BM, 1 + Statistic.HITS, (best_B == labels_B).to(nll_B.dtype))
     _set(stats_BM, 1 + Statistic.Z, z_B)
+    _set(stats_BM, LSE, lse_B)
     if terms.entropy:
         _set(stats_BM, 1 + Statistic.ENTROPY, lse_B - (p_BV * logits_BV).sum(1))
     # d objective / d logits = slope p - (1 - eps) c onehot(y) - eps c / V - k q,  slope = c (1 + 2 z_loss lse) + k
@@ -49,9 +58,10 @@ def _block(work: ChunkWork, part: slice, stats_BM: Tensor) -> None:
     kq_BV = None
     if work.reference is not None:
         k_B = work.reference.coefficients_C[part]
-        kl_B, q_BV = _kl(work.reference, part, logits_BV, lse_B)
+        kl_B, q_BV, theirs_B = _kl(work.reference, part, logits_BV, lse_B)
         stats_BM[:, OBJECTIVE] += k_B * kl_B
         _set(stats_BM, 1 + Statistic.KL, kl_B)
+        _set(stats_BM, REFERENCE_LSE, theirs_B)
         slope_B, kq_BV = slope_B + k_B, q_BV.mul_(k_B.unsqueeze(1))
     if work.gradient_CV is None:
         return
@@ -61,14 +71,14 @@ def _block(work: ChunkWork, part: slice, stats_BM: Tensor) -> None:
         gradient_BV -= (weights_B * (smoothing / logits_BV.shape[1])).unsqueeze(1)
     if kq_BV is not None:
         gradient_BV -= kq_BV
-    work.gradient_CV[part].copy_(_through_rule(gradient_BV, logits_BV, work.rule))
+    work.gradient_CV[part].copy_(through_rule(gradient_BV, logits_BV, work.rule))
 
 
 def _set(stats_BM: Tensor, column: int, values_B: Tensor) -> None:
     stats_BM[:, column] = values_B
 
 
-def _logits(outputs_BV: Tensor, bias_V: Tensor | None, rule: LogitRule) -> Tensor:
+def logits_of(outputs_BV: Tensor, bias_V: Tensor | None, rule: LogitRule) -> Tensor:
     """fp32 logits; where nothing changes them, the outputs themselves."""
     logits_BV = outputs_BV.float()
     if bias_V is not None:
@@ -87,18 +97,18 @@ def _lse(p_BV: Tensor, top_B: Tensor, best_B: Tensor) -> Tensor:
 
 def _kl(
     reference: ReferenceWork, part: slice, logits_BV: Tensor, lse_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """KL(q || p) [B] and q [B, V]."""
-    theirs_BV = _logits(reference.outputs_CV[part], reference.bias_V, reference.rule)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(q || p) [B], q [B, V] and the log-normaliser of q [B]."""
+    theirs_BV = logits_of(reference.outputs_CV[part], reference.bias_V, reference.rule)
     top_B, best_B = theirs_BV.max(1)
     q_BV = theirs_BV.softmax(1)
     lse_q_B = _lse(q_BV, top_B, best_B)
     # sum q (log q - log p): taken within the sum, where the terms are small, not as a difference of large sums.
     log_ratio_BV = (theirs_BV - logits_BV) + (lse_B - lse_q_B).unsqueeze(1)
-    return (q_BV * log_ratio_BV).sum(1), q_BV
+    return (q_BV * log_ratio_BV).sum(1), q_BV, lse_q_B
 
 
-def _through_rule(gradient_BV: Tensor, logits_BV: Tensor, rule: LogitRule) -> Tensor:
+def through_rule(gradient_BV: Tensor, logits_BV: Tensor, rule: LogitRule) -> Tensor:
     """From d / d logits to d / d outputs, in place."""
     if rule.softcap is not None:
         # d/dx cap tanh(x / cap) = 1 - (cap tanh(x / cap) / cap)^2

@@ -1,15 +1,18 @@
-"""What a backend is given for one chunk of tokens, and what it gives back."""
+"""What the loss is asked for, what a backend is given for one chunk of tokens, and what it gives back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from bigmix.loss.terms import LogitRule, Terms
+from bigmix.loss.terms import LogitRule, LossTokens, Reference, Terms
 
 OBJECTIVE = 0  # the column before the statistics: a token's part of the objective
-COLUMNS = 7  # the objective and one for each Statistic, in its order
+LSE = 7  # after the objective and one column for each Statistic, in its order
+REFERENCE_LSE = 8
+COLUMNS = 9
+HeadGradient = Literal["auto", "accumulate", "recompute"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,4 +45,36 @@ class ChunkWork:
 
 
 Backend: TypeAlias = Callable[[ChunkWork], Tensor]
-"""Fills the gradient and returns for each token its part of the objective and its statistics, fp32 [C, COLUMNS]."""
+"""Fills the gradient and returns for each token, fp32 [C, COLUMNS]: its part of the objective, its statistics, its
+log-normaliser and, where it has a reference, the reference's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Computing:
+    """How the loss is computed; it changes memory and speed, and results by rounding alone.
+
+    `chunk_bytes` bounds the logits of a chunk; None: by the formula in `chunks`. `head_gradient`: accumulate adds up
+    the products of chunks in fp32; recompute makes the logits a second time, by blocks of the vocabulary, and needs no
+    fp32 copy; auto is accumulate where the device's product of the hidden states' dtype can give fp32, else recompute.
+    """
+
+    backend: Backend
+    chunk_bytes: int | None = None
+    head_gradient: HeadGradient = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """All that is asked for beside the tensors that gradients flow to; `wanted`: those of hidden states, head and bias."""
+
+    tokens: LossTokens
+    rule: LogitRule
+    terms: Terms
+    reference: Reference | None
+    computing: Computing
+    wanted: tuple[bool, bool, bool]
+
+    @property
+    def anchored(self) -> int:
+        """How many tokens have a reference; they are the first."""
+        return 0 if self.reference is None else len(self.reference.coefficients_K)

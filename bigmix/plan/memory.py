@@ -194,18 +194,22 @@ def _loss(shape: Shape, setting: Setting) -> Part:
     """
     width, head = setting.weight_bytes, shape.vocabulary * shape.hidden
     logit_bytes = 4 if setting.on_gpu else width
+    gradient_bytes = (
+        4 if setting.on_gpu else width
+    )  # a CPU computes bf16 logits twice in place of an fp32 sum
     sizes = LossShape(
         tokens=setting.tokens,
         hidden=shape.hidden,
         vocabulary=shape.vocabulary,
         hidden_bytes=width,
+        gradient_bytes=gradient_bytes,
         logit_bytes=logit_bytes,
         device_type="cuda" if setting.on_gpu else "cpu",
         device_bytes=setting.device_bytes,
     )
     given = None if setting.loss_chunk_mib is None else setting.loss_chunk_mib << 20
     tokens = min(chunk_tokens(sizes, given), setting.tokens)
-    gradient = head * (width if tokens == setting.tokens else 4)
+    gradient = head * (width if tokens == setting.tokens else gradient_bytes)
     hidden = width * shape.hidden * (setting.tokens + tokens)
     return Part(
         name="head and loss",
