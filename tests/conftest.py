@@ -1,11 +1,17 @@
 """What several test modules share and is slow to make."""
 
+import os
 import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from bigmix.data.tokenizer import train_tokenizer
+
+# Without a GPU the kernels run in triton's interpreter; it must be chosen before a module with kernels is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 WORDS = [
     "the",

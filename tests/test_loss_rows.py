@@ -1,0 +1,296 @@
+"""The kernel for the rows of a chunk gives what torch_rows gives, and what autograd gives in fp64.
+
+Without a GPU it runs in triton's interpreter (see conftest), which shows neither races nor registers; on one, for
+real.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+
+from bigmix.loss.mixed import Computing, mixed_loss
+from bigmix.loss.terms import LogitRule, LossTokens, Reference, Statistic, Terms
+from bigmix.loss.torch_rows import torch_rows
+from bigmix.loss.work import COLUMNS, OBJECTIVE, ChunkWork, ReferenceWork
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from bigmix.loss import triton_rows as kernels  # noqa: E402
+from bigmix.loss.triton_rows import triton_rows  # noqa: E402
+
+# Behind a row's end, and where the other of two formulas is chosen, what the interpreter computes may overflow.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PLAIN, CAPPED = LogitRule(), LogitRule(scale=0.5, softcap=4.0)
+ALL_TERMS = Terms(label_smoothing=0.1, z_loss=1e-3, entropy=True)
+# The interpreter cuts fp32 to bf16 where a GPU rounds: errors up to a whole step instead of half of one.
+ROUNDING = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 8e-3 if DEVICE == "cpu" else 4e-3}  # fmt: skip
+
+ASKED = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"rule": LogitRule(scale=0.25)},
+    "softcap": {"rule": LogitRule(softcap=3.0)},
+    "bias, scale and softcap": {"bias": True, "rule": CAPPED},
+    "smoothing": {"terms": Terms(label_smoothing=0.2)},
+    "z-loss": {"terms": Terms(z_loss=1e-2)},
+    "entropy": {"terms": Terms(entropy=True)},
+    "reference": {"reference": PLAIN},
+    "reference with a rule": {"reference": CAPPED},
+    "all": {"bias": True, "rule": CAPPED, "terms": ALL_TERMS, "reference": LogitRule(softcap=3.0)},
+}
+# Vocabulary and block: less than one block, exactly one, several whole ones, several and a part.
+SHAPES = [(1, None), (2, None), (31, None), (1000, None), (1024, None), (1024, 256), (1000, 128), (4097, 1024)]  # fmt: skip
+
+
+def chunk(
+    *, tokens=5, vocabulary=1000, dtype=torch.float32, gradient="in place", bias=False, rule=PLAIN,
+    terms=None, reference=None, spread=3.0, seed=0,
+):  # fmt: skip
+    """The same work for the same arguments: a backend overwrites what it is given."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw).to(DEVICE)
+
+    outputs = (normal(tokens, vocabulary) * spread).to(dtype)
+    places = {
+        "in place": outputs,
+        "beside": torch.full_like(outputs, 7),
+        "narrow": outputs.view(torch.bfloat16)[:, :vocabulary] if dtype == torch.float32 else None,
+        "none": None,
+    }
+    return ChunkWork(
+        outputs_CV=outputs,
+        gradient_CV=places[gradient],
+        bias_V=normal(vocabulary) if bias else None,
+        labels_C=torch.randint(vocabulary, (tokens,), generator=draw).to(DEVICE),
+        coefficients_C=torch.rand(tokens, generator=draw).to(DEVICE),
+        rule=rule,
+        terms=terms or Terms(),
+        reference=reference
+        and ReferenceWork(
+            outputs_CV=(normal(tokens, vocabulary) * spread).to(dtype),
+            bias_V=normal(vocabulary).to(dtype) if bias else None,
+            rule=reference,
+            coefficients_C=torch.rand(tokens, generator=draw).to(DEVICE),
+        ),
+    )
+
+
+def logits_of(outputs, work):
+    logits = outputs if work.bias_V is None else outputs + work.bias_V.double()
+    logits = logits * work.rule.scale
+    cap = work.rule.softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def dense(work):
+    """The slow obvious way, in fp64: statistics [C, COLUMNS] and d objective / d outputs by autograd."""
+    outputs = work.outputs_CV.double().requires_grad_()
+    logits, labels, eps = logits_of(outputs, work), work.labels_C, work.terms.label_smoothing
+    log_p = logits.log_softmax(1)
+    nll = -log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
+    z = logits.logsumexp(1).square()
+    loss = (1 - eps) * nll - eps * log_p.mean(1) + work.terms.z_loss * z
+    objective = work.coefficients_C.double() * loss
+    stats = torch.zeros(len(labels), COLUMNS, dtype=torch.float64, device=labels.device)
+    if work.reference is not None:
+        log_q = logits_of(work.reference.outputs_CV.double(), work.reference).log_softmax(1)
+        kl = (log_q.exp() * (log_q - log_p)).sum(1)
+        objective = objective + work.reference.coefficients_C.double() * kl
+        stats[:, 1 + Statistic.KL] = kl.detach()
+    objective.sum().backward()
+    stats[:, OBJECTIVE] = objective.detach()
+    stats[:, 1 + Statistic.TOKENS] = 1
+    stats[:, 1 + Statistic.NLL] = nll.detach()
+    stats[:, 1 + Statistic.HITS] = (logits.argmax(1) == labels).double()
+    stats[:, 1 + Statistic.Z] = z.detach()
+    if work.terms.entropy:
+        stats[:, 1 + Statistic.ENTROPY] = -(log_p.exp() * log_p).sum(1).detach()
+    return stats, outputs.grad
+
+
+def error(found, expected, size=None):
+    """Root mean square, relative to that of the expected values or of `size`."""
+    size = expected if size is None else size
+    return float((found.double() - expected.double()).norm() / size.double().norm())
+
+
+def check(block, **asked):
+    """Statistics and gradient of the kernel against both, and nothing else overwritten."""
+    expected, gradient = dense(chunk(**asked))
+    by_torch, work = chunk(**asked), chunk(**asked)
+    stats_by_torch, stats = torch_rows(by_torch), triton_rows(work, block=block)
+    assert stats.shape == expected.shape and stats.dtype == torch.float32
+    torch.testing.assert_close(stats.double(), expected, rtol=2e-6, atol=4e-6)
+    torch.testing.assert_close(stats, stats_by_torch, rtol=4e-6, atol=2e-5)
+    if work.gradient_CV is None:
+        assert torch.equal(work.outputs_CV, chunk(**asked).outputs_CV)
+        return
+    rounding = ROUNDING[work.gradient_CV.dtype]
+    # Where V = 1 all but the z-loss cancels out, and what is left of the coefficients is their rounding.
+    size = gradient if work.gradient_CV.shape[1] > 1 else work.coefficients_C
+    assert error(work.gradient_CV, gradient, size) < rounding
+    assert error(work.gradient_CV, by_torch.gradient_CV, size) < 2 * rounding
+    torch.testing.assert_close(
+        work.gradient_CV.double(), gradient, rtol=2 * rounding, atol=max(1e-6, 1e-2 * rounding)
+    )
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("block", [None, 256])
+def test_each_part_of_the_objective_equals_autograd_in_fp64(asked, block):
+    check(block, **ASKED[asked])
+
+
+@pytest.mark.parametrize(("vocabulary", "block"), SHAPES)
+@pytest.mark.parametrize("asked", ["plain", "all"])
+def test_rows_of_any_length_in_any_number_of_blocks(asked, vocabulary, block):
+    check(block, vocabulary=vocabulary, **ASKED[asked])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("block", [None, 256])
+@pytest.mark.parametrize("asked", ["plain", "all"])
+def test_narrow_logits_lose_no_more_than_the_rounding_of_their_gradient(asked, block, dtype):
+    check(block, dtype=dtype, **ASKED[asked])
+
+
+@pytest.mark.parametrize(("vocabulary", "block"), SHAPES)
+@pytest.mark.parametrize("asked", ["plain", "all"])
+def test_a_narrow_gradient_may_lie_in_the_storage_of_wide_logits(asked, vocabulary, block):
+    check(block, vocabulary=vocabulary, gradient="narrow", **ASKED[asked])
+
+
+@pytest.mark.parametrize("gradient", ["none", "beside"])
+@pytest.mark.parametrize("block", [None, 256])
+@pytest.mark.parametrize("asked", ["plain", "reference", "all"])
+def test_the_gradient_may_lie_elsewhere_or_not_be_wanted(asked, block, gradient):
+    check(block, gradient=gradient, **ASKED[asked])
+
+
+@pytest.mark.parametrize("block", [None, 256])
+def test_one_token_is_a_chunk_and_none_is_one(block):
+    check(block, tokens=1, **ASKED["all"])
+    assert triton_rows(chunk(tokens=0)).shape == (0, COLUMNS)
+
+
+@pytest.mark.parametrize("block", [None, 256])
+def test_rows_may_lie_apart(block):
+    wide = torch.full((5, 1100), 7.0, device=DEVICE)
+    work, expected = chunk(), chunk()
+    wide[:, :1000] = work.outputs_CV
+    part = wide[:, :1000]
+    strided = ChunkWork(
+        outputs_CV=part, gradient_CV=part, bias_V=None, labels_C=work.labels_C,
+        coefficients_C=work.coefficients_C, rule=PLAIN, terms=Terms(), reference=None,
+    )  # fmt: skip
+    triton_rows(strided, block=block)
+    triton_rows(expected, block=block)
+    assert torch.equal(part, expected.gradient_CV) and (wide[:, 1000:] == 7).all()
+
+
+@pytest.mark.parametrize("block", [None, 256])
+def test_extreme_logits_are_as_right_as_others(block):
+    asked = {"terms": ALL_TERMS, "reference": PLAIN}
+    works = chunk(**asked), chunk(**asked)
+    for work in works:
+        for outputs in (work.outputs_CV, work.reference.outputs_CV):
+            outputs.copy_(outputs.sign() * 1e4)
+        work.outputs_CV[0, :500] = 0
+    expected, gradient = dense(works[0])
+    stats = triton_rows(works[1], block=block)
+    torch.testing.assert_close(stats.double(), expected, rtol=2e-6, atol=2e-6)
+    assert error(works[1].gradient_CV, gradient) < 1e-6
+
+
+@pytest.mark.parametrize("block", [None, 128])
+def test_of_equal_logits_the_first_is_the_likeliest(block):
+    for places in ([5, 133, 700], [700, 900], [130, 129, 3 * 128 + 1], range(0, 1000, 90)):
+        work = chunk(tokens=len(places), gradient="none", terms=Terms())
+        work.outputs_CV[:, list(places)] = 100.0
+        work.labels_C.copy_(torch.tensor(list(places)))
+        hits = triton_rows(work, block=block)[:, 1 + Statistic.HITS]
+        assert hits.tolist() == [float(place == min(places)) for place in places]
+
+
+@pytest.mark.parametrize("block", [None, 256])
+@pytest.mark.parametrize("gradient", ["in place", "narrow"])
+def test_a_coefficient_of_zero_gives_a_gradient_of_exactly_zero(gradient, block):
+    work = chunk(gradient=gradient, **ASKED["all"])
+    work.coefficients_C[1:3] = 0
+    work.reference.coefficients_C[1:4] = 0
+    stats = triton_rows(work, block=block)
+    assert not work.gradient_CV[1:3].any() and not stats[1:3, OBJECTIVE].any()
+    assert work.gradient_CV[[0, 3, 4]].any(1).all()
+
+
+@pytest.mark.parametrize("block", [None, 256])
+def test_two_runs_give_the_same_bits(block):
+    one, two = (chunk(gradient="narrow", **ASKED["all"]) for _ in range(2))
+    assert torch.equal(triton_rows(one, block=block), triton_rows(two, block=block))
+    assert torch.equal(one.gradient_CV, two.gradient_CV)
+
+
+@pytest.mark.parametrize("block", [None, 256])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_logit_that_is_no_number_is_seen_in_the_objective_of_its_token_alone(bad, block):
+    work = chunk(gradient="none")
+    work.outputs_CV[2, 700] = bad
+    finite = triton_rows(work, block=block)[:, OBJECTIVE].isfinite()
+    assert finite.tolist() == [True, True, False, True, True]
+
+
+@triton.jit
+def tanh_of(inputs, outputs, COUNT: tl.constexpr):
+    places = tl.arange(0, COUNT)
+    tl.store(outputs + places, kernels._tanh(tl.load(inputs + places)))
+
+
+def test_tanh_is_right_relative_to_its_value():
+    sizes = torch.logspace(-12, 5, 1024)
+    for inputs in (sizes.to(DEVICE), -sizes.to(DEVICE), torch.linspace(-2, 2, 1024).to(DEVICE)):
+        outputs = torch.empty_like(inputs)
+        tanh_of[(1,)](inputs, outputs, 1024)
+        torch.testing.assert_close(outputs.double(), inputs.double().tanh(), rtol=4e-7, atol=0)
+
+
+def test_the_loss_is_the_same_by_both_backends():
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw).to(DEVICE)
+
+    hidden, head, bias = normal(30, 24), normal(101, 24), normal(101)
+    tokens = LossTokens(
+        positions_N=torch.randperm(30, generator=draw)[:24].to(DEVICE),
+        labels_N=torch.randint(101, (24,), generator=draw).to(DEVICE),
+        groups_N=torch.randint(3, (24,), generator=draw).to(DEVICE),
+        coefficients_N=torch.rand(24, generator=draw).to(DEVICE),
+        num_groups=3,
+    )
+    reference = Reference(
+        hidden_KD=normal(10, 16),
+        head_VD=normal(101, 16),
+        bias_V=None,
+        rule=PLAIN,
+        coefficients_K=torch.rand(10, generator=draw).to(DEVICE),
+    )
+    results = []
+    for backend in (torch_rows, triton_rows, partial(triton_rows, block=32)):
+        leaves = [t.clone().requires_grad_() for t in (hidden, head, bias)]
+        value, sums = mixed_loss(
+            *leaves, tokens, rule=CAPPED, terms=ALL_TERMS, reference=reference,
+            computing=Computing(backend=backend, chunk_bytes=16 * 4 * 101),
+        )  # fmt: skip
+        value.backward()
+        results.append([value.detach(), sums, *(leaf.grad for leaf in leaves)])
+    for found in results[1:]:
+        for one, other in zip(found, results[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-5)
+            assert error(one, other) < 1e-6
