@@ -173,7 +173,8 @@ def test_any_sizes_give_the_dense_result(
         kept, kept + spare, hidden=hidden, vocabulary=vocabulary, groups=groups, seed=seed,
         anchored=int(anchored * kept), terms=Terms(label_smoothing=0.2, z_loss=1e-3),
     )  # fmt: skip
-    assert_equal(inputs.run(rows), dense(inputs), within=5e-6)
+    # A single sure token leaves a gradient of p - 1 that is nearly 0, so with many zeros behind the point.
+    assert_equal(inputs.run(rows), dense(inputs), within=5e-5)
 
 
 def test_labels_that_are_ignored_are_left_out():
@@ -270,15 +271,19 @@ def test_the_head_gradient_in_bf16_does_not_drift_with_the_number_of_chunks():
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements of any tensor that an operation makes."""
+    """The most fp32 elements of any memory that an operation makes; `given` tensors are not made."""
 
-    elements = 0
+    def __init__(self, *given):
+        super().__init__()
+        self.elements = 0
+        self.given = {t.untyped_storage().data_ptr() for t in given if t is not None}
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
         outputs = result if isinstance(result, (list, tuple)) else [result]
-        sizes = [t.untyped_storage().nbytes() for t in outputs if isinstance(t, torch.Tensor)]
-        self.elements = max([self.elements, *(size // 4 for size in sizes)])
+        storages = [t.untyped_storage() for t in outputs if isinstance(t, torch.Tensor)]
+        made = [s.nbytes() // 4 for s in storages if s.data_ptr() not in self.given]
+        self.elements = max([self.elements, *made])
         return result
 
 
@@ -286,13 +291,12 @@ def test_nothing_of_the_size_of_all_logits_exists_and_without_gradient_no_gradie
     inputs = case(640, 640, hidden=64, vocabulary=512, bias=False)
     computing = Computing(backend=torch_rows, chunk_bytes=32 * 4 * 512)
     arguments = (inputs.hidden.detach(), inputs.head.detach(), None, inputs.tokens)
-    with LargestTensor() as evaluated, torch.no_grad():
+    with LargestTensor(*arguments[:2]) as evaluated, torch.no_grad():
         value, _ = mixed_loss(*arguments, computing=computing)
-    # The inputs themselves are no results: the largest is a chunk's logits or its rows.
-    assert evaluated.elements <= 32 * 512
+    assert evaluated.elements == 32 * 512
     arguments[0].requires_grad_()
     arguments[1].requires_grad_()
-    with LargestTensor() as trained:
+    with LargestTensor(*arguments[:2]) as trained:
         mixed_loss(*arguments, computing=computing)[0].backward()
     assert trained.elements == max(512 * 64, 640 * 64)
     assert not value.requires_grad
@@ -303,7 +307,7 @@ def test_a_frozen_head_gets_no_gradient():
     inputs = case(40, 40, bias=False)
     expected = dense(inputs)[2][0]
     inputs.head.requires_grad_(False)
-    with LargestTensor() as seen:
+    with LargestTensor(*inputs.leaves()) as seen:
         _, _, found = inputs.run(16)
     assert found[1] is None
     assert error(found[0], expected) < 1e-6
@@ -342,7 +346,7 @@ def test_under_activation_checkpointing_the_gradients_are_the_same(use_reentrant
         leaf.grad = None
     checkpoint(loss, inputs.hidden, use_reentrant=use_reentrant).backward()
     for leaf, gradient in zip(inputs.leaves(), expected[2], strict=True):
-        assert torch.equal(leaf.grad, gradient)
+        assert error(leaf.grad, gradient) < 1e-6
 
 
 def test_under_autocast_products_are_bf16_and_sums_and_gradients_of_weights_are_fp32():
@@ -379,7 +383,7 @@ def test_chunks_take_each_token_once_and_are_never_too_large():
 
 def test_a_chunk_is_a_fifth_of_the_gradients_or_what_is_given():
     sizes = LossShape(
-        tokens=4096, hidden=512, vocabulary=128256, hidden_bytes=4, logit_bytes=4,
+        tokens=4096, hidden=512, vocabulary=128256, hidden_bytes=4, gradient_bytes=4, logit_bytes=4,
         device_type="cpu", device_bytes=0,
     )  # fmt: skip
     gradients = 4 * 512 * (128256 + 4096)

@@ -12,7 +12,7 @@ import torch
 from bigmix.loss.mixed import Computing, mixed_loss
 from bigmix.loss.terms import LogitRule, LossTokens, Reference, Statistic, Terms
 from bigmix.loss.torch_rows import torch_rows
-from bigmix.loss.work import COLUMNS, OBJECTIVE, ChunkWork, ReferenceWork
+from bigmix.loss.work import COLUMNS, LSE, OBJECTIVE, REFERENCE_LSE, ChunkWork, ReferenceWork
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -99,7 +99,9 @@ def dense(work):
     objective = work.coefficients_C.double() * loss
     stats = torch.zeros(len(labels), COLUMNS, dtype=torch.float64, device=labels.device)
     if work.reference is not None:
-        log_q = logits_of(work.reference.outputs_CV.double(), work.reference).log_softmax(1)
+        theirs = logits_of(work.reference.outputs_CV.double(), work.reference)
+        log_q = theirs.log_softmax(1)
+        stats[:, REFERENCE_LSE] = theirs.logsumexp(1)
         kl = (log_q.exp() * (log_q - log_p)).sum(1)
         objective = objective + work.reference.coefficients_C.double() * kl
         stats[:, 1 + Statistic.KL] = kl.detach()
@@ -109,6 +111,7 @@ def dense(work):
     stats[:, 1 + Statistic.NLL] = nll.detach()
     stats[:, 1 + Statistic.HITS] = (logits.argmax(1) == labels).double()
     stats[:, 1 + Statistic.Z] = z.detach()
+    stats[:, LSE] = logits.logsumexp(1).detach()
     if work.terms.entropy:
         stats[:, 1 + Statistic.ENTROPY] = -(log_p.exp() * log_p).sum(1).detach()
     return stats, outputs.grad

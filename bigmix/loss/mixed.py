@@ -31,6 +31,7 @@ _NO_TERMS = Terms()
 
 
 _BY_DEFAULT = Computing(backend=torch_rows)
+_ALIGNED = 16
 
 
 def mixed_loss(
@@ -188,31 +189,34 @@ def logit_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 class _Room:
-    """Memory for the logits of one chunk, used by all chunks in turn."""
+    """Memory for the logits of one chunk, used by all chunks in turn.
+
+    Rows begin at multiples of _ALIGNED elements: with an odd vocabulary a GPU would move them element by element.
+    """
 
     def __init__(
         self, hidden_TD: Tensor, head_VD: Tensor, request: Request, chunks: list[slice]
     ) -> None:
         self._vocabulary = head_VD.shape[0]
-        self._logits_X = self._empty(hidden_TD, chunks)
-        reference = request.reference
-        self._reference_X = self._logits_X[:0]
-        if reference is not None:
-            own = [part for part in chunks if part.start < len(reference.coefficients_K)]
-            self._reference_X = self._empty(reference.hidden_KD, own)
+        self._stride = -(-self._vocabulary // _ALIGNED) * _ALIGNED
+        self._logits = self._empty(hidden_TD, chunks)
+        self._theirs = self._logits[:0]
+        if request.reference is not None:
+            own = [part for part in chunks if part.start < request.anchored]
+            self._theirs = self._empty(request.reference.hidden_KD, own)
 
     def _empty(self, like: Tensor, chunks: list[slice]) -> Tensor:
         most = max((part.stop - part.start for part in chunks), default=0)
         dtype = logit_dtype(like.device, like.dtype)
-        return like.new_empty(most * self._vocabulary, dtype=dtype)
+        return like.new_empty(most, self._stride, dtype=dtype)
 
     def logits(self, tokens: int) -> Tensor:
         """For the model's, [tokens, V]."""
-        return self._logits_X[: tokens * self._vocabulary].view(tokens, self._vocabulary)
+        return self._logits[:tokens, : self._vocabulary]
 
     def reference(self, tokens: int) -> Tensor:
         """For the reference's, [tokens, V]."""
-        return self._reference_X[: tokens * self._vocabulary].view(tokens, self._vocabulary)
+        return self._theirs[:tokens, : self._vocabulary]
 
 
 def _work(

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bigmix.loss.terms import Statistic
-from bigmix.loss.work import COLUMNS, OBJECTIVE, ChunkWork, ReferenceWork
+from bigmix.loss.work import COLUMNS, LSE, OBJECTIVE, REFERENCE_LSE, ChunkWork, ReferenceWork
 
 # A row of up to so many elements is one block, 16 of them to a thread. By ptxas (triton 3.9, sm_90) that takes 50
 # registers of a thread, 82 with a reference and 113 with all there is; twice as many elements spill from the 128 that
@@ -43,6 +43,8 @@ _HITS = tl.constexpr(1 + Statistic.HITS)
 _Z = tl.constexpr(1 + Statistic.Z)
 _ENTROPY = tl.constexpr(1 + Statistic.ENTROPY)
 _KL = tl.constexpr(1 + Statistic.KL)
+_LSE = tl.constexpr(LSE)
+_REFERENCE_LSE = tl.constexpr(REFERENCE_LSE)
 
 
 class _Head(NamedTuple):
@@ -184,13 +186,16 @@ def _row(
         of_label, of_all = (1 - smoothing) * weight, smoothing * weight / vocabulary
     objective = weight * (loss + z_loss * lse * lse)
     slope, of_q, shift, kl = weight * (1 + 2 * z_loss * lse), 0.0, 0.0, 0.0
+    their_lse = 0.0
     their_logits, theirs = logits, ours
     if reference.outputs is not None:
         of_q = tl.load(their_coefficients + token)
         slope += of_q
         their_logits = _logits(reference, token, tl.arange(0, BLOCK), vocabulary)
         theirs = _sums(reference, token, their_logits, vocabulary, False, False, BLOCK, ONE_BLOCK)
-        shift = (ours.top - theirs.top) + (log_mass - tl.log(theirs.mass))
+        their_log_mass = tl.log(theirs.mass)
+        their_lse = theirs.top + their_log_mass
+        shift = (ours.top - theirs.top) + (log_mass - their_log_mass)
     if gradient is not None or reference.outputs is not None:
         slopes = _Slopes(
             label=label, top=ours.top, of_p=slope / ours.mass, of_label=of_label, of_all=of_all,
@@ -213,6 +218,8 @@ def _row(
     # - sum p log p with log p = (u - m) - log mass: nothing large is subtracted.
     tl.store(stats + _ENTROPY, log_mass - ours.fall / ours.mass if ENTROPY else 0.0)
     tl.store(stats + _KL, kl)
+    tl.store(stats + _LSE, lse)
+    tl.store(stats + _REFERENCE_LSE, their_lse)
 
 
 @triton.jit
