@@ -31,6 +31,7 @@ _FREE = frozenset(
     "model.activation_checkpointing",
     "loss.entropy",
     "loss.backend",
+    "loss.head_gradient",
     "loss.chunk_mib",
 }
 

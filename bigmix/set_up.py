@@ -17,15 +17,18 @@ from bigmix.guard import StopFlag
 from bigmix.header import show_header
 from bigmix.inputs import Inputs, accumulation
 from bigmix.loss.backend import backend_of, choose_backend
+from bigmix.loss.check import check_computing
 from bigmix.loss.terms import Statistic, Terms
 from bigmix.loss.work import Computing
 from bigmix.metrics import RunLog
 from bigmix.model import (
+    DTYPES,
     FrozenModel,
     build,
     choose_attention,
     choose_dtype,
     load,
+    logit_rule,
 )
 from bigmix.model_checks import read_configs
 from bigmix.recipe import Recipe, to_yaml
@@ -72,6 +75,10 @@ def set_up(
     dtype = choose_dtype(recipe.model.dtype, device)
     attention = choose_attention(recipe.model.attention, config, device, dtype.value)
     backend = choose_backend(recipe.loss.backend, device)
+    terms, computing = _terms(recipe), _computing(recipe, backend)
+    check_computing(
+        computing, rule=logit_rule(config), terms=terms, dtype=DTYPES[dtype.value], device=device
+    )
     keys = fill(
         inputs.ds_keys,
         micro_batch_rows=recipe.train.micro_batch_rows,
@@ -86,12 +93,8 @@ def set_up(
         dtype=dtype.value,
         attention=attention.value,
         activation_checkpointing=recipe.model.activation_checkpointing,
-        terms=Terms(
-            label_smoothing=recipe.loss.label_smoothing,
-            z_loss=recipe.loss.z_loss,
-            entropy=recipe.loss.entropy,
-        ),
-        computing=_computing(recipe, backend),
+        terms=terms,
+        computing=computing,
         seed=recipe.seed,
         construction=sharded_construction(keys),
     )
@@ -146,10 +149,17 @@ def _anchor(
     return anchor
 
 
+def _terms(recipe: Recipe) -> Terms:
+    loss = recipe.loss
+    return Terms(label_smoothing=loss.label_smoothing, z_loss=loss.z_loss, entropy=loss.entropy)
+
+
 def _computing(recipe: Recipe, backend: Choice) -> Computing:
     mib = recipe.loss.chunk_mib
     return Computing(
-        backend=backend_of(backend.value), chunk_bytes=None if mib is None else mib << 20
+        backend=backend_of(backend.value),
+        chunk_bytes=None if mib is None else mib << 20,
+        head_gradient=recipe.loss.head_gradient,
     )
 
 

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from bigmix.errors import BadInput
 from bigmix.loss import gradients as gradients_module
+from bigmix.loss.backend import backend_of, choose_backend
+from bigmix.loss.check import check_computing
 from bigmix.loss.chunks import LossShape, chunk_tokens, even_slices
 from bigmix.loss.gradients import scaled
 from bigmix.loss.mixed import mixed_loss
@@ -23,7 +26,7 @@ from bigmix.loss.terms import (
 )
 from bigmix.loss.torch_rows import torch_rows
 from bigmix.loss.work import Computing
-from bigmix.records import IGNORE
+from bigmix.records import IGNORE, Choice
 
 GROUPS, HIDDEN, VOCABULARY = 3, 24, 101
 PLAIN, NO_TERMS = LogitRule(), Terms()
@@ -410,3 +413,59 @@ def test_what_does_not_fit_together_is_refused():
     with pytest.raises(ValueError, match="first K of them"):
         reference = replace(inputs.reference, coefficients_K=torch.ones(3))
         mixed_loss(hidden, head, bias, tokens, reference=reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", [PLAIN, LogitRule(scale=0.5, softcap=8.0)])
+def test_a_backend_that_computes_something_else_is_refused(dtype, rule):
+    options = {
+        "rule": rule, "terms": Terms(label_smoothing=0.1, z_loss=1e-3), "dtype": dtype,
+        "device": torch.device("cpu"),
+    }  # fmt: skip
+    for chunk_bytes in (None, 16 * 9001 * 4):
+        check_computing(Computing(backend=torch_rows, chunk_bytes=chunk_bytes), **options)
+
+    def a_little_wrong(work):
+        columns = torch_rows(work)
+        if work.gradient_CV is not None:
+            work.gradient_CV[3] *= 1.5
+        return columns
+
+    with pytest.raises(BadInput, match="differs from plain autograd by .*loss.backend=torch"):
+        check_computing(Computing(backend=a_little_wrong), **options)
+
+
+def test_the_backend_is_chosen_by_the_device_and_can_be_forced(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose_backend("auto", cpu) == Choice(value="torch", reason="no GPU")
+    assert choose_backend("torch", gpu) == Choice(value="torch", reason="as the recipe says")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert choose_backend("auto", gpu) == Choice(value="triton", reason="a GPU is there")
+    assert choose_backend("triton", gpu).value == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(BadInput, match="the device is cpu; it needs a GPU"):
+        choose_backend("triton", cpu)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_backend("auto", gpu) == Choice(value="torch", reason="triton is not installed")
+    with pytest.raises(BadInput, match="triton is not installed"):
+        choose_backend("triton", gpu)
+    assert backend_of("torch") is torch_rows
+
+
+@pytest.mark.parametrize("mode", ["accumulate", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_to_the_head_gradient_give_it(mode, dtype):
+    inputs = case(
+        203, 230, dtype=dtype, anchored=77, rule=LogitRule(scale=0.5, softcap=5.0),
+        terms=Terms(label_smoothing=0.1, z_loss=1e-3),
+    )  # fmt: skip
+    computing = Computing(backend=torch_rows, chunk_bytes=32 * 4 * 101, head_gradient=mode)
+    value, _ = mixed_loss(
+        inputs.hidden, inputs.head, inputs.bias, inputs.tokens,
+        rule=inputs.rule, terms=inputs.terms, reference=inputs.reference, computing=computing,
+    )  # fmt: skip
+    value.backward()
+    exact = dense(inputs)
+    within = 2e-6 if dtype == torch.float32 else 6e-3
+    for leaf, gradient in zip(inputs.leaves(), exact[2], strict=True):
+        assert error(leaf.grad, gradient) < within

@@ -244,6 +244,8 @@ class Loss(Settings):
     """Log the mean entropy of the predictions of each source, for a little time."""
     backend: Literal["auto", "triton", "torch"] = "auto"
     """What computes the rows of the logits. auto: triton on a GPU where it is installed, else torch."""
+    head_gradient: Literal["auto", "accumulate", "recompute"] = "auto"
+    """How the head's gradient is made of several chunks. accumulate: their products are added up in fp32; recompute: logits are made twice, with no fp32 copy: a third more time in the head, 2 bytes less for each of its weights. auto: accumulate, but recompute in bf16 on a CPU."""
     chunk_mib: Count | None = None
     """Memory for the logits of one chunk, in MiB; default: by sizes and device, see docs/loss.md."""
 
