@@ -14,7 +14,7 @@ from bigmix.dist import Cluster
 from bigmix.engine import Engine
 from bigmix.loss.terms import GroupSums
 from bigmix.on_device import tensors
-from bigmix.records import Ints, MicroBatch, RowId, RowPlaces
+from bigmix.records import MicroBatch, RowId, RowPlaces
 
 _RESAMPLES = 1000
 
@@ -78,7 +78,7 @@ def _losses_of_rank(
             part = own[index * micro_batch_rows : (index + 1) * micro_batch_rows]
             batch, documents = _by_document(stream, part or row_ids[:1], is_idle=not part)
             _, sums_GM = engine.forward(tensors(batch, [0.0] * len(documents), engine.device))
-            counts = _loss_tokens(batch)
+            counts = batch.loss_tokens_P
             losses += [
                 DocumentLoss(document=document, nll_sum=nll, loss_tokens=int(count))
                 for document, nll, count in zip(
@@ -118,13 +118,6 @@ def _by_document(
         lengths_K=batch.lengths_K[runs],
     )
     return batch, documents
-
-
-def _loss_tokens(batch: MicroBatch) -> Ints:
-    """How many loss tokens each part has; a run of them is in one part."""
-    parts_K = np.searchsorted(batch.starts_P, batch.begins_K, side="right") - 1
-    counts = np.bincount(parts_K, batch.lengths_K, minlength=len(batch.starts_P))
-    return counts.astype(np.int64)
 
 
 def summarise(stream: Stream, losses: Sequence[DocumentLoss]) -> HeldOut:

@@ -42,12 +42,17 @@ def weigh(
     shares: StepShares,
     rows: Mapping[str, int],
     loss_tokens: Mapping[str, int],
+    masses: Mapping[str, float] | None = None,
 ) -> StepWeights:
-    """The weight of a loss token of each source, from the counts of the whole step."""
+    """The weight of a loss token of each source, from the counts of the whole step.
+
+    `masses`: the sum of the weights that the loss tokens of a source have among themselves, where they have some; they
+    take the place of the counts N_s under per_source, and under per_token there are none.
+    """
     if objective == "per_token":
         return per_token(shares.rows, shares.loss, loss_tokens)
     lambdas = source_weights(shares.rows, shares.loss, rows, sum(rows.values()))
-    return per_source(lambdas, loss_tokens)
+    return per_source(lambdas, loss_tokens if masses is None else masses)
 
 
 def source_weights(
@@ -84,7 +89,7 @@ def divergence_weights(
     return per_source(due, loss_tokens).token
 
 
-def per_source(lambdas: Mapping[str, float], loss_tokens: Mapping[str, int]) -> StepWeights:
+def per_source(lambdas: Mapping[str, float], loss_tokens: Mapping[str, float]) -> StepWeights:
     """lambda_s / N_s; a source without a loss token in the step has no part in it."""
     token = {n: lambdas[n] / count if count else 0.0 for n, count in loss_tokens.items()}
     gradient = {n: lambdas[n] if count else 0.0 for n, count in loss_tokens.items()}

@@ -8,12 +8,16 @@ from torch import Tensor
 from bigmix.loss.terms import LossTokens
 from bigmix.model import ModelTensors
 from bigmix.records import Ints, MicroBatch
+from bigmix.weighing import Floats
 
 
 def tensors(
-    micro_batch: MicroBatch, coefficients_G: Sequence[float], device: torch.device
+    micro_batch: MicroBatch,
+    coefficients_G: Sequence[float],
+    device: torch.device,
+    weights_P: Floats | None = None,
 ) -> ModelTensors:
-    """A micro-batch on the device, each loss token with the coefficient of its group."""
+    """A micro-batch on the device, each loss token with the coefficient of its group, times the weight of its part."""
     ids_BT, starts_P = move(micro_batch.ids_BT, device), move(micro_batch.starts_P, device)
     lengths_P = torch.diff(starts_P, append=starts_P.new_full((1,), ids_BT.numel()))
     positions_X, part_X = runs(torch.zeros_like(starts_P), lengths_P, ids_BT.numel())
@@ -21,6 +25,9 @@ def tensors(
     begins_K, lengths_K = move(micro_batch.begins_K, device), move(micro_batch.lengths_K, device)
     kept_N, _ = runs(begins_K, lengths_K, num_kept)
     groups_N = move(micro_batch.groups_P, device)[part_X[kept_N]]
+    coefficients_N = table(coefficients_G, device)[groups_N]
+    if weights_P is not None:
+        coefficients_N *= table(weights_P.tolist(), device)[part_X[kept_N]]
     return ModelTensors(
         ids_BT=ids_BT,
         positions_BT=positions_X.view_as(ids_BT),
@@ -28,7 +35,7 @@ def tensors(
             positions_N=kept_N,
             labels_N=ids_BT.flatten()[kept_N + 1],
             groups_N=groups_N,
-            coefficients_N=table(coefficients_G, device)[groups_N],
+            coefficients_N=coefficients_N,
             num_groups=len(coefficients_G),
         ),
     )

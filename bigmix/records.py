@@ -113,6 +113,13 @@ class MicroBatch:
         kept_N: Ints = np.arange(count) + np.repeat(self.begins_K - before_K, self.lengths_K)
         return kept_N
 
+    @property
+    def loss_tokens_P(self) -> Ints:  # noqa: N802
+        """How many loss tokens each part has; a run of them is in one part."""
+        parts_K = np.searchsorted(self.starts_P, self.begins_K, side="right") - 1
+        counts_P = np.bincount(parts_K, self.lengths_K, minlength=len(self.starts_P))
+        return counts_P.astype(np.int64)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBatch:

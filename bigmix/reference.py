@@ -13,6 +13,7 @@ from bigmix.engine import Frozen
 from bigmix.model import FrozenModel, ModelTensors, ReferenceTensors
 from bigmix.on_device import move, runs, table, tensors
 from bigmix.records import Ints, MicroBatch
+from bigmix.weighing import Floats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +40,7 @@ def tensors_with_reference(
     coefficients_S: Sequence[float],
     divergences_S: Sequence[float],
     device: torch.device,
+    weights_P: Floats | None,
 ) -> ModelTensors:
     """A micro-batch on the device whose first loss tokens are those of `rows_U`, with the frozen model's hidden states.
 
@@ -50,7 +52,7 @@ def tensors_with_reference(
     is_of_rows_K = np.isin(begins_K // row_tokens, rows_U)
     order_K = np.argsort(~is_of_rows_K, kind="stable")
     ordered = replace(micro_batch, begins_K=begins_K[order_K], lengths_K=lengths_K[order_K])
-    batch = tensors(ordered, coefficients_S, device)
+    batch = tensors(ordered, coefficients_S, device, weights_P)
     shown_U = move(rows_U if len(rows_U) else np.zeros(1, np.int64), device)
     hidden_UTD = anchor.engine.forward(batch.ids_BT[shown_U], batch.positions_BT[shown_U])
     own_K = begins_K[is_of_rows_K]

@@ -108,7 +108,10 @@ class Report:
         tokens = sum(result.tokens.values())
         line: Line = {
             "step": result.step,
-            "loss": sum(result.weights.token[n] * sums[n][Statistic.NLL] for n in self._sources),
+            "loss": sum(
+                result.weights.gradient[n] * sums[n][Statistic.NLL] / max(1, result.loss_tokens[n])
+                for n in self._sources
+            ),
             "lr": result.lr,
             "grad_norm": norm,
             "step_s": timed.step_s,

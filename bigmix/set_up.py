@@ -37,6 +37,7 @@ from bigmix.reference import Anchor
 from bigmix.report import Report
 from bigmix.run_folder import LOG, Beginning, write_recipe
 from bigmix.soundness import check_model, check_reference_model
+from bigmix.step import Aim
 from bigmix.terminal import Terminal
 from bigmix.world import World
 
@@ -49,7 +50,7 @@ class Parts:
     inputs: Inputs
     cluster: Cluster
     engine: Engine
-    anchor: Anchor | None
+    aim: Aim
     report: Report
     log: RunLog | None
     terminal: Terminal
@@ -102,7 +103,11 @@ def set_up(
     adamw = AdamW(betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
     engine = Engine(model, keys, adamw)
     check_model(engine, config.vocab_size)
-    anchor = _anchor(recipe, configs.reference, keys, device)
+    aim = Aim(
+        objective=recipe.objective,
+        weighing={name: source.weigh for name, source in recipe.sources.items()},
+        anchor=_anchor(recipe, configs.reference, keys, device),
+    )
     peak = peak_flops(device, dtype.value)
     report = Report(
         tuple(recipe.sources),
@@ -120,7 +125,7 @@ def set_up(
     _resume(engine, report, terminal, start)
     log = _open_log(recipe, inputs, start) if world.is_first else None
     return Parts(
-        recipe=recipe, inputs=inputs, cluster=cluster, engine=engine, anchor=anchor,
+        recipe=recipe, inputs=inputs, cluster=cluster, engine=engine, aim=aim,
         report=report, log=log, terminal=terminal, flag=flag,
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """A step's batch goes in, the weights have moved when its result comes out; sums and counts travel apart, one division."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor
 from bigmix.dist import Cluster
 from bigmix.engine import Engine
 from bigmix.loss.terms import Statistic
+from bigmix.model import ModelTensors
 from bigmix.objective import Objective, StepShares, StepWeights, divergence_weights, weigh
 from bigmix.on_device import tensors
 from bigmix.records import Ints, MicroBatch, StepBatch
 from bigmix.reference import Anchor, rows_of_sources, tensors_with_reference
+from bigmix.weighing import EXPONENTS, Weighing, masses, part_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,17 +36,34 @@ class StepResult:
     stop_asked: bool
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Aim:
+    """What steps minimise: the objective, how the tokens of each source weigh among themselves, what it stays near to."""
+
+    objective: Objective
+    weighing: Mapping[str, Weighing]
+    anchor: Anchor | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Coefficients:
+    """What a loss token of each source is multiplied by in the objective; `exponents_S` None where all weigh alike."""
+
+    nll_S: Sequence[float]
+    divergence_S: Sequence[float]
+    exponents_S: Sequence[float] | None
+
+
 def run(
     engine: Engine,
     cluster: Cluster,
     batch: StepBatch,
     *,
     shares: StepShares,
-    objective: Objective,
+    aim: Aim,
     lr: float,
     chance: int,
     stop_asked: bool,
-    anchor: Anchor | None = None,
 ) -> StepResult:
     """One optimizer step; a collective, with one sum of counts before the first forward.
 
@@ -53,37 +72,15 @@ def run(
     """
     torch.manual_seed(chance)
     watch = Stopwatch(engine.device)
-    names = tuple(batch.rows)
-    anchored = [_anchored_rows(part, names, anchor) for part in batch.micro_batches]
-    own = [*batch.loss_tokens.values(), *batch.tokens.values(), *map(len, anchored)]
-    counts = cluster.sum_counts([*own, batch.squares, float(stop_asked)])
-    loss_tokens, tokens = (
-        {name: int(n) for name, n in zip(names, counts[begin:], strict=False)}
-        for begin in (0, len(names))
-    )
-    weights = weigh(objective, shares, batch.rows, loss_tokens)
-    # ZeRO averages gradients over ranks; times the number of ranks, the mean is the step's sum again.
-    coefficients_S = [weight * cluster.world.size for weight in weights.token.values()]
-    divergences = divergence_weights(
-        anchor.weights if anchor else {}, shares, batch.rows, loss_tokens
-    )
-    divergences_S = [divergences[name] * cluster.world.size for name in names]
-    sums_SM = torch.zeros(len(names), len(Statistic), device=engine.device)
-    for index, (part, rows_U) in enumerate(zip(batch.micro_batches, anchored, strict=True)):
+    counts = _counts_of_step(cluster, batch, aim, stop_asked)
+    weights = weigh(aim.objective, shares, batch.rows, counts.loss_tokens, counts.masses)
+    coefficients = _coefficients(weights, counts, batch, shares, aim, cluster.world.size)
+    sums_SM = torch.zeros(len(batch.rows), len(Statistic), device=engine.device)
+    for part, shown in zip(batch.micro_batches, counts.anchored_rows, strict=True):
         watch.mark("other")
-        # All ranks show it to the frozen model or none does.
-        if anchor is not None and counts[2 * len(names) + index]:
-            moved = tensors_with_reference(
-                part,
-                rows_U,
-                anchor,
-                coefficients_S=coefficients_S,
-                divergences_S=divergences_S,
-                device=engine.device,
-            )
-        else:
-            moved = tensors(part, coefficients_S, engine.device)
-        value, micro_SM = engine.forward(moved)
+        value, micro_SM = engine.forward(
+            _moved(part, coefficients, aim.anchor if shown else None, batch, engine.device)
+        )
         sums_SM += micro_SM
         watch.mark("forward")
         engine.backward(value)
@@ -94,19 +91,101 @@ def run(
         step=batch.step,
         lr=lr,
         rows=batch.rows,
-        tokens=tokens,
-        loss_tokens=loss_tokens,
-        squares=int(counts[-2]),
+        tokens=counts.tokens,
+        loss_tokens=counts.loss_tokens,
+        squares=counts.squares,
         weights=weights,
         sums_SM=cluster.sum_tensor(sums_SM),
         gradient_norm=engine.gradient_norm(),
         stopwatch=watch,
         skipped=engine.was_skipped(),
-        stop_asked=counts[-1] > 0,
+        stop_asked=counts.stop_asked,
     )
 
 
-def _anchored_rows(part: MicroBatch, names: tuple[str, ...], anchor: Anchor | None) -> Ints:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Counts:
+    """A step's counts over all ranks; `anchored_rows`: in each micro-batch those that the frozen model is shown."""
+
+    loss_tokens: Mapping[str, int]
+    tokens: Mapping[str, int]
+    masses: Mapping[str, float]
+    anchored_rows: Sequence[int]
+    squares: int
+    stop_asked: bool
+
+
+def _counts_of_step(cluster: Cluster, batch: StepBatch, aim: Aim, stop_asked: bool) -> _Counts:
+    names = tuple(batch.rows)
+    exponents_S = _exponents(aim, names)
+    own_masses: list[float] = list(batch.loss_tokens.values())
+    if exponents_S is not None:
+        own_masses = masses(batch.micro_batches, exponents_S)
+    own_rows = [len(_anchored_rows(part, names, aim.anchor)) for part in batch.micro_batches]
+    own = [batch.squares, float(stop_asked), *batch.loss_tokens.values(), *batch.tokens.values()]
+    squares, stops, *rest = cluster.sum_counts([*own, *own_masses, *own_rows])
+    loss_tokens, tokens, mass = (
+        dict(zip(names, rest[index * len(names) :], strict=False)) for index in range(3)
+    )
+    return _Counts(
+        loss_tokens={name: int(count) for name, count in loss_tokens.items()},
+        tokens={name: int(count) for name, count in tokens.items()},
+        masses=mass,
+        anchored_rows=[int(count) for count in rest[3 * len(names) :]],
+        squares=int(squares),
+        stop_asked=stops > 0,
+    )
+
+
+def _coefficients(
+    weights: StepWeights,
+    counts: _Counts,
+    batch: StepBatch,
+    shares: StepShares,
+    aim: Aim,
+    ranks: int,
+) -> _Coefficients:
+    kappas = aim.anchor.weights if aim.anchor is not None else {}
+    divergences = divergence_weights(kappas, shares, batch.rows, counts.loss_tokens)
+    names = tuple(batch.rows)
+    # ZeRO averages gradients over ranks; times the number of ranks, the mean is the step's sum again.
+    return _Coefficients(
+        nll_S=[weights.token[name] * ranks for name in names],
+        divergence_S=[divergences[name] * ranks for name in names],
+        exponents_S=_exponents(aim, names),
+    )
+
+
+def _moved(
+    part: MicroBatch,
+    coefficients: _Coefficients,
+    anchor: Anchor | None,
+    batch: StepBatch,
+    device: torch.device,
+) -> ModelTensors:
+    """The micro-batch on the device; `anchor` is given on all ranks or on none, wherever its rows are."""
+    weights_P = None
+    if coefficients.exponents_S is not None:
+        weights_P = part_weights(part, coefficients.exponents_S)
+    if anchor is None:
+        return tensors(part, coefficients.nll_S, device, weights_P)
+    return tensors_with_reference(
+        part,
+        _anchored_rows(part, tuple(batch.rows), anchor),
+        anchor,
+        coefficients_S=coefficients.nll_S,
+        divergences_S=coefficients.divergence_S,
+        device=device,
+        weights_P=weights_P,
+    )
+
+
+def _exponents(aim: Aim, names: Sequence[str]) -> list[float] | None:
+    exponents = [EXPONENTS[aim.weighing.get(name, "token")] for name in names]
+    return exponents if any(exponents) else None
+
+
+def _anchored_rows(part: MicroBatch, names: Sequence[str], anchor: Anchor | None) -> Ints:
     chosen_S = [anchor is not None and name in anchor.weights for name in names]
     return rows_of_sources(part, chosen_S)
 

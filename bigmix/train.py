@@ -85,11 +85,10 @@ def _go_through(parts: Parts, loader: Loader, portion: Portion) -> None:
             parts.cluster,
             batch,
             shares=inputs.shares_of_step(batch.step),
-            objective=recipe.objective,
+            aim=parts.aim,
             lr=learning_rate.at(batch.step),
             chance=key_of(recipe.seed, "dropout", batch.step, portion.rank) >> 1,
             stop_asked=parts.flag.is_set,
-            anchor=parts.anchor,
         )
         ended = time.perf_counter()
         report.add(

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "bigmix"
 LAYERS = [
     {"errors", "files", "records", "world", "data.statistics", "data.duplicates"},
-    {"data.location"},
+    {"data.location", "weighing"},
     {"data.retry"},
     {"data.http", "data.pipe"},
     {"data.storage"},

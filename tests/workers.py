@@ -30,6 +30,7 @@ ROW = 64
 NO_TERMS = Terms()
 ALL_TERMS = Terms(label_smoothing=0.1, z_loss=1e-2, entropy=True)
 KAPPAS = {"web": 0.3, "rare": 0.7}
+WEIGHING = {"web": "square_root", "chat": "document"}
 SOURCES = ("web", "chat", "rare")
 SHARES = StepShares(
     rows={"web": 0.5, "chat": 0.25, "rare": 0.25}, loss={"web": 0.7, "chat": 0.25, "rare": 0.05}
@@ -94,6 +95,10 @@ def batch_of(rows, rank, ranks, accumulation):
         loss_tokens={s: loss_tokens(own, s) for s in SOURCES},
         squares=0,
     )
+
+
+def aim(objective, anchor=None, weighing=None):
+    return step.Aim(objective=objective, weighing=weighing or {}, anchor=anchor)
 
 
 class RecordingEngine(Engine):
@@ -179,7 +184,7 @@ def gradient_errors(rank, ranks, cluster, families):
                         cluster,
                         batch,
                         shares=SHARES,
-                        objective=objective,
+                        aim=aim(objective),
                         lr=1e-3,
                         chance=0,
                         stop_asked=False,
@@ -210,6 +215,11 @@ def make_anchor(family, accumulation, ranks, device, file):
     return Anchor(model=model, engine=Frozen(model, keys, device), weights=KAPPAS)
 
 
+def weight_of(source, flags):
+    power = {"square_root": -0.5, "document": -1.0}.get(WEIGHING.get(source), 0.0)
+    return max(1, int(flags[1:].sum())) ** power
+
+
 def dense_objective(family, weights, other, theirs, rows):
     """All terms of the objective by plain fp64 models, document by document: gradients and mean KL of each source."""
     model, frozen = (
@@ -222,6 +232,10 @@ def dense_objective(family, weights, other, theirs, rows):
     model.load_state_dict({n.removeprefix("lm."): w for n, w in weights.items()}, strict=False)
     frozen.load_state_dict({n.removeprefix("lm."): w for n, w in theirs.items()}, strict=False)
     counts = {s: loss_tokens(rows, s) for s in SOURCES}
+    masses = dict.fromkeys(SOURCES, 0.0)
+    for source, parts in rows:
+        for _, flags in parts:
+            masses[source] += int(flags[1:].sum()) * weight_of(source, flags)
     value, kl_sums = 0.0, dict.fromkeys(SOURCES, 0.0)
     for source, parts in rows:
         for ids, flags in parts:
@@ -238,9 +252,8 @@ def dense_objective(family, weights, other, theirs, rows):
                 log_q = frozen(input_ids=shown).logits[0, :-1][kept].log_softmax(1)
             kl = (log_q.exp() * (log_q - log_p)).sum()
             kl_sums[source] += float(kl.detach())
-            value = (
-                value + (SHARES.loss[source] * loss + KAPPAS.get(source, 0) * kl) / counts[source]
-            )
+            loss = SHARES.loss[source] * weight_of(source, flags) * loss / masses[source]
+            value = value + loss + KAPPAS.get(source, 0) * kl / counts[source]
     value.backward()
     gradients = {f"lm.{n}": p.grad for n, p in model.named_parameters()}
     return gradients, {s: kl_sums[s] / counts[s] for s in KAPPAS}
@@ -263,8 +276,8 @@ def whole_objective_errors(rank, ranks, cluster, families, other, file):
                 }
             weights = whole_weights(engine)
             result = step.run(
-                engine, cluster, batch, shares=SHARES, objective="per_source", lr=1e-3, chance=0,
-                stop_asked=False, anchor=anchor,
+                engine, cluster, batch, shares=SHARES, aim=aim("per_source", anchor, WEIGHING), lr=1e-3, chance=0,
+                stop_asked=False,
             )  # fmt: skip
             expected, kl = dense_objective(family, weights, other, theirs, rows)
             worst = max(
@@ -296,7 +309,7 @@ def gathers_of_the_head(rank, ranks, cluster, family):
         counts.append(0)
         step.run(
             engine, cluster, batch_of(documents(True), rank, ranks, 4), shares=SHARES,
-            objective="per_source", lr=1e-3, chance=0, stop_asked=False,
+            aim=aim("per_source"), lr=1e-3, chance=0, stop_asked=False,
         )  # fmt: skip
     return counts
 

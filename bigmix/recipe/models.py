@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from bigmix.weighing import Weighing
+
 _MULTIPLES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _HUMAN_NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([kmgbt]?)", re.I)
 
@@ -138,6 +140,8 @@ class Source(Settings):
     """Fraction of the gradient; default: the share."""
     group: Name | None = None
     """The group whose share this source divides with the other members; default: none, the share is one of the run."""
+    weigh: Weighing = "token"
+    """What counts alike in the source's loss: each token, each document whatever its length, or square_root: between them."""
     max_epochs: PositiveFloat | None = None
     """How many times the source may be gone through; default: without limit."""
     when_exhausted: Literal["error", "stop", "renormalise"] = "error"
@@ -298,6 +302,7 @@ class Recipe(Settings):
             *self._source_faults(),
             *self._group_faults(),
             *self._length_faults(),
+            *self._weigh_faults(),
             *self._reference_faults(),
         ]
         if faults:
@@ -363,6 +368,14 @@ class Recipe(Settings):
                 f"{', '.join(powers)}: a temperature compares the sizes of sources, so all shares {where} "
                 f"({', '.join(shares)}) must have the same one; put these sources into a group of their own"
             )
+
+    def _weigh_faults(self) -> Iterator[str]:
+        for name, source in self.sources.items():
+            if self.objective == "per_token" and source.weigh != "token":
+                yield (
+                    f"sources.{name}.weigh is {source.weigh}, and objective per_token counts every token alike; "
+                    "set objective=per_source, or weigh: token"
+                )
 
     def _length_faults(self) -> Iterator[str]:
         if isinstance(self.sequence_length, tuple):
