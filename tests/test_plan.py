@@ -226,6 +226,18 @@ def test_memory_that_other_settings_move():
     assert two["weights"] == (2 * 2421,) * 3 and two["reduce bucket"][0] == 2 * 2 * 500
 
 
+def test_a_frozen_reference_by_hand():
+    other = shape(hidden=20, matrices=(2000, 400), vectors=(10,))
+    parts = {p.name: p for p in memory_of(shape(), setting(ZERO3), other).parts}
+    assert parts["reference weights"].backward == 2 * (500 + 100 + 3)
+    # its head, whole, and its hidden states of 20 tokens; a chunk is 16 tokens of two logits each
+    assert parts["reference at the loss"].forward == 2 * (100 * 20 + 20 * 20)
+    assert parts["head and loss"].forward == 4000 + 2 * 36 * 10 + 2 * 4 * 1600
+    whole = {p.name: p for p in memory_of(shape(), setting({"stage": 2}), other).parts}
+    assert whole["reference weights"].step == 2 * 2410
+    assert whole["reference at the loss"].forward == 2 * 20 * 20
+
+
 def test_offloading_moves_states_off_the_device():
     offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     memory = memory_of(shape(), setting(ZERO3 | offload))

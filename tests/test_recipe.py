@@ -85,12 +85,30 @@ def test_all_faults_come_at_once_with_their_lines(tmp_path):
         ("rows_per_step: 64", "rows_per_step: 64\nseed: 1\nseed: 2", "seed stands here again"),
         ("model: {path: base}", "model: {path: [}", "is not YAML"),
         (GOOD, "[]", "holds no settings"),
+        (
+            "output:",
+            "reference: {sources: {wbe: 0.1}}\noutput:",
+            "reference.sources.wbe is no source; known are: web, gsm8k",
+        ),
+        ("output:", "reference: {sources: {web: -1}}\noutput:", "reference.sources.web is -1"),
+        (
+            "path: base}",
+            "config: {model_type: llama}}\nreference: {sources: {web: 0.1}}",
+            "reference.model is not given, and a model from scratch has no model.path",
+        ),
+        ("output:", "loss: {label_smoothing: 1}\noutput:", "loss.label_smoothing is 1"),
+        ("output:", "loss: {backend: cuda}\noutput:", "loss.backend is 'cuda'"),
         ("output:", "held_out: {gsm8k: x}\noutput:", "is given beside sources.gsm8k.held_out"),
     ],
 )
 def test_each_fault_is_named(tmp_path, old, new, said):
     assert old in GOOD
     assert any(said in fault for fault in faults(tmp_path, GOOD.replace(old, new)))
+
+
+def test_documents_cannot_weigh_alike_where_every_token_does(tmp_path):
+    (found,) = faults(tmp_path, GOOD, "objective=per_token", "sources.gsm8k.weigh=document")
+    assert "sources.gsm8k.weigh is document, and objective per_token counts every" in found
 
 
 def test_a_missing_file_and_a_crooked_override_are_refused(tmp_path):

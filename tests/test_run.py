@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from corpora import write_source
 from ranks import ROOT, environment, free_port
 from servers import web_server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bigmix.data.tokenizer import fingerprint_of
 
 RECIPE = """\
 model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
@@ -136,6 +139,55 @@ def test_a_run_that_is_killed_resumes_bit_for_bit(whole, data):
     assert "going on after step" in said
     assert lines(data / "killed") == lines(whole[0])
     assert weights(data / "killed") == weights(whole[0])
+
+
+ANCHORED = [
+    "model={path: base}", "reference={sources: {web: 0.5}}", "loss={z_loss: 1e-4, entropy: true}",
+    "sources.chat.weigh=document", "sources.web.path=spoken/web", "sources.chat.path=spoken/chat",
+    "sources.chat.held_out=spoken/held",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(whole, data, tiny_tokenizer):
+    """A folder with a model and its tokenizer, and sources that are prepared with it."""
+    fingerprint = fingerprint_of(str(tiny_tokenizer))
+    for name, kind, seed in (("web", "text", 0), ("chat", "chat", 1), ("held", "chat", 1)):
+        write_source(data / "spoken" / name, kind, seed=seed, fingerprint=fingerprint)
+    shutil.copytree(data / "whole/export", data / "base")
+    shutil.copytree(tiny_tokenizer, data / "base", dirs_exist_ok=True)
+    return data / "base"
+
+
+@pytest.mark.slow
+def test_a_run_that_stays_near_a_reference_resumes_bit_for_bit(base, data):
+    codes, said = end(start(data, 2, "output=anchored", *ANCHORED))
+    assert codes == [0, 0], said
+    assert "KL to base (0.5 on web)" in said
+    steps = [line for line in lines(data / "anchored") if "eval" not in line]
+    assert all(line["kl/web"] >= 0 and "kl/chat" not in line for line in steps)
+    assert all(0 <= line["accuracy/chat"] <= 1 < line["z/chat"] for line in steps)
+    assert all(line["entropy/web"] > 0 for line in steps)
+    killed = start(data, 2, "output=anchored-killed", *ANCHORED)
+    wait_for(data / "anchored-killed/checkpoints/step-000004", killed)
+    for process in killed:
+        process.send_signal(signal.SIGKILL)
+    end(killed)
+    codes, said = end(start(data, 2, "output=anchored-killed", *ANCHORED))
+    assert codes == [0, 0], said
+    assert lines(data / "anchored-killed") == lines(data / "anchored")
+    assert weights(data / "anchored-killed") == weights(data / "anchored")
+
+
+def test_a_reference_of_another_vocabulary_is_refused_before_anything_is_built(base, data):
+    other = data / "other"
+    shutil.copytree(base, other)
+    config = json.loads((base / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+    overrides = ["output=bad", *ANCHORED, "reference.model=other"]
+    codes, text = end(start(data, 1, *overrides))
+    assert codes == [2], text
+    assert "other has a vocabulary of 200, the model has 96" in text
 
 
 @pytest.mark.slow

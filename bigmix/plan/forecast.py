@@ -67,29 +67,55 @@ def forecast(recipe: Recipe, inputs: Inputs, machine: Machine) -> Forecast:
     configs = read_configs(recipe, inputs.manifest)
     config = configs.model
     dtype = choose_dtype(recipe.model.dtype, machine.device).value
-    attention = choose_attention(recipe.model.attention, config, machine.device, dtype).value
-    rows = recipe.train.micro_batch_rows
-    shape = shape_of(
-        config,
-        dtype=dtype,
-        attention=attention,
-        micro_batch_rows=rows,
-        row_tokens=recipe.longest_row,
-    )
+    shape = _shape(recipe, config, machine, dtype)
+    reference = None
+    if configs.reference is not None:
+        reference = _shape(recipe, configs.reference, machine, dtype)
     counts = count(recipe, inputs)
     setting = _setting(recipe, inputs.ds_keys, machine, dtype)
     flops = flops_of(shape, counts)
+    spent = _with_reference(flops, recipe, reference, counts)
     peak = PEAKS.get(machine.gpu)
     return Forecast(
         counts=counts,
         shape=shape,
         setting=setting,
-        memory=memory_of(shape, setting),
+        memory=memory_of(shape, setting, reference),
         disk=_disk(recipe, shape, setting),
         flops=flops,
-        seconds=flops / (machine.mfu * peak * machine.gpus) if flops and peak else None,
-        attention=attention,
+        seconds=spent / (machine.mfu * peak * machine.gpus) if spent and peak else None,
+        attention=_attention(recipe, config, machine, dtype),
     )
+
+
+def _attention(recipe: Recipe, config: Any, machine: Machine, dtype: str) -> str:
+    return choose_attention(recipe.model.attention, config, machine.device, dtype).value
+
+
+def _shape(recipe: Recipe, config: Any, machine: Machine, dtype: str) -> Shape:
+    return shape_of(
+        config,
+        dtype=dtype,
+        attention=_attention(recipe, config, machine, dtype),
+        micro_batch_rows=recipe.train.micro_batch_rows,
+        row_tokens=recipe.longest_row,
+    )
+
+
+def _with_reference(
+    flops: float | None, recipe: Recipe, reference: Shape | None, counts: Counts
+) -> float | None:
+    """The needed operations and those of the frozen model: a forward, a third of a step, on the rows of its sources."""
+    if flops is None or reference is None or recipe.reference is None:
+        return flops
+    if reference.cost is None:
+        return None
+    shown = [counts.sources[name] for name in recipe.reference.sources]
+    tokens = sum(source.tokens for source in shown)
+    everything = max(1, sum(source.tokens for source in counts.sources.values()))
+    squares = round(counts.squares * tokens / everything)
+    loss_tokens = sum(source.loss_tokens for source in shown)
+    return flops + reference.cost.of_step(tokens, loss_tokens, squares) / 3
 
 
 def flops_of(shape: Shape, counts: Counts) -> float | None:

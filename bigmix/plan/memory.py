@@ -98,14 +98,15 @@ class Memory:
         return max(PHASES, key=self.total)
 
 
-def memory_of(shape: Shape, setting: Setting) -> Memory:
-    """What one rank holds."""
+def memory_of(shape: Shape, setting: Setting, reference: Shape | None = None) -> Memory:
+    """What one rank holds, with a frozen reference beside the model where there is one."""
     parts = [
         *_states(shape, setting),
+        *_reference(reference, setting),
         *_buckets(shape, setting),
         _gathered(shape, setting),
         _activations(shape, setting),
-        _loss(shape, setting),
+        _loss(shape, setting, reference),
         _backward_temporaries(shape, setting),
         *_step_temporaries(shape, setting),
     ]
@@ -139,6 +140,23 @@ def _states(shape: Shape, setting: Setting) -> Iterator[Part]:
         )
     if optimizer == "host":
         yield _always("gradients for the step, fp32", "host", 4 * states)
+
+
+def _reference(reference: Shape | None, setting: Setting) -> Iterator[Part]:
+    """A frozen model: its weights, sharded under ZeRO-3 alone; at the loss its head and its hidden states beside ours."""
+    if reference is None:
+        return
+    width, sharded = setting.weight_bytes, setting.stage == 3
+    held = shard_of(reference, setting.ranks) if sharded else reference.parameters
+    yield _always("reference weights", setting.offload("param"), width * held)
+    head = reference.vocabulary * reference.hidden * (sharded and setting.ranks > 1)
+    yield Part(
+        name="reference at the loss",
+        place="device",
+        forward=width * (head + setting.tokens * reference.hidden),
+        backward=0,
+        step=0,
+    )
 
 
 def _buckets(shape: Shape, setting: Setting) -> Iterator[Part]:
@@ -186,7 +204,7 @@ def _activations(shape: Shape, setting: Setting) -> Part:
     return Part(name="activations", place="device", forward=forward, backward=backward, step=0)
 
 
-def _loss(shape: Shape, setting: Setting) -> Part:
+def _loss(shape: Shape, setting: Setting, reference: Shape | None) -> Part:
     """Head and loss: the head's gradient, that of the hidden states, and one chunk of logits.
 
     The head's gradient is added up in fp32 and narrowed in its own memory; where one chunk takes all tokens, it is in
@@ -203,7 +221,7 @@ def _loss(shape: Shape, setting: Setting) -> Part:
         vocabulary=shape.vocabulary,
         hidden_bytes=width,
         gradient_bytes=gradient_bytes,
-        logit_bytes=logit_bytes,
+        logit_bytes=logit_bytes * (1 if reference is None else 2),
         device_type="cuda" if setting.on_gpu else "cpu",
         device_bytes=setting.device_bytes,
     )
@@ -214,7 +232,7 @@ def _loss(shape: Shape, setting: Setting) -> Part:
     return Part(
         name="head and loss",
         place="device",
-        forward=gradient + hidden + tokens * shape.vocabulary * logit_bytes,
+        forward=gradient + hidden + tokens * shape.vocabulary * sizes.logit_bytes,
         backward=gradient * shape.is_tied,  # waits for the embedding's gradient
         step=0,
     )
