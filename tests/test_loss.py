@@ -391,7 +391,7 @@ def test_a_chunk_is_a_fifth_of_the_gradients_or_what_is_given():
     )  # fmt: skip
     gradients = 4 * 512 * (128256 + 4096)
     assert chunk_tokens(sizes) == gradients // 5 // (4 * 128256)
-    assert chunk_tokens(replace(sizes, hidden=4096)) == 128  # more is no faster
+    assert chunk_tokens(replace(sizes, hidden=4096)) == 256  # more is no faster
     assert chunk_tokens(sizes, 1 << 30) == (1 << 30) // (4 * 128256)
     gpu = replace(sizes, device_type="cuda", device_bytes=80 << 30, hidden_bytes=2)
     assert chunk_tokens(gpu) == (80 << 30) // 64 // (4 * 128256)

@@ -2,7 +2,7 @@
 
 A chunk of C tokens takes 6 C V D operations in three matrix products, and adding its product to the head's gradient
 moves 8 V D bytes. On a device of F operations and B bytes a second the adding takes a fraction (8 / 6) (F / B) / C of
-the time, a tenth at C = 13 F / B: 128 tokens on a CPU in fp32 (F / B about 10), 512 in bf16 (40), 4096 on a GPU in
+the time, a tenth at C = 13 F / B: 256 tokens on a CPU in fp32 (F / B about 20), 512 in bf16 (40), 4096 on a GPU in
 bf16 (200 to 300). More tokens only cost memory. Fewer are worth it where the chunk's logits would be large beside what
 the loss needs in any case, the gradients of head and hidden states: the logits get a fifth of that, and on a GPU, whose
 matrix products are slow on few rows, a 64th of its memory where that is more. It is the memory that the device has, not
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-_FULL_SPEED_CPU = {4: 128, 2: 512}  # by the bytes of an element
+_FULL_SPEED_CPU = {4: 256, 2: 512}  # by the bytes of an element
 _FULL_SPEED_ELSEWHERE = 4096
 _OF_GRADIENTS = 5
 _OF_DEVICE = 64
@@ -56,16 +56,17 @@ def chunk_tokens(shape: LossShape, given_bytes: int | None = None) -> int:
         return max(_FEWEST, given_bytes // token_bytes)
     full_speed = _FULL_SPEED_ELSEWHERE
     if shape.device_type == "cpu":
-        full_speed = _FULL_SPEED_CPU.get(shape.hidden_bytes, 128)
+        full_speed = _FULL_SPEED_CPU.get(shape.hidden_bytes, 256)
     return max(_FEWEST, min(full_speed, chunk_bytes(shape) // token_bytes))
 
 
 def even_slices(tokens: int, most: int) -> list[slice]:
-    """The tokens in as few chunks of at most `most` as there must be, even but for the last and multiples of 16."""
+    """The tokens in as few chunks of at most `most` (from 16 on) as there must be, multiples of 16 but for the last."""
     if not tokens:
         return []
+    most = most // _FEWEST * _FEWEST
     chunks = -(-tokens // most)
-    size = min(most, -(-tokens // (16 * chunks)) * 16)
+    size = -(-tokens // (_FEWEST * chunks)) * _FEWEST
     return [slice(begin, min(begin + size, tokens)) for begin in range(0, tokens, size)]
 
 

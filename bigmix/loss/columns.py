@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bigmix.loss.products import times_transposed
 from bigmix.loss.torch_rows import blocks, logits_of, through_rule
 from bigmix.loss.work import Request
 
@@ -71,7 +72,7 @@ def _to_gradient(
     size, tokens = outputs_BN.shape
     theirs_BK = None
     if request.reference is not None:
-        theirs_BK = request.reference.head_VD[part] @ request.reference.hidden_KD.T
+        theirs_BK = times_transposed(request.reference.head_VD[part], request.reference.hidden_KD)
     for rows in blocks(size, tokens, outputs_BN.device):
         own = slice(part.start + rows.start, part.start + rows.stop)
         logits_BN = logits_of(outputs_BN[rows], _column(bias_V, own), request.rule)

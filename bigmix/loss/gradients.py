@@ -7,6 +7,8 @@ weight's dtype within its own memory, so that the two never lie beside each othe
 import torch
 from torch import Tensor
 
+from bigmix.loss.products import times_transposed
+
 # Elements that are narrowed, or multiplied and added, at once where an operation needs room of its own (a CPU).
 _BLOCK = 1 << 20
 
@@ -42,10 +44,7 @@ class Gradients:
     def add(self, grad_logits_CV: Tensor, hidden_CD: Tensor, places_C: Tensor | slice) -> None:
         """Take in a chunk: d / d outputs, and the hidden states that gave it with their places."""
         if self.hidden_TD is not None:
-            if isinstance(places_C, slice):
-                torch.mm(grad_logits_CV, self._head_VD, out=self.hidden_TD[places_C])
-            else:
-                self.hidden_TD.index_copy_(0, places_C, grad_logits_CV @ self._head_VD)
+            self.hidden_TD[places_C] = times_transposed(grad_logits_CV, self._head_VD.T)
         if self.head_VD is not None:
             _add_product(self.head_VD, grad_logits_CV, hidden_CD, first=self._is_first)
         if self.bias_V is not None:

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from bigmix.loss.chunks import LossShape, chunk_tokens, device_bytes, even_slices
 from bigmix.loss.columns import Known, head_gradient
 from bigmix.loss.gradients import Gradients, scaled
+from bigmix.loss.products import gives_fp32, times_transposed_into
 from bigmix.loss.terms import LogitRule, LossTokens, Reference, Statistic, Terms
 from bigmix.loss.torch_rows import torch_rows
 from bigmix.loss.work import (
@@ -112,26 +113,21 @@ def _all_chunks(
     chunks = _chunks(request, most)
     recomputes = request.wanted[1] and len(chunks) > 1 and _recomputes(hidden_TD, request.computing)
     wanted = (request.wanted[0], request.wanted[1] and not recomputes, request.wanted[2])
-    room = _Room(hidden_TD, head_VD, request, chunks)
+    rooms = _Rooms(hidden_TD, head_VD, request, chunks)
     gradients = Gradients(hidden_TD, head_VD, bias_V, wanted=wanted, in_one_chunk=len(chunks) == 1)
     objective = torch.zeros((), device=hidden_TD.device)
     sums_GM = torch.zeros(tokens.num_groups, len(Statistic), device=hidden_TD.device)
     lse_N2 = sums_GM.new_empty(len(tokens), 2)
     for part in chunks:
-        places_C = part if tokens.positions_N is None else tokens.positions_N[part]
-        hidden_CD = hidden_TD[places_C]
-        work = _work(hidden_CD, head_VD, bias_V, request, part, room)
-        columns_CM = request.computing.backend(work)
+        columns_CM = _one_chunk(hidden_TD, head_VD, bias_V, request, part, rooms, gradients)
         objective += columns_CM[:, OBJECTIVE].sum()
         sums_GM += _sums(
             columns_CM[:, OBJECTIVE + 1 : LSE], tokens.groups_N[part], tokens.num_groups
         )
         lse_N2[part] = columns_CM[:, [LSE, REFERENCE_LSE]]
-        if work.gradient_CV is not None:
-            gradients.add(work.gradient_CV, hidden_CD, places_C)
     grad_hidden_TD, grad_head_VD, grad_bias_V = gradients.finish()
     if recomputes:
-        del room
+        del rooms
         hidden_ND = hidden_TD if tokens.positions_N is None else hidden_TD[tokens.positions_N]
         known = Known(lse_N=lse_N2[:, 0], reference_lse_K=lse_N2[: request.anchored, 1])
         block_bytes = most * len(head_VD) * head_VD.dtype.itemsize
@@ -139,6 +135,26 @@ def _all_chunks(
             hidden_ND, head_VD, bias_V, request, known, block_bytes=block_bytes
         )
     return objective, sums_GM, (grad_hidden_TD, grad_head_VD, grad_bias_V)
+
+
+def _one_chunk(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    request: Request,
+    part: slice,
+    rooms: "_Rooms",
+    gradients: Gradients,
+) -> Tensor:
+    """What the backend gives for a chunk, whose gradient is taken in; its logits end with this function."""
+    positions_N = request.tokens.positions_N
+    places_C = part if positions_N is None else positions_N[part]
+    hidden_CD = hidden_TD[places_C]
+    work = _work(hidden_CD, head_VD, bias_V, request, part, rooms)
+    columns_CM = request.computing.backend(work)
+    if work.gradient_CV is not None:
+        gradients.add(work.gradient_CV, hidden_CD, places_C)
+    return columns_CM
 
 
 def _recomputes(hidden_TD: Tensor, computing: Computing) -> bool:
@@ -175,11 +191,6 @@ def _chunks(request: Request, most: int) -> list[slice]:
     ]
 
 
-def gives_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device's matrix product of `dtype` can give fp32, not rounded to `dtype`."""
-    return dtype == torch.float32 or device.type == "cuda"
-
-
 def logit_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """Of a chunk's logits: fp32 where the device's product of `dtype` can give it, else `dtype`.
 
@@ -194,29 +205,30 @@ class _Room:
     Rows begin at multiples of _ALIGNED elements: with an odd vocabulary a GPU would move them element by element.
     """
 
+    def __init__(self, like: Tensor, vocabulary: int, chunks: list[slice]) -> None:
+        self._vocabulary = vocabulary
+        most = max((part.stop - part.start for part in chunks), default=0)
+        stride = -(-vocabulary // _ALIGNED) * _ALIGNED
+        self._matrix = like.new_empty(most, stride, dtype=logit_dtype(like.device, like.dtype))
+
+    def logits(self, hidden_CD: Tensor, head_VD: Tensor) -> Tensor:
+        """The head's outputs [C, V]; those of the chunk before are gone."""
+        out_CV = self._matrix[: len(hidden_CD), : self._vocabulary]
+        times_transposed_into(out_CV, hidden_CD, head_VD)
+        return out_CV
+
+
+class _Rooms:
+    """Rooms for the model's logits and for those of the reference."""
+
     def __init__(
         self, hidden_TD: Tensor, head_VD: Tensor, request: Request, chunks: list[slice]
     ) -> None:
-        self._vocabulary = head_VD.shape[0]
-        self._stride = -(-self._vocabulary // _ALIGNED) * _ALIGNED
-        self._logits = self._empty(hidden_TD, chunks)
-        self._theirs = self._logits[:0]
+        self.own = _Room(hidden_TD, len(head_VD), chunks)
+        self.reference = self.own
         if request.reference is not None:
-            own = [part for part in chunks if part.start < request.anchored]
-            self._theirs = self._empty(request.reference.hidden_KD, own)
-
-    def _empty(self, like: Tensor, chunks: list[slice]) -> Tensor:
-        most = max((part.stop - part.start for part in chunks), default=0)
-        dtype = logit_dtype(like.device, like.dtype)
-        return like.new_empty(most, self._stride, dtype=dtype)
-
-    def logits(self, tokens: int) -> Tensor:
-        """For the model's, [tokens, V]."""
-        return self._logits[:tokens, : self._vocabulary]
-
-    def reference(self, tokens: int) -> Tensor:
-        """For the reference's, [tokens, V]."""
-        return self._theirs[:tokens, : self._vocabulary]
+            anchored = [part for part in chunks if part.start < request.anchored]
+            self.reference = _Room(request.reference.hidden_KD, len(head_VD), anchored)
 
 
 def _work(
@@ -225,10 +237,9 @@ def _work(
     bias_V: Tensor | None,
     request: Request,
     part: slice,
-    room: _Room,
+    rooms: _Rooms,
 ) -> ChunkWork:
-    outputs_CV = room.logits(len(hidden_CD))
-    _product(hidden_CD, head_VD, outputs_CV)
+    outputs_CV = rooms.own.logits(hidden_CD, head_VD)
     gradient_CV = None
     if any(request.wanted):
         # Where logits are wider than the gradient, each of its rows lies in the first half of the row of logits.
@@ -241,28 +252,19 @@ def _work(
         coefficients_C=request.tokens.coefficients_N[part],
         rule=request.rule,
         terms=request.terms,
-        reference=_reference_work(request.reference, part, room),
+        reference=_reference_work(request.reference, part, rooms.reference),
     )
 
 
 def _reference_work(reference: Reference | None, part: slice, room: _Room) -> ReferenceWork | None:
     if reference is None or part.start >= len(reference.coefficients_K):
         return None
-    outputs_CV = room.reference(part.stop - part.start)
-    _product(reference.hidden_KD[part], reference.head_VD, outputs_CV)
     return ReferenceWork(
-        outputs_CV=outputs_CV,
+        outputs_CV=room.logits(reference.hidden_KD[part], reference.head_VD),
         bias_V=reference.bias_V,
         rule=reference.rule,
         coefficients_C=reference.coefficients_K[part],
     )
-
-
-def _product(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor) -> None:
-    if out_CV.dtype == hidden_CD.dtype:
-        torch.mm(hidden_CD, head_VD.T, out=out_CV)
-    else:
-        torch.mm(hidden_CD, head_VD.T, out_dtype=out_CV.dtype, out=out_CV)
 
 
 def _sums(stats_CM: Tensor, groups_C: Tensor, num_groups: int) -> Tensor:
