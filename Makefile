@@ -30,6 +30,7 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/loss.py
 
 docs: $(READY)
 	$(BIN)/python -m bigmix.recipe.document > docs/recipe.md

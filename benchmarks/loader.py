@@ -9,9 +9,6 @@ Each figure is the median of fresh processes that take turns. Peers come with `p
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +16,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import fresh
 import table
 from corpus import write_corpus
+from fresh import Result, progress
 
 from bigmix.recipe.models import whole_number
 
@@ -43,33 +42,16 @@ LIMIT_S = 300
 ORDER_ROWS = 1_500_000
 ORDER_SHARDS = 64
 
-Result = dict[str, Any]
-
 
 def child(task: str, **arguments: Any) -> Result:
     """The result of a task in a fresh interpreter, or {"fault": why there is none}."""
-    command = [sys.executable, str(Path(__file__).with_name("measure.py")), task]
-    quiet = os.environ | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "LITDATA_LOG_LEVEL": "ERROR"}
-    try:
-        done = subprocess.run(
-            [*command, json.dumps(arguments)],
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_S + 60 * arguments.get("minutes", 0),
-            env=quiet,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        return {"fault": f"no end within {error.timeout:.0f} s"}
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip() and line[0] != " "]
-        return {"fault": lines[-1] if lines else f"exit code {done.returncode}"}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def progress(text: str) -> None:
-    """A line of what goes on, apart from the tables."""
-    print(text, file=sys.stderr, flush=True)
+    return fresh.run(
+        "measure.py",
+        task,
+        arguments,
+        limit_s=LIMIT_S + 60 * arguments.get("minutes", 0),
+        environment={"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "LITDATA_LOG_LEVEL": "ERROR"},
+    )
 
 
 def prepare(names: Sequence[str], folder: Path) -> dict[str, Result]:

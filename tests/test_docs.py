@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import torch
+
 from bigmix import __version__
 from bigmix.ds_config import fill, read_ds_config
 from bigmix.recipe import load_recipe
@@ -50,3 +52,20 @@ def test_every_deepspeed_file_takes_what_the_recipe_decides():
 
 def test_the_changelog_has_this_version():
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_loss_as_a_function_is_called_as_its_page_says():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/loss.md").read_text(), re.S)
+    labels = torch.tensor([3, -100, 5, 1])
+    values = {
+        "labels_T": labels, "groups_T": torch.tensor([0, 0, 1, 1]),
+        "coefficients_G": torch.tensor([0.5, 0.5]),
+        "hidden_TD": torch.randn(4, 8, requires_grad=True),
+        "head_VD": torch.randn(11, 8, requires_grad=True),
+    }  # fmt: skip
+    exec(code, values)
+    nll = torch.nn.functional.cross_entropy(
+        values["hidden_TD"] @ values["head_VD"].T, labels, reduction="none"
+    )
+    assert torch.allclose(values["nll_G"], torch.stack([nll[0], nll[2] + nll[3]]))
+    assert values["head_VD"].grad is not None

@@ -384,13 +384,13 @@ def test_chunks_take_each_token_once_and_are_never_too_large():
             assert len(slices) <= -(-tokens // (most - most % 16))
 
 
-def test_a_chunk_is_a_fifth_of_the_gradients_or_what_is_given():
+def test_a_chunk_is_an_eighth_of_the_gradients_or_what_is_given():
     sizes = LossShape(
         tokens=4096, hidden=512, vocabulary=128256, hidden_bytes=4, gradient_bytes=4, logit_bytes=4,
         device_type="cpu", device_bytes=0,
     )  # fmt: skip
     gradients = 4 * 512 * (128256 + 4096)
-    assert chunk_tokens(sizes) == gradients // 5 // (4 * 128256)
+    assert chunk_tokens(sizes) == gradients // 8 // (4 * 128256)
     assert chunk_tokens(replace(sizes, hidden=4096)) == 256  # more is no faster
     assert chunk_tokens(sizes, 1 << 30) == (1 << 30) // (4 * 128256)
     gpu = replace(sizes, device_type="cuda", device_bytes=80 << 30, hidden_bytes=2)

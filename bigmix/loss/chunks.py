@@ -4,7 +4,7 @@ A chunk of C tokens takes 6 C V D operations in three matrix products, and addin
 moves 8 V D bytes. On a device of F operations and B bytes a second the adding takes a fraction (8 / 6) (F / B) / C of
 the time, a tenth at C = 13 F / B: 256 tokens on a CPU in fp32 (F / B about 20), 512 in bf16 (40), 4096 on a GPU in
 bf16 (200 to 300). More tokens only cost memory. Fewer are worth it where the chunk's logits would be large beside what
-the loss needs in any case, the gradients of head and hidden states: the logits get a fifth of that, and on a GPU, whose
+the loss needs in any case, the gradients of head and hidden states: the logits get an eighth of that, and on a GPU, whose
 matrix products are slow on few rows, a 64th of its memory where that is more. It is the memory that the device has, not
 what is free: that changes from run to run, and with it the order of additions.
 """
@@ -15,7 +15,7 @@ import torch
 
 _FULL_SPEED_CPU = {4: 256, 2: 512}  # by the bytes of an element
 _FULL_SPEED_ELSEWHERE = 4096
-_OF_GRADIENTS = 5
+_OF_GRADIENTS = 8
 _OF_DEVICE = 64
 _FEWEST = 16
 

@@ -1,0 +1,157 @@
+"""One measurement of a loss in a fresh interpreter: a task and its arguments go in as JSON, a JSON object comes out last.
+
+python benchmarks/loss_measure.py contestant '{"name": "bigmix", ...}'
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import losses
+import torch
+from contestant import Contestant, Loss
+from loss_case import Case, Expected, Inputs, error, reference
+from meter import cost
+from torch import Tensor
+
+Result = dict[str, Any]
+_TINY = {"tokens": 64, "hidden": 32, "vocabulary": 128}
+_GPU_CALLS = 5  # further ones with other inputs; on a CPU fresh processes repeat the one
+_RATE_SIZE, _RATE_CALLS = 8192, 20
+
+
+class _Given(NamedTuple):
+    """The loss, and its gradients by hidden states and head."""
+
+    loss: Tensor
+    hidden_TD: Tensor
+    head_VD: Tensor
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def prepare(*, case: Mapping[str, Any], folder: str) -> Result:
+    """The reference in the folder, unless it is there."""
+    asked = Case(**case)
+    path = asked.path(Path(folder))
+    if not path.is_file():
+        expected = reference(asked, _device())
+        beside = path.with_suffix(".part")
+        torch.save(tuple(expected), beside)
+        beside.rename(path)
+    return {}
+
+
+def contestant(
+    *, name: str, case: Mapping[str, Any], folder: str, chunk_bytes: int | None = None
+) -> Result:
+    """Memory, times and errors of one implementation."""
+    package = losses.ALL[name]
+    if importlib.util.find_spec(package.imported) is None:
+        return {"fault": f"not installed: pip install {package.install}"}
+    module = importlib.import_module(f"losses.{name}")
+    found: Contestant = module.CONTESTANT
+    loss: Loss = found.loss if chunk_bytes is None else module.loss_with(chunk_bytes)
+    asked, device = Case(**case), _device()
+    tiny = replace(asked, **_TINY)
+    _with_gradients(loss, tiny.inputs(0, tiny.head(device)))
+    head_VD = asked.head(device)
+    if found.compiles or device.type == "cuda":
+        _with_gradients(loss, asked.inputs(1, head_VD))
+        _alone(loss, asked.inputs(1, head_VD))
+    return {
+        **_cost_and_error(loss, asked, head_VD, Path(folder)),
+        "note": found.note,
+        "versions": {package.distribution: version(package.distribution)},
+    }
+
+
+def _cost_and_error(loss: Loss, case: Case, head_VD: Tensor, folder: Path) -> Result:
+    """Memory and errors with inputs 0; times with them on a CPU, on a GPU with others in turn."""
+    device, given = head_VD.device, list[_Given]()
+    inputs = case.inputs(0, head_VD)
+    first = cost(lambda: given.append(_with_gradients(loss, inputs)), device)
+    errors = _errors(given.pop(), case.path(folder))
+    both, forward = [first], []
+    if device.type == "cuda":
+        both = []
+        for number in range(1, 1 + _GPU_CALLS):
+            other = case.inputs(number, head_VD)
+            both.append(cost(lambda given=other: _with_gradients(loss, given), device))
+    for number in range(1, 1 + (_GPU_CALLS if device.type == "cuda" else 1)):
+        other = case.inputs(number, head_VD)
+        forward.append(cost(lambda given=other: _alone(loss, given), device))
+    return {
+        "peak_mib": first.peak_mib,
+        "kept_mib": first.kept_mib,
+        "forward_peak_mib": forward[0].peak_mib,
+        "both_s": median(one.busy_s for one in both),
+        "both_wall_s": median(one.wall_s for one in both),
+        "forward_s": median(one.busy_s for one in forward),
+        "forward_wall_s": median(one.wall_s for one in forward),
+        **errors,
+    }
+
+
+def _errors(given: _Given, path: Path) -> Result:
+    expected = Expected(*torch.load(path, map_location=given.head_VD.device))
+    return {
+        "loss_error": abs(float(given.loss) - expected.loss) / expected.loss,
+        "hidden_error": error(given.hidden_TD, expected.hidden_RD),
+        "head_error": error(given.head_VD, expected.head_RD),
+    }
+
+
+def _with_gradients(loss: Loss, inputs: Inputs) -> _Given:
+    """Forward and backward; the inputs stay as they are."""
+    hidden_TD = inputs.hidden_TD.detach().requires_grad_()
+    head_VD = inputs.head_VD.detach().requires_grad_()
+    value = loss(hidden_TD, head_VD, inputs.labels_T)
+    value.backward()
+    assert hidden_TD.grad is not None
+    assert head_VD.grad is not None
+    return _Given(value.detach(), hidden_TD.grad, head_VD.grad)
+
+
+def _alone(loss: Loss, inputs: Inputs) -> None:
+    with torch.no_grad():
+        loss(inputs.hidden_TD.detach(), inputs.head_VD.detach(), inputs.labels_T)
+
+
+def machine() -> Result:
+    """What it is; on a GPU the operations a second of a large product in bf16."""
+    device = _device()
+    if device.type == "cpu":
+        return {"device": "cpu", "name": f"CPU, {torch.get_num_threads()} threads"}
+    left, right = (
+        torch.randn(_RATE_SIZE, _RATE_SIZE, device=device, dtype=torch.bfloat16) for _ in range(2)
+    )
+    for _ in range(3):
+        left @ right
+    many = cost(lambda: [left @ right for _ in range(_RATE_CALLS)], device)
+    rate = _RATE_CALLS * 2 * _RATE_SIZE**3 / many.busy_s
+    return {"device": "cuda", "name": torch.cuda.get_device_name(), "rate": rate}
+
+
+TASKS: dict[str, Callable[..., Result]] = {
+    "prepare": prepare,
+    "contestant": contestant,
+    "machine": machine,
+}
+
+
+if __name__ == "__main__":
+    result = TASKS[sys.argv[1]](**json.loads(sys.argv[2]))
+    print(f"\n{json.dumps(result)}", flush=True)
+    # Some peers keep threads that do not end by themselves.
+    os._exit(0)
