@@ -25,7 +25,6 @@ from table import WIDTH, Table
 
 from bigmix.loss.chunks import LossShape, chunk_tokens, device_bytes, even_slices
 from bigmix.loss.mixed import logit_dtype
-from bigmix.loss.products import gives_fp32
 
 CPU_SIZES = "4096x1024x32000,4096x512x128256"
 GPU_SIZES = "8192x4096x128256,16384x4096x128256,65536x4096x128256,16384x896x151936"
@@ -96,8 +95,6 @@ def _chosen_tokens(case: Case) -> int:
         hidden=case.hidden,
         vocabulary=case.vocabulary,
         hidden_bytes=dtype.itemsize,
-        # Where it is added up, in fp32; else in the dtype of the head.
-        gradient_bytes=4 if gives_fp32(device, dtype) else dtype.itemsize,
         logit_bytes=logit_dtype(device, dtype).itemsize,
         device_type=device.type,
         device_bytes=device_bytes(device),

@@ -386,7 +386,7 @@ def test_chunks_take_each_token_once_and_are_never_too_large():
 
 def test_a_chunk_is_an_eighth_of_the_gradients_or_what_is_given():
     sizes = LossShape(
-        tokens=4096, hidden=512, vocabulary=128256, hidden_bytes=4, gradient_bytes=4, logit_bytes=4,
+        tokens=4096, hidden=512, vocabulary=128256, hidden_bytes=4, logit_bytes=4,
         device_type="cpu", device_bytes=0,
     )  # fmt: skip
     gradients = 4 * 512 * (128256 + 4096)
@@ -422,8 +422,8 @@ def test_a_backend_that_computes_something_else_is_refused(dtype, rule):
         "rule": rule, "terms": Terms(label_smoothing=0.1, z_loss=1e-3), "dtype": dtype,
         "device": torch.device("cpu"),
     }  # fmt: skip
-    for chunk_bytes in (None, 16 * 9001 * 4):
-        check_computing(Computing(backend=torch_rows, chunk_bytes=chunk_bytes), **options)
+    for mode in ("accumulate", "recompute"):
+        check_computing(Computing(backend=torch_rows, head_gradient=mode), **options)
 
     def a_little_wrong(work):
         columns = torch_rows(work)

@@ -1,5 +1,8 @@
 """A way of computing the loss goes in; it is refused where its results on this device are not those of plain autograd."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,7 @@ _TOKENS, _ANCHORED, _HIDDEN, _VOCABULARY = (
     64,
     9001,
 )  # several blocks of a kernel, and an odd end
+_SEVERAL_CHUNKS = 16 * 4 * _VOCABULARY
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 
@@ -46,15 +50,21 @@ def check_computing(
     )
     leaves = [hidden_ND.requires_grad_(), head_VD.requires_grad_()]
     with torch.enable_grad():
-        value, _ = mixed_loss(
-            hidden_ND, head_VD, None, tokens,
-            rule=rule, terms=terms, reference=reference, computing=computing,
-        )  # fmt: skip
         expected = _dense(hidden_ND, head_VD, tokens, rule, terms, reference)
-        found = torch.autograd.grad(value, leaves)
         wanted = torch.autograd.grad(expected, leaves)
-    errors = [_error(value, expected), *map(_error, found, wanted)]
-    worst = max(errors)
+        for chunk_bytes in (computing.chunk_bytes, _SEVERAL_CHUNKS):
+            value, _ = mixed_loss(
+                hidden_ND, head_VD, None, tokens, rule=rule, terms=terms, reference=reference,
+                computing=replace(computing, chunk_bytes=chunk_bytes),
+            )  # fmt: skip
+            found = torch.autograd.grad(value, leaves)
+            _compare([value, *found], [expected, *wanted], dtype, device)
+
+
+def _compare(
+    found: Sequence[Tensor], wanted: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+) -> None:
+    worst = max(map(_error, found, wanted))
     if not worst <= _TOLERANCE[dtype]:
         raise BadInput(
             f"the loss on {device} differs from plain autograd by {worst:.1e} of its gradient, at most "

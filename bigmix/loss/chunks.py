@@ -24,15 +24,13 @@ _FEWEST = 16
 class LossShape:
     """What a chunk's size follows from: N tokens in the loss, hidden size D, vocabulary V, bytes of their elements.
 
-    `gradient_bytes`: of one element of the head's gradient while it is made. `logit_bytes`: of one logit in the chunk,
-    those of a reference's beside it included.
+    `logit_bytes`: of one logit in the chunk, those of a reference's beside it included.
     """
 
     tokens: int
     hidden: int
     vocabulary: int
     hidden_bytes: int
-    gradient_bytes: int
     logit_bytes: int
     device_type: str
     device_bytes: int
@@ -40,9 +38,8 @@ class LossShape:
 
 def chunk_bytes(shape: LossShape) -> int:
     """Memory that the logits of a chunk may take by the formula above."""
-    gradients = shape.hidden * (
-        shape.gradient_bytes * shape.vocabulary + shape.hidden_bytes * shape.tokens
-    )
+    # In fp32, as the head's gradient is added up; where it is not, that memory is spared and a larger chunk pays.
+    gradients = shape.hidden * (4 * shape.vocabulary + shape.hidden_bytes * shape.tokens)
     of_gradients = gradients // _OF_GRADIENTS
     if shape.device_type == "cpu":
         return of_gradients

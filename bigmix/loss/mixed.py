@@ -20,7 +20,6 @@ from bigmix.loss.torch_rows import torch_rows
 from bigmix.loss.work import (
     LSE,
     OBJECTIVE,
-    REFERENCE_LSE,
     ChunkWork,
     Computing,
     ReferenceWork,
@@ -29,8 +28,6 @@ from bigmix.loss.work import (
 
 _PLAIN = LogitRule()
 _NO_TERMS = Terms()
-
-
 _BY_DEFAULT = Computing(backend=torch_rows)
 _ALIGNED = 16
 
@@ -124,7 +121,7 @@ def _all_chunks(
         sums_GM += _sums(
             columns_CM[:, OBJECTIVE + 1 : LSE], tokens.groups_N[part], tokens.num_groups
         )
-        lse_N2[part] = columns_CM[:, [LSE, REFERENCE_LSE]]
+        lse_N2[part] = columns_CM[:, LSE:]
     grad_hidden_TD, grad_head_VD, grad_bias_V = gradients.finish()
     if recomputes:
         del rooms
@@ -165,14 +162,12 @@ def _recomputes(hidden_TD: Tensor, computing: Computing) -> bool:
 
 def _chunk_tokens(hidden_TD: Tensor, head_VD: Tensor, request: Request) -> int:
     logit_bytes = logit_dtype(hidden_TD.device, hidden_TD.dtype).itemsize
-    recomputes = _recomputes(hidden_TD, request.computing)
     return chunk_tokens(
         LossShape(
             tokens=len(request.tokens),
             hidden=hidden_TD.shape[1],
             vocabulary=head_VD.shape[0],
             hidden_bytes=hidden_TD.dtype.itemsize,
-            gradient_bytes=head_VD.dtype.itemsize if recomputes else 4,
             logit_bytes=logit_bytes * (2 if request.anchored else 1),
             device_type=hidden_TD.device.type,
             device_bytes=device_bytes(hidden_TD.device),

@@ -9,7 +9,7 @@ from torch import Tensor
 from bigmix.loss.terms import LogitRule, LossTokens, Reference, Terms
 
 OBJECTIVE = 0  # the column before the statistics: a token's part of the objective
-LSE = 7  # after the objective and one column for each Statistic, in its order
+LSE = 7  # after the objective and one column for each Statistic, in its order; the last two are log-normalisers
 REFERENCE_LSE = 8
 COLUMNS = 9
 HeadGradient = Literal["auto", "accumulate", "recompute"]

@@ -220,7 +220,6 @@ def _loss(shape: Shape, setting: Setting, reference: Shape | None) -> Part:
         hidden=shape.hidden,
         vocabulary=shape.vocabulary,
         hidden_bytes=width,
-        gradient_bytes=gradient_bytes,
         logit_bytes=logit_bytes * (1 if reference is None else 2),
         device_type="cuda" if setting.on_gpu else "cpu",
         device_bytes=setting.device_bytes,
