@@ -12,7 +12,7 @@ from bigmix import checkpoint
 from bigmix.dist import Cluster
 from bigmix.ds_config import fill
 from bigmix.engine import AdamW, Engine, Frozen, device_of, sharded_construction
-from bigmix.flops import cost_of, count_parameters, peak_flops
+from bigmix.flops import Cost, cost_of, count_parameters, peak_flops
 from bigmix.guard import StopFlag
 from bigmix.header import show_header
 from bigmix.inputs import Inputs, accumulation
@@ -80,14 +80,7 @@ def set_up(
     check_computing(
         computing, rule=logit_rule(config), terms=terms, dtype=DTYPES[dtype.value], device=device
     )
-    keys = fill(
-        inputs.ds_keys,
-        micro_batch_rows=recipe.train.micro_batch_rows,
-        accumulation=accumulation(recipe, world.size),
-        ranks=world.size,
-        clip=recipe.train.clip,
-        dtype=dtype.value,
-    )
+    keys = _keys(recipe, inputs, world, dtype.value)
     model = build(
         config,
         recipe.model.path,
@@ -109,13 +102,7 @@ def set_up(
         anchor=_anchor(recipe, configs.reference, keys, device),
     )
     peak = peak_flops(device, dtype.value)
-    report = Report(
-        tuple(recipe.sources),
-        inputs.plan.epochs,
-        cost=cost_of(model.lm),
-        peak_flops=peak * world.size if peak else None,
-        measured=_measured(recipe),
-    )
+    report = _report(recipe, inputs, cost_of(model.lm), peak * world.size if peak else None)
     show_header(
         terminal, recipe, inputs, world,
         parameters=count_parameters(model.lm), keys=keys, dtype=dtype, attention=attention, loss=backend,
@@ -128,6 +115,27 @@ def set_up(
         recipe=recipe, inputs=inputs, cluster=cluster, engine=engine, aim=aim,
         report=report, log=log, terminal=terminal, flag=flag,
     )  # fmt: skip
+
+
+def _keys(recipe: Recipe, inputs: Inputs, world: World, dtype: str) -> dict[str, Any]:
+    return fill(
+        inputs.ds_keys,
+        micro_batch_rows=recipe.train.micro_batch_rows,
+        accumulation=accumulation(recipe, world.size),
+        ranks=world.size,
+        clip=recipe.train.clip,
+        dtype=dtype,
+    )
+
+
+def _report(recipe: Recipe, inputs: Inputs, cost: Cost | None, peak: float | None) -> Report:
+    return Report(
+        tuple(recipe.sources),
+        inputs.plan.epochs,
+        cost=cost,
+        peak_flops=peak,
+        measured=_measured(recipe),
+    )
 
 
 def _anchor(
