@@ -25,7 +25,7 @@ from bigmix.loss.terms import (
     tokens_of_labels,
 )
 from bigmix.loss.torch_rows import torch_rows
-from bigmix.loss.work import Computing
+from bigmix.loss.work import Backend, Computing
 from bigmix.records import IGNORE, Choice
 
 GROUPS, HIDDEN, VOCABULARY = 3, 24, 101
@@ -43,6 +43,7 @@ class Case:
     rule: LogitRule = PLAIN
     terms: Terms = NO_TERMS
     reference: Reference | None = None
+    backend: Backend = torch_rows
 
     def leaves(self):
         return [t for t in (self.hidden, self.head, self.bias) if t is not None]
@@ -55,10 +56,20 @@ class Case:
         value, sums = mixed_loss(
             self.hidden, self.head, self.bias, self.tokens,
             rule=self.rule, terms=self.terms, reference=self.reference,
-            computing=Computing(backend=torch_rows, chunk_bytes=rows * itemsize * len(self.head)),
+            computing=Computing(
+                backend=self.backend, chunk_bytes=rows * itemsize * len(self.head)
+            ),
         )  # fmt: skip
         (value * factor).backward()
         return value.detach(), GroupSums.of(sums), [t.grad for t in self.leaves()]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request):
+    """Each backend; without a GPU, triton's in its interpreter."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return backend_of(request.param)
 
 
 def case(
@@ -163,6 +174,16 @@ def test_the_loss_and_its_gradients_equal_a_dense_reference(kept, rule, with_bia
             assert_equal(inputs.run(rows, factor=3.0), expected, factor=3.0)
 
 
+@pytest.mark.parametrize("kept", [0, 1, 37])
+@pytest.mark.parametrize("rule", [PLAIN, LogitRule(scale=2.0, softcap=5.0)])
+@pytest.mark.parametrize("anchored", [None, 12])
+def test_each_backend_gives_the_dense_result(backend, kept, rule, anchored):
+    terms = Terms(label_smoothing=0.1, z_loss=1e-3, entropy=True)
+    count = None if anchored is None else min(kept, anchored)
+    inputs = case(kept, 50, rule=rule, terms=terms, anchored=count, backend=backend)
+    assert_equal(inputs.run(16), dense(inputs), within=5e-6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     kept=st.integers(0, 90), spare=st.integers(0, 40), vocabulary=st.integers(2, 300),
@@ -196,16 +217,16 @@ def test_labels_that_are_ignored_are_left_out():
 
 
 @pytest.mark.parametrize("anchored", [None, 0])
-def test_no_loss_token_gives_zero_and_zero_gradients(anchored):
-    inputs = case(0, 9, anchored=anchored)
+def test_no_loss_token_gives_zero_and_zero_gradients(anchored, backend):
+    inputs = case(0, 9, anchored=anchored, backend=backend)
     value, sums, found = inputs.run()
     assert value == 0 and not any(getattr(sums, name).any() for name in sums.__slots__)
     for gradient, leaf in zip(found, inputs.leaves(), strict=True):
         assert gradient.shape == leaf.shape and not gradient.any()
 
 
-def test_positions_outside_the_loss_change_nothing_bit_for_bit():
-    inputs = case(50, 70)
+def test_positions_outside_the_loss_change_nothing_bit_for_bit(backend):
+    inputs = case(50, 70, backend=backend)
     value, _, found = inputs.run()
     others = torch.ones(70, dtype=torch.bool)
     others[inputs.tokens.positions_N] = False
@@ -229,8 +250,10 @@ def test_the_order_of_the_tokens_changes_rounding_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_runs_are_equal_bit_for_bit(dtype):
-    inputs = case(200, 230, dtype=dtype, anchored=90, terms=Terms(label_smoothing=0.1))
+def test_two_runs_are_equal_bit_for_bit(dtype, backend):
+    inputs = case(
+        90, 130, dtype=dtype, anchored=40, terms=Terms(label_smoothing=0.1), backend=backend
+    )
     first, again = inputs.run(32), inputs.run(32)
     assert torch.equal(first[0], again[0])
     for one, other in zip(first[2], again[2], strict=True):
@@ -238,9 +261,9 @@ def test_two_runs_are_equal_bit_for_bit(dtype):
 
 
 @pytest.mark.parametrize("size", [1e2, 1e4])
-def test_extreme_logits_are_exact_and_finite(size):
+def test_extreme_logits_are_exact_and_finite(size, backend):
     """Logits of about +-size: exp would overflow at 89, and most probabilities are 0."""
-    inputs = case(40, 40, anchored=20, terms=Terms(z_loss=1e-9), bias=False)
+    inputs = case(40, 40, anchored=20, terms=Terms(z_loss=1e-9), bias=False, backend=backend)
     with torch.no_grad():
         outputs = inputs.hidden @ inputs.head.T
         inputs.hidden.mul_(size / outputs.abs().max())
@@ -306,8 +329,8 @@ def test_nothing_of_the_size_of_all_logits_exists_and_without_gradient_no_gradie
     assert error(value, dense(inputs)[0]) < 1e-6
 
 
-def test_a_frozen_head_gets_no_gradient():
-    inputs = case(40, 40, bias=False)
+def test_a_frozen_head_gets_no_gradient(backend):
+    inputs = case(40, 40, bias=False, backend=backend)
     expected = dense(inputs)[2][0]
     inputs.head.requires_grad_(False)
     with LargestTensor(*inputs.leaves()) as seen:
