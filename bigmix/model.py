@@ -134,8 +134,10 @@ def logit_rule(config: Any) -> LogitRule:
     )
 
 
-def read_config(path: str | None, config: Mapping[str, Any] | None) -> Any:
-    """The Hugging Face configuration of a model folder, hub name or table of settings.
+def read_config(
+    path: str | None, config: Mapping[str, Any] | None, *, key: str = "model.path"
+) -> Any:
+    """The Hugging Face configuration of a model folder, hub name or table of settings; `key` is the path's in the recipe.
 
     Raises BadInput where there is none or its model_type is unknown.
     """
@@ -146,7 +148,7 @@ def read_config(path: str | None, config: Mapping[str, Any] | None) -> Any:
         return transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
-        named = f"model.path {path}" if path is not None else "model.config"
+        named = f"{key} {path}" if path is not None else "model.config"
         raise BadInput(
             f"{named} gives no model configuration ({first}); give a folder with a config.json, a hub name, "
             "or a config with a model_type that transformers knows"

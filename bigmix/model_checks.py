@@ -26,7 +26,9 @@ def read_configs(recipe: Recipe, manifest: Manifest) -> Configs:
     reference speaks of another vocabulary.
     """
     config = read_config(recipe.model.path, recipe.model.config)
-    reference = None if recipe.reference is None else read_config(recipe.reference_path, None)
+    reference = None
+    if recipe.reference is not None:
+        reference = read_config(recipe.reference_path, None, key="reference.model")
     faults = [
         *_length_faults(recipe, config, "the model"),
         *_vocabulary_faults(manifest, config),

@@ -139,6 +139,8 @@ def test_choices_are_explained():
 def test_a_configuration_that_is_none_is_refused(tmp_path):
     with pytest.raises(BadInput, match=r"model\.path .* gives no model configuration"):
         read_config(str(tmp_path), None)
+    with pytest.raises(BadInput, match=r"reference\.model .* gives no model configuration"):
+        read_config(str(tmp_path), None, key="reference.model")
     with pytest.raises(BadInput, match=r"model\.config gives no model configuration"):
         read_config(None, {"model_type": "no-such"})
 
