@@ -1,9 +1,10 @@
-"""Signals go in, one flag comes out: the run is asked to save and stop at the next step boundary."""
+"""Signals and the clock go in, one flag comes out: the run is asked to save and stop at the next step boundary."""
 
 import ctypes
 import os
 import signal
 import sys
+import time
 from types import FrameType
 
 _ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -11,19 +12,28 @@ _PR_SET_PDEATHSIG = 1
 
 
 class StopFlag:
-    """Whether a signal has asked this process to stop. A second signal ends it at once; checkpoints stay whole."""
+    """Whether a signal or the end of `max_minutes` asks this process to stop.
 
-    def __init__(self) -> None:
-        self.is_set = False
+    A second signal ends it at once; checkpoints stay whole.
+    """
+
+    def __init__(self, max_minutes: float | None = None) -> None:
+        self._asked = False
+        self._until = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         for number in _ASKING:
             signal.signal(number, self._receive)
         _die_with_parent()
 
+    @property
+    def is_set(self) -> bool:
+        """Whether to stop."""
+        return self._asked or (self._until is not None and time.monotonic() >= self._until)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.is_set:
+        if self._asked:
             os._exit(128 + number)
-        self.is_set = True
+        self._asked = True
 
 
 def _die_with_parent() -> None:

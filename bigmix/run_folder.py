@@ -15,6 +15,7 @@ _FREE = frozenset(
     f"train.{name}"
     for name in [
         "micro_batch_rows",
+        "max_minutes",
         "evaluate_every",
         "evaluate_rows",
         "save_every",

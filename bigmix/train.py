@@ -30,7 +30,7 @@ def run(recipe: Recipe, inputs: Inputs, world: World, terminal: Terminal) -> Non
 
     Raises BadInput before the first step, and Interrupted after a whole checkpoint when a signal asked to stop.
     """
-    flag = StopFlag()
+    flag = StopFlag(recipe.train.max_minutes)
     cluster = join(world)
     # Every file of a checkpoint is read to verify it: once, not by each rank.
     (start, *_) = cluster.gather(beginning(recipe) if world.is_first else None)

@@ -141,6 +141,16 @@ def test_a_run_that_is_killed_resumes_bit_for_bit(whole, data):
     assert weights(data / "killed") == weights(whole[0])
 
 
+def test_a_run_that_is_out_of_time_saves_and_goes_on_to_the_same_end(whole, data):
+    codes, said = end(start(data, 2, "output=timed", "train.max_minutes=0.0001"))
+    assert codes == [75, 75], said
+    assert "stopped on request after step 1 of 8" in said
+    assert (data / "timed/checkpoints/latest").read_text() == "step-000001\n"
+    codes, said = end(start(data, 2, "output=timed"))
+    assert codes == [0, 0], said
+    assert weights(data / "timed") == weights(whole[0])
+
+
 ANCHORED = [
     "model={path: base}", "reference={sources: {web: 0.5}}", "loss={z_loss: 1e-4, entropy: true}",
     "sources.chat.weigh=document", "sources.web.path=spoken/web", "sources.chat.path=spoken/chat",

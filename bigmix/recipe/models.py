@@ -219,6 +219,8 @@ class Train(Settings):
     """Rows of one forward pass on one rank; accumulation follows from it. It changes speed and memory, never the result."""
     steps: Count | None = None
     """Optimizer steps, in place of what the budget gives."""
+    max_minutes: PositiveFloat | None = None
+    """Minutes after which the run saves a checkpoint and ends with 75, as after a signal; the same command goes on. Default: no limit."""
     evaluate_every: CountOrZero = 0
     """Steps between held-out evaluations; 0: only before the first and after the last step."""
     evaluate_rows: Count | None = None
