@@ -99,7 +99,7 @@ def set_up(
     aim = Aim(
         objective=recipe.objective,
         weighing={name: source.weigh for name, source in recipe.sources.items()},
-        anchor=_anchor(recipe, configs.reference, keys, device),
+        anchor=_anchor(recipe, configs.reference, keys, dtype.value, device),
     )
     peak = peak_flops(device, dtype.value)
     report = _report(recipe, inputs, cost_of(model.lm), peak * world.size if peak else None)
@@ -139,12 +139,11 @@ def _report(recipe: Recipe, inputs: Inputs, cost: Cost | None, peak: float | Non
 
 
 def _anchor(
-    recipe: Recipe, reference: Any, keys: Mapping[str, Any], device: torch.device
+    recipe: Recipe, reference: Any, keys: Mapping[str, Any], dtype: str, device: torch.device
 ) -> Anchor | None:
-    """The frozen model of the recipe, sharded like the trained one."""
+    """The frozen model of the recipe, in the precision of the trained one and sharded like it."""
     if recipe.reference is None:
         return None
-    dtype = choose_dtype(recipe.model.dtype, device).value
     model = FrozenModel(
         load(
             reference,

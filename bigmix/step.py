@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from bigmix.objective import Objective, StepShares, StepWeights, divergence_weig
 from bigmix.on_device import tensors
 from bigmix.records import Ints, MicroBatch, StepBatch
 from bigmix.reference import Anchor, rows_of_sources, tensors_with_reference
-from bigmix.weighing import EXPONENTS, Weighing, masses, part_weights
+from bigmix.weighing import EXPONENTS, Floats, Weighing, masses, part_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +48,19 @@ class Aim:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Coefficients:
-    """What a loss token of each source is multiplied by in the objective; `exponents_S` None where all weigh alike."""
+    """What a loss token of each source is multiplied by in the objective."""
 
     nll_S: Sequence[float]
     divergence_S: Sequence[float]
-    exponents_S: Sequence[float] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """A micro-batch with the weights of its parts, None where all weigh alike, and the rows that the frozen model is shown."""
+
+    micro_batch: MicroBatch
+    weights_P: Floats | None
+    anchored_U: Ints
 
 
 def run(
@@ -72,14 +81,15 @@ def run(
     """
     torch.manual_seed(chance)
     watch = Stopwatch(engine.device)
-    counts = _counts_of_step(cluster, batch, aim, stop_asked)
+    parts = [_part(micro_batch, tuple(batch.rows), aim) for micro_batch in batch.micro_batches]
+    counts = _counts_of_step(cluster, batch, parts, stop_asked)
     weights = weigh(aim.objective, shares, batch.rows, counts.loss_tokens, counts.masses)
     coefficients = _coefficients(weights, counts, batch, shares, aim, cluster.world.size)
     sums_SM = torch.zeros(len(batch.rows), len(Statistic), device=engine.device)
-    for part, shown in zip(batch.micro_batches, counts.anchored_rows, strict=True):
+    for part, shown in zip(parts, counts.anchored_rows, strict=True):
         watch.mark("other")
         value, micro_SM = engine.forward(
-            _moved(part, coefficients, aim.anchor if shown else None, batch, engine.device)
+            _moved(part, coefficients, aim.anchor if shown else None, engine.device)
         )
         sums_SM += micro_SM
         watch.mark("forward")
@@ -115,13 +125,27 @@ class _Counts:
     stop_asked: bool
 
 
-def _counts_of_step(cluster: Cluster, batch: StepBatch, aim: Aim, stop_asked: bool) -> _Counts:
+def _part(micro_batch: MicroBatch, names: Sequence[str], aim: Aim) -> _Part:
+    exponents_S = [EXPONENTS[aim.weighing.get(name, "token")] for name in names]
+    anchored = aim.anchor.weights if aim.anchor is not None else {}
+    return _Part(
+        micro_batch=micro_batch,
+        weights_P=part_weights(micro_batch, exponents_S) if any(exponents_S) else None,
+        anchored_U=rows_of_sources(micro_batch, [name in anchored for name in names]),
+    )
+
+
+def _counts_of_step(
+    cluster: Cluster, batch: StepBatch, parts: Sequence[_Part], stop_asked: bool
+) -> _Counts:
     names = tuple(batch.rows)
-    exponents_S = _exponents(aim, names)
-    own_masses: list[float] = list(batch.loss_tokens.values())
-    if exponents_S is not None:
-        own_masses = masses(batch.micro_batches, exponents_S)
-    own_rows = [len(_anchored_rows(part, names, aim.anchor)) for part in batch.micro_batches]
+    weighed = [
+        masses(part.micro_batch, part.weights_P, len(names))
+        for part in parts
+        if part.weights_P is not None
+    ]
+    own_masses = np.sum(weighed, axis=0) if weighed else batch.loss_tokens.values()
+    own_rows = [len(part.anchored_U) for part in parts]
     own = [batch.squares, float(stop_asked), *batch.loss_tokens.values(), *batch.tokens.values()]
     squares, stops, *rest = cluster.sum_counts([*own, *own_masses, *own_rows])
     loss_tokens, tokens, mass = (
@@ -152,42 +176,24 @@ def _coefficients(
     return _Coefficients(
         nll_S=[weights.token[name] * ranks for name in names],
         divergence_S=[divergences[name] * ranks for name in names],
-        exponents_S=_exponents(aim, names),
     )
 
 
 def _moved(
-    part: MicroBatch,
-    coefficients: _Coefficients,
-    anchor: Anchor | None,
-    batch: StepBatch,
-    device: torch.device,
+    part: _Part, coefficients: _Coefficients, anchor: Anchor | None, device: torch.device
 ) -> ModelTensors:
     """The micro-batch on the device; `anchor` is given on all ranks or on none, wherever its rows are."""
-    weights_P = None
-    if coefficients.exponents_S is not None:
-        weights_P = part_weights(part, coefficients.exponents_S)
     if anchor is None:
-        return tensors(part, coefficients.nll_S, device, weights_P)
+        return tensors(part.micro_batch, coefficients.nll_S, device, part.weights_P)
     return tensors_with_reference(
-        part,
-        _anchored_rows(part, tuple(batch.rows), anchor),
+        part.micro_batch,
+        part.anchored_U,
         anchor,
         coefficients_S=coefficients.nll_S,
         divergences_S=coefficients.divergence_S,
         device=device,
-        weights_P=weights_P,
+        weights_P=part.weights_P,
     )
-
-
-def _exponents(aim: Aim, names: Sequence[str]) -> list[float] | None:
-    exponents = [EXPONENTS[aim.weighing.get(name, "token")] for name in names]
-    return exponents if any(exponents) else None
-
-
-def _anchored_rows(part: MicroBatch, names: Sequence[str], anchor: Anchor | None) -> Ints:
-    chosen_S = [anchor is not None and name in anchor.weights for name in names]
-    return rows_of_sources(part, chosen_S)
 
 
 class Stopwatch:

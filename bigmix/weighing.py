@@ -26,10 +26,7 @@ def part_weights(micro_batch: MicroBatch, exponents_S: Sequence[float]) -> Float
     return weights_P
 
 
-def masses(micro_batches: Sequence[MicroBatch], exponents_S: Sequence[float]) -> list[float]:
+def masses(micro_batch: MicroBatch, weights_P: Floats, sources: int) -> Floats:
     """The weights of the loss tokens of each source, added up [S]."""
-    sums_S = np.zeros(len(exponents_S))
-    for part in micro_batches:
-        weights_P = part_weights(part, exponents_S) * part.loss_tokens_P
-        sums_S += np.bincount(part.groups_P, weights_P, minlength=len(sums_S))
-    return [float(mass) for mass in sums_S]
+    sums_P = weights_P * micro_batch.loss_tokens_P
+    return np.bincount(micro_batch.groups_P, sums_P, minlength=sources).astype(np.float64)

@@ -11,12 +11,8 @@ from bigmix.loss.mixed import mixed_loss
 from bigmix.loss.terms import LogitRule, LossTokens, Reference, Terms
 from bigmix.loss.work import Computing
 
-_TOKENS, _ANCHORED, _HIDDEN, _VOCABULARY = (
-    48,
-    16,
-    64,
-    9001,
-)  # several blocks of a kernel, and an odd end
+# The vocabulary takes several blocks of a kernel, and its end is odd.
+_TOKENS, _ANCHORED, _HIDDEN, _VOCABULARY = 48, 16, 64, 9001
 _SEVERAL_CHUNKS = 16 * 4 * _VOCABULARY
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 

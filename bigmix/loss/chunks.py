@@ -9,6 +9,7 @@ matrix products are slow on few rows, a 64th of its memory where that is more. I
 what is free: that changes from run to run, and with it the order of additions.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +65,13 @@ def even_slices(tokens: int, most: int) -> list[slice]:
     most = most // _FEWEST * _FEWEST
     chunks = -(-tokens // most)
     size = -(-tokens // (_FEWEST * chunks)) * _FEWEST
-    return [slice(begin, min(begin + size, tokens)) for begin in range(0, tokens, size)]
+    return list(slices(tokens, size))
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    """Numbers below `count` in slices of `size`, the last one as long as there are some."""
+    for begin in range(0, count, size):
+        yield slice(begin, min(begin + size, count))
 
 
 def device_bytes(device: torch.device) -> int:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bigmix.loss.products import times_transposed
+from bigmix.loss.chunks import slices
+from bigmix.loss.products import times_transposed, times_transposed_into
 from bigmix.loss.torch_rows import blocks, logits_of, through_rule
 from bigmix.loss.work import Request
 
@@ -40,11 +41,10 @@ def head_gradient(
     size = -(-vocabulary // -(-vocabulary // most))
     room_X = hidden_ND.new_empty(size * tokens)
     slope_N = _slopes(request, known)
-    for begin in range(0, vocabulary, size):
-        part = slice(begin, min(begin + size, vocabulary))
+    for part in slices(vocabulary, size):
         # The vocabulary comes first, so that the second product has no transposed side: it is slower with one.
-        outputs_BN = room_X[: (part.stop - begin) * tokens].view(-1, tokens)
-        torch.mm(head_VD[part], hidden_ND.T, out=outputs_BN)
+        outputs_BN = room_X[: (part.stop - part.start) * tokens].view(-1, tokens)
+        times_transposed_into(outputs_BN, head_VD[part], hidden_ND)
         _to_gradient(outputs_BN, part, bias_V, request, known, slope_N, vocabulary)
         torch.mm(outputs_BN, hidden_ND, out=gradient_VD[part])
     return gradient_VD

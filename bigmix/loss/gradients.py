@@ -7,6 +7,7 @@ weight's dtype within its own memory, so that the two never lie beside each othe
 import torch
 from torch import Tensor
 
+from bigmix.loss.chunks import slices
 from bigmix.loss.products import times_transposed
 
 # Elements that are narrowed, or multiplied and added, at once where an operation needs room of its own (a CPU).
@@ -76,9 +77,8 @@ def _add_product_in_blocks(
     """A CPU has no product of bf16 that gives fp32: rounding each chunk's product would double the error of the sum."""
     right_CD = right_CD.to(sum_VD.dtype)
     columns = max(1, _BLOCK // len(left_CV))
-    for begin in range(0, len(sum_VD), columns):
-        left = left_CV[:, begin : begin + columns].to(sum_VD.dtype)
-        block = sum_VD[begin : begin + columns]
+    for part in slices(len(sum_VD), columns):
+        left, block = left_CV[:, part].to(sum_VD.dtype), sum_VD[part]
         torch.addmm(block, left.T, right_CD, beta=0 if first else 1, out=block)
 
 

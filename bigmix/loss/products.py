@@ -7,6 +7,8 @@ which computes torch's bf16 products and compiled code, is called as compiled co
 import torch
 from torch import Tensor
 
+from bigmix.loss.chunks import slices
+
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 # oneDNN makes room for its result: a large one goes by blocks of so many elements to where it is wanted.
 _BLOCK = 1 << 20
@@ -25,8 +27,7 @@ def times_transposed_into(out_CV: Tensor, left_CK: Tensor, right_VK: Tensor) -> 
         torch.mm(left_CK, right_VK.T, out_dtype=out_CV.dtype, out=out_CV)
     elif _is_for_onednn(left_CK):
         rows = max(16, _BLOCK // len(left_CK))
-        for begin in range(0, len(right_VK), rows):
-            part = slice(begin, begin + rows)
+        for part in slices(len(right_VK), rows):
             out_CV[:, part] = _by_onednn(left_CK, right_VK[part])
     else:
         torch.mm(left_CK, right_VK.T, out=out_CV)

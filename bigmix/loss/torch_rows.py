@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from bigmix.loss.chunks import slices
 from bigmix.loss.terms import LogitRule, Statistic
 from bigmix.loss.work import COLUMNS, LSE, OBJECTIVE, REFERENCE_LSE, ChunkWork, ReferenceWork
 
@@ -29,8 +30,7 @@ def torch_rows(work: ChunkWork) -> Tensor:
 def blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
     """The rows of a matrix in blocks that fit a cache."""
     size = max(1, _BLOCK.get(device.type, _BLOCK_ELSEWHERE) // columns)
-    for begin in range(0, rows, size):
-        yield slice(begin, min(begin + size, rows))
+    return slices(rows, size)
 
 
 def _block(work: ChunkWork, part: slice, stats_BM: Tensor) -> None:
@@ -45,14 +45,14 @@ def _block(work: ChunkWork, part: slice, stats_BM: Tensor) -> None:
     if smoothing:
         loss_B = (1 - smoothing) * nll_B + smoothing * (lse_B - logits_BV.mean(1))
     z_B = lse_B.square()
-    _set(stats_BM, OBJECTIVE, weights_B * (loss_B + terms.z_loss * z_B))
-    _set(stats_BM, 1 + Statistic.TOKENS, torch.ones_like(nll_B))
-    _set(stats_BM, 1 + Statistic.NLL, nll_B)
-    _set(stats_BM, 1 + Statistic.HITS, (best_B == labels_B).to(nll_B.dtype))
-    _set(stats_BM, 1 + Statistic.Z, z_B)
-    _set(stats_BM, LSE, lse_B)
+    stats_BM[:, OBJECTIVE] = weights_B * (loss_B + terms.z_loss * z_B)
+    stats_BM[:, 1 + Statistic.TOKENS] = 1
+    stats_BM[:, 1 + Statistic.NLL] = nll_B
+    stats_BM[:, 1 + Statistic.HITS] = best_B == labels_B
+    stats_BM[:, 1 + Statistic.Z] = z_B
+    stats_BM[:, LSE] = lse_B
     if terms.entropy:
-        _set(stats_BM, 1 + Statistic.ENTROPY, lse_B - (p_BV * logits_BV).sum(1))
+        stats_BM[:, 1 + Statistic.ENTROPY] = lse_B - (p_BV * logits_BV).sum(1)
     # d objective / d logits = slope p - (1 - eps) c onehot(y) - eps c / V - k q,  slope = c (1 + 2 z_loss lse) + k
     slope_B = weights_B * (1 + 2 * terms.z_loss * lse_B)
     kq_BV = None
@@ -60,8 +60,8 @@ def _block(work: ChunkWork, part: slice, stats_BM: Tensor) -> None:
         k_B = work.reference.coefficients_C[part]
         kl_B, q_BV, theirs_B = _kl(work.reference, part, logits_BV, lse_B)
         stats_BM[:, OBJECTIVE] += k_B * kl_B
-        _set(stats_BM, 1 + Statistic.KL, kl_B)
-        _set(stats_BM, REFERENCE_LSE, theirs_B)
+        stats_BM[:, 1 + Statistic.KL] = kl_B
+        stats_BM[:, REFERENCE_LSE] = theirs_B
         slope_B, kq_BV = slope_B + k_B, q_BV.mul_(k_B.unsqueeze(1))
     if work.gradient_CV is None:
         return
@@ -72,10 +72,6 @@ def _block(work: ChunkWork, part: slice, stats_BM: Tensor) -> None:
     if kq_BV is not None:
         gradient_BV -= kq_BV
     work.gradient_CV[part].copy_(through_rule(gradient_BV, logits_BV, work.rule))
-
-
-def _set(stats_BM: Tensor, column: int, values_B: Tensor) -> None:
-    stats_BM[:, column] = values_B
 
 
 def logits_of(outputs_BV: Tensor, bias_V: Tensor | None, rule: LogitRule) -> Tensor:
