@@ -125,13 +125,14 @@ class MicroBatch:
 class StepBatch:
     """What one rank trains in one step.
 
-    `rows` counts over all ranks; `tokens`, `loss_tokens` and `squares`, the sum over parts of their squared lengths,
-    are this rank's own.
+    `rows` counts over all ranks, and so does `substituted`: those of them that stand for rows of bad shards. `tokens`,
+    `loss_tokens` and `squares`, the sum over parts of their squared lengths, are this rank's own.
     """
 
     step: int
     micro_batches: tuple[MicroBatch, ...]
     rows: Mapping[str, int]
+    substituted: Mapping[str, int]
     tokens: Mapping[str, int]
     loss_tokens: Mapping[str, int]
     squares: int

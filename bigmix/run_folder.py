@@ -27,6 +27,7 @@ _FREE = frozenset(
     ]
 ) | {
     "output",
+    "bad_shards",
     "deepspeed",
     "pad_to_multiple",
     "model.activation_checkpointing",

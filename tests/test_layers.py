@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "bigmix"
 LAYERS = [
     {"errors", "files", "records", "world", "data.statistics", "data.duplicates"},
-    {"data.location", "weighing"},
+    {"data.location", "weighing", "data.quarantine"},
     {"data.retry"},
     {"data.http", "data.pipe"},
     {"data.storage"},
@@ -19,7 +19,7 @@ LAYERS = [
         "data.order",
     },
     {
-        "data.recognise", "data.sentencepiece_model", "data.token_bytes", "data.shards", "data.packing", "data.mixture", "loss", "ds_config",
+        "data.recognise", "data.substitution", "data.sentencepiece_model", "data.token_bytes", "data.shards", "data.packing", "data.mixture", "loss", "ds_config",
         "metrics", "terminal", "guard", "quickstart.corpus", "data.progress", "data.picture",
     },
     {"data.documents", "data.tokenizer", "model", "flops", "data.rows", "engine"},

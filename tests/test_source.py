@@ -19,6 +19,7 @@ from bigmix.data import loader as loader_module
 from bigmix.data.cache import CacheFull
 from bigmix.data.fetch_ahead import Ahead
 from bigmix.data.loader import Portion
+from bigmix.data.quarantine import BadShard
 from bigmix.data.retry import Changed, Retry
 from bigmix.data.source import Depot, Reading, needed_in_order, read_source, room_in_use
 from bigmix.data.stream import OPEN_SHARDS, Packer
@@ -187,7 +188,8 @@ def test_the_lengths_of_documents_are_read_in_ranges_without_their_tokens(server
 def test_every_block_in_ranges_is_checked(data, server, tmp_path):
     remote = stream_of(depot_at(tmp_path, ranges=True), f"{server.url}/large")
     expected = stream_of(depot_at(tmp_path), str(data / "large"))
-    server.always = ("flip", len(server.files["/large/shard-00000.tar"]) // 2)
+    size = len(server.files["/large/shard-00000.tar"])
+    server.broken["/large/shard-00000.tar"] = ("flip", size // 2)
     failed = 0
     for row_id in expected.in_shard_order()[::500]:
         try:
@@ -209,8 +211,8 @@ def test_a_pipe_is_never_read_in_ranges(data, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flipped_byte_is_refused_and_its_address_is_told(server, tmp_path, kind):
     remote = stream_of(depot_at(tmp_path), f"{server.url}/{kind}")
-    server.always = ("flip", 700)
-    with pytest.raises(Changed, match=rf"{server.url}/{kind}/shard-0000\d.tar has sha256"):
+    server.broken |= {path: ("flip", 700) for path in server.files if path.endswith(".tar")}
+    with pytest.raises(BadShard, match=rf"{server.url}/{kind}/shard-0000\d.tar has sha256"):
         rows_of(remote)
 
 

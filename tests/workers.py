@@ -91,6 +91,7 @@ def batch_of(rows, rank, ranks, accumulation):
         step=1,
         micro_batches=tuple(micro_batch(own[i : i + size]) for i in range(0, len(own), size)),
         rows={s: sum(source == s for source, _ in rows) for s in SOURCES},
+        substituted=dict.fromkeys(SOURCES, 0),
         tokens=dict.fromkeys(SOURCES, 1),
         loss_tokens={s: loss_tokens(own, s) for s in SOURCES},
         squares=0,

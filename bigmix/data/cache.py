@@ -28,7 +28,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART = re.compile(r"[0-9a-f]{64}-(\d+)\.part")
 
 
-class CacheFull(BigmixError):
+class CacheFault(BigmixError):
+    """The cache is at fault, and not the file that it was asked for."""
+
+
+class CacheFull(CacheFault):
     """A file does not fit beside those that are in use."""
 
 
@@ -111,7 +115,7 @@ class ShardCache:
         """The whole, verified file, downloaded unless some process of this machine has done so.
 
         Raises Changed where the content is not that of `sha256`, CacheFull where it does not fit beside the files in
-        use, and what `storage` raises for a file that cannot be read.
+        use, CacheFault where it cannot be written, and what `storage` raises for a file that cannot be read.
         """
         if not _SHA256.fullmatch(sha256):
             raise BadInput(
@@ -132,6 +136,11 @@ class ShardCache:
         except BaseException:
             os.close(claim.descriptor)
             raise
+
+    def discard(self, lease: Lease) -> None:
+        """Forget a file whose content has been found damaged, so that the next who asks for it downloads it."""
+        with self._listing():
+            lease.path.unlink(missing_ok=True)
 
     def _count(self, **more: float) -> None:
         with self._count_lock:
@@ -231,7 +240,7 @@ class ShardCache:
             os.fsync(part.descriptor)
         except OSError as error:
             self._drop(part)
-            raise BigmixError(
+            raise CacheFault(
                 f"{shown(file.url)}, {file.size:,} bytes, could not be written to the cache {self._folder} ({error.strerror}); "
                 "free its disk, lower cache.size, or set cache.folder to a larger disk"
             ) from error

@@ -14,7 +14,10 @@ from bigmix.data.assemble import Assembled, assemble
 from bigmix.data.mixture import Mixture, Places
 from bigmix.data.order import key_of
 from bigmix.data.packing import Lost
+from bigmix.data.quarantine import EMPTY, Quarantine
+from bigmix.data.retry import Stopped
 from bigmix.data.stream import Stream
+from bigmix.errors import BigmixError
 from bigmix.records import Ints, RowId, RowPlaces, StepBatch
 
 # Rows of a rank that are gathered together: a step at a time costs twice as much.
@@ -56,17 +59,45 @@ class _Start:
 class Plan:
     """What decides the rows of every step: the same plan gives the same rows on any number of ranks.
 
-    Where rows change their length, each source goes on at the same fraction of its epoch.
+    Where rows change their length, each source goes on at the same fraction of its epoch. Rows of shards in quarantine
+    are drawn and counted as before; what is read is a row of another shard of their source.
     """
 
-    def __init__(self, *, mixture: Mixture, stages: Sequence[Stage], seed: int) -> None:
+    def __init__(
+        self, *, mixture: Mixture, stages: Sequence[Stage], seed: int, quarantine: Quarantine = EMPTY
+    ) -> None:  # fmt: skip
+        """Raises BigmixError where the quarantine leaves a source no row."""
         self.mixture = mixture
         self.rows_per_step = mixture.rows_per_step
+        self.quarantine = quarantine
         self._seed = seed
         self.stages = stages
         self._first_steps = [stage.first_step for stage in stages]
+        self._bad = {
+            name: _shards_of(stages, name, files)
+            for name, files in quarantine.first_steps.items()
+            if name in mixture.names
+        }
+        # Rows are read together between these: those before a shard is replaced would still be read from it.
+        self._borders = sorted({*self._first_steps, *quarantine.steps})
         self._starts = list(accumulate(stages[1:], self._next_starts, initial=self._zero()))
         self._assembled = lru_cache(maxsize=2)(self._assemble)
+
+    def with_quarantine(self, quarantine: Quarantine) -> "Plan":
+        """The same plan with these shards replaced and no others.
+
+        No other thread may read from the plan. Raises BigmixError where a source has no row left.
+        """
+        return Plan(
+            mixture=self.mixture, stages=self.stages, seed=self._seed, quarantine=quarantine
+        )
+
+    def release(self) -> None:
+        """Close all shards that are held open, and forget the rows that were gathered."""
+        self._assembled.cache_clear()
+        for stage in self.stages:
+            for stream in stage.streams.values():
+                stream.release()
 
     @property
     def streams(self) -> Mapping[str, Stream]:
@@ -84,6 +115,18 @@ class Plan:
     def places(self, portion: Portion, step: int) -> RowPlaces:
         """The rows of one rank in a step, counted from 1."""
         return self._locate(step, 1, portion.rows.start, portion.rows.stop)
+
+    def substituted(self, step: int) -> dict[str, int]:
+        """How many rows of a step are substitutes, by source and over all ranks."""
+        counts = dict.fromkeys(self.mixture.names, 0)
+        bad = {name: shards for name in self._bad if (shards := self._bad_at(name, step))}
+        if bad:
+            rows, streams = self._rows(step, 1, 0, self.rows_per_step), self.streams_at(step)
+            for name, shards in bad.items():
+                own = rows.sources_R == self.mixture.names.index(name)
+                as_drawn = streams[name].places(rows.indices_R[own])
+                counts[name] = int(np.isin(as_drawn.shards_R, list(shards)).sum())
+        return counts
 
     def assembled(self, portion: Portion, step: int) -> tuple[Assembled, int]:
         """The rows of one rank in some steps, this one among them, and the first of the step's rows in them."""
@@ -108,8 +151,8 @@ class Plan:
         """The steps that are read together with this one: about ASSEMBLED_ROWS rows of the rank, of one stage."""
         steps = max(1, ASSEMBLED_ROWS // (portion.rows.stop - portion.rows.start))
         first = (step - 1) // steps * steps + 1
-        later = [begin for begin in self._first_steps if first < begin <= step]
-        until = [begin for begin in self._first_steps if step < begin < first + steps]
+        later = [begin for begin in self._borders if first < begin <= step]
+        until = [begin for begin in self._borders if step < begin < first + steps]
         return range(max([first, *later]), min([first + steps, *until]))
 
     def _assemble(self, first: int, steps: int, start: int, stop: int) -> Assembled:
@@ -166,27 +209,36 @@ class Plan:
             found[name] = _Start(drawn=drawn[name], index=epochs * new - (-rest * new // old))
         return found
 
+    def _bad_at(self, name: str, step: int) -> frozenset[int]:
+        """The shards of a source whose rows are replaced in a step."""
+        return frozenset(shard for shard, first in self._bad.get(name, {}).items() if first <= step)
+
     def _locate(self, first: int, steps: int, start: int, stop: int) -> RowPlaces:
-        """The rows at places [start, stop) of each of the steps, which are of one stage."""
-        drawn = [self._drawn(step, start, stop) for step in range(first, first + steps)]
-        sources_R = np.concatenate([part.sources_R for parts in drawn for part in parts])
-        indices_R = np.concatenate([part.indices_R for parts in drawn for part in parts])
-        epochs_R, shards_R, rows_R = columns_3R = np.empty((3, len(indices_R)), np.int64)
-        at = bisect_right(self._first_steps, first) - 1
+        """The rows at places [start, stop) of each of the steps; between them no stage and no replacement begins."""
+        rows, streams = self._rows(first, steps, start, stop), self.streams_at(first)
+        epochs_R, shards_R, rows_R = columns_3R = np.empty((3, len(rows.indices_R)), np.int64)
         for source, name in enumerate(self.mixture.names):
-            own = np.flatnonzero(sources_R == source)
+            own = np.flatnonzero(rows.sources_R == source)
             if len(own):
-                begin = self._starts[at][name]
-                indices = indices_R[own] - begin.drawn + begin.index
-                places = self.stages[at].streams[name].places(indices)
+                bad = self._bad_at(name, first)
+                places = streams[name].places(rows.indices_R[own], bad)
                 columns_3R[:, own] = places.epochs_R, places.shards_R, places.rows_R
         return RowPlaces(
             names=self.mixture.names,
-            sources_R=sources_R,
+            sources_R=rows.sources_R,
             epochs_R=epochs_R,
             shards_R=shards_R,
             rows_R=rows_R,
         )
+
+    def _rows(self, first: int, steps: int, start: int, stop: int) -> Places:
+        """The same rows as they are drawn: their sources, and their indices in the streams of their stage."""
+        drawn = [self._drawn(step, start, stop) for step in range(first, first + steps)]
+        sources_R = np.concatenate([part.sources_R for parts in drawn for part in parts])
+        indices_R = np.concatenate([part.indices_R for parts in drawn for part in parts])
+        starts = self._starts[bisect_right(self._first_steps, first) - 1].values()
+        shifts_S = np.array([start.index - start.drawn for start in starts])
+        return Places(sources_R=sources_R, indices_R=indices_R + shifts_S[sources_R])
 
     def _drawn(self, step: int, start: int, stop: int) -> list[Places]:
         """The mixture's rows at places [start, stop) of a step.
@@ -199,6 +251,19 @@ class Plan:
         low, high = start + shift, stop + shift
         ranges = [(low, min(high, count)), (max(low - count, 0), high - count)]
         return [self.mixture.rows(begin + a, begin + b) for a, b in ranges if a < b]
+
+
+def _shards_of(stages: Sequence[Stage], name: str, files: Mapping[str, int]) -> dict[int, int]:
+    """The shards of a source with these files, each with its value."""
+    stream = stages[-1].streams[name]
+    names = stream.manifest.shards.files
+    shards = stream.manifest.shards.indices_of(files)
+    if any(s.streams[name].rows_in(shards) == s.streams[name].rows_per_epoch for s in stages):
+        raise BigmixError(
+            f"no shard of {name} is left to train on: {len(shards)} of {len(names)} are bad, the first is "
+            f"{names[shards[0]]}; restore them or prepare the source again, then run the command again"
+        )
+    return {shard: files[names[shard]] for shard in shards}
 
 
 def one_stage(streams: Mapping[str, Stream]) -> Sequence[Stage]:
@@ -226,6 +291,7 @@ def step_batch(plan: Plan, portion: Portion, step: int) -> StepBatch:
             for at in range(first, first + count, size)
         ),
         rows={name: drawn[name] - before[name] for name in names},
+        substituted=plan.substituted(step),
         tokens=by_source(rows.tokens_R[own]),
         loss_tokens=by_source(rows.loss_tokens_R[own]),
         squares=int(rows.squares_R[own].sum()),
@@ -236,10 +302,11 @@ class Loader:
     """Iterates over the batches of the steps `first` .. `last`; a thread keeps `ahead` of them ready."""
 
     def __init__(self, plan: Plan, portion: Portion, *, first: int, last: int, ahead: int) -> None:
-        self._make = partial(step_batch, plan, portion)
+        self._batch = partial(step_batch, plan, portion)
         self._steps = range(first, last + 1)
         self._ahead = ahead
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self._has_failed = False
 
     def __iter__(self) -> Iterator[StepBatch]:
         steps = iter(self._steps)
@@ -248,6 +315,16 @@ class Loader:
             batch = ready.popleft().result()
             ready.extend(self._thread.submit(self._make, k) for k in islice(steps, 1))
             yield batch
+
+    def _make(self, step: int) -> StepBatch:
+        # Whatever failed once would be tried for as long again, for each step that is ahead.
+        if self._has_failed:
+            raise Stopped(f"no batch is made for step {step}, since one before it has failed")
+        try:
+            return self._batch(step)
+        except BaseException:
+            self._has_failed = True
+            raise
 
     def close(self) -> None:
         """Stop the thread; what it had ready is thrown away, since a position is all the state there is."""

@@ -286,6 +286,8 @@ class Recipe(Settings):
     pad_to_multiple: Count = 1
     """Rows are padded to a multiple of so many tokens, for backends that want it."""
     cache: Cache = Cache()
+    bad_shards: Literal["fail", "replace"] = "fail"
+    """What happens when a shard cannot be read. fail: the run ends and names it; replace: from then on rows of its source's other shards are trained in place of its own, counted as substituted_rows."""
     held_out: dict[Name, str] = {}
     """Further prepared folders, by name, that are evaluated and never trained on; forgetting is measured on them too."""
     budget: Budget = Budget()
