@@ -133,7 +133,7 @@ class Depot:
 
     def fetch_ahead(self, order: Iterable[tuple[Source, int]]) -> None:
         """From now on fetch shards in this order before they are asked for; those of `is_fetched` sources alone."""
-        self.close()
+        self.reopen()
         needed = (_needed(source, index) for source, index in order)
         self._ahead = FetchAhead(self._opened_cache(), needed, self._reading.ahead)
 
