@@ -3,10 +3,10 @@
 No torch here: a fault is told within a second.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bigmix.data.fetch_ahead import Ahead
 from bigmix.data.loader import Loader, Plan, Portion, Stage
@@ -38,6 +38,8 @@ _HOW_TO_COUNT = (
 )
 CHECKSUM_BYTES = 1 << 30  # shards beyond this are checked when their first row is read
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
@@ -51,6 +53,7 @@ class Inputs:
     ds_keys: Mapping[str, Any]
     sources: Mapping[str, Source]
     depot: Depot
+    replaces_bad_shards: bool
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -75,6 +78,24 @@ class Inputs:
         Raises BigmixError where a source has no row left.
         """
         return replace(self, plan=self.plan.with_quarantine(quarantine))
+
+    def around_bad_shards(
+        self, step: int, work: Callable[["Inputs"], T]
+    ) -> tuple[T, Sequence[BadShard]]:
+        """What `work` gives, with rows of shards that it finds bad replaced from a step on; and which these are.
+
+        Raises BadShard where the recipe has such a run fail.
+        """
+        inputs, found = self, list[BadShard]()
+        while True:
+            try:
+                return work(inputs), found
+            except BadShard as bad:
+                quarantine, new = inputs.plan.quarantine.extended([bad], step)
+                if not (self.replaces_bad_shards and new):
+                    raise
+                inputs = inputs.with_quarantine(quarantine)
+                found.append(bad)
 
     def loader(self, portion: Portion, *, first: int, ahead: int) -> Loader:
         """The batches of one rank from step `first` to the last; remote shards are fetched ahead of need.
@@ -122,6 +143,7 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
         ds_keys=ds_keys,
         sources=own,
         depot=depot,
+        replaces_bad_shards=recipe.bad_shards == "replace",
     )
 
 

@@ -1,6 +1,7 @@
 """Rows of a bad shard are replaced by rows of healthy ones: which ones is a pure function, and every rank agrees on it."""
 
 import gc
+import json
 import pickle
 import shutil
 from collections import Counter
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from servers import web_server
 from test_source import downloads, in_use, serve
 
+from bigmix.cli import main
 from bigmix.data import loader as loader_module
 from bigmix.data.cache import CacheFull
 from bigmix.data.loader import Plan, Portion, Stage, one_stage, step_batch
@@ -23,6 +25,7 @@ from bigmix.data.retry import Stopped
 from bigmix.data.source import read_source
 from bigmix.data.stream import WINDOW_SHARDS, Packer
 from bigmix.data.substitution import substitution
+from bigmix.data.tally import tally_of
 from bigmix.errors import BadInput, BigmixError
 from bigmix.inputs import open_inputs
 from bigmix.recipe import load_recipe
@@ -560,3 +563,41 @@ def test_texts_whose_rows_can_be_counted_are_replaced_like_others(data, tmp_path
     assert set(quarantine.first_steps["web"]) == {"shard-00003.tar"}
     whole = [opened(tmp_path / "whole", "sources.web.whole_below=20") for _ in range(2)]
     assert trained([inputs.with_quarantine(quarantine) for inputs in whole])[0] == steps
+
+
+def test_the_commands_show_what_is_trained_in_place_of_a_bad_shard(data, capsys):
+    (data / "web" / "shard-00003.tar").unlink()
+    inputs = opened(data)
+    grown = Quarantine(first_steps={"web": {"shard-00003.tar": 1}})
+    plan = inputs.with_quarantine(grown).plan
+    step = next(k for k in range(1, 61) if plan.substituted(k)["web"])
+    assert main(["rows", "recipe.yaml", "--step", str(step), "--ranks", "2"]) == 0
+    shown = capsys.readouterr()
+    rows = [tuple(line.split()[2:6]) for line in shown.out.splitlines()]
+    assert rows == [(r.source, str(r.epoch), str(r.shard), str(r.row)) for r in plan.row_ids(step)]
+    assert f"replaced from step {step} on: the shard shard-00003.tar of web" in shown.err
+    assert main(["plan", "recipe.yaml", "--gpu", "cpu", "--gpus", "2", "--json"]) == 0
+    said = capsys.readouterr()
+    tokens = Counter()
+    for row in (row for k in range(1, 61) for row in plan.row_ids(k)):
+        tokens[row.source] += plan.streams[row.source].read(row).tokens
+    counted = {name: s["tokens"] for name, s in json.loads(said.out)["sources"].items()}
+    assert counted == dict(tokens) and "replaced from step 1 on" in said.err
+    for words in (
+        ["rows", "recipe.yaml", "--step", str(step)],
+        ["plan", "recipe.yaml", "--gpu", "cpu"],
+    ):
+        assert main([*words[:2], "bad_shards=fail", *words[2:]]) == 2
+        assert "shard-00003.tar: the file is missing" in capsys.readouterr().err
+
+
+def test_rows_are_counted_by_stretches_as_they_are_read(folders):
+    """What `bigmix plan` adds up, where shards join on the way and rows change their length."""
+    the_plan = plan(folders, BAD, LENGTHS[1])
+    for name in SHARES:
+        drawn = the_plan.mixture.counts(20 * ROWS)[name]
+        tally = tally_of(the_plan, name, drawn)
+        own = [(k, row) for k in range(1, 21) for row in the_plan.row_ids(k) if row.source == name]
+        # Ranks take a step's rows from a place that changes, so that only their sum is the same.
+        tokens = [the_plan.streams_at(k)[name].read(row).tokens for k, row in own]
+        assert len(tally.tokens_R) == len(own) and int(tally.tokens_R.sum()) == sum(tokens)

@@ -49,6 +49,21 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Stretch:
+    """Rows [begin, end) of a stream in the order in which they are drawn, with those of `bad` shards replaced."""
+
+    stream: Stream
+    begin: int
+    end: int
+    bad: frozenset[int]
+
+    def places(self, most: int | None = None) -> RowPlaces:
+        """Which rows are read, of the first `most` of them."""
+        end = self.end if most is None else min(self.end, self.begin + most)
+        return self.stream.places(np.arange(self.begin, end), self.bad)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Start:
     """Where a stage begins in a source: after `drawn` rows of the run, with row `index` of its stream."""
 
@@ -174,21 +189,29 @@ class Plan:
             for name, start in starts.items()
         }
 
-    def drawn(self, name: str, rows: int) -> Iterator[tuple[Stream, int, int]]:
-        """What the first `rows` rows of a source in the run are: of each stage its stream, and from which row to which."""
-        ends = [*(starts[name].drawn for starts in self._starts[1:]), rows]
-        for stage, starts, end in zip(self.stages, self._starts, ends, strict=True):
-            start = starts[name]
-            count = min(end, rows) - start.drawn
-            if count > 0:
-                yield stage.streams[name], start.index, start.index + count
+    def drawn(self, name: str, rows: int) -> Iterator[Stretch]:
+        """What the first `rows` rows of a source in the run are, in stretches between which a stage or a replacement begins."""
+        drawn = [
+            self.mixture.counts((step - 1) * self.rows_per_step)[name] for step in self._borders
+        ]
+        for step, begin, end in zip(self._borders, drawn, [*drawn[1:], rows], strict=True):
+            at = bisect_right(self._first_steps, step) - 1
+            start = self._starts[at][name]
+            if begin < min(end, rows):
+                yield Stretch(
+                    stream=self.stages[at].streams[name],
+                    begin=begin - start.drawn + start.index,
+                    end=min(end, rows) - start.drawn + start.index,
+                    bad=self._bad_at(name, step),
+                )
 
     def filled(self, name: str, rows: int) -> float:
         """The part of the first `rows` rows of a source in the run that is not padding, in the mean of its epochs."""
         tokens = places = 0.0
-        for stream, begin, end in self.drawn(name, max(rows, 1)):
-            tokens += (end - begin) * stream.tokens_per_epoch / stream.rows_per_epoch
-            places += (end - begin) * stream.packer.width
+        for part in self.drawn(name, max(rows, 1)):
+            stream, count = part.stream, part.end - part.begin
+            tokens += count * stream.tokens_per_epoch / stream.rows_per_epoch
+            places += count * stream.packer.width
         return tokens / places
 
     def lost(self, name: str) -> Lost:

@@ -122,10 +122,11 @@ def _sums(tally: Tally) -> dict[str, int]:
 def _estimate(plan: Plan, name: str, num_rows: int) -> dict[str, int]:
     """The sums of a source from the first of its rows of each length."""
     sums = dict.fromkeys(_UNITS, 0)
-    for stream, begin, end in plan.drawn(name, num_rows):
-        walked = min(end - begin, SAMPLE_ROWS)
-        for unit, total in _sums(tally_of_rows(stream, begin, begin + walked)).items():
-            sums[unit] += round(total * (end - begin) / walked)
+    for part in plan.drawn(name, num_rows):
+        count = part.end - part.begin
+        tally = tally_of_rows(part.stream, part.places(SAMPLE_ROWS))
+        for unit, total in _sums(tally).items():
+            sums[unit] += round(total * count / min(count, SAMPLE_ROWS))
     return sums
 
 
