@@ -108,7 +108,8 @@ class Inputs:
         fetched = {n: source for n, source in self.sources.items() if self.depot.is_fetched(source)}
         if fetched:
             stages = self.plan.gathered(portion, first=first, last=self.steps)
-            self.depot.fetch_ahead(needed_in_order(stages, fetched))
+            num_shards = {name: self.plan.num_shards(name) for name in fetched}
+            self.depot.fetch_ahead(needed_in_order(stages, fetched, num_shards))
         return Loader(self.plan, portion, first=first, last=self.steps, ahead=ahead)
 
 

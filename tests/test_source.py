@@ -19,7 +19,7 @@ from bigmix.data import loader as loader_module
 from bigmix.data.cache import CacheFull
 from bigmix.data.fetch_ahead import Ahead
 from bigmix.data.loader import Portion
-from bigmix.data.quarantine import BadShard
+from bigmix.data.quarantine import BadShard, Quarantine
 from bigmix.data.retry import Changed, Retry
 from bigmix.data.source import Depot, Reading, needed_in_order, read_source, room_in_use
 from bigmix.data.stream import OPEN_SHARDS, Packer
@@ -342,6 +342,10 @@ def batches(inputs, rank=0, first=1):
         inputs.depot.close()
 
 
+def num_shards(inputs):
+    return {name: inputs.plan.num_shards(name) for name in inputs.sources}
+
+
 @pytest.mark.parametrize("rows_together", [32, 1024])
 @pytest.mark.parametrize("length", ["64", "[[0, 32], [70, 64]]"])
 @pytest.mark.parametrize("first", [1, 61])
@@ -387,7 +391,7 @@ def test_a_small_cache_fetches_a_shard_once_for_each_time_it_is_opened(
     assert inputs.depot.unforeseen == 0
     portion = Portion(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
     stages = inputs.plan.gathered(portion, first=1, last=inputs.steps)
-    opens = Counter(s.location.url(s.manifest.shards[i].file) for s, i in needed_in_order(stages, inputs.sources))  # fmt: skip
+    opens = Counter(s.location.url(s.manifest.shards[i].file) for s, i in needed_in_order(stages, inputs.sources, num_shards(inputs)))  # fmt: skip
     assert all(count <= opens[remote.url + path] for path, count in downloads(remote).items())
     assert 2 <= max(opens.values()) < 10
 
@@ -398,15 +402,20 @@ def test_a_cache_that_may_be_too_small_is_told_before_the_run(remote):
     assert opened(remote.url).notes == []
 
 
-def test_the_order_ends_where_all_shards_are_open(mixed, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "bad", [{}, {"web": {"shard-00002.tar": 1}, "chat": {"shard-00000.tar": 5}}]
+)
+def test_the_order_ends_where_all_shards_are_open(mixed, tmp_path, monkeypatch, bad):
     monkeypatch.chdir(tmp_path)
     few = {"web": f"{mixed}/web/shard-{{00000..00003}}.tar", "chat": f"{mixed}/chat/shard-{{00000..00003}}.tar"}  # fmt: skip
     inputs = opened(mixed, *(f"sources.{name}.path={path}" for name, path in few.items()))
+    inputs = inputs.with_quarantine(Quarantine(first_steps=bad))
     portion = Portion(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
     drawn = []
-    (stage,) = inputs.plan.gathered(portion, first=1, last=10**9)
-    order = list(needed_in_order([(drawn.append(0) or places for places in stage)], inputs.sources))
-    assert len(order) == 8 and len(drawn) == 1
+    (stage,) = inputs.plan.gathered(portion, first=5, last=10**9)
+    batches = (drawn.append(0) or places for places in stage)
+    order = list(needed_in_order([batches], inputs.sources, num_shards(inputs)))
+    assert len(order) == 8 - len(bad) and len(drawn) == 1
 
 
 def fetching():

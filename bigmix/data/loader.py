@@ -214,6 +214,11 @@ class Plan:
             places += count * stream.packer.width
         return tokens / places
 
+    def num_shards(self, name: str) -> int:
+        """How many shards of a source rows are read from, where they are fewest: those that are not bad and have any."""
+        bad = self._bad.get(name, {})
+        return min(stage.streams[name].num_shards_but(bad) for stage in self.stages)
+
     def lost(self, name: str) -> Lost:
         """What packing leaves out of an epoch of a source, where rows are shortest."""
         return max((s.streams[name].lost for s in self.stages), key=lambda lost: lost.tokens)

@@ -286,11 +286,14 @@ class Depot:
 
 
 def needed_in_order(
-    stages: Iterable[Iterable[RowPlaces]], sources: Mapping[str, Source]
+    stages: Iterable[Iterable[RowPlaces]],
+    sources: Mapping[str, Source],
+    num_shards: Mapping[str, int],
 ) -> Iterator[tuple[Source, int]]:
     """The shards of `sources` that streams open, in their order, where they read these rows together, stage by stage.
 
-    Each stage has streams of its own; a stream holds the OPEN_SHARDS shards open that it used last.
+    Each stage has streams of its own; a stream holds the OPEN_SHARDS shards open that it used last. `num_shards` is
+    how many shards of a source can come at all.
     """
     for batches in stages:
         held: dict[str, dict[int, None]] = {name: {} for name in sources}
@@ -300,7 +303,7 @@ def needed_in_order(
                 if name in held and _is_opened(shard, held[name]):
                     yield sources[name], shard
             # Else the rest of the run would be gone through for a shard that never comes.
-            if all(len(held[name]) == len(s.manifest.shards) for name, s in sources.items()):
+            if all(len(shards) >= num_shards[name] for name, shards in held.items()):
                 break
 
 

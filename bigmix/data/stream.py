@@ -4,8 +4,7 @@ Shards are permuted in each epoch, rows inside a window of shards; both by keys 
 another source changes nothing here.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -103,6 +102,10 @@ class Stream:
         self._open.cache_clear()
         self.table.cache_clear()
 
+    def num_shards_but(self, others: Collection[int]) -> int:
+        """How many shards have rows, these others not counted."""
+        return int(np.count_nonzero(np.delete(self._rows_of_shard, list(others))))
+
     def rows_in(self, shards: Collection[int]) -> int:
         """How many rows of an epoch these shards have."""
         return int(self._rows_of_shard[list(shards)].sum())
@@ -149,11 +152,13 @@ class Stream:
 
     def rows(self, shard_index: int, indices: Ints) -> Rows:
         """Rows of a shard by their numbers; raises BadShard where it cannot be read."""
-        with self._faults_of(shard_index):
+        try:
             shard = self._shard(shard_index)
             if self._is_cut_anywhere:
                 return cut_rows(shard, indices, self.packer.row_tokens, self._padding)
             return rows_of(self.table(shard_index), shard, indices, self._padding)
+        except Unreadable as error:
+            raise self._bad(shard_index, error) from error
 
     def read(self, row_id: RowId) -> Row:
         """The tokens of a row."""
@@ -230,18 +235,15 @@ class Stream:
         shard.check_size()
         return shard
 
-    @contextmanager
-    def _faults_of(self, index: int) -> Iterator[None]:
-        try:
-            yield
-        except Unreadable as error:
-            file = self.manifest.shards[index].file
-            raise BadShard(self.name, index, file, str(error)) from error
+    def _bad(self, index: int, error: Unreadable) -> BadShard:
+        return BadShard(self.name, index, self.manifest.shards[index].file, str(error))
 
     def _make_table(self, index: int) -> RowTable:
         """The rows of a shard."""
-        with self._faults_of(index):
+        try:
             return self._table_of(index, self._shard(index))
+        except Unreadable as error:
+            raise self._bad(index, error) from error
 
     def _table_of(self, index: int, shard: Shard) -> RowTable:
         packer = self.packer
