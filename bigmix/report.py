@@ -87,9 +87,10 @@ class Report:
         return line
 
     def state(self) -> dict[str, Any]:
-        """What has been added up, as plain values; every step must have been read."""
+        """What has been added up until now, as plain values; every step must have been read."""
         assert not self._waiting, "read the report before its state"
-        return {"totals": self._totals, "base": self._base, "skipped": self._skipped}
+        totals = {unit: dict(values) for unit, values in self._totals.items()}
+        return {"totals": totals, "base": dict(self._base), "skipped": self._skipped}
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""

@@ -16,7 +16,7 @@ LAYERS = [
     {"data.fetch_ahead"},
     {
         "recipe", "objective", "schedule", "dist", "data.tars", "data.workers", "data.manifest", "data.shares",
-        "data.order",
+        "data.order", "zero_state",
     },
     {
         "data.recognise", "data.sentencepiece_model", "data.token_bytes", "data.shards", "data.packing", "data.mixture", "loss", "ds_config",
@@ -39,7 +39,7 @@ LAYERS = [
     {"train"},
     {"cli"},
 ]  # fmt: skip
-WHOLE = {"recipe", "compare", "cli", "loss", "plan"}  # packages that are one part
+WHOLE = {"recipe", "compare", "cli", "loss", "plan", "checkpoint"}  # packages that are one part
 MODULES = {
     str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path
     for path in PACKAGE.rglob("*.py")

@@ -227,8 +227,12 @@ class Train(Settings):
     """Rows of each held-out source that an evaluation reads at most, spread evenly; default: all of them."""
     save_every: CountOrZero = 0
     """Steps between checkpoints; 0: only after the last step."""
+    save: Literal["background", "blocking"] = "background"
+    """background: steps go on while a checkpoint is written, from a copy in host memory, 12 bytes a parameter over all ranks; blocking: they wait for the disk."""
     keep_checkpoints: Count = 2
     """Newest checkpoints that are kept."""
+    keep_every: CountOrZero = 0
+    """Checkpoints of every so many-th step are kept as well; 0: of none."""
     log_every: Count = 10
     """Steps between two readings of the device; metrics.jsonl has a line for every step all the same."""
     prefetch_steps: Count = 2
