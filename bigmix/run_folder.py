@@ -1,5 +1,6 @@
 """A recipe goes in, where its run begins comes out: at step 0, at a checkpoint, or nowhere since it is finished."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ from bigmix.checkpoint.restore import newest_whole
 from bigmix.dist import Cluster
 from bigmix.errors import BadInput
 from bigmix.files import replace_text
+from bigmix.health import RollBack
 from bigmix.recipe import Recipe, differences, load_recipe, to_yaml
 
 RECIPE, CHECKPOINTS, EXPORT, LOG = "recipe.yaml", "checkpoints", "export", "log"
+PASSED_OVER = "passed-over.json"
 # These change speed, memory and what is written down, never what is learned.
 _FREE = frozenset(
     f"train.{name}"
@@ -28,6 +31,7 @@ _FREE = frozenset(
         "prefetch_steps",
         "resume",
         "export",
+        "most_roll_backs",
     ]
 ) | {
     "output",
@@ -95,3 +99,37 @@ def _changes(recipe: Recipe, folder: Path) -> Iterator[str]:
                 f"{key} is {new!r}, and the run in {folder} was begun with {old!r}; "
                 "it cannot go on as the same run, put the old value back or give another output"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassedOver:
+    """Steps that a run has gone back before and does not train, one entry for each time that it went back."""
+
+    times: tuple[RollBack, ...] = ()
+
+    @property
+    def steps(self) -> frozenset[int]:
+        """All of them."""
+        return frozenset(step for back in self.times for step in back.steps)
+
+
+def read_passed_over(folder: Path) -> PassedOver:
+    """The steps that an earlier part of a run has gone back before."""
+    path = folder / PASSED_OVER
+    if not path.is_file():
+        return PassedOver()
+    try:
+        times = json.loads(path.read_text(encoding="utf-8"))["times"]
+        return PassedOver(
+            times=tuple(RollBack(steps=tuple(t["steps"]), reason=t["reason"]) for t in times)
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(
+            f"{path} is not as it was written ({error}); restore it from a copy, or give another output"
+        ) from error
+
+
+def write_passed_over(folder: Path, passed: PassedOver) -> None:
+    """Keep them, beside the checkpoints: those that the run goes back to know nothing of them."""
+    times = [{"steps": back.steps, "reason": back.reason} for back in passed.times]
+    replace_text(folder / PASSED_OVER, json.dumps({"version": 1, "times": times}, indent=1) + "\n")

@@ -164,7 +164,7 @@ def test_a_torn_checkpoint_is_named_and_passed_over(three_checkpoints, spoil, sa
         assert len(found.torn) == 1
         assert "step-000006" in found.torn[0] and said in found.torn[0]
         (aside,) = put_aside(three_checkpoints, after_step=5)
-        assert aside.name == "torn-step-000006"
+        assert aside.name == "aside-step-000006"
     assert newest_whole(three_checkpoints, ONE).torn == ()
 
 

@@ -20,7 +20,7 @@ LAYERS = [
     },
     {
         "data.recognise", "data.sentencepiece_model", "data.token_bytes", "data.shards", "data.packing", "data.mixture", "loss", "ds_config",
-        "metrics", "terminal", "guard", "quickstart.corpus", "data.progress", "data.picture",
+        "metrics", "terminal", "guard", "health", "quickstart.corpus", "data.progress", "data.picture",
     },
     {"data.documents", "data.tokenizer", "model", "flops", "data.rows", "engine"},
     {"on_device"},
@@ -31,7 +31,7 @@ LAYERS = [
     },
     {"data.chat", "data.part_rows", "data.assemble", "data.source", "soundness", "run_folder"},
     {"data.tokenise", "data.loader", "evaluate", "export"},
-    {"data.part_writer", "data.tally", "mixing", "report"},
+    {"suspects", "data.part_writer", "data.tally", "mixing", "report"},
     {"data.prepare", "inputs"},
     {"plan"},
     {"header", "compare", "preview"},

@@ -17,7 +17,7 @@ from bigmix.files import checksum_of, replace_text, sync_folder
 LISTING = "checkpoint.json"
 LATEST = "latest"
 VERSION = 2
-_ASIDE = "torn-"
+_ASIDE = "aside-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,9 +67,10 @@ class Listed:
         return sum(file.bytes for file in self.files)
 
 
-def folders(folder: Path) -> list[Path]:
-    """The checkpoints of a run by their names, newest first."""
-    return sorted(folder.glob("step-*"), key=_step_of, reverse=True)
+def folders(folder: Path, before: int | None = None) -> list[Path]:
+    """The checkpoints of a run by their names, newest first; those of a step below `before` where that is given."""
+    found = sorted(folder.glob("step-*"), key=_step_of, reverse=True)
+    return [path for path in found if before is None or _step_of(path) < before]
 
 
 def read_listing(path: Path) -> Listed | str:

@@ -17,9 +17,12 @@ class Found:
     torn: tuple[str, ...] = ()
 
 
-def newest_whole(folder: Path, cluster: Cluster) -> Found:
-    """Look for the newest checkpoint whose files are all as they were written; a collective: each rank reads a part of them."""
-    listings = list(map(read_listing, folders(folder))) if cluster.world.is_first else None
+def newest_whole(folder: Path, cluster: Cluster, *, before: int | None = None) -> Found:
+    """Look for the newest checkpoint whose files are all as they were written, of a step below `before` where that is given.
+
+    A collective: each rank reads a part of the files.
+    """
+    listings = list(map(read_listing, folders(folder, before))) if cluster.world.is_first else None
     (candidates, *_) = cluster.gather(listings)
     torn: list[str] = []
     for candidate in candidates:

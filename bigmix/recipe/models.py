@@ -237,6 +237,16 @@ class Train(Settings):
     """Steps between two readings of the device; metrics.jsonl has a line for every step all the same."""
     prefetch_steps: Count = 2
     """Steps whose rows are made ready ahead of need."""
+    pass_over: tuple[Count, ...] = ()
+    """Steps whose rows are not trained: the weights stay as they are."""
+    roll_back_after: Count | None = 3
+    """Steps in a row without a finite gradient after which the run goes back to the last checkpoint and passes over them; each such step is skipped on all ranks in any case. null: never."""
+    most_roll_backs: CountOrZero = 3
+    """Times that a run may go back before it ends as failed."""
+    spike_deviations: PositiveFloat | None = None
+    """A loss so many standard deviations above the mean of the last 100 steps is told as a spike; 6 is a start. Default: none is."""
+    spikes_roll_back: bool = False
+    """Go back to the last checkpoint and pass over a step with a spike, too."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest whole checkpoint of `output` if there is one; never: refuse an output that holds a run."""
     export: bool = True
