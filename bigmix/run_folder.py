@@ -1,15 +1,20 @@
 """A recipe goes in, where its run begins comes out: at step 0, at a checkpoint, or nowhere since it is finished."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigmix.checkpoint import Position, newest, torn
+from bigmix.checkpoint.listing import Listed, other_versions
+from bigmix.checkpoint.restore import newest_whole
+from bigmix.dist import Cluster
 from bigmix.errors import BadInput
 from bigmix.files import replace_text
+from bigmix.health import RollBack
 from bigmix.recipe import Recipe, differences, load_recipe, to_yaml
 
 RECIPE, CHECKPOINTS, EXPORT, LOG = "recipe.yaml", "checkpoints", "export", "log"
+PASSED_OVER = "passed-over.json"
 # These change speed, memory and what is written down, never what is learned.
 _FREE = frozenset(
     f"train.{name}"
@@ -20,10 +25,13 @@ _FREE = frozenset(
         "evaluate_rows",
         "save_every",
         "keep_checkpoints",
+        "keep_every",
+        "save",
         "log_every",
         "prefetch_steps",
         "resume",
         "export",
+        "most_roll_backs",
     ]
 ) | {
     "output",
@@ -40,40 +48,42 @@ _FREE = frozenset(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Beginning:
-    """Where a run starts: from `checkpoint` at `position`, written by `ranks`, or from the model as it is."""
+    """Where a run starts: from `checkpoint`, or from the model as it is; `torn` says what is wrong with newer ones."""
 
-    checkpoint: Path | None
-    position: Position
-    ranks: int
+    checkpoint: Listed | None = None
     torn: tuple[str, ...] = ()
 
+    @property
+    def step(self) -> int:
+        """The last step that is trained already."""
+        return 0 if self.checkpoint is None else self.checkpoint.position.step
 
-_AT_ZERO = Beginning(checkpoint=None, position=Position(step=0, report={}), ranks=0)
 
+def beginning(recipe: Recipe, cluster: Cluster) -> Beginning:
+    """Find where to begin in the output folder of a recipe; a collective.
 
-def beginning(recipe: Recipe) -> Beginning:
-    """Find where to begin in the output folder of a recipe.
-
-    Raises BadInput where the folder holds a run and `resume` is never, or a run of another recipe: each setting that
-    differs is named with its old and its new value.
+    Raises BadInput on every rank where the folder holds a run and `resume` is never, or a run of another recipe: each
+    setting that differs is named with its old and its new value.
     """
     folder = Path(recipe.output)
+    faults = list(_faults(recipe, folder)) if cluster.world.is_first else []
+    (faults, *_) = cluster.gather(faults)
+    if faults:
+        raise BadInput(*faults)
+    found = newest_whole(folder / CHECKPOINTS, cluster)
+    return Beginning(checkpoint=found.listed, torn=found.torn)
+
+
+def _faults(recipe: Recipe, folder: Path) -> Iterator[str]:
     if not (folder / RECIPE).is_file():
-        return _AT_ZERO
+        return
     if recipe.train.resume == "never":
-        raise BadInput(
+        yield (
             f"output {folder} holds a run already and train.resume is never; give another output, delete the folder, "
             "or set train.resume=auto"
         )
-    found = newest(folder / CHECKPOINTS)
-    changed = tuple(_changes(recipe, folder))
-    if changed:
-        raise BadInput(*changed)
-    broken = tuple(torn(folder / CHECKPOINTS))
-    if found is None:
-        return Beginning(checkpoint=None, position=_AT_ZERO.position, ranks=0, torn=broken)
-    path, position, ranks = found
-    return Beginning(checkpoint=path, position=position, ranks=ranks, torn=broken)
+    yield from _changes(recipe, folder)
+    yield from other_versions(folder / CHECKPOINTS)
 
 
 def write_recipe(recipe: Recipe) -> None:
@@ -90,3 +100,37 @@ def _changes(recipe: Recipe, folder: Path) -> Iterator[str]:
                 f"{key} is {new!r}, and the run in {folder} was begun with {old!r}; "
                 "it cannot go on as the same run, put the old value back or give another output"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassedOver:
+    """Steps that a run has gone back before and does not train, one entry for each time that it went back."""
+
+    times: tuple[RollBack, ...] = ()
+
+    @property
+    def steps(self) -> frozenset[int]:
+        """All of them."""
+        return frozenset(step for back in self.times for step in back.steps)
+
+
+def read_passed_over(folder: Path) -> PassedOver:
+    """The steps that an earlier part of a run has gone back before."""
+    path = folder / PASSED_OVER
+    if not path.is_file():
+        return PassedOver()
+    try:
+        times = json.loads(path.read_text(encoding="utf-8"))["times"]
+        return PassedOver(
+            times=tuple(RollBack(steps=tuple(t["steps"]), reason=t["reason"]) for t in times)
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(
+            f"{path} is not as it was written ({error}); restore it from a copy, or give another output"
+        ) from error
+
+
+def write_passed_over(folder: Path, passed: PassedOver) -> None:
+    """Keep them, beside the checkpoints: those that the run goes back to know nothing of them."""
+    times = [{"steps": back.steps, "reason": back.reason} for back in passed.times]
+    replace_text(folder / PASSED_OVER, json.dumps({"version": 1, "times": times}, indent=1) + "\n")

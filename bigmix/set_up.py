@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from bigmix import checkpoint
+from bigmix.checkpoint.listing import put_aside
+from bigmix.checkpoint.restore import restore
+from bigmix.checkpoint.saver import Keeping, Saver
 from bigmix.dist import Cluster
 from bigmix.ds_config import fill
 from bigmix.engine import AdamW, Engine, Frozen, device_of, sharded_construction
@@ -35,7 +37,7 @@ from bigmix.recipe import Recipe, to_yaml
 from bigmix.records import Choice
 from bigmix.reference import Anchor
 from bigmix.report import Report
-from bigmix.run_folder import LOG, Beginning, write_recipe
+from bigmix.run_folder import CHECKPOINTS, LOG, Beginning, write_recipe
 from bigmix.soundness import check_model, check_reference_model
 from bigmix.step import Aim
 from bigmix.terminal import Terminal
@@ -52,6 +54,7 @@ class Parts:
     engine: Engine
     aim: Aim
     report: Report
+    saver: Saver
     log: RunLog | None
     terminal: Terminal
     flag: StopFlag
@@ -109,12 +112,13 @@ def set_up(
     )  # fmt: skip
     for note in inputs.notes:
         terminal.note(note)
-    _resume(engine, report, terminal, start)
     log = _open_log(recipe, inputs, start) if world.is_first else None
-    return Parts(
-        recipe=recipe, inputs=inputs, cluster=cluster, engine=engine, aim=aim,
-        report=report, log=log, terminal=terminal, flag=flag,
+    parts = Parts(
+        recipe=recipe, inputs=inputs, cluster=cluster, engine=engine, aim=aim, report=report,
+        saver=_saver(recipe, cluster, terminal), log=log, terminal=terminal, flag=flag,
     )  # fmt: skip
+    _resume(parts, start)
+    return parts
 
 
 def _keys(recipe: Recipe, inputs: Inputs, world: World, dtype: str) -> dict[str, Any]:
@@ -175,14 +179,32 @@ def _computing(recipe: Recipe, backend: Choice) -> Computing:
     )
 
 
-def _resume(engine: Engine, report: Report, terminal: Terminal, start: Beginning) -> None:
+def _resume(parts: Parts, start: Beginning) -> None:
+    terminal, world = parts.terminal, parts.cluster.world
     for fault in start.torn:
         terminal.warning(f"checkpoint passed over: {fault}")
+    if world.is_first:
+        for path in put_aside(Path(parts.recipe.output) / CHECKPOINTS, after_step=start.step):
+            terminal.note(f"what is left of it is kept as {path}")
     if start.checkpoint is None:
         return
-    checkpoint.load(engine, start.checkpoint)
-    report.resume(start.position.report)
-    terminal.note(f"going on after step {start.position.step}, from {start.checkpoint}")
+    restore(parts.engine, start.checkpoint)
+    parts.report.resume(start.checkpoint.position.report)
+    parts.saver.last_step = start.step
+    ranks, now = start.checkpoint.ranks, world.size
+    other = "" if ranks == now else f", written by {ranks} ranks and read by {now}"
+    terminal.note(f"going on after step {start.step}, from {start.checkpoint.path}{other}")
+
+
+def _saver(recipe: Recipe, cluster: Cluster, terminal: Terminal) -> Saver:
+    train = recipe.train
+    return Saver(
+        Path(recipe.output) / CHECKPOINTS,
+        cluster,
+        Keeping(newest=train.keep_checkpoints, every=train.keep_every),
+        in_background=train.save == "background",
+        tell=terminal.warning,
+    )
 
 
 def _open_log(recipe: Recipe, inputs: Inputs, start: Beginning) -> RunLog:
@@ -191,7 +213,7 @@ def _open_log(recipe: Recipe, inputs: Inputs, start: Beginning) -> RunLog:
         Path(recipe.output),
         sources=tuple(recipe.sources),
         held_out=tuple(inputs.held_out),
-        resume_step=start.position.step if start.checkpoint is not None else None,
+        resume_step=start.step if start.checkpoint is not None else None,
     )
     shares = {f"share/{n}": str(s.share) for n, s in recipe.sources.items()}
     log.describe(

@@ -21,7 +21,11 @@ from bigmix.weighing import EXPONENTS, Floats, Weighing, masses, part_weights
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What a step did, over all ranks. `sums_SM` (see `GroupSums`), `gradient_norm` and `stopwatch` are on the device until they are read."""
+    """What a step did, over all ranks.
+
+    `sums_SM` (see `GroupSums`), `gradient_norm`, `stopwatch` and `finite_M`, whether the loss of each micro-batch of
+    this rank is finite, are on the device until they are read.
+    """
 
     step: int
     lr: float
@@ -32,6 +36,7 @@ class StepResult:
     weights: StepWeights
     sums_SM: Tensor
     gradient_norm: Tensor | float
+    finite_M: Tensor
     stopwatch: "Stopwatch"
     skipped: bool
     stop_asked: bool
@@ -86,12 +91,14 @@ def run(
     weights = weigh(aim.objective, shares, batch.rows, counts.loss_tokens, counts.masses)
     coefficients = _coefficients(weights, counts, batch, shares, aim, cluster.world.size)
     sums_SM = torch.zeros(len(batch.rows), len(Statistic), device=engine.device)
+    finite: list[Tensor] = []
     for part, shown in zip(parts, counts.anchored_rows, strict=True):
         watch.mark("other")
         value, micro_SM = engine.forward(
             _moved(part, coefficients, aim.anchor if shown else None, engine.device)
         )
         sums_SM += micro_SM
+        finite.append(value.detach().isfinite())
         watch.mark("forward")
         engine.backward(value)
         watch.mark("backward")
@@ -107,6 +114,7 @@ def run(
         weights=weights,
         sums_SM=cluster.sum_tensor(sums_SM),
         gradient_norm=engine.gradient_norm(),
+        finite_M=torch.stack(finite),
         stopwatch=watch,
         skipped=engine.was_skipped(),
         stop_asked=counts.stop_asked,

@@ -4,8 +4,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from bigmix import checkpoint, step
-from bigmix.checkpoint import Position
+from bigmix import step
+from bigmix.checkpoint.listing import Position
 from bigmix.data.loader import Loader, Portion
 from bigmix.data.order import key_of
 from bigmix.dist import leave
@@ -18,7 +18,7 @@ from bigmix.header import show_held_out
 from bigmix.inputs import Inputs
 from bigmix.recipe import Recipe
 from bigmix.report import Timed
-from bigmix.run_folder import CHECKPOINTS, EXPORT, beginning
+from bigmix.run_folder import EXPORT, beginning
 from bigmix.schedule import LearningRate, warmup_steps
 from bigmix.set_up import Parts, set_up
 from bigmix.terminal import Terminal
@@ -32,11 +32,8 @@ def run(recipe: Recipe, inputs: Inputs, world: World, terminal: Terminal) -> Non
     """
     flag = StopFlag(recipe.train.max_minutes)
     cluster = join(world)
-    # Every file of a checkpoint is read to verify it: once, not by each rank.
-    (start, *_) = cluster.gather(beginning(recipe) if world.is_first else None)
-    if start.checkpoint is not None:
-        checkpoint.check_ranks(start.checkpoint, start.ranks, world.size)
-    if start.position.step >= inputs.steps and (Path(recipe.output) / EXPORT).is_dir():
+    start = beginning(recipe, cluster)
+    if start.step >= inputs.steps and (Path(recipe.output) / EXPORT).is_dir():
         terminal.note(f"{recipe.output} is finished: all {inputs.steps} steps are done")
         leave()
         return
@@ -44,7 +41,7 @@ def run(recipe: Recipe, inputs: Inputs, world: World, terminal: Terminal) -> Non
         # Now, so that a tokenizer that cannot be fetched is not found out at the end.
         tokenizer_folder = inputs.tokenizer_folder if recipe.train.export else None
         parts = set_up(recipe, inputs, cluster, terminal, flag, start)
-        _train(parts, first=start.position.step + 1)
+        _train(parts, first=start.step + 1)
         if tokenizer_folder is not None:
             folder = Path(recipe.output) / EXPORT
             export(parts.engine, cluster, tokenizer_folder, folder)
@@ -71,6 +68,7 @@ def _train(parts: Parts, *, first: int) -> None:
         # First the depot: the loader's thread may wait for a shard that never comes.
         inputs.depot.close()
         loader.close()
+    parts.saver.close()
 
 
 def _go_through(parts: Parts, loader: Loader, portion: Portion) -> None:
@@ -80,6 +78,7 @@ def _go_through(parts: Parts, loader: Loader, portion: Portion) -> None:
     began = time.perf_counter()
     for batch in loader:
         fetched = time.perf_counter()
+        parts.saver.settle()
         result = step.run(
             parts.engine,
             parts.cluster,
@@ -107,6 +106,7 @@ def _go_through(parts: Parts, loader: Loader, portion: Portion) -> None:
         if is_last or result.stop_asked or _is_due(batch.step, recipe.train.save_every):
             _save(parts, batch.step)
         if result.stop_asked and not is_last:
+            parts.saver.finish()
             raise Interrupted(
                 f"stopped on request after step {batch.step} of {last}; the same command goes on from there"
             )
@@ -145,13 +145,8 @@ def _evaluate(parts: Parts, at_step: int) -> None:
 
 def _save(parts: Parts, at_step: int) -> None:
     _tell(parts)
-    checkpoint.save(
-        parts.engine,
-        parts.cluster,
-        Path(parts.recipe.output) / CHECKPOINTS,
-        Position(step=at_step, report=parts.report.state()),
-        keep=parts.recipe.train.keep_checkpoints,
-    )
+    position = Position(step=at_step, report=parts.report.state())
+    parts.saver.save(parts.engine.states(), position)
 
 
 def _learning_rate(recipe: Recipe, steps: int) -> LearningRate:

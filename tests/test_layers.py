@@ -16,11 +16,11 @@ LAYERS = [
     {"data.fetch_ahead"},
     {
         "recipe", "objective", "schedule", "dist", "data.tars", "data.workers", "data.manifest", "data.shares",
-        "data.order",
+        "data.order", "zero_state",
     },
     {
         "data.recognise", "data.substitution", "data.sentencepiece_model", "data.token_bytes", "data.shards", "data.packing", "data.mixture", "loss", "ds_config",
-        "metrics", "terminal", "guard", "quickstart.corpus", "data.progress", "data.picture",
+        "metrics", "terminal", "guard", "health", "quickstart.corpus", "data.progress", "data.picture",
     },
     {"data.documents", "data.tokenizer", "model", "flops", "data.rows", "engine"},
     {"on_device"},
@@ -31,7 +31,7 @@ LAYERS = [
     },
     {"data.chat", "data.part_rows", "data.assemble", "data.source", "soundness", "run_folder"},
     {"data.tokenise", "data.loader", "evaluate", "export"},
-    {"data.part_writer", "data.tally", "mixing", "report"},
+    {"suspects", "data.part_writer", "data.tally", "mixing", "report"},
     {"data.prepare", "inputs"},
     {"plan"},
     {"header", "compare", "preview"},
@@ -39,7 +39,7 @@ LAYERS = [
     {"train"},
     {"cli"},
 ]  # fmt: skip
-WHOLE = {"recipe", "compare", "cli", "loss", "plan"}  # packages that are one part
+WHOLE = {"recipe", "compare", "cli", "loss", "plan", "checkpoint"}  # packages that are one part
 MODULES = {
     str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path
     for path in PACKAGE.rglob("*.py")

@@ -357,14 +357,14 @@ def export_differences(rank, ranks, cluster, folder):
     return found
 
 
-def main():
+def main(functions):
     function, arguments, output = sys.argv[1:]
     world = world_of(os.environ)
     cluster = join(world)
-    result = globals()[function](world.rank, world.size, cluster, **json.loads(arguments))
+    result = functions[function](world.rank, world.size, cluster, **json.loads(arguments))
     Path(output).write_text(json.dumps(result))
     leave()
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())

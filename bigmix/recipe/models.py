@@ -227,12 +227,26 @@ class Train(Settings):
     """Rows of each held-out source that an evaluation reads at most, spread evenly; default: all of them."""
     save_every: CountOrZero = 0
     """Steps between checkpoints; 0: only after the last step."""
+    save: Literal["background", "blocking"] = "background"
+    """background: steps go on while a checkpoint is written, from a copy in host memory, 12 bytes a parameter over all ranks; blocking: they wait for the disk."""
     keep_checkpoints: Count = 2
     """Newest checkpoints that are kept."""
+    keep_every: CountOrZero = 0
+    """Checkpoints of every so many-th step are kept as well; 0: of none."""
     log_every: Count = 10
     """Steps between two readings of the device; metrics.jsonl has a line for every step all the same."""
     prefetch_steps: Count = 2
     """Steps whose rows are made ready ahead of need."""
+    pass_over: tuple[Count, ...] = ()
+    """Steps whose rows are not trained: the weights stay as they are."""
+    roll_back_after: Count | None = 3
+    """Steps in a row without a finite gradient after which the run goes back to the last checkpoint and passes over them; each such step is skipped on all ranks in any case. null: never."""
+    most_roll_backs: CountOrZero = 3
+    """Times that a run may go back before it ends as failed."""
+    spike_deviations: PositiveFloat | None = None
+    """A loss so many standard deviations above the mean of the last 100 steps is told as a spike; 6 is a start. Default: none is."""
+    spikes_roll_back: bool = False
+    """Go back to the last checkpoint and pass over a step with a spike, too."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest whole checkpoint of `output` if there is one; never: refuse an output that holds a run."""
     export: bool = True
