@@ -37,7 +37,7 @@ from bigmix.recipe import Recipe, to_yaml
 from bigmix.records import Choice
 from bigmix.reference import Anchor
 from bigmix.report import Report
-from bigmix.run_folder import CHECKPOINTS, LOG, Beginning, write_recipe
+from bigmix.run_folder import CHECKPOINTS, LOG, Beginning, keep_changes, write_recipe
 from bigmix.soundness import check_model, check_reference_model
 from bigmix.step import Aim
 from bigmix.terminal import Terminal
@@ -192,6 +192,8 @@ def _resume(parts: Parts, start: Beginning) -> None:
     parts.report.resume(start.checkpoint.position.report)
     parts.saver.last_step = start.step
     ranks, now = start.checkpoint.ranks, world.size
+    for change in start.changes:
+        terminal.warning(f"from step {start.step + 1} on: {change}")
     other = "" if ranks == now else f", written by {ranks} ranks and read by {now}"
     terminal.note(f"going on after step {start.step}, from {start.checkpoint.path}{other}")
 
@@ -209,6 +211,7 @@ def _saver(recipe: Recipe, cluster: Cluster, terminal: Terminal) -> Saver:
 
 def _open_log(recipe: Recipe, inputs: Inputs, start: Beginning) -> RunLog:
     write_recipe(recipe)
+    keep_changes(Path(recipe.output), start.step, start.changes)
     log = RunLog(
         Path(recipe.output),
         sources=tuple(recipe.sources),

@@ -16,7 +16,7 @@ from bigmix.export import export
 from bigmix.guard import StopFlag
 from bigmix.header import show_held_out
 from bigmix.inputs import Inputs
-from bigmix.recipe import Recipe
+from bigmix.recipe import Recipe, plain
 from bigmix.report import Timed
 from bigmix.run_folder import EXPORT, beginning
 from bigmix.schedule import LearningRate, warmup_steps
@@ -32,7 +32,10 @@ def run(recipe: Recipe, inputs: Inputs, world: World, terminal: Terminal) -> Non
     """
     flag = StopFlag(recipe.train.max_minutes)
     cluster = join(world)
-    start = beginning(recipe, cluster)
+    start = beginning(recipe, inputs.content, cluster)
+    if start.checkpoint is not None:
+        position = start.checkpoint.position
+        inputs = inputs.going_on(recipe, position, changed=bool(start.changes))
     if start.step >= inputs.steps and (Path(recipe.output) / EXPORT).is_dir():
         terminal.note(f"{recipe.output} is finished: all {inputs.steps} steps are done")
         leave()
@@ -145,7 +148,16 @@ def _evaluate(parts: Parts, at_step: int) -> None:
 
 def _save(parts: Parts, at_step: int) -> None:
     _tell(parts)
-    position = Position(step=at_step, report=parts.report.state())
+    plan = parts.inputs.plan
+    position = Position(
+        step=at_step,
+        report=parts.report.state(),
+        recipe=plain(parts.recipe),
+        chapter=plan.chapter,
+        standing=plan.standing(at_step),
+        content=parts.inputs.content,
+        quarantine=plan.quarantine,
+    )
     parts.saver.save(parts.engine.states(), position)
 
 
