@@ -1,0 +1,109 @@
+# Sourced by the batch files, which have set BIGMIX_ROOT: what the ranks find, bigmix in a job, and how a job goes on.
+
+MAX_RESTARTS=${MAX_RESTARTS:-50}
+RESTARTS=${SLURM_RESTART_COUNT:-0}
+# Several words are allowed: PYTHON="apptainer exec --nv image.sif python".
+read -ra PYTHON_WORDS <<<"${PYTHON:-python}"
+
+say() { echo "slurm: $*"; }
+
+refuse() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# What the ranks inherit.
+set_environment() {
+  export PYTHONPATH=$BIGMIX_ROOT${PYTHONPATH:+:$PYTHONPATH}
+  # A folder on a disk of each node: caches on a network file system are slow, and their locks outlive a killed job.
+  LOCAL=${BIGMIX_LOCAL:-${SLURM_TMPDIR:-/tmp}}/bigmix-$SLURM_JOB_ID
+  # New for each attempt: a lock that a killed attempt left behind would stop all later ones without a word.
+  export TORCH_EXTENSIONS_DIR=$LOCAL/torch-extensions-$RESTARTS
+  export TRITON_CACHE_DIR=$LOCAL/triton
+  # Where it is unset, each rank would start as many threads as its node has cores.
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+  # Without it a link that breaks is reported as "unhandled system error" alone.
+  export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+}
+
+# The point where the ranks meet: the address by which Slurm itself reaches the first node, since the name of a node need
+# not resolve, and a port that differs between jobs that share the node and between attempts of one job.
+set_meeting_point() {
+  local first
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  MASTER_ADDR=$(scontrol --oneliner show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d = -f 2)
+  MASTER_PORT=$((10000 + (53 * SLURM_JOB_ID + RESTARTS) % 19997))
+  export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT
+}
+
+# Options of srun for CONTAINER, an image that pyxis (https://github.com/NVIDIA/pyxis) starts; none without it.
+set_container() {
+  CONTAINER_OPTIONS=()
+  if [ -n "${CONTAINER:-}" ]; then
+    # The same paths inside as outside, so that what a recipe names is found by both.
+    local mounts=$PWD:$PWD,$BIGMIX_ROOT:$BIGMIX_ROOT,$LOCAL:$LOCAL
+    CONTAINER_OPTIONS=(
+      --container-image="$CONTAINER" --container-workdir="$PWD"
+      --container-mounts="$mounts${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+    )
+  fi
+}
+
+# on_each_node COMMAND...: once on every node of the job, outside the container.
+on_each_node() {
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "$@"
+}
+
+prepare_job() {
+  set_environment
+  set_container
+  on_each_node mkdir -p "$LOCAL"
+}
+
+# The job leaves nothing on its nodes. A node that does not answer must not keep it from ending.
+clean_up() { timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 rm -rf "$LOCAL"; }
+
+# bigmix WORDS...: one command of bigmix, as one task.
+bigmix() {
+  srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${CONTAINER_OPTIONS[@]}" \
+    ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+    "${PYTHON_WORDS[@]}" -u -m bigmix.cli "$@"
+}
+
+# is_being_ended: whether Slurm already ends the job: it was cancelled, requeued by somebody else, or its time is over.
+is_being_ended() {
+  [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = COMPLETING ]
+}
+
+# run_step COMMAND...: run srun in the background, pass requests to stop on to it, leave its exit code in `code`.
+run_step() {
+  "$@" &
+  step=$!
+  # A trap ends `wait` early. The exit code of a child that ended meanwhile is kept for the last `wait`.
+  wait "$step"
+  while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+  wait "$step"
+  code=$?
+  step=
+}
+
+# go_on_later CODE REASON: put the job back into the queue and end it; with CODE where that may not or cannot be.
+go_on_later() {
+  local code=$1 reason=$2
+  if is_being_ended; then
+    stop "$code" "$reason; Slurm already ends this job (scancel, requeue, or past its time limit)"
+  elif [ "$RESTARTS" -ge "$MAX_RESTARTS" ]; then
+    stop "$code" "$reason; it was restarted $RESTARTS times and MAX_RESTARTS is $MAX_RESTARTS"
+  fi
+  clean_up
+  say "requeued: $reason (restart $((RESTARTS + 1)) of at most $MAX_RESTARTS)"
+  scontrol requeue "$SLURM_JOB_ID" && exit 0
+  stop "$code" "$reason; scontrol refused, so sbatch it again (was it submitted with --no-requeue?)"
+}
+
+# stop CODE REASON: end the job for good.
+stop() {
+  is_being_ended || clean_up
+  say "not requeued: $2"
+  exit "$1"
+}
