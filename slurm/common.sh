@@ -51,7 +51,9 @@ set_container() {
 
 # on_each_node COMMAND...: once on every node of the job, outside the container.
 on_each_node() {
-  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "$@"
+  # A node that does not answer must not keep the job from ending.
+  timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
+    --ntasks-per-node=1 "$@"
 }
 
 prepare_job() {
@@ -60,8 +62,11 @@ prepare_job() {
   on_each_node mkdir -p "$LOCAL"
 }
 
-# The job leaves nothing on its nodes. A node that does not answer must not keep it from ending.
-clean_up() { timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 rm -rf "$LOCAL"; }
+# The job leaves nothing on its nodes.
+clean_up() {
+  [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ] || return
+  on_each_node rm -rf "$LOCAL"
+}
 
 # bigmix WORDS...: one command of bigmix, as one task.
 bigmix() {
@@ -70,9 +75,12 @@ bigmix() {
     "${PYTHON_WORDS[@]}" -u -m bigmix.cli "$@"
 }
 
-# is_being_ended: whether Slurm already ends the job: it was cancelled, requeued by somebody else, or its time is over.
+# is_being_ended: whether Slurm ends this job because it was cancelled, or requeued by somebody else.
 is_being_ended() {
-  [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = COMPLETING ]
+  local state
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format="%T %r")
+  # A job that is past its time limit may still be requeued.
+  [[ $state == COMPLETING* && $state != *TimeLimit ]]
 }
 
 # run_step COMMAND...: run srun in the background, pass requests to stop on to it, leave its exit code in `code`.
@@ -91,7 +99,7 @@ run_step() {
 go_on_later() {
   local code=$1 reason=$2
   if is_being_ended; then
-    stop "$code" "$reason; Slurm already ends this job (scancel, requeue, or past its time limit)"
+    stop "$code" "$reason; the job was cancelled, or requeued by somebody else"
   elif [ "$RESTARTS" -ge "$MAX_RESTARTS" ]; then
     stop "$code" "$reason; it was restarted $RESTARTS times and MAX_RESTARTS is $MAX_RESTARTS"
   fi
@@ -103,7 +111,7 @@ go_on_later() {
 
 # stop CODE REASON: end the job for good.
 stop() {
-  is_being_ended || clean_up
+  clean_up
   say "not requeued: $2"
   exit "$1"
 }

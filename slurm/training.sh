@@ -4,7 +4,7 @@
 ask_to_stop() {
   asked=yes
   if [ "$1" = TERM ] && is_being_ended; then
-    say "TERM: Slurm has told the ranks too"
+    say "TERM: Slurm ends the job and has told the ranks"
     return
   fi
   say "$1: the ranks are asked to save a checkpoint and stop"
@@ -44,39 +44,48 @@ finish() {
 
 # train RECIPE [key=value ...]: one attempt of a run; ends the job.
 train() {
-  local settings output
+  local settings output cache
   asked='' step=''
   trap 'ask_to_stop USR1' USR1
   trap 'ask_to_stop TERM' TERM
   prepare_job
   settings=$(bigmix recipe show "$@" --key output --key cache.folder) || finish_early $?
   { read -r output; read -r cache; } <<<"$settings"
-  # What no recipe has changed lies in the home folder, which the nodes of many clusters share.
-  [ "$cache" != "~/.cache/bigmix/shards" ] || set -- "$@" "cache.folder=$LOCAL/shards"
-  # Somebody submitted it anew, so that failures of before may be mended.
+  # The default lies in the home folder, which the nodes of most clusters share.
+  # shellcheck disable=SC2088
+  [ "$cache" != '~/.cache/bigmix/shards' ] || set -- "$@" "cache.folder=$LOCAL/shards"
+  mkdir -p "$output/log"
+  # Submitted anew: what failed before may be mended.
   [ "$RESTARTS" -gt 0 ] || rm -f "$output/log/failures"
   set_meeting_point
   say "attempt $((RESTARTS + 1)) of $output from $(newest "$output"), $SLURM_NTASKS ranks on" \
     "$SLURM_JOB_NODELIST, meeting at $MASTER_ADDR:$MASTER_PORT"
   [ -z "$asked" ] || finish 75 "$output"
-  run_ranks "$@"
+  run_ranks "$output" "$@"
   finish "$code" "$output"
 }
 
 # finish_early CODE: the recipe could not be read.
 finish_early() {
-  [ "$1" -eq 2 ] && finish 2 /nowhere
+  [ "$1" -ne 2 ] || stop 2 "the recipe is bad; correct what is said above and sbatch it again"
   stop "$1" "the recipe could not be read (code $1); see above why"
 }
 
-# run_ranks RECIPE [key=value ...]: one task for each GPU and no launcher between, so that signals reach the ranks.
+# run_ranks OUTPUT RECIPE [key=value ...]: one task for each GPU, no launcher between; leaves their exit code in `code`.
 run_ranks() {
+  local first=$1/log/ended-$SLURM_JOB_ID-$RESTARTS
+  shift
+  rm -f "$first"
   # kill-on-bad-exit: a rank that dies ends the step, and the others do not wait for it.
-  # wait: a site may have srun end the step soon after its first rank, while the export is still being written.
-  # gpu-bind: every rank sees the GPUs of its node and takes that of its SLURM_LOCALID; NCCL needs to see the others.
+  # wait: a site may let srun end the step soon after its first rank, while another still writes the export.
+  # gpu-bind: a rank takes the GPU of its SLURM_LOCALID, and NCCL needs to see those of its neighbours.
   # cpus-per-task: srun does not take it over from sbatch since Slurm 22.05.
-  # label: each line begins with the rank that wrote it.
   run_step srun --label --kill-on-bad-exit=1 --wait=0 --gpu-bind=none \
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${CONTAINER_OPTIONS[@]}" \
+    bash "$BIGMIX_ROOT/slurm/rank.sh" "$PWD/$first" \
     "${PYTHON_WORDS[@]}" -u "$BIGMIX_ROOT/launch/train.py" "$@"
+  if [ -s "$first" ]; then
+    code=$(<"$first")
+    rm "$first"
+  fi
 }
