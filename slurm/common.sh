@@ -2,6 +2,8 @@
 
 MAX_RESTARTS=${MAX_RESTARTS:-50}
 RESTARTS=${SLURM_RESTART_COUNT:-0}
+# srun does not take this over from sbatch since Slurm 22.05.
+CPUS=(${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"})
 # Several words are allowed: PYTHON="apptainer exec --nv image.sif python".
 read -ra PYTHON_WORDS <<<"${PYTHON:-python}"
 
@@ -56,9 +58,14 @@ on_each_node() {
     --ntasks-per-node=1 "$@"
 }
 
-prepare_job() {
+# begin: what every job does first. BIGMIX are the words before a command of bigmix that runs as one task.
+begin() {
   set_environment
   set_container
+  BIGMIX=(
+    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${CPUS[@]}" "${CONTAINER_OPTIONS[@]}"
+    "${PYTHON_WORDS[@]}" -u -m bigmix.cli
+  )
   on_each_node mkdir -p "$LOCAL"
 }
 
@@ -66,13 +73,6 @@ prepare_job() {
 clean_up() {
   [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ] || return
   on_each_node rm -rf "$LOCAL"
-}
-
-# bigmix WORDS...: one command of bigmix, as one task.
-bigmix() {
-  srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${CONTAINER_OPTIONS[@]}" \
-    ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-    "${PYTHON_WORDS[@]}" -u -m bigmix.cli "$@"
 }
 
 # is_being_ended: whether Slurm ends this job because it was cancelled, or requeued by somebody else.
@@ -109,9 +109,52 @@ go_on_later() {
   stop "$code" "$reason; scontrol refused, so sbatch it again (was it submitted with --no-requeue?)"
 }
 
+# finish_well: end the job that is done.
+finish_well() {
+  clean_up
+  say "done"
+  exit 0
+}
+
 # stop CODE REASON: end the job for good.
 stop() {
   clean_up
   say "not requeued: $2"
   exit "$1"
+}
+
+# submit OPTIONS...: sbatch from inside a job, without what Slurm has told this job alone.
+submit() {
+  local name
+  local -a without=()
+  for name in $(compgen -e SLURM_); do
+    [ "$name" = SLURM_CONF ] || without+=(-u "$name")
+  done
+  env "${without[@]}" sbatch --parsable --partition="$SLURM_JOB_PARTITION" \
+    ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} "$@"
+}
+
+# after_array NAME WORDS...: a job of one bigmix command that begins when all tasks of this array have ended. All tasks
+# call this and the first one submits; where a task has failed, it is the command that finds out and says what is missing.
+after_array() {
+  local name=$1-$SLURM_ARRAY_JOB_ID job
+  shift
+  [ "$SLURM_ARRAY_TASK_ID" -eq "$SLURM_ARRAY_TASK_MIN" ] || return 0
+  # An attempt before this one has submitted it already.
+  [ -z "$(squeue --noheader --name="$name" --format=%i)" ] || return 0
+  if job=$(submit --job-name="$name" --dependency="afterany:$SLURM_ARRAY_JOB_ID" \
+    "$BIGMIX_ROOT/slurm/command.sbatch" "$@"); then
+    say "job ${job%%;*} follows when all of the array have ended: bigmix $*"
+  else
+    say "could not submit what follows; when all of the array have ended: bigmix $*"
+  fi
+}
+
+# check_array: the place of this task in the array, from 1, goes to `place`, and the number of tasks to `places`.
+check_array() {
+  local last=$(((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN) / SLURM_ARRAY_TASK_STEP + 1))
+  places=$SLURM_ARRAY_TASK_COUNT
+  place=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / SLURM_ARRAY_TASK_STEP + 1))
+  [ "$last" -eq "$places" ] || refuse "the array has gaps: $places tasks from" \
+    "$SLURM_ARRAY_TASK_MIN to $SLURM_ARRAY_TASK_MAX; give all, such as --array=0-15 (what is done ends at once)"
 }

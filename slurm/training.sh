@@ -31,7 +31,7 @@ finish() {
   local code=$1 output=$2 count place
   place=$(newest "$output")
   case $code in
-    0) clean_up; say "done"; exit 0 ;;
+    0) finish_well ;;
     2) stop 2 "the input is bad; correct what is said above and sbatch it again" ;;
     75) rm -f "$output/log/failures"; go_on_later 75 "stopped on request at $place" ;;
   esac
@@ -42,14 +42,13 @@ finish() {
   stop "$code" "failed with $code, $count times in a row at $place; see above why, then sbatch it again"
 }
 
-# train RECIPE [key=value ...]: one attempt of a run; ends the job.
+# train RECIPE [key=value ...]: one attempt of a run, after `begin`; ends the job.
 train() {
   local settings output cache
   asked='' step=''
   trap 'ask_to_stop USR1' USR1
   trap 'ask_to_stop TERM' TERM
-  prepare_job
-  settings=$(bigmix recipe show "$@" --key output --key cache.folder) || finish_early $?
+  settings=$("${BIGMIX[@]}" recipe show "$@" --key output --key cache.folder) || finish_early $?
   { read -r output; read -r cache; } <<<"$settings"
   # The default lies in the home folder, which the nodes of most clusters share.
   # shellcheck disable=SC2088
@@ -79,10 +78,8 @@ run_ranks() {
   # kill-on-bad-exit: a rank that dies ends the step, and the others do not wait for it.
   # wait: a site may let srun end the step soon after its first rank, while another still writes the export.
   # gpu-bind: a rank takes the GPU of its SLURM_LOCALID, and NCCL needs to see those of its neighbours.
-  # cpus-per-task: srun does not take it over from sbatch since Slurm 22.05.
   run_step srun --label --kill-on-bad-exit=1 --wait=0 --gpu-bind=none \
-    ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${CONTAINER_OPTIONS[@]}" \
-    bash "$BIGMIX_ROOT/slurm/rank.sh" "$PWD/$first" \
+    "${CPUS[@]}" "${CONTAINER_OPTIONS[@]}" bash "$BIGMIX_ROOT/slurm/rank.sh" "$PWD/$first" \
     "${PYTHON_WORDS[@]}" -u "$BIGMIX_ROOT/launch/train.py" "$@"
   if [ -s "$first" ]; then
     code=$(<"$first")

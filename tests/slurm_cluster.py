@@ -19,6 +19,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 CONFIGURATION = """\
 ClusterName=local
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
@@ -124,7 +125,12 @@ def _configure(folder: Path) -> None:
     key.chmod(0o400)
     host = socket.gethostname().split(".")[0]
     text = CONFIGURATION.format(
-        host=host, folder=folder, port=free_port(), nodes=",".join(NODES)
+        host=host,
+        folder=folder,
+        port=free_port(),
+        nodes=",".join(NODES),
+        # The ports of jobs follow from their numbers: those of two clusters on this machine must differ.
+        first_job=1 + 100 * (os.getpid() % 30_000),
     )
     text += "".join(NODE.format(name=name, host=host, port=free_port()) for name in NODES)
     (folder / "slurm.conf").write_text(text)
