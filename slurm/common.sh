@@ -2,6 +2,9 @@
 
 MAX_RESTARTS=${MAX_RESTARTS:-50}
 RESTARTS=${SLURM_RESTART_COUNT:-0}
+# SLURM_JOB_ID of one task of an array is the number of the whole array: it would requeue all of it.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+JOB=${JOB:-${SLURM_JOB_ID:-}}
 # srun does not take this over from sbatch since Slurm 22.05.
 CPUS=(${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"})
 # Several words are allowed: PYTHON="apptainer exec --nv image.sif python".
@@ -71,14 +74,14 @@ begin() {
 
 # The job leaves nothing on its nodes.
 clean_up() {
-  [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ] || return
+  [ "$(squeue --noheader --jobs="$JOB" --format=%T)" = RUNNING ] || return
   on_each_node rm -rf "$LOCAL"
 }
 
 # is_being_ended: whether Slurm ends this job because it was cancelled, or requeued by somebody else.
 is_being_ended() {
   local state
-  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format="%T %r")
+  state=$(squeue --noheader --jobs="$JOB" --format="%T %r")
   # A job that is past its time limit may still be requeued.
   [[ $state == COMPLETING* && $state != *TimeLimit ]]
 }
@@ -105,7 +108,7 @@ go_on_later() {
   fi
   clean_up
   say "requeued: $reason (restart $((RESTARTS + 1)) of at most $MAX_RESTARTS)"
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+  scontrol requeue "$JOB" && exit 0
   stop "$code" "$reason; scontrol refused, so sbatch it again (was it submitted with --no-requeue?)"
 }
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -203,7 +203,9 @@ def test_a_run_that_fails_twice_at_the_same_point_is_given_up(slurm, data):
         if restarts == 1:
             job.go_on(restarts)
     assert job.end()[0] == "FAILED", job.log
-    assert re.search("slurm: requeued: failed with .*, for the first time at the beginning", job.log)
+    assert re.search(
+        "slurm: requeued: failed with .*, for the first time at the beginning", job.log
+    )
     assert re.search("not requeued: failed with .*, 2 times in a row at the beginning", job.log)
 
 
@@ -266,17 +268,37 @@ def test_a_part_that_fails_is_named_by_the_merge(slurm, texts, tiny_tokenizer):
 
 
 def test_recipes_are_trained_and_compared(slurm, data):
+    """Both are stopped on their way: one task of an array has the number of the whole array, and must not requeue it."""
     two_way = RECIPE.replace("output: run", "output: runs/two-way")
-    one_way = RECIPE.replace("output: run", "output: runs/one-way").replace(
-        "  web: {path: web, role: replay, share: [[0, 0.5], [8, 0.25]]}\n", ""
-    )
-    held_out = "held_out: {web: web}\n"
+    web = "  web: {path: web, role: replay, share: [[0, 0.5], [8, 0.25]]}\n"
+    one_way = RECIPE.replace("output: run", "output: runs/one-way").replace(web, "")
     (data / "two-way.yaml").write_text(two_way)
-    (data / "one-way.yaml").write_text(one_way + held_out)
-    words = ["one-way.yaml", "two-way.yaml", "budget={task_tokens: 2K}", "--out", "runs/report"]
-    submit(slurm, data, "compare.sbatch", *words, options=["--array=1-2", *TRAINING])
+    (data / "one-way.yaml").write_text(one_way + "held_out: {web: web}\n")
+    words = ["one-way.yaml", "two-way.yaml", "budget={task_tokens: 8K}", "--out", "runs/report"]
+    array = submit(slurm, data, "compare.sbatch", *words, options=["--array=1-2", *TRAINING])
+    for task, name in enumerate(("one-way", "two-way"), 1):
+        job = replace(array, number=f"{array.number}_{task}")
+        job.wait(lambda run=data / "runs" / name: newest_step(run) >= 2, f"a checkpoint of {name}")
+        ask_the_batch_shell(job)
+        job.go_on(restarts=1)
     wait_until_nothing_is_queued(slurm)
-    logs = "".join(path.read_text() for path in data.glob("slurm-*.log"))
-    assert (data / "runs/report/index.html").exists(), logs
+    logs = [path.read_text() for path in data.glob(f"slurm-{array.number}_*.log")]
+    assert [log.count("slurm: attempt ") for log in logs] == [2, 2], logs
+    said = "\n".join(path.read_text() for path in data.glob("slurm-*.log"))
+    assert (data / "runs/report/index.html").exists(), said
     summary = json.loads((data / "runs/report/summary.json").read_text())
     assert {"base", "one-way", "two-way"} <= set(summary["runs"])
+
+
+def test_a_container_sees_the_same_paths_as_the_job(tmp_path):
+    """Of pyxis, which is not there, only what it is asked for."""
+    script = f"source {ROOT}/slurm/common.sh; LOCAL=/fast/bigmix-7; set_container; printf '%s\\n' \"${{CONTAINER_OPTIONS[@]}}\""
+    own = {"BIGMIX_ROOT": "/code", "CONTAINER": "image.sqsh", "CONTAINER_MOUNTS": "/data:/data:ro"}
+    done = subprocess.run(
+        ["bash", "-uc", script], cwd=tmp_path, env=os.environ | own, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [
+        "--container-image=image.sqsh",
+        f"--container-workdir={tmp_path}",
+        f"--container-mounts={tmp_path}:{tmp_path},/code:/code,/fast/bigmix-7:/fast/bigmix-7,/data:/data:ro",
+    ]
