@@ -188,7 +188,8 @@ def test_bad_input_is_not_tried_again(slurm, data):
     assert recipe.end() == ("FAILED", "2")
     assert "train.sead is not a setting" in recipe.log
     assert "not requeued: the recipe is bad" in recipe.log
-    source = train(slurm, data, "recipe.yaml", "output=bad", "sources.web.path=nowhere")
+    words = ["recipe.yaml", "output=bad", "sources.web.path=nowhere"]
+    source = train(slurm, data, *words, PYTHON=f"env {sys.executable}")
     assert source.end() == ("FAILED", "2")
     assert "nowhere is not a prepared source" in source.log
     assert "not requeued: the input is bad" in source.log
