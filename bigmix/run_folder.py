@@ -22,6 +22,9 @@ _FREE = frozenset(
     for name in [
         "micro_batch_rows",
         "max_minutes",
+        "stop_before_end_minutes",
+        "hang_minutes",
+        "dead_after_s",
         "evaluate_every",
         "evaluate_rows",
         "save_every",

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -19,6 +19,7 @@ from bigmix.data.retry import Stopped
 from bigmix.data.stream import Stream
 from bigmix.errors import BigmixError
 from bigmix.records import Chapter, Ints, RowId, RowPlaces, Standing, StepBatch
+from bigmix.waiting import is_done
 
 # Rows of a rank that are gathered together: a step at a time costs twice as much.
 ASSEMBLED_ROWS = 1024
@@ -373,9 +374,16 @@ class Loader:
         self._has_failed = False
 
     def __iter__(self) -> Iterator[StepBatch]:
+        return (batch for batch in self.unless(lambda: False) if batch is not None)
+
+    def unless(self, gives_up: Callable[[], bool]) -> Iterator[StepBatch | None]:
+        """The batches; None in place of one that is not ready when `gives_up` says so, which is then the next again."""
         steps = iter(self._steps)
         ready = deque(self._thread.submit(self._make, k) for k in islice(steps, self._ahead))
         while ready:
+            if not is_done(ready[0], gives_up):
+                yield None
+                continue
             batch = ready.popleft().result()
             ready.extend(self._thread.submit(self._make, k) for k in islice(steps, 1))
             yield batch
