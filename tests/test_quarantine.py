@@ -4,6 +4,7 @@ import gc
 import json
 import pickle
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -444,6 +445,35 @@ def test_a_bad_shard_is_tried_no_longer_than_once_for_each_rank_that_needs_it(da
     # Two tries each, and what both had under way ahead of need once more.
     assert tried.pop("/web/shard-00003.tar") <= 8 and set(tried.values()) == {1}
     assert all(i.depot.unforeseen == 0 for i in inputs)
+
+
+def test_after_a_failure_no_step_ahead_tries_the_same_shard_again(data, server, monkeypatch):
+    monkeypatch.setattr(loader_module, "ASSEMBLED_ROWS", 8)
+    server.broken = {"/web/shard-00003.tar": ("status", 500, {})}
+    inputs = opened(server.url, "cache.read=ranges")
+    own = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
+    loader = inputs.loader(own, first=1, ahead=60)
+    with pytest.raises(BadShard):
+        list(loader)
+    time.sleep(1)
+    inputs.depot.close()
+    loader.close()
+    assert downloads(server)["/web/shard-00003.tar"] == 2
+
+
+def test_a_long_run_whose_healthy_shards_are_all_open_begins_at_once(data, server):
+    """Its order of shards to fetch ends there, and is not gone through for the bad one."""
+    few = f"sources.web.path={server.url}/web/shard-{{00000..00003}}.tar"
+    inputs = opened(server.url, few, "budget.steps=3000000")
+    grown = Quarantine(first_steps={"web": {"shard-00003.tar": 1}, "chat": {"shard-00000.tar": 1}})
+    own = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
+    begin = time.monotonic()
+    loader = inputs.with_quarantine(grown).loader(own, first=1, ahead=2)
+    batches = iter(loader)
+    assert [next(batches).step for _ in range(200)][-1] == 200
+    inputs.depot.close()
+    loader.close()
+    assert time.monotonic() - begin < 10
 
 
 def test_a_closed_loader_leaves_no_shard_in_use_and_no_rows(data, server, tmp_path):
