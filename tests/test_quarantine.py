@@ -23,7 +23,7 @@ from bigmix.data.loader import Plan, Portion, Stage, one_stage, step_batch
 from bigmix.data.mixture import Mixture
 from bigmix.data.quarantine import BadShard, Quarantine
 from bigmix.data.retry import Stopped
-from bigmix.data.source import read_source
+from bigmix.data.source import needed_in_order, read_source
 from bigmix.data.stream import WINDOW_SHARDS, Packer
 from bigmix.data.substitution import substitution
 from bigmix.data.tally import tally_of
@@ -209,6 +209,23 @@ def test_substitutes_are_spread_evenly_over_the_healthy_shards_of_the_window(row
         often = Counter(zip(shards_R.tolist(), rows_R.tolist(), strict=True))
         assert max(often.values()) <= -(-len(wanted) // total)
         assert all(0 <= row < givers[shard] for shard, row in often)
+
+
+def test_substitutes_open_no_more_shards_than_the_rows_that_they_stand_for(folders, monkeypatch):
+    monkeypatch.setattr(loader_module, "ASSEMBLED_ROWS", 16)
+    sources = {name: read_source(str(folder)) for name, folder in folders.items()}
+
+    def opened_shards(quarantine):
+        the_plan = plan(folders, quarantine)
+        stages = the_plan.gathered(portion(1, 4), first=9, last=300)
+        never = dict.fromkeys(sources, 1_000)
+        return Counter(
+            source.location.given for source, _ in needed_in_order(stages, sources, never)
+        )
+
+    before, after = opened_shards(Quarantine()), opened_shards(BAD)
+    web = str(folders["web"])
+    assert 40 < after[web] <= before[web]
 
 
 def test_each_epoch_has_other_substitutes(folders):
