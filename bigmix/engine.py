@@ -34,7 +34,8 @@ def join(world: World) -> Cluster:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device_of(world).type == "cpu":
         _use_gloo_alone()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
     else:
         torch.cuda.set_device(world.local_rank)
     if world.size == 1:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bigmix.checkpoint.listing import Position
 from bigmix.data.fetch_ahead import Ahead
-from bigmix.data.loader import Loader, Plan, Portion, Stage
+from bigmix.data.loader import Loader, Plan, Portion, Stage, same_fraction, stages_from
 from bigmix.data.location import MANIFEST
 from bigmix.data.manifest import Manifest, faults_of_shards
 from bigmix.data.quarantine import BadShard, Quarantine
@@ -29,6 +30,7 @@ from bigmix.errors import BadInput, BigmixError
 from bigmix.mixing import mix
 from bigmix.objective import StepShares
 from bigmix.recipe import Recipe
+from bigmix.records import Chapter
 
 RANGES_FROM = 64  # machines: each then needs fewer than two of three blocks of a shard
 # Only texts with `whole_below` open their shards to count rows, and without their number the order of rows is unknown.
@@ -43,7 +45,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """What a recipe names, opened: the plan of the rows, the held-out streams, how many steps, DeepSpeed's keys."""
+    """What a recipe names, opened: the plan of the rows, the held-out streams, how many steps, DeepSpeed's keys.
+
+    `content` is a checksum of the shards of each source.
+    """
 
     plan: Plan
     held_out: Mapping[str, Stream]
@@ -52,6 +57,7 @@ class Inputs:
     notes: Sequence[str]
     ds_keys: Mapping[str, Any]
     sources: Mapping[str, Source]
+    content: Mapping[str, str]
     depot: Depot
     replaces_bad_shards: bool
 
@@ -68,8 +74,34 @@ class Inputs:
 
     def shares_of_step(self, step: int) -> StepShares:
         """The shares of a step, counted from 1; a schedule's points count the steps that are done."""
+        before = step - 1 - self.plan.chapter.after
         return StepShares(
-            rows=self.plan.mixture.shares.at(step - 1), loss=self.loss_shares.at(step - 1)
+            rows=self.plan.mixture.shares.at(before), loss=self.loss_shares.at(before)
+        )
+
+    def going_on(self, recipe: Recipe, position: Position, *, changed: bool) -> "Inputs":
+        """The same after a checkpoint; `changed`: a new chapter begins there, in which the recipe is not what it was.
+
+        A source whose rows have another length, or are packed otherwise, goes on at the same fraction of its epoch; a
+        new one begins. Raises BadInput where the recipe leaves nothing to train from there.
+        """
+        chapter, step = position.chapter, position.step
+        if changed:
+            stages = stages_from(self.plan.stages, step)
+            rows = {
+                name: same_fraction(old.row, old.of, stages[0].streams[name].rows_per_epoch)
+                for name, old in position.standing.items()
+                if name in self.sources
+            }
+            chapter = Chapter(after=step, rows=rows, tokens=position.trained_tokens)
+        mixing = mix(recipe, stages_from(self.plan.stages, chapter.after), chapter)
+        quarantine = position.quarantine
+        return replace(
+            self,
+            plan=mixing.plan.with_quarantine(quarantine),
+            steps=mixing.steps,
+            loss_shares=mixing.loss_shares,
+            notes=[*self.notes, *(note for note in mixing.notes if note not in self.notes)],
         )
 
     def with_quarantine(self, quarantine: Quarantine) -> "Inputs":
@@ -143,6 +175,7 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
         notes=[*notes, *mixing.notes, *_cache_notes(recipe, depot, sources.values())],
         ds_keys=ds_keys,
         sources=own,
+        content={name: source.content for name, source in own.items()},
         depot=depot,
         replaces_bad_shards=recipe.bad_shards == "replace",
     )

@@ -98,9 +98,9 @@ class Report:
         return {"totals": totals, "base": dict(self._base), "skipped": self._skipped}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Go on from what `state` gave; a source that has joined since then begins at 0, one that is gone is left out."""
         self._totals = {
-            unit: {name: values[name] for name in self._sources}
+            unit: {name: values.get(name, 0) for name in self._sources}
             for unit, values in state["totals"].items()
         }
         self._base = dict(state["base"])

@@ -1,9 +1,10 @@
 """A recipe goes in, where its run begins comes out: at step 0, at a checkpoint, or nowhere since it is finished."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bigmix.checkpoint.listing import Listed, other_versions
 from bigmix.checkpoint.restore import newest_whole
@@ -11,16 +12,19 @@ from bigmix.dist import Cluster
 from bigmix.errors import BadInput
 from bigmix.files import replace_text
 from bigmix.health import RollBack
-from bigmix.recipe import Recipe, differences, load_recipe, to_yaml
+from bigmix.recipe import Recipe, differences, from_plain, to_yaml
 
 RECIPE, CHECKPOINTS, EXPORT, LOG = "recipe.yaml", "checkpoints", "export", "log"
-PASSED_OVER = "passed-over.json"
+PASSED_OVER, CHANGES = "passed-over.json", "changes.jsonl"
 # These change speed, memory and what is written down, never what is learned.
 _FREE = frozenset(
     f"train.{name}"
     for name in [
         "micro_batch_rows",
         "max_minutes",
+        "stop_before_end_minutes",
+        "hang_minutes",
+        "dead_after_s",
         "evaluate_every",
         "evaluate_rows",
         "save_every",
@@ -46,12 +50,32 @@ _FREE = frozenset(
 }
 
 
+# These decide what the state of a run is; under other ones it has no meaning.
+_FIXED = ("model.", "seed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """A setting that is not what it was when a checkpoint was written; None where there was or is none."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} is {self.new!r}, it was {self.old!r}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Beginning:
-    """Where a run starts: from `checkpoint`, or from the model as it is; `torn` says what is wrong with newer ones."""
+    """Where a run starts: from `checkpoint`, or from the model as it is.
+
+    `changes` hold from there on; `torn` says what is wrong with newer checkpoints.
+    """
 
     checkpoint: Listed | None = None
     torn: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
 
     @property
     def step(self) -> int:
@@ -59,11 +83,11 @@ class Beginning:
         return 0 if self.checkpoint is None else self.checkpoint.position.step
 
 
-def beginning(recipe: Recipe, cluster: Cluster) -> Beginning:
-    """Find where to begin in the output folder of a recipe; a collective.
+def beginning(recipe: Recipe, content: Mapping[str, str], cluster: Cluster) -> Beginning:
+    """Find where to begin in the output folder of a recipe, whose sources have this content; a collective.
 
-    Raises BadInput on every rank where the folder holds a run and `resume` is never, or a run of another recipe: each
-    setting that differs is named with its old and its new value.
+    Raises BadInput on every rank where the folder holds a run and `resume` is never, or where the run cannot go on with
+    this recipe: each setting that stands in the way is named with its old and its new value.
     """
     folder = Path(recipe.output)
     faults = list(_faults(recipe, folder)) if cluster.world.is_first else []
@@ -71,7 +95,10 @@ def beginning(recipe: Recipe, cluster: Cluster) -> Beginning:
     if faults:
         raise BadInput(*faults)
     found = newest_whole(folder / CHECKPOINTS, cluster)
-    return Beginning(checkpoint=found.listed, torn=found.torn)
+    if found.listed is None:
+        return Beginning(torn=found.torn)
+    changes = _changes(recipe, content, found.listed)
+    return Beginning(checkpoint=found.listed, torn=found.torn, changes=changes)
 
 
 def _faults(recipe: Recipe, folder: Path) -> Iterator[str]:
@@ -82,8 +109,53 @@ def _faults(recipe: Recipe, folder: Path) -> Iterator[str]:
             f"output {folder} holds a run already and train.resume is never; give another output, delete the folder, "
             "or set train.resume=auto"
         )
-    yield from _changes(recipe, folder)
     yield from other_versions(folder / CHECKPOINTS)
+
+
+def _changes(recipe: Recipe, content: Mapping[str, str], listed: Listed) -> tuple[Change, ...]:
+    """What differs from the recipe of a checkpoint and decides what is learned."""
+    position = listed.position
+    old = from_plain(position.recipe, str(listed.path))
+    changes = [
+        Change(key=key, old=before, new=after)
+        for key, before, after in differences(old, recipe)
+        if not _is_free(key)
+    ]
+    faults = [
+        f"{change.key} is {change.new!r}, and the run in {recipe.output} has {change.old!r} at step {position.step}; it "
+        "cannot go on with another one, put the old value back or give another output"
+        for change in changes
+        if change.key.startswith(_FIXED)
+    ]
+    faults += [
+        f"sources.{name}.path: the shards in {recipe.sources[name].path} are not those of {old.sources[name].path} that the "
+        f"run in {recipe.output} has read until step {position.step}; restore them, or give the source another name: "
+        "it then begins anew"
+        for name, digest in content.items()
+        if position.content.get(name, digest) != digest
+    ]
+    if faults:
+        raise BadInput(*faults)
+    return tuple(changes)
+
+
+def _is_free(key: str) -> bool:
+    """Whether a setting may be another one at any time. The path of a source may: its content must not."""
+    path_of_source = key.startswith("sources.") and key.endswith(".path")
+    return key in _FREE or key.startswith("cache.") or path_of_source
+
+
+def keep_changes(folder: Path, after_step: int, changes: Sequence[Change]) -> None:
+    """Write down what changes after a step; what was written of later steps is taken back."""
+    path = folder / CHANGES
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    kept = [line for line in lines if json.loads(line)["after_step"] < after_step]
+    new = [
+        json.dumps({"after_step": after_step, "key": c.key, "old": c.old, "new": c.new})
+        for c in changes
+    ]
+    if lines or new:
+        replace_text(path, "".join(f"{line}\n" for line in [*kept, *new]))
 
 
 def write_recipe(recipe: Recipe) -> None:
@@ -91,15 +163,6 @@ def write_recipe(recipe: Recipe) -> None:
     folder = Path(recipe.output)
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / RECIPE, to_yaml(recipe))
-
-
-def _changes(recipe: Recipe, folder: Path) -> Iterator[str]:
-    for key, old, new in differences(load_recipe(str(folder / RECIPE)), recipe):
-        if key not in _FREE and not key.startswith("cache."):
-            yield (
-                f"{key} is {new!r}, and the run in {folder} was begun with {old!r}; "
-                "it cannot go on as the same run, put the old value back or give another output"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

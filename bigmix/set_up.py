@@ -37,10 +37,11 @@ from bigmix.recipe import Recipe, to_yaml
 from bigmix.records import Choice
 from bigmix.reference import Anchor
 from bigmix.report import Report
-from bigmix.run_folder import CHECKPOINTS, LOG, Beginning, write_recipe
+from bigmix.run_folder import CHECKPOINTS, LOG, Beginning, keep_changes, write_recipe
 from bigmix.soundness import check_model, check_reference_model
 from bigmix.step import Aim
 from bigmix.terminal import Terminal
+from bigmix.watchdog import Watchdog
 from bigmix.world import World
 
 
@@ -58,6 +59,7 @@ class Parts:
     log: RunLog | None
     terminal: Terminal
     flag: StopFlag
+    watchdog: Watchdog
 
 
 def set_up(
@@ -66,6 +68,7 @@ def set_up(
     cluster: Cluster,
     terminal: Terminal,
     flag: StopFlag,
+    watchdog: Watchdog,
     start: Beginning,
 ) -> Parts:
     """Build everything that the loop needs, and go on from a checkpoint if there is one; a collective.
@@ -84,6 +87,7 @@ def set_up(
         computing, rule=logit_rule(config), terms=terms, dtype=DTYPES[dtype.value], device=device
     )
     keys = _keys(recipe, inputs, world, dtype.value)
+    watchdog.doing("making the model")
     model = build(
         config,
         recipe.model.path,
@@ -97,8 +101,10 @@ def set_up(
     )
     train = recipe.train
     adamw = AdamW(betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
+    watchdog.doing("making the engine")
     engine = Engine(model, keys, adamw)
     check_model(engine, config.vocab_size)
+    watchdog.doing("making the reference model")
     aim = Aim(
         objective=recipe.objective,
         weighing={name: source.weigh for name, source in recipe.sources.items()},
@@ -115,7 +121,7 @@ def set_up(
     log = _open_log(recipe, inputs, start) if world.is_first else None
     parts = Parts(
         recipe=recipe, inputs=inputs, cluster=cluster, engine=engine, aim=aim, report=report,
-        saver=_saver(recipe, cluster, terminal), log=log, terminal=terminal, flag=flag,
+        saver=_saver(recipe, cluster, terminal), log=log, terminal=terminal, flag=flag, watchdog=watchdog,
     )  # fmt: skip
     _resume(parts, start)
     return parts
@@ -188,10 +194,13 @@ def _resume(parts: Parts, start: Beginning) -> None:
             terminal.note(f"what is left of it is kept as {path}")
     if start.checkpoint is None:
         return
+    parts.watchdog.doing(f"reading {start.checkpoint.path}")
     restore(parts.engine, start.checkpoint)
     parts.report.resume(start.checkpoint.position.report)
     parts.saver.last_step = start.step
     ranks, now = start.checkpoint.ranks, world.size
+    for change in start.changes:
+        terminal.warning(f"from step {start.step + 1} on: {change}")
     other = "" if ranks == now else f", written by {ranks} ranks and read by {now}"
     terminal.note(f"going on after step {start.step}, from {start.checkpoint.path}{other}")
 
@@ -209,6 +218,7 @@ def _saver(recipe: Recipe, cluster: Cluster, terminal: Terminal) -> Saver:
 
 def _open_log(recipe: Recipe, inputs: Inputs, start: Beginning) -> RunLog:
     write_recipe(recipe)
+    keep_changes(Path(recipe.output), start.step, start.changes)
     log = RunLog(
         Path(recipe.output),
         sources=tuple(recipe.sources),

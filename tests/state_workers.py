@@ -5,9 +5,8 @@ import resource
 from pathlib import Path
 
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from workers import SHARES, aim, batch_of, documents, main, make_engine, whole_weights
+from workers import aim, batch_of, documents, main, make_engine, take_step, whole_weights
 
-from bigmix import step
 from bigmix.checkpoint.listing import Position
 from bigmix.checkpoint.restore import newest_whole, restore
 from bigmix.checkpoint.saver import Keeping, Saver
@@ -43,10 +42,7 @@ def steps_of_adam(engine):
 def train(engine, cluster, rank, ranks, count):
     batch = batch_of(documents(True), rank, ranks, 1)
     for index in range(count):
-        result = step.run(
-            engine, cluster, batch, shares=SHARES, aim=aim("per_source"), lr=1e-2, chance=index,
-            stop_asked=False,
-        )  # fmt: skip
+        result = take_step(engine, cluster, batch, aim("per_source"), lr=1e-2, chance=index)
     return result.sums_SM.tolist()
 
 

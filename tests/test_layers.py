@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "bigmix"
 LAYERS = [
-    {"errors", "files", "records", "world", "data.statistics", "data.duplicates"},
+    {"errors", "files", "records", "world", "waiting", "processes", "data.statistics", "data.duplicates"},
     {"data.location", "weighing", "data.quarantine"},
     {"data.retry"},
     {"data.http", "data.pipe"},
@@ -20,9 +20,9 @@ LAYERS = [
     },
     {
         "data.recognise", "data.substitution", "data.sentencepiece_model", "data.token_bytes", "data.shards", "data.packing", "data.mixture", "loss", "ds_config",
-        "metrics", "terminal", "guard", "health", "quickstart.corpus", "data.progress", "data.picture",
+        "metrics", "terminal", "guard", "beats", "health", "quickstart.corpus", "data.progress", "data.picture",
     },
-    {"data.documents", "data.tokenizer", "model", "flops", "data.rows", "engine"},
+    {"data.documents", "data.tokenizer", "model", "flops", "data.rows", "engine", "watchdog"},
     {"on_device"},
     {"reference"},
     {
@@ -38,6 +38,7 @@ LAYERS = [
     {"set_up"},
     {"train"},
     {"cli"},
+    {"rank"},
 ]  # fmt: skip
 WHOLE = {"recipe", "compare", "cli", "loss", "plan", "checkpoint"}  # packages that are one part
 MODULES = {

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from bigmix.cli import main
 from bigmix.errors import BadInput
 from bigmix.recipe import differences, load_recipe, to_yaml
 
@@ -155,3 +156,12 @@ def test_groups_temperatures_and_lengths_are_read(tmp_path):
 def test_each_fault_of_groups_and_lengths_is_named(tmp_path, old, new, said):
     assert old in GROUPED
     assert any(said in fault for fault in faults(tmp_path, GROUPED.replace(old, new, 1)))
+
+
+def test_single_settings_are_shown_for_scripts(tmp_path, capsys):
+    path = write(tmp_path, GOOD)
+    words = ["recipe", "show", path, "output=runs/a b", "--key", "output", "--key", "train.lr"]
+    assert main([*words, "--key", "sources.web.share"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["runs/a b", "2e-05", "0.2"]
+    assert main(["recipe", "show", path, "--key", "outputs"]) == 2
+    assert "--key is outputs, which is no setting of this recipe" in capsys.readouterr().err

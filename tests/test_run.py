@@ -46,7 +46,8 @@ def data(tmp_path_factory):
 
 def bare(extra):
     """An environment with nothing on PATH but the venv's own programs: no compiler, no shell tools."""
-    return extra | {"PATH": str(Path(sys.executable).parent), "DS_ACCELERATOR": "cpu"}
+    path = str(Path(sys.executable).parent)
+    return extra | {"PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def start(data, ranks, *overrides):

@@ -8,11 +8,13 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bigmix.data.quarantine import Quarantine
 from bigmix.files import checksum_of, replace_text, sync_folder
+from bigmix.records import Chapter, Standing
 
 LISTING = "checkpoint.json"
 LATEST = "latest"
@@ -22,10 +24,41 @@ _ASIDE = "aside-"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Position:
-    """Where a run stands: the last finished step, and what its report has added up. The data's place follows from the step."""
+    """Where a run stands: the last finished step, and what the next ones follow from.
+
+    `report` is what its report has added up, `recipe` the settings as plain values, `chapter` from where they hold,
+    `standing` where each source stands and `content` a checksum of its shards.
+    """
 
     step: int
     report: Mapping[str, Any]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    chapter: Chapter = field(default_factory=Chapter)
+    standing: Mapping[str, Standing] = field(default_factory=dict)
+    content: Mapping[str, str] = field(default_factory=dict)
+    quarantine: Quarantine = field(default_factory=Quarantine)
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Position":
+        """What `to_json` gave."""
+        return cls(
+            step=int(value["step"]),
+            report=value["report"],
+            recipe=value["recipe"],
+            chapter=Chapter(**value["chapter"]),
+            standing={name: Standing(**found) for name, found in value["standing"].items()},
+            content=value["content"],
+            quarantine=Quarantine.from_json(value["quarantine"]),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"quarantine": self.quarantine.to_json()}
+
+    @property
+    def trained_tokens(self) -> Mapping[str, int]:
+        """Tokens of each source that were trained until now."""
+        return {name: int(count) for name, count in self.report["totals"]["tokens"].items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +112,7 @@ def read_listing(path: Path) -> Listed | str:
         listing = json.loads((path / LISTING).read_text(encoding="utf-8"))
         return Listed(
             path=path,
-            position=Position(step=listing["step"], report=listing["report"]),
+            position=Position.from_json(listing["position"]),
             ranks=listing["ranks"],
             files=tuple(Sealed(**file) for file in listing["files"]),
         )
@@ -103,10 +136,9 @@ def publish(beside: Path, final: Path, ranks: int, files: Sequence[Sealed], posi
     """Write the listing of a checkpoint whose files are whole, give it its name, and point `latest` at it, in this order."""
     listing = {
         "version": VERSION,
-        "step": position.step,
         "ranks": ranks,
         "files": [{"name": f.name, "bytes": f.bytes, "checksum": f.checksum} for f in files],
-        "report": position.report,
+        "position": position.to_json(),
     }
     replace_text(beside / LISTING, json.dumps(listing, indent=1) + "\n")
     sync_folder(beside)

@@ -19,6 +19,12 @@ def add_recipe(subparsers: Any) -> None:
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="print the whole recipe with all defaults")
     add_recipe_arguments(show)
+    show.add_argument(
+        "--key",
+        action="append",
+        metavar="KEY",
+        help="print the value of this setting alone, such as cache.folder; may be given several times",
+    )
     show.set_defaults(func=_show)
     schema = actions.add_parser("schema", help="print the JSON schema of recipes, for editors")
     schema.set_defaults(func=_schema)
@@ -38,8 +44,25 @@ def add_rows(subparsers: Any) -> None:
 
 
 def _show(known: argparse.Namespace) -> int:
-    print(to_yaml(load_recipe(known.recipe, known.overrides)), end="")
+    recipe = load_recipe(known.recipe, known.overrides)
+    if known.key is None:
+        print(to_yaml(recipe), end="")
+        return DONE
+    for value in [_value(recipe, key) for key in known.key]:
+        print(value)
     return DONE
+
+
+def _value(recipe: Recipe, key: str) -> str:
+    """One setting, a text or number as it is and all else as JSON."""
+    value: Any = recipe.model_dump(mode="json")
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise BadInput(
+                f"--key is {key}, which is no setting of this recipe; `bigmix recipe show` lists all"
+            )
+        value = value[part]
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _schema(known: argparse.Namespace) -> int:

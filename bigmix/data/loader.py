@@ -2,9 +2,9 @@
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate, islice, pairwise
 
@@ -18,10 +18,12 @@ from bigmix.data.quarantine import EMPTY, Quarantine
 from bigmix.data.retry import Stopped
 from bigmix.data.stream import Stream
 from bigmix.errors import BigmixError
-from bigmix.records import Ints, RowId, RowPlaces, StepBatch
+from bigmix.records import Chapter, Ints, RowId, RowPlaces, Standing, StepBatch
+from bigmix.waiting import is_done
 
 # Rows of a rank that are gathered together: a step at a time costs twice as much.
 ASSEMBLED_ROWS = 1024
+FIRST_CHAPTER = Chapter()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,12 +81,22 @@ class Plan:
     """
 
     def __init__(
-        self, *, mixture: Mixture, stages: Sequence[Stage], seed: int, quarantine: Quarantine = EMPTY
-    ) -> None:  # fmt: skip
-        """Raises BigmixError where the quarantine leaves a source no row."""
+        self,
+        *,
+        mixture: Mixture,
+        stages: Sequence[Stage],
+        seed: int,
+        quarantine: Quarantine = EMPTY,
+        chapter: Chapter = FIRST_CHAPTER,
+    ) -> None:
+        """`mixture` counts from the first row of `chapter`, where the first of the stages begins.
+
+        Raises BigmixError where the quarantine leaves a source no row.
+        """
         self.mixture = mixture
         self.rows_per_step = mixture.rows_per_step
         self.quarantine = quarantine
+        self.chapter = chapter
         self._seed = seed
         self.stages = stages
         self._first_steps = [stage.first_step for stage in stages]
@@ -94,7 +106,8 @@ class Plan:
             if name in mixture.names
         }
         # Rows are read together between these: those before a shard is replaced would still be read from it.
-        self._borders = sorted({*self._first_steps, *quarantine.steps})
+        begin, *later = self._first_steps
+        self._borders = sorted({begin, *later, *(q for q in quarantine.steps if q > begin)})
         self._starts = list(accumulate(stages[1:], self._next_starts, initial=self._zero()))
         self._assembled = lru_cache(maxsize=2)(self._assemble)
 
@@ -104,7 +117,11 @@ class Plan:
         No other thread may read from the plan. Raises BigmixError where a source has no row left.
         """
         return Plan(
-            mixture=self.mixture, stages=self.stages, seed=self._seed, quarantine=quarantine
+            mixture=self.mixture,
+            stages=self.stages,
+            seed=self._seed,
+            quarantine=quarantine,
+            chapter=self.chapter,
         )
 
     def release(self) -> None:
@@ -122,6 +139,21 @@ class Plan:
     def streams_at(self, step: int) -> Mapping[str, Stream]:
         """The sources, with the rows of a step, counted from 1."""
         return self.stages[bisect_right(self._first_steps, step) - 1].streams
+
+    def counts(self, step: int) -> dict[str, int]:
+        """How many rows of each source the chapter has drawn after a step."""
+        return self.mixture.counts((step - self.chapter.after) * self.rows_per_step)
+
+    def standing(self, step: int) -> dict[str, Standing]:
+        """Where each source stands after a step."""
+        at = max(0, bisect_right(self._first_steps, step) - 1)
+        starts, streams, drawn = self._starts[at], self.stages[at].streams, self.counts(step)
+        return {
+            name: Standing(
+                row=drawn[name] - start.drawn + start.index, of=streams[name].rows_per_epoch
+            )
+            for name, start in starts.items()
+        }
 
     def row_ids(self, step: int) -> list[RowId]:
         """The rows of a step, counted from 1, over all ranks and in the order in which ranks take their blocks."""
@@ -181,19 +213,11 @@ class Plan:
 
     def epochs(self, step: int) -> dict[str, float]:
         """How many times each source has been gone through after a step."""
-        at = bisect_right(self._first_steps, step) - 1
-        starts, streams = self._starts[at], self.stages[at].streams
-        drawn = self.mixture.counts(step * self.rows_per_step)
-        return {
-            name: (drawn[name] - start.drawn + start.index) / streams[name].rows_per_epoch
-            for name, start in starts.items()
-        }
+        return {name: found.row / found.of for name, found in self.standing(step).items()}
 
     def drawn(self, name: str, rows: int) -> Iterator[Stretch]:
         """What the first `rows` rows of a source in the run are, in stretches between which a stage or a replacement begins."""
-        drawn = [
-            self.mixture.counts((step - 1) * self.rows_per_step)[name] for step in self._borders
-        ]
+        drawn = [self.counts(step - 1)[name] for step in self._borders]
         for step, begin, end in zip(self._borders, drawn, [*drawn[1:], rows], strict=True):
             at = bisect_right(self._first_steps, step) - 1
             start = self._starts[at][name]
@@ -224,17 +248,18 @@ class Plan:
         return max((s.streams[name].lost for s in self.stages), key=lambda lost: lost.tokens)
 
     def _zero(self) -> dict[str, _Start]:
-        return {name: _Start(drawn=0, index=0) for name in self.mixture.names}
+        rows = self.chapter.rows
+        return {name: _Start(drawn=0, index=rows.get(name, 0)) for name in self.mixture.names}
 
     def _next_starts(self, starts: Mapping[str, _Start], stage: Stage) -> dict[str, _Start]:
         """Where the sources stand when a stage begins; `starts` is the same of the stage before."""
-        drawn = self.mixture.counts((stage.first_step - 1) * self.rows_per_step)
+        drawn = self.counts(stage.first_step - 1)
         before = self.streams_at(stage.first_step - 1)
         found = {}
         for name, start in starts.items():
             old, new = before[name].rows_per_epoch, stage.streams[name].rows_per_epoch
-            epochs, rest = divmod(drawn[name] - start.drawn + start.index, old)
-            found[name] = _Start(drawn=drawn[name], index=epochs * new - (-rest * new // old))
+            index = same_fraction(drawn[name] - start.drawn + start.index, old, new)
+            found[name] = _Start(drawn=drawn[name], index=index)
         return found
 
     def _bad_at(self, name: str, step: int) -> frozenset[int]:
@@ -274,11 +299,17 @@ class Plan:
         The mixture's order is kept, so that a rank's block holds every source in its share, and begins at a place
         that changes from step to step, so that no rank is given one kind of row for ever.
         """
-        begin, count = (step - 1) * self.rows_per_step, self.rows_per_step
+        begin, count = (step - 1 - self.chapter.after) * self.rows_per_step, self.rows_per_step
         shift = key_of(self._seed, "step", step) % count
         low, high = start + shift, stop + shift
         ranges = [(low, min(high, count)), (max(low - count, 0), high - count)]
         return [self.mixture.rows(begin + a, begin + b) for a, b in ranges if a < b]
+
+
+def same_fraction(row: int, old: int, new: int) -> int:
+    """The row at the same fraction of its epoch when an epoch has `new` rows and no longer `old`, rounded up."""
+    epochs, rest = divmod(row, old)
+    return epochs * new - (-rest * new // old)
 
 
 def _shards_of(stages: Sequence[Stage], name: str, files: Mapping[str, int]) -> dict[int, int]:
@@ -294,6 +325,13 @@ def _shards_of(stages: Sequence[Stage], name: str, files: Mapping[str, int]) -> 
     return {shard: files[names[shard]] for shard in shards}
 
 
+def stages_from(stages: Sequence[Stage], after: int) -> Sequence[Stage]:
+    """The stages of the steps that come after `after` others; the first of them begins there."""
+    current = [stage for stage in stages if stage.first_step <= after + 1][-1]
+    later = [stage for stage in stages if stage.first_step > after + 1]
+    return [replace(current, first_step=after + 1), *later]
+
+
 def one_stage(streams: Mapping[str, Stream]) -> Sequence[Stage]:
     """Rows of one length for the whole run."""
     return (Stage(first_step=1, streams=streams),)
@@ -305,8 +343,7 @@ def step_batch(plan: Plan, portion: Portion, step: int) -> StepBatch:
     count, size = portion.rows.stop - portion.rows.start, portion.micro_batch_rows
     own = slice(first, first + count)
     names, sources_R = plan.mixture.names, rows.sources_R[own]
-    drawn = plan.mixture.counts(step * plan.rows_per_step)
-    before = plan.mixture.counts((step - 1) * plan.rows_per_step)
+    drawn, before = plan.counts(step), plan.counts(step - 1)
 
     def by_source(values_R: Ints) -> dict[str, int]:
         sums = np.bincount(sources_R, values_R, minlength=len(names))
@@ -337,9 +374,16 @@ class Loader:
         self._has_failed = False
 
     def __iter__(self) -> Iterator[StepBatch]:
+        return (batch for batch in self.unless(lambda: False) if batch is not None)
+
+    def unless(self, gives_up: Callable[[], bool]) -> Iterator[StepBatch | None]:
+        """The batches; None in place of one that is not ready when `gives_up` says so, which is then the next again."""
         steps = iter(self._steps)
         ready = deque(self._thread.submit(self._make, k) for k in islice(steps, self._ahead))
         while ready:
+            if not is_done(ready[0], gives_up):
+                yield None
+                continue
             batch = ready.popleft().result()
             ready.extend(self._thread.submit(self._make, k) for k in islice(steps, 1))
             yield batch

@@ -50,6 +50,14 @@ class Source:
         Sequence[slice] | None
     )  # where the documents of each chosen shard are among all; None: all are chosen
 
+    @property
+    def content(self) -> str:
+        """A checksum that is the same for the same shards in the same order, wherever they lie."""
+        digest = hashlib.sha256()
+        for shard in self.manifest.shards:
+            digest.update(bytes.fromhex(shard.sha256))
+        return digest.hexdigest()[:32]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:

@@ -76,7 +76,7 @@ class _Walk:
 def count(recipe: Recipe, inputs: Inputs) -> Counts:
     """Walk through the rows of the run, or through the first rows of each source where the run is long."""
     streams, num_rows = inputs.plan.streams, inputs.steps * recipe.rows_per_step
-    rows = inputs.plan.mixture.counts(num_rows)
+    rows = inputs.plan.counts(inputs.steps)
     epochs = inputs.plan.epochs(inputs.steps)
     is_exact = num_rows <= EXACT_ROWS
     tallies = {name: tally_of(inputs.plan, name, n) for name, n in rows.items() if is_exact}
@@ -139,7 +139,7 @@ def _walk(recipe: Recipe, inputs: Inputs, tallies: Mapping[str, Tally]) -> _Walk
     gradient, wanted, steps = (dict.fromkeys(tallies, 0.0) for _ in range(3))
     seen = dict.fromkeys(tallies, 0)
     for step in range(1, inputs.steps + 1):
-        drawn = inputs.plan.mixture.counts(step * recipe.rows_per_step)
+        drawn = inputs.plan.counts(step)
         rows = {name: drawn[name] - n for name, n in seen.items()}
         loss_tokens = {n: at[seen[n] + rows[n]] - at[seen[n]] for n, at in before.items()}
         shares = inputs.shares_of_step(step)

@@ -221,6 +221,12 @@ class Train(Settings):
     """Optimizer steps, in place of what the budget gives."""
     max_minutes: PositiveFloat | None = None
     """Minutes after which the run saves a checkpoint and ends with 75, as after a signal; the same command goes on. Default: no limit."""
+    stop_before_end_minutes: NonNegativeFloat = 5.0
+    """Minutes before the end of its Slurm job, where SLURM_JOB_END_TIME tells it, at which the run saves and ends with 75."""
+    hang_minutes: PositiveFloat = 10.0
+    """Minutes without progress on any rank, of whatever kind, after which all end with their stacks in `output`/log; raise it where one file takes longer to come."""
+    dead_after_s: PositiveFloat = 60.0
+    """Seconds without a sign of life after which a rank counts as dead; one that dies on a machine with others is noticed at once."""
     evaluate_every: CountOrZero = 0
     """Steps between held-out evaluations; 0: only before the first and after the last step."""
     evaluate_rows: Count | None = None
