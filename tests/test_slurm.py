@@ -197,7 +197,7 @@ def test_bad_input_is_not_tried_again(slurm, data):
 
 
 def test_a_run_that_fails_twice_at_the_same_point_is_given_up(slurm, data):
-    job = train(slurm, data, "recipe.yaml", "output=given-up")
+    job = train(slurm, data, "recipe.yaml", f"output={data}/given-up")
     for restarts in (1, 2):
         job.wait(lambda: pid_of_rank(job, 1) is not None, "the start of rank 1")
         kill_a_rank(job)
@@ -211,7 +211,7 @@ def test_a_run_that_fails_twice_at_the_same_point_is_given_up(slurm, data):
 
 
 def test_a_job_is_restarted_so_often_and_not_more(slurm, data):
-    words = ["recipe.yaml", "output=restarted", "train.max_minutes=0.0001"]
+    words = ["recipe.yaml", f"output={data}/restarted", "train.max_minutes=0.0001"]
     job = train(slurm, data, *words, MAX_RESTARTS="0")
     assert job.end() == ("FAILED", "75"), job.log
     assert "it was restarted 0 times and MAX_RESTARTS is 0" in job.log
