@@ -2,10 +2,9 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -17,8 +16,8 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from bigmix.dist import Cluster, export_world
 from bigmix.ds_config import zero_stage
-from bigmix.errors import BigmixError
 from bigmix.world import World, free_port
+from bigmix.zero_state import FlatState, ZeroState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +95,12 @@ class Engine:
             model=model, optimizer=optimizer, config=dict(config)
         )
         self._skipped = 0
+        self._zero_state = ZeroState(
+            self._engine.optimizer,
+            {id(parameter): name for name, parameter in model.named_parameters()},
+            stage=zero_stage(config),
+            rank=self._engine.global_rank,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -144,18 +149,13 @@ class Engine:
         finally:
             self._engine.train()
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's part of weights and optimizer below folder/tag; a collective."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    def states(self) -> Iterator[FlatState]:
+        """What this rank holds of weights and moments; each is valid until the next one is asked for."""
+        return self._zero_state.flats()
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Put back what `save` wrote, on the same number of ranks; a collective."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise BigmixError(
-                f"checkpoint {folder / tag} could not be loaded by DeepSpeed; delete it to go on from an older one"
-            )
-        self._skipped = int(self._engine.skipped_steps)
+    def put_back(self, fill: Callable[[FlatState], int]) -> None:
+        """Let `fill` write what this rank holds, and return the steps that Adam has taken; a collective."""
+        self._zero_state.put_back(fill)
 
     def full_state(self) -> dict[str, Tensor]:
         """All weights in the model's dtype, whole on the first rank, empty on the others; a collective."""

@@ -1,7 +1,8 @@
 """An engine and held-out streams go in, the loss of each held-out source comes out, exact over any number of ranks."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +16,8 @@ from bigmix.engine import Engine
 from bigmix.loss.terms import GroupSums
 from bigmix.on_device import tensors
 from bigmix.records import MicroBatch, RowId, RowPlaces
+from bigmix.waiting import is_done
+from bigmix.world import World
 
 _RESAMPLES = 1000
 
@@ -47,46 +50,84 @@ def evaluate(
     *,
     micro_batch_rows: int,
     max_rows: int | None,
-) -> dict[str, HeldOut]:
+    stop_asked: Callable[[], bool],
+    doing: Callable[[str], None],
+) -> dict[str, HeldOut] | None:
     """The held-out loss of each stream, over all of its rows or `max_rows` spread evenly over them; a collective.
 
-    Every rank makes the same number of forwards, with rows of no loss token where it has run out of its own: under
+    None where a rank is asked to stop: looked up before each forward. `doing` is told what begins. Every rank makes the same number of forwards, with rows of no loss token where it has run out of its own: under
     ZeRO-3 a rank that stayed away would leave the others waiting.
     """
     results = {}
     for name, stream in streams.items():
-        losses = _losses_of_rank(engine, cluster, stream, micro_batch_rows, max_rows)
+        losses = _losses_of_rank(
+            engine,
+            cluster,
+            stream,
+            _slices(stream, cluster.world, micro_batch_rows, max_rows),
+            stop_asked=stop_asked,
+            doing=doing,
+        )
+        if losses is None:
+            return None
         everything = [loss for part in cluster.gather(losses) for loss in part]
         results[name] = summarise(stream, everything)
     return results
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Slice:
+    """Rows of one forward; idle ones count for nothing."""
+
+    row_ids: Sequence[RowId]
+    is_idle: bool
+
+
+def _slices(
+    stream: Stream, world: World, micro_batch_rows: int, max_rows: int | None
+) -> Sequence[_Slice]:
+    """What a rank shows the model, in as many forwards as each of the others."""
+    row_ids = _spread(stream.in_shard_order(), max_rows)
+    own = row_ids[world.rank :: world.size]
+    longest = -(-len(row_ids) // world.size)
+    parts = [own[at : at + micro_batch_rows] for at in range(0, longest, micro_batch_rows)]
+    return [_Slice(row_ids=part or row_ids[:1], is_idle=not part) for part in parts]
 
 
 def _losses_of_rank(
     engine: Engine,
     cluster: Cluster,
     stream: Stream,
-    micro_batch_rows: int,
-    max_rows: int | None,
-) -> list[DocumentLoss]:
-    row_ids = _spread(stream.in_shard_order(), max_rows)
-    own = row_ids[cluster.world.rank :: cluster.world.size]
-    longest = -(-len(row_ids) // cluster.world.size)
-    num_batches = -(-longest // micro_batch_rows)
+    slices: Sequence[_Slice],
+    *,
+    stop_asked: Callable[[], bool],
+    doing: Callable[[str], None],
+) -> list[DocumentLoss] | None:
+    """The losses of the documents of this rank's slices; None on all ranks where one of them is asked to stop."""
     losses: list[DocumentLoss] = []
-    with engine.evaluating():
-        for index in range(num_batches):
-            part = own[index * micro_batch_rows : (index + 1) * micro_batch_rows]
-            batch, documents = _by_document(stream, part or row_ids[:1], is_idle=not part)
-            _, sums_GM = engine.forward(tensors(batch, [0.0] * len(documents), engine.device))
-            counts = batch.loss_tokens_P
-            losses += [
-                DocumentLoss(document=document, nll_sum=nll, loss_tokens=int(count))
-                for document, nll, count in zip(
-                    documents, GroupSums.of(sums_GM).nll_G.tolist(), counts, strict=True
-                )
-                if count
-            ]
+    # A thread reads, since a rank that waits for a shard must still hear that it is to stop.
+    reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evaluation")
+    try:
+        with engine.evaluating():
+            for number, rows in enumerate(slices, 1):
+                doing(f"evaluation of {stream.name}, micro-batch {number} of {len(slices)}")
+                read = reader.submit(_by_document, stream, rows.row_ids, is_idle=rows.is_idle)
+                if any(cluster.sum_counts([not is_done(read, stop_asked) or stop_asked()])):
+                    return None
+                losses += _losses_of(engine, *read.result())
+    finally:
+        reader.shutdown(wait=False)
     return losses
+
+
+def _losses_of(
+    engine: Engine, batch: MicroBatch, documents: Sequence[tuple[int, int]]
+) -> Iterator[DocumentLoss]:
+    _, sums_GM = engine.forward(tensors(batch, [0.0] * len(documents), engine.device))
+    nll_G = GroupSums.of(sums_GM).nll_G.tolist()
+    for document, nll, count in zip(documents, nll_G, batch.loss_tokens_P, strict=True):
+        if count:
+            yield DocumentLoss(document=document, nll_sum=nll, loss_tokens=int(count))
 
 
 def _spread(row_ids: Sequence[RowId], most: int | None) -> Sequence[RowId]:

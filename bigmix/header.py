@@ -108,8 +108,7 @@ def _budget(recipe: Recipe) -> str:
 
 
 def _sources(recipe: Recipe, inputs: Inputs) -> Table:
-    rows_in_all = inputs.steps * recipe.rows_per_step
-    counts = inputs.plan.mixture.counts(rows_in_all)
+    counts = inputs.plan.counts(inputs.steps)
     return Table(
         title="sources",
         columns=(

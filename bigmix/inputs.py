@@ -3,15 +3,17 @@
 No torch here: a fault is told within a second.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from bigmix.checkpoint.listing import Position
 from bigmix.data.fetch_ahead import Ahead
-from bigmix.data.loader import Loader, Plan, Portion, Stage
+from bigmix.data.loader import Loader, Plan, Portion, Stage, same_fraction, stages_from
 from bigmix.data.location import MANIFEST
 from bigmix.data.manifest import Manifest, faults_of_shards
+from bigmix.data.quarantine import BadShard, Quarantine
 from bigmix.data.retry import Retry
 from bigmix.data.shares import Shares
 from bigmix.data.source import (
@@ -28,14 +30,25 @@ from bigmix.errors import BadInput, BigmixError
 from bigmix.mixing import mix
 from bigmix.objective import StepShares
 from bigmix.recipe import Recipe
+from bigmix.records import Chapter
 
 RANGES_FROM = 64  # machines: each then needs fewer than two of three blocks of a shard
+# Only texts with `whole_below` open their shards to count rows, and without their number the order of rows is unknown.
+_HOW_TO_COUNT = (
+    "with whole_below its rows cannot be counted without it, nor replaced; or name the other shards in the path with a "
+    "brace pattern, or set whole_below=0"
+)
 CHECKSUM_BYTES = 1 << 30  # shards beyond this are checked when their first row is read
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """What a recipe names, opened: the plan of the rows, the held-out streams, how many steps, DeepSpeed's keys."""
+    """What a recipe names, opened: the plan of the rows, the held-out streams, how many steps, DeepSpeed's keys.
+
+    `content` is a checksum of the shards of each source.
+    """
 
     plan: Plan
     held_out: Mapping[str, Stream]
@@ -44,7 +57,9 @@ class Inputs:
     notes: Sequence[str]
     ds_keys: Mapping[str, Any]
     sources: Mapping[str, Source]
+    content: Mapping[str, str]
     depot: Depot
+    replaces_bad_shards: bool
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -59,16 +74,74 @@ class Inputs:
 
     def shares_of_step(self, step: int) -> StepShares:
         """The shares of a step, counted from 1; a schedule's points count the steps that are done."""
+        before = step - 1 - self.plan.chapter.after
         return StepShares(
-            rows=self.plan.mixture.shares.at(step - 1), loss=self.loss_shares.at(step - 1)
+            rows=self.plan.mixture.shares.at(before), loss=self.loss_shares.at(before)
         )
 
+    def going_on(self, recipe: Recipe, position: Position, *, changed: bool) -> "Inputs":
+        """The same after a checkpoint; `changed`: a new chapter begins there, in which the recipe is not what it was.
+
+        A source whose rows have another length, or are packed otherwise, goes on at the same fraction of its epoch; a
+        new one begins. Raises BadInput where the recipe leaves nothing to train from there.
+        """
+        chapter, step = position.chapter, position.step
+        if changed:
+            stages = stages_from(self.plan.stages, step)
+            rows = {
+                name: same_fraction(old.row, old.of, stages[0].streams[name].rows_per_epoch)
+                for name, old in position.standing.items()
+                if name in self.sources
+            }
+            chapter = Chapter(after=step, rows=rows, tokens=position.trained_tokens)
+        mixing = mix(recipe, stages_from(self.plan.stages, chapter.after), chapter)
+        quarantine = position.quarantine
+        return replace(
+            self,
+            plan=mixing.plan.with_quarantine(quarantine),
+            steps=mixing.steps,
+            loss_shares=mixing.loss_shares,
+            notes=[*self.notes, *(note for note in mixing.notes if note not in self.notes)],
+        )
+
+    def with_quarantine(self, quarantine: Quarantine) -> "Inputs":
+        """The same with rows of these shards replaced, and of no others; a loader of the old ones must be closed.
+
+        Raises BigmixError where a source has no row left.
+        """
+        return replace(self, plan=self.plan.with_quarantine(quarantine))
+
+    def around_bad_shards(
+        self, step: int, work: Callable[["Inputs"], T]
+    ) -> tuple[T, Sequence[BadShard]]:
+        """What `work` gives, with rows of shards that it finds bad replaced from a step on; and which these are.
+
+        Raises BadShard where the recipe has such a run fail.
+        """
+        inputs, found = self, list[BadShard]()
+        while True:
+            try:
+                return work(inputs), found
+            except BadShard as bad:
+                quarantine, new = inputs.plan.quarantine.extended([bad], step)
+                if not (self.replaces_bad_shards and new):
+                    raise
+                inputs = inputs.with_quarantine(quarantine)
+                found.append(bad)
+
     def loader(self, portion: Portion, *, first: int, ahead: int) -> Loader:
-        """The batches of one rank from step `first` to the last; remote shards are fetched ahead of need."""
+        """The batches of one rank from step `first` to the last; remote shards are fetched ahead of need.
+
+        The depot and the loader of before, if there was one, must be closed, in this order.
+        """
+        # The order in which shards will be needed supposes that none is open.
+        self.plan.release()
+        self.depot.reopen()
         fetched = {n: source for n, source in self.sources.items() if self.depot.is_fetched(source)}
         if fetched:
             stages = self.plan.gathered(portion, first=first, last=self.steps)
-            self.depot.fetch_ahead(needed_in_order(stages, fetched))
+            num_shards = {name: self.plan.num_shards(name) for name in fetched}
+            self.depot.fetch_ahead(needed_in_order(stages, fetched, num_shards))
         return Loader(self.plan, portion, first=first, last=self.steps, ahead=ahead)
 
 
@@ -78,21 +151,15 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
     Raises BadInput with every fault that is found.
     """
     faults: list[str] = [*_row_faults(recipe, ranks)]
+    notes: list[str] = []
     ds_keys = _collect(faults, _ds_keys, recipe, ranks)
     depot = Depot(_reading(recipe, machines))
-    sources = _sources(recipe, faults, verify=verify)
+    sources = _sources(recipe, faults, notes, verify=verify)
     faults += _tokenizer_faults({path: source.manifest for path, source in sources.items()})
     if faults:
         raise BadInput(*faults)
-    stages = [
-        Stage(first_step=after + 1, streams=_streams(recipe, depot, sources, length))
-        for after, length in recipe.lengths
-    ]
-    longest = max(length for _, length in recipe.lengths)
-    held_out = {
-        name: depot.stream(name, sources[path], _packer(recipe, name, longest), seed=recipe.seed)
-        for name, path in recipe.held_out_paths.items()
-    }
+    stages = _stages(recipe, depot, sources)
+    held_out = _held_out(recipe, depot, sources)
     everything = [*(s for stage in stages for s in stage.streams.values()), *held_out.values()]
     faults += dict.fromkeys(fault for stream in everything for fault in _empty(stream))
     if faults:
@@ -105,23 +172,40 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
         held_out=held_out,
         steps=mixing.steps,
         loss_shares=mixing.loss_shares,
-        notes=[*mixing.notes, *_cache_notes(recipe, depot, sources.values())],
+        notes=[*notes, *mixing.notes, *_cache_notes(recipe, depot, sources.values())],
         ds_keys=ds_keys,
         sources=own,
+        content={name: source.content for name, source in own.items()},
         depot=depot,
+        replaces_bad_shards=recipe.bad_shards == "replace",
     )
 
 
-def _sources(recipe: Recipe, faults: list[str], *, verify: bool) -> dict[str, Source]:
-    """Every source and held-out set that can be read, by its path; what is wrong with the others joins the faults."""
+def _sources(
+    recipe: Recipe, faults: list[str], notes: list[str], *, verify: bool
+) -> dict[str, Source]:
+    """Every source and held-out set that can be read, by its path; what is wrong with the others joins the faults.
+
+    Damaged shards of a source join the notes where they will be replaced; a held-out set must be whole.
+    """
     places = {f"sources.{n}.path": s.path for n, s in recipe.sources.items()}
+    replaced = set(places) if recipe.bad_shards == "replace" else set[str]()
     places |= {f"held_out of {n}": p for n, p in recipe.held_out_paths.items()}
-    retry = _retry(recipe)
-    return {
-        path: source
-        for key, path in places.items()
-        if (source := _collect(faults, _source, key, path, retry, verify)) is not None
-    }
+    found = {}
+    for key, path in places.items():
+        source = _collect(faults, _source, key, path, _retry(recipe))
+        if source is None:
+            continue
+        found[path] = source
+        damaged = _damaged_shards(source, verify)
+        if key in replaced and 0 < len(damaged) < len(source.manifest.shards):
+            notes.append(
+                f"{key}: {len(damaged)} of {len(source.manifest.shards)} shards are damaged; where their rows come up, rows "
+                f"of the others are trained; the first is {damaged[0]}"
+            )
+        else:
+            faults += [f"{key}: {fault}" for fault in damaged]
+    return found
 
 
 def _retry(recipe: Recipe) -> Retry:
@@ -161,6 +245,29 @@ def _packer(recipe: Recipe, name: str, row_tokens: int) -> Packer:
         whole_below=source.whole_below if source is not None else 0,
         pad_to_multiple=recipe.pad_to_multiple,
     )
+
+
+def _stages(recipe: Recipe, depot: Depot, sources: Mapping[str, Source]) -> Sequence[Stage]:
+    try:
+        return [
+            Stage(first_step=after + 1, streams=_streams(recipe, depot, sources, length))
+            for after, length in recipe.lengths
+        ]
+    except BadShard as bad:
+        raise BadInput(f"sources.{bad.source}: {bad.reason}; {_HOW_TO_COUNT}") from bad
+
+
+def _held_out(recipe: Recipe, depot: Depot, sources: Mapping[str, Source]) -> Mapping[str, Stream]:
+    longest = max(length for _, length in recipe.lengths)
+    try:
+        return {
+            name: depot.stream(
+                name, sources[path], _packer(recipe, name, longest), seed=recipe.seed
+            )
+            for name, path in recipe.held_out_paths.items()
+        }
+    except BadShard as bad:
+        raise BadInput(f"held_out of {bad.source}: {bad.reason}") from bad
 
 
 def _streams(
@@ -220,22 +327,23 @@ def keys_dtype(recipe: Recipe, keys: Mapping[str, Any]) -> str:
     return "bf16" if keys.get("bf16", {}).get("enabled") is True else "fp32"
 
 
-def _source(key: str, path: str, retry: Retry, verify: bool) -> Source:
+def _source(key: str, path: str, retry: Retry) -> Source:
     try:
         source = read_source(path, retry)
     except BigmixError as error:
         raise BadInput(*(f"{key}: {fault}" for fault in str(error).splitlines())) from error
     if not source.manifest.documents:
         raise BadInput(f"{key}: {path} holds no document; prepare it from an input that has some")
-    if not source.location.is_local:
-        return source
-    folder = Path(source.location.url(MANIFEST)).parent
-    faults = faults_of_shards(
-        str(folder), source.manifest, checksum_bytes=CHECKSUM_BYTES if verify else 0
-    )
-    if faults:
-        raise BadInput(*(f"{key}: {fault}" for fault in faults))
     return source
+
+
+def _damaged_shards(source: Source, verify: bool) -> Sequence[str]:
+    """What is wrong with shards of a local source; those of others are looked at when they are fetched."""
+    if not source.location.is_local:
+        return ()
+    folder = Path(source.location.url(MANIFEST)).parent
+    checksum_bytes = CHECKSUM_BYTES if verify else 0
+    return faults_of_shards(str(folder), source.manifest, checksum_bytes=checksum_bytes)
 
 
 def _tokenizer_faults(manifests: Mapping[str, Manifest]) -> Iterator[str]:

@@ -97,6 +97,10 @@ class RunLog:
             self._writer.file_writer.add_summary(record, 0)
         self._writer.flush()
 
+    def flush(self) -> None:
+        """Put on the disk what the page has not got yet: what a checkpoint counts as logged is not logged again."""
+        self._writer.flush()
+
     def close(self) -> None:
         """Flush and close both; a second call does nothing."""
         self._file.close()
@@ -114,6 +118,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises BadInput where another line is not a JSON object with a step.
     """
     return [line for line, _ in _lines(path)]
+
+
+def has_evaluation(path: Path, step: int) -> bool:
+    """Whether a metrics.jsonl has the line of an evaluation after a step."""
+    return path.exists() and any(
+        line["step"] == step and line.get("eval") is True for line in read_lines(path)
+    )
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:

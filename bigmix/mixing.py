@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bigmix.data.loader import Plan, Stage
+from bigmix.data.loader import FIRST_CHAPTER, Plan, Stage
 from bigmix.data.mixture import Mixture
 from bigmix.data.shares import Member, Points, Share, Shares
 from bigmix.errors import BadInput
 from bigmix.recipe import Recipe
 from bigmix.recipe.models import Group, Source, Temperature
+from bigmix.records import Chapter
 
 SIZE_DIGITS = 6  # shares that follow from sizes are kept to one part in a million
 _SHARES_TRIED = 20
@@ -33,8 +34,8 @@ class Mixing:
     notes: Sequence[str] = ()
 
 
-def mix(recipe: Recipe, stages: Sequence[Stage]) -> Mixing:
-    """The plan of a run.
+def mix(recipe: Recipe, stages: Sequence[Stage], chapter: Chapter = FIRST_CHAPTER) -> Mixing:
+    """The plan of a run, or of the rest of it from a chapter on.
 
     Raises BadInput with every fault: shares that leave nothing, a budget that is never reached, a source that would
     be gone through more often than it may.
@@ -42,10 +43,14 @@ def mix(recipe: Recipe, stages: Sequence[Stage]) -> Mixing:
     tokens = _tokens(stages)
     shares = _shares(recipe, tokens, _share)
     loss_shares = _shares(recipe, tokens, lambda member: member.loss_share or member.share)
-    faults = [*_empty_steps("share", shares), *_empty_steps("loss_share", loss_shares)]
+    shares, loss_shares = shares.later(chapter.after), loss_shares.later(chapter.after)
+    faults = [
+        *_empty_steps("share", shares, chapter),
+        *_empty_steps("loss_share", loss_shares, chapter),
+    ]
     if faults:
         raise BadInput(*faults)
-    return _within_epochs(recipe, stages, shares, loss_shares)
+    return _within_epochs(recipe, stages, shares, loss_shares, chapter)
 
 
 def _tokens(stages: Sequence[Stage]) -> dict[str, int]:
@@ -92,11 +97,11 @@ def _by_size(recipe: Recipe, tokens: Mapping[str, int]) -> dict[str, float]:
     return found
 
 
-def _empty_steps(kind: str, shares: Shares) -> Iterator[str]:
+def _empty_steps(kind: str, shares: Shares, chapter: Chapter) -> Iterator[str]:
     empty = _first_empty(shares)
     if empty is not None:
         yield (
-            f"{kind} of every source is 0 at step {empty}; at each step one must be above 0, "
+            f"{kind} of every source is 0 at step {chapter.after + empty}; at each step one must be above 0, "
             "move a point or add a constant share"
         )
 
@@ -109,16 +114,28 @@ def _first_empty(shares: Shares) -> int | None:
 
 
 def _within_epochs(
-    recipe: Recipe, stages: Sequence[Stage], shares: Shares, loss_shares: Shares
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    shares: Shares,
+    loss_shares: Shares,
+    chapter: Chapter,
 ) -> Mixing:
-    """Go from limit to limit: the source that comes first to its own is refused, ends the run, or leaves it."""
+    """Go from limit to limit: the source that comes first to its own is refused, ends the run, or leaves it.
+
+    Shares count from the beginning of the chapter, steps from that of the run.
+    """
+    after = chapter.after
     while True:
-        plan = Plan(mixture=Mixture(shares, recipe.rows_per_step), stages=stages, seed=recipe.seed)
-        steps = count_steps(recipe, stages, shares)
+        plan = _plan(recipe, stages, shares, chapter)
+        steps = count_steps(recipe, stages, shares, chapter)
         ends = {
             n: end for n in recipe.sources if (end := _last_step(recipe, plan, n, steps)) < steps
         }
-        notes = [_said_left(recipe, name, end) for name, end in shares.ends.items() if end < steps]
+        notes = [
+            _said_left(recipe, name, after + end)
+            for name, end in shares.ends.items()
+            if after + end < steps
+        ]
         if not ends:
             return Mixing(plan=plan, steps=steps, loss_shares=loss_shares, notes=notes)
         # At one step, a stop comes before the others: none of them then goes beyond its limit.
@@ -127,7 +144,7 @@ def _within_epochs(
         if source.when_exhausted == "error":
             raise BadInput(*_refused(recipe, plan, ends, steps))
         if source.when_exhausted == "stop":
-            _check_not_empty(end, first)
+            _check_not_empty(end - after, first)
             notes.append(
                 f"the run ends after {end:,} steps and not {steps:,}: {first} has then come to its max_epochs = "
                 f"{source.max_epochs:g}"
@@ -136,13 +153,13 @@ def _within_epochs(
         if first in shares.ends:
             # The mixture owes it the rest of a row, and gives it when several have left: it leaves a row earlier.
             earlier = _last_step(recipe, plan, first, steps, spare_rows=1)
-            end = min(earlier, shares.ends[first] - 1)
-        _check_not_empty(end, first)
-        shares = replace(shares, ends={**shares.ends, first: end})
+            end = min(earlier, after + shares.ends[first] - 1)
+        _check_not_empty(end - after, first)
+        shares = replace(shares, ends={**shares.ends, first: end - after})
         loss_shares = replace(loss_shares, ends=shares.ends)
         faults = [
-            *_nothing_left("share", shares, steps),
-            *_nothing_left("loss_share", loss_shares, steps),
+            *_nothing_left("share", shares, steps, after),
+            *_nothing_left("loss_share", loss_shares, steps, after),
         ]
         if faults:
             raise BadInput(faults[0])
@@ -155,7 +172,7 @@ def _said_left(recipe: Recipe, name: str, end: int) -> str:
     )
 
 
-def _nothing_left(kind: str, shares: Shares, steps: int) -> Iterator[str]:
+def _nothing_left(kind: str, shares: Shares, steps: int, after: int) -> Iterator[str]:
     """Shares are 0 from a step on because sources have left; a block of rows beyond the run's end counts too."""
     empty = _first_empty(shares)
     if empty is None:
@@ -163,12 +180,12 @@ def _nothing_left(kind: str, shares: Shares, steps: int) -> Iterator[str]:
     gone = ", ".join(shares.ends)
     if len(shares.ends) == len(shares.names):
         yield (
-            f"every source ({gone}) has come to its max_epochs after {empty:,} of {steps:,} steps; raise a max_epochs, "
+            f"every source ({gone}) has come to its max_epochs after {after + empty:,} of {steps:,} steps; raise a max_epochs, "
             "lower the budget, or set when_exhausted: stop"
         )
     else:
         yield (
-            f"{kind} of every source is 0 at step {empty:,}, since {gone} has come to its max_epochs; raise it, set "
+            f"{kind} of every source is 0 at step {after + empty:,}, since {gone} has come to its max_epochs; raise it, set "
             "when_exhausted: stop, or move a point of the others"
         )
 
@@ -185,7 +202,7 @@ def _last_step(recipe: Recipe, plan: Plan, name: str, steps: int, *, spare_rows:
     limit = recipe.sources[name].max_epochs
     if limit is None or _epochs(plan, name, steps, spare_rows) <= limit:
         return steps
-    within, beyond = 0, steps
+    within, beyond = plan.chapter.after, steps
     while beyond - within > 1:
         middle = (within + beyond) // 2
         if _epochs(plan, name, middle, spare_rows) <= limit:
@@ -247,14 +264,25 @@ def _fits(recipe: Recipe, plan: Plan, name: str, share: float) -> bool:
     changed = recipe.model_copy(update={"sources": sources})
     limit, stages = sources[name].max_epochs, plan.stages
     assert limit is not None
-    shares = replace(_shares(changed, _tokens(stages), _share), ends=plan.mixture.shares.ends)
-    steps = count_steps(changed, stages, shares)
+    chapter, ends = plan.chapter, plan.mixture.shares.ends
+    shares = _shares(changed, _tokens(stages), _share).later(chapter.after)
+    shares = replace(shares, ends=ends)
+    steps = count_steps(changed, stages, shares, chapter)
+    return _plan(changed, stages, shares, chapter).epochs(steps)[name] <= limit
+
+
+def _plan(recipe: Recipe, stages: Sequence[Stage], shares: Shares, chapter: Chapter) -> Plan:
     mixture = Mixture(shares, recipe.rows_per_step)
-    return Plan(mixture=mixture, stages=stages, seed=recipe.seed).epochs(steps)[name] <= limit
+    return Plan(mixture=mixture, stages=stages, seed=recipe.seed, chapter=chapter)
 
 
-def count_steps(recipe: Recipe, stages: Sequence[Stage], shares: Shares) -> int:
-    """Optimizer steps that the budget allows, from the mean number of tokens in a row of each source."""
+def count_steps(
+    recipe: Recipe, stages: Sequence[Stage], shares: Shares, chapter: Chapter = FIRST_CHAPTER
+) -> int:
+    """Optimizer steps of the run that the budget allows, from the mean number of tokens in a row of each source.
+
+    What was trained before the chapter is counted, for the sources that the recipe names.
+    """
     budget = recipe.budget
     fixed = recipe.train.steps or budget.steps
     if fixed is not None:
@@ -262,19 +290,23 @@ def count_steps(recipe: Recipe, stages: Sequence[Stage], shares: Shares) -> int:
     goal = budget.task_tokens or budget.total_tokens
     assert goal is not None
     names = recipe.task_names if budget.task_tokens else tuple(recipe.sources)
-    last = max(shares.last_change, stages[-1].first_step - 1)
-    gains = _gains(recipe.rows_per_step, stages, shares, names, np.arange(last + 1))
+    after = chapter.after
+    goal -= sum(chapter.tokens.get(name, 0) for name in names)
+    if goal <= 0:
+        return after
+    last = max(shares.last_change, stages[-1].first_step - 1 - after)
+    gains = _gains(recipe.rows_per_step, stages, shares, names, np.arange(last + 1), after)
     reached = np.cumsum(gains[:-1])
     at = int(np.searchsorted(reached, goal))
     if at < len(reached):
-        return at + 1
+        return after + at + 1
     left = goal - (float(reached[-1]) if len(reached) else 0.0)
     if gains[-1] == 0:
         raise BadInput(
             f"budget.task_tokens is {goal:,} and {float(reached[-1]):,.0f} can be reached: the shares of {', '.join(names)} end "
-            f"at 0 after step {last:,}; raise their last point or max_epochs, or use budget.steps"
+            f"at 0 after step {after + last:,}; raise their last point or max_epochs, or use budget.steps"
         )
-    return last + ceil(left / float(gains[-1]))
+    return after + last + ceil(left / float(gains[-1]))
 
 
 def _gains(
@@ -283,10 +315,12 @@ def _gains(
     shares: Shares,
     names: Sequence[str],
     steps: npt.NDArray[np.int64],
+    after: int,
 ) -> _Floats:
-    """Tokens of the named sources that each step is expected to bring."""
+    """Tokens of the named sources that each step is expected to bring, which come after `after` others of the run."""
     table = shares.table(steps)
-    stage_of = np.searchsorted([stage.first_step for stage in stages], steps + 1, side="right") - 1
+    firsts = [stage.first_step for stage in stages]
+    stage_of = np.searchsorted(firsts, after + steps + 1, side="right") - 1
     gains = np.zeros(len(steps))
     for name in names:
         streams = [stage.streams[name] for stage in stages]

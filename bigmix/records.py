@@ -2,7 +2,7 @@
 K runs of loss tokens."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,27 @@ class RowId:
     epoch: int
     shard: int
     row: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """Where a source stands: the next row is number `row`, counted over all epochs, each of which has `of` rows."""
+
+    row: int
+    of: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chapter:
+    """From where on a recipe holds: after `after` steps of the run, the first chapter after 0.
+
+    By then each source has come to the row `rows` of its stream, counted over all its epochs, and `tokens` have been
+    trained; a source that is named in neither is new.
+    """
+
+    after: int = 0
+    rows: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,13 +146,14 @@ class MicroBatch:
 class StepBatch:
     """What one rank trains in one step.
 
-    `rows` counts over all ranks; `tokens`, `loss_tokens` and `squares`, the sum over parts of their squared lengths,
-    are this rank's own.
+    `rows` counts over all ranks, and so does `substituted`: those of them that stand for rows of bad shards. `tokens`,
+    `loss_tokens` and `squares`, the sum over parts of their squared lengths, are this rank's own.
     """
 
     step: int
     micro_batches: tuple[MicroBatch, ...]
     rows: Mapping[str, int]
+    substituted: Mapping[str, int]
     tokens: Mapping[str, int]
     loss_tokens: Mapping[str, int]
     squares: int

@@ -73,6 +73,11 @@ class Report:
         self._waiting = []
         return lines
 
+    def passed_over(self, step: int) -> Line:
+        """The line of a step that is not trained; every step before it must have been read."""
+        assert not self._waiting, "read the report before a step is passed over"
+        return {"step": step, "passed_over": True, "skipped": self._skipped} | self._sums(step)
+
     def evaluation(self, step: int, results: Mapping[str, HeldOut]) -> Line:
         """The line of an evaluation; the first of a run is what forgetting is measured from."""
         line: Line = {"step": step, "eval": True}
@@ -87,14 +92,15 @@ class Report:
         return line
 
     def state(self) -> dict[str, Any]:
-        """What has been added up, as plain values; every step must have been read."""
+        """What has been added up until now, as plain values; every step must have been read."""
         assert not self._waiting, "read the report before its state"
-        return {"totals": self._totals, "base": self._base, "skipped": self._skipped}
+        totals = {unit: dict(values) for unit, values in self._totals.items()}
+        return {"totals": totals, "base": dict(self._base), "skipped": self._skipped}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Go on from what `state` gave; a source that has joined since then begins at 0, one that is gone is left out."""
         self._totals = {
-            unit: {name: values[name] for name in self._sources}
+            unit: {name: values.get(name, 0) for name in self._sources}
             for unit, values in state["totals"].items()
         }
         self._base = dict(state["base"])
@@ -102,8 +108,10 @@ class Report:
 
     def _line(self, timed: Timed, sums: Mapping[str, Sequence[float]], norm: float) -> Line:
         result = timed.result
+        # What was skipped has not been learned, and is not counted as if it had.
         self._skipped += result.skipped
-        self._add(result)
+        if not result.skipped:
+            self._add(result)
         parts = result.stopwatch.seconds()
         tokens = sum(result.tokens.values())
         line: Line = {
@@ -131,8 +139,11 @@ class Report:
             line[f"rows/{name}"] = result.rows[name]
             line[f"tokens/{name}"] = result.tokens[name]
             line[f"loss_tokens/{name}"] = count
-        epochs = {f"epoch/{name}": value for name, value in self._epochs(result.step).items()}
-        return line | self._running() | epochs
+        return line | self._sums(result.step)
+
+    def _sums(self, step: int) -> Line:
+        epochs = {f"epoch/{name}": value for name, value in self._epochs(step).items()}
+        return self._running() | epochs
 
     def _add(self, result: StepResult) -> None:
         for name in self._sources:

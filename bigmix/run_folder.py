@@ -1,32 +1,45 @@
 """A recipe goes in, where its run begins comes out: at step 0, at a checkpoint, or nowhere since it is finished."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from bigmix.checkpoint import Position, newest, torn
+from bigmix.checkpoint.listing import Listed, other_versions
+from bigmix.checkpoint.restore import newest_whole
+from bigmix.dist import Cluster
 from bigmix.errors import BadInput
 from bigmix.files import replace_text
-from bigmix.recipe import Recipe, differences, load_recipe, to_yaml
+from bigmix.health import RollBack
+from bigmix.recipe import Recipe, differences, from_plain, to_yaml
 
 RECIPE, CHECKPOINTS, EXPORT, LOG = "recipe.yaml", "checkpoints", "export", "log"
+PASSED_OVER, CHANGES = "passed-over.json", "changes.jsonl"
 # These change speed, memory and what is written down, never what is learned.
 _FREE = frozenset(
     f"train.{name}"
     for name in [
         "micro_batch_rows",
         "max_minutes",
+        "stop_before_end_minutes",
+        "hang_minutes",
+        "dead_after_s",
         "evaluate_every",
         "evaluate_rows",
         "save_every",
         "keep_checkpoints",
+        "keep_every",
+        "save",
         "log_every",
         "prefetch_steps",
         "resume",
         "export",
+        "most_roll_backs",
     ]
 ) | {
     "output",
+    "bad_shards",
     "deepspeed",
     "pad_to_multiple",
     "model.activation_checkpointing",
@@ -37,42 +50,112 @@ _FREE = frozenset(
 }
 
 
+# These decide what the state of a run is; under other ones it has no meaning.
+_FIXED = ("model.", "seed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """A setting that is not what it was when a checkpoint was written; None where there was or is none."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} is {self.new!r}, it was {self.old!r}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Beginning:
-    """Where a run starts: from `checkpoint` at `position`, written by `ranks`, or from the model as it is."""
+    """Where a run starts: from `checkpoint`, or from the model as it is.
 
-    checkpoint: Path | None
-    position: Position
-    ranks: int
+    `changes` hold from there on; `torn` says what is wrong with newer checkpoints.
+    """
+
+    checkpoint: Listed | None = None
     torn: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """The last step that is trained already."""
+        return 0 if self.checkpoint is None else self.checkpoint.position.step
 
 
-_AT_ZERO = Beginning(checkpoint=None, position=Position(step=0, report={}), ranks=0)
+def beginning(recipe: Recipe, content: Mapping[str, str], cluster: Cluster) -> Beginning:
+    """Find where to begin in the output folder of a recipe, whose sources have this content; a collective.
 
-
-def beginning(recipe: Recipe) -> Beginning:
-    """Find where to begin in the output folder of a recipe.
-
-    Raises BadInput where the folder holds a run and `resume` is never, or a run of another recipe: each setting that
-    differs is named with its old and its new value.
+    Raises BadInput on every rank where the folder holds a run and `resume` is never, or where the run cannot go on with
+    this recipe: each setting that stands in the way is named with its old and its new value.
     """
     folder = Path(recipe.output)
+    faults = list(_faults(recipe, folder)) if cluster.world.is_first else []
+    (faults, *_) = cluster.gather(faults)
+    if faults:
+        raise BadInput(*faults)
+    found = newest_whole(folder / CHECKPOINTS, cluster)
+    if found.listed is None:
+        return Beginning(torn=found.torn)
+    changes = _changes(recipe, content, found.listed)
+    return Beginning(checkpoint=found.listed, torn=found.torn, changes=changes)
+
+
+def _faults(recipe: Recipe, folder: Path) -> Iterator[str]:
     if not (folder / RECIPE).is_file():
-        return _AT_ZERO
+        return
     if recipe.train.resume == "never":
-        raise BadInput(
+        yield (
             f"output {folder} holds a run already and train.resume is never; give another output, delete the folder, "
             "or set train.resume=auto"
         )
-    found = newest(folder / CHECKPOINTS)
-    changed = tuple(_changes(recipe, folder))
-    if changed:
-        raise BadInput(*changed)
-    broken = tuple(torn(folder / CHECKPOINTS))
-    if found is None:
-        return Beginning(checkpoint=None, position=_AT_ZERO.position, ranks=0, torn=broken)
-    path, position, ranks = found
-    return Beginning(checkpoint=path, position=position, ranks=ranks, torn=broken)
+    yield from other_versions(folder / CHECKPOINTS)
+
+
+def _changes(recipe: Recipe, content: Mapping[str, str], listed: Listed) -> tuple[Change, ...]:
+    """What differs from the recipe of a checkpoint and decides what is learned."""
+    position = listed.position
+    old = from_plain(position.recipe, str(listed.path))
+    changes = [
+        Change(key=key, old=before, new=after)
+        for key, before, after in differences(old, recipe)
+        if not _is_free(key)
+    ]
+    faults = [
+        f"{change.key} is {change.new!r}, and the run in {recipe.output} has {change.old!r} at step {position.step}; it "
+        "cannot go on with another one, put the old value back or give another output"
+        for change in changes
+        if change.key.startswith(_FIXED)
+    ]
+    faults += [
+        f"sources.{name}.path: the shards in {recipe.sources[name].path} are not those of {old.sources[name].path} that the "
+        f"run in {recipe.output} has read until step {position.step}; restore them, or give the source another name: "
+        "it then begins anew"
+        for name, digest in content.items()
+        if position.content.get(name, digest) != digest
+    ]
+    if faults:
+        raise BadInput(*faults)
+    return tuple(changes)
+
+
+def _is_free(key: str) -> bool:
+    """Whether a setting may be another one at any time. The path of a source may: its content must not."""
+    path_of_source = key.startswith("sources.") and key.endswith(".path")
+    return key in _FREE or key.startswith("cache.") or path_of_source
+
+
+def keep_changes(folder: Path, after_step: int, changes: Sequence[Change]) -> None:
+    """Write down what changes after a step; what was written of later steps is taken back."""
+    path = folder / CHANGES
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    kept = [line for line in lines if json.loads(line)["after_step"] < after_step]
+    new = [
+        json.dumps({"after_step": after_step, "key": c.key, "old": c.old, "new": c.new})
+        for c in changes
+    ]
+    if lines or new:
+        replace_text(path, "".join(f"{line}\n" for line in [*kept, *new]))
 
 
 def write_recipe(recipe: Recipe) -> None:
@@ -82,10 +165,35 @@ def write_recipe(recipe: Recipe) -> None:
     replace_text(folder / RECIPE, to_yaml(recipe))
 
 
-def _changes(recipe: Recipe, folder: Path) -> Iterator[str]:
-    for key, old, new in differences(load_recipe(str(folder / RECIPE)), recipe):
-        if key not in _FREE and not key.startswith("cache."):
-            yield (
-                f"{key} is {new!r}, and the run in {folder} was begun with {old!r}; "
-                "it cannot go on as the same run, put the old value back or give another output"
-            )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassedOver:
+    """Steps that a run has gone back before and does not train, one entry for each time that it went back."""
+
+    times: tuple[RollBack, ...] = ()
+
+    @property
+    def steps(self) -> frozenset[int]:
+        """All of them."""
+        return frozenset(step for back in self.times for step in back.steps)
+
+
+def read_passed_over(folder: Path) -> PassedOver:
+    """The steps that an earlier part of a run has gone back before."""
+    path = folder / PASSED_OVER
+    if not path.is_file():
+        return PassedOver()
+    try:
+        times = json.loads(path.read_text(encoding="utf-8"))["times"]
+        return PassedOver(
+            times=tuple(RollBack(steps=tuple(t["steps"]), reason=t["reason"]) for t in times)
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(
+            f"{path} is not as it was written ({error}); restore it from a copy, or give another output"
+        ) from error
+
+
+def write_passed_over(folder: Path, passed: PassedOver) -> None:
+    """Keep them, beside the checkpoints: those that the run goes back to know nothing of them."""
+    times = [{"steps": back.steps, "reason": back.reason} for back in passed.times]
+    replace_text(folder / PASSED_OVER, json.dumps({"version": 1, "times": times}, indent=1) + "\n")

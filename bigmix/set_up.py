@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from bigmix import checkpoint
+from bigmix.checkpoint.listing import put_aside
+from bigmix.checkpoint.restore import restore
+from bigmix.checkpoint.saver import Keeping, Saver
 from bigmix.dist import Cluster
 from bigmix.ds_config import fill
 from bigmix.engine import AdamW, Engine, Frozen, device_of, sharded_construction
@@ -35,10 +37,11 @@ from bigmix.recipe import Recipe, to_yaml
 from bigmix.records import Choice
 from bigmix.reference import Anchor
 from bigmix.report import Report
-from bigmix.run_folder import LOG, Beginning, write_recipe
+from bigmix.run_folder import CHECKPOINTS, LOG, Beginning, keep_changes, write_recipe
 from bigmix.soundness import check_model, check_reference_model
 from bigmix.step import Aim
 from bigmix.terminal import Terminal
+from bigmix.watchdog import Watchdog
 from bigmix.world import World
 
 
@@ -52,9 +55,11 @@ class Parts:
     engine: Engine
     aim: Aim
     report: Report
+    saver: Saver
     log: RunLog | None
     terminal: Terminal
     flag: StopFlag
+    watchdog: Watchdog
 
 
 def set_up(
@@ -63,6 +68,7 @@ def set_up(
     cluster: Cluster,
     terminal: Terminal,
     flag: StopFlag,
+    watchdog: Watchdog,
     start: Beginning,
 ) -> Parts:
     """Build everything that the loop needs, and go on from a checkpoint if there is one; a collective.
@@ -81,6 +87,7 @@ def set_up(
         computing, rule=logit_rule(config), terms=terms, dtype=DTYPES[dtype.value], device=device
     )
     keys = _keys(recipe, inputs, world, dtype.value)
+    watchdog.doing("making the model")
     model = build(
         config,
         recipe.model.path,
@@ -94,8 +101,10 @@ def set_up(
     )
     train = recipe.train
     adamw = AdamW(betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
+    watchdog.doing("making the engine")
     engine = Engine(model, keys, adamw)
     check_model(engine, config.vocab_size)
+    watchdog.doing("making the reference model")
     aim = Aim(
         objective=recipe.objective,
         weighing={name: source.weigh for name, source in recipe.sources.items()},
@@ -109,12 +118,13 @@ def set_up(
     )  # fmt: skip
     for note in inputs.notes:
         terminal.note(note)
-    _resume(engine, report, terminal, start)
     log = _open_log(recipe, inputs, start) if world.is_first else None
-    return Parts(
-        recipe=recipe, inputs=inputs, cluster=cluster, engine=engine, aim=aim,
-        report=report, log=log, terminal=terminal, flag=flag,
+    parts = Parts(
+        recipe=recipe, inputs=inputs, cluster=cluster, engine=engine, aim=aim, report=report,
+        saver=_saver(recipe, cluster, terminal), log=log, terminal=terminal, flag=flag, watchdog=watchdog,
     )  # fmt: skip
+    _resume(parts, start)
+    return parts
 
 
 def _keys(recipe: Recipe, inputs: Inputs, world: World, dtype: str) -> dict[str, Any]:
@@ -175,23 +185,45 @@ def _computing(recipe: Recipe, backend: Choice) -> Computing:
     )
 
 
-def _resume(engine: Engine, report: Report, terminal: Terminal, start: Beginning) -> None:
+def _resume(parts: Parts, start: Beginning) -> None:
+    terminal, world = parts.terminal, parts.cluster.world
     for fault in start.torn:
         terminal.warning(f"checkpoint passed over: {fault}")
+    if world.is_first:
+        for path in put_aside(Path(parts.recipe.output) / CHECKPOINTS, after_step=start.step):
+            terminal.note(f"what is left of it is kept as {path}")
     if start.checkpoint is None:
         return
-    checkpoint.load(engine, start.checkpoint)
-    report.resume(start.position.report)
-    terminal.note(f"going on after step {start.position.step}, from {start.checkpoint}")
+    parts.watchdog.doing(f"reading {start.checkpoint.path}")
+    restore(parts.engine, start.checkpoint)
+    parts.report.resume(start.checkpoint.position.report)
+    parts.saver.last_step = start.step
+    ranks, now = start.checkpoint.ranks, world.size
+    for change in start.changes:
+        terminal.warning(f"from step {start.step + 1} on: {change}")
+    other = "" if ranks == now else f", written by {ranks} ranks and read by {now}"
+    terminal.note(f"going on after step {start.step}, from {start.checkpoint.path}{other}")
+
+
+def _saver(recipe: Recipe, cluster: Cluster, terminal: Terminal) -> Saver:
+    train = recipe.train
+    return Saver(
+        Path(recipe.output) / CHECKPOINTS,
+        cluster,
+        Keeping(newest=train.keep_checkpoints, every=train.keep_every),
+        in_background=train.save == "background",
+        tell=terminal.warning,
+    )
 
 
 def _open_log(recipe: Recipe, inputs: Inputs, start: Beginning) -> RunLog:
     write_recipe(recipe)
+    keep_changes(Path(recipe.output), start.step, start.changes)
     log = RunLog(
         Path(recipe.output),
         sources=tuple(recipe.sources),
         held_out=tuple(inputs.held_out),
-        resume_step=start.position.step if start.checkpoint is not None else None,
+        resume_step=start.step if start.checkpoint is not None else None,
     )
     shares = {f"share/{n}": str(s.share) for n, s in recipe.sources.items()}
     log.describe(

@@ -1,7 +1,7 @@
 """A step's batch goes in, the weights have moved when its result comes out; sums and counts travel apart, one division."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,11 @@ from bigmix.weighing import EXPONENTS, Floats, Weighing, masses, part_weights
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What a step did, over all ranks. `sums_SM` (see `GroupSums`), `gradient_norm` and `stopwatch` are on the device until they are read."""
+    """What a step did, over all ranks.
+
+    `sums_SM` (see `GroupSums`), `gradient_norm`, `stopwatch` and `finite_M`, whether the loss of each micro-batch of
+    this rank is finite, are on the device until they are read.
+    """
 
     step: int
     lr: float
@@ -32,9 +36,9 @@ class StepResult:
     weights: StepWeights
     sums_SM: Tensor
     gradient_norm: Tensor | float
+    finite_M: Tensor
     stopwatch: "Stopwatch"
     skipped: bool
-    stop_asked: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,38 +67,99 @@ class _Part:
     anchored_U: Ints
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Counts:
+    """A step's counts over all ranks; `anchored_rows`: in each micro-batch those that the frozen model is shown."""
+
+    loss_tokens: Mapping[str, int]
+    tokens: Mapping[str, int]
+    masses: Mapping[str, float]
+    anchored_rows: Sequence[int]
+    squares: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outline:
+    """What the ranks know of a step without its batch: the sources, and the micro-batches of each rank."""
+
+    names: Sequence[str]
+    micro_batches: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """A step that every rank has its batch of: this rank's one, its parts, and the counts over all ranks."""
+
+    batch: StepBatch
+    parts: Sequence[_Part]
+    counts: _Counts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Agreement:
+    """What all ranks know before a step: whether any was asked to stop; `ready` is None where any has no batch."""
+
+    stop_asked: bool
+    ready: Ready | None
+
+
+def agree(
+    cluster: Cluster, batch: StepBatch | None, outline: Outline, aim: Aim, *, stop_asked: bool
+) -> Agreement:
+    """What the ranks have for the next step, and whether to go on; a collective, the one sum before the first forward.
+
+    A rank without a batch takes part all the same: then the step is trained by none. Every rank learns whether any of
+    them was asked to stop.
+    """
+    names = tuple(outline.names)
+    parts = [] if batch is None else [_part(m, names, aim) for m in batch.micro_batches]
+    own = [0.0] * _numbers(outline) if batch is None else _own_counts(batch, parts, names)
+    stops, absent, *sums = cluster.sum_counts([stop_asked, batch is None, *own])
+    return Agreement(
+        stop_asked=stops > 0,
+        ready=None
+        if batch is None or absent
+        else Ready(batch=batch, parts=parts, counts=_counts(sums, names)),
+    )
+
+
 def run(
     engine: Engine,
     cluster: Cluster,
-    batch: StepBatch,
+    ready: Ready,
     *,
     shares: StepShares,
     aim: Aim,
     lr: float,
     chance: int,
-    stop_asked: bool,
+    doing: Callable[[str], None],
 ) -> StepResult:
-    """One optimizer step; a collective, with one sum of counts before the first forward.
+    """One optimizer step on what the ranks have agreed on; a collective.
 
     `chance` decides the dropout of this step on this rank, so that a resumed run drops what an uninterrupted one
-    does. Every rank learns whether any of them was asked to stop.
+    does. `doing` is told what begins.
     """
     torch.manual_seed(chance)
     watch = Stopwatch(engine.device)
-    parts = [_part(micro_batch, tuple(batch.rows), aim) for micro_batch in batch.micro_batches]
-    counts = _counts_of_step(cluster, batch, parts, stop_asked)
+    batch, counts = ready.batch, ready.counts
     weights = weigh(aim.objective, shares, batch.rows, counts.loss_tokens, counts.masses)
     coefficients = _coefficients(weights, counts, batch, shares, aim, cluster.world.size)
+    place = f"of step {batch.step}, micro-batch"
     sums_SM = torch.zeros(len(batch.rows), len(Statistic), device=engine.device)
-    for part, shown in zip(parts, counts.anchored_rows, strict=True):
+    finite: list[Tensor] = []
+    for number, (part, shown) in enumerate(zip(ready.parts, counts.anchored_rows, strict=True), 1):
         watch.mark("other")
+        doing(f"forward {place} {number}")
         value, micro_SM = engine.forward(
             _moved(part, coefficients, aim.anchor if shown else None, engine.device)
         )
         sums_SM += micro_SM
+        finite.append(value.detach().isfinite())
         watch.mark("forward")
+        doing(f"backward {place} {number}")
         engine.backward(value)
         watch.mark("backward")
+        doing(f"optimizer {place} {number}")
         engine.step_micro_batch(lr)
         watch.mark("optimizer")
     return StepResult(
@@ -107,22 +172,10 @@ def run(
         weights=weights,
         sums_SM=cluster.sum_tensor(sums_SM),
         gradient_norm=engine.gradient_norm(),
+        finite_M=torch.stack(finite),
         stopwatch=watch,
         skipped=engine.was_skipped(),
-        stop_asked=counts.stop_asked,
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Counts:
-    """A step's counts over all ranks; `anchored_rows`: in each micro-batch those that the frozen model is shown."""
-
-    loss_tokens: Mapping[str, int]
-    tokens: Mapping[str, int]
-    masses: Mapping[str, float]
-    anchored_rows: Sequence[int]
-    squares: int
-    stop_asked: bool
 
 
 def _part(micro_batch: MicroBatch, names: Sequence[str], aim: Aim) -> _Part:
@@ -135,19 +188,30 @@ def _part(micro_batch: MicroBatch, names: Sequence[str], aim: Aim) -> _Part:
     )
 
 
-def _counts_of_step(
-    cluster: Cluster, batch: StepBatch, parts: Sequence[_Part], stop_asked: bool
-) -> _Counts:
-    names = tuple(batch.rows)
+def _numbers(outline: Outline) -> int:
+    """How many numbers `_own_counts` gives."""
+    return 1 + 3 * len(outline.names) + outline.micro_batches
+
+
+def _own_counts(batch: StepBatch, parts: Sequence[_Part], names: Sequence[str]) -> Sequence[float]:
+    """What this rank adds to the counts of the step, as `_counts` reads it."""
     weighed = [
         masses(part.micro_batch, part.weights_P, len(names))
         for part in parts
         if part.weights_P is not None
     ]
-    own_masses = np.sum(weighed, axis=0) if weighed else batch.loss_tokens.values()
-    own_rows = [len(part.anchored_U) for part in parts]
-    own = [batch.squares, float(stop_asked), *batch.loss_tokens.values(), *batch.tokens.values()]
-    squares, stops, *rest = cluster.sum_counts([*own, *own_masses, *own_rows])
+    loss_tokens = [batch.loss_tokens[name] for name in names]
+    return [
+        batch.squares,
+        *loss_tokens,
+        *(batch.tokens[name] for name in names),
+        *(np.sum(weighed, axis=0) if weighed else loss_tokens),
+        *(len(part.anchored_U) for part in parts),
+    ]
+
+
+def _counts(sums: Sequence[float], names: Sequence[str]) -> _Counts:
+    squares, *rest = sums
     loss_tokens, tokens, mass = (
         dict(zip(names, rest[index * len(names) :], strict=False)) for index in range(3)
     )
@@ -157,7 +221,6 @@ def _counts_of_step(
         masses=mass,
         anchored_rows=[int(count) for count in rest[3 * len(names) :]],
         squares=int(squares),
-        stop_asked=stops > 0,
     )
 
 

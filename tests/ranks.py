@@ -29,13 +29,20 @@ def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def run_on_ranks(function: str, ranks: int, folder: Path, arguments: dict | None = None) -> list:
-    """The JSON that `workers.function(rank, **arguments)` returns on each of `ranks` processes."""
+def run_on_ranks(
+    function: str,
+    ranks: int,
+    folder: Path,
+    arguments: dict | None = None,
+    *,
+    module: str = "workers",
+) -> list:
+    """The JSON that `module.function(rank, **arguments)` returns on each of `ranks` processes."""
     port = free_port()
     outputs = [folder / f"{function}-{ranks}-{rank}.json" for rank in range(ranks)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "workers", function, json.dumps(arguments or {}), str(output)],
+            [sys.executable, "-m", module, function, json.dumps(arguments or {}), str(output)],
             env=environment(rank, ranks, port),
             cwd=folder,
             stdout=subprocess.PIPE,

@@ -24,6 +24,7 @@ class WebServer:
         self.files = {}
         self.faults = deque()
         self.always = None  # a fault of every answer
+        self.broken = {}  # path -> a fault of every answer of it
         self.knows_ranges = True
         self.knows_tags = True
         self.tells_length = True
@@ -59,7 +60,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(self.path.partition("?")[0])
         wanted = self.headers.get("Range")
         owner.requests.append((self.path, wanted, self.headers.get("Authorization")))
-        fault = owner.always or (owner.faults.popleft() if owner.faults else None) or ("none",)
+        fault = owner.always or owner.broken.get(path)
+        fault = fault or (owner.faults.popleft() if owner.faults else None) or ("none",)
         if fault[0] == "status":
             self.send_response(fault[1])
             for name, value in fault[2].items():

@@ -84,7 +84,8 @@ def get(cache, server, index):
 
 
 def files_of(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name != "lock")
+    """The files of content and the parts of them."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".shard", ".part"))
 
 
 def bytes_of(folder):
@@ -198,6 +199,33 @@ def test_a_file_that_cannot_be_read_leaves_the_cache_usable(server, tmp_path):
         assert path.read_bytes() == content_of(1)
     assert cache.counts.retries == 2
     assert server.requests[-1][1] == "bytes=100-"
+
+
+def test_who_waits_for_a_download_that_fails_fails_with_it_and_who_comes_later_tries_again(
+    server, tmp_path
+):
+    """Eight ranks of a machine would else try a dead file one after the other, minutes each."""
+    server.broken["/1"] = ("status", 500, {})
+    slow = Retry(tries=3, first_wait_s=0.4, longest_wait_s=0.4, timeout_s=1.0)
+    caches, said = [ShardCache(tmp_path, ROOM, slow) for _ in range(4)], []
+
+    def fail(cache):
+        with pytest.raises(BigmixError) as caught:
+            get(cache, server, 1)
+        said.append(str(caught.value))
+
+    threads = [threading.Thread(target=fail, args=(cache,)) for cache in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(server.requests) == 3 and len(set(said)) == 1 and "HTTP status 500" in said[0]
+    fail(caches[0])
+    assert len(server.requests) == 6
+    server.broken = {}
+    with get(caches[1], server, 1) as path:
+        assert path.read_bytes() == content_of(1)
+    assert not list(tmp_path.glob("*.failed"))
 
 
 def test_what_was_not_used_for_longest_is_evicted(server, tmp_path):

@@ -8,7 +8,6 @@ from corpora import write_source
 from bigmix.errors import BadInput
 from bigmix.inputs import open_inputs
 from bigmix.recipe import load_recipe
-from bigmix.run_folder import beginning, write_recipe
 
 
 @pytest.fixture
@@ -150,16 +149,3 @@ def test_a_budget_on_a_schedule_is_added_up_step_by_step(world):
     means = {n: s.tokens_per_epoch / s.rows_per_epoch for n, s in inputs.plan.streams.items()}
     tokens = sum(rows[n] * means[n] for n in rows)
     assert tokens == pytest.approx(100_000, rel=0.01)
-
-
-def test_a_run_of_another_recipe_is_not_continued(world):
-    recipe = load_recipe("recipe.yaml")
-    write_recipe(recipe)
-    assert beginning(recipe).checkpoint is None
-    assert beginning(load_recipe("recipe.yaml", ["train.log_every=3"])).position.step == 0
-    with pytest.raises(BadInput) as caught:
-        beginning(load_recipe("recipe.yaml", ["train.lr=1", "sources.web.share=0.5"]))
-    assert len(caught.value.faults) == 2
-    assert "sources.web.share is 0.5, and the run in run was begun with 0.25" in str(caught.value)
-    with pytest.raises(BadInput, match=r"train\.resume is never"):
-        beginning(load_recipe("recipe.yaml", ["train.resume=never"]))

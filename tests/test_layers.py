@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "bigmix"
 LAYERS = [
-    {"errors", "files", "records", "world", "data.statistics", "data.duplicates"},
-    {"data.location", "weighing"},
+    {"errors", "files", "records", "world", "waiting", "processes", "data.statistics", "data.duplicates"},
+    {"data.location", "weighing", "data.quarantine"},
     {"data.retry"},
     {"data.http", "data.pipe"},
     {"data.storage"},
@@ -16,13 +16,13 @@ LAYERS = [
     {"data.fetch_ahead"},
     {
         "recipe", "objective", "schedule", "dist", "data.tars", "data.workers", "data.manifest", "data.shares",
-        "data.order",
+        "data.order", "zero_state",
     },
     {
-        "data.recognise", "data.sentencepiece_model", "data.token_bytes", "data.shards", "data.packing", "data.mixture", "loss", "ds_config",
-        "metrics", "terminal", "guard", "quickstart.corpus", "data.progress", "data.picture",
+        "data.recognise", "data.substitution", "data.sentencepiece_model", "data.token_bytes", "data.shards", "data.packing", "data.mixture", "loss", "ds_config",
+        "metrics", "terminal", "guard", "beats", "health", "quickstart.corpus", "data.progress", "data.picture",
     },
-    {"data.documents", "data.tokenizer", "model", "flops", "data.rows", "engine"},
+    {"data.documents", "data.tokenizer", "model", "flops", "data.rows", "engine", "watchdog"},
     {"on_device"},
     {"reference"},
     {
@@ -31,15 +31,16 @@ LAYERS = [
     },
     {"data.chat", "data.part_rows", "data.assemble", "data.source", "soundness", "run_folder"},
     {"data.tokenise", "data.loader", "evaluate", "export"},
-    {"data.part_writer", "data.tally", "mixing", "report"},
+    {"suspects", "data.part_writer", "data.tally", "mixing", "report"},
     {"data.prepare", "inputs"},
     {"plan"},
     {"header", "compare", "preview"},
     {"set_up"},
     {"train"},
     {"cli"},
+    {"rank"},
 ]  # fmt: skip
-WHOLE = {"recipe", "compare", "cli", "loss", "plan"}  # packages that are one part
+WHOLE = {"recipe", "compare", "cli", "loss", "plan", "checkpoint"}  # packages that are one part
 MODULES = {
     str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path
     for path in PACKAGE.rglob("*.py")

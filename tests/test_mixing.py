@@ -20,7 +20,6 @@ from bigmix.errors import BadInput
 from bigmix.inputs import open_inputs
 from bigmix.plan import counts as plan_counts
 from bigmix.recipe import load_recipe, to_yaml
-from bigmix.run_folder import beginning, write_recipe
 
 RECIPE = """\
 model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
@@ -327,24 +326,6 @@ def test_the_resolved_recipe_means_the_same(here):
     one, two = (open_inputs(r, ranks=1, verify=False) for r in (recipe, again))
     assert one.notes == two.notes and one.steps == two.steps
     assert all(one.plan.row_ids(k) == two.plan.row_ids(k) for k in range(1, 25))
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ("groups.old.share=2", "groups.old.share is 2.0"),
-        ("sequence_length=64", "sequence_length is 64"),
-        ("sources.code.max_epochs=3", "sources.code.max_epochs is 3.0"),
-        ("sources.code.share={temperature: 1}", "sources.code.share"),
-    ],
-)
-def test_a_run_does_not_go_on_with_another_mixture(here, tmp_path, change, named):
-    output = f"output={tmp_path}"
-    write_recipe(load_recipe("recipe.yaml", [*EVERYTHING, output]))
-    others = ["sources.web.share={temperature: 1}"] if "temperature" in change else []
-    with pytest.raises(BadInput) as caught:
-        beginning(load_recipe("recipe.yaml", [*EVERYTHING, change, *others, output]))
-    assert any(named in fault for fault in caught.value.faults)
 
 
 @pytest.fixture(scope="module")

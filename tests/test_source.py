@@ -19,6 +19,7 @@ from bigmix.data import loader as loader_module
 from bigmix.data.cache import CacheFull
 from bigmix.data.fetch_ahead import Ahead
 from bigmix.data.loader import Portion
+from bigmix.data.quarantine import BadShard, Quarantine
 from bigmix.data.retry import Changed, Retry
 from bigmix.data.source import Depot, Reading, needed_in_order, read_source, room_in_use
 from bigmix.data.stream import OPEN_SHARDS, Packer
@@ -187,7 +188,8 @@ def test_the_lengths_of_documents_are_read_in_ranges_without_their_tokens(server
 def test_every_block_in_ranges_is_checked(data, server, tmp_path):
     remote = stream_of(depot_at(tmp_path, ranges=True), f"{server.url}/large")
     expected = stream_of(depot_at(tmp_path), str(data / "large"))
-    server.always = ("flip", len(server.files["/large/shard-00000.tar"]) // 2)
+    size = len(server.files["/large/shard-00000.tar"])
+    server.broken["/large/shard-00000.tar"] = ("flip", size // 2)
     failed = 0
     for row_id in expected.in_shard_order()[::500]:
         try:
@@ -209,8 +211,8 @@ def test_a_pipe_is_never_read_in_ranges(data, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flipped_byte_is_refused_and_its_address_is_told(server, tmp_path, kind):
     remote = stream_of(depot_at(tmp_path), f"{server.url}/{kind}")
-    server.always = ("flip", 700)
-    with pytest.raises(Changed, match=rf"{server.url}/{kind}/shard-0000\d.tar has sha256"):
+    server.broken |= {path: ("flip", 700) for path in server.files if path.endswith(".tar")}
+    with pytest.raises(BadShard, match=rf"{server.url}/{kind}/shard-0000\d.tar has sha256"):
         rows_of(remote)
 
 
@@ -340,6 +342,10 @@ def batches(inputs, rank=0, first=1):
         inputs.depot.close()
 
 
+def num_shards(inputs):
+    return {name: inputs.plan.num_shards(name) for name in inputs.sources}
+
+
 @pytest.mark.parametrize("rows_together", [32, 1024])
 @pytest.mark.parametrize("length", ["64", "[[0, 32], [70, 64]]"])
 @pytest.mark.parametrize("first", [1, 61])
@@ -385,7 +391,7 @@ def test_a_small_cache_fetches_a_shard_once_for_each_time_it_is_opened(
     assert inputs.depot.unforeseen == 0
     portion = Portion(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
     stages = inputs.plan.gathered(portion, first=1, last=inputs.steps)
-    opens = Counter(s.location.url(s.manifest.shards[i].file) for s, i in needed_in_order(stages, inputs.sources))  # fmt: skip
+    opens = Counter(s.location.url(s.manifest.shards[i].file) for s, i in needed_in_order(stages, inputs.sources, num_shards(inputs)))  # fmt: skip
     assert all(count <= opens[remote.url + path] for path, count in downloads(remote).items())
     assert 2 <= max(opens.values()) < 10
 
@@ -396,15 +402,20 @@ def test_a_cache_that_may_be_too_small_is_told_before_the_run(remote):
     assert opened(remote.url).notes == []
 
 
-def test_the_order_ends_where_all_shards_are_open(mixed, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "bad", [{}, {"web": {"shard-00002.tar": 1}, "chat": {"shard-00000.tar": 5}}]
+)
+def test_the_order_ends_where_all_shards_are_open(mixed, tmp_path, monkeypatch, bad):
     monkeypatch.chdir(tmp_path)
     few = {"web": f"{mixed}/web/shard-{{00000..00003}}.tar", "chat": f"{mixed}/chat/shard-{{00000..00003}}.tar"}  # fmt: skip
     inputs = opened(mixed, *(f"sources.{name}.path={path}" for name, path in few.items()))
+    inputs = inputs.with_quarantine(Quarantine(first_steps=bad))
     portion = Portion(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
     drawn = []
-    (stage,) = inputs.plan.gathered(portion, first=1, last=10**9)
-    order = list(needed_in_order([(drawn.append(0) or places for places in stage)], inputs.sources))
-    assert len(order) == 8 and len(drawn) == 1
+    (stage,) = inputs.plan.gathered(portion, first=5, last=10**9)
+    batches = (drawn.append(0) or places for places in stage)
+    order = list(needed_in_order([batches], inputs.sources, num_shards(inputs)))
+    assert len(order) == 8 - len(bad) and len(drawn) == 1
 
 
 def fetching():

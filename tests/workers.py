@@ -91,6 +91,7 @@ def batch_of(rows, rank, ranks, accumulation):
         step=1,
         micro_batches=tuple(micro_batch(own[i : i + size]) for i in range(0, len(own), size)),
         rows={s: sum(source == s for source, _ in rows) for s in SOURCES},
+        substituted=dict.fromkeys(SOURCES, 0),
         tokens=dict.fromkeys(SOURCES, 1),
         loss_tokens={s: loss_tokens(own, s) for s in SOURCES},
         squares=0,
@@ -168,6 +169,15 @@ def reference(family, weights, rows, objective):
     return {n: p.grad for n, p in model.named_parameters()}, {s: float(v) for s, v in sums.items()}
 
 
+def take_step(engine, cluster, batch, aim, *, lr=1e-3, chance=0):
+    """A step on batches that all ranks have."""
+    outline = step.Outline(names=tuple(batch.rows), micro_batches=len(batch.micro_batches))
+    agreed = step.agree(cluster, batch, outline, aim, stop_asked=False)
+    return step.run(
+        engine, cluster, agreed.ready, shares=SHARES, aim=aim, lr=lr, chance=chance, doing=lambda _: None
+    )  # fmt: skip
+
+
 def gradient_errors(rank, ranks, cluster, families):
     """For each case the largest relative gradient error over the parameters, and of the nll sums."""
     errors = {}
@@ -179,16 +189,7 @@ def gradient_errors(rank, ranks, cluster, families):
                 batch = batch_of(rows, rank, ranks, accumulation)
                 for objective in ("per_source", "per_token"):
                     weights = whole_weights(engine)
-                    result = step.run(
-                        engine,
-                        cluster,
-                        batch,
-                        shares=SHARES,
-                        aim=aim(objective),
-                        lr=1e-3,
-                        chance=0,
-                        stop_asked=False,
-                    )
+                    result = take_step(engine, cluster, batch, aim(objective))
                     expected, sums = reference(family, weights, rows, objective)
                     worst = max(
                         float((engine.gradients[n] - g).norm() / g.norm())
@@ -275,10 +276,7 @@ def whole_objective_errors(rank, ranks, cluster, families, other, file):
                     n: p.detach().double().clone() for n, p in anchor.model.named_parameters()
                 }
             weights = whole_weights(engine)
-            result = step.run(
-                engine, cluster, batch, shares=SHARES, aim=aim("per_source", anchor, WEIGHING), lr=1e-3, chance=0,
-                stop_asked=False,
-            )  # fmt: skip
+            result = take_step(engine, cluster, batch, aim("per_source", anchor, WEIGHING))
             expected, kl = dense_objective(family, weights, other, theirs, rows)
             worst = max(
                 float((engine.gradients[n] - g).norm() / g.norm()) for n, g in expected.items()
@@ -307,10 +305,7 @@ def gathers_of_the_head(rank, ranks, cluster, family):
         parameter.all_gather_coalesced = counted
     for _ in range(3):
         counts.append(0)
-        step.run(
-            engine, cluster, batch_of(documents(True), rank, ranks, 4), shares=SHARES,
-            aim=aim("per_source"), lr=1e-3, chance=0, stop_asked=False,
-        )  # fmt: skip
+        take_step(engine, cluster, batch_of(documents(True), rank, ranks, 4), aim("per_source"))
     return counts
 
 
@@ -356,14 +351,14 @@ def export_differences(rank, ranks, cluster, folder):
     return found
 
 
-def main():
+def main(functions):
     function, arguments, output = sys.argv[1:]
     world = world_of(os.environ)
     cluster = join(world)
-    result = globals()[function](world.rank, world.size, cluster, **json.loads(arguments))
+    result = functions[function](world.rank, world.size, cluster, **json.loads(arguments))
     Path(output).write_text(json.dumps(result))
     leave()
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())

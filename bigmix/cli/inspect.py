@@ -3,12 +3,13 @@
 import argparse
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
-from bigmix.cli.words import add_recipe_arguments
-from bigmix.data.loader import Portion
+from bigmix.cli.words import add_recipe_arguments, tell_replaced
+from bigmix.data.loader import Plan, Portion
 from bigmix.errors import DONE, BadInput
-from bigmix.inputs import open_inputs
+from bigmix.inputs import Inputs, open_inputs
 from bigmix.recipe import Recipe, load_recipe, to_yaml
 
 
@@ -76,19 +77,28 @@ def _rows(known: argparse.Namespace) -> int:
             f"--step is {known.step} and --ranks is {known.ranks}; both count from 1, give 1 or more"
         )
     recipe = load_recipe(known.recipe, known.overrides)
-    plan = open_inputs(recipe, ranks=known.ranks, verify=False).plan
-    streams = plan.streams_at(known.step)
-    for rank in range(known.ranks):
-        portion = Portion(
-            rank=rank,
-            ranks=known.ranks,
-            rows_per_step=recipe.rows_per_step,
-            micro_batch_rows=recipe.train.micro_batch_rows,
-        )
-        for index, row_id in enumerate(plan.places(portion, known.step).ids()):
-            row = streams[row_id.source].read(row_id)
-            tokens = row.ids_T[: row.tokens].astype("<u4").tobytes()
-            micro_batch = index // recipe.train.micro_batch_rows
-            digest = hashlib.sha256(tokens).hexdigest()
-            print(rank, micro_batch, row_id.source, row_id.epoch, row_id.shard, row_id.row, digest)
+    inputs = open_inputs(recipe, ranks=known.ranks, verify=False)
+
+    def lines(inputs: Inputs) -> list[str]:
+        return [
+            line
+            for rank in range(known.ranks)
+            for line in _lines(recipe, inputs.plan, known.step, rank, known.ranks)
+        ]
+
+    found, bad = inputs.around_bad_shards(known.step, lines)
+    tell_replaced(bad, known.step)
+    print("\n".join(found))
     return DONE
+
+
+def _lines(recipe: Recipe, plan: Plan, step: int, rank: int, ranks: int) -> Iterator[str]:
+    size, streams = recipe.train.micro_batch_rows, plan.streams_at(step)
+    portion = Portion(
+        rank=rank, ranks=ranks, rows_per_step=recipe.rows_per_step, micro_batch_rows=size
+    )
+    for index, row_id in enumerate(plan.places(portion, step).ids()):
+        row = streams[row_id.source].read(row_id)
+        digest = hashlib.sha256(row.ids_T[: row.tokens].astype("<u4").tobytes()).hexdigest()
+        place = f"{row_id.source} {row_id.epoch} {row_id.shard} {row_id.row}"
+        yield f"{rank} {index // size} {place} {digest}"

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from bigmix.cli.words import add_recipe_arguments
+from bigmix.cli.words import add_recipe_arguments, tell_replaced
 from bigmix.errors import DONE, BadInput
 from bigmix.inputs import open_inputs
 from bigmix.recipe import load_recipe
@@ -40,7 +40,8 @@ def _plan(known: argparse.Namespace) -> int:
     from bigmix.plan.warnings import warnings_of
 
     machine = Machine(gpus=known.gpus, gpu=known.gpu, device_gib=known.device_gib, mfu=known.mfu)
-    plan = forecast(recipe, inputs, machine)
+    plan, bad = inputs.around_bad_shards(1, lambda inputs: forecast(recipe, inputs, machine))
+    tell_replaced(bad, 1)
     warnings = warnings_of(recipe, plan, machine)
     if known.json:
         print(json.dumps(as_json(plan, machine, warnings), indent=2))

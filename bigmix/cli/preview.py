@@ -3,11 +3,12 @@
 import argparse
 from typing import Any
 
-from bigmix.cli.words import add_recipe_arguments
+from bigmix.cli.words import add_recipe_arguments, tell_replaced
 from bigmix.data.loader import Portion
 from bigmix.errors import DONE, BadInput
 from bigmix.inputs import Inputs, open_inputs
 from bigmix.recipe import Recipe, load_recipe
+from bigmix.records import Row
 from bigmix.terminal import Terminal, tame_libraries
 
 
@@ -70,11 +71,15 @@ def _show(known: argparse.Namespace, recipe: Recipe, inputs: Inputs, terminal: T
         rows_per_step=recipe.rows_per_step,
         micro_batch_rows=size,
     )
-    streams = inputs.plan.streams_at(known.step)
-    own = inputs.plan.row_ids(known.step)[portion.rows]
-    streams = inputs.plan.streams_at(known.step)
-    for index, row_id in enumerate(own[: known.rows]):
-        row = streams[row_id.source].read(row_id)
+
+    def read(inputs: Inputs) -> list[Row]:
+        streams = inputs.plan.streams_at(known.step)
+        own = inputs.plan.row_ids(known.step)[portion.rows]
+        return [streams[row_id.source].read(row_id) for row_id in own[: known.rows]]
+
+    rows, bad = inputs.around_bad_shards(known.step, read)
+    tell_replaced(bad, known.step)
+    for index, row in enumerate(rows):
         seat = Seat(rank=known.rank, micro_batch=index // size)
         pieces = list(preview(row, seat, tokenizer, most=None if known.full else SHOWN_TOKENS))
         if known.plain or not terminal.has_colour:
@@ -83,10 +88,9 @@ def _show(known: argparse.Namespace, recipe: Recipe, inputs: Inputs, terminal: T
             terminal.styled(
                 [(piece.text, _style(piece.kind, piece.is_special)) for piece in pieces]
             )
-    if len(own) > known.rows:
-        terminal.note(
-            f"… {len(own) - known.rows:,} more rows of this rank, --rows {len(own)} shows them"
-        )
+    own = portion.rows.stop - portion.rows.start
+    if own > known.rows:
+        terminal.note(f"… {own - known.rows:,} more rows of this rank, --rows {own} shows them")
 
 
 def _style(kind: str, is_special: bool) -> str:

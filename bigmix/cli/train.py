@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from bigmix.errors import BAD_INPUT, DONE, BadInput, BigmixError
+from bigmix.guard import StopFlag
 from bigmix.inputs import Inputs, open_inputs
 from bigmix.recipe import Recipe, load_recipe
 from bigmix.terminal import Terminal, tame_libraries
@@ -13,8 +14,8 @@ from bigmix.world import World, world_of
 USAGE = "usage: deepspeed launch/train.py RECIPE.yaml [key=value ...]"
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run a recipe on this rank; returns the exit code."""
+def main(arguments: Sequence[str], flag: StopFlag) -> int:
+    """Run a recipe on this rank until it is done or the flag is set; returns the exit code."""
     # The deepspeed launcher puts --local_rank=N first; the environment has it too.
     given = [word for word in arguments if not word.startswith("--local_rank")]
     if not given or given[0].startswith("-"):
@@ -29,18 +30,18 @@ def main(arguments: Sequence[str]) -> int:
             verify=world.local_rank == 0,
             machines=world.size // world.local_size,
         )
-        return _run(recipe, inputs, world)
+        return _run(recipe, inputs, world, flag)
     except BigmixError as error:
         _tell(error, world)
         return error.exit_code
 
 
-def _run(recipe: Recipe, inputs: Inputs, world: World) -> int:
+def _run(recipe: Recipe, inputs: Inputs, world: World, flag: StopFlag) -> int:
     tame_libraries()
     # Seconds of imports, and only for a recipe that can run.
     from bigmix.train import run
 
-    run(recipe, inputs, world, Terminal(enabled=world.is_first, every=1))
+    run(recipe, inputs, world, Terminal(enabled=world.is_first, every=1), flag)
     return DONE
 
 

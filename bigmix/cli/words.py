@@ -1,8 +1,10 @@
 """Words of the command line that several commands understand."""
 
 import argparse
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 
+from bigmix.data.quarantine import BadShard
 from bigmix.errors import BadInput
 from bigmix.recipe.models import whole_number
 
@@ -36,3 +38,9 @@ def columns_of(text: str | None) -> Mapping[str, str] | None:
             f"--columns is {text!r}; write PART=COLUMN pairs with commas between, such as prompt=question,response=answer"
         )
     return {part: column for part, _, column in pairs}
+
+
+def tell_replaced(bad: Sequence[BadShard], step: int) -> None:
+    """Say on stderr which shards cannot be read, so that what is shown has rows of others in their place."""
+    for shard in bad:
+        print(f"replaced from step {step} on: {shard}", file=sys.stderr)

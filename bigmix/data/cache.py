@@ -1,7 +1,7 @@
 """Addresses of shards go in, verified files on a local disk come out, within a bound of bytes that all processes share.
 
 Files of the folder, F the sha256 of the content: `F.shard` is whole and verified, `F-SIZE.part` is on its way and holds
-SIZE bytes of the bound. Every claim is a flock on an open file, which the kernel drops when its process ends: on a shard
+SIZE bytes of the bound; `F.failed` says why the last download failed. Every claim is a flock on an open file, which the kernel drops when its process ends: on a shard
 a shared one while it is in use, on a part an exclusive one while it is written. Locks are taken and files come and go
 only under the lock of the file `lock`.
 """
@@ -12,13 +12,13 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 from bigmix.data.location import shown
-from bigmix.data.retry import Changed, Retry, Watch
+from bigmix.data.retry import Changed, Retry, Stopped, Watch
 from bigmix.data.storage import copy_to
 from bigmix.errors import BadInput, BigmixError
 from bigmix.files import sha256_of
@@ -28,7 +28,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART = re.compile(r"[0-9a-f]{64}-(\d+)\.part")
 
 
-class CacheFull(BigmixError):
+class CacheFault(BigmixError):
+    """The cache is at fault, and not the file that it was asked for."""
+
+
+class CacheFull(CacheFault):
     """A file does not fit beside those that are in use."""
 
 
@@ -110,8 +114,10 @@ class ShardCache:
     def get(self, url: str, *, size: int, sha256: str, watch: Watch | None = None) -> Lease:
         """The whole, verified file, downloaded unless some process of this machine has done so.
 
+        Who waits for a download that fails, fails with it: a second one would take as long again.
+
         Raises Changed where the content is not that of `sha256`, CacheFull where it does not fit beside the files in
-        use, and what `storage` raises for a file that cannot be read.
+        use, CacheFault where it cannot be written, and what `storage` raises for a file that cannot be read.
         """
         if not _SHA256.fullmatch(sha256):
             raise BadInput(
@@ -120,7 +126,7 @@ class ShardCache:
             )
         file = _File(url=url, size=size, sha256=sha256)
         watch = watch or Watch()
-        begin = time.monotonic()
+        asked_ns, begin = time.time_ns(), time.monotonic()
         while (claim := self._claim(file)) is None:
             watch.pause(_POLL_S)
         self._count(wait_s=time.monotonic() - begin)
@@ -128,10 +134,32 @@ class ShardCache:
             self._count(hits=1)
             return claim
         try:
-            return self._fill(file, claim, watch)
+            with self._failing_together(file, asked_ns):
+                return self._fill(file, claim, watch)
         except BaseException:
             os.close(claim.descriptor)
             raise
+
+    @contextmanager
+    def _failing_together(self, file: _File, asked_ns: int) -> Iterator[None]:
+        """Leave word of a failure for those who wait for the same file; raise one that came since `asked_ns`."""
+        word = self._folder / f"{file.sha256}.failed"
+        if word.exists() and word.stat().st_mtime_ns >= asked_ns:
+            raise BigmixError(word.read_text())
+        word.unlink(missing_ok=True)
+        try:
+            yield
+        except (Stopped, CacheFault):
+            raise
+        except BigmixError as error:
+            with suppress(OSError):
+                word.write_text(str(error))
+            raise
+
+    def discard(self, lease: Lease) -> None:
+        """Forget a file whose content has been found damaged, so that the next who asks for it downloads it."""
+        with self._listing():
+            lease.path.unlink(missing_ok=True)
 
     def _count(self, **more: float) -> None:
         with self._count_lock:
@@ -231,7 +259,7 @@ class ShardCache:
             os.fsync(part.descriptor)
         except OSError as error:
             self._drop(part)
-            raise BigmixError(
+            raise CacheFault(
                 f"{shown(file.url)}, {file.size:,} bytes, could not be written to the cache {self._folder} ({error.strerror}); "
                 "free its disk, lower cache.size, or set cache.folder to a larger disk"
             ) from error

@@ -6,7 +6,7 @@ Where the arrays of a shard begin is told by the shard itself, in its table of b
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -79,6 +79,12 @@ class ShardTable(Sequence[ShardEntry]):
     def files(self) -> list[str]:
         """The name of each shard."""
         return [name.decode() for name in self._columns["file"].tolist()]
+
+    def indices_of(self, files: Collection[str]) -> list[int]:
+        """Where the shards with these names are; names that are not listed are passed over."""
+        names = np.array([name.encode() for name in files], np.bytes_)
+        found: list[int] = np.flatnonzero(np.isin(self._columns["file"], names)).tolist()
+        return found
 
     def __len__(self) -> int:
         return len(self._columns["bytes"])

@@ -41,6 +41,10 @@ _COLUMNS = 8
 _TABLE_DTYPE, _LENGTH_DTYPE, _BYTE = np.dtype("<u8"), np.dtype("<u4"), np.dtype(np.uint8)
 
 
+class Unreadable(BigmixError):
+    """A shard is missing, cut short or not what was prepared, and no later try will change it."""
+
+
 class ShardWriter:
     """Writes one shard beside its final place and renames it when whole; memory holds one block."""
 
@@ -161,28 +165,31 @@ def _check(array: npt.NDArray[Any]) -> int:
 class ByteSource:
     """Where the bytes of a shard are: `read(start, stop)` gives them as uint8; `name` is for messages.
 
-    `mapping` is the whole file where it is mapped into memory, so that arrays need not be kept.
+    `mapping` is the whole file where it is mapped into memory, so that arrays need not be kept. `damaged` is called
+    where the bytes are not those that were prepared, with what is wrong, so that a copy is not read again; it raises
+    BigmixError where more than this file is at fault.
     """
 
     name: str
     read: Callable[[int, int], Bytes]
     mapping: mmap.mmap | None = None
+    damaged: Callable[[str], None] | None = None
 
 
 def mapped(path: Path, size: int) -> ByteSource:
     """A file of `size` bytes on local disk, mapped into memory.
 
-    Raises BigmixError where it is missing or of another size.
+    Raises Unreadable where it is missing or of another size.
     """
     try:
         with path.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
-        raise BigmixError(
+        raise Unreadable(
             f"{path} cannot be read ({error}); restore the file or prepare the source again"
         ) from error
     if len(mapping) != size:
-        raise BigmixError(
+        raise Unreadable(
             f"{path} has {len(mapping)} bytes, the manifest says {size}; restore the file or prepare the source again"
         )
     content = np.frombuffer(mapping, np.uint8)
@@ -192,7 +199,7 @@ def mapped(path: Path, size: int) -> ByteSource:
 class Shard:
     """A shard as flat arrays over all its blocks; positions are token positions in the shard.
 
-    Each array of a block is held against its checksum when it is first read. Raises BigmixError that names the file
+    Each array of a block is held against its checksum when it is first read. Raises Unreadable that names the file
     and the byte where it is damaged.
     """
 
@@ -209,6 +216,15 @@ class Shard:
         self._size = entry.bytes
         self._file: mmap.mmap | None = None
         self._ends: dict[int, list[int]] = {}
+
+    def check_size(self) -> None:
+        """Raises Unreadable where the mapped file has become shorter: the kernel ends a process that reads there."""
+        mapping = self._source.mapping
+        if mapping is not None and mapping.size() < self._size:
+            raise Unreadable(
+                f"{self._source.name} has {mapping.size()} bytes and had {self._size} when it was opened: it was cut short "
+                "while it is read; restore the file or prepare the source again"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -373,10 +389,13 @@ class Shard:
     def _bytes(self, at: int, size: int, check: int) -> Bytes:
         raw = self._source.read(at, at + size)
         if xxhash.xxh3_64_intdigest(raw.data) != check:
-            raise BigmixError(
+            said = (
                 f"{self._source.name}: the block at byte {at} ({size} bytes) is not what was prepared: its "
                 "checksum differs; restore the file or prepare the source again"
             )
+            if self._source.damaged is not None:
+                self._source.damaged(said)
+            raise Unreadable(said)
         return raw
 
 

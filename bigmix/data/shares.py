@@ -5,7 +5,7 @@ their own; from a step on a source may have ended. Shares are normalised among t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import gcd, lcm
 
@@ -56,6 +56,15 @@ class Shares:
         members = (*self.sources.values(), *self.groups.values())
         points = [m.share[-1][0] for m in members if not isinstance(m.share, int | float)]
         return max([0, *points, *self.ends.values()])
+
+    def later(self, steps: int) -> "Shares":
+        """The same shares for somebody who begins to count `steps` later."""
+        sources, groups = (
+            {name: replace(member, share=_later(member.share, steps)) for name, member in members.items()}
+            for members in (self.sources, self.groups)
+        )  # fmt: skip
+        ends = {name: max(0, end - steps) for name, end in self.ends.items()}
+        return Shares(sources=sources, groups=groups, ends=ends)
 
     def at(self, step: int) -> dict[str, float]:
         """The normalised share of each source in a step that follows `step` others; all 0 where nothing is left."""
@@ -166,6 +175,13 @@ def _values(share: Share, steps: npt.NDArray[np.int64]) -> _Floats:
     at, values = zip(*share, strict=True)
     between: _Floats = np.interp(steps, at, values)
     return between
+
+
+def _later(share: Share, steps: int) -> Share:
+    if isinstance(share, int | float):
+        return share
+    now = float(_values(share, np.array([steps]))[0])
+    return [(0, now), *((step - steps, value) for step, value in share if step > steps)]
 
 
 def _whole_units(shares_KS: _Floats) -> npt.NDArray[np.int64]:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bigmix.data.cache import Lease, ShardCache
+from bigmix.data.cache import CacheFault, Lease, ShardCache
 from bigmix.data.fetch_ahead import Ahead, FetchAhead, Needed
 from bigmix.data.location import MANIFEST, Location, location_of, shown
 from bigmix.data.manifest import Manifest, parse_manifest, read_manifest
-from bigmix.data.retry import Changed, Retry
-from bigmix.data.shards import ByteSource, Shard, mapped
+from bigmix.data.retry import Changed, Retry, Stopped, Watch
+from bigmix.data.shards import Bytes, ByteSource, Shard, Unreadable, mapped
 from bigmix.data.storage import read_file, read_range
 from bigmix.data.stream import OPEN_SHARDS, Packer, Stream
 from bigmix.errors import BadInput, BigmixError
@@ -37,6 +37,7 @@ _TOKENIZER_FILES_TOO = (  # those of them that there are
     "chat_template.jinja",
 )
 _PIPE_TRIES = 2  # a command's failure does not say whether its file is missing
+_MANIFEST_TRIES = 3  # of a manifest that was read before
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +49,14 @@ class Source:
     documents: (
         Sequence[slice] | None
     )  # where the documents of each chosen shard are among all; None: all are chosen
+
+    @property
+    def content(self) -> str:
+        """A checksum that is the same for the same shards in the same order, wherever they lie."""
+        digest = hashlib.sha256()
+        for shard in self.manifest.shards:
+            digest.update(bytes.fromhex(shard.sha256))
+        return digest.hexdigest()[:32]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +114,7 @@ class Depot:
         self._reading = reading
         self._cache: ShardCache | None = None
         self._ahead: FetchAhead | None = None
+        self._watch = Watch()
         self._lengths: dict[Location, Ints | None] = {}
 
     @property
@@ -131,14 +141,20 @@ class Depot:
 
     def fetch_ahead(self, order: Iterable[tuple[Source, int]]) -> None:
         """From now on fetch shards in this order before they are asked for; those of `is_fetched` sources alone."""
-        self.close()
+        self.reopen()
         needed = (_needed(source, index) for source, index in order)
         self._ahead = FetchAhead(self._opened_cache(), needed, self._reading.ahead)
 
     def close(self) -> None:
-        """Stop fetching ahead: who waits for a shard gets Stopped, as does who asks later for one that is not here."""
+        """Stop fetching: who waits for a shard gets Stopped, as does who asks later for one that is not here."""
+        self._watch.stop()
         if self._ahead is not None:
             self._ahead.close()
+
+    def reopen(self) -> None:
+        """Fetch again after `close`, and nothing ahead until it is asked for."""
+        self.close()
+        self._ahead, self._watch = None, Watch()
 
     def tokenizer_folder(self, source: Source) -> Path:
         """The folder of the tokenizer that made a source; that of a remote one is copied into the cache's, once.
@@ -187,23 +203,72 @@ class Depot:
         return not source.location.is_local and not ranges
 
     def open(self, source: Source, index: int) -> Shard:
-        """A shard of a source by its place among those that are chosen."""
+        """A shard of a source by its place among those that are chosen.
+
+        Raises Unreadable where the shard is at fault; Stopped, CacheFault or another BigmixError where the depot was
+        closed, or the cache or the whole source is.
+        """
         entry = source.manifest.shards[index]
         url = source.location.url(entry.file)
-        if source.location.is_local:
-            where = mapped(Path(url), entry.bytes)
-        elif self.is_fetched(source):
-            where = _leased(self._lease(source, index), url, entry.bytes)
-        else:
-            where = ByteSource(name=shown(url), read=partial(_read_range, url, self._reading.retry), mapping=None)  # fmt: skip
-        return Shard(where, entry, source.manifest.dtype)
+        with self._faults_of_shards(source):
+            if source.location.is_local:
+                where = mapped(Path(url), entry.bytes)
+            elif self.is_fetched(source):
+                where = self._leased(self._lease(source, index), url, entry.bytes)
+            else:
+                where = self._in_ranges(source, url)
+            return Shard(where, entry, source.manifest.dtype)
+
+    def _in_ranges(self, source: Source, url: str) -> ByteSource:
+        def read(start: int, stop: int) -> Bytes:
+            retry, watch = self._reading.retry, self._watch
+            with self._faults_of_shards(source):
+                part = read_range(url, start, stop, retry=retry, watch=watch)
+            return np.frombuffer(part, np.uint8)
+
+        return ByteSource(name=shown(url), read=read, damaged=partial(self._check_source, source))
+
+    def _leased(self, lease: Lease, url: str, size: int) -> ByteSource:
+        """A file of the cache, held for as long as somebody reads it."""
+        found = mapped(lease.path, size)
+        cache = self._opened_cache()
+        where = replace(found, name=shown(url), damaged=lambda _: cache.discard(lease))
+        weakref.finalize(where, lease.close)
+        return where
+
+    @contextmanager
+    def _faults_of_shards(self, source: Source) -> Iterator[None]:
+        """What cannot be read is a fault of the shard, unless its source or this machine is at fault."""
+        try:
+            yield
+        except (Stopped, CacheFault):
+            raise
+        except BigmixError as error:
+            self._check_source(source, str(error))
+            raise Unreadable(str(error)) from error
+
+    def _check_source(self, source: Source, said: str) -> None:
+        """Raises BigmixError where its manifest cannot be read any more, or lists other shards; `said` is of a shard."""
+        retry = self._reading.retry
+        few = replace(retry, tries=min(retry.tries, _MANIFEST_TRIES))
+        place = shown(source.location.url(MANIFEST))
+        try:
+            now = read_source(source.location.given, few)
+        except BigmixError as error:
+            raise BigmixError(
+                f"{said}\nnot only a shard, the whole source is at fault, since its manifest cannot be read either: {error}"
+            ) from error
+        if now.manifest.shards != source.manifest.shards:
+            raise BigmixError(
+                f"{said}\nnot only a shard, the whole source is at fault: {place} lists other shards than at the start of "
+                "this run; restore the source, or give another output and begin again"
+            )
 
     def _lease(self, source: Source, index: int) -> Lease:
         needed = _needed(source, index)
-        with _begun():
-            if self._ahead is not None:
-                return self._ahead.take(needed)
-            return self._opened_cache().get(needed.url, size=needed.size, sha256=needed.sha256)
+        if self._ahead is not None:
+            return self._ahead.take(needed)
+        return self._opened_cache().get(needed.url, size=needed.size, sha256=needed.sha256)
 
     def _opened_cache(self) -> ShardCache:
         if self._cache is None:
@@ -229,11 +294,14 @@ class Depot:
 
 
 def needed_in_order(
-    stages: Iterable[Iterable[RowPlaces]], sources: Mapping[str, Source]
+    stages: Iterable[Iterable[RowPlaces]],
+    sources: Mapping[str, Source],
+    num_shards: Mapping[str, int],
 ) -> Iterator[tuple[Source, int]]:
     """The shards of `sources` that streams open, in their order, where they read these rows together, stage by stage.
 
-    Each stage has streams of its own; a stream holds the OPEN_SHARDS shards open that it used last.
+    Each stage has streams of its own; a stream holds the OPEN_SHARDS shards open that it used last. `num_shards` is
+    how many shards of a source can come at all.
     """
     for batches in stages:
         held: dict[str, dict[int, None]] = {name: {} for name in sources}
@@ -243,7 +311,7 @@ def needed_in_order(
                 if name in held and _is_opened(shard, held[name]):
                     yield sources[name], shard
             # Else the rest of the run would be gone through for a shard that never comes.
-            if all(len(held[name]) == len(s.manifest.shards) for name, s in sources.items()):
+            if all(len(shards) >= num_shards[name] for name, shards in held.items()):
                 break
 
 
@@ -269,31 +337,9 @@ def room_in_use(sources: Iterable[Source], ahead: Ahead) -> int:
     return total + max(largest, min(ahead.bytes, ahead.files * largest))
 
 
-@contextmanager
-def _begun() -> Iterator[None]:
-    """What is bad input at the start is a failure later: the source was there when the run began."""
-    try:
-        yield
-    except BadInput as error:
-        raise BigmixError(str(error)) from error
-
-
 def _needed(source: Source, index: int) -> Needed:
     entry = source.manifest.shards[index]
     return Needed(url=source.location.url(entry.file), size=entry.bytes, sha256=entry.sha256)
-
-
-def _leased(lease: Lease, url: str, size: int) -> ByteSource:
-    """A file of the cache, held for as long as somebody reads it."""
-    found = mapped(lease.path, size)
-    where = ByteSource(name=shown(url), read=found.read, mapping=found.mapping)
-    weakref.finalize(where, lease.close)
-    return where
-
-
-def _read_range(url: str, retry: Retry, start: int, stop: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":  # fmt: skip
-    with _begun():
-        return np.frombuffer(read_range(url, start, stop, retry=retry), np.uint8)
 
 
 def _load_lengths(path: Path, manifest: Manifest) -> Ints:

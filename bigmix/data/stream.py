@@ -4,7 +4,7 @@ Shards are permuted in each epoch, rows inside a window of shards; both by keys 
 another source changes nothing here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -21,6 +21,7 @@ from bigmix.data.packing import (
     pack_chat,
     pack_text,
 )
+from bigmix.data.quarantine import BadShard
 from bigmix.data.rows import (
     PADDING,
     Rows,
@@ -31,7 +32,8 @@ from bigmix.data.rows import (
     rows_of,
     text_table,
 )
-from bigmix.data.shards import Shard
+from bigmix.data.shards import Shard, Unreadable
+from bigmix.data.substitution import Substitution, substitution
 from bigmix.records import IGNORE, Ints, Row, RowId, RowPlaces
 
 WINDOW_SHARDS = 16
@@ -85,19 +87,28 @@ class Stream:
         self._documents_before = np.concatenate(
             [[0], np.cumsum(manifest.shards.column("documents"))]
         )
-        self._shard = lru_cache(maxsize=OPEN_SHARDS)(open_shard)
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(open_shard)
         self.table = lru_cache(maxsize=OPEN_SHARDS)(self._make_table)
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._substitution = lru_cache(maxsize=2)(self._make_substitution)
         self._is_cut_anywhere = manifest.kind == "text" and not packer.whole_below
         self._rows_of_shard = self._count_rows()
         self.rows_per_epoch = int(self._rows_of_shard.sum())
         # Counting may have opened shards, and what is fetched ahead supposes that none is open.
-        self._shard.cache_clear()
+        self._open.cache_clear()
 
     def release(self) -> None:
         """Close the shards that are held open; they are opened again where a row of them is read."""
-        self._shard.cache_clear()
+        self._open.cache_clear()
         self.table.cache_clear()
+
+    def num_shards_but(self, others: Collection[int]) -> int:
+        """How many shards have rows, these others not counted."""
+        return int(np.count_nonzero(np.delete(self._rows_of_shard, list(others))))
+
+    def rows_in(self, shards: Collection[int]) -> int:
+        """How many rows of an epoch these shards have."""
+        return int(self._rows_of_shard[list(shards)].sum())
 
     @cached_property
     def lost(self) -> Lost:
@@ -116,13 +127,13 @@ class Stream:
         """Which row the source's `index`-th is, counted from 0 over all epochs."""
         return self.places(np.array([index])).ids()[0]
 
-    def places(self, indices_R: Ints) -> RowPlaces:
-        """Which rows these are, counted from 0 over all epochs."""
+    def places(self, indices_R: Ints, bad: frozenset[int] = frozenset()) -> RowPlaces:
+        """Which rows these are, counted from 0 over all epochs; rows of `bad` shards are replaced by some of the others."""
         epochs_R, within_R = np.divmod(indices_R, self.rows_per_epoch)
         shards_R, rows_R = np.empty_like(epochs_R), np.empty_like(epochs_R)
         for epoch in dict.fromkeys(epochs_R.tolist()):
             own = epochs_R == epoch
-            shards_R[own], rows_R[own] = self._places_in(self._epoch(epoch), within_R[own])
+            shards_R[own], rows_R[own] = self._places_in(epoch, within_R[own], bad)
         return RowPlaces(
             names=(self.name,),
             sources_R=np.zeros_like(epochs_R),
@@ -140,11 +151,14 @@ class Stream:
         ]
 
     def rows(self, shard_index: int, indices: Ints) -> Rows:
-        """Rows of a shard by their numbers."""
-        shard = self._shard(shard_index)
-        if self._is_cut_anywhere:
-            return cut_rows(shard, indices, self.packer.row_tokens, self._padding)
-        return rows_of(self.table(shard_index), shard, indices, self._padding)
+        """Rows of a shard by their numbers; raises BadShard where it cannot be read."""
+        try:
+            shard = self._shard(shard_index)
+            if self._is_cut_anywhere:
+                return cut_rows(shard, indices, self.packer.row_tokens, self._padding)
+            return rows_of(self.table(shard_index), shard, indices, self._padding)
+        except Unreadable as error:
+            raise self._bad(shard_index, error) from error
 
     def read(self, row_id: RowId) -> Row:
         """The tokens of a row."""
@@ -165,8 +179,11 @@ class Stream:
             tokens=int(rows.tokens_R[0]),
         )
 
-    def _places_in(self, epoch: _Epoch, within_R: Ints) -> tuple[Indices, Indices]:
+    def _places_in(
+        self, number: int, within_R: Ints, bad: frozenset[int]
+    ) -> tuple[Indices, Indices]:
         """The shard and the row of each of an epoch's rows: permuted inside the window that holds it."""
+        epoch = self._epoch(number)
         before = epoch.rows_before
         windows_R = (np.searchsorted(before, within_R, side="right") - 1) // WINDOW_SHARDS
         begins_R = before[windows_R * WINDOW_SHARDS]
@@ -174,7 +191,12 @@ class Stream:
         keys_R = keys_of(epoch.key, windows_R)
         at_R = begins_R + shuffled(within_R - begins_R, ends_R - begins_R, keys_R)
         places_R = np.searchsorted(before, at_R, side="right") - 1
-        return epoch.shards[places_R], at_R - before[places_R]
+        rows_R = at_R - before[places_R]
+        if bad:
+            substitution = self._substitution(number, bad)
+            own = np.flatnonzero(np.isin(epoch.shards[places_R], list(bad)))
+            places_R[own], rows_R[own] = substitution.of(places_R[own], rows_R[own])
+        return epoch.shards[places_R], rows_R
 
     def _make_epoch(self, epoch: int) -> _Epoch:
         shards = permutation(
@@ -184,6 +206,15 @@ class Stream:
             shards=shards,
             rows_before=np.concatenate([[0], np.cumsum(self._rows_of_shard[shards])]),
             key=key_of(self._seed, self.name, epoch, "rows"),
+        )
+
+    def _make_substitution(self, number: int, bad: frozenset[int]) -> Substitution:
+        shards = self._epoch(number).shards
+        return substitution(
+            self._rows_of_shard[shards],
+            np.isin(shards, list(bad)),
+            window_shards=WINDOW_SHARDS,
+            key=key_of(self._seed, self.name, number, "substitutes"),
         )
 
     def _count_rows(self) -> npt.NDArray[np.int64]:
@@ -198,9 +229,24 @@ class Stream:
         packer = self.packer
         return count_chat_rows(self._chat_lengths(index), packer.row_tokens, packer.long_documents)
 
+    def _shard(self, index: int) -> Shard:
+        """An opened shard, of its whole size also where it was opened long ago."""
+        shard = self._open(index)
+        shard.check_size()
+        return shard
+
+    def _bad(self, index: int, error: Unreadable) -> BadShard:
+        return BadShard(self.name, index, self.manifest.shards[index].file, str(error))
+
     def _make_table(self, index: int) -> RowTable:
         """The rows of a shard."""
-        packer, shard = self.packer, self._shard(index)
+        try:
+            return self._table_of(index, self._shard(index))
+        except Unreadable as error:
+            raise self._bad(index, error) from error
+
+    def _table_of(self, index: int, shard: Shard) -> RowTable:
+        packer = self.packer
         if self.manifest.kind == "text":
             packing = pack_text(shard.lengths, packer.row_tokens, packer.whole_below)
             return text_table(packing, shard, packer.width)

@@ -11,7 +11,7 @@ import numpy as np
 from bigmix.data.loader import Plan
 from bigmix.data.rows import RowTable
 from bigmix.data.stream import Stream
-from bigmix.records import Ints
+from bigmix.records import Ints, RowPlaces
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,8 +25,7 @@ class Tally:
 
 def tally_of(plan: Plan, name: str, num_rows: int) -> Tally:
     """The first `num_rows` rows of a source in the order in which they are trained, over all epochs."""
-    drawn = plan.drawn(name, num_rows)
-    parts = [tally_of_rows(stream, begin, end) for stream, begin, end in drawn]
+    parts = [tally_of_rows(part.stream, part.places()) for part in plan.drawn(name, num_rows)]
 
     def joined(columns: Iterable[Ints]) -> Ints:
         return np.concatenate([np.zeros(0, np.int64), *columns])
@@ -38,10 +37,9 @@ def tally_of(plan: Plan, name: str, num_rows: int) -> Tally:
     )
 
 
-def tally_of_rows(stream: Stream, begin: int, end: int) -> Tally:
-    """The rows [begin, end) of a stream."""
-    places = stream.places(np.arange(begin, end))
-    columns_3R = np.empty((3, end - begin), np.int64)
+def tally_of_rows(stream: Stream, places: RowPlaces) -> Tally:
+    """Rows of a stream."""
+    columns_3R = np.empty((3, len(places.rows_R)), np.int64)
     for shard in np.unique(places.shards_R).tolist():
         own = np.flatnonzero(places.shards_R == shard)
         columns_3R[:, own] = _columns(stream.table(shard))[:, places.rows_R[own]]

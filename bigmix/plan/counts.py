@@ -76,7 +76,7 @@ class _Walk:
 def count(recipe: Recipe, inputs: Inputs) -> Counts:
     """Walk through the rows of the run, or through the first rows of each source where the run is long."""
     streams, num_rows = inputs.plan.streams, inputs.steps * recipe.rows_per_step
-    rows = inputs.plan.mixture.counts(num_rows)
+    rows = inputs.plan.counts(inputs.steps)
     epochs = inputs.plan.epochs(inputs.steps)
     is_exact = num_rows <= EXACT_ROWS
     tallies = {name: tally_of(inputs.plan, name, n) for name, n in rows.items() if is_exact}
@@ -122,10 +122,11 @@ def _sums(tally: Tally) -> dict[str, int]:
 def _estimate(plan: Plan, name: str, num_rows: int) -> dict[str, int]:
     """The sums of a source from the first of its rows of each length."""
     sums = dict.fromkeys(_UNITS, 0)
-    for stream, begin, end in plan.drawn(name, num_rows):
-        walked = min(end - begin, SAMPLE_ROWS)
-        for unit, total in _sums(tally_of_rows(stream, begin, begin + walked)).items():
-            sums[unit] += round(total * (end - begin) / walked)
+    for part in plan.drawn(name, num_rows):
+        count = part.end - part.begin
+        tally = tally_of_rows(part.stream, part.places(SAMPLE_ROWS))
+        for unit, total in _sums(tally).items():
+            sums[unit] += round(total * count / min(count, SAMPLE_ROWS))
     return sums
 
 
@@ -138,7 +139,7 @@ def _walk(recipe: Recipe, inputs: Inputs, tallies: Mapping[str, Tally]) -> _Walk
     gradient, wanted, steps = (dict.fromkeys(tallies, 0.0) for _ in range(3))
     seen = dict.fromkeys(tallies, 0)
     for step in range(1, inputs.steps + 1):
-        drawn = inputs.plan.mixture.counts(step * recipe.rows_per_step)
+        drawn = inputs.plan.counts(step)
         rows = {name: drawn[name] - n for name, n in seen.items()}
         loss_tokens = {n: at[seen[n] + rows[n]] - at[seen[n]] for n, at in before.items()}
         shares = inputs.shares_of_step(step)

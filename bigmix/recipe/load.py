@@ -30,15 +30,31 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise BadInput(*_messages(error, lines, path)) from error
 
 
+def from_plain(tree: Mapping[str, Any], place: str) -> Recipe:
+    """The recipe that `plain` gave the values of, with today's defaults for settings that are newer.
+
+    Raises BadInput where it has settings that this release does not know; `place` says where it is from.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise BadInput(*_messages(error, {}, place)) from error
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe as plain values."""
+    return recipe.model_dump(mode="json")
+
+
 def to_yaml(recipe: Recipe) -> str:
     """The whole recipe with its defaults, as YAML that `load_recipe` reads back equal."""
-    tree = recipe.model_dump(mode="json")
+    tree = plain(recipe)
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
 
 def differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, Any, Any]]:
     """Each setting that is not the same in both: its dotted key, the old value and the new one."""
-    before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
+    before, after = _leaves(plain(old)), _leaves(plain(new))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             yield key, before.get(key), after.get(key)

@@ -221,18 +221,38 @@ class Train(Settings):
     """Optimizer steps, in place of what the budget gives."""
     max_minutes: PositiveFloat | None = None
     """Minutes after which the run saves a checkpoint and ends with 75, as after a signal; the same command goes on. Default: no limit."""
+    stop_before_end_minutes: NonNegativeFloat = 5.0
+    """Minutes before the end of its Slurm job, where SLURM_JOB_END_TIME tells it, at which the run saves and ends with 75."""
+    hang_minutes: PositiveFloat = 10.0
+    """Minutes without progress on any rank, of whatever kind, after which all end with their stacks in `output`/log; raise it where one file takes longer to come."""
+    dead_after_s: PositiveFloat = 60.0
+    """Seconds without a sign of life after which a rank counts as dead; one that dies on a machine with others is noticed at once."""
     evaluate_every: CountOrZero = 0
     """Steps between held-out evaluations; 0: only before the first and after the last step."""
     evaluate_rows: Count | None = None
     """Rows of each held-out source that an evaluation reads at most, spread evenly; default: all of them."""
     save_every: CountOrZero = 0
     """Steps between checkpoints; 0: only after the last step."""
+    save: Literal["background", "blocking"] = "background"
+    """background: steps go on while a checkpoint is written, from a copy in host memory, 12 bytes a parameter over all ranks; blocking: they wait for the disk."""
     keep_checkpoints: Count = 2
     """Newest checkpoints that are kept."""
+    keep_every: CountOrZero = 0
+    """Checkpoints of every so many-th step are kept as well; 0: of none."""
     log_every: Count = 10
     """Steps between two readings of the device; metrics.jsonl has a line for every step all the same."""
     prefetch_steps: Count = 2
     """Steps whose rows are made ready ahead of need."""
+    pass_over: tuple[Count, ...] = ()
+    """Steps whose rows are not trained: the weights stay as they are."""
+    roll_back_after: Count | None = 3
+    """Steps in a row without a finite gradient after which the run goes back to the last checkpoint and passes over them; each such step is skipped on all ranks in any case. null: never."""
+    most_roll_backs: CountOrZero = 3
+    """Times that a run may go back before it ends as failed."""
+    spike_deviations: PositiveFloat | None = None
+    """A loss so many standard deviations above the mean of the last 100 steps is told as a spike; 6 is a start. Default: none is."""
+    spikes_roll_back: bool = False
+    """Go back to the last checkpoint and pass over a step with a spike, too."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest whole checkpoint of `output` if there is one; never: refuse an output that holds a run."""
     export: bool = True
@@ -286,6 +306,8 @@ class Recipe(Settings):
     pad_to_multiple: Count = 1
     """Rows are padded to a multiple of so many tokens, for backends that want it."""
     cache: Cache = Cache()
+    bad_shards: Literal["fail", "replace"] = "fail"
+    """What happens when a shard cannot be read. fail: the run ends and names it; replace: from then on rows of its source's other shards are trained in place of its own, counted as substituted_rows."""
     held_out: dict[Name, str] = {}
     """Further prepared folders, by name, that are evaluated and never trained on; forgetting is measured on them too."""
     budget: Budget = Budget()

@@ -1,0 +1,194 @@
+"""What a checkpoint costs the training: `python benchmarks/save.py [--layers 6] [--width 512] [--rounds 3]`.
+
+The same model takes the same steps under ZeRO-3, once for each way to save after the first of them, in rounds so that
+all ways meet the machine in the same moods. Prints how long the loop stood still at the save, how much longer all steps
+together took than without any save, and both as parts of what a blocking save costs.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bigmix import step
+from bigmix.checkpoint.listing import Position
+from bigmix.checkpoint.saver import Keeping, Saver
+from bigmix.dist import Cluster, leave
+from bigmix.ds_config import fill, read_ds_config
+from bigmix.engine import AdamW, Engine, device_of, join, sharded_construction
+from bigmix.loss.backend import backend_of, choose_backend
+from bigmix.loss.terms import Terms
+from bigmix.loss.work import Computing
+from bigmix.model import build, read_config
+from bigmix.objective import StepShares
+from bigmix.records import MicroBatch, StepBatch
+from bigmix.world import world_of
+
+VOCABULARY = 16_000
+ROWS, TOKENS = 2, 256
+STEPS = 6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """Seconds that the loop stood still at a save, and seconds of all steps."""
+
+    still_s: float
+    all_s: float
+
+
+def model_config(layers: int, width: int) -> dict[str, Any]:
+    """A llama of a width."""
+    return {
+        "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": 4 * width,
+        "num_hidden_layers": layers, "num_attention_heads": width // 64, "max_position_embeddings": TOKENS,
+    }  # fmt: skip
+
+
+def make_engine(layers: int, width: int, ranks: int) -> Engine:
+    """The engine that takes the steps."""
+    keys = fill(
+        read_ds_config("ds_configs/cpu.json"), micro_batch_rows=ROWS, accumulation=1, ranks=ranks, clip=1.0,
+        dtype="fp32",
+    )  # fmt: skip
+    model = build(
+        read_config(None, model_config(layers, width)), None, dtype="fp32", attention="sdpa",
+        activation_checkpointing=False, terms=Terms(), computing=Computing(backend=backend_of(choose_backend("torch", device_of(world_of(os.environ))).value)),
+        seed=0, construction=sharded_construction(keys),
+    )  # fmt: skip
+    return Engine(model, keys, AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1))
+
+
+def batch() -> StepBatch:
+    """Rows of one source in which every token is in the loss."""
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, TOKENS)).astype(np.int32)
+    starts = np.arange(ROWS) * TOKENS
+    micro_batch = MicroBatch(
+        ids_BT=ids, starts_P=starts, groups_P=np.zeros(ROWS, np.int64), begins_K=starts,
+        lengths_K=np.full(ROWS, TOKENS - 1),
+    )  # fmt: skip
+    tokens = {"web": ROWS * TOKENS}
+    return StepBatch(
+        step=1, micro_batches=(micro_batch,), rows={"web": ROWS}, tokens=tokens,
+        loss_tokens={"web": ROWS * (TOKENS - 1)}, squares=0,
+    )  # fmt: skip
+
+
+def take_steps(engine: Engine, cluster: Cluster, save: Callable[[], None], settle: Callable[[], None]) -> Cost:  # fmt: skip
+    """Six steps, with a save after the first."""
+    rows, still_s = batch(), 0.0
+    began = time.perf_counter()
+    for index in range(STEPS):
+        settle()
+        result = step.run(
+            engine, cluster, rows, shares=StepShares(rows={"web": 1.0}, loss={"web": 1.0}),
+            aim=step.Aim(objective="per_source", weighing={}, anchor=None), lr=1e-4, chance=index,
+            stop_asked=False,
+        )  # fmt: skip
+        float(result.sums_SM.sum())
+        if index == 0:
+            at = time.perf_counter()
+            save()
+            still_s = time.perf_counter() - at
+    return Cost(still_s=still_s, all_s=time.perf_counter() - began)
+
+
+def with_ours(engine: Engine, cluster: Cluster, folder: Path, saver: Saver) -> Cost:
+    """The steps with a save of our own; what is left to write after the last step is waited for outside of the clock."""
+    position = Position(step=1, report={})
+    cost = take_steps(engine, cluster, lambda: saver.save(engine.states(), position), saver.settle)
+    saver.finish()
+    shutil.rmtree(folder)
+    return cost
+
+
+def with_deepspeed(engine: Engine, cluster: Cluster, folder: Path) -> Cost:
+    """The steps with DeepSpeed's own save."""
+    cost = take_steps(
+        engine,
+        cluster,
+        lambda: engine._engine.save_checkpoint(str(folder), tag="one"),
+        lambda: None,
+    )
+    shutil.rmtree(folder)
+    return cost
+
+
+def measure(layers: int, width: int, rounds: int, folder: Path) -> tuple[dict[str, Cost], float]:
+    """The middle cost of each way over some rounds, and the GiB of a checkpoint."""
+    world = world_of(os.environ)
+    cluster = join(world)
+    engine = make_engine(layers, width, world.size)
+    savers = {
+        title: Saver(folder, cluster, Keeping(newest=1), in_background=ahead, tell=print)
+        for title, ahead in (("bigmix, blocking", False), ("bigmix, background", True))
+    }
+    costs: dict[str, list[Cost]] = {}
+    for _ in range(rounds + 1):
+        found = {"no save": take_steps(engine, cluster, lambda: None, lambda: None)}
+        found["DeepSpeed"] = with_deepspeed(engine, cluster, folder)
+        for title, saver in savers.items():
+            found[title] = with_ours(engine, cluster, folder, saver)
+        for title, cost in found.items():
+            costs.setdefault(title, []).append(cost)
+    size = sum(3 * 4 * flat.weights.numel() for flat in engine.states()) * world.size / 2**30
+    leave()
+    # The first round fills caches and makes the buffers that later saves use again.
+    middle = {
+        title: Cost(
+            still_s=median(c.still_s for c in many[1:]), all_s=median(c.all_s for c in many[1:])
+        )
+        for title, many in costs.items()
+    }
+    return middle, size
+
+
+def table(costs: dict[str, Cost], gib: float) -> Table:
+    """One line a way to save."""
+    plain, blocking = costs["no save"].all_s, costs["bigmix, blocking"]
+    full = blocking.all_s - plain
+    rows = [
+        (
+            title, f"{cost.still_s:.3f}", f"{cost.still_s / blocking.still_s:.0%}",
+            f"{cost.all_s - plain:+.3f}", f"{(cost.all_s - plain) / full:.0%}",
+        )
+        for title, cost in costs.items() if title != "no save"
+    ]  # fmt: skip
+    return Table(
+        heading=f"A checkpoint of {gib:.2f} GiB, {STEPS} steps of {plain / STEPS:.2f} s",
+        columns=("save", "still s", "/ blocking", "steps longer by s", "/ blocking"),
+        rows=rows,
+        notes=[],
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
+    try:
+        costs, gib = measure(arguments.layers, arguments.width, arguments.rounds, folder / "saves")
+        print(table(costs, gib).text())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

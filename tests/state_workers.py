@@ -1,0 +1,141 @@
+"""What the ranks of the tests of checkpoints run: `python -m state_workers FUNCTION ARGUMENTS OUTPUT`."""
+
+import hashlib
+import resource
+from pathlib import Path
+
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from workers import aim, batch_of, documents, main, make_engine, take_step, whole_weights
+
+from bigmix.checkpoint.listing import Position
+from bigmix.checkpoint.restore import newest_whole, restore
+from bigmix.checkpoint.saver import Keeping, Saver
+
+
+def digest(tensor):
+    return hashlib.sha256(tensor.detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def whole_state(engine):
+    """Weights, both moments and the model's own weights of every parameter, gathered by DeepSpeed's own functions."""
+    model = whole_weights(engine)
+    zero = engine._engine.optimizer
+    if engine._engine.zero_optimization_stage() < 3:
+        # DeepSpeed may have looked for the moments before there were any.
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+    return {
+        name: [
+            digest(safe_get_full_fp32_param(p)),
+            digest(safe_get_full_optimizer_state(p, "exp_avg")),
+            digest(safe_get_full_optimizer_state(p, "exp_avg_sq")),
+            digest(model[name]),
+        ]
+        for name, p in engine.module.named_parameters()
+    }
+
+
+def steps_of_adam(engine):
+    return sorted({flat.step for flat in engine.states()})
+
+
+def train(engine, cluster, rank, ranks, count):
+    batch = batch_of(documents(True), rank, ranks, 1)
+    for index in range(count):
+        result = take_step(engine, cluster, batch, aim("per_source"), lr=1e-2, chance=index)
+    return result.sums_SM.tolist()
+
+
+def saver(folder, cluster, said=None, keep=9, every=0, in_background=True):
+    tell = (said if said is not None else []).append
+    keeping = Keeping(newest=keep, every=every)
+    return Saver(Path(folder), cluster, keeping, in_background=in_background, tell=tell)
+
+
+def saved(rank, ranks, cluster, folder, family, file, dtype):
+    """The state after three steps, which is then saved in the background while a fourth one is taken; and that step's sums."""
+    engine = make_engine(family, 1, ranks, file, dtype)
+    train(engine, cluster, rank, ranks, 3)
+    saves = saver(folder, cluster)
+    state, taken = whole_state(engine), steps_of_adam(engine)
+    saves.save(engine.states(), Position(step=3, report={"seen": 24}))
+    sums = train(engine, cluster, rank, ranks, 1)
+    saves.close()
+    return {"state": state, "steps": taken, "sums": sums}
+
+
+def restored(rank, ranks, cluster, folder, family, file, dtype):
+    """The state of a new engine that has read the newest checkpoint, and the sums of a step from there."""
+    engine = make_engine(family, 1, ranks, file, dtype)
+    listed = newest_whole(Path(folder), cluster).listed
+    restore(engine, listed)
+    state, taken = whole_state(engine), steps_of_adam(engine)
+    sums = train(engine, cluster, rank, ranks, 1)
+    again = whole_state(engine)
+    return {
+        "state": state, "steps": taken, "sums": sums, "wrote": listed.ranks, "after": again,
+        "report": dict(listed.position.report),
+    }  # fmt: skip
+
+
+def many_saves(rank, ranks, cluster, folder, in_background):
+    """Saves after each of six steps, of which two newest and every third stay; seconds that the loop waited for them."""
+    engine = make_engine("llama", 1, ranks)
+    said = []
+    saves = saver(folder, cluster, said, keep=2, every=3, in_background=in_background)
+    for index in range(1, 7):
+        train(engine, cluster, rank, ranks, 1)
+        saves.settle()
+        saves.save(engine.states(), Position(step=index, report={}))
+    saves.close()
+    return {"said": said, "last": saves.last_step, "wait_s": saves.wait_s}
+
+
+def saves_that_fail(rank, ranks, cluster, folder):
+    """What is said and the last whole step after each of four saves, of which rank 1 may not write the second to its end."""
+    engine = make_engine("llama", 1, ranks)
+    said, found = [], []
+    saves = saver(folder, cluster, said)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for index in range(1, 5):
+        train(engine, cluster, rank, ranks, 1)
+        if rank == 1:
+            most = 50_000 if index == 2 else limits[0]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        saves.save(engine.states(), Position(step=index, report={}))
+        saves.finish()
+        found.append(saves.last_step)
+    saves.close()
+    return {"said": said, "found": found, "failed": saves.failed}
+
+
+def saves_on_a_small_disk(rank, ranks, cluster, folder):
+    """The same where the second save finds too little room on the disk, and the third enough again."""
+    engine = make_engine("llama", 1, ranks)
+    said, found = [], []
+    saves = saver(folder, cluster, said)
+    ballast = Path(folder).parent / "ballast"
+    for index in range(1, 4):
+        train(engine, cluster, rank, ranks, 1)
+        if rank == 0 and index == 2:
+            ballast.write_bytes(bytes(10 << 20))
+        if rank == 0 and index == 3:
+            ballast.unlink()
+        saves.save(engine.states(), Position(step=index, report={}))
+        saves.finish()
+        found.append(saves.last_step)
+    saves.close()
+    return {"said": said, "found": found, "failed": saves.failed}
+
+
+def save_for_ever(rank, ranks, cluster, folder):
+    """Saves without end; whoever started this kills it."""
+    engine = make_engine("llama", 1, ranks)
+    train(engine, cluster, rank, ranks, 1)
+    saves = saver(folder, cluster, keep=2)
+    for index in range(1, 1 << 30):
+        saves.save(engine.states(), Position(step=index, report={}))
+
+
+if __name__ == "__main__":
+    main(globals())
