@@ -61,6 +61,18 @@ def step_of(folder):
     return int((folder / "checkpoints/latest").read_text().split("-")[1])
 
 
+def start_unlike(data, *of_ranks):
+    """The ranks of a run, each with overrides of its own."""
+    port, command = free_port(), [sys.executable, str(ROOT / "launch/train.py"), "recipe.yaml"]
+    return [
+        subprocess.Popen(
+            [*command, *overrides], cwd=data, text=True,
+            env=bare(environment(rank, len(of_ranks), port)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank, overrides in enumerate(of_ranks)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_rank_is_killed_the_other_ends_soon_and_says_which(data, victim):
     folder, other = data / f"killed-{victim}", 1 - victim
@@ -111,14 +123,8 @@ def test_one_rank_that_hangs_ends_itself(data):
 
 def test_an_error_on_one_rank_ends_the_other_with_its_message(data):
     shutil.copytree(data / "many", data / "bad")
-    port, command = free_port(), [sys.executable, str(ROOT / "launch/train.py"), "recipe.yaml"]
-    ranks = [
-        subprocess.Popen(
-            [*command, f"sources.web.path={path}", "output=failed", *LONG], cwd=data, text=True,
-            env=bare(environment(rank, 2, port)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank, path in enumerate(["many", "bad"])
-    ]  # fmt: skip
+    paths = ("sources.web.path=many", "sources.web.path=bad")
+    ranks = start_unlike(data, *(["output=failed", *LONG, path] for path in paths))
     wait_for(data / "failed/checkpoints/step-000002", ranks)
     for path in (data / "bad").glob("*.tar"):
         path.unlink()
@@ -128,25 +134,26 @@ def test_an_error_on_one_rank_ends_the_other_with_its_message(data):
     assert said.count("rank 1 failed") == 1 and "Traceback" not in said
 
 
-def test_a_signal_to_one_rank_ends_those_that_wait_for_data(data):
+def test_a_signal_to_a_rank_that_waits_for_another_reaches_that_one_at_its_data(data):
+    folder = data / "waiting"
     with web_server() as server:
-        for path in (data / "many").iterdir():
-            server.files[f"/many/{path.name}"] = path.read_bytes()
-        ranks = start(
-            data, 2, "output=waiting", "cache.folder=waiting-cache", "cache.ahead_files=1", *LONG,
-            f"sources.web.path={server.url}/many", "train.prefetch_steps=1", "train.save_every=0",
+        for path in (data / "web").iterdir():
+            server.files[f"/web/{path.name}"] = path.read_bytes()
+        common = (
+            "output=waiting", "cache.folder=waiting-cache", *LONG, "train.save_every=0",
+            "sources.web.share=[[0, 0], [4, 0], [5, 0.5]]",
+            "sequence_length=[[0, 64], [4, 32]]",  # rows of one length are read together
         )  # fmt: skip
-        wait_for_line(data / "waiting", 2, ranks)
-        server.part_wait_s, server.bytes_per_part = 1.0, 16
-        stalled = len(server.requests)
-        wait_until(lambda: len(server.requests) > stalled)
-        time.sleep(2)  # whatever was ready is trained
-        ranks[1].send_signal(signal.SIGUSR1)
+        ranks = start_unlike(data, common, [*common, f"sources.web.path={server.url}/web"])
+        wait_for(folder / "metrics.jsonl", ranks)
+        server.part_wait_s, server.bytes_per_part = 1.0, 16  # a shard takes an hour
+        wait_for_line(folder, 4, ranks)
+        time.sleep(2)
+        ranks[0].send_signal(signal.SIGUSR1)
         codes, said, seconds = seconds_to_end(ranks)
     assert codes == [75, 75] and seconds < 10, (seconds, said)
-    step = step_of(data / "waiting")
-    assert step >= 2 and f"stopped on request after step {step} of" in said
-    assert max(line["step"] for line in lines(data / "waiting")) == step
+    assert "stopped on request after step 4 of" in said and step_of(folder) == 4
+    assert max(line["step"] for line in lines(folder)) == 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
