@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from bigmix.errors import FAILED
 
+_QUIET_S = 3.0  # beats come once a second
 _MOST_NAMED = 8  # ranks in a message; of a thousand nobody wants to read them all
 
 
@@ -119,10 +120,14 @@ class Beats:
             return None
         least = min(known.beat.count for known in moving.values())
         behind = [rank for rank, known in moving.items() if known.beat.count == least]
+        # Of those at the same place a frozen one holds up the others.
+        quiet = [rank for rank in behind if now - moving[rank].beat_at > _QUIET_S]
+        behind = quiet or behind
         others = [rank for rank in moving if rank not in behind]
-        text = f"no rank has come further for {self._limits.hang_s:g} s: {_named(behind)} at {self.newest(behind[0]).doing}"
+        frozen = ", frozen" if quiet else ""
+        text = f"no rank has come further for {self._limits.hang_s:g} s: {_named(behind)} at {self.newest(behind[0]).doing}{frozen}"
         if others:
-            text += f"; {_named(others)} further on, at {self.newest(others[0]).doing}"
+            text += f"; {_named(others)} at {self.newest(others[0]).doing}"
         return Verdict(text=f"{text}; where this is no fault but slow, raise train.hang_minutes")
 
 

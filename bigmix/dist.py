@@ -1,9 +1,10 @@
 """The cluster as numbers: who we are, and sums over everybody. The one module that imports torch.distributed."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class Board:
     def __init__(self, cluster: Cluster, keys: Sequence[str], timeout: timedelta) -> None:
         """`timeout` is how long the first rank may take for an answer."""
         world = cluster.world
+        self._timeout = timeout
         # It listens on all interfaces and on a port that is free; kept here for as long as the board.
         self._server = _store("localhost", 0, timeout, keeps=True) if world.is_first else None
         port = self._server.port if self._server is not None else None
@@ -84,37 +86,47 @@ class Board:
 
     def write(self, key: str, text: str) -> None:
         """Put a text in the place of the one before."""
-        with _lost_where_silent():
-            self._client.set(key, _EMPTY + text)
+        self._answer(lambda: self._client.set(key, _EMPTY + text))
 
     def write_once(self, key: str, text: str) -> str:
         """The first text that anybody wrote under a key: this one where there is none yet."""
-        with _lost_where_silent():
-            kept: bytes = self._client.compare_set(key, _EMPTY, _EMPTY + text)
-        return kept.decode().removeprefix(_EMPTY)
+        return _read(self._answer(lambda: self._client.compare_set(key, _EMPTY, _EMPTY + text)))
 
     def read(self, keys: Sequence[str]) -> list[str]:
         """The newest text of each key."""
-        with _lost_where_silent():
-            texts: list[bytes] = self._client.multi_get(list(keys))
-        return [text.decode().removeprefix(_EMPTY) for text in texts]
+        return [_read(text) for text in self._answer(lambda: self._client.multi_get(list(keys)))]
 
-
-def _store(host: str, port: int, timeout: timedelta, *, keeps: bool = False) -> Any:
-    store = td.TCPStore  # type: ignore[attr-defined]
-    return store(host, port, is_master=keeps, timeout=timeout, wait_for_workers=False)
+    def _answer(self, ask: Callable[[], Any]) -> Any:
+        """What the store answers, asked in a thread: a frozen server makes it wait beyond its own timeout."""
+        answers: SimpleQueue[Any] = SimpleQueue()
+        threading.Thread(target=_put_answer, args=(ask, answers), daemon=True).start()
+        try:
+            answer = answers.get(timeout=self._timeout.total_seconds())
+        except Empty:
+            raise BoardLost(f"no answer within {self._timeout.total_seconds():g} s") from None
+        if isinstance(answer, RuntimeError):
+            raise BoardLost(str(answer)) from answer
+        return answer
 
 
 # The store makes no difference between an empty value and none.
 _EMPTY = "-"
 
 
-@contextmanager
-def _lost_where_silent() -> Iterator[None]:
+def _read(text: bytes) -> str:
+    return text.decode().removeprefix(_EMPTY)
+
+
+def _put_answer(ask: Callable[[], Any], answers: "SimpleQueue[Any]") -> None:
     try:
-        yield
+        answers.put(ask())
     except RuntimeError as error:  # DistNetworkError and DistStoreError are both of this kind
-        raise BoardLost(str(error)) from error
+        answers.put(error)
+
+
+def _store(host: str, port: int, timeout: timedelta, *, keeps: bool = False) -> Any:
+    store = td.TCPStore  # type: ignore[attr-defined]
+    return store(host, port, is_master=keeps, timeout=timeout, wait_for_workers=False)
 
 
 def leave() -> None:

@@ -115,9 +115,10 @@ def _signals_as_bytes() -> int:
     """Where the number of each signal that asks can be read as a byte."""
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
+    # First, so that no signal falls between the two.
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     for number in (*_ASKING, _ORPHANED):
         signal.signal(number, _ignore)
-    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     return read_end
 
 

@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ from bigmix.processes import Identity, has_ended, identity
 
 _TICK_S = 1.0
 _OWN_WORDS_S = 2.0  # for ranks that fail alike to say so themselves
+_CAUSE_S = 3.0  # for whoever knows why a collective failed
 _LINGER_S = 6.0  # of the first rank, so that the others can still read why it ends
 _STOP, _VERDICT, _BEAT = "stop", "verdict", "beat/{}"
 
@@ -37,6 +39,7 @@ class Watchdog:
         self._serial = 0
         self._must_save = False
         self._own: Verdict | None = None
+        self._unexpected: BaseException | None = None
         # The first rank has the whole view, the others see to the first.
         self._watched = range(self._size) if cluster.world.is_first else range(1)
         self._beats = Beats(self._watched, limits, time.monotonic)
@@ -64,10 +67,12 @@ class Watchdog:
 
     def fail(self, error: BaseException) -> None:
         """This rank ends with an error; the others, which may wait for it for ever, end with the same code."""
+        if isinstance(error, BigmixError):
+            words, code = str(error), error.exit_code
+        else:
+            words, code = f"{type(error).__name__}: {error}", FAILED
+            self._unexpected = error
         if not isinstance(error, Interrupted):
-            is_ours = isinstance(error, BigmixError)
-            words = str(error) if is_ours else f"{type(error).__name__}: {error}"
-            code = error.exit_code if isinstance(error, BigmixError) else FAILED
             self._own = Verdict(text=f"rank {self._rank} failed: {words}", code=code, is_error=True)
         self.close()
 
@@ -76,13 +81,26 @@ class Watchdog:
             while not self._closing.wait(_TICK_S):
                 if self._beats.has_left(0) and self._rank:
                     return
-                verdict = self._look()
-                if verdict is not None and not self._says_so_itself(verdict):
-                    self._end(verdict)
+                self._act_on(self._look())
+            if self._unexpected is not None:
+                self._seek_cause()
             self._say_goodbye(self._own)
         except BoardLost as error:
-            if not self._closing.is_set():
+            if not self._closing.is_set() or self._unexpected is not None:
                 self._end(self._without_first(error))
+
+    def _act_on(self, verdict: Verdict | None) -> None:
+        if verdict is not None and not self._says_so_itself(verdict):
+            self._end(verdict)
+
+    def _seek_cause(self) -> None:
+        """End for the reason that somebody else knows: where a rank dies, the collectives of the others fail."""
+        until = time.monotonic() + _CAUSE_S
+        while time.monotonic() < until:
+            verdict = self._look()
+            if verdict is not None:
+                self._end(verdict)
+            time.sleep(_CAUSE_S / 20)
 
     def _says_so_itself(self, verdict: Verdict) -> bool:
         """Whether this rank's main thread ends with an error too: ranks often fail alike."""
@@ -141,7 +159,9 @@ class Watchdog:
     def _end(self, verdict: Verdict) -> None:
         """End this process as the verdict says; nothing after it runs."""
         if verdict.code == FAILED:
-            self._stacks.write(f"{verdict.text}\nrank {self._rank}: {self._doing[1]}")
+            self._stacks.write(
+                f"{verdict.text}\nrank {self._rank}: {self._doing[1]}", self._unexpected
+            )
         with contextlib.suppress(BoardLost):  # then nobody listens
             self._say_goodbye(None, but=verdict.silent)
         own_machine = [rank for rank in (self._rank, *self._peers) if rank not in verdict.silent]
@@ -192,9 +212,11 @@ class _Stacks:
         self.pattern = folder / "stack-rank-*.txt"
         self._file = self._path.open("a", encoding="utf-8")
 
-    def write(self, heading: str) -> None:
-        """Append the stacks of all threads."""
+    def write(self, heading: str, error: BaseException | None) -> None:
+        """Append the stacks of all threads, and where an error comes from."""
         self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {heading}\n")
+        if error is not None:
+            self._file.writelines(traceback.format_exception(error))
         self._file.flush()
         faulthandler.dump_traceback(self._file, all_threads=True)
 
