@@ -81,7 +81,7 @@ def batch() -> StepBatch:
     )  # fmt: skip
     tokens = {"web": ROWS * TOKENS}
     return StepBatch(
-        step=1, micro_batches=(micro_batch,), rows={"web": ROWS}, tokens=tokens,
+        step=1, micro_batches=(micro_batch,), rows={"web": ROWS}, substituted={"web": 0}, tokens=tokens,
         loss_tokens={"web": ROWS * (TOKENS - 1)}, squares=0,
     )  # fmt: skip
 
@@ -89,13 +89,16 @@ def batch() -> StepBatch:
 def take_steps(engine: Engine, cluster: Cluster, save: Callable[[], None], settle: Callable[[], None]) -> Cost:  # fmt: skip
     """Six steps, with a save after the first."""
     rows, still_s = batch(), 0.0
+    aim = step.Aim(objective="per_source", weighing={}, anchor=None)
+    outline = step.Outline(names=["web"], micro_batches=1)
     began = time.perf_counter()
     for index in range(STEPS):
         settle()
+        agreed = step.agree(cluster, rows, outline, aim, stop_asked=False)
+        assert agreed.ready is not None
         result = step.run(
-            engine, cluster, rows, shares=StepShares(rows={"web": 1.0}, loss={"web": 1.0}),
-            aim=step.Aim(objective="per_source", weighing={}, anchor=None), lr=1e-4, chance=index,
-            stop_asked=False,
+            engine, cluster, agreed.ready, shares=StepShares(rows={"web": 1.0}, loss={"web": 1.0}),
+            aim=aim, lr=1e-4, chance=index, doing=lambda _: None,
         )  # fmt: skip
         float(result.sums_SM.sum())
         if index == 0:

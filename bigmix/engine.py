@@ -40,6 +40,8 @@ def join(world: World) -> Cluster:
         torch.cuda.set_device(world.local_rank)
     if world.size == 1:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
+        # torchrun's own store is at its own port; a rank that looks for it here would wait for ever.
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     export_world(world)
     backend = "gloo" if device_of(world).type == "cpu" else "nccl"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 WINDOW = 100  # losses that a new one is held against
+_LEAPT = "the loss leapt up"
 _FEWEST = 20  # of them, before which nothing is called a spike
 
 
@@ -43,6 +44,7 @@ class Health:
         self._most_skips = skips
         self._deviations = deviations
         self._spikes_roll_back = spikes_roll_back
+        self._back: RollBack | None = None
         self._skipped: list[int] = []
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
@@ -51,34 +53,34 @@ class Health:
         """Whether the last step moved the weights: only then they are worth a checkpoint."""
         return not self._skipped
 
-    def after(self, step: int, *, skipped: bool) -> RollBack | None:
+    def asked(self) -> RollBack | None:
+        """The roll-back that what was taken in asks for; asked for once."""
+        back, self._back = self._back, None
+        return back
+
+    def after(self, step: int, *, skipped: bool) -> None:
         """Take a step in: whether it was skipped since its gradient was not finite."""
         if not skipped:
             self._skipped = []
-            return None
+            return
         self._skipped.append(step)
-        if self._most_skips is None or len(self._skipped) < self._most_skips:
-            return None
-        steps, self._skipped = tuple(self._skipped), []
-        return RollBack(steps=steps, reason=f"{len(steps)} steps in a row had no finite gradient")
+        if self._most_skips is not None and len(self._skipped) >= self._most_skips:
+            steps, self._skipped = tuple(self._skipped), []
+            reason = f"{len(steps)} steps in a row had no finite gradient"
+            self._back = RollBack(steps=steps, reason=reason)
 
-    def spike(self, step: int, loss: float) -> Spike | None:
+    def loss(self, step: int, loss: float) -> Spike | None:
         """Take the loss of a step in, in the order of the steps; the spike that it is."""
         if self._deviations is None or not math.isfinite(loss):
             return None
         height = _deviations(loss, self._losses) if len(self._losses) >= _FEWEST else 0.0
-        if height > self._deviations:
-            return Spike(step=step, loss=loss, deviations=height)
-        self._losses.append(loss)
-        return None
-
-    def back_from(self, spikes: Sequence[Spike]) -> RollBack | None:
-        """The roll-back that spikes ask for."""
-        if not spikes or not self._spikes_roll_back:
+        if height <= self._deviations:
+            self._losses.append(loss)
             return None
-        return RollBack(
-            steps=tuple(spike.step for spike in spikes), reason="the loss leapt up at these steps"
-        )
+        if self._spikes_roll_back:
+            before = self._back.steps if self._back is not None else ()
+            self._back = RollBack(steps=(*before, step), reason=_LEAPT)
+        return Spike(step=step, loss=loss, deviations=height)
 
     def state(self) -> list[float]:
         """The losses that the next one is held against."""
@@ -86,7 +88,7 @@ class Health:
 
     def resume(self, state: Sequence[float]) -> None:
         """Go on from what `state` gave."""
-        self._skipped = []
+        self._back, self._skipped = None, []
         self._losses = deque(state, maxlen=WINDOW)
 
 

@@ -22,6 +22,7 @@ Number: TypeAlias = float | int | bool | None
 _GROUPS = {
     "step_s": "time",
     "data_wait_s": "time",
+    "save_wait_s": "time",
     "forward_s": "time",
     "backward_s": "time",
     "optimizer_s": "time",
@@ -54,21 +55,31 @@ class RunLog:
         held_out: Sequence[str],
         resume_step: int | None,
     ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._held_out = tuple(held_out)
+        self._layout = _layout(sources, held_out)
+        self._open(resume_step)
+
+    def _open(self, resume_step: int | None) -> None:
         # SummaryWriter imports torch, seconds that those who only read metrics.jsonl do not need.
         from torch.utils.tensorboard import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS
+        path = self._folder / METRICS
         if resume_step is not None:
             _take_back(path, after_step=resume_step)
         self._file = path.open("w" if resume_step is None else "a", encoding="utf-8")
-        self._held_out = tuple(held_out)
         # Purging from step 0 hides the points of an earlier run whose event files lie in the same folder.
         purge_step = 0 if resume_step is None else resume_step + 1
-        self._writer: Any = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
-        self._writer.add_custom_scalars(_layout(sources, held_out))
+        self._writer: Any = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=purge_step)
+        self._writer.add_custom_scalars(self._layout)
         self._writer.flush()
         self._flushed_at = time.monotonic()
+
+    def go_back(self, step: int) -> None:
+        """Take back what was logged after a step, which is now the last one that is trained."""
+        self.close()
+        self._open(step)
 
     def write(self, line: Mapping[str, Number]) -> None:
         """Append the numbers of one step (`line["step"]`); None and numbers that are not finite become null."""

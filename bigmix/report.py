@@ -21,6 +21,7 @@ class Timed:
 
     result: StepResult
     data_wait_s: float
+    save_wait_s: float
     step_s: float
     peak_gib: float
 
@@ -51,6 +52,7 @@ class Report:
             unit: dict.fromkeys(self._sources, 0)
             for unit in ("rows", "tokens", "loss_tokens", "gradient")
         }
+        self._substituted = dict.fromkeys(self._sources, 0)
         self._base: dict[str, float] = {}
         self._skipped = 0
 
@@ -95,7 +97,12 @@ class Report:
         """What has been added up until now, as plain values; every step must have been read."""
         assert not self._waiting, "read the report before its state"
         totals = {unit: dict(values) for unit, values in self._totals.items()}
-        return {"totals": totals, "base": dict(self._base), "skipped": self._skipped}
+        return {
+            "totals": totals,
+            "substituted": dict(self._substituted),
+            "base": dict(self._base),
+            "skipped": self._skipped,
+        }
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave; a source that has joined since then begins at 0, one that is gone is left out."""
@@ -103,6 +110,7 @@ class Report:
             unit: {name: values.get(name, 0) for name in self._sources}
             for unit, values in state["totals"].items()
         }
+        self._substituted = {name: state["substituted"].get(name, 0) for name in self._sources}
         self._base = dict(state["base"])
         self._skipped = int(state["skipped"])
 
@@ -124,6 +132,7 @@ class Report:
             "grad_norm": norm,
             "step_s": timed.step_s,
             "data_wait_s": timed.data_wait_s,
+            "save_wait_s": timed.save_wait_s,
             "forward_s": parts.get("forward", 0.0),
             "backward_s": parts.get("backward", 0.0),
             "optimizer_s": parts.get("optimizer", 0.0),
@@ -139,11 +148,16 @@ class Report:
             line[f"rows/{name}"] = result.rows[name]
             line[f"tokens/{name}"] = result.tokens[name]
             line[f"loss_tokens/{name}"] = count
+            if any(self._substituted.values()):
+                line[f"substituted_rows/{name}"] = result.substituted[name]
         return line | self._sums(result.step)
 
     def _sums(self, step: int) -> Line:
-        epochs = {f"epoch/{name}": value for name, value in self._epochs(step).items()}
-        return self._running() | epochs
+        line = self._running()
+        line |= {f"epoch/{name}": value for name, value in self._epochs(step).items()}
+        if any(self._substituted.values()):
+            line |= {f"total_substituted_rows/{n}": count for n, count in self._substituted.items()}
+        return line
 
     def _add(self, result: StepResult) -> None:
         for name in self._sources:
@@ -151,6 +165,7 @@ class Report:
             self._totals["tokens"][name] += result.tokens[name]
             self._totals["loss_tokens"][name] += result.loss_tokens[name]
             self._totals["gradient"][name] += result.weights.gradient[name]
+            self._substituted[name] += result.substituted[name]
 
     def _running(self) -> Line:
         """Totals and realised shares since the first step."""

@@ -11,12 +11,14 @@ import torch
 from bigmix.checkpoint.listing import put_aside
 from bigmix.checkpoint.restore import restore
 from bigmix.checkpoint.saver import Keeping, Saver
+from bigmix.data.loader import Portion
 from bigmix.dist import Cluster
 from bigmix.ds_config import fill
 from bigmix.engine import AdamW, Engine, Frozen, device_of, sharded_construction
 from bigmix.flops import Cost, cost_of, count_parameters, peak_flops
 from bigmix.guard import StopFlag
 from bigmix.header import show_header
+from bigmix.health import Health
 from bigmix.inputs import Inputs, accumulation
 from bigmix.loss.backend import backend_of, choose_backend
 from bigmix.loss.check import check_computing
@@ -37,7 +39,14 @@ from bigmix.recipe import Recipe, to_yaml
 from bigmix.records import Choice
 from bigmix.reference import Anchor
 from bigmix.report import Report
-from bigmix.run_folder import CHECKPOINTS, LOG, Beginning, keep_changes, write_recipe
+from bigmix.run_folder import (
+    CHECKPOINTS,
+    LOG,
+    Beginning,
+    keep_changes,
+    read_passed_over,
+    write_recipe,
+)
 from bigmix.soundness import check_model, check_reference_model
 from bigmix.step import Aim
 from bigmix.terminal import Terminal
@@ -47,15 +56,18 @@ from bigmix.world import World
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
-    """What the loop moves values between."""
+    """What the loop moves values between; `passed_over` are the steps that are not trained."""
 
     recipe: Recipe
     inputs: Inputs
     cluster: Cluster
+    portion: Portion
     engine: Engine
     aim: Aim
     report: Report
     saver: Saver
+    health: Health
+    passed_over: set[int]
     log: RunLog | None
     terminal: Terminal
     flag: StopFlag
@@ -120,8 +132,9 @@ def set_up(
         terminal.note(note)
     log = _open_log(recipe, inputs, start) if world.is_first else None
     parts = Parts(
-        recipe=recipe, inputs=inputs, cluster=cluster, engine=engine, aim=aim, report=report,
-        saver=_saver(recipe, cluster, terminal), log=log, terminal=terminal, flag=flag, watchdog=watchdog,
+        recipe=recipe, inputs=inputs, cluster=cluster, portion=_portion(recipe, world), engine=engine, aim=aim,
+        report=report, saver=_saver(recipe, cluster, terminal), health=_health(recipe),
+        passed_over=_passed_over(recipe, cluster), log=log, terminal=terminal, flag=flag, watchdog=watchdog,
     )  # fmt: skip
     _resume(parts, start)
     return parts
@@ -197,12 +210,37 @@ def _resume(parts: Parts, start: Beginning) -> None:
     parts.watchdog.doing(f"reading {start.checkpoint.path}")
     restore(parts.engine, start.checkpoint)
     parts.report.resume(start.checkpoint.position.report)
-    parts.saver.last_step = start.step
+    parts.health.resume(start.checkpoint.position.losses)
+    parts.saver.resume(start.step)
     ranks, now = start.checkpoint.ranks, world.size
     for change in start.changes:
         terminal.warning(f"from step {start.step + 1} on: {change}")
     other = "" if ranks == now else f", written by {ranks} ranks and read by {now}"
     terminal.note(f"going on after step {start.step}, from {start.checkpoint.path}{other}")
+
+
+def _portion(recipe: Recipe, world: World) -> Portion:
+    return Portion(
+        rank=world.rank,
+        ranks=world.size,
+        rows_per_step=recipe.rows_per_step,
+        micro_batch_rows=recipe.train.micro_batch_rows,
+    )
+
+
+def _health(recipe: Recipe) -> Health:
+    return Health(
+        skips=recipe.train.roll_back_after,
+        deviations=recipe.train.spike_deviations,
+        spikes_roll_back=recipe.train.spikes_roll_back,
+    )
+
+
+def _passed_over(recipe: Recipe, cluster: Cluster) -> set[int]:
+    """The steps that are not trained, by the recipe or since the run has gone back before them."""
+    folder = Path(recipe.output)
+    own = read_passed_over(folder).steps if cluster.world.is_first else frozenset[int]()
+    return {*recipe.train.pass_over, *cluster.gather(own)[0]}
 
 
 def _saver(recipe: Recipe, cluster: Cluster, terminal: Terminal) -> Saver:

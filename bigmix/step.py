@@ -30,6 +30,7 @@ class StepResult:
     step: int
     lr: float
     rows: Mapping[str, int]
+    substituted: Mapping[str, int]
     tokens: Mapping[str, int]
     loss_tokens: Mapping[str, int]
     squares: int
@@ -166,6 +167,7 @@ def run(
         step=batch.step,
         lr=lr,
         rows=batch.rows,
+        substituted=batch.substituted,
         tokens=counts.tokens,
         loss_tokens=counts.loss_tokens,
         squares=counts.squares,

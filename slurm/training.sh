@@ -28,14 +28,15 @@ count_failure() {
 
 # finish CODE OUTPUT: end the job, or put it back into the queue.
 finish() {
-  local code=$1 output=$2 count place
+  local code=$1 output=$2 count=1 place
   place=$(newest "$output")
   case $code in
     0) finish_well ;;
     2) stop 2 "the input is bad; correct what is said above and sbatch it again" ;;
     75) rm -f "$output/log/failures"; go_on_later 75 "stopped on request at $place" ;;
   esac
-  count=$(count_failure "$output")
+  # An end from outside says nothing about the run.
+  is_being_ended || count=$(count_failure "$output")
   if [ "$count" -eq 1 ]; then
     go_on_later "$code" "failed with $code, for the first time at $place"
   fi
@@ -72,14 +73,15 @@ finish_early() {
 
 # run_ranks OUTPUT RECIPE [key=value ...]: one task for each GPU, no launcher between; leaves their exit code in `code`.
 run_ranks() {
-  local first=$1/log/ended-$SLURM_JOB_ID-$RESTARTS
+  local first
+  first=$(realpath "$1")/log/ended-$SLURM_JOB_ID-$RESTARTS
   shift
   rm -f "$first"
   # kill-on-bad-exit: a rank that dies ends the step, and the others do not wait for it.
   # wait: a site may let srun end the step soon after its first rank, while another still writes the export.
   # gpu-bind: a rank takes the GPU of its SLURM_LOCALID, and NCCL needs to see those of its neighbours.
   run_step srun --label --kill-on-bad-exit=1 --wait=0 --gpu-bind=none \
-    "${CPUS[@]}" "${CONTAINER_OPTIONS[@]}" bash "$BIGMIX_ROOT/slurm/rank.sh" "$PWD/$first" \
+    "${CPUS[@]}" "${CONTAINER_OPTIONS[@]}" bash "$BIGMIX_ROOT/slurm/rank.sh" "$first" \
     "${PYTHON_WORDS[@]}" -u "$BIGMIX_ROOT/launch/train.py" "$@"
   if [ -s "$first" ]; then
     code=$(<"$first")

@@ -36,6 +36,8 @@ LAYERS = [
     {"plan"},
     {"header", "compare", "preview"},
     {"set_up"},
+    {"recovery"},
+    {"loop"},
     {"train"},
     {"cli"},
     {"rank"},

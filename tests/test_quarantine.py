@@ -4,6 +4,7 @@ import gc
 import json
 import pickle
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from bigmix.data.loader import Plan, Portion, Stage, one_stage, step_batch
 from bigmix.data.mixture import Mixture
 from bigmix.data.quarantine import BadShard, Quarantine
 from bigmix.data.retry import Stopped
-from bigmix.data.source import read_source
+from bigmix.data.source import needed_in_order, read_source
 from bigmix.data.stream import WINDOW_SHARDS, Packer
 from bigmix.data.substitution import substitution
 from bigmix.data.tally import tally_of
@@ -208,6 +209,23 @@ def test_substitutes_are_spread_evenly_over_the_healthy_shards_of_the_window(row
         often = Counter(zip(shards_R.tolist(), rows_R.tolist(), strict=True))
         assert max(often.values()) <= -(-len(wanted) // total)
         assert all(0 <= row < givers[shard] for shard, row in often)
+
+
+def test_substitutes_open_no_more_shards_than_the_rows_that_they_stand_for(folders, monkeypatch):
+    monkeypatch.setattr(loader_module, "ASSEMBLED_ROWS", 16)
+    sources = {name: read_source(str(folder)) for name, folder in folders.items()}
+
+    def opened_shards(quarantine):
+        the_plan = plan(folders, quarantine)
+        stages = the_plan.gathered(portion(1, 4), first=9, last=300)
+        never = dict.fromkeys(sources, 1_000)
+        return Counter(
+            source.location.given for source, _ in needed_in_order(stages, sources, never)
+        )
+
+    before, after = opened_shards(Quarantine()), opened_shards(BAD)
+    web = str(folders["web"])
+    assert 40 < after[web] <= before[web]
 
 
 def test_each_epoch_has_other_substitutes(folders):
@@ -444,6 +462,35 @@ def test_a_bad_shard_is_tried_no_longer_than_once_for_each_rank_that_needs_it(da
     # Two tries each, and what both had under way ahead of need once more.
     assert tried.pop("/web/shard-00003.tar") <= 8 and set(tried.values()) == {1}
     assert all(i.depot.unforeseen == 0 for i in inputs)
+
+
+def test_after_a_failure_no_step_ahead_tries_the_same_shard_again(data, server, monkeypatch):
+    monkeypatch.setattr(loader_module, "ASSEMBLED_ROWS", 8)
+    server.broken = {"/web/shard-00003.tar": ("status", 500, {})}
+    inputs = opened(server.url, "cache.read=ranges")
+    own = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
+    loader = inputs.loader(own, first=1, ahead=60)
+    with pytest.raises(BadShard):
+        list(loader)
+    time.sleep(1)
+    inputs.depot.close()
+    loader.close()
+    assert downloads(server)["/web/shard-00003.tar"] == 2
+
+
+def test_a_long_run_whose_healthy_shards_are_all_open_begins_at_once(data, server):
+    """Its order of shards to fetch ends there, and is not gone through for the bad one."""
+    few = f"sources.web.path={server.url}/web/shard-{{00000..00003}}.tar"
+    inputs = opened(server.url, few, "budget.steps=3000000")
+    grown = Quarantine(first_steps={"web": {"shard-00003.tar": 1}, "chat": {"shard-00000.tar": 1}})
+    own = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
+    begin = time.monotonic()
+    loader = inputs.with_quarantine(grown).loader(own, first=1, ahead=2)
+    batches = iter(loader)
+    assert [next(batches).step for _ in range(200)][-1] == 200
+    inputs.depot.close()
+    loader.close()
+    assert time.monotonic() - begin < 10
 
 
 def test_a_closed_loader_leaves_no_shard_in_use_and_no_rows(data, server, tmp_path):

@@ -197,7 +197,7 @@ def test_bad_input_is_not_tried_again(slurm, data):
 
 
 def test_a_run_that_fails_twice_at_the_same_point_is_given_up(slurm, data):
-    job = train(slurm, data, "recipe.yaml", "output=given-up")
+    job = train(slurm, data, "recipe.yaml", f"output={data}/given-up")
     for restarts in (1, 2):
         job.wait(lambda: pid_of_rank(job, 1) is not None, "the start of rank 1")
         kill_a_rank(job)
@@ -211,7 +211,7 @@ def test_a_run_that_fails_twice_at_the_same_point_is_given_up(slurm, data):
 
 
 def test_a_job_is_restarted_so_often_and_not_more(slurm, data):
-    words = ["recipe.yaml", "output=restarted", "train.max_minutes=0.0001"]
+    words = ["recipe.yaml", f"output={data}/restarted", "train.max_minutes=0.0001"]
     job = train(slurm, data, *words, MAX_RESTARTS="0")
     assert job.end() == ("FAILED", "75"), job.log
     assert "it was restarted 0 times and MAX_RESTARTS is 0" in job.log
@@ -269,22 +269,23 @@ def test_a_part_that_fails_is_named_by_the_merge(slurm, texts, tiny_tokenizer):
 
 
 def test_recipes_are_trained_and_compared(slurm, data):
-    """Both are stopped on their way: one task of an array has the number of the whole array, and must not requeue it."""
+    """One is stopped on its way: the one whose number is that of the whole array, which it must not requeue."""
     two_way = RECIPE.replace("output: run", "output: runs/two-way")
     web = "  web: {path: web, role: replay, share: [[0, 0.5], [8, 0.25]]}\n"
     one_way = RECIPE.replace("output: run", "output: runs/one-way").replace(web, "")
     (data / "two-way.yaml").write_text(two_way)
     (data / "one-way.yaml").write_text(one_way + "held_out: {web: web}\n")
-    words = ["one-way.yaml", "two-way.yaml", "budget={task_tokens: 8K}", "--out", "runs/report"]
+    words = ["one-way.yaml", "two-way.yaml", "budget={task_tokens: 12K}", "--out", "runs/report"]
     array = submit(slurm, data, "compare.sbatch", *words, options=["--array=1-2", *TRAINING])
-    for task, name in enumerate(("one-way", "two-way"), 1):
-        job = replace(array, number=f"{array.number}_{task}")
-        job.wait(lambda run=data / "runs" / name: newest_step(run) >= 2, f"a checkpoint of {name}")
-        ask_the_batch_shell(job)
-        job.go_on(restarts=1)
+    tasks = [replace(array, number=f"{array.number}_{task}") for task in (1, 2)]
+    for task, name in zip(tasks, ("one-way", "two-way"), strict=True):
+        task.wait(lambda run=data / "runs" / name: newest_step(run) >= 2, f"a checkpoint of {name}")
+    of_array, other = sorted(tasks, key=lambda task: slurm.job(task.number)["JobId"])
+    assert slurm.job(of_array.number)["JobId"] == array.number
+    ask_the_batch_shell(of_array)
+    of_array.go_on(restarts=1)
     wait_until_nothing_is_queued(slurm)
-    logs = [path.read_text() for path in data.glob(f"slurm-{array.number}_*.log")]
-    assert [log.count("slurm: attempt ") for log in logs] == [2, 2], logs
+    assert [task.log.count("slurm: attempt ") for task in (of_array, other)] == [2, 1], other.log
     said = "\n".join(path.read_text() for path in data.glob("slurm-*.log"))
     assert (data / "runs/report/index.html").exists(), said
     summary = json.loads((data / "runs/report/summary.json").read_text())

@@ -422,8 +422,9 @@ def fetching():
     return [thread for thread in threading.enumerate() if thread.name.startswith("fetch-")]
 
 
-def test_closing_the_depot_ends_all_threads_also_where_the_server_says_nothing(remote):
-    inputs = opened(remote.url, "cache.tries=1000")
+@pytest.mark.parametrize("read", ["whole", "ranges"])
+def test_closing_the_depot_ends_all_threads_also_where_the_server_says_nothing(remote, read):
+    inputs = opened(remote.url, "cache.tries=1000", f"cache.read={read}")
     remote.always = ("stall", 10)
     portion = Portion(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
     loader = inputs.loader(portion, first=1, ahead=2)

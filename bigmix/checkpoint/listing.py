@@ -27,12 +27,13 @@ _ASIDE = "aside-"
 class Position:
     """Where a run stands: the last finished step, and what the next ones follow from.
 
-    `report` is what its report has added up, `recipe` the settings as plain values, `chapter` from where they hold,
+    `report` is what its report has added up, `losses` what the next one is held against, `recipe` the settings as plain values, `chapter` from where they hold,
     `standing` where each source stands and `content` a checksum of its shards.
     """
 
     step: int
     report: Mapping[str, Any]
+    losses: Sequence[float] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     chapter: Chapter = field(default_factory=Chapter)
     standing: Mapping[str, Standing] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Position:
         return cls(
             step=int(value["step"]),
             report=value["report"],
+            losses=value["losses"],
             recipe=value["recipe"],
             chapter=Chapter(**value["chapter"]),
             standing={name: Standing(**found) for name, found in value["standing"].items()},

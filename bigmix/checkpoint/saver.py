@@ -55,6 +55,7 @@ class Saver:
         """`tell` is given what the user must know of a checkpoint that could not be written."""
         self.wait_s = 0.0
         self.last_step: int | None = None  # of the newest checkpoint that is whole
+        self.begun_step = 0  # of the newest one that was begun
         self.failed = 0
         self._folder = folder
         self._cluster = cluster
@@ -67,10 +68,19 @@ class Saver:
         if cluster.world.is_first:
             clear_unfinished(folder)
 
+    def resume(self, step: int) -> None:
+        """The newest checkpoint is that of a step, from which the run goes on."""
+        self.last_step = self.begun_step = step
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether a multiple of `every` steps (0: never) has come since the last checkpoint was begun."""
+        return every > 0 and step // every > self.begun_step // every
+
     def save(self, flats: Iterator[FlatState], position: Position) -> None:
         """Begin a checkpoint; returns once this rank's states are copied, or written where not in the background."""
         self.finish()
         began = time.perf_counter()
+        self.begun_step = position.step
         beside = self._folder / f".tmp-step-{position.step:06d}"
         copies = (self._in_host_memory(index, flat) for index, flat in enumerate(flats))
         tensors, metadata = tensors_of(copies)

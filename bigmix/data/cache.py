@@ -144,8 +144,9 @@ class ShardCache:
     def _failing_together(self, file: _File, asked_ns: int) -> Iterator[None]:
         """Leave word of a failure for those who wait for the same file; raise one that came since `asked_ns`."""
         word = self._folder / f"{file.sha256}.failed"
-        if word.exists() and word.stat().st_mtime_ns >= asked_ns:
-            raise BigmixError(word.read_text())
+        said = _text_since(word, asked_ns)
+        if said is not None:
+            raise BigmixError(said)
         word.unlink(missing_ok=True)
         try:
             yield
@@ -284,6 +285,14 @@ class ShardCache:
             os.replace(part.path, path)
             fcntl.flock(part.descriptor, fcntl.LOCK_SH)
         return Lease(path, part.descriptor)
+
+
+def _text_since(path: Path, time_ns: int) -> str | None:
+    """The text of a file that was written at that time or later."""
+    try:
+        return path.read_text() if path.stat().st_mtime_ns >= time_ns else None
+    except FileNotFoundError:
+        return None
 
 
 def _locked(descriptor: int, kind: int) -> bool:

@@ -70,7 +70,7 @@ class Reading:
     ranges: bool = False
 
 
-def read_source(path: str, retry: Retry | None = None) -> Source:
+def read_source(path: str, retry: Retry | None = None, watch: Watch | None = None) -> Source:
     """Read the manifest of a prepared source, local or remote.
 
     Raises BadInput where there is none, where it is not whole, or where it does not list a shard that was asked for.
@@ -80,7 +80,7 @@ def read_source(path: str, retry: Retry | None = None) -> Source:
     if location.is_local:
         manifest = read_manifest(str(Path(url).parent))
     else:
-        manifest = parse_manifest(read_file(url, retry=retry), shown(url))
+        manifest = parse_manifest(read_file(url, retry=retry, watch=watch), shown(url))
     if location.names is None:
         return Source(location=location, manifest=manifest, documents=None)
     places = {file: index for index, file in enumerate(manifest.shards.files)}
@@ -253,7 +253,9 @@ class Depot:
         few = replace(retry, tries=min(retry.tries, _MANIFEST_TRIES))
         place = shown(source.location.url(MANIFEST))
         try:
-            now = read_source(source.location.given, few)
+            now = read_source(source.location.given, few, self._watch)
+        except Stopped:
+            raise
         except BigmixError as error:
             raise BigmixError(
                 f"{said}\nnot only a shard, the whole source is at fault, since its manifest cannot be read either: {error}"

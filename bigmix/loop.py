@@ -1,0 +1,313 @@
+"""Everything that a run is made of goes in; the steps that are left are trained, logged, evaluated and saved.
+
+The loop goes in turns. A turn reads its batches from one loader; it ends where the rest must be read anew, since rows of
+a bad shard are to be replaced, or since the run goes back to its last checkpoint.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from bigmix import step
+from bigmix.checkpoint.listing import Position
+from bigmix.data.order import key_of
+from bigmix.data.quarantine import BadShard
+from bigmix.errors import BigmixError, Interrupted
+from bigmix.evaluate import evaluate
+from bigmix.header import show_held_out
+from bigmix.health import RollBack
+from bigmix.inputs import accumulation
+from bigmix.metrics import METRICS, has_evaluation
+from bigmix.recipe import Recipe, plain
+from bigmix.records import StepBatch
+from bigmix.recovery import name_suspects, roll_back, without_bad_shards
+from bigmix.report import Timed
+from bigmix.schedule import LearningRate, warmup_steps
+from bigmix.set_up import Parts
+
+_RECENT_STEPS = 10  # the longest of them must fit before the end of the time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _BadShards:
+    """Shards that some ranks could not read for a step, which none of them has trained."""
+
+    step: int
+    found: Sequence[BadShard]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Pace:
+    """What steps took, in seconds: whole steps of late, and the waits for saves that are in no line yet."""
+
+    recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
+    saves_told_s: float = 0.0
+
+
+def train(parts: Parts, *, first: int) -> None:
+    """Train from step `first` to the last one; a collective.
+
+    Raises Interrupted after a whole checkpoint where the flag is set.
+    """
+    pace = _Pace()
+    _catch_up(parts, at_step=first - 1)
+    while first <= parts.inputs.steps:
+        parts, first = _turn(parts, first, pace)
+    parts.saver.close()
+
+
+def _turn(parts: Parts, first: int, pace: _Pace) -> tuple[Parts, int]:
+    """Train from a step on with one loader; returns what the next turn is made of, and its first step."""
+    inputs, train = parts.inputs, parts.recipe.train
+    loader = inputs.loader(parts.portion, first=first, ahead=train.prefetch_steps)
+    try:
+        end = _go_through(parts, loader.unless(parts.flag.is_set), first, pace)
+    finally:
+        # First the depot: the loader's thread may wait for a shard that never comes.
+        inputs.depot.close()
+        loader.close()
+    if isinstance(end, RollBack):
+        return parts, roll_back(parts, end) + 1
+    if isinstance(end, _BadShards):
+        return without_bad_shards(parts, end.step, end.found), end.step
+    return parts, inputs.steps + 1
+
+
+def _go_through(
+    parts: Parts, batches: Iterator[StepBatch | None], first: int, pace: _Pace
+) -> RollBack | _BadShards | None:
+    """Take the steps until one of them ends the turn."""
+    outline = step.Outline(
+        names=parts.inputs.plan.mixture.names,
+        micro_batches=accumulation(parts.recipe, parts.portion.ranks),
+    )
+    learning_rate = _learning_rate(parts.recipe, parts.inputs.steps)
+    for at_step in range(first, parts.inputs.steps + 1):
+        parts.watchdog.doing(f"waiting for the rows of step {at_step}")
+        began = time.perf_counter()
+        batch = _next_batch(parts, batches)
+        fetched = time.perf_counter()
+        parts.watchdog.doing(f"agreement on step {at_step}")
+        parts.saver.settle()
+        ready = _agree(parts, outline, at_step, batch, pace)
+        if isinstance(ready, _BadShards):
+            return ready
+        if at_step in parts.passed_over:
+            _pass_over(parts, at_step)
+        else:
+            result = _train_step(parts, at_step, ready, learning_rate.at(at_step))
+            _add(parts, result, pace, began=began, fetched=fetched)
+        back = _after_step(parts, at_step)
+        if back is not None:
+            return back
+    return None
+
+
+def _next_batch(parts: Parts, batches: Iterator[StepBatch | None]) -> StepBatch | BadShard | None:
+    """The batch of the next step; None where a request to stop came before it, or what made it impossible."""
+    try:
+        return next(batches)
+    except BadShard as bad:
+        if not parts.inputs.replaces_bad_shards:
+            raise
+        return bad
+
+
+def _agree(
+    parts: Parts, outline: step.Outline, at_step: int, batch: StepBatch | BadShard | None, pace: _Pace
+) -> step.Ready | _BadShards:  # fmt: skip
+    """The step as every rank has it, or the shards that any of them could not read for it; a collective.
+
+    Does not return where any rank was asked to stop.
+    """
+    own = None if isinstance(batch, BadShard) else batch
+    asked = parts.flag.is_set(needed_s=max(pace.recent_s, default=0.0))
+    agreed = step.agree(parts.cluster, own, outline, parts.aim, stop_asked=asked)
+    if not agreed.stop_asked and agreed.ready is None:
+        everybody = parts.cluster.gather(batch if isinstance(batch, BadShard) else None)
+        found = [bad for bad in everybody if bad is not None]
+        if found:
+            return _BadShards(step=at_step, found=found)
+    if agreed.stop_asked or agreed.ready is None:
+        _stop(parts, at_step=at_step - 1)
+    return agreed.ready
+
+
+def _train_step(parts: Parts, at_step: int, ready: step.Ready, lr: float) -> step.StepResult:
+    parts.watchdog.must_save(True)
+    result = step.run(
+        parts.engine,
+        parts.cluster,
+        ready,
+        shares=parts.inputs.shares_of_step(at_step),
+        aim=parts.aim,
+        lr=lr,
+        chance=key_of(parts.recipe.seed, "dropout", at_step, parts.portion.rank) >> 1,
+        doing=parts.watchdog.doing,
+    )
+    parts.health.after(at_step, skipped=result.skipped)
+    if result.skipped:
+        name_suspects(parts, at_step, result.finite_M.tolist())
+    return result
+
+
+def _pass_over(parts: Parts, at_step: int) -> None:
+    _tell(parts)
+    line = parts.report.passed_over(at_step)
+    if parts.log is not None:
+        parts.log.write(line)
+    parts.terminal.note(f"step {at_step} is passed over: its rows are not trained")
+
+
+def _add(
+    parts: Parts, result: step.StepResult, pace: _Pace, *, began: float, fetched: float
+) -> None:
+    ended = time.perf_counter()
+    parts.report.add(
+        Timed(
+            result=result,
+            data_wait_s=fetched - began,
+            save_wait_s=parts.saver.wait_s - pace.saves_told_s,
+            step_s=ended - began,
+            peak_gib=parts.engine.peak_gib(),
+        )
+    )
+    pace.saves_told_s = parts.saver.wait_s
+    if not pace.recent_s:
+        # From now on: however little time there is, each start of a run comes a step further.
+        parts.flag.set_end(parts.recipe.train.max_minutes, _end_of_job(parts.recipe))
+    pace.recent_s.append(ended - began)
+
+
+def _after_step(parts: Parts, at_step: int) -> RollBack | None:
+    """What is due after a step. A checkpoint comes before an evaluation, which may be done again."""
+    train, is_last = parts.recipe.train, at_step == parts.inputs.steps
+    # While steps are skipped the weights may be what is wrong.
+    is_saved = is_last or (parts.saver.is_due(at_step, train.save_every) and parts.health.is_well)
+    if is_saved or at_step % train.log_every == 0:
+        _tell(parts)
+    back = parts.health.asked()
+    if back is not None:
+        return back
+    if is_saved:
+        _save(parts, at_step)
+    if is_last:
+        parts.saver.finish()
+        parts.watchdog.must_save(parts.saver.last_step != at_step)
+    if _evaluates(parts, at_step):
+        _evaluate(parts, at_step)
+    return None
+
+
+def _stop(parts: Parts, at_step: int) -> NoReturn:
+    """Save what was trained since the last checkpoint and end; a collective."""
+    saver = parts.saver
+    saver.finish()
+    if at_step and saver.last_step != at_step and (parts.health.is_well or not saver.last_step):
+        _save(parts, at_step)
+        saver.finish()
+    done = f"stopped on request after step {at_step} of {parts.inputs.steps}"
+    if not at_step or saver.last_step == at_step:
+        raise Interrupted(f"{done}; the same command goes on from there")
+    if not parts.health.is_well:
+        raise Interrupted(
+            f"{done}; it had no finite gradient, so the same command goes on after step {saver.last_step}"
+        )
+    raise BigmixError(
+        f"{done}, whose checkpoint could not be written; the same command goes on after step {saver.last_step or 0}"
+    )
+
+
+def _tell(parts: Parts) -> None:
+    """Write down the steps that are not told yet; all ranks learn of the same spikes."""
+    lines = parts.report.read()
+    for line in lines:
+        if parts.log is not None:
+            parts.log.write(line)
+        spike = parts.health.loss(int(line["step"] or 0), float(line["loss"] or 0.0))
+        if spike is not None:
+            parts.terminal.warning(
+                f"the loss of step {spike.step} is {spike.loss:.4g}, {spike.deviations:.1f} standard deviations above those "
+                "before it"
+            )
+    if lines:
+        parts.terminal.progress(int(lines[-1]["step"] or 0), parts.inputs.steps, lines[-1])
+
+
+def _catch_up(parts: Parts, *, at_step: int) -> None:
+    """Do the evaluation after the last trained step, or before the first one, that a run was stopped in."""
+    if not _evaluates(parts, at_step):
+        return
+    path = Path(parts.recipe.output) / METRICS
+    is_first = parts.cluster.world.is_first
+    (is_done, *_) = parts.cluster.gather(is_first and has_evaluation(path, at_step))
+    if not is_done:
+        _evaluate(parts, at_step)
+
+
+def _evaluates(parts: Parts, at_step: int) -> bool:
+    """Whether an evaluation follows a step; there is one before the first and one after the last."""
+    every = parts.recipe.train.evaluate_every
+    is_due = at_step in (0, parts.inputs.steps) or (every > 0 and at_step % every == 0)
+    return is_due and bool(parts.inputs.held_out)
+
+
+def _evaluate(parts: Parts, at_step: int) -> None:
+    _tell(parts)
+    train = parts.recipe.train
+    results = evaluate(
+        parts.engine,
+        parts.cluster,
+        parts.inputs.held_out,
+        micro_batch_rows=train.micro_batch_rows,
+        max_rows=train.evaluate_rows,
+        stop_asked=parts.flag.is_set,
+        doing=lambda what: parts.watchdog.doing(f"{what}, after step {at_step}"),
+    )
+    if results is None:
+        _stop(parts, at_step)
+    line = parts.report.evaluation(at_step, results)
+    if parts.log is not None:
+        parts.log.write(line)
+    show_held_out(parts.terminal, parts.recipe, at_step, results, line)
+
+
+def _save(parts: Parts, at_step: int) -> None:
+    parts.watchdog.doing(f"saving step {at_step}")
+    _tell(parts)
+    if parts.log is not None:
+        parts.log.flush()
+    plan = parts.inputs.plan
+    position = Position(
+        step=at_step,
+        report=parts.report.state(),
+        losses=parts.health.state(),
+        recipe=plain(parts.recipe),
+        chapter=plan.chapter,
+        standing=plan.standing(at_step),
+        content=parts.inputs.content,
+        quarantine=plan.quarantine,
+    )
+    parts.saver.save(parts.engine.states(), position)
+
+
+def _learning_rate(recipe: Recipe, steps: int) -> LearningRate:
+    train = recipe.train
+    return LearningRate(
+        peak=train.lr,
+        steps=steps,
+        warmup_steps=warmup_steps(train.warmup, steps),
+        shape=train.schedule,
+        decay=train.decay,
+        final=train.final_lr,
+    )
+
+
+def _end_of_job(recipe: Recipe) -> float | None:
+    """When the run must stop for its Slurm job to end well, in seconds since 1970."""
+    told = os.environ.get("SLURM_JOB_END_TIME", "")
+    return int(told) - 60 * recipe.train.stop_before_end_minutes if told.isdigit() else None
