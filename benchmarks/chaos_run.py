@@ -1,0 +1,452 @@
+"""A fault that was drawn goes in; the run that meets it is started until it ends, and what came of it comes out."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import chaos_faults
+from chaos_data import SAVE_EVERY, STEPS, write_data
+from chaos_faults import FAULT, NOTES, Fault, hashes
+from chaos_processes import Process, Way, start
+
+from bigmix.checkpoint.listing import FOLDER, Listed, read_listing
+from bigmix.data.loader import Plan
+from bigmix.inputs import open_inputs
+from bigmix.processes import has_ended
+from bigmix.recipe import load_recipe
+
+MOST_STARTS = 5
+LONGEST_START_S = 120.0
+KILL_OTHERS_S = 20.0  # after the first rank has failed, as srun --kill-on-bad-exit does
+DISK_BYTES = 80 << 20
+OUTSIDE = {  # sent by the benchmark, once a rank is where the fault is to happen
+    "kill-rank": signal.SIGKILL,
+    "kill-launcher": signal.SIGKILL,
+    "kill-all": signal.SIGKILL,
+    "world-size": signal.SIGKILL,
+    "sigterm": signal.SIGTERM,
+    "sigusr1": signal.SIGUSR1,
+}
+NAMES = [*OUTSIDE, *(name for name in chaos_faults.INSIDE if name != "file-limit")]
+PLACES = ("waiting", "agreement", "forward", "backward", "optimizer", "saving", "start")
+ONE_START = {"disk-full", "file-limit", "nan-once", "nan-three", "shard-replace"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A run and what happens to it: to `victims` (-1: the launcher) `delay_s` after a rank is at the fault's place."""
+
+    fault: Fault
+    way: Way
+    ranks: int
+    ranks_after: int
+    save: str
+    victims: Sequence[int] = ()
+    delay_s: float = 0.0
+
+    @property
+    def is_same_world(self) -> bool:
+        """Whether all of it is trained by the same number of ranks."""
+        return self.ranks == self.ranks_after
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """What a run left: the rows of each step, losses, checksums of weights and moments, steps trained more than once."""
+
+    rows: Mapping[int, Counter[str]]
+    losses: Mapping[int, float]
+    weights: Sequence[str]
+    again: int
+
+
+@dataclass(kw_only=True, slots=True)
+class Result:
+    """What came of a case; `faults` is empty where all is as it must be."""
+
+    case: Case
+    happened: bool = False
+    ends: list[list[int]] = field(default_factory=list)
+    survived: bool = False
+    identical: bool | None = None
+    steps_lost: int = 0
+    rows_wrong: int = 0
+    seconds: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+
+def draw(name: str, random_: random.Random, *, executed: bool) -> Case:
+    """A place and a time for a fault."""
+    place = random_.choice(PLACES) if name in OUTSIDE else "inside"
+    saves = [step for step in range(SAVE_EVERY, STEPS - 1, SAVE_EVERY)]
+    at_save = place == "saving" or name in ("kill-in-save", "kill-before-latest")
+    step = random_.choice(saves) if at_save else random_.randint(SAVE_EVERY + 1, STEPS - 3)
+    supervised = name == "kill-launcher" or (name != "world-size" and random_.random() < 0.5)
+    ranks = random_.choice((1, 2, 4)) if name == "world-size" else 2
+    others = [number for number in (1, 2, 4) if number != ranks]
+    return Case(
+        fault=Fault(
+            name=name, place=place, step=step, part=random_.random(),
+            rank=0 if name == "kill-before-latest" or name.startswith("shard") else random_.randrange(ranks),
+        ),
+        way=Way(supervised=supervised, executed=executed), ranks=ranks,
+        ranks_after=random_.choice(others) if name == "world-size" else ranks,
+        save=random_.choice(("background", "blocking")),
+        victims=_victims(name, ranks, supervised, random_),
+        delay_s=random_.random() * (1.5 if place == "start" else 0.05),
+    )  # fmt: skip
+
+
+def _victims(name: str, ranks: int, supervised: bool, random_: random.Random) -> Sequence[int]:
+    everybody = [*range(ranks), *([-1] if supervised else [])]
+    if name in ("kill-all", "world-size"):
+        return everybody[::-1]
+    if name == "kill-launcher":
+        return [-1]
+    return [random_.choice(everybody[:ranks] if name == "kill-rank" else everybody)]
+
+
+class Bench:
+    """A folder with the data of all runs, and what runs without a fault have come to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: dict[tuple[int, Sequence[int]], Trained] = {}
+        self._number = 0
+        write_data(folder / "data")
+
+    def fault_free(self, ranks: int, passed: Sequence[int] = ()) -> Trained:
+        """The run without a fault, told beforehand to pass over some steps."""
+        key = (ranks, tuple(passed))
+        if key not in self._known:
+            case = Case(
+                fault=Fault(name="none", rank=-1), way=Way(supervised=False, executed=False), ranks=ranks,
+                ranks_after=ranks, save="blocking",
+            )  # fmt: skip
+            with self._run_folder() as folder:
+                run = Run(folder, case, [f"train.pass_over={list(passed)}"])
+                run.go()
+                assert run.result.survived, run.told()
+                self._known[key] = trained(folder)
+        return self._known[key]
+
+    def run(self, case: Case) -> Result:
+        """Let a case happen, and compare."""
+        began = time.monotonic()
+        with self._run_folder() as folder:
+            case = self._with_shard(case)
+            run = Run(folder, case, [])
+            with _small_disk(folder, case):
+                run.go()
+                if run.result.survived:
+                    self._compare(run)
+            result = run.result
+            if result.faults:
+                (self.folder / "said").mkdir(exist_ok=True)
+                shutil.copy(folder / NOTES / "said", self.folder / "said" / folder.name)
+        result.seconds = time.monotonic() - began
+        return result
+
+    @contextmanager
+    def _run_folder(self) -> Any:
+        self._number += 1
+        folder = self.folder / f"run-{self._number:04d}"
+        shutil.copytree(self.folder / "data", folder)
+        (folder / NOTES).mkdir()
+        yield folder
+        shutil.rmtree(folder)
+
+    def _with_shard(self, case: Case) -> Case:
+        """Where a shard goes bad: one that is first read some steps after the step of the fault."""
+        if not case.fault.name.startswith("shard"):
+            return case
+        firsts = first_uses(_inputs(self.folder / "data", case.ranks).plan)
+        late = sorted((at, shard) for shard, at in firsts.items() if at >= 6)
+        at, shard = late[int(case.fault.part * 97) % len(late)]
+        return _changed(case, fault=_changed(case.fault, step=at - 4, shard=shard))
+
+    def _compare(self, run: "Run") -> None:
+        case, result, own = run.case, run.result, trained(run.folder)
+        expected = self._expected(run, own)
+        result.steps_lost = own.again
+        result.rows_wrong = rows_wrong(own.rows, expected.rows)
+        if result.rows_wrong:
+            result.faults.append(f"{result.rows_wrong} rows lost or repeated")
+        if case.is_same_world and expected.weights:
+            result.identical = own.weights == expected.weights and own.losses == expected.losses
+            if not result.identical:
+                result.faults.append("the weights differ")
+        elif not _near(own.losses, expected.losses):
+            result.faults.append("the losses differ")
+        result.faults += _lost_too_many(case, own.again)
+
+    def _expected(self, run: "Run", own: Trained) -> Trained:
+        """What the run should have come to."""
+        fault = run.case.fault
+        if fault.name.startswith("nan"):
+            steps = [fault.step] if fault.name == "nan-once" else range(fault.step, fault.step + 3)
+            return self.fault_free(run.case.ranks, tuple(steps))
+        if fault.name != "shard-replace":
+            return self.fault_free(run.case.ranks_after)
+        listed = _last_checkpoint(run.folder)
+        plan = _inputs(self.folder / "data", run.case.ranks).plan.with_quarantine(
+            listed.position.quarantine
+        )
+        if not listed.position.quarantine.first_steps:
+            run.result.faults.append("no shard was replaced")
+        elsewhere = self._elsewhere(run.case)
+        if elsewhere.rows != own.rows:
+            run.result.faults.append("other rows on another number of ranks")
+        return Trained(rows=_rows_of(plan), losses=elsewhere.losses, weights=(), again=0)
+
+    def _elsewhere(self, case: Case) -> Trained:
+        """The same fault on another number of ranks."""
+        with self._run_folder() as folder:
+            run = Run(folder, _changed(case, ranks=4 if case.fault.part < 0.5 else 1), [])
+            run.go()
+            return trained(folder)
+
+
+def _changed(record: Any, **values: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(record, **values)
+
+
+class Run:
+    """One run, from its first start until it ends with 0 or will not."""
+
+    def __init__(self, folder: Path, case: Case, words: Sequence[str]) -> None:
+        self.folder, self.case = folder, case
+        self.result = Result(case=case)
+        policy = "replace" if case.fault.name == "shard-replace" else "fail"
+        self._words = [*words, f"train.save={case.save}", f"bad_shards={policy}"]
+        case.fault.write(folder / FAULT)
+
+    def go(self) -> None:
+        """Start it again and again, as a user would."""
+        for number in range(MOST_STARTS):
+            ranks = self.case.ranks_after if number else self.case.ranks
+            ended = self._once(ranks)
+            self.result.ends.append(ended)
+            if set(ended) == {0}:
+                self.result.survived = True
+                break
+            self._mend()
+        self.result.happened = (self.folder / NOTES / "happened").exists()
+        self.result.faults += self._wrong_ends()
+
+    def told(self) -> str:
+        """What the run has said."""
+        return (self.folder / NOTES / "said").read_text(errors="replace")
+
+    def _once(self, ranks: int) -> list[int]:
+        """One start: the exit codes."""
+        processes = start(self.folder, ranks, self._words, self.case.way)
+        began, failed_at = time.monotonic(), None
+        while any(process.poll() is None for process in processes):
+            now = time.monotonic()
+            self._strike(processes, now - began)
+            if failed_at is None and any(process.poll() for process in processes):
+                failed_at = now
+            late = now - began > LONGEST_START_S
+            if late:
+                self.result.faults.append(f"no end within {LONGEST_START_S:.0f} s")
+            if late or (failed_at is not None and now - failed_at > KILL_OTHERS_S):
+                for process in processes:
+                    process.kill()
+                    process.wait()
+            time.sleep(0.001)
+        self._wait_for_orphans()
+        return [int(process.returncode or 0) for process in processes]
+
+    def _strike(self, processes: Sequence[Process], since_s: float) -> None:
+        """Send what is to be sent, once."""
+        fault, notes = self.case.fault, self.folder / NOTES
+        number = OUTSIDE.get(fault.name)
+        if number is None or (notes / "sent").exists():
+            return
+        if fault.place == "start":
+            if since_s < self.case.delay_s or not self._are_there():
+                return
+            chaos_faults.is_first(notes)
+        elif not (notes / "happened").exists():
+            return
+        else:
+            time.sleep(self.case.delay_s)
+        sent = [self._send(victim, number, processes) for victim in self.case.victims]
+        (notes / "sent").write_text("yes" if any(sent) else "")
+
+    def _are_there(self) -> bool:
+        return len(list((self.folder / NOTES).glob("process-*"))) == self.case.ranks
+
+    def _send(self, victim: int, number: int, processes: Sequence[Process]) -> bool:
+        """Whether the victim was there to take it."""
+        if victim < 0:
+            process = processes[0].pid
+        else:
+            (path,) = (self.folder / NOTES).glob(f"process-*-{victim}")
+            process = int(path.read_text())
+        if has_ended(process):
+            return False
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
+        return True
+
+    def _wait_for_orphans(self) -> None:
+        """Ranks whose launcher was killed save and end by themselves."""
+        until = time.monotonic() + LONGEST_START_S
+        paths = (self.folder / NOTES).glob("process-*")
+        left = [process for path in paths if not has_ended(process := int(path.read_text()))]
+        while left and time.monotonic() < until:
+            left = [process for process in left if not has_ended(process)]
+            time.sleep(0.01)
+        for process in left:
+            self.result.faults.append("a rank outlived its launcher")
+            os.kill(process, signal.SIGKILL)
+
+    def _mend(self) -> None:
+        """Restore a shard that is bad."""
+        shard = self.case.fault.shard
+        if shard and self.case.fault.name == "shard-fail":
+            shutil.copy(self.folder.parent / "data" / shard, self.folder / shard)
+
+    def _wrong_ends(self) -> list[str]:
+        """What is not as it must be in how the starts ended."""
+        fault, ends = self.case.fault, self.result.ends
+        wrong = [] if self.result.survived else [f"the run ended with {ends}"]
+        if fault.name in ONE_START and len(ends) > 1:
+            wrong.append(f"the run did not end by itself but with {ends[0]}")
+        if fault.name in ("disk-full", "file-limit") and "the run goes on (" not in self.told():
+            wrong.append("no checkpoint was given up")
+        if fault.name in ("sigterm", "sigusr1") and not set(ends[0]) <= {0, 75, -signal.SIGTERM, -signal.SIGUSR1}:
+            wrong.append(f"asked to stop, the run ended with {ends[0]}")
+        if self.case.way.supervised and fault.name in ("kill-rank", "kill-in-save", "kill-before-latest") and len(ends) > 1:
+            wrong.append(f"the supervisor gave up with {ends[0]}")
+        if fault.name == "shard-fail" and not set(ends[0]) <= {1, 2}:
+            wrong.append(f"with a bad shard the run ended with {ends[0]}")
+        return wrong
+
+
+@contextmanager
+def _small_disk(folder: Path, case: Case) -> Any:
+    """A disk of its own for the checkpoints of a run that is to fill it."""
+    if case.fault.name != "disk-full":
+        yield
+        return
+    checkpoints = folder / "run" / FOLDER
+    checkpoints.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(checkpoints)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(checkpoints)], check=True)
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether a small disk can be made here."""
+    place = folder / "mount"
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], capture_output=True, check=False
+    )
+    if done.returncode == 0:
+        subprocess.run(["umount", str(place)], check=True)
+    place.rmdir()
+    return done.returncode == 0
+
+
+def trained(folder: Path) -> Trained:
+    """What a run that has ended has left in its folder."""
+    rows, again = _rows_and_repeats(folder / NOTES)
+    metrics = [json.loads(line) for line in (folder / "run/metrics.jsonl").open()]
+    losses = {line["step"]: line["loss"] for line in metrics if line.get("loss") is not None}
+    last = _last_checkpoint(folder)
+    files = [folder / "run/export/model.safetensors", *sorted(last.path.glob("state-*"))]
+    weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    return Trained(rows=rows, losses=losses, weights=weights, again=again)
+
+
+def _rows_and_repeats(notes: Path) -> tuple[dict[int, Counter[str]], int]:
+    """The rows of each step in the last start that trained it, and how many steps were trained again."""
+    lines: dict[int, dict[str, dict[str, list[Any]]]] = {}
+    for path in notes.glob("rows-*"):
+        _, began, rank = path.stem.split("-")
+        for line in map(json.loads, path.open()):
+            lines.setdefault(line["step"], {}).setdefault(began, {}).setdefault(rank, []).append(line)
+    rows, again = {}, 0
+    for step, starts in lines.items():
+        newest = max(starts.values(), key=lambda ranks: max(r[-1]["at"] for r in ranks.values()))
+        rows[step] = Counter(row for own in newest.values() for row in own[-1]["rows"])
+        times = sum(max(_times(own) for own in ranks.values()) for ranks in starts.values())
+        again += max(0, times - 1)
+    return {step: found for step, found in rows.items() if found}, again
+
+
+def _times(lines: Sequence[Mapping[str, Any]]) -> int:
+    return sum(bool(line["rows"]) for line in lines)
+
+
+def rows_wrong(own: Mapping[int, Counter[str]], expected: Mapping[int, Counter[str]]) -> int:
+    """Rows that a step should have and has not, and the other way round."""
+    steps = own.keys() | expected.keys()
+    pairs = [(own.get(step, Counter()), expected.get(step, Counter())) for step in steps]
+    return sum((a - b).total() + (b - a).total() for a, b in pairs)
+
+
+def _near(own: Mapping[int, float], expected: Mapping[int, float]) -> bool:
+    return own.keys() == expected.keys() and all(
+        abs(own[step] - expected[step]) <= 1e-5 * abs(expected[step]) for step in own
+    )
+
+
+def _lost_too_many(case: Case, steps: int) -> list[str]:
+    # In the background the checkpoint that is on its way is not there yet, and steps go on.
+    most = SAVE_EVERY if case.save == "blocking" else 2 * SAVE_EVERY - 1
+    if case.fault.name in ("sigterm", "sigusr1"):
+        most = 0
+    return [f"{steps} steps lost, {most} may be"] if steps > most else []
+
+
+def _last_checkpoint(folder: Path) -> Listed:
+    listed = read_listing(folder / "run" / FOLDER / f"step-{STEPS:06d}")
+    assert isinstance(listed, Listed), listed
+    return listed
+
+
+def _inputs(data: Path, ranks: int) -> Any:
+    paths = [f"sources.{name}.path={data / name}" for name in ("web", "chat")]
+    recipe = load_recipe(str(data / "recipe.yaml"), paths)
+    return open_inputs(recipe, ranks=ranks, verify=False)
+
+
+def first_uses(plan: Plan) -> dict[str, int]:
+    """The step in which each shard is first read, by its path."""
+    firsts: dict[str, int] = {}
+    for step in range(1, STEPS + 1):
+        for row in plan.row_ids(step):
+            shards = plan.streams[row.source].manifest.shards
+            firsts.setdefault(f"{row.source}/{shards[row.shard].file}", step)
+    return firsts
+
+
+def _rows_of(plan: Plan) -> dict[int, Counter[str]]:
+    """The rows of each step as the plan has them."""
+    return {
+        step: Counter(
+            hashes([plan.streams_at(step)[row.source].read(row).ids_T])[0]
+            for row in plan.row_ids(step)
+        )
+        for step in range(1, STEPS + 1)
+    }
