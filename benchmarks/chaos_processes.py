@@ -1,11 +1,13 @@
 """A run's folder and number of ranks go in; its processes come out: forked, so that a start takes a second, or executed."""
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from bigmix.supervisor import Course, Requests, supervise
 from bigmix.world import free_port
 
 RESTARTS = 3
+MODULES = "modules"
 
 
 class Forked:
@@ -127,7 +130,18 @@ def _ranks(folder: Path, ranks: int, given: Sequence[str], *, executed: bool) ->
 
 def _be_rank(folder: Path, given: Sequence[str], environment: Mapping[str, str]) -> int:
     install(folder, read(folder / FAULT), environment)
-    return rank.main(given)
+    code = rank.main(given)
+    (folder / NOTES / MODULES).write_text("\n".join(sys.modules))
+    return code
+
+
+def import_what_was(folder: Path) -> None:
+    """Import here what a run that has ended well has imported while it ran, so that later forks have it."""
+    for name in (folder / NOTES / MODULES).read_text().split():
+        if name not in sys.modules:
+            # Some are parts of others by another name.
+            with suppress(Exception):
+                importlib.import_module(name)
 
 
 def _execute(

@@ -11,14 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import chaos_faults
 from chaos_data import SAVE_EVERY, STEPS, write_data
 from chaos_faults import FAULT, NOTES, Fault, hashes
-from chaos_processes import Process, Way, start
+from chaos_processes import Process, Way, import_what_was, start
 
 from bigmix.checkpoint.listing import FOLDER, Listed, read_listing
 from bigmix.data.loader import Plan
@@ -138,6 +138,7 @@ class Bench:
                 run = Run(folder, case, [f"train.pass_over={list(passed)}"])
                 run.go()
                 assert run.result.survived, run.told()
+                import_what_was(folder)
                 self._known[key] = trained(folder)
         return self._known[key]
 
@@ -219,8 +220,6 @@ class Bench:
 
 
 def _changed(record: Any, **values: Any) -> Any:
-    from dataclasses import replace
-
     return replace(record, **values)
 
 
@@ -371,7 +370,8 @@ def trained(folder: Path) -> Trained:
     """What a run that has ended has left in its folder."""
     rows, again = _rows_and_repeats(folder / NOTES)
     metrics = [json.loads(line) for line in (folder / "run/metrics.jsonl").open()]
-    losses = {line["step"]: line["loss"] for line in metrics if line.get("loss") is not None}
+    # The one of a step that was skipped is written down too.
+    losses = {line["step"]: line["loss"] for line in metrics if line["step"] in rows}
     last = _last_checkpoint(folder)
     files = [folder / "run/export/model.safetensors", *sorted(last.path.glob("state-*"))]
     weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
