@@ -28,7 +28,9 @@ MODULES = "modules"
 class Forked:
     """A process that does some work, with what the supervisor asks of a process it has started."""
 
-    def __init__(self, work: Callable[[], int], folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, work: Callable[[], int], folder: Path, environment: Mapping[str, str]
+    ) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         self.returncode: int | None = None
@@ -99,7 +101,16 @@ def start(folder: Path, ranks: int, words: Sequence[str], way: Way) -> Sequence[
     if not way.supervised:
         return _ranks(folder, ranks, given, executed=way.executed)
     if way.executed:
-        command = ["-m", "bigmix.cli", "train", *given, "--ranks", str(ranks), "--restarts", str(RESTARTS)]
+        command = [
+            "-m",
+            "bigmix.cli",
+            "train",
+            *given,
+            "--ranks",
+            str(ranks),
+            "--restarts",
+            str(RESTARTS),
+        ]
         return [_execute(folder, command, _common())]
     return [Forked(lambda: _supervise(folder, ranks, given), folder, _common())]
 

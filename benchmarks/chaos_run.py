@@ -89,7 +89,7 @@ class Result:
 def draw(name: str, random_: random.Random, *, executed: bool) -> Case:
     """A place and a time for a fault."""
     place = random_.choice(PLACES) if name in OUTSIDE else "inside"
-    saves = [step for step in range(SAVE_EVERY, STEPS - 1, SAVE_EVERY)]
+    saves = range(SAVE_EVERY, STEPS - 1, SAVE_EVERY)
     at_save = place == "saving" or name in ("kill-in-save", "kill-before-latest")
     step = random_.choice(saves) if at_save else random_.randint(SAVE_EVERY + 1, STEPS - 3)
     supervised = name == "kill-launcher" or (name != "world-size" and random_.random() < 0.5)
@@ -243,7 +243,7 @@ class Run:
                 self.result.survived = True
                 break
             self._mend()
-        self.result.happened = (self.folder / NOTES / "happened").exists()
+        self.result.happened = self._has_happened()
         self.result.faults += self._wrong_ends()
 
     def told(self) -> str:
@@ -270,6 +270,10 @@ class Run:
         self._wait_for_orphans()
         return [int(process.returncode or 0) for process in processes]
 
+    def _has_happened(self) -> bool:
+        notes, is_outside = self.folder / NOTES, self.case.fault.name in OUTSIDE
+        return (notes / ("reached" if is_outside else "happened")).exists()
+
     def _strike(self, processes: Sequence[Process], since_s: float) -> None:
         """Send what is to be sent, once."""
         fault, notes = self.case.fault, self.folder / NOTES
@@ -285,7 +289,9 @@ class Run:
         else:
             time.sleep(self.case.delay_s)
         sent = [self._send(victim, number, processes) for victim in self.case.victims]
-        (notes / "sent").write_text("yes" if any(sent) else "")
+        (notes / "sent").touch()
+        if any(sent):
+            (notes / "reached").touch()
 
     def _are_there(self) -> bool:
         return len(list((self.folder / NOTES).glob("process-*"))) == self.case.ranks
@@ -329,9 +335,18 @@ class Run:
             wrong.append(f"the run did not end by itself but with {ends[0]}")
         if fault.name in ("disk-full", "file-limit") and "the run goes on (" not in self.told():
             wrong.append("no checkpoint was given up")
-        if fault.name in ("sigterm", "sigusr1") and not set(ends[0]) <= {0, 75, -signal.SIGTERM, -signal.SIGUSR1}:
+        if fault.name in ("sigterm", "sigusr1") and not set(ends[0]) <= {
+            0,
+            75,
+            -signal.SIGTERM,
+            -signal.SIGUSR1,
+        }:
             wrong.append(f"asked to stop, the run ended with {ends[0]}")
-        if self.case.way.supervised and fault.name in ("kill-rank", "kill-in-save", "kill-before-latest") and len(ends) > 1:
+        if (
+            self.case.way.supervised
+            and fault.name in ("kill-rank", "kill-in-save", "kill-before-latest")
+            and len(ends) > 1
+        ):
             wrong.append(f"the supervisor gave up with {ends[0]}")
         if fault.name == "shard-fail" and not set(ends[0]) <= {1, 2}:
             wrong.append(f"with a bad shard the run ended with {ends[0]}")
@@ -346,7 +361,9 @@ def _small_disk(folder: Path, case: Case) -> Any:
         return
     checkpoints = folder / "run" / FOLDER
     checkpoints.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(checkpoints)], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(checkpoints)], check=True
+    )
     try:
         yield
     finally:
@@ -358,7 +375,9 @@ def can_mount(folder: Path) -> bool:
     place = folder / "mount"
     place.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)],
+        capture_output=True,
+        check=False,
     )
     if done.returncode == 0:
         subprocess.run(["umount", str(place)], check=True)
@@ -384,7 +403,9 @@ def _rows_and_repeats(notes: Path) -> tuple[dict[int, Counter[str]], int]:
     for path in notes.glob("rows-*"):
         _, began, rank = path.stem.split("-")
         for line in map(json.loads, path.open()):
-            lines.setdefault(line["step"], {}).setdefault(began, {}).setdefault(rank, []).append(line)
+            lines.setdefault(line["step"], {}).setdefault(began, {}).setdefault(rank, []).append(
+                line
+            )
     rows, again = {}, 0
     for step, starts in lines.items():
         newest = max(starts.values(), key=lambda ranks: max(r[-1]["at"] for r in ranks.values()))
