@@ -18,7 +18,7 @@ from types import FrameType
 from bigmix.errors import REQUEUE
 from bigmix.processes import command_of, parent_of
 
-_ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _ORPHANED = (
     signal.SIGUSR2
 )  # of the kernel: were it one that asks, it could pass for the second request
@@ -79,7 +79,7 @@ class StopFlag:
         while True:
             ready, _, _ = select.select([self._read_end], [], [], _PARENT_EVERY_S)
             for number in os.read(self._read_end, 64) if ready else b"":
-                if number in _ASKING:
+                if number in ASKING:
                     self._receive(number)
             if self._reason is None and self._launcher is not None and self._launcher.has_gone():
                 self._request("the end of its launcher")
@@ -117,7 +117,7 @@ def _signals_as_bytes() -> int:
     os.set_blocking(write_end, False)
     # First, so that no signal falls between the two.
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    for number in (*_ASKING, _ORPHANED):
+    for number in (*ASKING, _ORPHANED):
         signal.signal(number, _ignore)
     return read_end
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigmix.checkpoint.listing import Listed, other_versions
+from bigmix.checkpoint.listing import FOLDER, Listed, other_versions
 from bigmix.checkpoint.restore import newest_whole
 from bigmix.dist import Cluster
 from bigmix.errors import BadInput
@@ -14,7 +14,7 @@ from bigmix.files import replace_text
 from bigmix.health import RollBack
 from bigmix.recipe import Recipe, differences, from_plain, to_yaml
 
-RECIPE, CHECKPOINTS, EXPORT, LOG = "recipe.yaml", "checkpoints", "export", "log"
+RECIPE, CHECKPOINTS, EXPORT, LOG = "recipe.yaml", FOLDER, "export", "log"
 PASSED_OVER, CHANGES = "passed-over.json", "changes.jsonl"
 # These change speed, memory and what is written down, never what is learned.
 _FREE = frozenset(

@@ -22,7 +22,7 @@ LAYERS = [
         "data.recognise", "data.substitution", "data.sentencepiece_model", "data.token_bytes", "data.shards", "data.packing", "data.mixture", "loss", "ds_config",
         "metrics", "terminal", "guard", "beats", "health", "quickstart.corpus", "data.progress", "data.picture",
     },
-    {"data.documents", "data.tokenizer", "model", "flops", "data.rows", "engine", "watchdog"},
+    {"data.documents", "data.tokenizer", "model", "flops", "data.rows", "engine", "watchdog", "supervisor"},
     {"on_device"},
     {"reference"},
     {

@@ -16,6 +16,7 @@ from bigmix.data.quarantine import Quarantine
 from bigmix.files import checksum_of, replace_text, sync_folder
 from bigmix.records import Chapter, Standing
 
+FOLDER = "checkpoints"  # in the output of a run
 LISTING = "checkpoint.json"
 LATEST = "latest"
 VERSION = 2
@@ -186,3 +187,11 @@ def faults_of(listed: Listed, part: slice) -> Iterator[str]:
         fault = file.fault(listed.path)
         if fault is not None:
             yield f"{listed.path}: {fault}"
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint by its name, whole or not; 0 where there is none."""
+    try:
+        return int((folder / LATEST).read_text().strip().removeprefix("step-"))
+    except (OSError, ValueError):
+        return 0

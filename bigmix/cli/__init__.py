@@ -11,6 +11,7 @@ from bigmix.cli.plan import add_plan
 from bigmix.cli.prepare import add_prepare
 from bigmix.cli.preview import add_preview
 from bigmix.cli.quickstart import add_quickstart
+from bigmix.cli.supervise import add_train
 from bigmix.cli.tokenizer import add_tokenizer
 from bigmix.errors import FAILED, BigmixError
 
@@ -20,12 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bigmix",
         description="Train a language model on a mixture, so that it learns a task and keeps its knowledge.",
-        epilog="Training itself: deepspeed launch/train.py RECIPE.yaml [key=value ...]",
+        epilog="Training under a launcher: deepspeed launch/train.py RECIPE.yaml [key=value ...]",
     )
     parser.add_argument("--version", action="version", version=f"bigmix {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
-        add_prepare, add_tokenizer, add_recipe, add_plan, add_preview, add_rows, add_compare, add_quickstart,
+        add_prepare, add_tokenizer, add_recipe, add_plan, add_preview, add_rows, add_train, add_compare, add_quickstart,
     ):  # fmt: skip
         add(subparsers)
     known = _parse(parser, arguments)

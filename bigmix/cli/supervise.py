@@ -1,0 +1,78 @@
+"""`bigmix train RECIPE`: the ranks of this machine, started again where they fail."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bigmix.checkpoint.listing import FOLDER, newest_step
+from bigmix.cli.words import add_recipe_arguments
+from bigmix.errors import BadInput
+from bigmix.recipe import load_recipe
+from bigmix.supervisor import Course, Process, Requests, supervise
+from bigmix.world import free_port
+
+
+def add_train(subparsers: Any) -> None:
+    """Add the command to the parser of `bigmix`."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train on this machine, and start again where a rank fails",
+        description="Starts launch/train.py's ranks on this machine without another launcher; docs/faults.md says "
+        "what happens when one fails.",
+    )
+    add_recipe_arguments(parser)
+    parser.add_argument("--ranks", type=int, help="processes (default: the GPUs, or 1)")
+    parser.add_argument(
+        "--restarts", type=int, default=3, help="how often to start again at most (default 3)"
+    )
+    parser.set_defaults(func=_train)
+
+
+def _train(known: argparse.Namespace) -> int:
+    requests = Requests()
+    recipe = load_recipe(known.recipe, known.overrides)
+    ranks = _num_gpus() or 1 if known.ranks is None else known.ranks
+    if ranks < 1 or known.restarts < 0:
+        raise BadInput(
+            f"--ranks is {ranks} and --restarts is {known.restarts}; give 1 or more, and 0 or more"
+        )
+    course = Course(
+        start=lambda: _start(ranks, [known.recipe, *known.overrides]),
+        newest_step=lambda: newest_step(Path(recipe.output) / FOLDER),
+        restarts=known.restarts,
+    )
+    return supervise(course, requests, _tell)
+
+
+def _num_gpus() -> int:
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    # Seconds of import, for those who do not say how many ranks.
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _start(ranks: int, words: list[str]) -> list[Process]:
+    common = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    # A session of its own: Ctrl-C reaches the ranks once, from here.
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "bigmix.rank", *words],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            start_new_session=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def _tell(line: str) -> None:
+    print(f"bigmix train: {line}", file=sys.stderr, flush=True)
