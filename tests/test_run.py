@@ -248,7 +248,8 @@ def test_a_shard_that_vanishes_ends_the_run_and_nothing_hangs(data, remote):
     del server.files["/chat/shard-00001.tar"]
     codes, said = end(start(data, 1, "output=gone", "cache.folder=fresh", *paths))
     assert codes == [1], said
-    assert f"stopped: there is no file {gone}" in said and "Traceback" not in said
+    assert f"cannot be used: there is no file {gone}" in said and "Traceback" not in said
+    assert said.count("stopped: ") == 1
 
 
 @pytest.mark.parametrize(
