@@ -14,7 +14,7 @@ import pytest
 from corpora import write_source
 from ranks import ROOT, environment, free_port
 from servers import web_server
-from test_run import RECIPE, bare, end, lines, start, wait_for, weights
+from test_run import bare, end, lines, recipe_with_sources, start, wait_for, weights
 
 pytestmark = pytest.mark.slow
 LONG = ("budget.steps=100000", "train.keep_checkpoints=1", "sources.web.share=0.25")
@@ -22,12 +22,8 @@ LONG = ("budget.steps=100000", "train.keep_checkpoints=1", "sources.web.share=0.
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
-    write_source(folder / "web", "text")
-    write_source(folder / "chat", "chat", seed=1)
-    write_source(folder / "held", "chat", seed=1, shards=1)
+    folder = recipe_with_sources(tmp_path_factory.mktemp("faults"))
     write_source(folder / "much", "chat", seed=3, shards=1, documents=1000)
-    (folder / "recipe.yaml").write_text(RECIPE)
     return folder
 
 

@@ -34,14 +34,18 @@ output: run
 TIMES = ("_s", "tokens_per_s", "peak_gib")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
+def recipe_with_sources(folder):
+    """The folder, with the recipe in it and what it reads."""
     write_source(folder / "web", "text")
     write_source(folder / "chat", "chat", seed=1)
     write_source(folder / "held", "chat", seed=1, shards=1)
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return recipe_with_sources(tmp_path_factory.mktemp("run"))
 
 
 def bare(extra):
