@@ -79,14 +79,14 @@ class Inputs:
             rows=self.plan.mixture.shares.at(before), loss=self.loss_shares.at(before)
         )
 
-    def going_on(self, recipe: Recipe, position: Position, *, changed: bool) -> "Inputs":
-        """The same after a checkpoint; `changed`: a new chapter begins there, in which the recipe is not what it was.
+    def going_on(self, recipe: Recipe, position: Position, *, new_chapter: bool) -> "Inputs":
+        """The same after a checkpoint; `new_chapter`: from there on rows are drawn as this recipe says and not as before.
 
         A source whose rows have another length, or are packed otherwise, goes on at the same fraction of its epoch; a
         new one begins. Raises BadInput where the recipe leaves nothing to train from there.
         """
         chapter, step = position.chapter, position.step
-        if changed:
+        if new_chapter:
             stages = stages_from(self.plan.stages, step)
             rows = {
                 name: same_fraction(old.row, old.of, stages[0].streams[name].rows_per_epoch)

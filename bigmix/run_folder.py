@@ -52,6 +52,8 @@ _FREE = frozenset(
 
 # These decide what the state of a run is; under other ones it has no meaning.
 _FIXED = ("model.", "seed")
+# Settings of a source or a group that leave its rows as they are.
+_NO_ROWS = ("loss_share", "weigh", "role", "held_out", "path")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,15 @@ class Change:
     key: str
     old: Any
     new: Any
+
+    @property
+    def moves_rows(self) -> bool:
+        """Whether other rows are drawn from there on, and not only learned from otherwise."""
+        table, _, rest = self.key.partition(".")
+        setting = rest.split(".")[1] if "." in rest else ""
+        return table in ("sequence_length", "rows_per_step") or (
+            table in ("sources", "groups") and setting not in _NO_ROWS
+        )
 
     def __str__(self) -> str:
         return f"{self.key} is {self.new!r}, it was {self.old!r}"

@@ -49,7 +49,8 @@ def _go_on(
     start = beginning(recipe, inputs.content, cluster)
     if start.checkpoint is not None:
         position = start.checkpoint.position
-        inputs = inputs.going_on(recipe, position, changed=bool(start.changes))
+        moves_rows = any(change.moves_rows for change in start.changes)
+        inputs = inputs.going_on(recipe, position, new_chapter=moves_rows)
     if _is_finished(recipe, inputs, cluster, start):
         terminal.note(f"{recipe.output} is finished: all {inputs.steps} steps are done")
         return

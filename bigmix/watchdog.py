@@ -162,8 +162,11 @@ class Watchdog:
             self._stacks.write(
                 f"{verdict.text}\nrank {self._rank}: {self._doing[1]}", self._unexpected
             )
-        with contextlib.suppress(BoardLost):  # then nobody listens
-            self._say_goodbye(None, but=verdict.silent)
+        if (
+            0 not in verdict.silent
+        ):  # else nobody keeps the board, and its silence would be waited for again
+            with contextlib.suppress(BoardLost):
+                self._say_goodbye(None, but=verdict.silent)
         own_machine = [rank for rank in (self._rank, *self._peers) if rank not in verdict.silent]
         words = None
         if self._rank == min(own_machine, default=self._rank):

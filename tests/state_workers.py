@@ -128,14 +128,5 @@ def saves_on_a_small_disk(rank, ranks, cluster, folder):
     return {"said": said, "found": found, "failed": saves.failed}
 
 
-def save_for_ever(rank, ranks, cluster, folder):
-    """Saves without end; whoever started this kills it."""
-    engine = make_engine("llama", 1, ranks)
-    train(engine, cluster, rank, ranks, 1)
-    saves = saver(folder, cluster, keep=2)
-    for index in range(1, 1 << 30):
-        saves.save(engine.states(), Position(step=index, report={}))
-
-
 if __name__ == "__main__":
     main(globals())

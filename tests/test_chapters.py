@@ -59,7 +59,7 @@ def changed(overrides, *more, step=AT):
     """What is trained after `step` steps of a recipe and then with further overrides; and what was trained before."""
     old, before = opened(*overrides)
     new, inputs = opened(*overrides, *more)
-    return before, inputs.going_on(new, position(old, before, step), changed=True)
+    return before, inputs.going_on(new, position(old, before, step), new_chapter=True)
 
 
 def drawn(inputs, name, first, last):
@@ -76,7 +76,7 @@ def order(inputs, name, row_id):
 
 def test_without_a_change_the_rest_is_the_rest():
     recipe, inputs = opened("sources.web.share=[[0, 0.1], [20, 0.9]]")
-    going_on = inputs.going_on(recipe, position(recipe, inputs), changed=False)
+    going_on = inputs.going_on(recipe, position(recipe, inputs), new_chapter=False)
     for step in range(AT + 1, 21):
         assert going_on.plan.row_ids(step) == inputs.plan.row_ids(step)
 
@@ -115,7 +115,7 @@ def test_a_source_that_joins_begins_and_one_that_leaves_changes_nothing_for_othe
     )
     old, inputs = opened()
     rest = open_inputs(left, ranks=1, verify=False)
-    rest = rest.going_on(left, position(old, inputs), changed=True)
+    rest = rest.going_on(left, position(old, inputs), new_chapter=True)
     assert set(rest.plan.counts(AT + 1)) == {"web", "chat"}
     web = drawn(rest, "web", AT + 1, AT + 4)
     begin = len(drawn(inputs, "web", 1, AT))
@@ -158,16 +158,16 @@ def test_epochs_before_the_change_count_for_a_limit():
 def test_a_run_may_change_twice():
     old, before = opened()
     middle, second = opened("sources.web.share=1")
-    second = second.going_on(middle, position(old, before), changed=True)
+    second = second.going_on(middle, position(old, before), new_chapter=True)
     new, third = opened("sources.web.share=0.1")
-    third = third.going_on(new, position(middle, second, 12), changed=True)
+    third = third.going_on(new, position(middle, second, 12), new_chapter=True)
     rows = [
         *drawn(before, "web", 1, AT),
         *drawn(second, "web", AT + 1, 12),
         *drawn(third, "web", 13, 18),
     ]
     assert rows == [before.plan.streams["web"].locate(n) for n in range(len(rows))]
-    again = third.going_on(new, position(new, third, 15), changed=False)
+    again = third.going_on(new, position(new, third, 15), new_chapter=False)
     assert all(again.plan.row_ids(k) == third.plan.row_ids(k) for k in range(16, 21))
 
 
@@ -207,6 +207,30 @@ def test_each_change_is_told_with_its_old_and_its_new_value(run):
     keep_changes(run, AT, found.changes[:1])
     kept = [json.loads(line) for line in (run / "changes.jsonl").read_text().splitlines()]
     assert [line["after_step"] for line in kept] == [AT] and set(kept[0]) > {"key", "old", "new"}
+
+
+@pytest.mark.parametrize(
+    ("override", "moves"),
+    [
+        ("sources.web.share=0.5", True),
+        ("sources.web.share={temperature: 1}", True),
+        ("sources.web.max_epochs=50", True),
+        ("sources.more={path: more, role: replay, share: 0.5}", True),
+        ("rows_per_step=16", True),
+        ("sequence_length=32", True),
+        ("sources.web.loss_share=0.5", False),
+        ("sources.web.weigh=document", False),
+        ("sources.web.held_out=more", False),
+        ("train.lr=3e-3", False),
+        ("train.pass_over=[9]", False),
+        ("budget.steps=40", False),
+        ("objective=per_token", False),
+    ],
+)
+def test_what_leaves_the_rows_begins_no_chapter(run, override, moves):
+    others = ["sources.code.share={temperature: 1}", "sources.chat.share={temperature: 1}"]
+    found = begun(run, override, *(others if "temperature" in override else []))
+    assert found.changes and any(change.moves_rows for change in found.changes) == moves
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from corpora import write_source
 from ranks import ROOT, environment, free_port
 from servers import web_server
-from test_run import RECIPE, bare, end, lines, start, wait_for, weights
+from test_run import bare, end, lines, recipe_with_sources, start, wait_for, weights
 
 pytestmark = pytest.mark.slow
 LONG = ("budget.steps=100000", "train.keep_checkpoints=1", "sources.web.share=0.25")
@@ -22,13 +22,8 @@ LONG = ("budget.steps=100000", "train.keep_checkpoints=1", "sources.web.share=0.
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
-    write_source(folder / "web", "text")
-    write_source(folder / "chat", "chat", seed=1)
-    write_source(folder / "held", "chat", seed=1, shards=1)
-    write_source(folder / "many", "text", seed=2, shards=40, documents=6)
-    write_source(folder / "much", "chat", seed=3, shards=1, documents=2000)
-    (folder / "recipe.yaml").write_text(RECIPE)
+    folder = recipe_with_sources(tmp_path_factory.mktemp("faults"))
+    write_source(folder / "much", "chat", seed=3, shards=1, documents=1000)
     return folder
 
 
@@ -122,13 +117,14 @@ def test_one_rank_that_hangs_ends_itself(data):
 
 
 def test_an_error_on_one_rank_ends_the_other_with_its_message(data):
-    shutil.copytree(data / "many", data / "bad")
-    paths = ("sources.web.path=many", "sources.web.path=bad")
-    ranks = start_unlike(data, *(["output=failed", *LONG, path] for path in paths))
+    shutil.copytree(data / "web", data / "bad")
+    # Shards are opened again when the length of rows changes.
+    common = ("output=failed", *LONG, "sequence_length=[[0, 64], [24, 32]]")
+    ranks = start_unlike(data, *([*common, f"sources.web.path={path}"] for path in ("web", "bad")))
     wait_for(data / "failed/checkpoints/step-000002", ranks)
     for path in (data / "bad").glob("*.tar"):
         path.unlink()
-    codes, said = end(ranks)  # once it needs a shard that it has not open yet
+    codes, said = end(ranks)
     assert codes == [1, 1], said
     assert "stopped: rank 1 failed: " in said and "bad/shard-000" in said
     assert said.count("rank 1 failed") == 1 and "Traceback" not in said
@@ -180,7 +176,7 @@ def test_a_signal_in_an_evaluation_leaves_it_out_and_the_next_start_makes_up_for
             wait_for_line(folder, step, ranks)
         else:
             wait_for(folder / "metrics.jsonl", ranks)
-        time.sleep(0.5)
+        time.sleep(0.3)
         ranks[1].send_signal(signal.SIGTERM)
         codes, said, seconds = seconds_to_end(ranks)
         assert codes == [75, 75] and seconds < 8, (codes, said)

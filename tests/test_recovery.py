@@ -1,15 +1,13 @@
 """Numbers and data that go wrong in whole runs: what is skipped, passed over or replaced, told, counted and resumed."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
-from corpora import write_source
 from ranks import ROOT, environment, free_port
-from test_run import RECIPE, bare, end, lines, start, wait_for, weights
+from test_run import bare, end, lines, recipe_with_sources, start, wait_for, weights
 
 # Without dropout: which units drop out is drawn for each rank.
 STEPS = [
@@ -23,12 +21,7 @@ STEPS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
-    write_source(folder / "web", "text")
-    write_source(folder / "chat", "chat", seed=1)
-    write_source(folder / "held", "chat", seed=1, shards=1)
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
+    return recipe_with_sources(tmp_path_factory.mktemp("recovery"))
 
 
 def start_faulty(data, ranks, fault, *overrides):
@@ -127,11 +120,9 @@ def test_a_spike_is_told_and_where_asked_for_passed_over(data):
 
 
 @pytest.fixture
-def damaged(data, tmp_path):
-    """The same data with a shard of each source that is not what was prepared."""
-    for name in ("web", "chat", "held"):
-        shutil.copytree(data / name, tmp_path / name)
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
+def damaged(tmp_path):
+    """The same with a shard of each source that is not what was prepared."""
+    recipe_with_sources(tmp_path)
     (tmp_path / "chat/shard-00001.tar").unlink()
     raw = bytearray((tmp_path / "web/shard-00001.tar").read_bytes())
     raw[len(raw) // 2] ^= 1

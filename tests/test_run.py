@@ -34,14 +34,18 @@ output: run
 TIMES = ("_s", "tokens_per_s", "peak_gib")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
+def recipe_with_sources(folder):
+    """The folder, with the recipe in it and what it reads."""
     write_source(folder / "web", "text")
     write_source(folder / "chat", "chat", seed=1)
     write_source(folder / "held", "chat", seed=1, shards=1)
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return recipe_with_sources(tmp_path_factory.mktemp("run"))
 
 
 def bare(extra):
@@ -248,7 +252,8 @@ def test_a_shard_that_vanishes_ends_the_run_and_nothing_hangs(data, remote):
     del server.files["/chat/shard-00001.tar"]
     codes, said = end(start(data, 1, "output=gone", "cache.folder=fresh", *paths))
     assert codes == [1], said
-    assert f"stopped: there is no file {gone}" in said and "Traceback" not in said
+    assert f"cannot be used: there is no file {gone}" in said and "Traceback" not in said
+    assert said.count("stopped: ") == 1
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 from conftest import generated_texts
-from corpora import write_source
 from ranks import ROOT
 from slurm_cluster import Slurm, cluster, what_is_missing
-from test_run import RECIPE, end, lines, start, weights
+from test_run import RECIPE, end, lines, recipe_with_sources, start, weights
 
 from bigmix.cli import main
 from bigmix.data.manifest import read_manifest
@@ -42,12 +41,7 @@ def slurm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("slurm")
-    write_source(folder / "web", "text")
-    write_source(folder / "chat", "chat", seed=1)
-    write_source(folder / "held", "chat", seed=1, shards=1)
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
+    return recipe_with_sources(tmp_path_factory.mktemp("slurm"))
 
 
 @pytest.fixture(scope="module")

@@ -148,6 +148,7 @@ def _setting(recipe: Recipe, keys: Mapping[str, Any], machine: Machine, dtype: s
         device_bytes=int(machine.device_gib * 2**30),
         loss_chunk_mib=recipe.loss.chunk_mib,
         activation_checkpointing=recipe.model.activation_checkpointing,
+        saves_in_background=recipe.train.save == "background",
     )
 
 

@@ -34,6 +34,7 @@ class Setting:
     device_bytes: int
     loss_chunk_mib: int | None
     activation_checkpointing: bool
+    saves_in_background: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -140,6 +141,8 @@ def _states(shape: Shape, setting: Setting) -> Iterator[Part]:
         )
     if optimizer == "host":
         yield _always("gradients for the step, fp32", "host", 4 * states)
+    # Made at the first save and kept; each rank writes a part of the states, whatever the stage.
+    yield _always("copy for checkpoints", "host", 12 * shard * setting.saves_in_background)
 
 
 def _reference(reference: Shape | None, setting: Setting) -> Iterator[Part]:
