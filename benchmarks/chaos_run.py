@@ -17,7 +17,7 @@ from typing import Any
 
 import chaos_faults
 from chaos_data import SAVE_EVERY, STEPS, write_data
-from chaos_faults import FAULT, NOTES, Fault, hashes
+from chaos_faults import FAULT, FULL_STEPS, NOTES, Fault, hashes
 from chaos_processes import Process, Way, import_what_was, start
 
 from bigmix.checkpoint.listing import FOLDER, Listed, read_listing
@@ -92,6 +92,9 @@ def draw(name: str, random_: random.Random, *, executed: bool) -> Case:
     saves = range(SAVE_EVERY, STEPS - 1, SAVE_EVERY)
     at_save = place == "saving" or name in ("kill-in-save", "kill-before-latest")
     step = random_.choice(saves) if at_save else random_.randint(SAVE_EVERY + 1, STEPS - 3)
+    if name in ("disk-full", "file-limit"):
+        # There is room again before the last save.
+        step = min(step, STEPS - 1 - FULL_STEPS)
     supervised = name == "kill-launcher" or (name != "world-size" and random_.random() < 0.5)
     ranks = random_.choice((1, 2, 4)) if name == "world-size" else 2
     others = [number for number in (1, 2, 4) if number != ranks]
