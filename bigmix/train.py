@@ -5,6 +5,7 @@ from pathlib import Path
 from bigmix.beats import Limits
 from bigmix.dist import Cluster, leave
 from bigmix.engine import join
+from bigmix.errors import BigmixError
 from bigmix.export import export
 from bigmix.guard import StopFlag
 from bigmix.inputs import Inputs
@@ -64,6 +65,11 @@ def _go_on(
             watchdog.doing(f"writing {folder}")
             export(parts.engine, cluster, tokenizer_folder, folder)
             terminal.note(f"model written to {folder}")
+        if parts.saver.last_step != inputs.steps:
+            raise BigmixError(
+                f"all {inputs.steps} steps are done, but the checkpoint of the last one could not be written; free space in "
+                f"{recipe.output}, the same command goes on after step {parts.saver.last_step or 0}"
+            )
     finally:
         if parts.log is not None:
             parts.log.close()

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from ranks import ROOT, environment, free_port
+from test_checkpoint import small_disk
 from test_run import bare, end, lines, recipe_with_sources, start, wait_for, weights
 
 # Without dropout: which units drop out is drawn for each rank.
@@ -70,6 +71,18 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_its_rows_are_named(data
     assert [line["skipped"] for line in steps][3:6] == [0, 1, 1]
     assert steps[-1]["total_rows/web"] + steps[-1]["total_rows/chat"] == 8 * 11
     assert weights(data / "one") == weights(without(data, "one-told", 5))
+
+
+@pytest.mark.slow
+def test_a_run_without_its_last_checkpoint_is_not_done(data):
+    folder = data / "full/checkpoints"
+    folder.parent.mkdir()
+    with small_disk(folder, 8):
+        said = ended(start(data, 1, *STEPS, "output=full"), 1)
+    assert "all 12 steps are done, but the checkpoint of the last one could not be written" in said
+    first = weights(data / "full")
+    ended(start(data, 1, *STEPS, "output=full"))
+    assert weights(data / "full") == first and (folder / "step-000012/checkpoint.json").exists()
 
 
 @pytest.mark.slow
