@@ -64,7 +64,10 @@ def install(folder: Path, fault: Fault, environment: Mapping[str, str]) -> None:
     notes, rank = folder / NOTES, int(environment["RANK"])
     # A port is of one start: all of its ranks have it, and no rank of another start.
     start = environment["MASTER_PORT"]
-    (notes / f"process-{start}-{rank}").write_text(str(os.getpid()))
+    path = notes / f"process-{start}-{rank}"
+    beside = notes / f"own-{path.name}"
+    beside.write_text(str(os.getpid()))
+    beside.rename(path)
     # A step's rows are read when they are due: a shard that goes bad is met in the middle of a run of a few steps.
     loader.ASSEMBLED_ROWS = 1
     at = _At()

@@ -1,15 +1,12 @@
 """A fault that was drawn goes in; the run that meets it is started until it ends, and what came of it comes out."""
 
-import hashlib
-import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,14 +14,21 @@ from typing import Any
 
 import chaos_faults
 from chaos_data import SAVE_EVERY, STEPS, write_data
-from chaos_faults import FAULT, FULL_STEPS, NOTES, Fault, hashes
+from chaos_faults import FAULT, FULL_STEPS, NOTES, Fault
 from chaos_processes import Process, Way, import_what_was, start
+from chaos_result import (
+    Trained,
+    first_uses,
+    inputs_of,
+    last_checkpoint,
+    near,
+    rows_of,
+    rows_wrong,
+    trained,
+)
 
-from bigmix.checkpoint.listing import FOLDER, Listed, read_listing
-from bigmix.data.loader import Plan
-from bigmix.inputs import open_inputs
+from bigmix.checkpoint.listing import FOLDER
 from bigmix.processes import has_ended
-from bigmix.recipe import load_recipe
 
 MOST_STARTS = 5
 LONGEST_START_S = 120.0
@@ -59,16 +63,6 @@ class Case:
     def is_same_world(self) -> bool:
         """Whether all of it is trained by the same number of ranks."""
         return self.ranks == self.ranks_after
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trained:
-    """What a run left: the rows of each step, losses, checksums of weights and moments, steps trained more than once."""
-
-    rows: Mapping[int, Counter[str]]
-    losses: Mapping[int, float]
-    weights: Sequence[str]
-    again: int
 
 
 @dataclass(kw_only=True, slots=True)
@@ -175,10 +169,10 @@ class Bench:
         """Where a shard goes bad: one that is first read some steps after the step of the fault."""
         if not case.fault.name.startswith("shard"):
             return case
-        firsts = first_uses(_inputs(self.folder / "data", case.ranks).plan)
+        firsts = first_uses(inputs_of(self.folder / "data", case.ranks).plan)
         late = sorted((at, shard) for shard, at in firsts.items() if at >= 6)
         at, shard = late[int(case.fault.part * 97) % len(late)]
-        return _changed(case, fault=_changed(case.fault, step=at - 4, shard=shard))
+        return replace(case, fault=replace(case.fault, step=at - 4, shard=shard))
 
     def _compare(self, run: "Run") -> None:
         case, result, own = run.case, run.result, trained(run.folder)
@@ -191,7 +185,7 @@ class Bench:
             result.identical = own.weights == expected.weights and own.losses == expected.losses
             if not result.identical:
                 result.faults.append("the weights differ")
-        elif not _near(own.losses, expected.losses):
+        elif not near(own.losses, expected.losses):
             result.faults.append("the losses differ")
         result.faults += _lost_too_many(case, own.again)
 
@@ -203,27 +197,23 @@ class Bench:
             return self.fault_free(run.case.ranks, tuple(steps))
         if fault.name != "shard-replace":
             return self.fault_free(run.case.ranks_after)
-        listed = _last_checkpoint(run.folder)
-        plan = _inputs(self.folder / "data", run.case.ranks).plan.with_quarantine(
-            listed.position.quarantine
-        )
-        if not listed.position.quarantine.first_steps:
+        listed = last_checkpoint(run.folder)
+        assert not isinstance(listed, str)
+        quarantine = listed.position.quarantine
+        plan = inputs_of(self.folder / "data", run.case.ranks).plan.with_quarantine(quarantine)
+        if not quarantine.first_steps:
             run.result.faults.append("no shard was replaced")
         elsewhere = self._elsewhere(run.case)
         if elsewhere.rows != own.rows:
             run.result.faults.append("other rows on another number of ranks")
-        return Trained(rows=_rows_of(plan), losses=elsewhere.losses, weights=(), again=0)
+        return Trained(rows=rows_of(plan), losses=elsewhere.losses, weights=(), again=0)
 
     def _elsewhere(self, case: Case) -> Trained:
         """The same fault on another number of ranks."""
         with self._run_folder() as folder:
-            run = Run(folder, _changed(case, ranks=4 if case.fault.part < 0.5 else 1), [])
+            run = Run(folder, replace(case, ranks=4 if case.fault.part < 0.5 else 1), [])
             run.go()
             return trained(folder)
-
-
-def _changed(record: Any, **values: Any) -> Any:
-    return replace(record, **values)
 
 
 class Run:
@@ -243,7 +233,8 @@ class Run:
             ended = self._once(ranks)
             self.result.ends.append(ended)
             if set(ended) == {0}:
-                self.result.survived = True
+                fault = last_checkpoint(self.folder)
+                self.result.survived = not isinstance(fault, str)
                 break
             self._mend()
         self.result.happened = self._has_happened()
@@ -388,89 +379,9 @@ def can_mount(folder: Path) -> bool:
     return done.returncode == 0
 
 
-def trained(folder: Path) -> Trained:
-    """What a run that has ended has left in its folder."""
-    rows, again = _rows_and_repeats(folder / NOTES)
-    metrics = [json.loads(line) for line in (folder / "run/metrics.jsonl").open()]
-    # The one of a step that was skipped is written down too.
-    losses = {line["step"]: line["loss"] for line in metrics if line["step"] in rows}
-    last = _last_checkpoint(folder)
-    files = [folder / "run/export/model.safetensors", *sorted(last.path.glob("state-*"))]
-    weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    return Trained(rows=rows, losses=losses, weights=weights, again=again)
-
-
-def _rows_and_repeats(notes: Path) -> tuple[dict[int, Counter[str]], int]:
-    """The rows of each step in the last start that trained it, and how many steps were trained again."""
-    lines: dict[int, dict[str, dict[str, list[Any]]]] = {}
-    for path in notes.glob("rows-*"):
-        _, began, rank = path.stem.split("-")
-        for line in map(json.loads, path.open()):
-            lines.setdefault(line["step"], {}).setdefault(began, {}).setdefault(rank, []).append(
-                line
-            )
-    rows, again = {}, 0
-    for step, starts in lines.items():
-        newest = max(starts.values(), key=lambda ranks: max(r[-1]["at"] for r in ranks.values()))
-        rows[step] = Counter(row for own in newest.values() for row in own[-1]["rows"])
-        times = sum(max(_times(own) for own in ranks.values()) for ranks in starts.values())
-        again += max(0, times - 1)
-    return {step: found for step, found in rows.items() if found}, again
-
-
-def _times(lines: Sequence[Mapping[str, Any]]) -> int:
-    return sum(bool(line["rows"]) for line in lines)
-
-
-def rows_wrong(own: Mapping[int, Counter[str]], expected: Mapping[int, Counter[str]]) -> int:
-    """Rows that a step should have and has not, and the other way round."""
-    steps = own.keys() | expected.keys()
-    pairs = [(own.get(step, Counter()), expected.get(step, Counter())) for step in steps]
-    return sum((a - b).total() + (b - a).total() for a, b in pairs)
-
-
-def _near(own: Mapping[int, float], expected: Mapping[int, float]) -> bool:
-    return own.keys() == expected.keys() and all(
-        abs(own[step] - expected[step]) <= 1e-5 * abs(expected[step]) for step in own
-    )
-
-
 def _lost_too_many(case: Case, steps: int) -> list[str]:
     # In the background the checkpoint that is on its way is not there yet, and steps go on.
     most = SAVE_EVERY if case.save == "blocking" else 2 * SAVE_EVERY - 1
     if case.fault.name in ("sigterm", "sigusr1"):
         most = 0
     return [f"{steps} steps lost, {most} may be"] if steps > most else []
-
-
-def _last_checkpoint(folder: Path) -> Listed:
-    listed = read_listing(folder / "run" / FOLDER / f"step-{STEPS:06d}")
-    assert isinstance(listed, Listed), listed
-    return listed
-
-
-def _inputs(data: Path, ranks: int) -> Any:
-    paths = [f"sources.{name}.path={data / name}" for name in ("web", "chat")]
-    recipe = load_recipe(str(data / "recipe.yaml"), paths)
-    return open_inputs(recipe, ranks=ranks, verify=False)
-
-
-def first_uses(plan: Plan) -> dict[str, int]:
-    """The step in which each shard is first read, by its path."""
-    firsts: dict[str, int] = {}
-    for step in range(1, STEPS + 1):
-        for row in plan.row_ids(step):
-            shards = plan.streams[row.source].manifest.shards
-            firsts.setdefault(f"{row.source}/{shards[row.shard].file}", step)
-    return firsts
-
-
-def _rows_of(plan: Plan) -> dict[int, Counter[str]]:
-    """The rows of each step as the plan has them."""
-    return {
-        step: Counter(
-            hashes([plan.streams_at(step)[row.source].read(row).ids_T])[0]
-            for row in plan.row_ids(step)
-        )
-        for step in range(1, STEPS + 1)
-    }
