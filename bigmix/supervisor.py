@@ -117,10 +117,18 @@ def _watch(ranks: Sequence[Process], requests: Requests) -> dict[int, int]:
                 ended[rank] = process.returncode
                 kill_at = kill_at or time.monotonic() + _GRACE_S
         if kill_at is not None and time.monotonic() > kill_at:
-            for process in ranks:
-                process.kill()
+            return ended | _end_by_force(ranks, ended)
         time.sleep(_LOOK_EVERY_S)
     return ended
+
+
+def _end_by_force(ranks: Sequence[Process], ended: Mapping[int, int]) -> dict[int, int]:
+    """The codes of those that have not followed; to wait for ranks that were stopped on request is no failure of theirs."""
+    left = {rank: process for rank, process in enumerate(ranks) if rank not in ended}
+    for process in left.values():
+        process.kill()
+    codes = {rank: process.wait() for rank, process in left.items()}
+    return dict.fromkeys(left, REQUEUE) if set(ended.values()) == {REQUEUE} else codes
 
 
 def _first_failure(ended: Mapping[int, int]) -> str:

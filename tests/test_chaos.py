@@ -22,4 +22,4 @@ def test_runs_survive_faults_at_drawn_places(tmp_path):
         x for x in done.stdout.splitlines() if x.startswith("all")
     ).split()
     assert (name, times, survived) == ("all", "6", "6")
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("bigmix-chaos-*"))

@@ -82,6 +82,20 @@ def test_ends_that_are_no_failure_are_passed_on(tmp_path, requests, code):
     assert said == []
 
 
+@pytest.mark.parametrize(("code", "outcome"), [(75, 75), (2, 2), (1, 1), (0, 1)])
+def test_a_rank_that_waits_for_one_that_has_ended_is_ended_too(
+    requests, monkeypatch, code, outcome
+):
+    monkeypatch.setattr("bigmix.supervisor._GRACE_S", 0.5)
+    scripts = [f"raise SystemExit({code})", "import time; time.sleep(60)"]
+    course = Course(
+        start=lambda: [subprocess.Popen([sys.executable, "-c", script]) for script in scripts],
+        newest_step=lambda: 0,
+        restarts=0,
+    )
+    assert supervise(course, requests, lambda line: None) == outcome
+
+
 def test_a_request_ends_the_wait_before_a_restart(tmp_path, requests):
     def tell(line):
         signal.raise_signal(signal.SIGTERM)
