@@ -321,6 +321,12 @@ class Run:
         if shard and self.case.fault.name == "shard-fail":
             shutil.copy(self.folder.parent / "data" / shard, self.folder / shard)
 
+    def _ends_when_asked(self) -> set[int]:
+        """The codes that are right after a signal."""
+        codes = {0, 75, -signal.SIGTERM, -signal.SIGUSR1}
+        # Before the ranks have met, one that waits for another is ended by whoever started it.
+        return codes | {-signal.SIGKILL} if self.case.fault.place == "start" else codes
+
     def _wrong_ends(self) -> list[str]:
         """What is not as it must be in how the starts ended."""
         fault, ends = self.case.fault, self.result.ends
@@ -329,12 +335,7 @@ class Run:
             wrong.append(f"the run did not end by itself but with {ends[0]}")
         if fault.name in ("disk-full", "file-limit") and "the run goes on (" not in self.told():
             wrong.append("no checkpoint was given up")
-        if fault.name in ("sigterm", "sigusr1") and not set(ends[0]) <= {
-            0,
-            75,
-            -signal.SIGTERM,
-            -signal.SIGUSR1,
-        }:
+        if fault.name in ("sigterm", "sigusr1") and not set(ends[0]) <= self._ends_when_asked():
             wrong.append(f"asked to stop, the run ended with {ends[0]}")
         if (
             self.case.way.supervised
