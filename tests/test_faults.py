@@ -117,17 +117,31 @@ def test_one_rank_that_hangs_ends_itself(data):
 
 
 def test_an_error_on_one_rank_ends_the_other_with_its_message(data):
+    shutil.copytree(data / "held", data / "bad-held")
+    common = ("output=failed", *LONG, "train.evaluate_every=2")
+    ranks = start_unlike(
+        data, *([*common, f"sources.chat.held_out={path}"] for path in ("held", "bad-held"))
+    )
+    wait_for(data / "failed/checkpoints/step-000002", ranks)
+    os.truncate(data / "bad-held/shard-00000.tar", 100)
+    codes, said = end(ranks)
+    assert codes == [1, 1], said
+    assert "stopped: rank 1 failed: " in said and "bad-held/shard-00000.tar" in said
+    assert said.count("rank 1 failed") == 1 and "Traceback" not in said
+
+
+def test_a_shard_that_one_rank_cannot_read_ends_all_after_a_checkpoint(data):
     shutil.copytree(data / "web", data / "bad")
     # Shards are opened again when the length of rows changes.
-    common = ("output=failed", *LONG, "sequence_length=[[0, 64], [24, 32]]")
+    common = ("output=unread", *LONG, "sequence_length=[[0, 64], [24, 32]]", "train.save_every=10")
     ranks = start_unlike(data, *([*common, f"sources.web.path={path}"] for path in ("web", "bad")))
-    wait_for(data / "failed/checkpoints/step-000002", ranks)
+    wait_for(data / "unread/checkpoints/step-000010", ranks)
     for path in (data / "bad").glob("*.tar"):
         path.unlink()
     codes, said = end(ranks)
     assert codes == [1, 1], said
-    assert "stopped: rank 1 failed: " in said and "bad/shard-000" in said
-    assert said.count("rank 1 failed") == 1 and "Traceback" not in said
+    assert "of web cannot be used: " in said and "bad/shard-000" in said and "Traceback" not in said
+    assert (data / "unread/checkpoints/latest").read_text() == "step-000024\n"
 
 
 def test_a_signal_to_a_rank_that_waits_for_another_reaches_that_one_at_its_data(data):
