@@ -72,6 +72,9 @@ def _turn(parts: Parts, first: int, pace: _Pace) -> tuple[Parts, int]:
         loader.close()
     if isinstance(end, RollBack):
         return parts, roll_back(parts, end) + 1
+    if isinstance(end, _BadShards) and not inputs.replaces_bad_shards:
+        _save_finished(parts, end.step - 1)
+        raise end.found[0]
     if isinstance(end, _BadShards):
         return without_bad_shards(parts, end.step, end.found), end.step
     return parts, inputs.steps + 1
@@ -89,7 +92,7 @@ def _go_through(
     for at_step in range(first, parts.inputs.steps + 1):
         parts.watchdog.doing(f"waiting for the rows of step {at_step}")
         began = time.perf_counter()
-        batch = _next_batch(parts, batches)
+        batch = _next_batch(batches)
         fetched = time.perf_counter()
         parts.watchdog.doing(f"agreement on step {at_step}")
         parts.saver.settle()
@@ -107,13 +110,11 @@ def _go_through(
     return None
 
 
-def _next_batch(parts: Parts, batches: Iterator[StepBatch | None]) -> StepBatch | BadShard | None:
+def _next_batch(batches: Iterator[StepBatch | None]) -> StepBatch | BadShard | None:
     """The batch of the next step; None where a request to stop came before it, or what made it impossible."""
     try:
         return next(batches)
     except BadShard as bad:
-        if not parts.inputs.replaces_bad_shards:
-            raise
         return bad
 
 
@@ -206,10 +207,7 @@ def _after_step(parts: Parts, at_step: int) -> RollBack | None:
 def _stop(parts: Parts, at_step: int) -> NoReturn:
     """Save what was trained since the last checkpoint and end; a collective."""
     saver = parts.saver
-    saver.finish()
-    if at_step and saver.last_step != at_step and (parts.health.is_well or not saver.last_step):
-        _save(parts, at_step)
-        saver.finish()
+    _save_finished(parts, at_step)
     done = f"stopped on request after step {at_step} of {parts.inputs.steps}"
     if not at_step or saver.last_step == at_step:
         raise Interrupted(f"{done}; the same command goes on from there")
@@ -220,6 +218,15 @@ def _stop(parts: Parts, at_step: int) -> NoReturn:
     raise BigmixError(
         f"{done}, whose checkpoint could not be written; the same command goes on after step {saver.last_step or 0}"
     )
+
+
+def _save_finished(parts: Parts, at_step: int) -> None:
+    """See to it that what was trained until a step is in a whole checkpoint; a collective."""
+    saver = parts.saver
+    saver.finish()
+    if at_step and saver.last_step != at_step and (parts.health.is_well or not saver.last_step):
+        _save(parts, at_step)
+        saver.finish()
 
 
 def _tell(parts: Parts) -> None:
