@@ -353,7 +353,7 @@ def test_shards_are_fetched_in_the_order_in_which_they_are_opened(
     mixed, remote, monkeypatch, rows_together, length, first
 ):
     monkeypatch.setattr(loader_module, "ASSEMBLED_ROWS", rows_together)
-    inputs = opened(remote.url, length=length)
+    inputs = opened(remote.url, "cache.timeout_s=10", length=length)  # a retry is a second download
     assert batches(inputs, first=first) == batches(opened(mixed, length=length), first=first)
     assert inputs.depot.unforeseen == 0
     assert set(downloads(remote).values()) == {1}
