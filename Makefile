@@ -31,6 +31,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/save.py
 	$(BIN)/python benchmarks/chaos.py
 
 docs: $(READY)
