@@ -55,8 +55,9 @@ def evaluate(
 ) -> dict[str, HeldOut] | None:
     """The held-out loss of each stream, over all of its rows or `max_rows` spread evenly over them; a collective.
 
-    None where a rank is asked to stop: looked up before each forward. `doing` is told what begins. Every rank makes the same number of forwards, with rows of no loss token where it has run out of its own: under
-    ZeRO-3 a rank that stayed away would leave the others waiting.
+    None where a rank is asked to stop: looked up before each forward. `doing` is told what begins. Every rank makes the
+    same number of forwards, with rows of no loss token where it has run out of its own: under ZeRO-3 a rank that stayed
+    away would leave the others waiting.
     """
     results = {}
     for name, stream in streams.items():

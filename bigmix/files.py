@@ -3,6 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -11,20 +12,20 @@ CHUNK = 1 << 20
 
 def sha256_of(path: Path) -> str:
     """The checksum of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(CHUNK):
-            digest.update(part)
-    return digest.hexdigest()
+    return _hexdigest(path, hashlib.sha256())
 
 
 def checksum_of(path: Path) -> str:
     """The XXH3 checksum of a file's content, 128 bits in hexadecimal: against accidents, at the speed of memory."""
-    digest = xxhash.xxh3_128()
+    return _hexdigest(path, xxhash.xxh3_128())
+
+
+def _hexdigest(path: Path, digest: Any) -> str:
+    """A file's content in an empty digest."""
     with path.open("rb", buffering=0) as file:
         while part := file.read(16 * CHUNK):
             digest.update(part)
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def sync_folder(folder: Path) -> None:

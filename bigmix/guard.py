@@ -19,13 +19,11 @@ from bigmix.errors import REQUEUE
 from bigmix.processes import command_of, parent_of
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_ORPHANED = (
-    signal.SIGUSR2
-)  # of the kernel: were it one that asks, it could pass for the second request
+# Of the kernel: were it one that asks, it could pass for the second request.
+_ORPHANED = signal.SIGUSR2
 _PR_SET_PDEATHSIG = 1
-_ONE_REQUEST_S = (
-    2.0  # Ctrl-C under a launcher: SIGINT of the terminal, then SIGTERM of the launcher
-)
+# Ctrl-C under a launcher: SIGINT of the terminal, then SIGTERM of the launcher.
+_ONE_REQUEST_S = 2.0
 _PARENT_EVERY_S = 1.0
 NOTHING_LOST = "nothing was trained since the last checkpoint; the same command goes on from there"
 
@@ -63,10 +61,9 @@ class StopFlag:
         """Ask this process to stop at the next step boundary."""
         self._reason = self._reason or reason
 
-    def hand_over(self) -> str | None:
-        """From now on a request is a flag for somebody else to act on; returns a reason that is there already."""
+    def hand_over(self) -> None:
+        """From now on a request is a flag for somebody else to act on."""
         self._exits_at_once = False
-        return self._reason
 
     def set_end(self, max_minutes: float | None, job_ends_at: float | None) -> None:
         """Stop by itself so many minutes after this process began, and before a time in seconds since 1970."""

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         code = train(arguments, flag)
-    except Exception:
+    except Exception:  # told as any program tells it, but ended as below
         traceback.print_exc()
         code = FAILED
     sys.stdout.flush()

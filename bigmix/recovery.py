@@ -6,12 +6,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from bigmix.checkpoint.listing import put_aside
-from bigmix.checkpoint.restore import newest_whole, restore
+from bigmix.checkpoint.restore import newest_whole
 from bigmix.data.quarantine import BadShard
 from bigmix.errors import BigmixError
 from bigmix.health import RollBack
 from bigmix.run_folder import CHECKPOINTS, LOG, PassedOver, read_passed_over, write_passed_over
-from bigmix.set_up import Parts
+from bigmix.set_up import Parts, go_to
 from bigmix.suspects import Suspect, suspects
 
 NOT_FINITE = "not-finite.jsonl"
@@ -76,10 +76,7 @@ def roll_back(parts: Parts, back: RollBack) -> int:
         put_aside(folder / CHECKPOINTS, after_step=step)
     if parts.log is not None:
         parts.log.go_back(step)
-    restore(parts.engine, found)
-    parts.report.resume(found.position.report)
-    parts.health.resume(found.position.losses)
-    parts.saver.resume(step)
+    go_to(parts, found)
     parts.passed_over.update(back.steps)
     return step
 

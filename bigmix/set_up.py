@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bigmix.checkpoint.listing import put_aside
+from bigmix.checkpoint.listing import Listed, put_aside
 from bigmix.checkpoint.restore import restore
 from bigmix.checkpoint.saver import Keeping, Saver
 from bigmix.data.loader import Portion
@@ -111,17 +111,11 @@ def set_up(
         seed=recipe.seed,
         construction=sharded_construction(keys),
     )
-    train = recipe.train
-    adamw = AdamW(betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
     watchdog.doing("making the engine")
-    engine = Engine(model, keys, adamw)
+    engine = Engine(model, keys, _adamw(recipe))
     check_model(engine, config.vocab_size)
     watchdog.doing("making the reference model")
-    aim = Aim(
-        objective=recipe.objective,
-        weighing={name: source.weigh for name, source in recipe.sources.items()},
-        anchor=_anchor(recipe, configs.reference, keys, dtype.value, device),
-    )
+    aim = _aim(recipe, _anchor(recipe, configs.reference, keys, dtype.value, device))
     peak = peak_flops(device, dtype.value)
     report = _report(recipe, inputs, cost_of(model.lm), peak * world.size if peak else None)
     show_header(
@@ -149,6 +143,16 @@ def _keys(recipe: Recipe, inputs: Inputs, world: World, dtype: str) -> dict[str,
         clip=recipe.train.clip,
         dtype=dtype,
     )
+
+
+def _aim(recipe: Recipe, anchor: Anchor | None) -> Aim:
+    weighing = {name: source.weigh for name, source in recipe.sources.items()}
+    return Aim(objective=recipe.objective, weighing=weighing, anchor=anchor)
+
+
+def _adamw(recipe: Recipe) -> AdamW:
+    train = recipe.train
+    return AdamW(betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
 
 
 def _report(recipe: Recipe, inputs: Inputs, cost: Cost | None, peak: float | None) -> Report:
@@ -207,16 +211,21 @@ def _resume(parts: Parts, start: Beginning) -> None:
             terminal.note(f"what is left of it is kept as {path}")
     if start.checkpoint is None:
         return
-    parts.watchdog.doing(f"reading {start.checkpoint.path}")
-    restore(parts.engine, start.checkpoint)
-    parts.report.resume(start.checkpoint.position.report)
-    parts.health.resume(start.checkpoint.position.losses)
-    parts.saver.resume(start.step)
+    go_to(parts, start.checkpoint)
     ranks, now = start.checkpoint.ranks, world.size
     for change in start.changes:
         terminal.warning(f"from step {start.step + 1} on: {change}")
     other = "" if ranks == now else f", written by {ranks} ranks and read by {now}"
     terminal.note(f"going on after step {start.step}, from {start.checkpoint.path}{other}")
+
+
+def go_to(parts: Parts, checkpoint: Listed) -> None:
+    """Put everything that a step changes back to where it was at a checkpoint; a collective."""
+    parts.watchdog.doing(f"reading {checkpoint.path}")
+    restore(parts.engine, checkpoint)
+    parts.report.resume(checkpoint.position.report)
+    parts.health.resume(checkpoint.position.losses)
+    parts.saver.resume(checkpoint.position.step)
 
 
 def _portion(recipe: Recipe, world: World) -> Portion:

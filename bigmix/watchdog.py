@@ -162,9 +162,8 @@ class Watchdog:
             self._stacks.write(
                 f"{verdict.text}\nrank {self._rank}: {self._doing[1]}", self._unexpected
             )
-        if (
-            0 not in verdict.silent
-        ):  # else nobody keeps the board, and its silence would be waited for again
+        # Without the first rank nobody keeps the board, and its silence would be waited for again.
+        if 0 not in verdict.silent:
             with contextlib.suppress(BoardLost):
                 self._say_goodbye(None, but=verdict.silent)
         own_machine = [rank for rank in (self._rank, *self._peers) if rank not in verdict.silent]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from corpora import write_source
-from test_mixing import RECIPE
+from test_mixing import recipe_of_three
 from test_run import end, lines, start
 
 from bigmix.checkpoint.listing import Listed, Position, publish
@@ -22,13 +22,7 @@ AT = 7  # steps before the change
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chapters")
-    write_source(folder / "web", "text", shards=3)
-    write_source(folder / "code", "text", seed=1, documents=10)
-    write_source(folder / "chat", "chat", seed=2)
-    write_source(folder / "more", "text", seed=3, documents=16)
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
+    return recipe_of_three(tmp_path_factory.mktemp("chapters"))
 
 
 @pytest.fixture(autouse=True)

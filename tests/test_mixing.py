@@ -37,15 +37,19 @@ output: run
 """
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mixing")
+def recipe_of_three(folder):
+    """The folder, with the recipe in it, its three sources and one more."""
     write_source(folder / "web", "text", shards=3)
     write_source(folder / "code", "text", seed=1, documents=10)
     write_source(folder / "chat", "chat", seed=2)
     write_source(folder / "more", "text", seed=3, documents=16)
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return recipe_of_three(tmp_path_factory.mktemp("mixing"))
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ _ASIDE = "aside-"
 class Position:
     """Where a run stands: the last finished step, and what the next ones follow from.
 
-    `report` is what its report has added up, `losses` what the next one is held against, `recipe` the settings as plain values, `chapter` from where they hold,
-    `standing` where each source stands and `content` a checksum of its shards.
+    `report` is what its report has added up, `losses` what the next one is held against, `recipe` the settings as plain
+    values, `chapter` from where they hold, `standing` where each source stands and `content` a checksum of its shards.
     """
 
     step: int
@@ -97,11 +97,6 @@ class Listed:
     ranks: int
     files: tuple[Sealed, ...]
 
-    @property
-    def bytes(self) -> int:
-        """All of its files together."""
-        return sum(file.bytes for file in self.files)
-
 
 def folders(folder: Path, before: int | None = None) -> list[Path]:
     """The checkpoints of a run by their names, newest first; those of a step below `before` where that is given."""
@@ -140,7 +135,7 @@ def publish(beside: Path, final: Path, ranks: int, files: Sequence[Sealed], posi
     listing = {
         "version": VERSION,
         "ranks": ranks,
-        "files": [{"name": f.name, "bytes": f.bytes, "checksum": f.checksum} for f in files],
+        "files": [asdict(file) for file in files],
         "position": position.to_json(),
     }
     replace_text(beside / LISTING, json.dumps(listing, indent=1) + "\n")
@@ -192,6 +187,6 @@ def faults_of(listed: Listed, part: slice) -> Iterator[str]:
 def newest_step(folder: Path) -> int:
     """The step of the newest checkpoint by its name, whole or not; 0 where there is none."""
     try:
-        return int((folder / LATEST).read_text().strip().removeprefix("step-"))
+        return max(0, _step_of(Path((folder / LATEST).read_text().strip())))
     except (OSError, ValueError):
         return 0

@@ -10,7 +10,7 @@ from bigmix.cli.words import add_recipe_arguments, tell_replaced
 from bigmix.data.loader import Plan, Portion
 from bigmix.errors import DONE, BadInput
 from bigmix.inputs import Inputs, open_inputs
-from bigmix.recipe import Recipe, load_recipe, to_yaml
+from bigmix.recipe import Recipe, load_recipe, plain, to_yaml
 
 
 def add_recipe(subparsers: Any) -> None:
@@ -55,7 +55,7 @@ def _show(known: argparse.Namespace) -> int:
 
 def _value(recipe: Recipe, key: str) -> str:
     """One setting, a text or number as it is and all else as JSON."""
-    value: Any = recipe.model_dump(mode="json")
+    value: Any = plain(recipe)
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
             raise BadInput(
