@@ -112,10 +112,11 @@ def _watch(ranks: Sequence[Process], requests: Requests) -> dict[int, int]:
         for number in requests.new():
             for process in ranks:
                 process.send_signal(number)  # none to those that have ended
-        for rank, process in enumerate(ranks):
-            if rank not in ended and process.poll() is not None:
-                ended[rank] = process.returncode
-                kill_at = kill_at or time.monotonic() + _GRACE_S
+        new = [rank for rank, p in enumerate(ranks) if rank not in ended and p.poll() is not None]
+        # Of those seen ended at one look, a rank that was killed ended before those that gave up for want of it.
+        for rank in sorted(new, key=lambda rank: ranks[rank].returncode >= 0):
+            ended[rank] = ranks[rank].returncode
+            kill_at = kill_at or time.monotonic() + _GRACE_S
         if kill_at is not None and time.monotonic() > kill_at:
             return ended | _end_by_force(ranks, ended)
         time.sleep(_LOOK_EVERY_S)

@@ -96,6 +96,21 @@ def test_a_rank_that_waits_for_one_that_has_ended_is_ended_too(
     assert supervise(course, requests, lambda line: None) == outcome
 
 
+def test_a_rank_that_was_killed_is_named_before_one_that_gave_up_for_want_of_it(
+    requests, monkeypatch
+):
+    monkeypatch.setattr("bigmix.supervisor._LOOK_EVERY_S", 1.0)  # both end between two looks
+    scripts = ["raise SystemExit(1)", "import os; os.kill(os.getpid(), 9)"]
+    said = []
+    course = Course(
+        start=lambda: [subprocess.Popen([sys.executable, "-c", script]) for script in scripts],
+        newest_step=lambda: 0,
+        restarts=0,
+    )
+    assert supervise(course, requests, said.append) == 1
+    assert said == ["rank 1 was ended by SIGKILL; given up after 0 restarts"]
+
+
 def test_a_request_ends_the_wait_before_a_restart(tmp_path, requests):
     def tell(line):
         signal.raise_signal(signal.SIGTERM)
