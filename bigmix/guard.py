@@ -35,7 +35,11 @@ class StopFlag:
     is in memory. A second signal, later than the doubles of the first, ends it at once; checkpoints stay whole.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, environment: Mapping[str, str] | None = None, *, nothing_lost: str = NOTHING_LOST
+    ) -> None:
+        """`nothing_lost` says what an end at once leaves behind, in its last words."""
+        self.nothing_lost = nothing_lost
         environment = os.environ if environment is None else environment
         self._reason: str | None = None
         self._first_signal_at: float | None = None
@@ -93,7 +97,7 @@ class StopFlag:
         self.ask(reason)
         if self._exits_at_once:
             end_process(
-                f"stopped: asked by {reason} on rank {self._rank} during start-up: {NOTHING_LOST}",
+                f"stopped: asked by {reason} on rank {self._rank} during start-up: {self.nothing_lost}",
                 REQUEUE,
             )
 

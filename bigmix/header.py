@@ -1,16 +1,23 @@
 """What a run is about to do goes in, the words and tables for the terminal come out."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from bigmix.data.packing import Lost
 from bigmix.ds_config import zero_stage
-from bigmix.evaluate import HeldOut
+from bigmix.held_out import Estimate, HeldOut
 from bigmix.inputs import Inputs, accumulation
 from bigmix.recipe import Recipe
 from bigmix.records import Choice
-from bigmix.report import Line
-from bigmix.terminal import Cell, HeldOutResult, Table, Terminal, evaluation_table
+from bigmix.terminal import (
+    Cell,
+    HeldOutResult,
+    Measured,
+    Table,
+    Terminal,
+    evaluation_table,
+)
 from bigmix.world import World
 
 
@@ -49,28 +56,33 @@ def show_header(
 
 
 def show_held_out(
-    terminal: Terminal,
-    recipe: Recipe,
-    step: int,
-    results: Mapping[str, HeldOut],
-    line: Line,
+    terminal: Terminal, recipe: Recipe, title: str, results: Mapping[str, HeldOut]
 ) -> None:
     """The table of an evaluation."""
-    told = []
-    for name, held_out in results.items():
-        source = recipe.sources.get(name)
-        forgetting = line[f"forgetting/{name}"]
-        told.append(
-            HeldOutResult(
-                source=name,
-                role=source.role if source is not None else "held out",
-                loss=held_out.loss,
-                interval=(held_out.low, held_out.high),
-                bits_per_byte=held_out.bits_per_byte,
-                forgetting=None if forgetting is None else float(forgetting),
-            )
-        )
-    terminal.table(evaluation_table(step, told))
+    terminal.table(evaluation_table(title, [_told(recipe, *item) for item in results.items()]))
+
+
+def _told(recipe: Recipe, name: str, found: HeldOut) -> HeldOutResult:
+    source = recipe.sources.get(name)
+    return HeldOutResult(
+        source=name,
+        role=source.role if source is not None else "held out",
+        loss=_measured(found.loss),
+        bits_per_byte=found.bits_per_byte.value,
+        token_accuracy=found.token_accuracy.value,
+        last_word_accuracy=_value(found.last_word_accuracy),
+        kl_to_base=_value(found.kl_to_base),
+        forgetting=None if found.forgetting is None else _measured(found.forgetting),
+    )
+
+
+def _value(estimate: Estimate | None) -> float | None:
+    return None if estimate is None else estimate.value
+
+
+def _measured(estimate: Estimate) -> Measured:
+    margin = (estimate.high - estimate.low) / 2
+    return Measured(value=estimate.value, margin=None if math.isnan(margin) else margin)
 
 
 def _loss(recipe: Recipe, backend: Choice) -> str:

@@ -181,6 +181,50 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutInputs:
+    """What a recipe names for an evaluation without training, opened: its held-out streams, DeepSpeed's keys."""
+
+    streams: Mapping[str, Stream]
+    ds_keys: Mapping[str, Any]
+    manifest: Manifest
+    tokenizer_folder: Path
+
+
+def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOutInputs:
+    """Open and check the held-out sources alone: those that are trained on need not be there.
+
+    Raises BadInput with every fault that is found.
+    """
+    paths, faults = recipe.held_out_paths, list[str]()
+    if not paths:
+        raise BadInput(
+            "no held-out source is in the recipe; give a source its `held_out` folder, or name some under `held_out`"
+        )
+    ds_keys = _collect(faults, read_ds_config, recipe.deepspeed)
+    depot = Depot(_reading(recipe, machines))
+    sources = {}
+    for name, path in paths.items():
+        source = _collect(faults, _source, f"held_out of {name}", path, _retry(recipe))
+        if source is not None:
+            sources[path] = source
+            faults += [f"held_out of {name}: {fault}" for fault in _damaged_shards(source, verify)]
+    faults += _tokenizer_faults({path: source.manifest for path, source in sources.items()})
+    if faults:
+        raise BadInput(*faults)
+    streams = _held_out(recipe, depot, sources)
+    faults += dict.fromkeys(fault for stream in streams.values() for fault in _empty(stream))
+    if faults:
+        raise BadInput(*faults)
+    nearest = min(sources.values(), key=lambda source: not source.location.is_local)
+    return HeldOutInputs(
+        streams=streams,
+        ds_keys=ds_keys,
+        manifest=nearest.manifest,
+        tokenizer_folder=depot.tokenizer_folder(nearest),
+    )
+
+
 def _sources(
     recipe: Recipe, faults: list[str], notes: list[str], *, verify: bool
 ) -> dict[str, Source]:

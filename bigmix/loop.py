@@ -17,7 +17,7 @@ from bigmix.checkpoint.listing import Position
 from bigmix.data.order import key_of
 from bigmix.data.quarantine import BadShard
 from bigmix.errors import BigmixError, Interrupted
-from bigmix.evaluate import evaluate
+from bigmix.examine import examine
 from bigmix.header import show_held_out
 from bigmix.health import RollBack
 from bigmix.inputs import accumulation
@@ -28,6 +28,7 @@ from bigmix.recovery import name_suspects, roll_back, without_bad_shards
 from bigmix.report import Timed
 from bigmix.schedule import LearningRate, warmup_steps
 from bigmix.set_up import Parts
+from bigmix.subject import trained_subject
 
 _RECENT_STEPS = 10  # the longest of them must fit before the end of the time
 
@@ -265,22 +266,26 @@ def _evaluates(parts: Parts, at_step: int) -> bool:
 
 def _evaluate(parts: Parts, at_step: int) -> None:
     _tell(parts)
-    train = parts.recipe.train
-    results = evaluate(
-        parts.engine,
-        parts.cluster,
-        parts.inputs.held_out,
-        micro_batch_rows=train.micro_batch_rows,
-        max_rows=train.evaluate_rows,
-        stop_asked=parts.flag.is_set,
-        doing=lambda what: parts.watchdog.doing(f"{what}, after step {at_step}"),
-    )
-    if results is None:
+    base = parts.report.base
+    known = set(base.losses)
+    with parts.engine.evaluating():
+        found = examine(
+            trained_subject(parts.engine),
+            parts.cluster,
+            parts.exam,
+            step=at_step,
+            base=base,
+            stop_asked=parts.flag.is_set,
+            doing=lambda what: parts.watchdog.doing(f"{what}, after step {at_step}"),
+        )
+    if found is None:
         _stop(parts, at_step)
-    line = parts.report.evaluation(at_step, results)
     if parts.log is not None:
-        parts.log.write(line)
-    show_held_out(parts.terminal, parts.recipe, at_step, results, line)
+        if set(base.losses) != known:
+            base.write(Path(parts.recipe.output))
+        parts.log.write(found.line)
+    title = f"held out, step {at_step:,}"
+    show_held_out(parts.terminal, parts.recipe, title, found.held_out)
 
 
 def _save(parts: Parts, at_step: int) -> None:

@@ -31,6 +31,14 @@ _GROUPS = {
     "peak_gib": "speed",
 }
 _NOT_CHARTED = ("step", "eval")
+_HELD_OUT = {
+    "held-out loss": "held_out_loss",
+    "forgetting": "forgetting",
+    "bits per byte": "bits_per_byte",
+    "token accuracy": "token_accuracy",
+    "last-word accuracy": "last_word_accuracy",
+    "KL to the base": "kl_to_base",
+}
 _PARTS_OF_STEP = ("step_s", "data_wait_s", "forward_s", "backward_s", "optimizer_s")
 _SHARES = {
     "share of rows": "share_rows",
@@ -83,10 +91,10 @@ class RunLog:
 
     def write(self, line: Mapping[str, Number]) -> None:
         """Append the numbers of one step (`line["step"]`); None and numbers that are not finite become null."""
-        finite = {key: _finite(value) for key, value in line.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        numbers = finite(line)
+        self._file.write(json.dumps(numbers, allow_nan=False) + "\n")
         self._file.flush()
-        for key, value in finite.items():
+        for key, value in numbers.items():
             if value is not None and key not in _NOT_CHARTED:
                 self._writer.add_scalar(tag_of(key), value, line["step"])
         if line.get("eval") or time.monotonic() - self._flushed_at > FLUSH_EVERY_S:
@@ -118,8 +126,18 @@ class RunLog:
         self._writer.close()
 
 
+def finite(line: Mapping[str, Number]) -> dict[str, Number]:
+    """The line with None in place of numbers that are not finite, which JSON has no word for."""
+    return {key: _finite(value) for key, value in line.items()}
+
+
 def tag_of(key: str) -> str:
-    """TensorBoard's tag of a key of metrics.jsonl: `step_s` becomes `time/step_s`, `loss/web` stays."""
+    """TensorBoard's tag of a key of metrics.jsonl: `step_s` becomes `time/step_s`, `loss/web` stays.
+
+    The ends of intervals have a group of their own, `forgetting_low/web` becomes `intervals/forgetting_low/web`.
+    """
+    if key.split("/")[0].endswith(("_low", "_high")):
+        return f"intervals/{key}"
     return key if "/" in key else f"{_GROUPS.get(key, 'train')}/{key}"
 
 
@@ -184,17 +202,21 @@ def _layout(
     """The charts with several lines, as `add_custom_scalars` takes them."""
     learning = {
         "training loss": _lines_of([f"loss/{s}" for s in sources]),
-        "held-out loss": _lines_of([f"held_out_loss/{s}" for s in held_out]),
-        "forgetting": _lines_of([f"forgetting/{s}" for s in held_out]),
-    }
+    } | {title: _lines_of([f"{key}/{s}" for s in held_out]) for title, key in _HELD_OUT.items()}
+    bands = {f"forgetting of {s}, with its 95 % interval": _band("forgetting", s) for s in held_out}
     shares = {title: _lines_of([f"{key}/{s}" for s in sources]) for title, key in _SHARES.items()}
     speed = {"time of a step by part": _lines_of([tag_of(key) for key in _PARTS_OF_STEP])}
-    return {"learning": learning, "realised shares": shares, "speed": speed}
+    return {"learning": learning, "forgetting": bands, "realised shares": shares, "speed": speed}
 
 
 def _lines_of(tags: Sequence[str]) -> tuple[str, list[str]]:
     # The page takes tags as regular expressions and matches their beginning: `loss/a` would also draw `loss/ab`.
     return "Multiline", [f"{re.escape(tag)}$" for tag in tags]
+
+
+def _band(key: str, source: str) -> tuple[str, list[str]]:
+    """A line between the ends of its interval; here the page takes tags as they are."""
+    return "Margin", [tag_of(f"{key}{end}/{source}") for end in ("", "_low", "_high")]
 
 
 def _as_markdown_code(text: str) -> str:

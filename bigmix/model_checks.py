@@ -1,7 +1,8 @@
 """A recipe and a manifest go in, the configurations of its models come out; what does not fit together is refused."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bigmix.data.manifest import Manifest
@@ -19,6 +20,15 @@ class Configs:
     reference: Any | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    """A model that is evaluated without training, and the option that names it."""
+
+    named: str
+    path: str
+    config: Any
+
+
 def read_configs(recipe: Recipe, manifest: Manifest) -> Configs:
     """The configurations of the models of a recipe, for sources of a manifest.
 
@@ -31,7 +41,7 @@ def read_configs(recipe: Recipe, manifest: Manifest) -> Configs:
         reference = read_config(recipe.reference_path, None, key="reference.model")
     faults = [
         *_length_faults(recipe, config, "the model"),
-        *_vocabulary_faults(manifest, config),
+        *_vocabulary_faults(manifest, config, "the model"),
         *_tokenizer_faults(
             recipe.model.tokenizer or recipe.model.path, manifest, "model.tokenizer"
         ),
@@ -41,6 +51,42 @@ def read_configs(recipe: Recipe, manifest: Manifest) -> Configs:
     if faults:
         raise BadInput(*faults)
     return Configs(model=config, reference=reference)
+
+
+def read_evaluated(
+    recipe: Recipe, manifest: Manifest, tokenizer_folder: Path, paths: Mapping[str, str | None]
+) -> dict[str, Evaluated]:
+    """The models at the paths of some options, for held-out sources of a manifest; an option without one is left out.
+
+    Raises BadInput where there is none, where rows are longer than its positions, or where it speaks of other tokens.
+    """
+    models = {
+        named: Evaluated(named=named, path=path, config=read_config(path, None, key=named))
+        for named, path in paths.items()
+        if path is not None
+    }
+    faults: list[str] = []
+    for named, model in models.items():
+        faults += _length_faults(recipe, model.config, f"{named} {model.path}")
+        faults += _vocabulary_faults(manifest, model.config, f"{named} {model.path}")
+        # A run whose sources have no tokenizer exports none.
+        if tokenizer_folder.is_dir() or _has_tokenizer(model.path):
+            is_trained = model.path == recipe.model.path
+            tokenizer = recipe.model.tokenizer if is_trained else None
+            faults += _tokenizer_faults(tokenizer or model.path, manifest, named)
+    sizes = {f"{named} {model.path}": model.config.vocab_size for named, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        said = ", ".join(f"{where} has {size}" for where, size in sizes.items())
+        faults.append(
+            f"vocabularies differ: {said}; a divergence needs one, give --base none or another base"
+        )
+    if faults:
+        raise BadInput(*faults)
+    return models
+
+
+def _has_tokenizer(path: str) -> bool:
+    return not Path(path).is_dir() or any(Path(path).glob("tokenizer*"))
 
 
 def _reference_faults(
@@ -66,11 +112,11 @@ def _length_faults(recipe: Recipe, config: Any, named: str) -> Iterator[str]:
         )
 
 
-def _vocabulary_faults(manifest: Manifest, config: Any) -> Iterator[str]:
+def _vocabulary_faults(manifest: Manifest, config: Any, named: str) -> Iterator[str]:
     needed = manifest.tokenizer.vocab_size
     if needed > config.vocab_size:
         yield (
-            f"the sources are prepared with a vocabulary of {needed}, the model has {config.vocab_size}; "
+            f"the sources are prepared with a vocabulary of {needed}, {named} has {config.vocab_size}; "
             "prepare them with the model's tokenizer, or give the model that vocab_size"
         )
 

@@ -1,22 +1,32 @@
-"""One rank of a run: `python -m bigmix.rank RECIPE.yaml [key=value ...]`; launch/train.py is the same by another name."""
+"""One rank of a run or an evaluation: `python -m bigmix.rank train|evaluate RECIPE.yaml ...`; launch/*.py are the same."""
 
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bigmix.errors import DONE, FAILED
-from bigmix.guard import StopFlag
+from bigmix.guard import NOTHING_LOST, StopFlag
+
+_NOTHING_KEPT = "an evaluation keeps nothing until its end; the same command begins it again"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Let signals end this process well from now on, then run the recipe; returns 0, or ends with another code."""
-    flag = StopFlag()
-    # Seconds of imports, during which a signal must find the guard.
-    from bigmix.cli.train import main as train
+    return _end_well(arguments, _train, NOTHING_LOST)
 
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """The same for an evaluation."""
+    return _end_well(arguments, _evaluate, _NOTHING_KEPT)
+
+
+def _end_well(
+    arguments: Sequence[str], work: Callable[[Sequence[str], StopFlag], int], nothing_lost: str
+) -> int:
+    flag = StopFlag(nothing_lost=nothing_lost)
     try:
-        code = train(arguments, flag)
+        code = work(arguments, flag)
     except Exception:  # told as any program tells it, but ended as below
         traceback.print_exc()
         code = FAILED
@@ -28,5 +38,18 @@ def main(arguments: Sequence[str]) -> int:
     return code
 
 
+def _train(arguments: Sequence[str], flag: StopFlag) -> int:
+    # Seconds of imports, during which a signal must find the guard.
+    from bigmix.cli.train import main as train
+
+    return train(arguments, flag)
+
+
+def _evaluate(arguments: Sequence[str], flag: StopFlag) -> int:
+    from bigmix.cli.evaluate import main as evaluate_rank
+
+    return evaluate_rank(arguments, flag)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit({"train": main, "evaluate": evaluate}[sys.argv[1]](sys.argv[2:]))

@@ -6,13 +6,21 @@ from typing import Any
 
 import torch
 
-from bigmix.evaluate import HeldOut
 from bigmix.flops import Cost
+from bigmix.held_out import Base, Estimate, HeldOut
 from bigmix.loss.terms import Statistic
 from bigmix.step import StepResult
 
 Number = float | int | bool | None
 Line = dict[str, Number]
+_MEASURES = (  # those of `HeldOut` that have the same name in a line
+    "perplexity",
+    "bits_per_byte",
+    "token_accuracy",
+    "last_word_accuracy",
+    "kl_to_base",
+    "forgetting",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,11 +34,36 @@ class Timed:
     peak_gib: float
 
 
+def held_out_numbers(results: Mapping[str, HeldOut]) -> Line:
+    """What was measured on held-out sources, under the keys of an evaluation line."""
+    line: Line = {}
+    for name, found in results.items():
+        line |= _numbers("held_out_loss", "held_out", name, found.loss)
+        for key in _MEASURES:
+            estimate: Estimate | None = getattr(found, key)
+            if estimate is not None:
+                line |= _numbers(key, key, name, estimate)
+        line[f"held_out_tokens/{name}"] = found.tokens
+        line[f"held_out_documents/{name}"] = found.documents
+        if found.last_word_accuracy is not None:
+            line[f"last_words/{name}"] = found.last_words
+    return line
+
+
+def _numbers(key: str, ends: str, source: str, estimate: Estimate) -> Line:
+    return {
+        f"{key}/{source}": estimate.value,
+        f"{ends}_low/{source}": estimate.low,
+        f"{ends}_high/{source}": estimate.high,
+    }
+
+
 class Report:
     """Keeps the results of steps until they are read, so that the device is waited for once in many steps.
 
-    Totals run over the whole run, through resumes: `state` is what they are, `resume` puts it back. `measured`: for
-    each source what is written as KEY/SOURCE, a mean over its loss tokens in the step.
+    Totals run over the whole run, through resumes: `state` is what they are, `resume` puts it back, and so is what
+    forgetting is measured from, `base`. `measured`: for each source what is written as KEY/SOURCE, a mean over its loss
+    tokens in the step.
     """
 
     def __init__(
@@ -53,7 +86,7 @@ class Report:
             for unit in ("rows", "tokens", "loss_tokens", "gradient")
         }
         self._substituted = dict.fromkeys(self._sources, 0)
-        self._base: dict[str, float] = {}
+        self.base = Base()
         self._skipped = 0
 
     def add(self, timed: Timed) -> None:
@@ -80,19 +113,6 @@ class Report:
         assert not self._waiting, "read the report before a step is passed over"
         return {"step": step, "passed_over": True, "skipped": self._skipped} | self._sums(step)
 
-    def evaluation(self, step: int, results: Mapping[str, HeldOut]) -> Line:
-        """The line of an evaluation; the first of a run is what forgetting is measured from."""
-        line: Line = {"step": step, "eval": True}
-        for name, held_out in results.items():
-            self._base.setdefault(name, held_out.loss)
-            line[f"held_out_loss/{name}"] = held_out.loss
-            line[f"held_out_low/{name}"] = held_out.low
-            line[f"held_out_high/{name}"] = held_out.high
-            line[f"bits_per_byte/{name}"] = held_out.bits_per_byte
-            line[f"forgetting/{name}"] = held_out.loss - self._base[name]
-            line[f"held_out_tokens/{name}"] = held_out.tokens
-        return line
-
     def state(self) -> dict[str, Any]:
         """What has been added up until now, as plain values; every step must have been read."""
         assert not self._waiting, "read the report before its state"
@@ -100,7 +120,7 @@ class Report:
         return {
             "totals": totals,
             "substituted": dict(self._substituted),
-            "base": dict(self._base),
+            "base": dict(self.base.losses),
             "skipped": self._skipped,
         }
 
@@ -111,7 +131,7 @@ class Report:
             for unit, values in state["totals"].items()
         }
         self._substituted = {name: state["substituted"].get(name, 0) for name in self._sources}
-        self._base = dict(state["base"])
+        self.base.resume(state["base"])
         self._skipped = int(state["skipped"])
 
     def _line(self, timed: Timed, sums: Mapping[str, Sequence[float]], norm: float) -> Line:

@@ -27,6 +27,7 @@ _FREE = frozenset(
         "dead_after_s",
         "evaluate_every",
         "evaluate_rows",
+        "evaluate_kl",
         "save_every",
         "keep_checkpoints",
         "keep_every",

@@ -14,27 +14,29 @@ from bigmix.checkpoint.saver import Keeping, Saver
 from bigmix.data.loader import Portion
 from bigmix.dist import Cluster
 from bigmix.ds_config import fill
-from bigmix.engine import AdamW, Engine, Frozen, device_of, sharded_construction
+from bigmix.engine import AdamW, Engine, device_of, sharded_construction
+from bigmix.evaluate import Exam
+from bigmix.examine import pieces_in
 from bigmix.flops import Cost, cost_of, count_parameters, peak_flops
+from bigmix.frozen import Origin, open_frozen
 from bigmix.guard import StopFlag
 from bigmix.header import show_header
 from bigmix.health import Health
+from bigmix.held_out import read_base
 from bigmix.inputs import Inputs, accumulation
-from bigmix.loss.backend import backend_of, choose_backend
+from bigmix.loss.backend import choose_backend, computing_of
 from bigmix.loss.check import check_computing
 from bigmix.loss.terms import Statistic, Terms
 from bigmix.loss.work import Computing
 from bigmix.metrics import RunLog
 from bigmix.model import (
     DTYPES,
-    FrozenModel,
     build,
     choose_attention,
     choose_dtype,
-    load,
     logit_rule,
 )
-from bigmix.model_checks import read_configs
+from bigmix.model_checks import Configs, read_configs
 from bigmix.recipe import Recipe, to_yaml
 from bigmix.records import Choice
 from bigmix.reference import Anchor
@@ -47,7 +49,7 @@ from bigmix.run_folder import (
     read_passed_over,
     write_recipe,
 )
-from bigmix.soundness import check_model, check_reference_model
+from bigmix.soundness import check_model
 from bigmix.step import Aim
 from bigmix.terminal import Terminal
 from bigmix.watchdog import Watchdog
@@ -65,6 +67,7 @@ class Parts:
     engine: Engine
     aim: Aim
     report: Report
+    exam: Exam
     saver: Saver
     health: Health
     passed_over: set[int]
@@ -115,7 +118,8 @@ def set_up(
     engine = Engine(model, keys, _adamw(recipe))
     check_model(engine, config.vocab_size)
     watchdog.doing("making the reference model")
-    aim = _aim(recipe, _anchor(recipe, configs.reference, keys, dtype.value, device))
+    anchor, base = _frozen(recipe, configs, keys, dtype.value, device)
+    aim = _aim(recipe, anchor)
     peak = peak_flops(device, dtype.value)
     report = _report(recipe, inputs, cost_of(model.lm), peak * world.size if peak else None)
     show_header(
@@ -127,7 +131,7 @@ def set_up(
     log = _open_log(recipe, inputs, start) if world.is_first else None
     parts = Parts(
         recipe=recipe, inputs=inputs, cluster=cluster, portion=_portion(recipe, world), engine=engine, aim=aim,
-        report=report, saver=_saver(recipe, cluster, terminal), health=_health(recipe),
+        report=report, exam=_exam(recipe, inputs, base), saver=_saver(recipe, cluster, terminal), health=_health(recipe),
         passed_over=_passed_over(recipe, cluster), log=log, terminal=terminal, flag=flag, watchdog=watchdog,
     )  # fmt: skip
     _resume(parts, start)
@@ -165,27 +169,37 @@ def _report(recipe: Recipe, inputs: Inputs, cost: Cost | None, peak: float | Non
     )
 
 
-def _anchor(
-    recipe: Recipe, reference: Any, keys: Mapping[str, Any], dtype: str, device: torch.device
-) -> Anchor | None:
-    """The frozen model of the recipe, in the precision of the trained one and sharded like it."""
-    if recipe.reference is None:
-        return None
-    model = FrozenModel(
-        load(
-            reference,
-            recipe.reference_path,
-            dtype=dtype,
-            attention=choose_attention(recipe.model.attention, reference, device, dtype).value,
-            seed=recipe.seed,
-            construction=sharded_construction(keys),
+def _frozen(
+    recipe: Recipe, configs: Configs, keys: Mapping[str, Any], dtype: str, device: torch.device
+) -> tuple[Anchor | None, Anchor | None]:
+    """The model that the run stays near to, and the one that evaluations measure divergences to; often the same."""
+
+    def opened(
+        path: str | None, config: Any, named: str, weights: Mapping[str, float] | None = None
+    ) -> Anchor:
+        origin = Origin(path=path, config=config, named=named)
+        return open_frozen(origin, recipe, keys, dtype=dtype, device=device, weights=weights)
+
+    anchor = None
+    if recipe.reference is not None:
+        anchor = opened(
+            recipe.reference_path, configs.reference, "reference.model", recipe.reference.sources
         )
+    if not recipe.train.evaluate_kl:
+        return anchor, None
+    if anchor is not None and recipe.reference_path == recipe.model.path:
+        return anchor, anchor
+    return anchor, opened(recipe.model.path, configs.model, "model.path")
+
+
+def _exam(recipe: Recipe, inputs: Inputs, base: Anchor | None) -> Exam:
+    return Exam(
+        held_out=inputs.held_out,
+        micro_batch_rows=recipe.train.micro_batch_rows,
+        max_rows=recipe.train.evaluate_rows,
+        pieces=pieces_in(inputs.tokenizer_folder) if inputs.held_out else None,
+        base=base,
     )
-    anchor = Anchor(
-        model=model, engine=Frozen(model, keys, device), weights=recipe.reference.sources
-    )
-    check_reference_model(anchor, reference.vocab_size, device)
-    return anchor
 
 
 def _terms(recipe: Recipe) -> Terms:
@@ -194,24 +208,21 @@ def _terms(recipe: Recipe) -> Terms:
 
 
 def _computing(recipe: Recipe, backend: Choice) -> Computing:
-    mib = recipe.loss.chunk_mib
-    return Computing(
-        backend=backend_of(backend.value),
-        chunk_bytes=None if mib is None else mib << 20,
-        head_gradient=recipe.loss.head_gradient,
-    )
+    return computing_of(backend.value, recipe.loss.chunk_mib, recipe.loss.head_gradient)
 
 
 def _resume(parts: Parts, start: Beginning) -> None:
-    terminal, world = parts.terminal, parts.cluster.world
+    terminal, world, folder = parts.terminal, parts.cluster.world, Path(parts.recipe.output)
     for fault in start.torn:
         terminal.warning(f"checkpoint passed over: {fault}")
     if world.is_first:
-        for path in put_aside(Path(parts.recipe.output) / CHECKPOINTS, after_step=start.step):
+        for path in put_aside(folder / CHECKPOINTS, after_step=start.step):
             terminal.note(f"what is left of it is kept as {path}")
     if start.checkpoint is None:
         return
     go_to(parts, start.checkpoint)
+    (kept, *_) = parts.cluster.gather(read_base(folder) if world.is_first else None)
+    parts.report.base.put_back(kept)
     ranks, now = start.checkpoint.ranks, world.size
     for change in start.changes:
         terminal.warning(f"from step {start.step + 1} on: {change}")

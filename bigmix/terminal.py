@@ -25,6 +25,7 @@ class Change:
     """A difference in nats/token, for the colour: below 0 the model became better."""
 
     nats: float
+    margin: float | None = None
 
 
 Cell: TypeAlias = str | int | float | Change | None
@@ -40,15 +41,25 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """A number and half of its 95 % interval, None where that is not known."""
+
+    value: float
+    margin: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutResult:
-    """One source of one evaluation; losses in nats/token, `interval` the 95 % interval of the loss."""
+    """One source of one evaluation; losses and divergences in nats/token, accuracies in 0..1, None what was not measured."""
 
     source: str
     role: str
-    loss: float
-    interval: tuple[float, float] | None = None
+    loss: Measured
     bits_per_byte: float | None = None
-    forgetting: float | None = None
+    token_accuracy: float | None = None
+    last_word_accuracy: float | None = None
+    kl_to_base: float | None = None
+    forgetting: Measured | None = None
 
 
 class Terminal:
@@ -163,19 +174,37 @@ class Terminal:
         self._live.update(view)
 
 
-def evaluation_table(step: int, results: Sequence[HeldOutResult]) -> Table:
-    """The results of one evaluation, ready for `Terminal.table`."""
-    has_interval = any(result.interval for result in results)
-    columns = ["source", "role", "loss", "95 %", "bits/byte", "forgetting"]
-    rows: list[list[Cell]] = []
-    for r in results:
-        interval = f"{r.interval[0]:.3f}–{r.interval[1]:.3f}" if r.interval else "–"
-        change = None if r.forgetting is None else Change(nats=r.forgetting)
-        rows.append([r.source, r.role, r.loss, interval, r.bits_per_byte, change])
-    if not has_interval:
-        columns = [name for name in columns if name != "95 %"]
-        rows = [[*row[:3], *row[4:]] for row in rows]
-    return Table(title=f"held out, step {step:,} (nats/token)", columns=columns, rows=rows)
+def evaluation_table(title: str, results: Sequence[HeldOutResult]) -> Table:
+    """The results of one evaluation, ready for `Terminal.table`; a column that nothing was measured for is left out."""
+    columns: dict[str, list[Cell]] = {
+        "source": [r.source for r in results],
+        "role": [r.role for r in results],
+        "loss": [f"{r.loss.value:.3f}{_margin(r.loss.margin)}" for r in results],
+        "bits/byte": [r.bits_per_byte for r in results],
+        "accuracy": [_percent(r.token_accuracy) for r in results],
+        "last word": [_percent(r.last_word_accuracy) for r in results],
+        "KL": [r.kl_to_base for r in results],
+        "forgetting": [
+            None
+            if r.forgetting is None
+            else Change(nats=r.forgetting.value, margin=r.forgetting.margin)
+            for r in results
+        ],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(c is not None for c in cells)}
+    return Table(
+        title=f"{title} (nats/token, ± half of the 95 % interval)",
+        columns=list(shown),
+        rows=list(zip(*shown.values(), strict=True)),
+    )
+
+
+def _margin(margin: float | None) -> str:
+    return "" if margin is None else f" ±{margin:.3f}"
+
+
+def _percent(part: float | None) -> str | None:
+    return None if part is None else f"{part:.1%}"
 
 
 def tame_libraries() -> None:
@@ -315,5 +344,6 @@ def _cell(cell: Cell) -> Text:
     if isinstance(cell, str):
         return Text(cell)
     if isinstance(cell, Change):
-        return Text(f"{cell.nats:+.3f}", style="green" if cell.nats <= 0 else "red")
+        text = f"{cell.nats:+.3f}{_margin(cell.margin)}"
+        return Text(text, style="green" if cell.nats <= 0 else "red")
     return Text(f"{cell:,}" if isinstance(cell, int) else f"{cell:.3f}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from bigmix.beats import Beat, Beats, Limits, Verdict, beat_of, to_text, verdict_of
 from bigmix.dist import Board, BoardLost, Cluster
 from bigmix.errors import FAILED, REQUEUE, BigmixError, Interrupted
-from bigmix.guard import NOTHING_LOST, StopFlag, end_process
+from bigmix.guard import StopFlag, end_process
 from bigmix.processes import Identity, has_ended, identity
 
 _TICK_S = 1.0
@@ -132,7 +132,7 @@ class Watchdog:
         if self._flag.reason is None or self._must_save:
             return None
         return Verdict(
-            text=f"asked by {self._flag.reason} on rank {self._rank} during {self._doing[1]}: {NOTHING_LOST}",
+            text=f"asked by {self._flag.reason} on rank {self._rank} during {self._doing[1]}: {self._flag.nothing_lost}",
             code=REQUEUE,
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from bigmix import __version__
 from bigmix.cli.compare import add_compare
+from bigmix.cli.evaluate import add_evaluate
 from bigmix.cli.inspect import add_recipe, add_rows
 from bigmix.cli.plan import add_plan
 from bigmix.cli.prepare import add_prepare
@@ -13,6 +14,7 @@ from bigmix.cli.preview import add_preview
 from bigmix.cli.quickstart import add_quickstart
 from bigmix.cli.supervise import add_train
 from bigmix.cli.tokenizer import add_tokenizer
+from bigmix.cli.words import parse_words
 from bigmix.errors import FAILED, BigmixError
 
 
@@ -26,10 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"bigmix {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
-        add_prepare, add_tokenizer, add_recipe, add_plan, add_preview, add_rows, add_train, add_compare, add_quickstart,
+        add_prepare, add_tokenizer, add_recipe, add_plan, add_preview, add_rows, add_train, add_evaluate, add_compare,
+        add_quickstart,
     ):  # fmt: skip
         add(subparsers)
-    known = _parse(parser, arguments)
+    known = parse_words(parser, arguments)
     try:
         code: int = known.func(known)
         return code
@@ -40,14 +43,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return FAILED
-
-
-def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What argparse makes of the words; KEY=VALUE may also stand behind options, where it does not look for them."""
-    known, rest = parser.parse_known_args(arguments)
-    strange = [word for word in rest if word.startswith("-") or "=" not in word]
-    if strange or (rest and not hasattr(known, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
-    if rest:
-        known.overrides = [*known.overrides, *rest]
-    return known

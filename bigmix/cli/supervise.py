@@ -34,20 +34,21 @@ def add_train(subparsers: Any) -> None:
 def _train(known: argparse.Namespace) -> int:
     requests = Requests()
     recipe = load_recipe(known.recipe, known.overrides)
-    ranks = _num_gpus() or 1 if known.ranks is None else known.ranks
+    ranks = num_gpus() or 1 if known.ranks is None else known.ranks
     if ranks < 1 or known.restarts < 0:
         raise BadInput(
             f"--ranks is {ranks} and --restarts is {known.restarts}; give 1 or more, and 0 or more"
         )
     course = Course(
-        start=lambda: _start(ranks, [known.recipe, *known.overrides]),
+        start=lambda: start_ranks("train", ranks, [known.recipe, *known.overrides]),
         newest_step=lambda: newest_step(Path(recipe.output) / FOLDER),
         restarts=known.restarts,
     )
     return supervise(course, requests, _tell)
 
 
-def _num_gpus() -> int:
+def num_gpus() -> int:
+    """The GPUs of this machine that DeepSpeed may use."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return 0
     # Seconds of import, for those who do not say how many ranks.
@@ -56,7 +57,8 @@ def _num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _start(ranks: int, words: list[str]) -> list[Process]:
+def start_ranks(command: str, ranks: int, words: list[str]) -> list[Process]:
+    """The ranks of `train` or `evaluate` on this machine."""
     common = {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
@@ -66,7 +68,7 @@ def _start(ranks: int, words: list[str]) -> list[Process]:
     # A session of its own: Ctrl-C reaches the ranks once, from here.
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "bigmix.rank", *words],
+            [sys.executable, "-m", "bigmix.rank", command, *words],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,
         )

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str], flag: StopFlag) -> int:
         )
         return _run(recipe, inputs, world, flag)
     except BigmixError as error:
-        _tell(error, world)
+        tell(error, world)
         return error.exit_code
 
 
@@ -45,7 +45,7 @@ def _run(recipe: Recipe, inputs: Inputs, world: World, flag: StopFlag) -> int:
     return DONE
 
 
-def _tell(error: BigmixError, world: World) -> None:
+def tell(error: BigmixError, world: World) -> None:
     """Once per node: the ranks of a node see the same recipe and the same files."""
     if world.local_rank != 0:
         return

@@ -28,6 +28,19 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as train.lr=1e-5")
 
 
+def parse_words(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """What argparse makes of the words; KEY=VALUE may also stand behind options, where it does not look for them."""
+    known, rest = parser.parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strange or (rest and not hasattr(known, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if rest:
+        known.overrides = [*known.overrides, *rest]
+    return known
+
+
 def columns_of(text: str | None) -> Mapping[str, str] | None:
     """Which column plays which part: prompt=question,response=answer."""
     if text is None:

@@ -150,6 +150,15 @@ class Stream:
             for row in range(rows)
         ]
 
+    def lengths_of(self, shard_index: int) -> Ints:
+        """The tokens of each document of a shard; raises BadShard where it cannot be read."""
+        if self._lengths is not None:
+            return self._chat_lengths(shard_index)
+        try:
+            return self._shard(shard_index).lengths
+        except Unreadable as error:
+            raise self._bad(shard_index, error) from error
+
     def rows(self, shard_index: int, indices: Ints) -> Rows:
         """Rows of a shard by their numbers; raises BadShard where it cannot be read."""
         try:

@@ -17,7 +17,7 @@ def bytes_of_tokens(backend: tokenizers.Tokenizer, vocab_size: int) -> Sequence[
     """
     if not isinstance(backend.decoder, decoders.ByteLevel) or _trims(backend):
         return None
-    signs = _signs()
+    signs = byte_signs()
     found = [b""] * vocab_size
     for token, index in backend.get_vocab(with_added_tokens=False).items():
         if all(sign in signs for sign in token):
@@ -43,7 +43,7 @@ def _holds(value: object) -> bool:
     return isinstance(value, list) and any(map(_holds, value))
 
 
-def _signs() -> dict[str, int]:
+def byte_signs() -> dict[str, int]:
     """The sign that byte-level vocabularies write for each byte: itself where that is visible, else one from 256 on."""
     others = [byte for byte in range(256) if byte not in VISIBLE]
     return {chr(byte): byte for byte in VISIBLE} | {

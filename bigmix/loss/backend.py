@@ -8,7 +8,7 @@ import torch
 
 from bigmix.errors import BadInput
 from bigmix.loss.torch_rows import torch_rows
-from bigmix.loss.work import Backend
+from bigmix.loss.work import Backend, Computing, HeadGradient
 from bigmix.records import Choice
 
 Wish = Literal["auto", "triton", "torch"]
@@ -46,3 +46,14 @@ def backend_of(name: str) -> Backend:
     from bigmix.loss.triton_rows import triton_rows
 
     return triton_rows
+
+
+def computing_of(
+    backend: str, chunk_mib: int | None, head_gradient: HeadGradient = "auto"
+) -> Computing:
+    """How the loss is computed by a backend of this name, with `chunk_mib` MiB for the logits of a chunk."""
+    return Computing(
+        backend=backend_of(backend),
+        chunk_bytes=None if chunk_mib is None else chunk_mib << 20,
+        head_gradient=head_gradient,
+    )

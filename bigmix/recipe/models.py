@@ -231,6 +231,8 @@ class Train(Settings):
     """Steps between held-out evaluations; 0: only before the first and after the last step."""
     evaluate_rows: Count | None = None
     """Rows of each held-out source that an evaluation reads at most, spread evenly; default: all of them."""
+    evaluate_kl: bool = False
+    """Measure KL(base || model) in held-out evaluations, to `model.path` as it is before training: it is held in memory beside the model."""
     save_every: CountOrZero = 0
     """Steps between checkpoints; 0: only after the last step."""
     save: Literal["background", "blocking"] = "background"
@@ -328,6 +330,7 @@ class Recipe(Settings):
             *self._length_faults(),
             *self._weigh_faults(),
             *self._reference_faults(),
+            *self._evaluation_faults(),
         ]
         if faults:
             raise ValueError("\n".join(faults))
@@ -419,6 +422,13 @@ class Recipe(Settings):
             yield (
                 "reference.model is not given, and a model from scratch has no model.path to stay near to; "
                 "give reference.model, or delete reference"
+            )
+
+    def _evaluation_faults(self) -> Iterator[str]:
+        if self.train.evaluate_kl and self.model.path is None:
+            yield (
+                "train.evaluate_kl is true, and a model from scratch has no model.path to measure a divergence to; set "
+                "train.evaluate_kl=false, or give model.path"
             )
 
     @property

@@ -1,0 +1,43 @@
+"""Numbers of documents go in, how much their sums would move with other documents comes out (bootstrap: Efron, 1979).
+
+Letters: D documents, K numbers of each, R resamples.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+RESAMPLES = 1000
+_DRAWS = 1 << 20  # of documents at a time
+
+Floats = npt.NDArray[np.floating[Any]]
+
+
+def resampled_sums(numbers_DK: Floats, key: int) -> Floats:
+    """The sums over as many documents, drawn with replacement, in each of RESAMPLES resamples [R, K].
+
+    The same for the same key; all K numbers of a resample are of the same documents.
+    """
+    documents, columns = numbers_DK.shape
+    sums_RK = np.zeros((RESAMPLES, columns))
+    if not documents:
+        return sums_RK
+    draws = np.random.default_rng(key)
+    rows = max(1, _DRAWS // documents)
+    for first in range(0, RESAMPLES, rows):
+        count = min(rows, RESAMPLES - first)
+        drawn_RD = draws.integers(0, documents, (count, documents))
+        drawn_RD += np.arange(count)[:, None] * documents
+        times_RD = np.bincount(drawn_RD.ravel(), minlength=count * documents)
+        sums_RK[first : first + count] = times_RD.reshape(count, documents) @ numbers_DK
+    return sums_RK
+
+
+def interval(values_R: Floats) -> tuple[float, float]:
+    """The points that 95 % of the values lie between; values that are no number, as 0 / 0, are left out."""
+    known = values_R[~np.isnan(values_R)]
+    if not len(known):
+        return np.nan, np.nan
+    low, high = np.quantile(known, [0.025, 0.975])
+    return float(low), float(high)
