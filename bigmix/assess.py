@@ -18,7 +18,7 @@ from bigmix.errors import Interrupted
 from bigmix.evaluate import Exam
 from bigmix.examine import Findings, examine, pieces_in
 from bigmix.files import replace_text
-from bigmix.frozen import Origin, open_frozen
+from bigmix.frozen import Origin, Place, open_anchor, open_evaluated
 from bigmix.guard import StopFlag
 from bigmix.header import show_held_out
 from bigmix.held_out import Base
@@ -28,11 +28,8 @@ from bigmix.metrics import METRICS, finite, read_lines
 from bigmix.model import choose_dtype
 from bigmix.model_checks import Evaluated, read_evaluated
 from bigmix.recipe import Recipe, to_yaml
-from bigmix.reference import Anchor
 from bigmix.report import Line
-from bigmix.run_folder import LOG, RECIPE
-from bigmix.soundness import check_subject
-from bigmix.subject import Subject, frozen_subject
+from bigmix.run_folder import LOG, RECIPE, log_to_file
 from bigmix.terminal import Terminal
 from bigmix.watchdog import Watchdog
 from bigmix.world import World
@@ -68,6 +65,7 @@ def run(
     given = {"--base": order.base, "--model": order.model}
     models = read_evaluated(recipe, inputs.manifest, inputs.tokenizer_folder, given)
     cluster = join(world)
+    log_to_file(order.output / LOG, world)
     limits = Limits(dead_s=recipe.train.dead_after_s, hang_s=60 * recipe.train.hang_minutes)
     watchdog = Watchdog(cluster, flag, limits, order.output / LOG)
     room = _Room(recipe=recipe, inputs=inputs, cluster=cluster, flag=flag, doing=watchdog.doing)
@@ -99,16 +97,13 @@ class _Room:
 
 def _findings(room: _Room, models: Mapping[str, Evaluated]) -> Iterator[tuple[Evaluated, Findings]]:
     """What is found of the base, if there is one, and of the model; divergences are of the model alone."""
-    base, anchor = None, None
-    exam = _exam(room)
-    if "--base" in models:
-        base, given = Base(), models["--base"]
-        anchor, subject = _opened(room, given)
-        yield given, _examined(room, subject, exam, 0, base)
-    given = models["--model"]
-    _, subject = _opened(room, given)
-    step = _step_of(Path(given.path))
-    yield given, _examined(room, subject, replace(exam, base=anchor), step, base)
+    base, exam = None, _exam(room)
+    model, held_against = models["--model"], models.get("--base")
+    if held_against is not None:
+        base = Base()
+        yield held_against, _examined(room, held_against, exam, 0, base)
+        exam = replace(exam, base=open_anchor(_origin(held_against), room.recipe, _place(room)))
+    yield model, _examined(room, model, exam, _step_of(Path(model.path)), base)
 
 
 def _exam(room: _Room) -> Exam:
@@ -122,29 +117,32 @@ def _exam(room: _Room) -> Exam:
     )
 
 
-def _opened(room: _Room, model: Evaluated) -> tuple[Anchor, Subject]:
-    recipe, device = room.recipe, device_of(room.cluster.world)
-    room.doing(f"making {model.path}")
+def _origin(model: Evaluated) -> Origin:
+    return Origin(path=model.path, config=model.config, named=model.named)
+
+
+def _place(room: _Room) -> Place:
+    recipe, world = room.recipe, room.cluster.world
+    device = device_of(world)
     dtype = choose_dtype(recipe.model.dtype, device).value
     keys = fill(
         {key: value for key, value in room.inputs.ds_keys.items() if key not in _OF_STEPS},
         micro_batch_rows=recipe.train.micro_batch_rows,
         accumulation=1,
-        ranks=room.cluster.world.size,
+        ranks=world.size,
         clip=recipe.train.clip,
         dtype=dtype,
     )
-    origin = Origin(path=model.path, config=model.config, named=model.named)
-    anchor = open_frozen(origin, recipe, keys, dtype=dtype, device=device)
-    backend = choose_backend(recipe.loss.backend, device).value
-    subject = frozen_subject(anchor, computing_of(backend, recipe.loss.chunk_mib), device)
-    check_subject(subject, model.config.vocab_size)
-    return anchor, subject
+    return Place(keys=keys, dtype=dtype, device=device)
 
 
-def _examined(room: _Room, subject: Subject, exam: Exam, step: int, base: Base | None) -> Findings:
+def _examined(room: _Room, model: Evaluated, exam: Exam, step: int, base: Base | None) -> Findings:
+    recipe, place = room.recipe, _place(room)
+    room.doing(f"making {model.path}")
+    backend = choose_backend(recipe.loss.backend, place.device).value
+    computing = computing_of(backend, recipe.loss.chunk_mib)
     found = examine(
-        subject,
+        open_evaluated(_origin(model), recipe, place, computing),
         room.cluster,
         exam,
         step=step,

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import deepspeed
 import deepspeed.ops
@@ -180,6 +180,8 @@ class Frozen:
 
     def __init__(self, model: nn.Module, config: Mapping[str, Any], device: torch.device) -> None:
         self._is_sharded = zero_stage(config) == 3
+        self.device = device
+        self.module: Any = model
         if self._is_sharded:
             keys = dict(config)
             # There is no optimizer to offload; DeepSpeed would insist on one.
@@ -194,11 +196,16 @@ class Frozen:
         model.eval()
         self._run = model
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Any) -> Any:
         """What the model gives, without gradient; a collective where it is sharded."""
         with torch.no_grad():
-            result: Tensor = self._run(*inputs)
-        return result
+            return self._run(*inputs)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, parts of the model keep no gradient either."""
+        with torch.no_grad():
+            yield
 
     @contextmanager
     def gathered(self, part: nn.Linear) -> Iterator[nn.Linear]:
@@ -206,6 +213,10 @@ class Frozen:
         weights = list(part.parameters())
         with deepspeed.zero.GatheredParameters(weights, enabled=self._is_sharded):
             yield part
+
+
+Evaluable: TypeAlias = Engine | Frozen
+"""What an evaluation can run: `forward` inside `evaluating`, on tensors that are on `device`."""
 
 
 def _optimizer(model: nn.Module, config: Mapping[str, Any], adamw: AdamW) -> Any:

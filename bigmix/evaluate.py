@@ -15,6 +15,7 @@ from bigmix.data.assemble import assemble
 from bigmix.data.rows import PADDING
 from bigmix.data.stream import Stream
 from bigmix.dist import Cluster
+from bigmix.engine import Evaluable
 from bigmix.held_out import DocumentSums, Sum
 from bigmix.last_word import TAIL, last_word
 from bigmix.loss.terms import GroupSums
@@ -22,7 +23,6 @@ from bigmix.model import ModelTensors
 from bigmix.on_device import move, tensors
 from bigmix.records import Flags, Ints, MicroBatch, RowId, RowPlaces
 from bigmix.reference import Anchor, tensors_with_reference
-from bigmix.subject import Subject
 from bigmix.waiting import is_done
 from bigmix.world import World
 
@@ -47,7 +47,7 @@ class Exam:
 
 
 def evaluate(
-    subject: Subject,
+    engine: Evaluable,
     cluster: Cluster,
     exam: Exam,
     *,
@@ -62,7 +62,7 @@ def evaluate(
     """
     results = {}
     for name, stream in exam.held_out.items():
-        parts = _parts_of_rank(subject, cluster, exam, stream, stop_asked=stop_asked, doing=doing)
+        parts = _parts_of_rank(engine, cluster, exam, stream, stop_asked=stop_asked, doing=doing)
         if parts is None:
             return None
         everything = np.concatenate(cluster.gather(parts))
@@ -113,7 +113,7 @@ def _spread(rows: int, most: int | None) -> Sequence[int]:
 
 
 def _parts_of_rank(
-    subject: Subject,
+    engine: Evaluable,
     cluster: Cluster,
     exam: Exam,
     stream: Stream,
@@ -127,12 +127,13 @@ def _parts_of_rank(
     # A thread reads, since a rank that waits for a shard must still hear that it is to stop.
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evaluation")
     try:
-        for number, rows in enumerate(slices, 1):
-            doing(f"evaluation of {stream.name}, micro-batch {number} of {len(slices)}")
-            reading = reader.submit(_read, stream, rows, exam.pieces)
-            if any(cluster.sum_counts([not is_done(reading, stop_asked) or stop_asked()])):
-                return None
-            parts.append(_measured(subject, exam.base, reading.result()))
+        with engine.evaluating():
+            for number, rows in enumerate(slices, 1):
+                doing(f"evaluation of {stream.name}, micro-batch {number} of {len(slices)}")
+                reading = reader.submit(_read, stream, rows, exam.pieces)
+                if any(cluster.sum_counts([not is_done(reading, stop_asked) or stop_asked()])):
+                    return None
+                parts.append(_measured(engine, exam.base, reading.result()))
     finally:
         reader.shutdown(wait=False)
     return np.concatenate(parts)
@@ -197,12 +198,12 @@ def _mark_last_words(
         is_of_word_N[end - len(tail) + word.start : end - len(tail) + word.stop] = True
 
 
-def _measured(subject: Subject, base: Anchor | None, read: _Read) -> Floats:
+def _measured(engine: Evaluable, base: Anchor | None, read: _Read) -> Floats:
     """The parts of documents of a micro-batch, with their sums."""
     batch, parts = read.batch, len(read.ids_P5)
     parts_N = np.searchsorted(batch.starts_P, batch.kept_N, side="right") - 1
     groups_N = parts_N + parts * read.is_of_word_N
-    sums_GM = subject.sums(_grouped(batch, groups_N, 2 * parts, base, subject.device))
+    _, sums_GM = engine.forward(_grouped(batch, groups_N, 2 * parts, base, engine.device))
     sums = GroupSums.of(sums_GM.double())
     nll_2P, hits_2P, kl_2P = (
         torch.stack([sums.nll_G, sums.hits_G, sums.kl_G]).view(3, 2, parts).cpu().numpy()

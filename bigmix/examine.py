@@ -6,11 +6,11 @@ from pathlib import Path
 
 from bigmix.data.tokenizer import load_tokenizer
 from bigmix.dist import Cluster
+from bigmix.engine import Evaluable
 from bigmix.evaluate import Exam, evaluate
 from bigmix.held_out import Base, HeldOut, summarise
 from bigmix.last_word import pieces_of_tokens
 from bigmix.report import Line, held_out_numbers
-from bigmix.subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,7 @@ class Findings:
 
 
 def examine(
-    subject: Subject,
+    engine: Evaluable,
     cluster: Cluster,
     exam: Exam,
     *,
@@ -35,7 +35,7 @@ def examine(
 
     Forgetting is measured from `base`, which takes in the sources that it has not seen; None: it is not measured.
     """
-    sums = evaluate(subject, cluster, exam, stop_asked=stop_asked, doing=doing)
+    sums = evaluate(engine, cluster, exam, stop_asked=stop_asked, doing=doing)
     if sums is None:
         return None
     held_out = {}

@@ -28,7 +28,6 @@ from bigmix.recovery import name_suspects, roll_back, without_bad_shards
 from bigmix.report import Timed
 from bigmix.schedule import LearningRate, warmup_steps
 from bigmix.set_up import Parts
-from bigmix.subject import trained_subject
 
 _RECENT_STEPS = 10  # the longest of them must fit before the end of the time
 
@@ -268,16 +267,15 @@ def _evaluate(parts: Parts, at_step: int) -> None:
     _tell(parts)
     base = parts.report.base
     known = set(base.losses)
-    with parts.engine.evaluating():
-        found = examine(
-            trained_subject(parts.engine),
-            parts.cluster,
-            parts.exam,
-            step=at_step,
-            base=base,
-            stop_asked=parts.flag.is_set,
-            doing=lambda what: parts.watchdog.doing(f"{what}, after step {at_step}"),
-        )
+    found = examine(
+        parts.engine,
+        parts.cluster,
+        parts.exam,
+        step=at_step,
+        base=base,
+        stop_asked=parts.flag.is_set,
+        doing=lambda what: parts.watchdog.doing(f"{what}, after step {at_step}"),
+    )
     if found is None:
         _stop(parts, at_step)
     if parts.log is not None:

@@ -56,7 +56,7 @@ class MixedModel(nn.Module):
     def forward(self, batch: ModelTensors) -> tuple[Tensor, Tensor]:
         """The objective of the micro-batch and the sums of each group [G, Statistic]."""
         hidden_BTD = self.hidden(batch.ids_BT, batch.positions_BT)
-        reference = nullcontext() if batch.reference is None else whole_reference(batch.reference)
+        reference = nullcontext() if batch.reference is None else _whole(batch.reference)
         # The reference's head is gathered here, after the body, so that it is whole for the loss alone.
         with reference as given:
             loss: tuple[Tensor, Tensor] = self.lm.get_output_embeddings()(
@@ -114,7 +114,7 @@ def linear_head(lm: Any) -> nn.Linear:
 
 
 @contextmanager
-def whole_reference(reference: ReferenceTensors) -> Iterator[Reference]:
+def _whole(reference: ReferenceTensors) -> Iterator[Reference]:
     with reference.head() as head:
         yield Reference(
             hidden_KD=reference.hidden_KD,

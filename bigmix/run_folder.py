@@ -1,6 +1,7 @@
 """A recipe goes in, where its run begins comes out: at step 0, at a checkpoint, or nowhere since it is finished."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from bigmix.errors import BadInput
 from bigmix.files import replace_text
 from bigmix.health import RollBack
 from bigmix.recipe import Recipe, differences, from_plain, to_yaml
+from bigmix.world import World
 
 RECIPE, CHECKPOINTS, EXPORT, LOG = "recipe.yaml", FOLDER, "export", "log"
 PASSED_OVER, CHANGES = "passed-over.json", "changes.jsonl"
@@ -168,6 +170,17 @@ def keep_changes(folder: Path, after_step: int, changes: Sequence[Change]) -> No
     ]
     if lines or new:
         replace_text(path, "".join(f"{line}\n" for line in [*kept, *new]))
+
+
+def log_to_file(folder: Path, world: World) -> None:
+    """What libraries log and warn goes to a file of each rank, not over the progress bar."""
+    folder.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        filename=folder / f"rank-{world.rank}.log",
+        level=logging.WARNING,
+        format="%(asctime)s %(name)s %(levelname)s %(message)s",
+    )
+    logging.captureWarnings(True)
 
 
 def write_recipe(recipe: Recipe) -> None:

@@ -1,12 +1,9 @@
 """A recipe and its inputs go in, everything that the training loop moves values between comes out."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from bigmix.checkpoint.listing import Listed, put_aside
 from bigmix.checkpoint.restore import restore
@@ -18,7 +15,7 @@ from bigmix.engine import AdamW, Engine, device_of, sharded_construction
 from bigmix.evaluate import Exam
 from bigmix.examine import pieces_in
 from bigmix.flops import Cost, cost_of, count_parameters, peak_flops
-from bigmix.frozen import Origin, open_frozen
+from bigmix.frozen import Origin, Place, open_anchor
 from bigmix.guard import StopFlag
 from bigmix.header import show_header
 from bigmix.health import Health
@@ -46,6 +43,7 @@ from bigmix.run_folder import (
     LOG,
     Beginning,
     keep_changes,
+    log_to_file,
     read_passed_over,
     write_recipe,
 )
@@ -91,7 +89,7 @@ def set_up(
     Raises BadInput where models, data and recipe do not fit together.
     """
     world, device = cluster.world, device_of(cluster.world)
-    _log_to_file(Path(recipe.output) / LOG, world)
+    log_to_file(Path(recipe.output) / LOG, world)
     configs = read_configs(recipe, inputs.manifest)
     config = configs.model
     dtype = choose_dtype(recipe.model.dtype, device)
@@ -118,7 +116,7 @@ def set_up(
     engine = Engine(model, keys, _adamw(recipe))
     check_model(engine, config.vocab_size)
     watchdog.doing("making the reference model")
-    anchor, base = _frozen(recipe, configs, keys, dtype.value, device)
+    anchor, base = _frozen(recipe, configs, Place(keys=keys, dtype=dtype.value, device=device))
     aim = _aim(recipe, anchor)
     peak = peak_flops(device, dtype.value)
     report = _report(recipe, inputs, cost_of(model.lm), peak * world.size if peak else None)
@@ -169,16 +167,14 @@ def _report(recipe: Recipe, inputs: Inputs, cost: Cost | None, peak: float | Non
     )
 
 
-def _frozen(
-    recipe: Recipe, configs: Configs, keys: Mapping[str, Any], dtype: str, device: torch.device
-) -> tuple[Anchor | None, Anchor | None]:
+def _frozen(recipe: Recipe, configs: Configs, place: Place) -> tuple[Anchor | None, Anchor | None]:
     """The model that the run stays near to, and the one that evaluations measure divergences to; often the same."""
 
     def opened(
         path: str | None, config: Any, named: str, weights: Mapping[str, float] | None = None
     ) -> Anchor:
         origin = Origin(path=path, config=config, named=named)
-        return open_frozen(origin, recipe, keys, dtype=dtype, device=device, weights=weights)
+        return open_anchor(origin, recipe, place, weights)
 
     anchor = None
     if recipe.reference is not None:
@@ -303,14 +299,3 @@ def _measured(recipe: Recipe) -> dict[str, dict[str, Statistic]]:
         name: everywhere | ({"kl": Statistic.KL} if name in anchored else {})
         for name in recipe.sources
     }
-
-
-def _log_to_file(folder: Path, world: World) -> None:
-    """What libraries log and warn goes to a file of each rank, not over the progress bar."""
-    folder.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        filename=folder / f"rank-{world.rank}.log",
-        level=logging.WARNING,
-        format="%(asctime)s %(name)s %(levelname)s %(message)s",
-    )
-    logging.captureWarnings(True)

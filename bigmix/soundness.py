@@ -5,18 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmix.engine import Engine
+from bigmix.engine import Evaluable
 from bigmix.errors import BadInput
 from bigmix.loss.terms import GroupSums, LossTokens
 from bigmix.model import ModelTensors
 from bigmix.reference import Anchor
-from bigmix.subject import Subject, trained_subject
 
 _FIRST, _SECOND = 9, 14  # tokens of two documents in one row
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
-def check_model(engine: Engine, vocabulary: int) -> None:
+def check_model(engine: Evaluable, vocabulary: int, *, named: str = "model") -> None:
     """Run two documents in one row and see that the second knows nothing of the first, and that our loss is the model's.
 
     A collective. Raises BadInput naming what is wrong: an attention backend that looks across documents, a layer with a
@@ -25,23 +24,15 @@ def check_model(engine: Engine, vocabulary: int) -> None:
     ids_BT, positions_BT = _two_documents(vocabulary, engine.device)
     with engine.evaluating():
         hidden_BTD = engine.module.hidden(ids_BT, positions_BT)
-        _check_isolation(hidden_BTD, engine.module.lm.config, "model")
-        _check_loss(trained_subject(engine), ids_BT, positions_BT)
+        _check_isolation(hidden_BTD, engine.module.lm.config, named)
+        _check_loss(engine, ids_BT, positions_BT, named)
 
 
-def check_frozen_model(
-    anchor: Anchor, vocabulary: int, device: torch.device, *, named: str
-) -> None:
+def check_reference_model(anchor: Anchor, vocabulary: int, *, named: str) -> None:
     """The same of a frozen model: documents of one row must not see each other in it either. A collective."""
-    ids_BT, positions_BT = _two_documents(vocabulary, device)
+    ids_BT, positions_BT = _two_documents(vocabulary, anchor.engine.device)
     hidden_BTD = anchor.engine.forward(ids_BT, positions_BT)
     _check_isolation(hidden_BTD, anchor.model.lm.config, named)
-
-
-def check_subject(subject: Subject, vocabulary: int) -> None:
-    """See that our loss of a frozen model is the one by its own logits. A collective."""
-    with torch.no_grad():
-        _check_loss(subject, *_two_documents(vocabulary, subject.device))
 
 
 def _two_documents(vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -64,22 +55,24 @@ def _check_isolation(hidden_BTD: Tensor, config: Any, named: str) -> None:
         )
 
 
-def _check_loss(subject: Subject, ids_BT: Tensor, positions_BT: Tensor) -> None:
+def _check_loss(engine: Evaluable, ids_BT: Tensor, positions_BT: Tensor, named: str) -> None:
     """The nll sum of the second document by our head against the model's own logits."""
     own = ids_BT[:1, _FIRST:]
-    logits_TV = subject.lm(input_ids=own).logits[0, :-1].float()
+    logits_TV = engine.module.lm(input_ids=own).logits[0, :-1].float()
     expected = float(torch.nn.functional.cross_entropy(logits_TV, own[0, 1:], reduction="sum"))
     tokens = LossTokens(
-        positions_N=torch.arange(_FIRST, _FIRST + _SECOND - 1, device=subject.device),
+        positions_N=torch.arange(_FIRST, _FIRST + _SECOND - 1, device=engine.device),
         labels_N=own[0, 1:],
         groups_N=torch.zeros_like(own[0, 1:]),
-        coefficients_N=torch.zeros(_SECOND - 1, device=subject.device),
+        coefficients_N=torch.zeros(_SECOND - 1, device=engine.device),
         num_groups=1,
     )
-    sums_GM = subject.sums(ModelTensors(ids_BT=ids_BT, positions_BT=positions_BT, tokens=tokens))
+    _, sums_GM = engine.forward(
+        ModelTensors(ids_BT=ids_BT, positions_BT=positions_BT, tokens=tokens)
+    )
     found = float(GroupSums.of(sums_GM).nll_G[0])
-    if abs(found - expected) > _TOLERANCE[subject.lm.dtype] * abs(expected):
+    if abs(found - expected) > _TOLERANCE[engine.module.lm.dtype] * abs(expected):
         raise BadInput(
-            f"the loss of {subject.lm.config.model_type} is {found:.4f} by bigmix and {expected:.4f} by its own "
+            f"{named}: the loss of {engine.module.lm.config.model_type} is {found:.4f} by bigmix and {expected:.4f} by its own "
             "logits: it makes its logits in a way that bigmix does not know; choose another model"
         )

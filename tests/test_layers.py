@@ -25,7 +25,6 @@ LAYERS = [
     {"data.documents", "data.tokenizer", "model", "flops", "data.rows", "engine", "watchdog", "supervisor", "bootstrap"},
     {"on_device"},
     {"reference"},
-    {"subject"},
     {
         "data.chat_tokens", "data.parts", "data.prepare_settings", "data.merge", "data.stream", "model_checks", "step",
         "checkpoint",
