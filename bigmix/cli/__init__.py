@@ -11,6 +11,7 @@ from bigmix.cli.inspect import add_recipe, add_rows
 from bigmix.cli.plan import add_plan
 from bigmix.cli.prepare import add_prepare
 from bigmix.cli.preview import add_preview
+from bigmix.cli.probe import add_probe
 from bigmix.cli.quickstart import add_quickstart
 from bigmix.cli.supervise import add_train
 from bigmix.cli.tokenizer import add_tokenizer
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"bigmix {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
-        add_prepare, add_tokenizer, add_recipe, add_plan, add_preview, add_rows, add_train, add_evaluate, add_compare,
+        add_prepare, add_tokenizer, add_recipe, add_plan, add_preview, add_rows, add_train, add_evaluate, add_compare, add_probe,
         add_quickstart,
     ):  # fmt: skip
         add(subparsers)

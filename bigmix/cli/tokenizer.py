@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bigmix.cli.words import INPUTS, columns_of, count
-from bigmix.errors import DONE, BadInput
+from bigmix.errors import DONE
 from bigmix.terminal import Terminal, tame_libraries
 
 
@@ -43,19 +43,10 @@ def _texts(
     inputs: list[str], columns: Mapping[str, str] | None, limit: int | None
 ) -> Iterator[str]:
     """The text of each document, of a chat that of all its turns."""
-    from itertools import chain, islice
+    from bigmix.data.raw_documents import raw_documents
+    from bigmix.data.recognise import Conversation, Text
 
-    from bigmix.data.documents import ReadOptions, read_rows
-    from bigmix.data.recognise import Conversation, Text, document_of, recognise
-
-    read = islice(read_rows(inputs, ReadOptions()), limit)
-    rows = (row.columns for row in read if row.columns is not None)
-    first = list(islice(rows, 256))
-    if not first:
-        raise BadInput(f"no rows are in {', '.join(inputs)}; give inputs with text")
-    layout = recognise(first, kind=None, columns=columns)
-    for row in chain(first, rows):
-        document = document_of(row, layout)
+    for document in raw_documents(inputs, columns=columns, limit=limit):
         if isinstance(document, Text):
             yield document.text
         elif isinstance(document, Conversation):

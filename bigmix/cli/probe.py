@@ -1,0 +1,57 @@
+"""`bigmix probe make` and `bigmix probe score`: made-up facts among the texts, and how many of them a model can tell."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from bigmix.cli.words import INPUTS, columns_of, count
+from bigmix.errors import DONE
+from bigmix.terminal import Table, Terminal
+
+
+def add_probe(subparsers: Any) -> None:
+    """Add `bigmix probe` with its actions."""
+    parser = subparsers.add_parser(
+        "probe", help="plant made-up facts in a text source, and see how many of them a model knows"
+    )
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    make = actions.add_parser("make", help="write texts with planted facts, and the questions")
+    add = make.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help=INPUTS)
+    add("--output", required=True, type=Path, help="folder of the texts and the questions")
+    add("--people", type=count, default=200, help="made-up people, with five facts each (200)")
+    add("--times", type=count, default=30, help="documents about each of them (30)")
+    add("--language", choices=("en", "zh"), default="en", help="default: en")
+    add("--seed", type=int, default=0, help="other people, other facts (0)")
+    add("--columns", metavar="PART=COLUMN,...", help="as for `bigmix prepare`")
+    make.set_defaults(func=_make)
+
+
+def _make(known: argparse.Namespace) -> int:
+    # Readers of all formats take a second to import.
+    from bigmix.probe.plant import NEW_QUESTIONS, PLANTED, QUESTIONS, TEXT, Planting, plant
+
+    planting = Planting(
+        people=known.people,
+        times=known.times,
+        seed=known.seed,
+        language=known.language,
+        columns=columns_of(known.columns),
+    )
+    done = plant(known.inputs, planting, known.output)
+    share = done.planted_characters / (done.planted_characters + done.text_characters)
+    rows = [
+        ["texts", f"{done.texts:,}"],
+        ["planted documents", f"{done.documents:,}, {share:.1%} of all characters"],
+        ["questions", f"{done.questions:,}, in planted words and in new ones"],
+    ]
+    if done.skipped:
+        rows.append(["rows without a text", f"{done.skipped:,}, left out"])
+    terminal = Terminal()
+    terminal.table(Table(title=f"probe {known.output}", columns=[], rows=rows))
+    folder = known.output
+    terminal.note(f"text to learn from          {folder / TEXT} (the planted alone: {PLANTED})")
+    terminal.note(f"questions in planted words  {folder / QUESTIONS}")
+    terminal.note(f"questions in new words      {folder / NEW_QUESTIONS}")
+    terminal.close()
+    return DONE
