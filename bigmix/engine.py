@@ -89,9 +89,18 @@ def sharded_construction(config: Mapping[str, Any]) -> Iterator[None]:
 
 
 class Engine:
-    """The model under ZeRO. One `forward` and one `backward` per micro-batch, then one `step`."""
+    """The model under ZeRO. One `forward` and one `backward` per micro-batch, then one `step`.
 
-    def __init__(self, model: nn.Module, config: Mapping[str, Any], adamw: AdamW) -> None:
+    With `average_decay` it keeps an average of the weights over the steps, which evaluations and the export are of.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Mapping[str, Any],
+        adamw: AdamW,
+        average_decay: float | None = None,
+    ) -> None:
         optimizer = _optimizer(model, config, adamw)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=dict(config)
@@ -102,7 +111,9 @@ class Engine:
             {id(parameter): name for name, parameter in model.named_parameters()},
             stage=zero_stage(config),
             rank=self._engine.global_rank,
+            decay=average_decay,
         )
+        self._is_averaged = False
 
     @property
     def device(self) -> torch.device:
@@ -141,18 +152,37 @@ class Engine:
         was_skipped, self._skipped = skipped > self._skipped, skipped
         return was_skipped
 
+    def update_average(self) -> None:
+        """Take the weights into their average where one is kept, after a step that was not skipped."""
+        self._zero_state.update_average()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are their average where one is kept; nothing may be trained or saved. A collective."""
+        if not self._zero_state.keeps_average:
+            yield
+            return
+        assert not self._is_averaged, "the weights are their average already"
+        self._zero_state.exchange_average()
+        self._is_averaged = True
+        yield
+        # Not after an error, which other ranks may know nothing of: this one would wait for them.
+        self._zero_state.exchange_average()
+        self._is_averaged = False
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, forwards keep no gradient and dropout is off."""
+        """Inside, forwards keep no gradient, dropout is off, and the weights are those of `averaged`. A collective."""
         self._engine.eval()
         try:
-            with torch.no_grad():
+            with self.averaged(), torch.no_grad():
                 yield
         finally:
             self._engine.train()
 
     def states(self) -> Iterator[FlatState]:
-        """What this rank holds of weights and moments; each is valid until the next one is asked for."""
+        """What this rank holds of weights, average and moments; each is valid until the next one is asked for."""
+        assert not self._is_averaged, "a checkpoint is of the weights and not of their average"
         return self._zero_state.flats()
 
     def put_back(self, fill: Callable[[FlatState], int]) -> None:

@@ -308,6 +308,12 @@ def _row_faults(recipe: Recipe, ranks: int) -> Iterator[str]:
 
 def _ds_keys(recipe: Recipe, ranks: int) -> Mapping[str, Any]:
     keys = read_ds_config(recipe.deepspeed)
+    offload = keys.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if recipe.train.ema is not None and offload.get("device") == "nvme":
+        raise BadInput(
+            f"train.ema is {recipe.train.ema} and {recipe.deepspeed} keeps the optimizer on NVMe, where no average of the "
+            "weights is kept; set train.ema=null, or offload the optimizer to the cpu"
+        )
     if recipe.rows_per_step % (ranks * recipe.train.micro_batch_rows) == 0:
         fill(
             keys,

@@ -125,7 +125,7 @@ def filled(accumulation, ranks, file="ds_configs/cpu.json", dtype="fp32"):
 
 def make_engine(
     family, accumulation, ranks, file="ds_configs/cpu.json", dtype="fp32", terms=NO_TERMS,
-    checkpointing=False,
+    checkpointing=False, ema=None,
 ):  # fmt: skip
     keys = filled(accumulation, ranks, file, dtype)
     config = read_config(None, FAMILIES[family])
@@ -134,7 +134,7 @@ def make_engine(
         activation_checkpointing=checkpointing, terms=terms, computing=Computing(backend=torch_rows, chunk_bytes=VOCABULARY * 4 * 20), seed=3,
         construction=sharded_construction(keys),
     )  # fmt: skip
-    return RecordingEngine(model, keys, AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1))
+    return RecordingEngine(model, keys, AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1), ema)
 
 
 def whole_weights(engine):
