@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -189,12 +189,35 @@ class Engine:
         """Let `fill` write what this rank holds, and return the steps that Adam has taken; a collective."""
         self._zero_state.put_back(fill)
 
-    def full_state(self) -> dict[str, Tensor]:
-        """All weights in the model's dtype, whole on the first rank, empty on the others; a collective."""
-        if self._engine.zero_optimization_stage() < 3:
-            return dict(self._engine.module.state_dict())
-        state = self._engine._zero3_consolidated_16bit_state_dict()
-        return dict(state or {})
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every weight in the model's dtype, by name: tied ones once, and the buffers that models keep."""
+        return {
+            # Under ZeRO-3 a parameter is a flat shard; the number of its elements is kept in ds_numel.
+            name: getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
+            for name, tensor in self._tensors().items()
+        }
+
+    def whole(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some weights in host memory, whole on the first rank, empty on the others; a collective."""
+        tensors, found = self._tensors(), {}
+        zero = self._engine.optimizer
+        is_sharded = self._engine.zero_optimization_stage() == 3
+        if is_sharded:
+            zero.checkpoint_event_prologue()
+        for name in names:
+            with deepspeed.zero.GatheredParameters([tensors[name]], enabled=is_sharded):
+                if self._engine.global_rank == 0:
+                    found[name] = tensors[name].detach().to("cpu", copy=True)
+        if is_sharded:
+            # Gathers the small parameters that ZeRO keeps whole on every rank.
+            zero.checkpoint_event_epilogue()
+        return found
+
+    def _tensors(self) -> dict[str, Tensor]:
+        module = self._engine.module
+        kept = module.state_dict().keys()
+        buffers = {name: buffer for name, buffer in module.named_buffers() if name in kept}
+        return dict(module.named_parameters()) | buffers
 
     def peak_gib(self) -> float:
         """Most device memory in use so far, in GiB; on a CPU the most this process has had resident."""

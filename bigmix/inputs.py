@@ -63,8 +63,16 @@ class Inputs:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The folder of the sources' tokenizer, fetched where all sources are remote; absent where they have none."""
-        nearest = min(self.sources.values(), key=lambda source: not source.location.is_local)
+        """The folder of the sources' tokenizer, fetched where all sources are remote; absent where they have none.
+
+        Of those that are as near, that of a source whose chats are rendered with the tokenizer's own template.
+        """
+
+        def distance(source: Source) -> tuple[bool, bool]:
+            template = source.manifest.template
+            return not source.location.is_local, template is None or template.name != "tokenizer"
+
+        nearest = min(self.sources.values(), key=distance)
         return self.depot.tokenizer_folder(nearest)
 
     @property

@@ -35,6 +35,7 @@ _FREE = frozenset(
         "prefetch_steps",
         "resume",
         "export",
+        "export_shard_gib",
         "most_roll_backs",
     ]
 ) | {

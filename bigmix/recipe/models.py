@@ -259,6 +259,8 @@ class Train(Settings):
     """auto: go on from the newest whole checkpoint of `output` if there is one; never: refuse an output that holds a run."""
     export: bool = True
     """Write a Hugging Face folder to `output`/export after the last step."""
+    export_shard_gib: PositiveFloat = 4.0
+    """Largest file of weights in it, in GiB; so much of the model is in the memory of the first rank while it is written."""
 
 
 class Loss(Settings):
