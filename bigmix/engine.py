@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -89,9 +89,18 @@ def sharded_construction(config: Mapping[str, Any]) -> Iterator[None]:
 
 
 class Engine:
-    """The model under ZeRO. One `forward` and one `backward` per micro-batch, then one `step`."""
+    """The model under ZeRO. One `forward` and one `backward` per micro-batch, then one `step`.
 
-    def __init__(self, model: nn.Module, config: Mapping[str, Any], adamw: AdamW) -> None:
+    With `average_decay` it keeps an average of the weights over the steps, which evaluations and the export are of.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Mapping[str, Any],
+        adamw: AdamW,
+        average_decay: float | None = None,
+    ) -> None:
         optimizer = _optimizer(model, config, adamw)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=dict(config)
@@ -102,7 +111,9 @@ class Engine:
             {id(parameter): name for name, parameter in model.named_parameters()},
             stage=zero_stage(config),
             rank=self._engine.global_rank,
+            decay=average_decay,
         )
+        self._is_averaged = False
 
     @property
     def device(self) -> torch.device:
@@ -141,30 +152,72 @@ class Engine:
         was_skipped, self._skipped = skipped > self._skipped, skipped
         return was_skipped
 
+    def update_average(self) -> None:
+        """Take the weights into their average where one is kept, after a step that was not skipped."""
+        self._zero_state.update_average()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are their average where one is kept; nothing may be trained or saved. A collective."""
+        if not self._zero_state.keeps_average:
+            yield
+            return
+        assert not self._is_averaged, "the weights are their average already"
+        self._zero_state.exchange_average()
+        self._is_averaged = True
+        yield
+        # Not after an error, which other ranks may know nothing of: this one would wait for them.
+        self._zero_state.exchange_average()
+        self._is_averaged = False
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, forwards keep no gradient and dropout is off."""
+        """Inside, forwards keep no gradient, dropout is off, and the weights are those of `averaged`. A collective."""
         self._engine.eval()
         try:
-            with torch.no_grad():
+            with self.averaged(), torch.no_grad():
                 yield
         finally:
             self._engine.train()
 
     def states(self) -> Iterator[FlatState]:
-        """What this rank holds of weights and moments; each is valid until the next one is asked for."""
+        """What this rank holds of weights, average and moments; each is valid until the next one is asked for."""
+        assert not self._is_averaged, "a checkpoint is of the weights and not of their average"
         return self._zero_state.flats()
 
     def put_back(self, fill: Callable[[FlatState], int]) -> None:
         """Let `fill` write what this rank holds, and return the steps that Adam has taken; a collective."""
         self._zero_state.put_back(fill)
 
-    def full_state(self) -> dict[str, Tensor]:
-        """All weights in the model's dtype, whole on the first rank, empty on the others; a collective."""
-        if self._engine.zero_optimization_stage() < 3:
-            return dict(self._engine.module.state_dict())
-        state = self._engine._zero3_consolidated_16bit_state_dict()
-        return dict(state or {})
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every weight in the model's dtype, by name: tied ones once, and the buffers that models keep."""
+        return {
+            # Under ZeRO-3 a parameter is a flat shard; the number of its elements is kept in ds_numel.
+            name: getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
+            for name, tensor in self._tensors().items()
+        }
+
+    def whole(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some weights in host memory, whole on the first rank, empty on the others; a collective."""
+        tensors, found = self._tensors(), {}
+        zero = self._engine.optimizer
+        is_sharded = self._engine.zero_optimization_stage() == 3
+        if is_sharded:
+            zero.checkpoint_event_prologue()
+        for name in names:
+            with deepspeed.zero.GatheredParameters([tensors[name]], enabled=is_sharded):
+                if self._engine.global_rank == 0:
+                    found[name] = tensors[name].detach().to("cpu", copy=True)
+        if is_sharded:
+            # Gathers the small parameters that ZeRO keeps whole on every rank.
+            zero.checkpoint_event_epilogue()
+        return found
+
+    def _tensors(self) -> dict[str, Tensor]:
+        module = self._engine.module
+        kept = module.state_dict().keys()
+        buffers = {name: buffer for name, buffer in module.named_buffers() if name in kept}
+        return dict(module.named_parameters()) | buffers
 
     def peak_gib(self) -> float:
         """Most device memory in use so far, in GiB; on a CPU the most this process has had resident."""

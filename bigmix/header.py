@@ -49,7 +49,11 @@ def show_header(
             f"{recipe.rows_per_step} rows x {_lengths(recipe)} = {tokens:,} tokens; each rank {micro} rows",
         ),
         ("run", f"{inputs.steps:,} steps ({_budget(recipe)})"),
-        ("optimizer", f"AdamW, lr {train.lr:g}, {train.schedule}, warm-up {train.warmup:g}"),
+        (
+            "optimizer",
+            f"AdamW, lr {train.lr:g}, {train.schedule}, warm-up {train.warmup:g}"
+            + (f"; evaluated as the average with decay {train.ema:g}" if train.ema else ""),
+        ),
         ("output", f"{recipe.output}; tensorboard --logdir {recipe.output}"),
     ]
     terminal.header(f"bigmix: {_way(recipe)} training", rows, _sources(recipe, inputs))

@@ -63,8 +63,16 @@ class Inputs:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The folder of the sources' tokenizer, fetched where all sources are remote; absent where they have none."""
-        nearest = min(self.sources.values(), key=lambda source: not source.location.is_local)
+        """The folder of the sources' tokenizer, fetched where all sources are remote; absent where they have none.
+
+        Of those that are as near, that of a source whose chats are rendered with the tokenizer's own template.
+        """
+
+        def distance(source: Source) -> tuple[bool, bool]:
+            template = source.manifest.template
+            return not source.location.is_local, template is None or template.name != "tokenizer"
+
+        nearest = min(self.sources.values(), key=distance)
         return self.depot.tokenizer_folder(nearest)
 
     @property
@@ -352,6 +360,12 @@ def _row_faults(recipe: Recipe, ranks: int) -> Iterator[str]:
 
 def _ds_keys(recipe: Recipe, ranks: int) -> Mapping[str, Any]:
     keys = read_ds_config(recipe.deepspeed)
+    offload = keys.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if recipe.train.ema is not None and offload.get("device") == "nvme":
+        raise BadInput(
+            f"train.ema is {recipe.train.ema} and {recipe.deepspeed} keeps the optimizer on NVMe, where no average of the "
+            "weights is kept; set train.ema=null, or offload the optimizer to the cpu"
+        )
     if recipe.rows_per_step % (ranks * recipe.train.micro_batch_rows) == 0:
         fill(
             keys,

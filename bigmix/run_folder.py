@@ -38,6 +38,7 @@ _FREE = frozenset(
         "prefetch_steps",
         "resume",
         "export",
+        "export_shard_gib",
         "most_roll_backs",
     ]
 ) | {

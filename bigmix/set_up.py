@@ -113,7 +113,7 @@ def set_up(
         construction=sharded_construction(keys),
     )
     watchdog.doing("making the engine")
-    engine = Engine(model, keys, _adamw(recipe))
+    engine = Engine(model, keys, _adamw(recipe), recipe.train.ema)
     check_model(engine, config.vocab_size)
     watchdog.doing("making the reference model")
     anchor, base = _frozen(recipe, configs, Place(keys=keys, dtype=dtype.value, device=device))

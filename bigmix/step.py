@@ -163,6 +163,10 @@ def run(
         doing(f"optimizer {place} {number}")
         engine.step_micro_batch(lr)
         watch.mark("optimizer")
+    skipped = engine.was_skipped()
+    if not skipped:
+        engine.update_average()
+        watch.mark("optimizer")
     return StepResult(
         step=batch.step,
         lr=lr,
@@ -176,7 +180,7 @@ def run(
         gradient_norm=engine.gradient_norm(),
         finite_M=torch.stack(finite),
         stopwatch=watch,
-        skipped=engine.was_skipped(),
+        skipped=skipped,
     )
 
 

@@ -3,17 +3,20 @@
 from pathlib import Path
 
 from bigmix.beats import Limits
+from bigmix.data.chat import PLAIN, PLAIN_SHA256
 from bigmix.dist import Cluster, leave
 from bigmix.engine import join
 from bigmix.errors import BigmixError
 from bigmix.export import export
+from bigmix.generation_check import LARGEST_GIB, check_generation, prompt_of, size_gib
 from bigmix.guard import StopFlag
 from bigmix.inputs import Inputs
 from bigmix.loop import train
-from bigmix.metrics import METRICS, has_evaluation
+from bigmix.metrics import METRICS, has_evaluation, read_lines
+from bigmix.model_card import model_card
 from bigmix.recipe import Recipe
 from bigmix.run_folder import EXPORT, LOG, Beginning, beginning
-from bigmix.set_up import set_up
+from bigmix.set_up import Parts, set_up
 from bigmix.terminal import Terminal
 from bigmix.watchdog import Watchdog
 from bigmix.world import World
@@ -61,10 +64,7 @@ def _go_on(
     try:
         train(parts, first=start.step + 1)
         if tokenizer_folder is not None:
-            folder = Path(recipe.output) / EXPORT
-            watchdog.doing(f"writing {folder}")
-            export(parts.engine, cluster, tokenizer_folder, folder)
-            terminal.note(f"model written to {folder}")
+            _export(parts, tokenizer_folder)
         if parts.saver.last_step != inputs.steps:
             raise BigmixError(
                 f"all {inputs.steps} steps are done, but the checkpoint of the last one could not be written; free space in "
@@ -73,6 +73,60 @@ def _go_on(
     finally:
         if parts.log is not None:
             parts.log.close()
+
+
+def _export(parts: Parts, tokenizer_folder: Path) -> None:
+    """Write the model with its card, and let what was written say something; a collective."""
+    recipe, inputs, is_first = parts.recipe, parts.inputs, parts.cluster.world.is_first
+    folder = Path(recipe.output) / EXPORT
+    parts.watchdog.doing(f"writing {folder}")
+    texts = {}
+    if is_first:
+        lines = read_lines(Path(recipe.output) / METRICS)
+        texts = {"README.md": model_card(recipe, inputs, lines), **_template(inputs)}
+    export(
+        parts.engine,
+        parts.cluster,
+        tokenizer_folder,
+        folder,
+        shard_bytes=int(recipe.train.export_shard_gib * 2**30),
+        texts=texts,
+    )
+    parts.terminal.note(f"model written to {folder}")
+    if is_first:
+        parts.watchdog.doing(f"loading {folder}")
+        _check(parts, folder)
+    parts.cluster.barrier()
+
+
+def _template(inputs: Inputs) -> dict[str, str]:
+    """The built-in chat template where all chats are rendered with it; another one lies with the tokenizer already."""
+    templates = [source.manifest.template for source in inputs.sources.values()]
+    found = {template.sha256 for template in templates if template is not None}
+    return {"chat_template.jinja": PLAIN} if found == {PLAIN_SHA256} else {}
+
+
+def _check(parts: Parts, folder: Path) -> None:
+    if size_gib(folder) > LARGEST_GIB:
+        parts.terminal.note(
+            f"generation check left out: the model has {size_gib(folder):.1f} GiB, up to {LARGEST_GIB:g} are loaded again"
+        )
+        return
+    held_out, plan = parts.inputs.held_out, parts.inputs.plan
+    tasks = [name for name in parts.recipe.task_names if name in held_out]
+    streams = [*(held_out[name] for name in tasks), *held_out.values(), *plan.streams.values()]
+    prompt = prompt_of(streams)
+    if not prompt:
+        parts.terminal.note("generation check left out: no document can be read for a prompt")
+        return
+    try:
+        said = check_generation(folder, prompt)
+    except (OSError, ValueError, RuntimeError) as error:
+        parts.terminal.warning(f"generation check: {folder} does not load and generate ({error})")
+        return
+    parts.terminal.note(
+        f"generation check, from {folder} loaded anew: {said.prompt!r} -> {said.continuation!r}"
+    )
 
 
 def _is_finished(recipe: Recipe, inputs: Inputs, cluster: Cluster, start: Beginning) -> bool:

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO optimizer goes in; out comes what this rank holds of weights and moments, with the place of every parameter in it.
+"""DeepSpeed's ZeRO optimizer goes in; out comes what this rank holds of weights, their average and moments, and where every parameter is in it.
 
 ZeRO keeps fp32 weights and the moments of Adam in flat tensors. Which elements of which parameter lie where in them depends
 on the stage and on the number of ranks; here that is told in terms of the parameters alone, so that another number of
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+WEIGHTS, AVERAGE = "weights", "average"
+_EXCHANGED = 1 << 24  # elements that change places at a time: what that takes in memory is bounded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,27 +31,79 @@ class Piece:
 class FlatState:
     """A flat tensor of fp32 weights [N] with its moments [N], the steps that Adam has taken, and what lies where.
 
-    Elements that no piece covers are padding.
+    Elements that no piece covers are padding. `average` [N] is that of the weights over the steps, where one is kept.
     """
 
     pieces: tuple[Piece, ...]
     weights: Tensor
     moments: Mapping[str, Tensor]
     step: int
+    average: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by name."""
+        kept = {} if self.average is None else {AVERAGE: self.average}
+        return {WEIGHTS: self.weights, **self.moments, **kept}
 
 
 class ZeroState:
     """The flat tensors of one rank, whatever the stage.
 
     `names` gives the name of each parameter by its id. `optimizer` is the one that DeepSpeed has wrapped: its attributes
-    are DeepSpeed's own and are read here alone.
+    are DeepSpeed's own and are read here alone. With `decay` an exponential moving average of the weights is kept beside them.
     """
 
-    def __init__(self, optimizer: Any, names: Mapping[int, str], *, stage: int, rank: int) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        names: Mapping[int, str],
+        *,
+        stage: int,
+        rank: int,
+        decay: float | None = None,
+    ) -> None:
         self._zero = optimizer
         self._names = names
         self._stage = stage
         self._rank = rank
+        self._decay = decay
+        self._steps = 0  # that Adam has taken
+        self._averages: list[Tensor] = []
+        if decay is not None:
+            self._averages = [weights.detach().clone() for weights in self._weights()]
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether an average of the weights is kept."""
+        return self._decay is not None
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Take the weights into their average, after a step that has moved them.
+
+        Step t has a decay of min(decay, (1 + t) / (10 + t)), as in TensorFlow's ExponentialMovingAverage: the average is
+        of weights alone at any time, and the model that the run began with leaves it within some steps.
+        """
+        if self._decay is None:
+            return
+        self._steps += 1
+        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
+        for average, weights in zip(self._averages, self._weights(), strict=True):
+            average.lerp_(weights.detach(), 1 - decay)
+
+    @torch.no_grad()
+    def exchange_average(self) -> None:
+        """Let weights and average change places, bit for bit; the weights of the model follow. A collective."""
+        if self._stage == 3:
+            self._zero._partition_all_parameters()
+        for index, (average, weights) in enumerate(
+            zip(self._averages, self._weights(), strict=True)
+        ):
+            _exchange(average, weights.detach())
+            if self._stage == 3:
+                self._zero._reassign_or_swap_out_partitioned_parameters(index)
+        self._show_weights()
 
     def flats(self) -> Iterator[FlatState]:
         """Each flat tensor with its moments, zero before the first step; valid until the next one is asked for."""
@@ -69,19 +123,26 @@ class ZeroState:
         for index, weights in enumerate(self._weights()):
             self._swap_in(index)
             flat = self._flat(index, weights)
+            step = fill(flat)
+            self._steps = max(self._steps, step) if index else step
             self._zero.optimizer.state[weights] = {
-                "step": self._step_value(weights, fill(flat)),
+                "step": self._step_value(weights, step),
                 **flat.moments,
             }
             if self._stage == 3:
                 self._zero._reassign_or_swap_out_partitioned_parameters(index)
             self._swap_out(index)
+        if self._stage < 3:
+            # DeepSpeed's own view of each parameter's moments is of the tensors that are there at its first step.
+            self._zero._lazy_init_hp_params_optimizer_state()
+        self._show_weights()
+
+    def _show_weights(self) -> None:
+        """Give the model the weights as they are now."""
         if self._stage == 3:
             # Gathers the small parameters that ZeRO keeps whole on every rank.
             self._zero._post_step(set())
         else:
-            # DeepSpeed's own view of each parameter's moments is of the tensors that are there at its first step.
-            self._zero._lazy_init_hp_params_optimizer_state()
             self._zero.update_lp_params()
 
     def _weights(self) -> list[Tensor]:
@@ -101,6 +162,7 @@ class ZeroState:
             weights=weights.detach(),
             moments={key: state[key].detach() for key in MOMENTS},
             step=int(state.get("step", 0)),
+            average=self._averages[index] if self._averages else None,
         )
 
     def _pieces_of_stage_3(self, index: int) -> Iterator[Piece]:
@@ -148,3 +210,11 @@ class ZeroState:
     def _release(self, index: int) -> None:
         if self._is_swapped(index):
             self._zero._release_swap_buffers(index)
+
+
+def _exchange(one: Tensor, other: Tensor) -> None:
+    parts = zip(torch.split(one, _EXCHANGED), torch.split(other, _EXCHANGED), strict=True)
+    for own, its in parts:
+        held = own.clone()
+        own.copy_(its)
+        its.copy_(held)

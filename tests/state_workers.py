@@ -4,6 +4,7 @@ import hashlib
 import resource
 from pathlib import Path
 
+import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from workers import aim, batch_of, documents, main, make_engine, take_step, whole_weights
 
@@ -126,6 +127,65 @@ def saves_on_a_small_disk(rank, ranks, cluster, folder):
         found.append(saves.last_step)
     saves.close()
     return {"said": said, "found": found, "failed": saves.failed}
+
+
+DECAY = 0.9
+
+
+def masters(engine):
+    """The fp32 weights of the optimizer, whole."""
+    return {
+        name: safe_get_full_fp32_param(p).detach().float().clone()
+        for name, p in engine.module.named_parameters()
+    }
+
+
+def averages(rank, ranks, cluster, folder, family, file, dtype, first, last):
+    """After each of some steps, the largest differences of the kept average to a dense one, in the engine's and the model's weights.
+
+    From a checkpoint where `first` is above 1; the last step is saved. `exact`: whether weights and moments are the same
+    after evaluations as before; `sums` are those of the last step.
+    """
+    engine = make_engine(family, 1, ranks, file, dtype, ema=DECAY)
+    saves = saver(folder, cluster)
+    dense_file = Path(folder).parent / "dense.pt"
+    dense = masters(engine)
+    if first > 1:
+        restore(engine, newest_whole(Path(folder), cluster).listed)
+        dense = torch.load(dense_file)
+    found = {"fp32": 0.0, "model": 0.0, "exact": True, "moved": 0.0}
+    for index in range(first, last + 1):
+        found["sums"] = train(engine, cluster, rank, ranks, 1)
+        decay = min(DECAY, (1 + index) / (10 + index))
+        weights = masters(engine)
+        dense = {n: decay * dense[n].double() + (1 - decay) * weights[n].double() for n in weights}
+        before = whole_state(engine)
+        with engine.evaluating():
+            kept, model = masters(engine), whole_weights(engine)
+        found["fp32"] = max(
+            found["fp32"], *(float((kept[n] - d).abs().max()) for n, d in dense.items())
+        )
+        found["model"] = max(
+            found["model"],
+            *(float((model[n] - kept[n].to(engine.module.lm.dtype)).abs().max()) for n in kept),
+        )  # fmt: skip
+        found["moved"] = max(float((kept[n] - weights[n]).abs().max()) for n in kept)
+        found["exact"] &= whole_state(engine) == before
+    if rank == 0:
+        torch.save(dense, dense_file)
+    saves.save(engine.states(), Position(step=last, report={}))
+    saves.close()
+    return found
+
+
+def joined(rank, ranks, cluster, folder, family, file, dtype):
+    """The largest difference of the average to the weights in an engine that keeps one from a checkpoint without one on."""
+    engine = make_engine(family, 1, ranks, file, dtype, ema=DECAY)
+    restore(engine, newest_whole(Path(folder), cluster).listed)
+    weights = masters(engine)
+    with engine.evaluating():
+        kept = masters(engine)
+    return max(float((kept[n] - weights[n]).abs().max()) for n in kept)
 
 
 if __name__ == "__main__":

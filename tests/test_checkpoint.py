@@ -82,6 +82,42 @@ def test_a_zero3_checkpoint_is_read_by_zero1(tmp_path):
     assert found["state"] == wanted["state"]
 
 
+@pytest.mark.parametrize(
+    ("stage", "dtype", "family", "wrote", "reads"),
+    [
+        ("zero3", "fp32", "llama", 2, 1),
+        pytest.param("zero1", "bf16", "qwen", 1, 2, marks=pytest.mark.slow),
+        pytest.param("zero3", "bf16", "qwen", 1, 2, marks=pytest.mark.slow),
+        pytest.param("zero3 with small parameters whole", "bf16", "llama", 2, 2, marks=pytest.mark.slow),
+        pytest.param("zero2", "fp32", "llama", 2, 1, marks=pytest.mark.slow),
+        pytest.param("zero1", "fp32", "llama", 2, 1, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_an_average_is_that_of_the_dense_weights_also_over_a_resume(
+    stage, dtype, family, wrote, reads, tmp_path
+):
+    same = {"family": family, "file": ds_config(tmp_path, stage), "dtype": dtype}
+    for ranks, first, last in ((wrote, 1, 4), (reads, 5, 6)):
+        for found in on_ranks("averages", ranks, tmp_path, first=first, last=last, **same):
+            assert found["fp32"] < 1e-6 < 1e-3 < found["moved"]
+            assert found["model"] == 0 and found["exact"]
+
+
+@pytest.mark.slow
+def test_a_run_that_keeps_an_average_and_evaluates_learns_the_same(tmp_path):
+    same = {"family": "llama", "file": ds_config(tmp_path, "zero3"), "dtype": "bf16"}
+    plain, *_ = on_ranks("saved", 2, tmp_path, **same)
+    averaged, *_ = on_ranks("averages", 2, tmp_path, first=1, last=4, **same)
+    assert averaged["sums"] == plain["sums"]  # bit for bit
+
+
+@pytest.mark.slow
+def test_an_average_that_joins_later_begins_at_the_weights(tmp_path):
+    same = {"family": "llama", "file": ds_config(tmp_path, "zero3"), "dtype": "fp32"}
+    on_ranks("saved", 2, tmp_path, **same)
+    assert on_ranks("joined", 1, tmp_path, **same) == [0.0]
+
+
 @pytest.mark.parametrize("in_background", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_newest_and_every_third_stay(in_background, tmp_path):
     found = on_ranks("many_saves", 2, tmp_path, in_background=in_background)

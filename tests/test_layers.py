@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "bigmix"
 LAYERS = [
     {"errors", "files", "records", "world", "waiting", "processes", "data.statistics", "data.duplicates"},
-    {"data.location", "weighing", "data.quarantine"},
+    {"data.location", "weighing", "data.quarantine", "weight_files"},
     {"data.retry"},
     {"data.http", "data.pipe"},
     {"data.storage"},
@@ -34,8 +34,9 @@ LAYERS = [
     {"probe.plant"},
     {"suspects", "data.part_writer", "data.tally", "mixing", "report"},
     {"data.prepare", "inputs", "examine"},
-    {"plan"},
-    {"header", "compare", "preview"},
+    {"plan", "self_replay"},
+    {"header", "compare", "preview", "model_card", "generation_check"},
+    {"average"},
     {"set_up", "assess"},
     {"recovery"},
     {"loop"},

@@ -1,5 +1,6 @@
 """On every family of models documents stay apart and the loss is the model's own; what breaks that is refused."""
 
+import json
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -169,7 +170,29 @@ def test_a_model_from_scratch_is_built_in_shards_and_is_the_same_on_any_ranks(tm
         assert max(other[family]["largest_part"] for other in pair) <= 0.52
 
 
-@pytest.mark.slow
-def test_an_export_gives_the_logits_of_the_engine(tmp_path):
-    for found in run_on_ranks("export_differences", 2, tmp_path, {"folder": str(tmp_path)}):
-        assert found == dict.fromkeys(FAMILIES, 0.0)
+@pytest.mark.parametrize(
+    ("ranks", "stage", "dtype", "families"),
+    [
+        (2, 3, "fp32", ["llama"]),
+        pytest.param(2, 3, "fp32", list(FAMILIES), marks=pytest.mark.slow),
+        pytest.param(2, 3, "bf16", list(FAMILIES), marks=pytest.mark.slow),
+        pytest.param(1, 1, "bf16", ["llama", "qwen"], marks=pytest.mark.slow),
+    ],
+)
+def test_an_export_gives_the_logits_of_the_engine(ranks, stage, dtype, families, tmp_path):
+    file = tmp_path / "ds.json"
+    keys = {"overlap_comm": False, "stage3_param_persistence_threshold": 100}
+    file.write_text(
+        json.dumps({"zero_force_ds_cpu_optimizer": False, "zero_optimization": {"stage": stage, **(keys if stage == 3 else {})}})
+    )  # fmt: skip
+    arguments = {
+        "folder": str(tmp_path), "families": families, "file": str(file), "dtype": dtype, "shard_bytes": 20_000,
+    }  # fmt: skip
+    torch_name = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[dtype]
+    for found in run_on_ranks("export_differences", ranks, tmp_path, arguments):
+        assert set(found) == set(families)
+        for difference, written, files in found.values():
+            assert difference == 0 and written == torch_name
+            assert {"README.md", "config.json", "model.safetensors.index.json"} <= set(files)
+            assert not any(name.startswith(("part", "model.safetensors.s")) for name in files)
+            assert sum(name.startswith("model-0000") for name in files) > 1

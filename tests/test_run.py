@@ -11,11 +11,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from corpora import write_source
+import yaml
+from corpora import READING, write_source
 from ranks import ROOT, environment, free_port
 from servers import web_server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from bigmix.data.source import read_source
 from bigmix.data.tokenizer import fingerprint_of
 
 RECIPE = """\
@@ -123,6 +125,19 @@ def test_a_run_leaves_what_it_should(whole):
     difference = evaluations[2]["held_out_loss/chat"] - evaluations[0]["held_out_loss/chat"]
     assert evaluations[2]["forgetting/chat"] == pytest.approx(difference)
     assert difference < -0.1
+
+
+def test_an_export_says_what_it_is_and_speaks(whole):
+    folder, said = whole
+    evaluation = [line for line in lines(folder) if "eval" in line][-1]
+    head, card = (folder / "export/README.md").read_text().removeprefix("---\n").split("---\n", 1)
+    assert yaml.safe_load(head)["library_name"] == "transformers"
+    assert f"| {evaluation['held_out_loss/chat']:.4f} (" in card
+    assert f"| {evaluation['forgetting/chat']:+.4f} " in card
+    content = read_source(str(folder.parent / "web"), READING.retry).content
+    assert "| web | replay | ((0, 0.5), (8, 0.25)) |" in card and f"`{content[:16]}`" in card
+    assert "deepspeed launch/train.py recipe.yaml" in card and "rows_per_step: 8" in card
+    assert "generation check, from whole/export loaded anew: '[" in said
 
 
 def test_tensorboard_shows_the_run(whole):

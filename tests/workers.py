@@ -125,7 +125,7 @@ def filled(accumulation, ranks, file="ds_configs/cpu.json", dtype="fp32"):
 
 def make_engine(
     family, accumulation, ranks, file="ds_configs/cpu.json", dtype="fp32", terms=NO_TERMS,
-    checkpointing=False,
+    checkpointing=False, ema=None,
 ):  # fmt: skip
     keys = filled(accumulation, ranks, file, dtype)
     config = read_config(None, FAMILIES[family])
@@ -134,7 +134,7 @@ def make_engine(
         activation_checkpointing=checkpointing, terms=terms, computing=Computing(backend=torch_rows, chunk_bytes=VOCABULARY * 4 * 20), seed=3,
         construction=sharded_construction(keys),
     )  # fmt: skip
-    return RecordingEngine(model, keys, AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1))
+    return RecordingEngine(model, keys, AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1), ema)
 
 
 def whole_weights(engine):
@@ -333,21 +333,27 @@ def sharded_build(rank, ranks, cluster):
     return found
 
 
-def export_differences(rank, ranks, cluster, folder):
-    """For each family: the largest difference of the exported model's logits to the engine's."""
+def export_differences(rank, ranks, cluster, folder, families, file, dtype, shard_bytes):
+    """For each family: the largest difference of the exported model's logits to the engine's, and its files."""
     found = {}
     ids = torch.arange(3, 43)[None]
-    for family in FAMILIES:
-        engine = make_engine(family, 1, ranks)
+    for family in families:
+        engine = make_engine(family, 1, ranks, file, dtype, ema=0.5)
+        take_step(engine, cluster, batch_of(documents(True), rank, ranks, 1), aim("per_source"))
         with engine.evaluating():
             before = engine.module.lm(input_ids=ids).logits
         path = Path(folder) / family
-        export(engine, cluster, Path(folder) / "no-tokenizer", path)
+        export(
+            engine, cluster, Path(folder) / "no-tokenizer", path,
+            shard_bytes=shard_bytes, texts={"README.md": "# a model"},
+        )  # fmt: skip
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype="auto", attn_implementation=engine.module.lm.config._attn_implementation
         ).eval()
         with torch.no_grad():
-            found[family] = float((loaded(input_ids=ids).logits - before).abs().max())
+            difference = float((loaded(input_ids=ids).logits - before).abs().max())
+        files = sorted(file.name for file in path.iterdir())
+        found[family] = [difference, str(loaded.dtype), files]
     return found
 
 

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from bigmix.checkpoint.listing import Position, Sealed, clear_unfinished, prune, publish
 from bigmix.checkpoint.state_file import file_of_rank, tensors_of, write_state
 from bigmix.dist import Cluster
-from bigmix.zero_state import FlatState
+from bigmix.zero_state import AVERAGE, MOMENTS, WEIGHTS, FlatState
 
 _SPARE_BYTES = 64 << 20  # room on the disk for logs and exports beside a checkpoint
 
@@ -116,13 +116,16 @@ class Saver:
 
     def _in_host_memory(self, index: int, flat: FlatState) -> FlatState:
         """The same in memory that the next steps do not touch; where the loop waits for the disk, a CPU's own memory will do."""
-        tensors = {"weights": flat.weights, **flat.moments}
         if self._in_background:
-            copies = {key: self._copy(f"{index}.{key}", t) for key, t in tensors.items()}
+            copies = {key: self._copy(f"{index}.{key}", t) for key, t in flat.tensors.items()}
         else:
-            copies = {key: tensor.cpu() for key, tensor in tensors.items()}
-        weights = copies.pop("weights")
-        return FlatState(pieces=flat.pieces, weights=weights, moments=copies, step=flat.step)
+            copies = {key: tensor.cpu() for key, tensor in flat.tensors.items()}
+        return replace(
+            flat,
+            weights=copies[WEIGHTS],
+            moments={key: copies[key] for key in MOMENTS},
+            average=copies.get(AVERAGE),
+        )
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
         copy = self._copies.get(key)

@@ -1,7 +1,7 @@
 """What one rank holds of weights and moments goes in, a file of it comes out; and any elements of any parameter, read back.
 
-The file is in the format of safetensors: tensors `I.weights`, `I.exp_avg` and `I.exp_avg_sq` are the flat tensors of
-group I as ZeRO keeps them; the metadata say which elements of which parameter lie where in them, so that ranks of any
+The file is in the format of safetensors: tensors `I.weights`, `I.exp_avg` and `I.exp_avg_sq` (and `I.average`, where
+an average of the weights is kept) are the flat tensors of group I as ZeRO keeps them; the metadata say which elements of which parameter lie where in them, so that ranks of any
 number can read what they need.
 """
 
@@ -21,9 +21,8 @@ from torch import Tensor
 from bigmix.checkpoint.listing import Sealed
 from bigmix.errors import BigmixError
 from bigmix.files import CHUNK, checksum_of
-from bigmix.zero_state import MOMENTS, FlatState, Piece
+from bigmix.zero_state import AVERAGE, WEIGHTS, FlatState, Piece
 
-_WEIGHTS = "weights"
 _PATTERN = "state-*.safetensors"
 
 
@@ -37,8 +36,7 @@ def tensors_of(flats: Iterable[FlatState]) -> tuple[dict[str, Tensor], dict[str,
     tensors: dict[str, Tensor] = {}
     groups = []
     for index, flat in enumerate(flats):
-        tensors[f"{index}.{_WEIGHTS}"] = flat.weights
-        tensors |= {f"{index}.{key}": flat.moments[key] for key in MOMENTS}
+        tensors |= {f"{index}.{key}": tensor for key, tensor in flat.tensors.items()}
         pieces = [[p.name, p.start, p.count, p.offset] for p in flat.pieces]
         groups.append({"step": flat.step, "pieces": pieces})
     return tensors, {"groups": json.dumps(groups)}
@@ -100,6 +98,7 @@ class StateReader:
         self._folder = folder
         paths = sorted(folder.glob(_PATTERN))
         self._files: list[Any] = [safe_open(path, framework="pt") for path in paths]
+        self._has_average = any(f"0.{AVERAGE}" in file.keys() for file in self._files)  # noqa: SIM118
         self._places: dict[str, list[_Place]] = defaultdict(list)
         self._steps: dict[str, int] = {}
         for number, file in enumerate(self._files):
@@ -114,6 +113,8 @@ class StateReader:
 
     def fill(self, flat: FlatState) -> int:
         """Write the elements of every piece of a flat tensor, weights and moments; returns the steps that Adam has taken.
+
+        An average that the checkpoint has not begins at the weights.
 
         Raises BigmixError where the checkpoint does not hold all of them.
         """
@@ -144,7 +145,7 @@ class StateReader:
 
     def _copy(self, flat: FlatState, place: _Place, begin: int, end: int, at: int) -> None:
         file = self._files[place.file]
-        targets = {_WEIGHTS: flat.weights, **flat.moments}
-        for key, target in targets.items():
-            part: Tensor = file.get_slice(f"{place.group}.{key}")[begin:end]
+        for key, target in flat.tensors.items():
+            found = WEIGHTS if key == AVERAGE and not self._has_average else key
+            part: Tensor = file.get_slice(f"{place.group}.{found}")[begin:end]
             target[at : at + end - begin].copy_(part)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from bigmix import __version__
+from bigmix.cli.average import add_average
 from bigmix.cli.compare import add_compare
 from bigmix.cli.evaluate import add_evaluate
 from bigmix.cli.inspect import add_recipe, add_rows
@@ -13,6 +14,7 @@ from bigmix.cli.prepare import add_prepare
 from bigmix.cli.preview import add_preview
 from bigmix.cli.probe import add_probe
 from bigmix.cli.quickstart import add_quickstart
+from bigmix.cli.self_replay import add_self_replay
 from bigmix.cli.supervise import add_train
 from bigmix.cli.tokenizer import add_tokenizer
 from bigmix.cli.words import parse_words
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
         add_prepare, add_tokenizer, add_recipe, add_plan, add_preview, add_rows, add_train, add_evaluate, add_compare, add_probe,
-        add_quickstart,
+        add_average, add_self_replay, add_quickstart,
     ):  # fmt: skip
         add(subparsers)
     known = parse_words(parser, arguments)

@@ -64,7 +64,7 @@ def _prepare(known: argparse.Namespace) -> int:
     elif known.inputs or not known.report:
         _make(terminal, known)
     else:
-        _tell(terminal, known.output, read_manifest(known.output), {})
+        tell_source(terminal, known.output, read_manifest(known.output), {})
     if known.report and known.part is None:
         _draw(terminal, Path(known.output))
     return DONE
@@ -88,8 +88,8 @@ def _make(terminal: Terminal, known: argparse.Namespace) -> None:
         terminal.note(f"part {known.part} of {known.output} is whole: {counts}")
         terminal.note(f"when all are: bigmix prepare --merge --output {known.output}")
         return
-    _tell(terminal, known.output, prepared.manifest, prepared.first_dropped)
-    _tell_held_out(terminal, prepared.held_out)
+    tell_source(terminal, known.output, prepared.manifest, prepared.first_dropped)
+    tell_held_out(terminal, prepared.held_out)
 
 
 def _merge(terminal: Terminal, known: argparse.Namespace) -> None:
@@ -99,8 +99,8 @@ def _merge(terminal: Terminal, known: argparse.Namespace) -> None:
         what = f"--part {known.part}" if known.part is not None else f"inputs {known.inputs[0]} ..."
         raise BadInput(f"--merge has {what}, takes --output alone: the parts are what is merged")
     merged = merge(Path(known.output))
-    _tell(terminal, known.output, merged.manifest, merged.first_dropped)
-    _tell_held_out(terminal, merged.held_out)
+    tell_source(terminal, known.output, merged.manifest, merged.first_dropped)
+    tell_held_out(terminal, merged.held_out)
 
 
 def _settings(known: argparse.Namespace) -> "PrepareSettings":
@@ -115,7 +115,7 @@ def _settings(known: argparse.Namespace) -> "PrepareSettings":
     if known.tokenizer is None:
         faults.append("--tokenizer is missing; give a folder, a name on the hub or a .model file")
     part = _part_of(known.part, faults)
-    held_out = _fraction_of(known.held_out, faults)
+    held_out = fraction_of(known.held_out, faults)
     try:
         columns = columns_of(known.columns)
     except BadInput as error:
@@ -155,7 +155,8 @@ def _part_of(text: str | None, faults: list[str]) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def _fraction_of(text: str | None, faults: list[str]) -> float:
+def fraction_of(text: str | None, faults: list[str]) -> float:
+    """The number of --held-out, 0 where it is not given; a fault joins the others."""
     if text is None:
         return 0.0
     try:
@@ -170,9 +171,10 @@ def _fraction_of(text: str | None, faults: list[str]) -> float:
     return value
 
 
-def _tell(
+def tell_source(
     terminal: Terminal, output: str, manifest: Manifest, first_dropped: Mapping[str, str]
 ) -> None:
+    """The table of a prepared source."""
     loss = manifest.loss_tokens / manifest.tokens
     cells = [("documents", f"{manifest.documents:,} of {manifest.read:,}")]
     for reason, number in manifest.dropped.items():
@@ -207,7 +209,8 @@ def _lengths(manifest: Manifest) -> Sequence[tuple[str, str]]:
     return cells
 
 
-def _tell_held_out(terminal: Terminal, held_out: Manifest | None) -> None:
+def tell_held_out(terminal: Terminal, held_out: Manifest | None) -> None:
+    """What was put aside, where something was."""
     if held_out is not None:
         terminal.note(f"held out: {held_out.documents:,} documents, {held_out.tokens:,} tokens")
 

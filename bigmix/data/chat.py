@@ -38,6 +38,7 @@ PLAIN = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
 
+PLAIN_SHA256 = hashlib.sha256(PLAIN.encode()).hexdigest()
 SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TODAY = "strftime_now"

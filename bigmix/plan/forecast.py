@@ -16,10 +16,6 @@ from bigmix.plan.memory import Memory, Setting, memory_of
 from bigmix.plan.shape import Shape, shape_of
 from bigmix.recipe import Recipe
 
-CHECKPOINT_BYTES = (
-    12  # of one weight: fp32 master weight and two moments; the weights follow from the master
-)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
@@ -149,11 +145,12 @@ def _setting(recipe: Recipe, keys: Mapping[str, Any], machine: Machine, dtype: s
         loss_chunk_mib=recipe.loss.chunk_mib,
         activation_checkpointing=recipe.model.activation_checkpointing,
         saves_in_background=recipe.train.save == "background",
+        keeps_average=recipe.train.ema is not None,
     )
 
 
 def _disk(recipe: Recipe, shape: Shape, setting: Setting) -> Disk:
-    checkpoint = CHECKPOINT_BYTES * shape.parameters
+    checkpoint = setting.state_bytes * shape.parameters
     return Disk(
         checkpoint=checkpoint,
         checkpoints=checkpoint * (recipe.train.keep_checkpoints + 1),

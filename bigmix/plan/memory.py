@@ -35,6 +35,7 @@ class Setting:
     loss_chunk_mib: int | None
     activation_checkpointing: bool
     saves_in_background: bool = False
+    keeps_average: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -46,6 +47,11 @@ class Setting:
         """Of one element of the accumulated gradient."""
         given = self.keys.get("data_types", {}).get("grad_accum_dtype")
         return _DTYPE_BYTES.get(given or self.dtype, 4)
+
+    @property
+    def state_bytes(self) -> int:
+        """What a checkpoint holds of one weight: itself, two moments and its average where one is kept, in fp32."""
+        return 16 if self.keeps_average else 12
 
     @property
     def bucket_bytes(self) -> int:
@@ -132,6 +138,7 @@ def _states(shape: Shape, setting: Setting) -> Iterator[Part]:
     has_master = stage > 0 or setting.dtype != "fp32"
     yield _always("master weights, fp32", optimizer, 4 * states * has_master)
     yield _always("Adam moments, fp32", optimizer, 8 * states)
+    yield _always("average of the weights, fp32", optimizer, 4 * states * setting.keeps_average)
     gradients = setting.gradient_bytes * (shard if stage >= 2 else whole)
     yield _always("gradients", "host" if optimizer == "nvme" else optimizer, gradients)
     hpz = setting.zero("zero_hpz_partition_size", 1)
@@ -142,7 +149,8 @@ def _states(shape: Shape, setting: Setting) -> Iterator[Part]:
     if optimizer == "host":
         yield _always("gradients for the step, fp32", "host", 4 * states)
     # Made at the first save and kept; each rank writes a part of the states, whatever the stage.
-    yield _always("copy for checkpoints", "host", 12 * shard * setting.saves_in_background)
+    saved = setting.state_bytes * shard * setting.saves_in_background
+    yield _always("copy for checkpoints", "host", saved)
 
 
 def _reference(reference: Shape | None, setting: Setting) -> Iterator[Part]:

@@ -213,6 +213,8 @@ class Train(Settings):
     """Decay rates of AdamW's two moments."""
     eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per step of an exponential moving average of the weights, such as 0.999: evaluations and the export are then of the average, the training is not changed; 4 bytes a parameter over all ranks. Default: none is kept."""
     clip: NonNegativeFloat = 1.0
     """Largest gradient norm; 0 switches clipping off."""
     micro_batch_rows: Count = 1
@@ -236,7 +238,7 @@ class Train(Settings):
     save_every: CountOrZero = 0
     """Steps between checkpoints; 0: only after the last step."""
     save: Literal["background", "blocking"] = "background"
-    """background: steps go on while a checkpoint is written, from a copy in host memory, 12 bytes a parameter over all ranks; blocking: they wait for the disk."""
+    """background: steps go on while a checkpoint is written, from a copy in host memory, 12 bytes a parameter over all ranks (16 with ema); blocking: they wait for the disk."""
     keep_checkpoints: Count = 2
     """Newest checkpoints that are kept."""
     keep_every: CountOrZero = 0
@@ -259,6 +261,8 @@ class Train(Settings):
     """auto: go on from the newest whole checkpoint of `output` if there is one; never: refuse an output that holds a run."""
     export: bool = True
     """Write a Hugging Face folder to `output`/export after the last step."""
+    export_shard_gib: PositiveFloat = 4.0
+    """Largest file of weights in it, in GiB; so much of the model is in the memory of the first rank while it is written."""
 
 
 class Loss(Settings):
