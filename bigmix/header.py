@@ -10,6 +10,7 @@ from bigmix.inputs import Inputs, accumulation
 from bigmix.recipe import Recipe
 from bigmix.records import Choice
 from bigmix.report import Line
+from bigmix.tasks.score import TaskResult
 from bigmix.terminal import Cell, HeldOutResult, Table, Terminal, evaluation_table
 from bigmix.world import World
 
@@ -71,6 +72,17 @@ def show_held_out(
             )
         )
     terminal.table(evaluation_table(step, told))
+
+
+def show_tasks(terminal: Terminal, step: int, results: Mapping[str, TaskResult]) -> None:
+    """The table of the tasks of an evaluation."""
+    rows: list[list[Cell]] = [
+        [name, kind, f"{s.value:.1%}", f"{s.low:.1%}–{s.high:.1%}", result.examples, result.dropped]
+        for name, result in results.items()
+        for kind, s in result.scores.items()
+    ]
+    columns = ["task", "score", "value", "95 %", "examples", "dropped"]
+    terminal.table(Table(title=f"tasks, step {step:,}", columns=columns, rows=rows))
 
 
 def _loss(recipe: Recipe, backend: Choice) -> str:

@@ -31,6 +31,7 @@ from bigmix.mixing import mix
 from bigmix.objective import StepShares
 from bigmix.recipe import Recipe
 from bigmix.records import Chapter
+from bigmix.tasks.examples import TaskFile, open_tasks
 
 RANGES_FROM = 64  # machines: each then needs fewer than two of three blocks of a shard
 # Only texts with `whole_below` open their shards to count rows, and without their number the order of rows is unknown.
@@ -45,13 +46,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """What a recipe names, opened: the plan of the rows, the held-out streams, how many steps, DeepSpeed's keys.
+    """What a recipe names, opened: the plan of the rows, the held-out streams, the tasks, how many steps, DeepSpeed's keys.
 
     `content` is a checksum of the shards of each source.
     """
 
     plan: Plan
     held_out: Mapping[str, Stream]
+    tasks: Mapping[str, TaskFile]
     steps: int
     loss_shares: Shares
     notes: Sequence[str]
@@ -153,6 +155,7 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
     faults: list[str] = [*_row_faults(recipe, ranks)]
     notes: list[str] = []
     ds_keys = _collect(faults, _ds_keys, recipe, ranks)
+    tasks = _collect(faults, open_tasks, recipe.tasks)
     depot = Depot(_reading(recipe, machines))
     sources = _sources(recipe, faults, notes, verify=verify)
     faults += _tokenizer_faults({path: source.manifest for path, source in sources.items()})
@@ -170,6 +173,7 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
     return Inputs(
         plan=mixing.plan,
         held_out=held_out,
+        tasks=tasks,
         steps=mixing.steps,
         loss_shares=mixing.loss_shares,
         notes=[*notes, *mixing.notes, *_cache_notes(recipe, depot, sources.values())],

@@ -18,7 +18,7 @@ from bigmix.data.order import key_of
 from bigmix.data.quarantine import BadShard
 from bigmix.errors import BigmixError, Interrupted
 from bigmix.evaluate import evaluate
-from bigmix.header import show_held_out
+from bigmix.header import show_held_out, show_tasks
 from bigmix.health import RollBack
 from bigmix.inputs import accumulation
 from bigmix.metrics import METRICS, has_evaluation
@@ -28,6 +28,9 @@ from bigmix.recovery import name_suspects, roll_back, without_bad_shards
 from bigmix.report import Timed
 from bigmix.schedule import LearningRate, warmup_steps
 from bigmix.set_up import Parts
+from bigmix.tasks.asking import Asked
+from bigmix.tasks.score import TaskResult, score_tasks, task_line, write_samples
+from bigmix.tasks.speaking import speaking
 
 _RECENT_STEPS = 10  # the longest of them must fit before the end of the time
 
@@ -260,7 +263,14 @@ def _evaluates(parts: Parts, at_step: int) -> bool:
     """Whether an evaluation follows a step; there is one before the first and one after the last."""
     every = parts.recipe.train.evaluate_every
     is_due = at_step in (0, parts.inputs.steps) or (every > 0 and at_step % every == 0)
-    return is_due and bool(parts.inputs.held_out)
+    return is_due and bool(parts.inputs.held_out or _tasks_at(parts, at_step))
+
+
+def _tasks_at(parts: Parts, at_step: int) -> dict[str, Asked]:
+    """The tasks that are part of the evaluation after a step."""
+    last = parts.inputs.steps
+    steps = {"ends": (0, last), "last": (last,), "every": (at_step,)}
+    return {n: asked for n, asked in parts.tasks.items() if at_step in steps[asked.task.when]}
 
 
 def _evaluate(parts: Parts, at_step: int) -> None:
@@ -277,10 +287,39 @@ def _evaluate(parts: Parts, at_step: int) -> None:
     )
     if results is None:
         _stop(parts, at_step)
-    line = parts.report.evaluation(at_step, results)
+    scored = _score(parts, at_step)
+    line = parts.report.evaluation(at_step, results) | task_line(scored)
     if parts.log is not None:
+        write_samples(Path(parts.recipe.output), at_step, scored)
         parts.log.write(line)
-    show_held_out(parts.terminal, parts.recipe, at_step, results, line)
+    if results:
+        show_held_out(parts.terminal, parts.recipe, at_step, results, line)
+    if scored:
+        show_tasks(parts.terminal, at_step, scored)
+
+
+def _score(parts: Parts, at_step: int) -> dict[str, TaskResult]:
+    """Ask the model the tasks of an evaluation; does not return where any rank was asked to stop."""
+    tasks = _tasks_at(parts, at_step)
+    if not tasks:
+        return {}
+    engine, cluster, weights = parts.engine, parts.cluster, parts.recipe.train.task_weights
+    parts.watchdog.doing(f"gathering the weights for tasks, after step {at_step}")
+    with (
+        engine.evaluating(),
+        speaking(engine.module.lm, engine.device, cluster, weights) as speaker,
+    ):
+        scored = score_tasks(
+            speaker,
+            cluster,
+            tasks,
+            seed=parts.recipe.seed,
+            stop_asked=parts.flag.is_set,
+            doing=lambda what: parts.watchdog.doing(f"{what}, after step {at_step}"),
+        )
+    if scored is None:
+        _stop(parts, at_step)
+    return scored
 
 
 def _save(parts: Parts, at_step: int) -> None:

@@ -15,6 +15,7 @@ from bigmix.data.loader import Portion
 from bigmix.dist import Cluster
 from bigmix.ds_config import fill
 from bigmix.engine import AdamW, Engine, Frozen, device_of, sharded_construction
+from bigmix.errors import BadInput
 from bigmix.flops import Cost, cost_of, count_parameters, peak_flops
 from bigmix.guard import StopFlag
 from bigmix.header import show_header
@@ -33,6 +34,7 @@ from bigmix.model import (
     choose_dtype,
     load,
     logit_rule,
+    max_positions,
 )
 from bigmix.model_checks import read_configs
 from bigmix.recipe import Recipe, to_yaml
@@ -49,6 +51,7 @@ from bigmix.run_folder import (
 )
 from bigmix.soundness import check_model, check_reference_model
 from bigmix.step import Aim
+from bigmix.tasks.asking import Asked, ask, language_of
 from bigmix.terminal import Terminal
 from bigmix.watchdog import Watchdog
 from bigmix.world import World
@@ -64,6 +67,7 @@ class Parts:
     portion: Portion
     engine: Engine
     aim: Aim
+    tasks: Mapping[str, Asked]
     report: Report
     saver: Saver
     health: Health
@@ -91,6 +95,7 @@ def set_up(
     _log_to_file(Path(recipe.output) / LOG, world)
     configs = read_configs(recipe, inputs.manifest)
     config = configs.model
+    tasks = _tasks(recipe, inputs, config)
     dtype = choose_dtype(recipe.model.dtype, device)
     attention = choose_attention(recipe.model.attention, config, device, dtype.value)
     backend = choose_backend(recipe.loss.backend, device)
@@ -124,10 +129,15 @@ def set_up(
     )  # fmt: skip
     for note in inputs.notes:
         terminal.note(note)
+    for name, asked in tasks.items():
+        if asked.task.execute:
+            terminal.warning(
+                f"task {name} runs code that the model writes, as this user on this machine"
+            )
     log = _open_log(recipe, inputs, start) if world.is_first else None
     parts = Parts(
         recipe=recipe, inputs=inputs, cluster=cluster, portion=_portion(recipe, world), engine=engine, aim=aim,
-        report=report, saver=_saver(recipe, cluster, terminal), health=_health(recipe),
+        tasks=tasks, report=report, saver=_saver(recipe, cluster, terminal), health=_health(recipe),
         passed_over=_passed_over(recipe, cluster), log=log, terminal=terminal, flag=flag, watchdog=watchdog,
     )  # fmt: skip
     _resume(parts, start)
@@ -148,6 +158,21 @@ def _keys(recipe: Recipe, inputs: Inputs, world: World, dtype: str) -> dict[str,
 def _aim(recipe: Recipe, anchor: Anchor | None) -> Aim:
     weighing = {name: source.weigh for name, source in recipe.sources.items()}
     return Aim(objective=recipe.objective, weighing=weighing, anchor=anchor)
+
+
+def _tasks(recipe: Recipe, inputs: Inputs, config: Any) -> dict[str, Asked]:
+    """The tasks as tokens; looked at before the model is made, since a prompt may be too long for it."""
+    if not inputs.tasks:
+        return {}
+    own = inputs.tokenizer_folder
+    place = str(own) if own.is_dir() else recipe.model.tokenizer or recipe.model.path
+    if place is None:
+        raise BadInput(
+            "tasks need a tokenizer, and neither the sources nor the model have one; prepare the sources again, or set "
+            "model.tokenizer"
+        )
+    manifests = [source.manifest for source in inputs.sources.values()]
+    return ask(inputs.tasks, language_of(place, manifests), max_positions(config))
 
 
 def _adamw(recipe: Recipe) -> AdamW:

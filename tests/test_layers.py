@@ -30,7 +30,7 @@ LAYERS = [
         "checkpoint",
     },
     {"data.chat", "data.part_rows", "data.assemble", "data.source", "soundness", "run_folder"},
-    {"data.tokenise", "data.loader", "evaluate", "export"},
+    {"data.tokenise", "data.loader", "evaluate", "export", "tasks"},
     {"suspects", "data.part_writer", "data.tally", "mixing", "report"},
     {"data.prepare", "inputs"},
     {"plan"},
@@ -42,7 +42,15 @@ LAYERS = [
     {"cli"},
     {"rank"},
 ]  # fmt: skip
-WHOLE = {"recipe", "compare", "cli", "loss", "plan", "checkpoint"}  # packages that are one part
+WHOLE = {
+    "recipe",
+    "compare",
+    "cli",
+    "loss",
+    "plan",
+    "checkpoint",
+    "tasks",
+}  # packages that are one part
 MODULES = {
     str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path
     for path in PACKAGE.rglob("*.py")
