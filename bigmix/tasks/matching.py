@@ -15,8 +15,7 @@ _PUNCTUATION = re.compile(
 )
 # A sign belongs to a number only where nothing stands before it that could be subtracted from.
 _NUMBER = re.compile(
-    r"(?<![\w.)\]])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\d])"
-    r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+(?!\d))?|\.\d+"
+    r"(?:(?<![\w.)\]])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 )
 _ANSWER = "####"  # GSM8K writes its answers behind it
 
