@@ -16,11 +16,11 @@ from bigmix.ds_config import fill
 from bigmix.engine import device_of, join
 from bigmix.errors import Interrupted
 from bigmix.evaluate import Exam
-from bigmix.examine import Findings, examine, pieces_in
+from bigmix.examine import Findings, Interview, examine, pieces_in, questions_of
 from bigmix.files import replace_text
 from bigmix.frozen import Origin, Place, open_anchor, open_evaluated
 from bigmix.guard import StopFlag
-from bigmix.header import show_held_out
+from bigmix.header import show_findings
 from bigmix.held_out import Base
 from bigmix.inputs import HeldOutInputs
 from bigmix.loss.backend import choose_backend, computing_of
@@ -30,6 +30,8 @@ from bigmix.model_checks import Evaluated, read_evaluated
 from bigmix.recipe import Recipe, to_yaml
 from bigmix.report import Line
 from bigmix.run_folder import LOG, RECIPE, log_to_file
+from bigmix.tasks.asking import Asked
+from bigmix.tasks.score import write_samples
 from bigmix.terminal import Terminal
 from bigmix.watchdog import Watchdog
 from bigmix.world import World
@@ -63,17 +65,27 @@ def run(
     Raises BadInput where a model does not fit the sources, and Interrupted where the flag is set.
     """
     given = {"--base": order.base, "--model": order.model}
-    models = read_evaluated(recipe, inputs.manifest, inputs.tokenizer_folder, given)
+    models = read_evaluated(recipe, inputs.manifests[0], inputs.tokenizer_folder, given)
+    asked = {
+        named: questions_of(
+            inputs.tasks, inputs.tokenizer_folder, model.path, inputs.manifests, model.config
+        )
+        for named, model in models.items()
+    }
     cluster = join(world)
     log_to_file(order.output / LOG, world)
     limits = Limits(dead_s=recipe.train.dead_after_s, hang_s=60 * recipe.train.hang_minutes)
     watchdog = Watchdog(cluster, flag, limits, order.output / LOG)
-    room = _Room(recipe=recipe, inputs=inputs, cluster=cluster, flag=flag, doing=watchdog.doing)
+    room = _Room(
+        recipe=recipe, inputs=inputs, asked=asked, cluster=cluster, flag=flag, doing=watchdog.doing
+    )
     try:
         lines = []
         for model, found in _findings(room, models):
             lines.append(found.line)
-            show_held_out(terminal, recipe, f"held out, {model.path}", found.held_out)
+            if world.is_first:
+                write_samples(order.output, int(found.line["step"] or 0), found.tasks)
+            show_findings(terminal, recipe, model.path, found)
         if world.is_first:
             _write(recipe, order, lines)
             terminal.note(f"written to {order.output / EVALUATION}")
@@ -86,10 +98,11 @@ def run(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Room:
-    """What all models of an order are examined with."""
+    """What all models of an order are examined with; `asked` are the tasks as tokens, by the option of the model."""
 
     recipe: Recipe
     inputs: HeldOutInputs
+    asked: Mapping[str, Mapping[str, Asked]]
     cluster: Cluster
     flag: StopFlag
     doing: Callable[[str], None]
@@ -145,6 +158,9 @@ def _examined(room: _Room, model: Evaluated, exam: Exam, step: int, base: Base |
         open_evaluated(_origin(model), recipe, place, computing),
         room.cluster,
         exam,
+        Interview(
+            tasks=room.asked[model.named], weights=recipe.train.task_weights, seed=recipe.seed
+        ),
         step=step,
         base=base,
         stop_asked=room.flag.is_set,

@@ -272,6 +272,18 @@ Evaluable: TypeAlias = Engine | Frozen
 """What an evaluation can run: `forward` inside `evaluating`, on tensors that are on `device`."""
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the weights of a model are shards (ZeRO-3)."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The whole weights of a model, one after another, each valid until the next one is asked for; a collective."""
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            yield name, parameter.data
+
+
 def _optimizer(model: nn.Module, config: Mapping[str, Any], adamw: AdamW) -> Any:
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []

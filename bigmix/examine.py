@@ -3,14 +3,31 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from bigmix.data.manifest import Manifest
 from bigmix.data.tokenizer import load_tokenizer
 from bigmix.dist import Cluster
 from bigmix.engine import Evaluable
+from bigmix.errors import BadInput
 from bigmix.evaluate import Exam, evaluate
 from bigmix.held_out import Base, HeldOut, summarise
 from bigmix.last_word import pieces_of_tokens
+from bigmix.model import max_positions
 from bigmix.report import Line, held_out_numbers
+from bigmix.tasks.asking import Asked, ask, language_of
+from bigmix.tasks.examples import TaskFile
+from bigmix.tasks.score import TaskResult, score_tasks, task_line
+from bigmix.tasks.speaking import Weights, speaking
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interview:
+    """The tasks that an evaluation asks, how weights are held for it, and the seed of what is drawn."""
+
+    tasks: Mapping[str, Asked]
+    weights: Weights
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +35,7 @@ class Findings:
     """What an evaluation found; `line` has all of its numbers, under the keys of metrics.jsonl."""
 
     held_out: Mapping[str, HeldOut]
+    tasks: Mapping[str, TaskResult]
     line: Line
 
 
@@ -25,13 +43,14 @@ def examine(
     engine: Evaluable,
     cluster: Cluster,
     exam: Exam,
+    interview: Interview,
     *,
     step: int,
     base: Base | None,
     stop_asked: Callable[[], bool],
     doing: Callable[[str], None],
 ) -> Findings | None:
-    """Everything that an exam asks of a model after a step; a collective. None where a rank is asked to stop.
+    """Everything that is asked of a model after a step; a collective. None where a rank is asked to stop.
 
     Forgetting is measured from `base`, which takes in the sources that it has not seen; None: it is not measured.
     """
@@ -49,9 +68,57 @@ def examine(
             tokens_per_byte=manifest.loss_tokens / manifest.loss_bytes,
             base=base,
         )
-    return Findings(
-        held_out=held_out, line={"step": step, "eval": True} | held_out_numbers(held_out)
-    )
+    tasks = _interviewed(engine, cluster, interview, stop_asked=stop_asked, doing=doing)
+    if tasks is None:
+        return None
+    line = {"step": step, "eval": True} | held_out_numbers(held_out) | task_line(tasks)
+    return Findings(held_out=held_out, tasks=tasks, line=line)
+
+
+def _interviewed(
+    engine: Evaluable,
+    cluster: Cluster,
+    interview: Interview,
+    *,
+    stop_asked: Callable[[], bool],
+    doing: Callable[[str], None],
+) -> dict[str, TaskResult] | None:
+    """The results of all tasks; None where a rank is asked to stop."""
+    if not interview.tasks:
+        return {}
+    doing("gathering the weights for tasks")
+    lm = engine.module.lm
+    with engine.evaluating(), speaking(lm, engine.device, cluster, interview.weights) as speaker:
+        return score_tasks(
+            speaker,
+            cluster,
+            interview.tasks,
+            seed=interview.seed,
+            stop_asked=stop_asked,
+            doing=doing,
+        )
+
+
+def questions_of(
+    files: Mapping[str, TaskFile],
+    tokenizer_folder: Path,
+    tokenizer: str | None,
+    manifests: Sequence[Manifest],
+    config: Any,
+) -> dict[str, Asked]:
+    """The tasks as tokens for a model of this configuration; `tokenizer` is taken where the sources' folder has none.
+
+    Raises BadInput where there is no tokenizer, or a prompt has no place in the model.
+    """
+    if not files:
+        return {}
+    place = str(tokenizer_folder) if tokenizer_folder.is_dir() else tokenizer
+    if place is None:
+        raise BadInput(
+            "tasks need a tokenizer, and neither the sources nor the model have one; prepare the sources again, or set "
+            "model.tokenizer"
+        )
+    return ask(files, language_of(place, manifests), max_positions(config))
 
 
 def pieces_in(folder: Path) -> Sequence[bytes] | None:

@@ -6,10 +6,12 @@ from typing import Any
 
 from bigmix.data.packing import Lost
 from bigmix.ds_config import zero_stage
+from bigmix.examine import Findings
 from bigmix.held_out import Estimate, HeldOut
 from bigmix.inputs import Inputs, accumulation
 from bigmix.recipe import Recipe
 from bigmix.records import Choice
+from bigmix.tasks.score import TaskResult
 from bigmix.terminal import (
     Cell,
     HeldOutResult,
@@ -59,11 +61,13 @@ def show_header(
     terminal.header(f"bigmix: {_way(recipe)} training", rows, _sources(recipe, inputs))
 
 
-def show_held_out(
-    terminal: Terminal, recipe: Recipe, title: str, results: Mapping[str, HeldOut]
-) -> None:
-    """The table of an evaluation."""
-    terminal.table(evaluation_table(title, [_told(recipe, *item) for item in results.items()]))
+def show_findings(terminal: Terminal, recipe: Recipe, of: str, found: Findings) -> None:
+    """The tables of an evaluation; `of` says of which model."""
+    if found.held_out:
+        told = [_told(recipe, *item) for item in found.held_out.items()]
+        terminal.table(evaluation_table(f"held out, {of}", told))
+    if found.tasks:
+        terminal.table(_tasks_table(f"tasks, {of}", found.tasks))
 
 
 def _told(recipe: Recipe, name: str, found: HeldOut) -> HeldOutResult:
@@ -87,6 +91,16 @@ def _value(estimate: Estimate | None) -> float | None:
 def _measured(estimate: Estimate) -> Measured:
     margin = (estimate.high - estimate.low) / 2
     return Measured(value=estimate.value, margin=None if math.isnan(margin) else margin)
+
+
+def _tasks_table(title: str, results: Mapping[str, TaskResult]) -> Table:
+    rows: list[list[Cell]] = [
+        [name, kind, f"{s.value:.1%}", f"{s.low:.1%}–{s.high:.1%}", result.examples, result.dropped]
+        for name, result in results.items()
+        for kind, s in result.scores.items()
+    ]
+    columns = ["task", "score", "value", "95 %", "examples", "dropped"]
+    return Table(title=title, columns=columns, rows=rows)
 
 
 def _loss(recipe: Recipe, backend: Choice) -> str:

@@ -31,6 +31,7 @@ from bigmix.mixing import mix
 from bigmix.objective import StepShares
 from bigmix.recipe import Recipe
 from bigmix.records import Chapter
+from bigmix.tasks.examples import TaskFile, open_tasks
 
 RANGES_FROM = 64  # machines: each then needs fewer than two of three blocks of a shard
 # Only texts with `whole_below` open their shards to count rows, and without their number the order of rows is unknown.
@@ -45,13 +46,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """What a recipe names, opened: the plan of the rows, the held-out streams, how many steps, DeepSpeed's keys.
+    """What a recipe names, opened: the plan of the rows, the held-out streams, the tasks, how many steps, DeepSpeed's keys.
 
     `content` is a checksum of the shards of each source.
     """
 
     plan: Plan
     held_out: Mapping[str, Stream]
+    tasks: Mapping[str, TaskFile]
     steps: int
     loss_shares: Shares
     notes: Sequence[str]
@@ -161,6 +163,7 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
     faults: list[str] = [*_row_faults(recipe, ranks)]
     notes: list[str] = []
     ds_keys = _collect(faults, _ds_keys, recipe, ranks)
+    tasks = _collect(faults, open_tasks, recipe.tasks)
     depot = Depot(_reading(recipe, machines))
     sources = _sources(recipe, faults, notes, verify=verify)
     faults += _tokenizer_faults({path: source.manifest for path, source in sources.items()})
@@ -178,6 +181,7 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
     return Inputs(
         plan=mixing.plan,
         held_out=held_out,
+        tasks=tasks,
         steps=mixing.steps,
         loss_shares=mixing.loss_shares,
         notes=[*notes, *mixing.notes, *_cache_notes(recipe, depot, sources.values())],
@@ -191,16 +195,20 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutInputs:
-    """What a recipe names for an evaluation without training, opened: its held-out streams, DeepSpeed's keys."""
+    """What a recipe names for an evaluation without training, opened: its held-out streams, tasks, DeepSpeed's keys.
+
+    `manifests` are those of the held-out sources, that of the nearest one first.
+    """
 
     streams: Mapping[str, Stream]
+    tasks: Mapping[str, TaskFile]
     ds_keys: Mapping[str, Any]
-    manifest: Manifest
+    manifests: Sequence[Manifest]
     tokenizer_folder: Path
 
 
 def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOutInputs:
-    """Open and check the held-out sources alone: those that are trained on need not be there.
+    """Open and check the held-out sources and the tasks alone: sources that are trained on need not be there.
 
     Raises BadInput with every fault that is found.
     """
@@ -210,6 +218,7 @@ def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOut
             "no held-out source is in the recipe; give a source its `held_out` folder, or name some under `held_out`"
         )
     ds_keys = _collect(faults, read_ds_config, recipe.deepspeed)
+    tasks = _collect(faults, open_tasks, recipe.tasks)
     depot = Depot(_reading(recipe, machines))
     sources = {}
     for name, path in paths.items():
@@ -224,12 +233,13 @@ def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOut
     faults += dict.fromkeys(fault for stream in streams.values() for fault in _empty(stream))
     if faults:
         raise BadInput(*faults)
-    nearest = min(sources.values(), key=lambda source: not source.location.is_local)
+    ordered = sorted(sources.values(), key=lambda source: not source.location.is_local)
     return HeldOutInputs(
         streams=streams,
+        tasks=tasks,
         ds_keys=ds_keys,
-        manifest=nearest.manifest,
-        tokenizer_folder=depot.tokenizer_folder(nearest),
+        manifests=[source.manifest for source in ordered],
+        tokenizer_folder=depot.tokenizer_folder(ordered[0]),
     )
 
 

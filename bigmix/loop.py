@@ -17,9 +17,10 @@ from bigmix.checkpoint.listing import Position
 from bigmix.data.order import key_of
 from bigmix.data.quarantine import BadShard
 from bigmix.errors import BigmixError, Interrupted
-from bigmix.examine import examine
-from bigmix.header import show_held_out
+from bigmix.examine import Findings, Interview, examine
+from bigmix.header import show_findings
 from bigmix.health import RollBack
+from bigmix.held_out import Base
 from bigmix.inputs import accumulation
 from bigmix.metrics import METRICS, has_evaluation
 from bigmix.recipe import Recipe, plain
@@ -28,6 +29,8 @@ from bigmix.recovery import name_suspects, roll_back, without_bad_shards
 from bigmix.report import Timed
 from bigmix.schedule import LearningRate, warmup_steps
 from bigmix.set_up import Parts
+from bigmix.tasks.asking import Asked
+from bigmix.tasks.score import write_samples
 
 _RECENT_STEPS = 10  # the longest of them must fit before the end of the time
 
@@ -260,17 +263,39 @@ def _evaluates(parts: Parts, at_step: int) -> bool:
     """Whether an evaluation follows a step; there is one before the first and one after the last."""
     every = parts.recipe.train.evaluate_every
     is_due = at_step in (0, parts.inputs.steps) or (every > 0 and at_step % every == 0)
-    return is_due and bool(parts.inputs.held_out)
+    return is_due and bool(parts.inputs.held_out or _tasks_at(parts, at_step))
+
+
+def _tasks_at(parts: Parts, at_step: int) -> dict[str, Asked]:
+    """The tasks that are part of the evaluation after a step."""
+    last = parts.inputs.steps
+    steps = {"ends": (0, last), "last": (last,), "every": (at_step,)}
+    return {n: asked for n, asked in parts.tasks.items() if at_step in steps[asked.task.when]}
 
 
 def _evaluate(parts: Parts, at_step: int) -> None:
     _tell(parts)
     base = parts.report.base
     known = set(base.losses)
+    found = _found(parts, at_step, base)
+    if parts.log is not None:
+        folder = Path(parts.recipe.output)
+        if set(base.losses) != known:
+            base.write(folder)
+        write_samples(folder, at_step, found.tasks)
+        parts.log.write(found.line)
+    show_findings(parts.terminal, parts.recipe, f"step {at_step:,}", found)
+
+
+def _found(parts: Parts, at_step: int, base: Base) -> Findings:
+    """What is found after a step; a collective that does not return where a rank is asked to stop."""
+    recipe = parts.recipe
+    tasks = _tasks_at(parts, at_step)
     found = examine(
         parts.engine,
         parts.cluster,
         parts.exam,
+        Interview(tasks=tasks, weights=recipe.train.task_weights, seed=recipe.seed),
         step=at_step,
         base=base,
         stop_asked=parts.flag.is_set,
@@ -278,12 +303,7 @@ def _evaluate(parts: Parts, at_step: int) -> None:
     )
     if found is None:
         _stop(parts, at_step)
-    if parts.log is not None:
-        if set(base.losses) != known:
-            base.write(Path(parts.recipe.output))
-        parts.log.write(found.line)
-    title = f"held out, step {at_step:,}"
-    show_held_out(parts.terminal, parts.recipe, title, found.held_out)
+    return found
 
 
 def _save(parts: Parts, at_step: int) -> None:

@@ -40,6 +40,7 @@ _FREE = frozenset(
         "export",
         "export_shard_gib",
         "most_roll_backs",
+        "task_weights",
     ]
 ) | {
     "output",
@@ -157,7 +158,7 @@ def _changes(recipe: Recipe, content: Mapping[str, str], listed: Listed) -> tupl
 def _is_free(key: str) -> bool:
     """Whether a setting may be another one at any time. The path of a source may: its content must not."""
     path_of_source = key.startswith("sources.") and key.endswith(".path")
-    return key in _FREE or key.startswith("cache.") or path_of_source
+    return key in _FREE or key.startswith(("cache.", "tasks.")) or path_of_source
 
 
 def keep_changes(folder: Path, after_step: int, changes: Sequence[Change]) -> None:

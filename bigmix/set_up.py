@@ -13,7 +13,7 @@ from bigmix.dist import Cluster
 from bigmix.ds_config import fill
 from bigmix.engine import AdamW, Engine, device_of, sharded_construction
 from bigmix.evaluate import Exam
-from bigmix.examine import pieces_in
+from bigmix.examine import pieces_in, questions_of
 from bigmix.flops import Cost, cost_of, count_parameters, peak_flops
 from bigmix.frozen import Origin, Place, open_anchor
 from bigmix.guard import StopFlag
@@ -49,6 +49,7 @@ from bigmix.run_folder import (
 )
 from bigmix.soundness import check_model
 from bigmix.step import Aim
+from bigmix.tasks.asking import Asked
 from bigmix.terminal import Terminal
 from bigmix.watchdog import Watchdog
 from bigmix.world import World
@@ -64,6 +65,7 @@ class Parts:
     portion: Portion
     engine: Engine
     aim: Aim
+    tasks: Mapping[str, Asked]
     report: Report
     exam: Exam
     saver: Saver
@@ -92,6 +94,14 @@ def set_up(
     log_to_file(Path(recipe.output) / LOG, world)
     configs = read_configs(recipe, inputs.manifest)
     config = configs.model
+    # Before the model is made, since a prompt may be too long for it.
+    tasks = questions_of(
+        inputs.tasks,
+        inputs.tokenizer_folder,
+        recipe.model.tokenizer or recipe.model.path,
+        [source.manifest for source in inputs.sources.values()],
+        config,
+    )
     dtype = choose_dtype(recipe.model.dtype, device)
     attention = choose_attention(recipe.model.attention, config, device, dtype.value)
     backend = choose_backend(recipe.loss.backend, device)
@@ -126,10 +136,15 @@ def set_up(
     )  # fmt: skip
     for note in inputs.notes:
         terminal.note(note)
+    for name, asked in tasks.items():
+        if asked.task.execute:
+            terminal.warning(
+                f"task {name} runs code that the model writes, as this user on this machine"
+            )
     log = _open_log(recipe, inputs, start) if world.is_first else None
     parts = Parts(
         recipe=recipe, inputs=inputs, cluster=cluster, portion=_portion(recipe, world), engine=engine, aim=aim,
-        report=report, exam=_exam(recipe, inputs, base), saver=_saver(recipe, cluster, terminal), health=_health(recipe),
+        tasks=tasks, report=report, exam=_exam(recipe, inputs, base), saver=_saver(recipe, cluster, terminal), health=_health(recipe),
         passed_over=_passed_over(recipe, cluster), log=log, terminal=terminal, flag=flag, watchdog=watchdog,
     )  # fmt: skip
     _resume(parts, start)

@@ -135,5 +135,6 @@ def _is_finished(recipe: Recipe, inputs: Inputs, cluster: Cluster, start: Beginn
     if cluster.world.is_first and has_all:
         folder = Path(recipe.output)
         has_all = (folder / EXPORT).is_dir() or not recipe.train.export
-        has_all &= not inputs.held_out or has_evaluation(folder / METRICS, start.step)
+        is_evaluated = bool(inputs.held_out or inputs.tasks)
+        has_all &= not is_evaluated or has_evaluation(folder / METRICS, start.step)
     return bool(cluster.gather(has_all)[0])

@@ -30,7 +30,7 @@ LAYERS = [
         "checkpoint",
     },
     {"data.chat", "data.part_rows", "data.assemble", "data.source", "soundness", "run_folder", "last_word", "held_out"},
-    {"data.tokenise", "data.loader", "evaluate", "export", "frozen", "data.raw_documents", "probe.facts"},
+    {"data.tokenise", "data.loader", "evaluate", "export", "frozen", "tasks", "data.raw_documents", "probe.facts"},
     {"probe.plant"},
     {"suspects", "data.part_writer", "data.tally", "mixing", "report"},
     {"data.prepare", "inputs", "examine"},
@@ -44,7 +44,15 @@ LAYERS = [
     {"cli"},
     {"rank"},
 ]  # fmt: skip
-WHOLE = {"recipe", "compare", "cli", "loss", "plan", "checkpoint"}  # packages that are one part
+WHOLE = {
+    "recipe",
+    "compare",
+    "cli",
+    "loss",
+    "plan",
+    "checkpoint",
+    "tasks",
+}  # packages that are one part
 MODULES = {
     str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path
     for path in PACKAGE.rglob("*.py")

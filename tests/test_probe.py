@@ -11,9 +11,9 @@ from bigmix.probe.plant import NEW_QUESTIONS, PLANTED, QUESTIONS, TEXT
 
 
 def lines(path):
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open()
-    with opened as file:
-        return [json.loads(line) for line in file]
+    content = path.read_bytes()
+    text = gzip.decompress(content) if path.suffix == ".gz" else content
+    return [json.loads(line) for line in text.decode().splitlines()]
 
 
 @pytest.fixture

@@ -13,16 +13,17 @@ from bigmix.recipe.models import (
     Group,
     ModelSettings,
     Recipe,
-    Settings,
     Source,
     Train,
 )
+from bigmix.recipe.task import Task
 
-_TABLES: tuple[tuple[str, type[Settings]], ...] = (
+_TABLES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("", Recipe),
     ("model", ModelSettings),
     ("sources.NAME", Source),
     ("groups.NAME", Group),
+    ("tasks.NAME", Task),
     ("budget", Budget),
     ("train", Train),
     ("cache", Cache),
@@ -45,7 +46,7 @@ def document() -> str:
     return _HEAD + "".join(_section(prefix, model) for prefix, model in _TABLES)
 
 
-def _section(prefix: str, model: type[Settings]) -> str:
+def _section(prefix: str, model: type[BaseModel]) -> str:
     title = f"`{prefix}`" if prefix else "Top level"
     intro = (model.__doc__ or "").strip()
     return (
@@ -54,7 +55,7 @@ def _section(prefix: str, model: type[Settings]) -> str:
     )
 
 
-def _rows(model: type[Settings]) -> Iterator[str]:
+def _rows(model: type[BaseModel]) -> Iterator[str]:
     for name, field in model.model_fields.items():
         meaning = (
             (field.description or _tables_meaning(field)).replace("|", "\\|").replace("\n", " ")

@@ -1,46 +1,28 @@
 """The settings of a run as one tree of frozen models; what follows from settings is a property, never written back."""
 
-import re
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
-    PositiveInt,
     Tag,
     model_validator,
 )
 
+from bigmix.recipe.fields import SETTINGS, Count, CountOrZero, Name
+from bigmix.recipe.task import Task
 from bigmix.weighing import Weighing
 
-_MULTIPLES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-_HUMAN_NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([kmgbt]?)", re.I)
-
-
-def whole_number(value: Any) -> Any:
-    """A count as people write it: 200M, 512K, 2e6 or 1_000 become whole numbers; other values pass unchanged."""
-    if isinstance(value, str) and (match := _HUMAN_NUMBER.fullmatch(value.strip())):
-        value = float(match[1].replace("_", "")) * _MULTIPLES[match[2].lower()]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Count = Annotated[PositiveInt, BeforeValidator(whole_number)]
-CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(whole_number)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Point = tuple[CountOrZero, NonNegativeFloat]
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = SETTINGS
 
 
 class Temperature(Settings):
@@ -235,6 +217,8 @@ class Train(Settings):
     """Rows of each held-out source that an evaluation reads at most, spread evenly; default: all of them."""
     evaluate_kl: bool = False
     """Measure KL(base || model) in held-out evaluations, to `model.path` as it is before training: it is held in memory beside the model."""
+    task_weights: Literal["auto", "whole", "sharded"] = "auto"
+    """How the weights of a ZeRO-3 model are held while it answers tasks. whole: gathered once into a copy on each rank; sharded: anew for each token, slow; auto: whole where the copy fits twice into the memory that is free."""
     save_every: CountOrZero = 0
     """Steps between checkpoints; 0: only after the last step."""
     save: Literal["background", "blocking"] = "background"
@@ -316,6 +300,8 @@ class Recipe(Settings):
     """What happens when a shard cannot be read. fail: the run ends and names it; replace: from then on rows of its source's other shards are trained in place of its own, counted as substituted_rows."""
     held_out: dict[Name, str] = {}
     """Further prepared folders, by name, that are evaluated and never trained on; forgetting is measured on them too."""
+    tasks: dict[Name, Task] = {}
+    """Questions that the model is asked at evaluations, by name."""
     budget: Budget = Budget()
     train: Train
     deepspeed: str = "ds_configs/zero3.json"

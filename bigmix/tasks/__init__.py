@@ -1,0 +1,1 @@
+"""Tasks: files of questions that a model is asked, and how its answers are scored."""
