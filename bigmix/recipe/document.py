@@ -15,6 +15,7 @@ from bigmix.recipe.models import (
     Recipe,
     Settings,
     Source,
+    Sweep,
     Train,
 )
 
@@ -26,6 +27,7 @@ _TABLES: tuple[tuple[str, type[Settings]], ...] = (
     ("budget", Budget),
     ("train", Train),
     ("cache", Cache),
+    ("sweep", Sweep),
 )
 _PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 _HEAD = """\
