@@ -7,7 +7,7 @@ a bad shard are to be replaced, or since the run goes back to its last checkpoin
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -17,7 +17,8 @@ from bigmix.checkpoint.listing import Position
 from bigmix.data.order import key_of
 from bigmix.data.quarantine import BadShard
 from bigmix.errors import BigmixError, Interrupted
-from bigmix.evaluate import evaluate
+from bigmix.evaluate import HeldOut, evaluate
+from bigmix.first_evaluation import FirstEvaluation, copy_samples, what_it_follows_from
 from bigmix.header import show_held_out
 from bigmix.health import RollBack
 from bigmix.inputs import accumulation
@@ -265,6 +266,31 @@ def _evaluates(parts: Parts, at_step: int) -> bool:
 
 def _evaluate(parts: Parts, at_step: int) -> None:
     _tell(parts)
+    results = _results(parts, at_step) if at_step else _first_results(parts)
+    line = parts.report.evaluation(at_step, results)
+    if parts.log is not None:
+        parts.log.write(line)
+    show_held_out(parts.terminal, parts.recipe, at_step, results, line)
+
+
+def _first_results(parts: Parts) -> Mapping[str, HeldOut]:
+    """The results before the first step, of an equal run before this one where there was one; a collective."""
+    known, folder = parts.first_evaluations, Path(parts.recipe.output)
+    key = what_it_follows_from(parts.recipe, parts.inputs, parts.cluster.world.size)
+    if key not in known:
+        known[key] = FirstEvaluation(results=_results(parts, 0), folder=folder)
+    elif known[key].folder != folder:
+        first = known[key].folder
+        parts.terminal.note(
+            f"the evaluation before the first step is that of {first}: same model, same data"
+        )
+        if parts.cluster.world.is_first:
+            copy_samples(first, folder)
+    return known[key].results
+
+
+def _results(parts: Parts, at_step: int) -> Mapping[str, HeldOut]:
+    """Evaluate; a collective that does not return where a rank is asked to stop."""
     train = parts.recipe.train
     results = evaluate(
         parts.engine,
@@ -277,10 +303,7 @@ def _evaluate(parts: Parts, at_step: int) -> None:
     )
     if results is None:
         _stop(parts, at_step)
-    line = parts.report.evaluation(at_step, results)
-    if parts.log is not None:
-        parts.log.write(line)
-    show_held_out(parts.terminal, parts.recipe, at_step, results, line)
+    return results
 
 
 def _save(parts: Parts, at_step: int) -> None:

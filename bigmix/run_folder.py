@@ -13,8 +13,9 @@ from bigmix.errors import BadInput
 from bigmix.files import replace_text
 from bigmix.health import RollBack
 from bigmix.recipe import Recipe, differences, from_plain, to_yaml
+from bigmix.run_listing import RECIPE
 
-RECIPE, CHECKPOINTS, EXPORT, LOG = "recipe.yaml", FOLDER, "export", "log"
+CHECKPOINTS, LOG = FOLDER, "log"
 PASSED_OVER, CHANGES = "passed-over.json", "changes.jsonl"
 # These change speed, memory and what is written down, never what is learned.
 _FREE = frozenset(

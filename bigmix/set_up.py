@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from bigmix.data.loader import Portion
 from bigmix.dist import Cluster
 from bigmix.ds_config import fill
 from bigmix.engine import AdamW, Engine, Frozen, device_of, sharded_construction
+from bigmix.first_evaluation import FirstEvaluation
 from bigmix.flops import Cost, cost_of, count_parameters, peak_flops
 from bigmix.guard import StopFlag
 from bigmix.header import show_header
@@ -56,7 +57,10 @@ from bigmix.world import World
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
-    """What the loop moves values between; `passed_over` are the steps that are not trained."""
+    """What the loop moves values between; `passed_over` are the steps that are not trained.
+
+    `first_evaluations` are those of runs before this one in the same process, by what they follow from.
+    """
 
     recipe: Recipe
     inputs: Inputs
@@ -72,6 +76,7 @@ class Parts:
     terminal: Terminal
     flag: StopFlag
     watchdog: Watchdog
+    first_evaluations: dict[str, FirstEvaluation] = field(default_factory=dict)
 
 
 def set_up(
@@ -301,5 +306,6 @@ def _log_to_file(folder: Path, world: World) -> None:
         filename=folder / f"rank-{world.rank}.log",
         level=logging.WARNING,
         format="%(asctime)s %(name)s %(levelname)s %(message)s",
+        force=True,  # a run before this one in the same process has its own file
     )
     logging.captureWarnings(True)

@@ -12,6 +12,7 @@ from bigmix.cli.prepare import add_prepare
 from bigmix.cli.preview import add_preview
 from bigmix.cli.quickstart import add_quickstart
 from bigmix.cli.supervise import add_train
+from bigmix.cli.sweep import add_sweep
 from bigmix.cli.tokenizer import add_tokenizer
 from bigmix.errors import FAILED, BigmixError
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"bigmix {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
-        add_prepare, add_tokenizer, add_recipe, add_plan, add_preview, add_rows, add_train, add_compare, add_quickstart,
+        add_prepare, add_tokenizer, add_recipe, add_plan, add_preview, add_rows, add_sweep, add_train, add_compare, add_quickstart,
     ):  # fmt: skip
         add(subparsers)
     known = _parse(parser, arguments)
