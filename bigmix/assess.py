@@ -29,7 +29,8 @@ from bigmix.model import choose_dtype
 from bigmix.model_checks import Evaluated, read_evaluated
 from bigmix.recipe import Recipe, to_yaml
 from bigmix.report import Line
-from bigmix.run_folder import LOG, RECIPE, log_to_file
+from bigmix.run_folder import LOG, log_to_file
+from bigmix.run_listing import RECIPE
 from bigmix.tasks.asking import Asked
 from bigmix.tasks.score import write_samples
 from bigmix.terminal import Terminal

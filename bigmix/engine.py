@@ -1,5 +1,6 @@
 """A model and DeepSpeed's keys go in, an engine that takes optimizer steps comes out. The one module that imports deepspeed."""
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -180,6 +181,10 @@ class Engine:
         finally:
             self._engine.train()
 
+    def close(self) -> None:
+        """Give back what DeepSpeed holds beyond the life of the engine; nothing can be done with it any more."""
+        self._engine.destroy()
+
     def states(self) -> Iterator[FlatState]:
         """What this rank holds of weights, average and moments; each is valid until the next one is asked for."""
         assert not self._is_averaged, "a checkpoint is of the weights and not of their average"
@@ -226,6 +231,12 @@ class Engine:
         import resource  # absent on Windows, where no GPU-less run is supported
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def give_back_memory() -> None:
+    """Free what an engine that is no longer used has left, so that the next one finds room."""
+    gc.collect()  # engines, models and their hooks point at one another
+    get_accelerator().empty_cache()
 
 
 class Frozen:

@@ -103,6 +103,16 @@ class Base:
         if name not in self.losses:
             self.losses[name], self._sums[name] = sums.loss, sums
 
+    def take_over(self, other: "Base") -> None:
+        """Measure from what another one measures from."""
+        self.losses, self._sums = dict(other.losses), dict(other._sums)
+
+    def copy(self) -> "Base":
+        """One that takes in no more when this one does."""
+        copied = Base()
+        copied.take_over(self)
+        return copied
+
     def sums(self, name: str, like: DocumentSums) -> Floats | None:
         """The base's sums over the documents of another result; None where they are not known, or are of others."""
         found = self._sums.get(name)

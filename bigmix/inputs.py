@@ -29,7 +29,7 @@ from bigmix.ds_config import fill, read_ds_config
 from bigmix.errors import BadInput, BigmixError
 from bigmix.mixing import mix
 from bigmix.objective import StepShares
-from bigmix.recipe import Recipe
+from bigmix.recipe import HeldOut, Recipe
 from bigmix.records import Chapter
 from bigmix.tasks.examples import TaskFile, open_tasks
 
@@ -62,6 +62,11 @@ class Inputs:
     content: Mapping[str, str]
     depot: Depot
     replaces_bad_shards: bool
+
+    @property
+    def has_exam(self) -> bool:
+        """Whether evaluations have anything to ask of the model."""
+        return bool(self.held_out or self.tasks)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -300,11 +305,13 @@ def _reading(recipe: Recipe, machines: int) -> Reading:
 
 
 def _packer(recipe: Recipe, name: str, row_tokens: int) -> Packer:
-    source = recipe.sources.get(name)
+    packed = recipe.sources.get(name) or recipe.held_out[name]
+    if isinstance(packed, str):
+        packed = HeldOut(path=packed)
     return Packer(
         row_tokens=row_tokens,
-        long_documents=source.long_documents if source is not None else "drop",
-        whole_below=source.whole_below if source is not None else 0,
+        long_documents=packed.long_documents,
+        whole_below=packed.whole_below,
         pad_to_multiple=recipe.pad_to_multiple,
     )
 

@@ -18,6 +18,7 @@ from bigmix.data.order import key_of
 from bigmix.data.quarantine import BadShard
 from bigmix.errors import BigmixError, Interrupted
 from bigmix.examine import Findings, Interview, examine
+from bigmix.first_evaluation import FirstEvaluation, what_it_follows_from
 from bigmix.header import show_findings
 from bigmix.health import RollBack
 from bigmix.held_out import Base
@@ -277,7 +278,7 @@ def _evaluate(parts: Parts, at_step: int) -> None:
     _tell(parts)
     base = parts.report.base
     known = set(base.losses)
-    found = _found(parts, at_step, base)
+    found = _found(parts, at_step, base) if at_step else _first_found(parts, base)
     if parts.log is not None:
         folder = Path(parts.recipe.output)
         if set(base.losses) != known:
@@ -285,6 +286,23 @@ def _evaluate(parts: Parts, at_step: int) -> None:
         write_samples(folder, at_step, found.tasks)
         parts.log.write(found.line)
     show_findings(parts.terminal, parts.recipe, f"step {at_step:,}", found)
+
+
+def _first_found(parts: Parts, base: Base) -> Findings:
+    """What is found before the first step, by an equal run before this one where there was one; a collective."""
+    known, folder = parts.first_evaluations, Path(parts.recipe.output)
+    key = what_it_follows_from(parts.recipe, parts.inputs, parts.cluster.world.size)
+    first = known.get(key)
+    if first is None:
+        found = _found(parts, 0, base)
+        known[key] = FirstEvaluation(found=found, base=base.copy(), folder=folder)
+        return found
+    if first.folder != folder:
+        parts.terminal.note(
+            f"the evaluation before the first step is that of {first.folder}: same model, same data"
+        )
+    base.take_over(first.base)
+    return first.found
 
 
 def _found(parts: Parts, at_step: int, base: Base) -> Findings:

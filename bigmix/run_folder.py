@@ -14,9 +14,10 @@ from bigmix.errors import BadInput
 from bigmix.files import replace_text
 from bigmix.health import RollBack
 from bigmix.recipe import Recipe, differences, from_plain, to_yaml
+from bigmix.run_listing import RECIPE
 from bigmix.world import World
 
-RECIPE, CHECKPOINTS, EXPORT, LOG = "recipe.yaml", FOLDER, "export", "log"
+CHECKPOINTS, LOG = FOLDER, "log"
 PASSED_OVER, CHANGES = "passed-over.json", "changes.jsonl"
 # These change speed, memory and what is written down, never what is learned.
 _FREE = frozenset(
@@ -181,6 +182,7 @@ def log_to_file(folder: Path, world: World) -> None:
         filename=folder / f"rank-{world.rank}.log",
         level=logging.WARNING,
         format="%(asctime)s %(name)s %(levelname)s %(message)s",
+        force=True,  # a run before this one in the same process has its own file
     )
     logging.captureWarnings(True)
 

@@ -1,7 +1,7 @@
 """A recipe and its inputs go in, everything that the training loop moves values between comes out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from bigmix.ds_config import fill
 from bigmix.engine import AdamW, Engine, device_of, sharded_construction
 from bigmix.evaluate import Exam
 from bigmix.examine import pieces_in, questions_of
+from bigmix.first_evaluation import FirstEvaluation
 from bigmix.flops import Cost, cost_of, count_parameters, peak_flops
 from bigmix.frozen import Origin, Place, open_anchor
 from bigmix.guard import StopFlag
@@ -57,7 +58,10 @@ from bigmix.world import World
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
-    """What the loop moves values between; `passed_over` are the steps that are not trained."""
+    """What the loop moves values between; `passed_over` are the steps that are not trained.
+
+    `first_evaluations` are those of runs before this one in the same process, by what they follow from.
+    """
 
     recipe: Recipe
     inputs: Inputs
@@ -75,6 +79,7 @@ class Parts:
     terminal: Terminal
     flag: StopFlag
     watchdog: Watchdog
+    first_evaluations: dict[str, FirstEvaluation] = field(default_factory=dict)
 
 
 def set_up(

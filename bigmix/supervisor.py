@@ -23,7 +23,10 @@ _LONGEST_WAIT_S = 60.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Course:
-    """How a run is started, and the step of its newest checkpoint, 0 as long as there is none."""
+    """How a run is started, and the step of its newest checkpoint, 0 as long as there is none.
+
+    Where several runs are trained, another number that grows as long as they come on.
+    """
 
     start: Callable[[], Sequence[Process]]
     newest_step: Callable[[], int]

@@ -1,5 +1,6 @@
 """A recipe and its inputs go in, a trained model comes out: the whole run, from joining the cluster to the export."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from bigmix.beats import Limits
@@ -8,14 +9,16 @@ from bigmix.dist import Cluster, leave
 from bigmix.engine import join
 from bigmix.errors import BigmixError
 from bigmix.export import export
+from bigmix.first_evaluation import FirstEvaluation
 from bigmix.generation_check import LARGEST_GIB, check_generation, prompt_of, size_gib
 from bigmix.guard import StopFlag
 from bigmix.inputs import Inputs
 from bigmix.loop import train
-from bigmix.metrics import METRICS, has_evaluation, read_lines
+from bigmix.metrics import METRICS, read_lines
 from bigmix.model_card import model_card
 from bigmix.recipe import Recipe
-from bigmix.run_folder import EXPORT, LOG, Beginning, beginning
+from bigmix.run_folder import LOG, Beginning, beginning
+from bigmix.run_listing import EXPORT, is_through
 from bigmix.set_up import Parts, set_up
 from bigmix.terminal import Terminal
 from bigmix.watchdog import Watchdog
@@ -27,18 +30,29 @@ def run(recipe: Recipe, inputs: Inputs, world: World, terminal: Terminal, flag: 
 
     Raises BadInput before the first step, and Interrupted after a whole checkpoint when the flag is set.
     """
-    cluster = join(world)
+    run_in(join(world), recipe, inputs, terminal, flag, {})
+    leave()
+
+
+def run_in(
+    cluster: Cluster,
+    recipe: Recipe,
+    inputs: Inputs,
+    terminal: Terminal,
+    flag: StopFlag,
+    first_evaluations: dict[str, FirstEvaluation],
+) -> None:
+    """The same in a process group that is there and stays; evaluations before the first step are taken over and added."""
     limits = Limits(dead_s=recipe.train.dead_after_s, hang_s=60 * recipe.train.hang_minutes)
     watchdog = Watchdog(cluster, flag, limits, Path(recipe.output) / LOG)
     try:
-        _go_on(recipe, inputs, cluster, terminal, flag, watchdog)
+        _go_on(recipe, inputs, cluster, terminal, flag, watchdog, first_evaluations)
     except BaseException as error:
         watchdog.fail(error)
         raise
     finally:
         terminal.close()
     watchdog.close()
-    leave()
 
 
 def _go_on(
@@ -48,6 +62,7 @@ def _go_on(
     terminal: Terminal,
     flag: StopFlag,
     watchdog: Watchdog,
+    first_evaluations: dict[str, FirstEvaluation],
 ) -> None:
     """Do what a run has still to do; what is done already is left as it is."""
     start = beginning(recipe, inputs.content, cluster)
@@ -60,7 +75,10 @@ def _go_on(
         return
     # Now, so that a tokenizer that cannot be fetched is not found out at the end.
     tokenizer_folder = inputs.tokenizer_folder if recipe.train.export else None
-    parts = set_up(recipe, inputs, cluster, terminal, flag, watchdog, start)
+    parts = replace(
+        set_up(recipe, inputs, cluster, terminal, flag, watchdog, start),
+        first_evaluations=first_evaluations,
+    )
     try:
         train(parts, first=start.step + 1)
         if tokenizer_folder is not None:
@@ -73,6 +91,7 @@ def _go_on(
     finally:
         if parts.log is not None:
             parts.log.close()
+    parts.engine.close()
 
 
 def _export(parts: Parts, tokenizer_folder: Path) -> None:
@@ -131,10 +150,7 @@ def _check(parts: Parts, folder: Path) -> None:
 
 def _is_finished(recipe: Recipe, inputs: Inputs, cluster: Cluster, start: Beginning) -> bool:
     """Whether nothing is left to do, as the first rank sees it: folders may look older from other machines."""
-    has_all = start.step >= inputs.steps
-    if cluster.world.is_first and has_all:
-        folder = Path(recipe.output)
-        has_all = (folder / EXPORT).is_dir() or not recipe.train.export
-        is_evaluated = bool(inputs.held_out or inputs.tasks)
-        has_all &= not is_evaluated or has_evaluation(folder / METRICS, start.step)
+    has_all = cluster.world.is_first and is_through(
+        recipe, step=start.step, steps=inputs.steps, evaluates=inputs.has_exam
+    )
     return bool(cluster.gather(has_all)[0])

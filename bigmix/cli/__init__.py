@@ -16,6 +16,7 @@ from bigmix.cli.probe import add_probe
 from bigmix.cli.quickstart import add_quickstart
 from bigmix.cli.self_replay import add_self_replay
 from bigmix.cli.supervise import add_train
+from bigmix.cli.sweep import add_sweep
 from bigmix.cli.tokenizer import add_tokenizer
 from bigmix.cli.words import parse_words
 from bigmix.errors import FAILED, BigmixError
@@ -31,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"bigmix {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
-        add_prepare, add_tokenizer, add_recipe, add_plan, add_preview, add_rows, add_train, add_evaluate, add_compare, add_probe,
-        add_average, add_self_replay, add_quickstart,
+        add_prepare, add_tokenizer, add_recipe, add_plan, add_preview, add_rows, add_sweep, add_train, add_evaluate,
+        add_compare, add_probe, add_average, add_self_replay, add_quickstart,
     ):  # fmt: skip
         add(subparsers)
     known = parse_words(parser, arguments)

@@ -10,7 +10,7 @@ from bigmix.cli.words import add_recipe_arguments, tell_replaced
 from bigmix.data.loader import Plan, Portion
 from bigmix.errors import DONE, BadInput
 from bigmix.inputs import Inputs, open_inputs
-from bigmix.recipe import Recipe, load_recipe, plain, to_yaml
+from bigmix.recipe import Recipe, load, load_recipe, plain, to_yaml
 
 
 def add_recipe(subparsers: Any) -> None:
@@ -44,7 +44,8 @@ def add_rows(subparsers: Any) -> None:
 
 
 def _show(known: argparse.Namespace) -> int:
-    recipe = load_recipe(known.recipe, known.overrides)
+    loaded = load(known.recipe, known.overrides)
+    recipe = loaded.chosen[0].recipe if len(loaded.chosen) == 1 else loaded.recipe
     if known.key is None:
         print(to_yaml(recipe), end="")
         return DONE

@@ -4,10 +4,11 @@ import argparse
 import json
 from typing import Any
 
+from bigmix.cli.sweep import show_runs
 from bigmix.cli.words import add_recipe_arguments, tell_replaced
 from bigmix.errors import DONE, BadInput
 from bigmix.inputs import open_inputs
-from bigmix.recipe import load_recipe
+from bigmix.recipe import load
 from bigmix.terminal import Terminal, tame_libraries
 
 
@@ -31,8 +32,11 @@ def add_plan(subparsers: Any) -> None:
 
 def _plan(known: argparse.Namespace) -> int:
     tame_libraries()
-    recipe = load_recipe(known.recipe, known.overrides)
+    loaded = load(known.recipe, known.overrides)
     _check(known)
+    if len(loaded.chosen) > 1:
+        return show_runs(loaded.chosen, ranks=known.gpus, as_json=known.json)
+    recipe = loaded.chosen[0].recipe if loaded.chosen else loaded.recipe
     inputs = open_inputs(recipe, ranks=known.gpus, verify=False)
     # Seconds of imports, and only for a recipe that can run.
     from bigmix.plan.forecast import Machine, forecast

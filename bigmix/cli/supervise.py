@@ -4,13 +4,12 @@ import argparse
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-from bigmix.checkpoint.listing import FOLDER, newest_step
 from bigmix.cli.words import add_recipe_arguments
 from bigmix.errors import BadInput
-from bigmix.recipe import load_recipe
+from bigmix.recipe import load
+from bigmix.run_listing import progress
 from bigmix.supervisor import Course, Process, Requests, supervise
 from bigmix.world import free_port
 
@@ -33,7 +32,8 @@ def add_train(subparsers: Any) -> None:
 
 def _train(known: argparse.Namespace) -> int:
     requests = Requests()
-    recipe = load_recipe(known.recipe, known.overrides)
+    loaded = load(known.recipe, known.overrides)
+    recipes = [run.recipe for run in loaded.chosen] or [loaded.recipe]
     ranks = num_gpus() or 1 if known.ranks is None else known.ranks
     if ranks < 1 or known.restarts < 0:
         raise BadInput(
@@ -41,7 +41,7 @@ def _train(known: argparse.Namespace) -> int:
         )
     course = Course(
         start=lambda: start_ranks("train", ranks, [known.recipe, *known.overrides]),
-        newest_step=lambda: newest_step(Path(recipe.output) / FOLDER),
+        newest_step=lambda: progress(recipes),
         restarts=known.restarts,
     )
     return supervise(course, requests, _tell)

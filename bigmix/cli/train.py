@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from bigmix.errors import BAD_INPUT, DONE, BadInput, BigmixError
 from bigmix.guard import StopFlag
 from bigmix.inputs import Inputs, open_inputs
-from bigmix.recipe import Recipe, load_recipe
+from bigmix.recipe import Recipe, SweepRun, load
 from bigmix.terminal import Terminal, tame_libraries
 from bigmix.world import World, world_of
 
@@ -23,7 +23,10 @@ def main(arguments: Sequence[str], flag: StopFlag) -> int:
         return DONE if given in (["-h"], ["--help"]) else BAD_INPUT
     world = world_of(os.environ)
     try:
-        recipe = load_recipe(given[0], given[1:])
+        loaded = load(given[0], given[1:])
+        if loaded.recipe.sweep is not None:
+            return _run_sweep(loaded.chosen, world, flag)
+        recipe = loaded.recipe
         inputs = open_inputs(
             recipe,
             ranks=world.size,
@@ -42,6 +45,15 @@ def _run(recipe: Recipe, inputs: Inputs, world: World, flag: StopFlag) -> int:
     from bigmix.train import run
 
     run(recipe, inputs, world, Terminal(enabled=world.is_first, every=1), flag)
+    return DONE
+
+
+def _run_sweep(runs: Sequence[SweepRun], world: World, flag: StopFlag) -> int:
+    tame_libraries()
+    # As above.
+    from bigmix.sweep import run_all
+
+    run_all(runs, world, Terminal(enabled=world.is_first, every=1), flag)
     return DONE
 
 

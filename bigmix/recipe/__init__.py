@@ -1,6 +1,27 @@
 """The recipe: one YAML file that says what is trained, on what, and how."""
 
-from bigmix.recipe.load import differences, from_plain, load_recipe, plain, to_yaml
-from bigmix.recipe.models import Recipe, Source
+from bigmix.recipe.load import (
+    Loaded,
+    differences,
+    from_plain,
+    load,
+    load_recipe,
+    plain,
+    to_yaml,
+)
+from bigmix.recipe.models import HeldOut, Recipe, Source
+from bigmix.recipe.sweep import SweepRun
 
-__all__ = ["Recipe", "Source", "differences", "from_plain", "load_recipe", "plain", "to_yaml"]
+__all__ = [
+    "HeldOut",
+    "Loaded",
+    "Recipe",
+    "Source",
+    "SweepRun",
+    "differences",
+    "from_plain",
+    "load",
+    "load_recipe",
+    "plain",
+    "to_yaml",
+]

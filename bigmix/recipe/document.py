@@ -14,6 +14,7 @@ from bigmix.recipe.models import (
     ModelSettings,
     Recipe,
     Source,
+    Sweep,
     Train,
 )
 from bigmix.recipe.task import Task
@@ -27,6 +28,7 @@ _TABLES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("budget", Budget),
     ("train", Train),
     ("cache", Cache),
+    ("sweep", Sweep),
 )
 _PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 _HEAD = """\

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,24 +11,98 @@ from pydantic import BaseModel, ValidationError
 
 from bigmix.errors import BadInput
 from bigmix.recipe.models import Recipe
+from bigmix.recipe.sweep import Point, SweepRun, chosen, points_of, tree_of
+from bigmix.recipe.tree import Path_, leaves, put
 
-Path_ = tuple[str, ...]  # keys from the top of the tree to a setting
+_MOST_NAMED = 3  # points that a fault is told of by name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """A recipe, and where it is a sweep its runs: all of them, and those that are asked for."""
+
+    recipe: Recipe
+    runs: Sequence[SweepRun] = ()
+    chosen: Sequence[SweepRun] = ()
 
 
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe; `overrides` are written `train.lr=1e-5` and win over the file.
+    """Read the recipe of one run; `overrides` are written `train.lr=1e-5` and win over the file.
 
-    Raises BadInput with every fault, each with its line and key.
+    Raises BadInput with every fault, each with its line and key, or where a sweep leaves the choice between its runs.
     """
+    loaded = load(path, overrides)
+    if loaded.recipe.sweep is None:
+        return loaded.recipe
+    if len(loaded.chosen) != 1:
+        raise BadInput(
+            f"recipe {path} is a sweep with {len(loaded.chosen)} runs, and this takes one of them; add its number or name, "
+            f"such as sweep.only={loaded.runs[0].name}: `bigmix sweep {path}` lists them"
+        )
+    return loaded.chosen[0].recipe
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Loaded:
+    """Read a recipe, and where it is a sweep the recipe of each run; raises BadInput with every fault of all of them."""
     tree, lines = _read_yaml(path)
     for override in overrides:
         key, value = _parse_override(override)
-        _put(tree, key, value)
+        put(tree, key, value, f"override {'.'.join(key)}")
         lines[key] = f"override {override}"
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise BadInput(*_messages(error, lines, path)) from error
+    if recipe.sweep is None:
+        return Loaded(recipe=recipe)
+    runs = _runs(recipe, points_of(recipe.sweep), tree, lines, path)
+    return Loaded(recipe=recipe, runs=runs, chosen=chosen(runs, recipe.sweep))
+
+
+def _runs(
+    recipe: Recipe, points: Sequence[Point], tree: Any, lines: Mapping[Path_, str], path: str
+) -> Sequence[SweepRun]:
+    """Seed by seed, so that one run of every point is done as early as can be."""
+    assert recipe.sweep is not None
+    runs: list[SweepRun] = []
+    faults: dict[str, list[str]] = {}
+    for seed in range(recipe.seed, recipe.seed + recipe.sweep.seeds):
+        for point in points:
+            try:
+                own = Recipe.model_validate(tree_of(tree, point, seed=seed, output=recipe.output))
+            except ValidationError as error:
+                found: Sequence[str] = tuple(_messages(error, _lines_of(point, lines), path))
+            except BadInput as error:
+                found = error.faults
+            else:
+                runs.append(SweepRun(number=len(runs) + 1, point=point.name, recipe=own))
+                continue
+            for fault in found:
+                faults.setdefault(fault, []).append(point.name)
+        if faults:
+            raise BadInput(
+                *(_of_points(fault, names, len(points)) for fault, names in faults.items())
+            )
+    return runs
+
+
+def _lines_of(point: Point, lines: Mapping[Path_, str]) -> dict[Path_, str]:
+    """Where the settings of a point stand: in the sweep, and those that it does not change in the recipe."""
+    within = tuple(point.said_in.split(".", 2))
+    said = {
+        tuple(".".join(key[len(within) :]).split(".")): place
+        for key, place in lines.items()
+        if key[: len(within)] == within
+    }
+    return dict(lines) | {key: place for key, place in said.items() if key in point.settings}
+
+
+def _of_points(fault: str, names: Sequence[str], num_points: int) -> str:
+    """A fault with the points that have it, unless all do."""
+    if len(names) == num_points > 1:
+        return fault
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return f"point {', '.join(names[:_MOST_NAMED])}{more}: {fault}"
 
 
 def from_plain(tree: Mapping[str, Any], place: str) -> Recipe:
@@ -54,19 +129,10 @@ def to_yaml(recipe: Recipe) -> str:
 
 def differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, Any, Any]]:
     """Each setting that is not the same in both: its dotted key, the old value and the new one."""
-    before, after = _leaves(plain(old)), _leaves(plain(new))
+    before, after = leaves(plain(old)), leaves(plain(new))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             yield key, before.get(key), after.get(key)
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
 
 
 def _read_yaml(path: str) -> tuple[dict[str, Any], dict[Path_, str]]:
@@ -116,16 +182,6 @@ def _parse_override(override: str) -> tuple[Path_, Any]:
         return tuple(key.strip().split(".")), yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise BadInput(f"override {override!r}: the value is not YAML: {error}") from error
-
-
-def _put(tree: dict[str, Any], key: Path_, value: Any) -> None:
-    for depth, name in enumerate(key[:-1]):
-        inner = tree.setdefault(name, {})
-        if not isinstance(inner, dict):
-            inside = ".".join(key[: depth + 1])
-            raise BadInput(f"override {'.'.join(key)}: {inside} is {inner!r} and has no keys")
-        tree = inner
-    tree[key[-1]] = value
 
 
 def _messages(error: ValidationError, lines: Mapping[Path_, str], path: str) -> Iterator[str]:

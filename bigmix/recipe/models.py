@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
+    ConfigDict,
     Discriminator,
     Field,
     NonNegativeFloat,
@@ -275,6 +277,45 @@ class Reference(Settings):
     """Weight of the mean divergence over the loss tokens of a source, for each source that has one; 0.1 is a start."""
 
 
+class HeldOut(Settings):
+    """A prepared folder that is evaluated and never trained on, with what decides its rows."""
+
+    path: str
+    """Prepared folder."""
+    long_documents: Literal["drop", "truncate"] = "drop"
+    """What happens to a conversation longer than a row; text is always split, with nothing lost."""
+    whole_below: CountOrZero = 0
+    """Texts with fewer tokens than this are never split over two rows."""
+
+
+def _kind_of_held_out(value: Any) -> str:
+    return "<table>" if isinstance(value, dict | HeldOut) else "<text>"
+
+
+FurtherHeldOut = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[HeldOut, Tag("<table>")],
+    Discriminator(_kind_of_held_out),
+]
+Chosen = Annotated[
+    tuple[int | str, ...], BeforeValidator(lambda v: [v] if isinstance(v, int | str) else v)
+]
+
+
+class Sweep(Settings):
+    """Runs that differ in a few settings. Every further key is a dotted setting with the list of its values, such as `train.lr: [1e-5, 3e-5]`; of several, each combination is a point."""
+
+    model_config = ConfigDict(extra="allow")
+
+    seeds: Count = 1
+    """Runs of each point: with the recipe's seed, the next one, and so on."""
+    points: dict[Name, dict[str, Any]] = {}
+    """Further points, by name: the settings that each has otherwise than the recipe."""
+    only: Chosen = ()
+    """Runs to take alone: by number or name as `bigmix sweep` lists them, or all of a point by its name."""
+    part: Annotated[str, Field(pattern=r"^[1-9][0-9]*/[1-9][0-9]*$")] | None = None
+    """I/N: of those, every N-th beginning with the I-th, so that N jobs divide them among themselves."""
+
+
 class Recipe(Settings):
     """A whole run."""
 
@@ -298,10 +339,10 @@ class Recipe(Settings):
     cache: Cache = Cache()
     bad_shards: Literal["fail", "replace"] = "fail"
     """What happens when a shard cannot be read. fail: the run ends and names it; replace: from then on rows of its source's other shards are trained in place of its own, counted as substituted_rows."""
-    held_out: dict[Name, str] = {}
-    """Further prepared folders, by name, that are evaluated and never trained on; forgetting is measured on them too."""
     tasks: dict[Name, Task] = {}
     """Questions that the model is asked at evaluations, by name."""
+    held_out: dict[Name, FurtherHeldOut] = {}
+    """Further prepared folders, by name, that are evaluated and never trained on; forgetting is measured on them too. A path, or a table of path, long_documents and whole_below, which decide the rows as in a source."""
     budget: Budget = Budget()
     train: Train
     deepspeed: str = "ds_configs/zero3.json"
@@ -310,6 +351,8 @@ class Recipe(Settings):
     """Folder of the run."""
     seed: CountOrZero = 0
     """Decides the order of the data and the weights of a model from scratch."""
+    sweep: Sweep | None = None
+    """Several runs in place of one, see docs/sweep.md; each is a folder in `output`."""
 
     @model_validator(mode="after")
     def _whole(self) -> "Recipe":
@@ -451,4 +494,4 @@ class Recipe(Settings):
     def held_out_paths(self) -> dict[str, str]:
         """Every folder that is evaluated, by name: of the sources, then the further ones."""
         own = {n: s.held_out for n, s in self.sources.items() if s.held_out is not None}
-        return own | self.held_out
+        return own | {n: h if isinstance(h, str) else h.path for n, h in self.held_out.items()}

@@ -1,0 +1,32 @@
+"""A recipe as plain tables goes in with keys and values; out come its leaves, or the same with other values."""
+
+from typing import Any
+
+from bigmix.errors import BadInput
+
+Path_ = tuple[str, ...]  # keys from the top of the tree to a setting
+
+
+def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Every value that is not a table, by its dotted key."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def put(tree: dict[str, Any], key: Path_, value: Any, said_in: str) -> None:
+    """Set one value; tables on the way are made where there are none.
+
+    Raises BadInput where something else stands in the way; `said_in` is where the user gave the value.
+    """
+    for depth, name in enumerate(key[:-1]):
+        if tree.get(name) is None:
+            tree[name] = {}
+        if not isinstance(tree[name], dict):
+            inside = ".".join(key[: depth + 1])
+            raise BadInput(f"{said_in}: {inside} is {tree[name]!r} and has no keys")
+        tree = tree[name]
+    tree[key[-1]] = value

@@ -1,0 +1,109 @@
+"""The runs of a sweep go in; they are trained one after another in one process group, and those that fail are told."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigmix.dist import Cluster, leave
+from bigmix.engine import give_back_memory, join
+from bigmix.errors import BigmixError, Interrupted
+from bigmix.first_evaluation import FirstEvaluation
+from bigmix.guard import StopFlag
+from bigmix.inputs import Inputs, open_inputs
+from bigmix.model_checks import read_configs
+from bigmix.recipe import SweepRun
+from bigmix.run_listing import begin_attempt, end_attempt, fails_again, state_of
+from bigmix.sweep_inputs import look_at_all
+from bigmix.terminal import Terminal
+from bigmix.train import run_in
+from bigmix.world import World
+
+
+def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: StopFlag) -> None:
+    """Train every run that is not done, those last that failed before; a failure leaves the others as they are.
+
+    Raises BadInput before the first one, Interrupted after a whole checkpoint when the flag is set, and BigmixError at the
+    end where runs have failed.
+    """
+    done = look_at_all(
+        runs, _look, ranks=world.size, verify=world.local_rank == 0, machines=_machines(world)
+    )
+    cluster = join(world)
+    waiting = _in_order(runs, done, cluster)
+    terminal.note(f"sweep: {len(runs) - len(waiting)} of {len(runs)} runs are done")
+    failures: dict[str, str] = {}
+    first_evaluations: dict[str, FirstEvaluation] = {}
+    for run in waiting:
+        if any(cluster.gather(flag.is_set())):
+            raise Interrupted(f"stopped on request before {run.name}; the same command goes on from there")  # fmt: skip
+        terminal.note(f"\nsweep: run {run.number}, {run.name}")
+        try:
+            _run(run, cluster, flag, first_evaluations)
+        except Interrupted:
+            _write(cluster, run, is_ended=True)
+            raise
+        except BigmixError as error:
+            failures[run.name] = str(error)
+            _write(cluster, run, reason=str(error))
+            terminal.warning(f"run {run.name} failed: {error}")
+        give_back_memory()
+    leave()
+    if failures:
+        told = "".join(f"\n{name}: {reason}" for name, reason in failures.items())
+        raise BigmixError(
+            f"{len(failures)} of {len(runs)} runs failed, the others are done; the same command tries them again{told}"
+        )
+    terminal.note(f"sweep: all {len(runs)} runs are done")
+
+
+def _look(run: SweepRun, inputs: Inputs) -> bool:
+    """Whether a run is done; raises BadInput where its models do not fit."""
+    read_configs(run.recipe, inputs.manifest)
+    return state_of(run.recipe, steps=inputs.steps, evaluates=inputs.has_exam).kind == "done"
+
+
+def _machines(world: World) -> int:
+    return world.size // world.local_size
+
+
+def _in_order(
+    runs: Sequence[SweepRun], done: Sequence[bool], cluster: Cluster
+) -> Sequence[SweepRun]:
+    """Those that are not done, as the first rank sees it: folders may look older from other machines."""
+    left = [index for index, is_done in enumerate(done) if not is_done]
+    order = sorted(left, key=lambda index: fails_again(runs[index].recipe))
+    return [runs[index] for index in cluster.gather(order)[0]]
+
+
+def _run(
+    run: SweepRun,
+    cluster: Cluster,
+    flag: StopFlag,
+    first_evaluations: dict[str, FirstEvaluation],
+) -> None:
+    """One run; raises on every rank alike where any of them cannot open its inputs."""
+    inputs = fault = None
+    try:
+        inputs = open_inputs(
+            run.recipe,
+            ranks=cluster.world.size,
+            verify=False,
+            machines=_machines(cluster.world),
+        )
+    except BigmixError as error:
+        fault = str(error)
+    found = next((one for one in cluster.gather(fault) if one is not None), None)
+    if inputs is None or found is not None:
+        raise BigmixError(f"its inputs cannot be opened: {found}")
+    if cluster.world.is_first:
+        begin_attempt(Path(run.recipe.output))
+    terminal = Terminal(enabled=cluster.world.is_first, every=1)
+    run_in(cluster, run.recipe, inputs, terminal, flag, first_evaluations)
+    _write(cluster, run, is_ended=True)
+
+
+def _write(cluster: Cluster, run: SweepRun, *, is_ended: bool = False, reason: str = "") -> None:
+    folder = Path(run.recipe.output)
+    if cluster.world.is_first and is_ended:
+        end_attempt(folder)
+    elif cluster.world.is_first:
+        begin_attempt(folder, reason)
