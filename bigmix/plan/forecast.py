@@ -149,6 +149,7 @@ def _setting(recipe: Recipe, keys: Mapping[str, Any], machine: Machine, dtype: s
         loss_chunk_mib=recipe.loss.chunk_mib,
         activation_checkpointing=recipe.model.activation_checkpointing,
         saves_in_background=recipe.train.save == "background",
+        holds_base=recipe.has_own_base,
     )
 
 
