@@ -173,9 +173,9 @@ def test_intervals_are_those_of_drawing_documents_one_by_one():
 
 def test_a_hundred_thousand_documents_take_seconds():
     sums_DM = np.random.default_rng(0).random((100_000, 2 * len(Sum)))
-    began = time.perf_counter()
+    began = time.process_time()
     resampled_sums(sums_DM, 1)
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 15
 
 
 def part(shard, document, row, tokens, of, words):
