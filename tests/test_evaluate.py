@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,8 +15,12 @@ from evaluated import CHATS, FEW, TEXTS, expected_line, make
 from ranks import ROOT, environment, free_port
 
 from bigmix.bootstrap import RESAMPLES, interval, resampled_sums
+from bigmix.errors import BadInput
 from bigmix.evaluate import by_document
 from bigmix.held_out import Base, DocumentSums, Sum, summarise
+from bigmix.inputs import open_held_out
+from bigmix.model_checks import read_evaluated
+from bigmix.recipe import load_recipe
 
 SOURCES = {"web": "text", "chat": "chat", "few": "few"}
 
@@ -110,32 +115,51 @@ def test_a_run_evaluates_as_the_command_does_on_its_export(data, run):
     assert found["model"] == "run/export" and found["lines"][1] == close_to(last)
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--model", "nowhere"], "--model nowhere gives no model configuration"),
-        (["output=fresh"], "fresh/export is no folder"),
-        (["--model", "tuned", "--base", "lost"], "--base lost gives no model configuration"),
-        (["--model", "tuned", "held_out.few=gone"], "held_out of few: gone is not a prepared"),
-        (["--model", "other"], "the tokenizer of other"),
-    ],
-)
-def test_what_cannot_be_evaluated_is_told_before_anything_is_built(data, words, said):
-    if not (data / "other").exists():
-        whole = json.loads((data / "tuned/tokenizer.json").read_text())
-        vocabulary = whole["model"]["vocab"]
-        one, two = "Ġr", "Ġt"
-        vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
-        (data / "other").mkdir()
-        for path in (data / "tuned").iterdir():
-            (data / "other" / path.name).write_bytes(path.read_bytes())
-        (data / "other/tokenizer.json").write_text(json.dumps(whole))
-    codes, text = end(start(data, "evaluate.py", 1, *words, "--output", "bad"))
+def test_a_missing_export_is_told_before_anything_is_built(data):
+    codes, text = end(start(data, "evaluate.py", 1, "output=fresh"))
     assert codes == [2], text
-    assert said in text and "Traceback" not in text
-    assert not (data / "bad").exists()
+    assert "fresh/export is no folder" in text and "Traceback" not in text
+    assert not (data / "fresh").exists()
 
 
+def test_models_that_do_not_fit_the_sources_are_refused_together(data, monkeypatch):
+    monkeypatch.chdir(data)
+    recipe = load_recipe("recipe.yaml")
+    inputs = open_held_out(recipe, verify=True)
+    shutil.copytree("tuned", "other")
+    tokenizer, config = Path("other/tokenizer.json"), Path("other/config.json")
+    spoken = json.loads(tokenizer.read_text())
+    vocabulary = spoken["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    tokenizer.write_text(json.dumps(spoken))
+    changed = {"max_position_embeddings": 32, "vocab_size": 500}
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+
+    def faults(**paths):
+        given = {f"--{name}": path for name, path in paths.items()}
+        with pytest.raises(BadInput) as caught:
+            read_evaluated(recipe, inputs.manifest, inputs.tokenizer_folder, given)
+        return str(caught.value)
+
+    said = faults(base="base", model="other")
+    assert "--model other has positions for 32" in said
+    assert "the tokenizer of other" in said
+    assert "--base base has 400, --model other has 500" in said
+    assert "--base no/such/model gives no model configuration" in faults(base="no/such/model")
+    with pytest.raises(BadInput, match="held_out of few: gone is not a prepared source"):
+        open_held_out(load_recipe("recipe.yaml", ["held_out.few=gone"]), verify=True)
+    lacks = ["held_out={}", "sources.web.held_out=null", "sources.chat.held_out=null"]
+    with pytest.raises(BadInput, match="no held-out source is in the recipe"):
+        open_held_out(load_recipe("recipe.yaml", lacks), verify=True)
+
+
+def test_a_divergence_to_nothing_is_refused(data):
+    scratch = ["model.path=null", "model.config={model_type: llama}"]
+    with pytest.raises(BadInput, match="train.evaluate_kl is true, and a model from scratch"):
+        load_recipe(str(data / "recipe.yaml"), scratch)
+
+
+@pytest.mark.slow
 def test_without_a_base_nothing_is_said_of_forgetting(data):
     words = ["--model", "tuned", "--base", "none", "--output", "alone", "train.evaluate_rows=1"]
     codes, said = end(start(data, "evaluate.py", 1, *words))
@@ -146,7 +170,6 @@ def test_without_a_base_nothing_is_said_of_forgetting(data):
     assert line["held_out_documents/chat"] < len(CHATS)
 
 
-@pytest.mark.slow
 def test_a_signal_ends_an_evaluation_with_the_words_for_it(data):
     ranks = start(data, "evaluate.py", 2, "--model", "tuned", "--output", "asked")
     time.sleep(2)
@@ -171,6 +194,7 @@ def test_intervals_are_those_of_drawing_documents_one_by_one():
     assert resampled_sums(np.zeros((0, 3)), 1).tolist() == [[0.0] * 3] * RESAMPLES
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_documents_take_seconds():
     sums_DM = np.random.default_rng(0).random((100_000, 2 * len(Sum)))
     began = time.process_time()
