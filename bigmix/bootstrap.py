@@ -30,7 +30,9 @@ def resampled_sums(numbers_DK: Floats, key: int) -> Floats:
         drawn_RD = draws.integers(0, documents, (count, documents))
         drawn_RD += np.arange(count)[:, None] * documents
         times_RD = np.bincount(drawn_RD.ravel(), minlength=count * documents)
-        sums_RK[first : first + count] = times_RD.reshape(count, documents) @ numbers_DK
+        # A product of whole numbers with floats is not a BLAS call.
+        times_RD = times_RD.reshape(count, documents).astype(np.float64)
+        sums_RK[first : first + count] = times_RD @ numbers_DK
     return sums_RK
 
 

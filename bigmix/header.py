@@ -78,14 +78,9 @@ def _told(recipe: Recipe, name: str, found: HeldOut) -> HeldOutResult:
         loss=_measured(found.loss),
         bits_per_byte=found.bits_per_byte.value,
         token_accuracy=found.token_accuracy.value,
-        last_word_accuracy=_value(found.last_word_accuracy),
-        kl_to_base=_value(found.kl_to_base),
+        kl_to_base=None if found.kl_to_base is None else found.kl_to_base.value,
         forgetting=None if found.forgetting is None else _measured(found.forgetting),
     )
-
-
-def _value(estimate: Estimate | None) -> float | None:
-    return None if estimate is None else estimate.value
 
 
 def _measured(estimate: Estimate) -> Measured:

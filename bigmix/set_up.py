@@ -201,11 +201,9 @@ def _frozen(recipe: Recipe, configs: Configs, place: Place) -> tuple[Anchor | No
         anchor = opened(
             recipe.reference_path, configs.reference, "reference.model", recipe.reference.sources
         )
-    if not recipe.train.evaluate_kl:
-        return anchor, None
-    if anchor is not None and recipe.reference_path == recipe.model.path:
-        return anchor, anchor
-    return anchor, opened(recipe.model.path, configs.model, "model.path")
+    if recipe.has_own_base:
+        return anchor, opened(recipe.model.path, configs.model, "model.path")
+    return anchor, anchor if recipe.train.evaluate_kl else None
 
 
 def _exam(recipe: Recipe, inputs: Inputs, base: Anchor | None) -> Exam:

@@ -50,14 +50,13 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutResult:
-    """One source of one evaluation; losses and divergences in nats/token, accuracies in 0..1, None what was not measured."""
+    """One source of one evaluation; losses and divergence in nats/token, None what was not measured."""
 
     source: str
     role: str
     loss: Measured
     bits_per_byte: float | None = None
     token_accuracy: float | None = None
-    last_word_accuracy: float | None = None
     kl_to_base: float | None = None
     forgetting: Measured | None = None
 
@@ -182,7 +181,6 @@ def evaluation_table(title: str, results: Sequence[HeldOutResult]) -> Table:
         "loss": [f"{r.loss.value:.3f}{_margin(r.loss.margin)}" for r in results],
         "bits/byte": [r.bits_per_byte for r in results],
         "accuracy": [_percent(r.token_accuracy) for r in results],
-        "last word": [_percent(r.last_word_accuracy) for r in results],
         "KL": [r.kl_to_base for r in results],
         "forgetting": [
             None

@@ -32,6 +32,7 @@ def log(folder: Path, steps: Iterable[int], *, resume_step: int | None = None) -
                     "eval": True,
                     "held_out_loss/code": 9.0 - step,
                     "forgetting/code": 0.5,
+                    "forgetting_low/code": 0.25,
                 }
             )
     run_log.close()
@@ -148,6 +149,14 @@ def test_the_page_draws_each_chart_from_exactly_its_own_tags(tmp_path: Path) -> 
     assert drawn["training loss"] == ["loss/web", "loss/web.2"]
     assert drawn["held-out loss"] == ["held_out_loss/code"]
     assert drawn["forgetting"] == ["forgetting/code"]
+    (band,) = [
+        chart.margin.series[0]
+        for group in layout.category
+        for chart in group.chart
+        if chart.title.startswith("forgetting of code")
+    ]
+    assert {band.value, band.lower} < set(tags)
+    assert band.upper == "intervals/forgetting_high/code"
     assert drawn["share of the gradient"] == ["gradient_share/web"]
     assert drawn["time of a step by part"] == ["time/step_s"]
     assert {"share of rows", "share of tokens", "share of loss tokens"} < charts.keys()

@@ -10,7 +10,15 @@ import warnings
 
 import pytest
 
-from bigmix.terminal import Cell, HeldOutResult, Table, Terminal, evaluation_table, tame_libraries
+from bigmix.terminal import (
+    Cell,
+    HeldOutResult,
+    Measured,
+    Table,
+    Terminal,
+    evaluation_table,
+    tame_libraries,
+)
 
 SIX = ("web", "books", "wikipedia", "code", "gsm8k-chat", "instructions")
 
@@ -113,22 +121,25 @@ def test_evaluation_shows_loss_interval_and_coloured_forgetting(
         HeldOutResult(
             source=name,
             role="replay",
-            loss=2.5,
-            interval=(2.4, 2.6),
+            loss=Measured(value=2.5, margin=0.1),
             bits_per_byte=0.9,
-            forgetting=sign * 0.25,
+            token_accuracy=0.456,
+            kl_to_base=0.125,
+            forgetting=Measured(value=sign * 0.25, margin=0.0125),
         )
         for name, sign in zip(SIX, (1, -1, 1, 1, 1, 1), strict=True)
     ]
     screen = Screen()
-    Terminal(file=screen).table(evaluation_table(1200, results))
+    Terminal(file=screen).table(evaluation_table("held out, step 1,200", results))
     text = screen.getvalue()
-    assert "held out, step 1,200" in text and "2.400–2.600" in text
-    assert re.search(r"\x1b\[31m *\+0\.250", text) and re.search(r"\x1b\[32m *-0\.250", text)
-    without = [HeldOutResult(source="web", role="replay", loss=2.5)]
-    table = evaluation_table(0, without)
-    assert table.columns == ["source", "role", "loss", "bits/byte", "forgetting"]
-    assert table.rows == [["web", "replay", 2.5, None, None]]
+    assert "held out, step 1,200" in text and "2.500 ±0.100" in text and "45.6%" in text
+    assert re.search(r"\x1b\[31m *\+0\.250 ±0\.013", text)
+    assert re.search(r"\x1b\[32m *-0\.250 ±0\.013", text)
+    assert len(text.splitlines()) == 2 + len(SIX)  # nothing is folded
+    without = [HeldOutResult(source="web", role="replay", loss=Measured(value=2.5))]
+    table = evaluation_table("held out", without)
+    assert table.columns == ["source", "role", "loss"]
+    assert table.rows == [("web", "replay", "2.500")]
 
 
 def test_taming_keeps_what_the_user_set_and_quietens_the_rest(

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str], flag: StopFlag) -> int:
     # The deepspeed launcher puts --local_rank=N first; the environment has it too.
     given = [word for word in arguments if not word.startswith("--local_rank")]
     if not given:
-        parser.print_usage()
+        parser.print_usage(sys.stderr)
         return BAD_INPUT
     known = parse_words(parser, given)
     world = world_of(os.environ)

@@ -146,6 +146,7 @@ def _setting(recipe: Recipe, keys: Mapping[str, Any], machine: Machine, dtype: s
         activation_checkpointing=recipe.model.activation_checkpointing,
         saves_in_background=recipe.train.save == "background",
         keeps_average=recipe.train.ema is not None,
+        holds_base=recipe.has_own_base,
     )
 
 

@@ -24,7 +24,10 @@ _BUCKET, _PREFETCH, _PERSISTENT, _SUB_GROUP = 500_000_000, 50_000_000, 100_000, 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """How a model is trained: `keys` is the whole DeepSpeed configuration, `tokens` those of a micro-batch."""
+    """How a model is trained: `keys` is the whole DeepSpeed configuration, `tokens` those of a micro-batch.
+
+    `holds_base`: the model as it was before training lies beside it, for evaluations.
+    """
 
     keys: Mapping[str, Any]
     ranks: int
@@ -36,6 +39,7 @@ class Setting:
     activation_checkpointing: bool
     saves_in_background: bool = False
     keeps_average: bool = False
+    holds_base: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -134,7 +138,9 @@ def _states(shape: Shape, setting: Setting) -> Iterator[Part]:
     shard, whole = shard_of(shape, ranks), shape.parameters
     optimizer, weights = setting.offload("optimizer"), setting.offload("param")
     states = shard if stage else whole
-    yield _always("weights", weights, setting.weight_bytes * (shard if stage == 3 else whole))
+    held = setting.weight_bytes * (shard if stage == 3 else whole)
+    yield _always("weights", weights, held)
+    yield _always("base weights (evaluate_kl)", weights, held * setting.holds_base)
     has_master = stage > 0 or setting.dtype != "fp32"
     yield _always("master weights, fp32", optimizer, 4 * states * has_master)
     yield _always("Adam moments, fp32", optimizer, 8 * states)

@@ -471,6 +471,12 @@ class Recipe(Settings):
         return given or self.model.path
 
     @property
+    def has_own_base(self) -> bool:
+        """Whether evaluations need a frozen model that is not the reference: the model as it is before training."""
+        is_reference = self.reference is not None and self.reference_path == self.model.path
+        return self.train.evaluate_kl and not is_reference
+
+    @property
     def lengths(self) -> tuple[tuple[int, int], ...]:
         """The step after which rows have a length, and the length, for each length of the run."""
         length = self.sequence_length
