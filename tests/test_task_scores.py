@@ -25,7 +25,9 @@ LABELS = ("card", "cash", "loan", "rate")
 
 def sentences(count, seed):
     draw = np.random.default_rng(seed)
-    return [" ".join(draw.choice(WORDS, draw.integers(4, 12))).capitalize() + "." for _ in range(count)]
+    return [
+        " ".join(draw.choice(WORDS, draw.integers(4, 12))).capitalize() + "." for _ in range(count)
+    ]
 
 
 def answered(outputs, references, passed=None):
@@ -65,7 +67,9 @@ def test_bleu_and_chrf_are_sacrebleus(texts):
     outputs, references = texts
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         expected = metric.corpus_score(outputs, transposed(references)).score / 100
-        assert score(name, answered(outputs, references)).value == pytest.approx(expected, abs=1e-12)
+        assert score(name, answered(outputs, references)).value == pytest.approx(
+            expected, abs=1e-12
+        )
 
 
 def test_chinese_is_cut_into_characters_for_bleu():
@@ -199,6 +203,8 @@ def test_programs_run_within_their_limits(tmp_path):
     assert not judged("twice = lambda x: len(bytearray(1 << 30)) and 4")
     marker = tmp_path / "late"
     late = f"import time; time.sleep(1); open({str(marker)!r}, 'w')"
-    assert judged(f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {late!r}])", test="")
+    assert judged(
+        f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {late!r}])", test=""
+    )
     time.sleep(1.5)
     assert not marker.exists()  # what it has started ends with it

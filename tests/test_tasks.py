@@ -36,7 +36,8 @@ def tasks(tmp_path_factory):
         "text": common | {"scores": ["token_f1"], "format": "text"},
         "few": common | {"scores": ["exact_match"], "path": str(few)},
         "drawn": common | {"scores": ["token_f1"], "temperature": 1.3, "top_p": 0.9, "outputs": 2},
-        "labels": common | {"scores": ["accuracy", "macro_f1"], "by": "likelihood", "batch_rows": 9},
+        "labels": common
+        | {"scores": ["accuracy", "macro_f1"], "by": "likelihood", "batch_rows": 9},
     }
 
 
