@@ -19,7 +19,7 @@ from bigmix.tasks.judging import Answered, interval, judge, pass_at
 from bigmix.tasks.matching import exact_match, last_number, numeric_match, token_f1
 from bigmix.tasks.overlap import tokenizer_of
 
-WORDS = "the cat sat on a mat and it was glad of that".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "it", "was", "glad", "of", "that"]
 LABELS = ("card", "cash", "loan", "rate")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from bigmix import __version__
 from bigmix.cli.compare import add_compare
 from bigmix.cli.inspect import add_recipe, add_rows
+from bigmix.cli.lm_eval import add_lm_eval
 from bigmix.cli.plan import add_plan
 from bigmix.cli.prepare import add_prepare
 from bigmix.cli.preview import add_preview
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
         add_prepare, add_tokenizer, add_recipe, add_plan, add_preview, add_rows, add_train, add_compare, add_quickstart,
+        add_lm_eval,
     ):  # fmt: skip
         add(subparsers)
     known = _parse(parser, arguments)
