@@ -194,10 +194,9 @@ def _as_chat(
     for chat in encode_chats(tokenizer, rendered):
         if not isinstance(chat, EncodedChat):
             raise BadInput(f"{example.place}: the chat template cannot write it ({chat.reason})")
-        learned = np.flatnonzero(chat.loss_mask)
-        end = int(learned[-1]) + 1
         # The last stretch of learned tokens: earlier answers of the conversation are learned too.
-        begin = int(learned[np.flatnonzero(np.diff(learned, prepend=-2) > 1)[-1]])
+        end = int(np.flatnonzero(chat.loss_mask)[-1]) + 1
+        begin = int(np.flatnonzero(~chat.loss_mask[:end])[-1]) + 1
         ids = chat.ids.tolist()
         written.append((tuple(ids[:begin]), tuple(ids[begin:end])))
     return written

@@ -157,7 +157,7 @@ def _question(
     document = document_of(row, Layout(kind="chat", columns=present))
     if not isinstance(document, Conversation) or not document.messages:
         raise BadInput(
-            f"its {'messages' if 'messages' in present else 'prompt'} cannot be read; must be text, or turns with "
+            f"its {'messages' if 'messages' in present else 'prompt'} cannot be read or is empty; must be text, or turns with "
             "role and content"
         )
     turns = document.messages if "messages" in present else document.messages[:-1]
