@@ -135,7 +135,9 @@ def test_an_export_says_what_it_is_and_speaks(whole):
     assert f"| {evaluation['held_out_loss/chat']:.4f} (" in card
     assert f"| {evaluation['forgetting/chat']:+.4f} " in card
     content = read_source(str(folder.parent / "web"), READING.retry).content
-    assert "| web | replay | ((0, 0.5), (8, 0.25)) |" in card and f"`{content[:16]}`" in card
+    assert (
+        "| web | replay | 0.5 at step 0, 0.25 at step 8 |" in card and f"`{content[:16]}`" in card
+    )
     assert "deepspeed launch/train.py recipe.yaml" in card and "rows_per_step: 8" in card
     assert "generation check, from whole/export loaded anew: '[" in said
 
