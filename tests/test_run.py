@@ -173,6 +173,33 @@ def test_a_run_that_is_out_of_time_saves_and_goes_on_to_the_same_end(whole, data
     assert weights(data / "timed") == weights(whole[0])
 
 
+@pytest.mark.slow
+def test_a_run_with_an_average_of_its_weights_resumes_bit_for_bit(whole, data):
+    averaged = ["train.ema=0.9", "train.export_shard_gib=0.00001"]
+    codes, said = end(start(data, 2, "output=averaged", *averaged))
+    assert codes == [0, 0], said
+    assert "evaluated as the average with decay 0.9" in said
+    plain, found = lines(whole[0]), lines(data / "averaged")
+    # The steps are those of a run without; the evaluations are of the average.
+    assert [x for x in found if "eval" not in x] == [x for x in plain if "eval" not in x]
+    of_weights, of_average = ([x for x in run if "eval" in x] for run in (plain, found))
+    assert of_average[0] == of_weights[0]
+    assert of_average[2]["held_out_loss/chat"] != of_weights[2]["held_out_loss/chat"]
+    killed = start(data, 2, "output=averaged-killed", *averaged)
+    wait_for(data / "averaged-killed/checkpoints/step-000004", killed)
+    for process in killed:
+        process.send_signal(signal.SIGKILL)
+    end(killed)
+    codes, said = end(start(data, 2, "output=averaged-killed", *averaged))
+    assert codes == [0, 0], said
+    assert lines(data / "averaged-killed") == found
+    exports = [data / name / "export" for name in ("averaged", "averaged-killed")]
+    names = sorted(path.name for path in exports[0].glob("*.safetensors"))
+    assert len(names) > 1
+    for name in names:
+        assert (exports[0] / name).read_bytes() == (exports[1] / name).read_bytes()
+
+
 ANCHORED = [
     "model={path: base}", "reference={sources: {web: 0.5}}", "loss={z_loss: 1e-4, entropy: true}",
     "sources.chat.weigh=document", "sources.web.path=spoken/web", "sources.chat.path=spoken/chat",
