@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
@@ -23,21 +23,23 @@ def export(
     *,
     shard_bytes: int,
     texts: Mapping[str, str],
+    doing: Callable[[str], None],
 ) -> None:
     """Write weights, configuration, tokenizer and `texts` by file name to `folder`, beside first and then in one step.
 
-    A collective. The first rank holds the weights of one file, of at most `shard_bytes` or one layer, at a time.
+    A collective. The first rank holds the weights of one file, of at most `shard_bytes` or one layer, at a time. `doing`
+    is told what begins.
     """
     beside = folder.with_name(f".tmp-{folder.name}")
     if cluster.world.is_first:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     disable_progress_bar()  # in a log its states run together
-    parts = []
+    files = list(_files(engine.sizes(), shard_bytes))
+    parts = [beside / f"part-{number:05d}.safetensors" for number in range(len(files))]
     with engine.averaged():
-        for number, names in enumerate(_files(engine.sizes(), shard_bytes)):
-            part = beside / f"part-{number:05d}.safetensors"
-            parts.append(part)
+        for number, (names, part) in enumerate(zip(files, parts, strict=True), 1):
+            doing(f"writing {folder}, file {number} of {len(files)}")
             _write(engine, cluster, names, part)
     if cluster.world.is_first:
         name_shards(beside, parts)

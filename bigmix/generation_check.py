@@ -10,6 +10,7 @@ import transformers
 from bigmix.data.stream import Stream
 from bigmix.data.tokenizer import load_tokenizer
 from bigmix.errors import BigmixError
+from bigmix.model import max_positions
 from bigmix.records import IGNORE
 
 LARGEST_GIB = 8.0  # of weights that are loaded a second time, beside what the run holds
@@ -49,17 +50,18 @@ def size_gib(folder: Path) -> float:
 def check_generation(folder: Path, prompt: Sequence[int]) -> Said:
     """Load a folder as any other program would, on the CPU, and let it go on from a prompt greedily."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    ids_BT = torch.tensor([list(prompt)])
+    room = max_positions(model.config) or _LONGEST_PROMPT + _CONTINUATION
+    ids_BT = torch.tensor([list(prompt)])[:, : max(1, room - _CONTINUATION)]
     with torch.no_grad():
         made_BT = model.generate(
             ids_BT,
             attention_mask=torch.ones_like(ids_BT),
-            max_new_tokens=_CONTINUATION,
+            max_new_tokens=min(_CONTINUATION, room - ids_BT.shape[1]),
             do_sample=False,
             pad_token_id=0,  # of one row nothing is padded; without it there is a warning
         )
-    new = made_BT[0, len(prompt) :].tolist()
+    shown, new = ids_BT[0].tolist(), made_BT[0, ids_BT.shape[1] :].tolist()
     if not (folder / "tokenizer.json").is_file():
-        return Said(prompt=str(list(prompt)), continuation=str(new))
+        return Said(prompt=str(shown), continuation=str(new))
     tokenizer = load_tokenizer(str(folder))
-    return Said(prompt=tokenizer.decode(prompt), continuation=tokenizer.decode(new))
+    return Said(prompt=tokenizer.decode(shown), continuation=tokenizer.decode(new))

@@ -13,6 +13,7 @@ import yaml
 from bigmix import __version__
 from bigmix.inputs import Inputs
 from bigmix.recipe import Recipe, to_yaml
+from bigmix.recipe.models import SourceShare
 
 _LIBRARIES = ("torch", "transformers", "deepspeed", "safetensors")
 _TASK = re.compile(r"task/(.+)/([^/]+)")
@@ -90,7 +91,7 @@ def _mixture(recipe: Recipe, inputs: Inputs, last: Mapping[str, Any]) -> str:
             [
                 name,
                 source.role,
-                str(source.share),
+                _said_share(source.share),
                 *(_percent(last.get(f"{key}/{name}")) for key in ("share_rows", "share_tokens", "share_loss_tokens", "gradient_share")),
                 f"{last.get(f'total_tokens/{name}') or 0:,}",
                 _number(last.get(f"epoch/{name}"), 2),
@@ -156,6 +157,12 @@ def _reproduction(recipe: Recipe) -> str:
         f"## How it was made\n\nMade with {versions()}:\n\n    deepspeed launch/train.py recipe.yaml\n\n"
         f"with this recipe:\n\n```yaml\n{to_yaml(recipe).strip()}\n```\n"
     )
+
+
+def _said_share(share: SourceShare) -> str:
+    if isinstance(share, tuple):
+        return ", ".join(f"{value:g} at step {step}" for step, value in share)
+    return str(share)
 
 
 def _percent(value: float | None) -> str:

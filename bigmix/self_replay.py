@@ -212,7 +212,9 @@ class _Writer:
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._ends = _ends(lm.generation_config, tokenizer)
-        self._barred_V = _barred(tokenizer, self._ends, lm.config.vocab_size).to(self._device)
+        barred_V = _barred(tokenizer, self._ends, lm.config.vocab_size)
+        self._ordinary = np.setdiff1d(np.flatnonzero(~barred_V.numpy()), self._ends)
+        self._barred_V = barred_V.to(self._device)
         self._most = most
         # The model's own one may have penalties and truncations: the samples would not be what it has learned.
         lm.generation_config = transformers.GenerationConfig(
@@ -247,8 +249,7 @@ class _Writer:
 
     def _prompt(self, draw: np.random.Generator) -> list[int]:
         """What a document begins with; an end stands for the start where the model has none and draws the first token itself."""
-        ordinary = np.flatnonzero(~self._barred_V.cpu().numpy())
-        drawn = draw.choice(ordinary[~np.isin(ordinary, self._ends)], self._sampling.prompt_tokens)
+        drawn = draw.choice(self._ordinary, self._sampling.prompt_tokens)
         if self._tokenizer.bos_id is not None:
             return [self._tokenizer.bos_id, *drawn.tolist()]
         return drawn.tolist() or [self._tokenizer.eos_id]

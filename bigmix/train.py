@@ -98,7 +98,7 @@ def _export(parts: Parts, tokenizer_folder: Path) -> None:
     """Write the model with its card, and let what was written say something; a collective."""
     recipe, inputs, is_first = parts.recipe, parts.inputs, parts.cluster.world.is_first
     folder = Path(recipe.output) / EXPORT
-    parts.watchdog.doing(f"writing {folder}")
+    parts.watchdog.doing(f"describing {folder}")
     texts = {}
     if is_first:
         lines = read_lines(Path(recipe.output) / METRICS)
@@ -110,6 +110,7 @@ def _export(parts: Parts, tokenizer_folder: Path) -> None:
         folder,
         shard_bytes=int(recipe.train.export_shard_gib * 2**30),
         texts=texts,
+        doing=parts.watchdog.doing,
     )
     parts.terminal.note(f"model written to {folder}")
     if is_first:

@@ -123,6 +123,11 @@ def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused(world, keys, sa
     assert any(said in fault for fault in faults("deepspeed=ds.json"))
 
 
+def test_no_average_is_kept_of_weights_on_nvme(world):
+    (fault,) = faults("train.ema=0.99", "deepspeed=ds_configs/zero3_nvme.json")
+    assert "train.ema is 0.99 and ds_configs/zero3_nvme.json keeps the optimizer on NVMe" in fault
+
+
 def test_a_budget_of_task_tokens_leaves_replay_on_top(world):
     def steps(share):
         recipe = load_recipe(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +210,14 @@ def test_memory_of_zero_3_by_hand():
         "gradients on their way": (0, 3 * 300 + 2 * 80 + 2 * 400 + 500 * 2, 0),
         "optimizer's step": (0, 0, 4 * 600),
     }
+
+
+def test_an_average_of_the_weights_is_counted_on_the_device_and_in_checkpoints():
+    shard = 250 + 100 + 250 + 3 + 3
+    averaged = replace(setting(ZERO3), keeps_average=True, saves_in_background=True)
+    parts = parts_of(shape(), averaged)
+    assert parts["average of the weights, fp32"] == (4 * shard,) * 3
+    assert parts["copy for checkpoints"] == (16 * shard,) * 3
 
 
 def test_memory_that_other_settings_move():

@@ -135,7 +135,9 @@ def test_an_export_says_what_it_is_and_speaks(whole):
     assert f"| {evaluation['held_out_loss/chat']:.4f} (" in card
     assert f"| {evaluation['forgetting/chat']:+.4f} " in card
     content = read_source(str(folder.parent / "web"), READING.retry).content
-    assert "| web | replay | ((0, 0.5), (8, 0.25)) |" in card and f"`{content[:16]}`" in card
+    assert (
+        "| web | replay | 0.5 at step 0, 0.25 at step 8 |" in card and f"`{content[:16]}`" in card
+    )
     assert "deepspeed launch/train.py recipe.yaml" in card and "rows_per_step: 8" in card
     assert "generation check, from whole/export loaded anew: '[" in said
 
@@ -169,6 +171,33 @@ def test_a_run_that_is_out_of_time_saves_and_goes_on_to_the_same_end(whole, data
     codes, said = end(start(data, 2, "output=timed"))
     assert codes == [0, 0], said
     assert weights(data / "timed") == weights(whole[0])
+
+
+@pytest.mark.slow
+def test_a_run_with_an_average_of_its_weights_resumes_bit_for_bit(whole, data):
+    averaged = ["train.ema=0.9", "train.export_shard_gib=0.00001"]
+    codes, said = end(start(data, 2, "output=averaged", *averaged))
+    assert codes == [0, 0], said
+    assert "evaluated as the average with decay 0.9" in said
+    plain, found = lines(whole[0]), lines(data / "averaged")
+    # The steps are those of a run without; the evaluations are of the average.
+    assert [x for x in found if "eval" not in x] == [x for x in plain if "eval" not in x]
+    of_weights, of_average = ([x for x in run if "eval" in x] for run in (plain, found))
+    assert of_average[0] == of_weights[0]
+    assert of_average[2]["held_out_loss/chat"] != of_weights[2]["held_out_loss/chat"]
+    killed = start(data, 2, "output=averaged-killed", *averaged)
+    wait_for(data / "averaged-killed/checkpoints/step-000004", killed)
+    for process in killed:
+        process.send_signal(signal.SIGKILL)
+    end(killed)
+    codes, said = end(start(data, 2, "output=averaged-killed", *averaged))
+    assert codes == [0, 0], said
+    assert lines(data / "averaged-killed") == found
+    exports = [data / name / "export" for name in ("averaged", "averaged-killed")]
+    names = sorted(path.name for path in exports[0].glob("*.safetensors"))
+    assert len(names) > 1
+    for name in names:
+        assert (exports[0] / name).read_bytes() == (exports[1] / name).read_bytes()
 
 
 ANCHORED = [

@@ -345,7 +345,7 @@ def export_differences(rank, ranks, cluster, folder, families, file, dtype, shar
         path = Path(folder) / family
         export(
             engine, cluster, Path(folder) / "no-tokenizer", path,
-            shard_bytes=shard_bytes, texts={"README.md": "# a model"},
+            shard_bytes=shard_bytes, texts={"README.md": "# a model"}, doing=lambda _: None,
         )  # fmt: skip
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype="auto", attn_implementation=engine.module.lm.config._attn_implementation

@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def _average(known: argparse.Namespace) -> int:
             members,
             known.output,
             shard_bytes=int(known.shard_gib * 2**30),
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=_command(known),
             report=count,
         )
     finally:
@@ -54,3 +53,10 @@ def _average(known: argparse.Namespace) -> int:
     parts = " + ".join(f"{member.weight:g} {member.folder}" for member in members)
     terminal.note(f"{parts} written to {known.output}")
     return DONE
+
+
+def _command(known: argparse.Namespace) -> str:
+    """The words that make the same average again."""
+    weights = [word for weight in known.weight for word in ("--weight", f"{weight:g}")]
+    words = [known.base, *known.tuned, *weights, "--output", str(known.output)]
+    return shlex.join(["bigmix", "average", *words])
