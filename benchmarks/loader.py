@@ -21,7 +21,7 @@ import table
 from corpus import write_corpus
 from fresh import Result, progress
 
-from bigmix.recipe.models import whole_number
+from bigmix.recipe.numbers import whole_number
 
 LIMITS = ("memcpy", "document_copy", "shuffled_copy")
 PEERS = (

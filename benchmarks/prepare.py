@@ -32,7 +32,7 @@ from bigmix.data.chat import open_template, render_chat
 from bigmix.data.documents import ReadOptions, read_rows
 from bigmix.data.recognise import Conversation, Text, document_of, recognise
 from bigmix.data.tokenizer import load_tokenizer, train_tokenizer
-from bigmix.recipe.models import whole_number
+from bigmix.recipe.numbers import whole_number
 
 BATCH = 256
 

@@ -59,15 +59,15 @@ def _go_on(
     tokenizer_folder = inputs.tokenizer_folder if recipe.train.export else None
     parts = set_up(recipe, inputs, cluster, terminal, flag, watchdog, start)
     try:
-        train(parts, first=start.step + 1)
+        parts = train(parts, first=start.step + 1)
         if tokenizer_folder is not None:
             folder = Path(recipe.output) / EXPORT
             watchdog.doing(f"writing {folder}")
             export(parts.engine, cluster, tokenizer_folder, folder)
             terminal.note(f"model written to {folder}")
-        if parts.saver.last_step != inputs.steps:
+        if parts.saver.last_step != parts.inputs.steps:
             raise BigmixError(
-                f"all {inputs.steps} steps are done, but the checkpoint of the last one could not be written; free space in "
+                f"all {parts.inputs.steps} steps are done, but the checkpoint of the last one could not be written; free space in "
                 f"{recipe.output}, the same command goes on after step {parts.saver.last_step or 0}"
             )
     finally:

@@ -18,6 +18,7 @@ LAYERS = [
         "recipe", "objective", "schedule", "dist", "data.tars", "data.workers", "data.manifest", "data.shares",
         "data.order", "zero_state",
     },
+    {"controller", "sizes"},
     {
         "data.recognise", "data.substitution", "data.sentencepiece_model", "data.token_bytes", "data.shards", "data.packing", "data.mixture", "loss", "ds_config",
         "metrics", "terminal", "guard", "beats", "health", "quickstart.corpus", "data.progress", "data.picture",
@@ -36,7 +37,7 @@ LAYERS = [
     {"plan"},
     {"header", "compare", "preview"},
     {"set_up"},
-    {"recovery"},
+    {"recovery", "steering"},
     {"loop"},
     {"train"},
     {"cli"},

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from bigmix.data.quarantine import BadShard
 from bigmix.errors import BadInput
-from bigmix.recipe.models import whole_number
+from bigmix.recipe.numbers import whole_number
 
 INPUTS = (
     ".txt, .jsonl(.gz/.zst), .parquet, WebDataset .tar, a glob or folder of them, a saved dataset, "

@@ -13,16 +13,18 @@ from bigmix.recipe.models import (
     Group,
     ModelSettings,
     Recipe,
-    Settings,
     Source,
     Train,
 )
+from bigmix.recipe.numbers import Settings
+from bigmix.recipe.shares import Controller
 
 _TABLES: tuple[tuple[str, type[Settings]], ...] = (
     ("", Recipe),
     ("model", ModelSettings),
     ("sources.NAME", Source),
     ("groups.NAME", Group),
+    ("sources.NAME.share", Controller),
     ("budget", Budget),
     ("train", Train),
     ("cache", Cache),

@@ -1,0 +1,28 @@
+"""Numbers as people write them go in, the types that settings are made of come out."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveInt
+
+_MULTIPLES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+_HUMAN_NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([kmgbt]?)", re.I)
+
+
+def whole_number(value: Any) -> Any:
+    """A count as people write it: 200M, 512K, 2e6 or 1_000 become whole numbers; other values pass unchanged."""
+    if isinstance(value, str) and (match := _HUMAN_NUMBER.fullmatch(value.strip())):
+        value = float(match[1].replace("_", "")) * _MULTIPLES[match[2].lower()]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[PositiveInt, BeforeValidator(whole_number)]
+CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(whole_number)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Point = tuple[CountOrZero, NonNegativeFloat]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
