@@ -14,7 +14,10 @@ from bigmix.recipe.shares import FORGETTING, Controller
 from bigmix.records import Decision
 
 SHARE_DIGITS = 6
-_MOST_DOUBLINGS = 2.0  # of the share at one decision, and halvings
+# Of the share at one decision: it must rise at once, since what is forgotten is learned again slowly, and may take its time
+# to fall.
+_MOST_DOUBLINGS, _MOST_HALVINGS = 2.0, 1.0
+_FEW_DOUBLINGS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,21 +119,30 @@ def hold_forgetting(controller: Controller, looked_at: Sequence[str], reading: R
     """The share that keeps forgetting at or under the limit, by a power law in what is expected at the next evaluation.
 
     Forgetting falls about as forgetting(p) = forgetting(0) (1 + B p)^-alpha with the share p, so that where it is to
-    change by a factor f, p changes by about f^(-1/alpha); `gain` stands for 1/alpha. Since forgetting answers late, it
-    is the straight line through this evaluation and the one before that is held to `aim` times the limit.
+    change by a factor f, p changes by about f^(-1/alpha); `gain` stands for 1/alpha, and is smaller since too small a
+    step is made good by the next one, and too large a one overshoots.
     """
     assert controller.limit is not None, "a recipe without it is refused"
     now = _judged(controller, looked_at, reading.forgetting)
-    if now is None:
-        return reading.share
     before = reading.earlier[-1].forgetting if reading.earlier else dict.fromkeys(looked_at, 0.0)
     last = _judged(controller, looked_at, before)
-    expected = now + (now - last) if last is not None else now
+    if now is None:
+        return reading.share
     aim = controller.aim * controller.limit
-    # Below nothing there is no ratio: a quarter of the aim has the share fall as fast as it may.
-    doublings = controller.gain * math.log2(max(expected, aim / 2**10) / aim)
-    share = reading.share * 2 ** min(max(doublings, -_MOST_DOUBLINGS), _MOST_DOUBLINGS)
+    # Of nothing, or less, there is no ratio to the aim.
+    expected = max(_expected(now, now if last is None else last), aim * 2.0**-_FEW_DOUBLINGS)
+    doublings = controller.gain * math.log2(expected / aim)
+    share = reading.share * 2 ** min(max(doublings, -_MOST_HALVINGS), _MOST_DOUBLINGS)
     return min(max(share, reading.least), reading.most)
+
+
+def _expected(now: float, last: float) -> float:
+    """Forgetting at the next evaluation: it answers late, and is on its way still.
+
+    A straight line where it rises. Where it falls it does so ever more slowly, by the same factor again: a straight
+    line would be below nothing after one good step.
+    """
+    return now * now / last if 0 < now < last else now + (now - last)
 
 
 def _judged(

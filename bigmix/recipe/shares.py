@@ -34,9 +34,9 @@ class Controller(Settings):
     """forgetting: holds forgetting at or under `limit`; or a rule of your own, as path/to/rule.py:function or package.module:function."""
     limit: PositiveFloat | None = None
     """Forgetting that is held to, in nats per loss token; a rule of your own may do without."""
-    start: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    start: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Fraction of the rows until the first decision: of the run, or of the group that this is in; the others divide the rest."""
-    least: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    least: Annotated[float, Field(ge=1e-6, lt=1)] = 0.01
     """Smallest fraction that is decided on."""
     most: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Largest fraction that is decided on."""
@@ -46,8 +46,8 @@ class Controller(Settings):
     """Which forgetting counts where several sets are looked at."""
     aim: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Part of the limit that is aimed at; the rest is room for what comes between two evaluations."""
-    gain: PositiveFloat = 0.7
-    """How strongly the share answers: it is divided by (aimed at / expected forgetting) to this power."""
+    gain: PositiveFloat = 0.5
+    """How strongly the share answers: it is multiplied by (expected forgetting / what is aimed at) to this power."""
 
 
 def kind_of(value: Any) -> str:
