@@ -157,7 +157,7 @@ def _source(recipe: Recipe, inputs: Inputs, name: str, rows: int) -> list[Cell]:
         name,
         recipe.sources[name].role,
         stream.manifest.kind,
-        f"{rows / (inputs.steps * recipe.rows_per_step):.1%}",
+        f"{rows / max((inputs.steps - plan.chapter.after) * recipe.rows_per_step, 1):.1%}",
         stream.manifest.documents,
         rows,
         f"{plan.epochs(inputs.steps)[name]:.2f}",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bigmix.checkpoint.listing import Position
+from bigmix.controller import rule_of
 from bigmix.data.fetch_ahead import Ahead
 from bigmix.data.loader import Loader, Plan, Portion, Stage, same_fraction, stages_from
 from bigmix.data.location import MANIFEST
@@ -48,13 +49,16 @@ T = TypeVar("T")
 class Inputs:
     """What a recipe names, opened: the plan of the rows, the held-out streams, the tasks, how many steps, DeepSpeed's keys.
 
-    `content` is a checksum of the shards of each source.
+    `content` is a checksum of the shards of each source. `stages` and `planned_steps` are those of the run from its first
+    step on, as the recipe has them.
     """
 
     plan: Plan
+    stages: Sequence[Stage]
     held_out: Mapping[str, Stream]
     tasks: Mapping[str, TaskFile]
     steps: int
+    planned_steps: int
     loss_shares: Shares
     notes: Sequence[str]
     ds_keys: Mapping[str, Any]
@@ -100,20 +104,37 @@ class Inputs:
         A source whose rows have another length, or are packed otherwise, goes on at the same fraction of its epoch; a
         new one begins. Raises BadInput where the recipe leaves nothing to train from there.
         """
-        chapter, step = position.chapter, position.step
-        if new_chapter:
-            stages = stages_from(self.plan.stages, step)
-            rows = {
-                name: same_fraction(old.row, old.of, stages[0].streams[name].rows_per_epoch)
+        chapter = self._chapter(recipe, position) if new_chapter else position.chapter
+        return self._from(recipe, position, chapter)
+
+    def decided(self, recipe: Recipe, position: Position) -> "Inputs":
+        """The same after a decision of controllers, which is the last one of the position.
+
+        Raises BadInput where its shares leave nothing to train, or need more of a source than its `max_epochs`.
+        """
+        owed = self.plan.owed(position.step)
+        return self._from(recipe, position, replace(self._chapter(recipe, position), owed=owed))
+
+    def _chapter(self, recipe: Recipe, position: Position) -> Chapter:
+        """The chapter that begins at a position."""
+        streams = stages_from(self.stages, position.step)[0].streams
+        decided = position.decisions[-1].shares if position.decisions else {}
+        return Chapter(
+            after=position.step,
+            rows={
+                name: same_fraction(old.row, old.of, streams[name].rows_per_epoch)
                 for name, old in position.standing.items()
                 if name in self.sources
-            }
-            chapter = Chapter(after=step, rows=rows, tokens=position.trained_tokens)
-        mixing = mix(recipe, stages_from(self.plan.stages, chapter.after), chapter)
-        quarantine = position.quarantine
+            },
+            tokens=position.trained_tokens,
+            shares={name: share for name, share in decided.items() if name in recipe.controllers},
+        )
+
+    def _from(self, recipe: Recipe, position: Position, chapter: Chapter) -> "Inputs":
+        mixing = mix(recipe, stages_from(self.stages, chapter.after), chapter)
         return replace(
             self,
-            plan=mixing.plan.with_quarantine(quarantine),
+            plan=mixing.plan.with_quarantine(position.quarantine),
             steps=mixing.steps,
             loss_shares=mixing.loss_shares,
             notes=[*self.notes, *(note for note in mixing.notes if note not in self.notes)],
@@ -166,6 +187,8 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
     Raises BadInput with every fault that is found.
     """
     faults: list[str] = [*_row_faults(recipe, ranks)]
+    for controller in recipe.controllers.values():
+        _collect(faults, rule_of, controller, recipe.looked_at(controller))
     notes: list[str] = []
     ds_keys = _collect(faults, _ds_keys, recipe, ranks)
     tasks = _collect(faults, open_tasks, recipe.tasks)
@@ -185,11 +208,18 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
     own = {name: sources[source.path] for name, source in recipe.sources.items()}
     return Inputs(
         plan=mixing.plan,
+        stages=stages,
         held_out=held_out,
         tasks=tasks,
         steps=mixing.steps,
+        planned_steps=mixing.steps,
         loss_shares=mixing.loss_shares,
-        notes=[*notes, *mixing.notes, *_cache_notes(recipe, depot, sources.values())],
+        notes=[
+            *notes,
+            *_moving(recipe),
+            *mixing.notes,
+            *_cache_notes(recipe, depot, sources.values()),
+        ],
         ds_keys=ds_keys,
         sources=own,
         content={name: source.content for name, source in own.items()},
@@ -277,6 +307,15 @@ def _sources(
 
 def _retry(recipe: Recipe) -> Retry:
     return Retry(tries=recipe.cache.tries, timeout_s=recipe.cache.timeout_s)
+
+
+def _moving(recipe: Recipe) -> Iterator[str]:
+    for name, controller in recipe.controllers.items():
+        yield (
+            f"the share of {name} begins at {controller.start:g} and moves between {controller.least:g} and {controller.most:g}: "
+            f"{controller.controller} decides after every {recipe.train.evaluate_every} steps; what is told before the run supposes "
+            "that it stays"
+        )
 
 
 def _cache_notes(recipe: Recipe, depot: Depot, sources: Iterable[Source]) -> Iterator[str]:

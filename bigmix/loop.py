@@ -7,13 +7,12 @@ a bad shard are to be replaced, or since the run goes back to its last checkpoin
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 from bigmix import step
-from bigmix.checkpoint.listing import Position
 from bigmix.data.order import key_of
 from bigmix.data.quarantine import BadShard
 from bigmix.errors import BigmixError, Interrupted
@@ -23,13 +22,14 @@ from bigmix.header import show_findings
 from bigmix.health import RollBack
 from bigmix.held_out import Base
 from bigmix.inputs import accumulation
-from bigmix.metrics import METRICS, has_evaluation
-from bigmix.recipe import Recipe, plain
+from bigmix.metrics import METRICS, evaluation_at
+from bigmix.recipe import Recipe
 from bigmix.records import StepBatch
 from bigmix.recovery import name_suspects, roll_back, without_bad_shards
-from bigmix.report import Timed
-from bigmix.schedule import LearningRate, warmup_steps
-from bigmix.set_up import Parts
+from bigmix.report import Line, Timed
+from bigmix.schedule import LearningRate, progress, warmup_steps
+from bigmix.set_up import Parts, position_of
+from bigmix.steering import shares_from, steer
 from bigmix.tasks.asking import Asked
 from bigmix.tasks.score import write_samples
 
@@ -52,16 +52,25 @@ class _Pace:
     saves_told_s: float = 0.0
 
 
-def train(parts: Parts, *, first: int) -> None:
-    """Train from step `first` to the last one; a collective.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Steered:
+    """After a step the run goes on with other shares, and these parts."""
+
+    step: int
+    parts: Parts
+
+
+def train(parts: Parts, *, first: int) -> Parts:
+    """Train from step `first` to the last one; a collective. Returns the parts that the run has ended with.
 
     Raises Interrupted after a whole checkpoint where the flag is set.
     """
     pace = _Pace()
-    _catch_up(parts, at_step=first - 1)
+    parts = _catch_up(parts, at_step=first - 1)
     while first <= parts.inputs.steps:
         parts, first = _turn(parts, first, pace)
     parts.saver.close()
+    return parts
 
 
 def _turn(parts: Parts, first: int, pace: _Pace) -> tuple[Parts, int]:
@@ -75,7 +84,10 @@ def _turn(parts: Parts, first: int, pace: _Pace) -> tuple[Parts, int]:
         inputs.depot.close()
         loader.close()
     if isinstance(end, RollBack):
-        return parts, roll_back(parts, end) + 1
+        parts, at_step = roll_back(parts, end)
+        return _catch_up(parts, at_step=at_step), at_step + 1
+    if isinstance(end, _Steered):
+        return end.parts, end.step + 1
     if isinstance(end, _BadShards) and not inputs.replaces_bad_shards:
         _save_finished(parts, end.step - 1)
         raise end.found[0]
@@ -86,13 +98,13 @@ def _turn(parts: Parts, first: int, pace: _Pace) -> tuple[Parts, int]:
 
 def _go_through(
     parts: Parts, batches: Iterator[StepBatch | None], first: int, pace: _Pace
-) -> RollBack | _BadShards | None:
+) -> RollBack | _BadShards | _Steered | None:
     """Take the steps until one of them ends the turn."""
     outline = step.Outline(
         names=parts.inputs.plan.mixture.names,
         micro_batches=accumulation(parts.recipe, parts.portion.ranks),
     )
-    learning_rate = _learning_rate(parts.recipe, parts.inputs.steps)
+    learning_rate = _learning_rate(parts)
     for at_step in range(first, parts.inputs.steps + 1):
         parts.watchdog.doing(f"waiting for the rows of step {at_step}")
         began = time.perf_counter()
@@ -106,11 +118,11 @@ def _go_through(
         if at_step in parts.passed_over:
             _pass_over(parts, at_step)
         else:
-            result = _train_step(parts, at_step, ready, learning_rate.at(at_step))
+            result = _train_step(parts, at_step, ready, learning_rate(at_step))
             _add(parts, result, pace, began=began, fetched=fetched)
-        back = _after_step(parts, at_step)
-        if back is not None:
-            return back
+        end = _after_step(parts, at_step)
+        if end is not None:
+            return end
     return None
 
 
@@ -188,7 +200,7 @@ def _add(
     pace.recent_s.append(ended - began)
 
 
-def _after_step(parts: Parts, at_step: int) -> RollBack | None:
+def _after_step(parts: Parts, at_step: int) -> RollBack | _Steered | None:
     """What is due after a step. A checkpoint comes before an evaluation, which may be done again."""
     train, is_last = parts.recipe.train, at_step == parts.inputs.steps
     # While steps are skipped the weights may be what is wrong.
@@ -203,9 +215,8 @@ def _after_step(parts: Parts, at_step: int) -> RollBack | None:
     if is_last:
         parts.saver.finish()
         parts.watchdog.must_save(parts.saver.last_step != at_step)
-    if _evaluates(parts, at_step):
-        _evaluate(parts, at_step)
-    return None
+    steered = _evaluate(parts, at_step) if _evaluates(parts, at_step) else parts
+    return None if steered is parts else _Steered(step=at_step, parts=steered)
 
 
 def _stop(parts: Parts, at_step: int) -> NoReturn:
@@ -249,15 +260,14 @@ def _tell(parts: Parts) -> None:
         parts.terminal.progress(int(lines[-1]["step"] or 0), parts.inputs.steps, lines[-1])
 
 
-def _catch_up(parts: Parts, *, at_step: int) -> None:
-    """Do the evaluation after the last trained step, or before the first one, that a run was stopped in."""
+def _catch_up(parts: Parts, *, at_step: int) -> Parts:
+    """Do the evaluation after the last trained step, or before the first one, that a run was stopped in; or what follows it."""
     if not _evaluates(parts, at_step):
-        return
+        return parts
     path = Path(parts.recipe.output) / METRICS
-    is_first = parts.cluster.world.is_first
-    (is_done, *_) = parts.cluster.gather(is_first and has_evaluation(path, at_step))
-    if not is_done:
-        _evaluate(parts, at_step)
+    own = evaluation_at(path, at_step) if parts.cluster.world.is_first else None
+    (line, *_) = parts.cluster.gather(own)
+    return _evaluate(parts, at_step) if line is None else _steer(parts, at_step, line)
 
 
 def _evaluates(parts: Parts, at_step: int) -> bool:
@@ -274,7 +284,8 @@ def _tasks_at(parts: Parts, at_step: int) -> dict[str, Asked]:
     return {n: asked for n, asked in parts.tasks.items() if at_step in steps[asked.task.when]}
 
 
-def _evaluate(parts: Parts, at_step: int) -> None:
+def _evaluate(parts: Parts, at_step: int) -> Parts:
+    """Evaluate after a step; returns the parts that the run goes on with."""
     _tell(parts)
     base = parts.report.base
     known = set(base.losses)
@@ -284,8 +295,11 @@ def _evaluate(parts: Parts, at_step: int) -> None:
         if set(base.losses) != known:
             base.write(folder)
         write_samples(folder, at_step, found.tasks)
-        parts.log.write(found.line)
     show_findings(parts.terminal, parts.recipe, f"step {at_step:,}", found)
+    steered = _steer(parts, at_step, found.line)
+    if parts.log is not None:
+        parts.log.write(found.line | shares_from(steered.inputs, parts.recipe, at_step))
+    return steered
 
 
 def _first_found(parts: Parts, base: Base) -> Findings:
@@ -324,28 +338,29 @@ def _found(parts: Parts, at_step: int, base: Base) -> Findings:
     return found
 
 
+def _steer(parts: Parts, at_step: int, line: Line) -> Parts:
+    """Take the decision that is due after an evaluation; where its shares have reached the budget the run is whole."""
+    steered = steer(parts, at_step, line)
+    if steered is not parts and steered.inputs.steps == at_step:
+        _save(steered, at_step)
+        parts.saver.finish()
+        parts.watchdog.must_save(parts.saver.last_step != at_step)
+    return steered
+
+
 def _save(parts: Parts, at_step: int) -> None:
     parts.watchdog.doing(f"saving step {at_step}")
     _tell(parts)
     if parts.log is not None:
         parts.log.flush()
-    plan = parts.inputs.plan
-    position = Position(
-        step=at_step,
-        report=parts.report.state(),
-        losses=parts.health.state(),
-        recipe=plain(parts.recipe),
-        chapter=plan.chapter,
-        standing=plan.standing(at_step),
-        content=parts.inputs.content,
-        quarantine=plan.quarantine,
-    )
-    parts.saver.save(parts.engine.states(), position)
+    parts.saver.save(parts.engine.states(), position_of(parts, at_step))
 
 
-def _learning_rate(recipe: Recipe, steps: int) -> LearningRate:
-    train = recipe.train
-    return LearningRate(
+def _learning_rate(parts: Parts) -> Callable[[int], float]:
+    """The learning rate of each step; where decisions change the number of steps, by the part of the run that is done."""
+    train, inputs, decisions = parts.recipe.train, parts.inputs, parts.decisions
+    steps = inputs.planned_steps if decisions else inputs.steps
+    rate = LearningRate(
         peak=train.lr,
         steps=steps,
         warmup_steps=warmup_steps(train.warmup, steps),
@@ -353,6 +368,9 @@ def _learning_rate(recipe: Recipe, steps: int) -> LearningRate:
         decay=train.decay,
         final=train.final_lr,
     )
+    if not decisions:
+        return rate.at
+    return lambda step: rate.at(steps * progress(step, inputs.steps, decisions))
 
 
 def _end_of_job(recipe: Recipe) -> float | None:

@@ -151,9 +151,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def has_evaluation(path: Path, step: int) -> bool:
     """Whether a metrics.jsonl has the line of an evaluation after a step."""
-    return path.exists() and any(
-        line["step"] == step and line.get("eval") is True for line in read_lines(path)
-    )
+    return evaluation_at(path, step) is not None
+
+
+def evaluation_at(path: Path, step: int) -> dict[str, Any] | None:
+    """The line of a metrics.jsonl with the evaluation after a step; None where it has none."""
+    lines = read_lines(path) if path.exists() else ()
+    return next((n for n in lines if n["step"] == step and n.get("eval") is True), None)
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:

@@ -3,9 +3,10 @@
 Here shares that follow from sizes become numbers, budgets become steps, and limits of epochs are held or refused.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from fractions import Fraction
+from math import ceil, floor
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,16 @@ import numpy.typing as npt
 
 from bigmix.data.loader import FIRST_CHAPTER, Plan, Stage
 from bigmix.data.mixture import Mixture
-from bigmix.data.shares import Member, Points, Share, Shares
+from bigmix.data.shares import Member, Points, Share, Shares, apportion
 from bigmix.errors import BadInput
 from bigmix.recipe import Recipe
-from bigmix.recipe.models import Group, Source, Temperature
+from bigmix.recipe.models import Group, Source
+from bigmix.recipe.shares import Controller, Temperature, UniMax
 from bigmix.records import Chapter
+from bigmix.sizes import by_temperature, levels_of_unimax, unimax
 
-SIZE_DIGITS = 6  # shares that follow from sizes are kept to one part in a million
 _SHARES_TRIED = 20
+_STEPS_TRIED = 20
 _Floats = npt.NDArray[np.float64]
 
 
@@ -40,9 +43,9 @@ def mix(recipe: Recipe, stages: Sequence[Stage], chapter: Chapter = FIRST_CHAPTE
     Raises BadInput with every fault: shares that leave nothing, a budget that is never reached, a source that would
     be gone through more often than it may.
     """
-    tokens = _tokens(stages)
-    shares = _shares(recipe, tokens, _share)
-    loss_shares = _shares(recipe, tokens, lambda member: member.loss_share or member.share)
+    sizes = _sizes(recipe, stages, chapter)
+    shares = _shares(recipe, sizes, chapter, _share)
+    loss_shares = _shares(recipe, sizes, chapter, _loss_share)
     shares, loss_shares = shares.later(chapter.after), loss_shares.later(chapter.after)
     faults = [
         *_empty_steps("share", shares, chapter),
@@ -53,48 +56,135 @@ def mix(recipe: Recipe, stages: Sequence[Stage], chapter: Chapter = FIRST_CHAPTE
     return _within_epochs(recipe, stages, shares, loss_shares, chapter)
 
 
-def _tokens(stages: Sequence[Stage]) -> dict[str, int]:
-    return {name: stream.manifest.tokens for name, stream in stages[-1].streams.items()}
-
-
 def _share(member: Source | Group) -> Any:
     return member.share
 
 
-def _shares(recipe: Recipe, tokens: Mapping[str, int], share_of: Callable[..., Any]) -> Shares:
-    sizes = _by_size(recipe, tokens)
+def _loss_share(member: Source | Group) -> Any:
+    return member.loss_share or member.share
+
+
+def _shares(
+    recipe: Recipe,
+    sizes: Mapping[str, float],
+    chapter: Chapter,
+    share_of: Callable[[Source | Group], Any],
+) -> Shares:
+    """The shares in numbers and points: what follows from sizes, and what controllers have decided on."""
+    now = {n: chapter.shares.get(n, c.start) for n, c in recipe.controllers.items()}
+    values = {**sizes, **now}
     sources = {
-        name: Member(share=_number(share_of(source), sizes.get(name)), group=source.group)
+        name: Member(share=_number(share_of(source), values.get(name)), group=source.group)
         for name, source in recipe.sources.items()
     }
     groups = {
-        name: Member(share=_number(share_of(group), None), group=group.group)
+        name: Member(share=_number(share_of(group), values.get(name)), group=group.group)
         for name, group in recipe.groups.items()
     }
-    return Shares(sources=sources, groups=groups)
+    members: dict[str, Source | Group] = {**recipe.sources, **recipe.groups}
+    controlled = [n for n in now if isinstance(share_of(members[n]), Controller)]
+    return _with_the_rest(Shares(sources=sources, groups=groups), controlled)
 
 
-def _number(share: float | Points | Temperature, by_size: float | None) -> Share:
-    if isinstance(share, Temperature):
-        assert by_size is not None
-        return by_size
+def _number(
+    share: float | Points | Temperature | UniMax | Controller, value: float | None
+) -> Share:
+    if isinstance(share, Temperature | UniMax | Controller):
+        assert value is not None
+        return value
     return share
 
 
-def _by_size(recipe: Recipe, tokens: Mapping[str, int]) -> dict[str, float]:
-    """The shares of sources with a temperature: tokens to its power, as parts of their group."""
-    found: dict[str, float] = {}
-    for level in {source.group for source in recipe.sources.values()}:
-        powers = {
-            name: source.share.temperature
-            for name, source in recipe.sources.items()
-            if isinstance(source.share, Temperature) and source.group == level
+def _with_the_rest(shares: Shares, controlled: Collection[str]) -> Shares:
+    """The same, where a controlled share is a fraction of all: those beside it are a group, which has the rest."""
+    members = {**shares.sources, **shares.groups}
+    for level in {members[name].group for name in controlled}:
+        fractions = [members[n].share for n in controlled if members[n].group == level]
+        # No name of a recipe has a blank.
+        rest = f"the rest of {level}"
+        inside = {
+            name: replace(member, group=rest)
+            for name, member in members.items()
+            if member.group == level and name not in controlled
         }
-        largest = max((tokens[name] for name in powers), default=1)
-        sizes = {name: (tokens[name] / largest) ** power for name, power in powers.items()}
-        total, least = sum(sizes.values()), 10.0**-SIZE_DIGITS
-        found |= {name: max(round(n / total, SIZE_DIGITS), least) for name, n in sizes.items()}
-    return found
+        left = 1 - sum(Fraction(str(fraction)) for fraction in fractions)
+        members |= {**inside, rest: Member(share=float(left), group=level)}
+    return Shares(
+        sources={name: members[name] for name in shares.sources},
+        groups={name: member for name, member in members.items() if name not in shares.sources},
+    )
+
+
+def _sizes(recipe: Recipe, stages: Sequence[Stage], chapter: Chapter) -> dict[str, float]:
+    """The shares that follow from the sizes of sources.
+
+    What UniMax gives depends on the rows of the run, and they on it where the budget is in tokens: from even shares on,
+    both are found by turns.
+    """
+    tokens = {name: stream.manifest.tokens for name, stream in stages[-1].streams.items()}
+    sizes = by_temperature(recipe, tokens)
+    levels = list(levels_of_unimax(recipe))
+    sizes |= {name: 1.0 for epochs in levels for name in epochs}
+    if not levels:
+        return sizes
+    seen: list[int] = []
+    rooms: list[_Room] = []
+    for _ in range(_STEPS_TRIED):
+        shares = _shares(recipe, sizes, chapter, _share).later(chapter.after)
+        seen.append(count_steps(recipe, stages, shares, chapter))
+        # Between numbers of steps that follow each other in a circle, the largest keeps all limits.
+        steps = max(seen) if seen[-1] in seen[:-1] else seen[-1]
+        rooms = [_room(recipe, stages, shares, chapter, epochs, steps) for epochs in levels]
+        given = [unimax(room.capacities, room.rows) for room in rooms]
+        found = {name: float(rows) for level in given for name, rows in level.items()}
+        if found.items() <= sizes.items():
+            break
+        sizes |= found
+    faults = [fault for room in rooms for fault in _too_small(room)]
+    if faults:
+        raise BadInput(*faults)
+    return sizes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Room:
+    """The rows that sources have together from a chapter on, and those that each of them can give within its epochs."""
+
+    rows: int
+    capacities: Mapping[str, int]
+
+
+def _room(
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    shares: Shares,
+    chapter: Chapter,
+    epochs: Mapping[str, float],
+    steps: int,
+) -> _Room:
+    after = chapter.after
+    table = shares.table(np.arange(max(steps - after, 1)))
+    together = sum((table[name] for name in epochs), np.zeros(max(steps - after, 1)))
+    firsts = [stage.first_step - 1 - after for stage in stages]
+    rows = [recipe.rows_per_step * part.sum() for part in np.split(together, firsts[1:])]
+    capacities = {}
+    for name, limit in epochs.items():
+        per_epoch = [stage.streams[name].rows_per_epoch for stage in stages]
+        left = limit - chapter.rows.get(name, 0) / per_epoch[0]
+        alone = sum(n / of for n, of in zip(rows, per_epoch, strict=True))
+        # Where rows change their length, a source goes on at the next whole row.
+        capacities[name] = max(0, floor(left * sum(rows) / alone + 1e-6) - len(stages) + 1)
+    return _Room(rows=ceil(sum(rows) - 1e-6), capacities=capacities)
+
+
+def _too_small(room: _Room) -> Iterator[str]:
+    most = sum(room.capacities.values())
+    if most < room.rows:
+        names = ", ".join(f"sources.{name}.share" for name in room.capacities)
+        yield (
+            f"{names}: unimax lets these sources give {most:,} rows together, and the run needs {room.rows:,}; raise unimax "
+            "in the same ratio or more, lower the budget, or give other sources a larger share"
+        )
 
 
 def _empty_steps(kind: str, shares: Shares, chapter: Chapter) -> Iterator[str]:
@@ -265,15 +355,30 @@ def _fits(recipe: Recipe, plan: Plan, name: str, share: float) -> bool:
     limit, stages = sources[name].max_epochs, plan.stages
     assert limit is not None
     chapter, ends = plan.chapter, plan.mixture.shares.ends
-    shares = _shares(changed, _tokens(stages), _share).later(chapter.after)
+    shares = _shares(changed, _sizes(changed, stages, chapter), chapter, _share).later(
+        chapter.after
+    )
     shares = replace(shares, ends=ends)
     steps = count_steps(changed, stages, shares, chapter)
     return _plan(changed, stages, shares, chapter).epochs(steps)[name] <= limit
 
 
 def _plan(recipe: Recipe, stages: Sequence[Stage], shares: Shares, chapter: Chapter) -> Plan:
-    mixture = Mixture(shares, recipe.rows_per_step)
+    mixture = Mixture(shares, recipe.rows_per_step, _whole_rows(recipe, shares, chapter))
     return Plan(mixture=mixture, stages=stages, seed=recipe.seed, chapter=chapter)
+
+
+def _whole_rows(recipe: Recipe, shares: Shares, chapter: Chapter) -> dict[str, int] | None:
+    """The rows of each source up to the next decision, where shares were decided and stay until then.
+
+    They are whole, and what a source was owed is counted in, so that a small share is met over many decisions.
+    """
+    if not chapter.shares or shares.last_change:
+        return None
+    every = recipe.train.evaluate_every
+    rows = recipe.rows_per_step * (every - chapter.after % every)
+    due = {name: share * rows + chapter.owed.get(name, 0.0) for name, share in shares.at(0).items()}
+    return apportion(due, rows)
 
 
 def count_steps(

@@ -13,7 +13,7 @@ import yaml
 from bigmix import __version__
 from bigmix.inputs import Inputs
 from bigmix.recipe import Recipe, to_yaml
-from bigmix.recipe.models import SourceShare
+from bigmix.recipe.shares import SourceShare
 
 _LIBRARIES = ("torch", "transformers", "deepspeed", "safetensors")
 _TASK = re.compile(r"task/(.+)/([^/]+)")

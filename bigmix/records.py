@@ -45,12 +45,28 @@ class Chapter:
     """From where on a recipe holds: after `after` steps of the run, the first chapter after 0.
 
     By then each source has come to the row `rows` of its stream, counted over all its epochs, and `tokens` have been
-    trained; a source that is named in neither is new.
+    trained; a source that is named in neither is new. `shares` are those that were decided, of sources and groups with
+    a controller, and `owed` what each source has then drawn too little, in rows.
     """
 
     after: int = 0
     rows: Mapping[str, int] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
+    owed: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """The shares that controllers decided on after a step, by source or group, and the forgetting that they saw.
+
+    `progress` is the part of the run that was done, which the learning rate follows.
+    """
+
+    step: int
+    progress: float
+    shares: Mapping[str, float]
+    forgetting: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,12 +5,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from bigmix.checkpoint.listing import put_aside
+from bigmix.checkpoint.listing import Position, put_aside
 from bigmix.checkpoint.restore import newest_whole
 from bigmix.data.quarantine import BadShard
 from bigmix.errors import BigmixError
 from bigmix.health import RollBack
-from bigmix.run_folder import CHECKPOINTS, LOG, PassedOver, read_passed_over, write_passed_over
+from bigmix.recipe import differences, from_plain
+from bigmix.run_folder import (
+    CHECKPOINTS,
+    LOG,
+    Change,
+    PassedOver,
+    read_passed_over,
+    write_passed_over,
+)
 from bigmix.set_up import Parts, go_to
 from bigmix.suspects import Suspect, suspects
 
@@ -48,8 +56,8 @@ def _said(row: Suspect) -> str:
     return f"row {row.row} of {row.shard} of {row.source} (documents {documents}; rank {row.rank})"
 
 
-def roll_back(parts: Parts, back: RollBack) -> int:
-    """Go back to the last checkpoint before some steps, which are passed over from now on; returns its step.
+def roll_back(parts: Parts, back: RollBack) -> tuple[Parts, int]:
+    """Go back to the last checkpoint before some steps, which are passed over from now on; returns its step and the parts there.
 
     A collective. Raises BigmixError where there is none, or where the run has gone back too often.
     """
@@ -58,7 +66,7 @@ def roll_back(parts: Parts, back: RollBack) -> int:
     recipe, folder = parts.recipe, Path(parts.recipe.output)
     passed = _passed_over(parts, folder, back)
     found = newest_whole(folder / CHECKPOINTS, parts.cluster, before=min(back.steps)).listed
-    if found is None or found.position.step < parts.inputs.plan.chapter.after:
+    if found is None or _is_of_other_rows(parts, found.position):
         raise BigmixError(
             f"{back.reason}, and there is no checkpoint from before that to go back to; the same command begins anew and "
             f"passes over step {', '.join(map(str, sorted(passed.steps)))}; a smaller train.save_every loses less"
@@ -78,7 +86,27 @@ def roll_back(parts: Parts, back: RollBack) -> int:
         parts.log.go_back(step)
     go_to(parts, found)
     parts.passed_over.update(back.steps)
-    return step
+    return _at_decisions_of(parts, found.position), step
+
+
+def _is_of_other_rows(parts: Parts, position: Position) -> bool:
+    """Whether a position is from before the recipe was changed, where its rows have no meaning."""
+    old = from_plain(position.recipe, "a checkpoint")
+    is_before = position.step < parts.inputs.plan.chapter.after
+    return is_before and any(
+        Change(key=key, old=before, new=after).moves_rows
+        for key, before, after in differences(old, parts.recipe)
+    )
+
+
+def _at_decisions_of(parts: Parts, position: Position) -> Parts:
+    """The parts with the shares of a position; those that were decided after it are decided anew."""
+    if not parts.recipe.controllers:
+        return parts
+    now = replace(position, quarantine=parts.inputs.plan.quarantine)
+    inputs = parts.inputs.going_on(parts.recipe, now, new_chapter=False)
+    parts.report.follow(inputs.plan.epochs)
+    return replace(parts, inputs=inputs, decisions=position.decisions)
 
 
 def _passed_over(parts: Parts, folder: Path, back: RollBack) -> PassedOver:

@@ -87,6 +87,7 @@ class Report:
         }
         self._substituted = dict.fromkeys(self._sources, 0)
         self.base = Base()
+        self._interval = dict.fromkeys(self._sources, (0.0, 0))
         self._skipped = 0
 
     def add(self, timed: Timed) -> None:
@@ -113,6 +114,18 @@ class Report:
         assert not self._waiting, "read the report before a step is passed over"
         return {"step": step, "passed_over": True, "skipped": self._skipped} | self._sums(step)
 
+    def follow(self, epochs: Callable[[int], Mapping[str, float]]) -> None:
+        """From here on `epochs` says how far each source is after a step."""
+        self._epochs = epochs
+
+    def begin_interval(self) -> None:
+        """Begin to add losses up anew for `interval_losses`."""
+        self._interval = dict.fromkeys(self._sources, (0.0, 0))
+
+    def interval_losses(self) -> dict[str, float]:
+        """The mean loss of each source since `begin_interval`, in nats per loss token, where one was trained."""
+        return {name: nll / count for name, (nll, count) in self._interval.items() if count}
+
     def state(self) -> dict[str, Any]:
         """What has been added up until now, as plain values; every step must have been read."""
         assert not self._waiting, "read the report before its state"
@@ -121,6 +134,7 @@ class Report:
             "totals": totals,
             "substituted": dict(self._substituted),
             "base": dict(self.base.losses),
+            "interval": dict(self._interval),
             "skipped": self._skipped,
         }
 
@@ -132,6 +146,9 @@ class Report:
         }
         self._substituted = {name: state["substituted"].get(name, 0) for name in self._sources}
         self.base.resume(state["base"])
+        # Releases without controllers kept none.
+        interval = state.get("interval", {})
+        self._interval = {name: tuple(interval.get(name, (0.0, 0))) for name in self._sources}
         self._skipped = int(state["skipped"])
 
     def _line(self, timed: Timed, sums: Mapping[str, Sequence[float]], norm: float) -> Line:
@@ -139,7 +156,7 @@ class Report:
         # What was skipped has not been learned, and is not counted as if it had.
         self._skipped += result.skipped
         if not result.skipped:
-            self._add(result)
+            self._add(result, sums)
         parts = result.stopwatch.seconds()
         tokens = sum(result.tokens.values())
         line: Line = {
@@ -179,8 +196,11 @@ class Report:
             line |= {f"total_substituted_rows/{n}": count for n, count in self._substituted.items()}
         return line
 
-    def _add(self, result: StepResult) -> None:
+    def _add(self, result: StepResult, sums: Mapping[str, Sequence[float]]) -> None:
         for name in self._sources:
+            nll, count = self._interval[name]
+            nll_sum = nll + sums[name][Statistic.NLL]
+            self._interval[name] = (nll_sum, count + result.loss_tokens[name])
             self._totals["rows"][name] += result.rows[name]
             self._totals["tokens"][name] += result.tokens[name]
             self._totals["loss_tokens"][name] += result.loss_tokens[name]

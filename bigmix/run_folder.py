@@ -56,6 +56,8 @@ _FREE = frozenset(
 }
 
 
+# With controllers, what is evaluated decides what is learned.
+_EVALUATING = ("train.evaluate_every", "train.evaluate_rows")
 # These decide what the state of a run is; under other ones it has no meaning.
 _FIXED = ("model.", "seed")
 # Settings of a source or a group that leave its rows as they are.
@@ -136,7 +138,7 @@ def _changes(recipe: Recipe, content: Mapping[str, str], listed: Listed) -> tupl
     changes = [
         Change(key=key, old=before, new=after)
         for key, before, after in differences(old, recipe)
-        if not _is_free(key)
+        if not _is_free(key, recipe)
     ]
     faults = [
         f"{change.key} is {change.new!r}, and the run in {recipe.output} has {change.old!r} at step {position.step}; it "
@@ -156,9 +158,11 @@ def _changes(recipe: Recipe, content: Mapping[str, str], listed: Listed) -> tupl
     return tuple(changes)
 
 
-def _is_free(key: str) -> bool:
+def _is_free(key: str, recipe: Recipe) -> bool:
     """Whether a setting may be another one at any time. The path of a source may: its content must not."""
     path_of_source = key.startswith("sources.") and key.endswith(".path")
+    if key in _EVALUATING and recipe.controllers:
+        return False
     return key in _FREE or key.startswith(("cache.", "tasks.")) or path_of_source
 
 

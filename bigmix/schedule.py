@@ -1,8 +1,11 @@
 """A step and the length of the run go in, the learning rate of that step comes out."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from bigmix.records import Decision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,13 +23,13 @@ class LearningRate:
     decay: float
     final: float
 
-    def at(self, step: int) -> float:
-        """The learning rate of optimizer step `step`, counted from 1."""
+    def at(self, step: float) -> float:
+        """The learning rate of optimizer step `step`, counted from 1; between steps, where the run's length has changed."""
         if step < self.warmup_steps:
             return self.peak * step / self.warmup_steps
         return self.peak * (self.final + (1 - self.final) * self._height(step))
 
-    def _height(self, step: int) -> float:
+    def _height(self, step: float) -> float:
         """1 at the end of the warm-up, 0 one step after the last, so that no step is without effect."""
         if self.shape == "constant":
             return 1.0
@@ -42,3 +45,14 @@ class LearningRate:
 def warmup_steps(warmup: float, steps: int) -> int:
     """A warm-up below 1 is a fraction of the steps, else a number of steps."""
     return round(warmup * steps) if warmup < 1 else int(warmup)
+
+
+def progress(step: int, steps: int, decisions: Sequence[Decision]) -> float:
+    """The part of a run of now `steps` steps that is done after `step`.
+
+    From the last decision, which may have changed the number of steps, it grows evenly to 1.
+    """
+    if not decisions:
+        return step / steps
+    last = decisions[-1]
+    return last.progress + (1 - last.progress) * (step - last.step) / max(steps - last.step, 1)

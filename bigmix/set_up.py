@@ -1,11 +1,11 @@
 """A recipe and its inputs go in, everything that the training loop moves values between comes out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigmix.checkpoint.listing import Listed, put_aside
+from bigmix.checkpoint.listing import Listed, Position, put_aside
 from bigmix.checkpoint.restore import restore
 from bigmix.checkpoint.saver import Keeping, Saver
 from bigmix.data.loader import Portion
@@ -35,8 +35,8 @@ from bigmix.model import (
     logit_rule,
 )
 from bigmix.model_checks import Configs, read_configs
-from bigmix.recipe import Recipe, to_yaml
-from bigmix.records import Choice
+from bigmix.recipe import Recipe, plain, to_yaml
+from bigmix.records import Choice, Decision
 from bigmix.reference import Anchor
 from bigmix.report import Report
 from bigmix.run_folder import (
@@ -61,6 +61,7 @@ class Parts:
     """What the loop moves values between; `passed_over` are the steps that are not trained.
 
     `first_evaluations` are those of runs before this one in the same process, by what they follow from.
+    `decisions` are those of controllers, oldest first.
     """
 
     recipe: Recipe
@@ -75,6 +76,7 @@ class Parts:
     saver: Saver
     health: Health
     passed_over: set[int]
+    decisions: Sequence[Decision]
     log: RunLog | None
     terminal: Terminal
     flag: StopFlag
@@ -150,7 +152,7 @@ def set_up(
     parts = Parts(
         recipe=recipe, inputs=inputs, cluster=cluster, portion=_portion(recipe, world), engine=engine, aim=aim,
         tasks=tasks, report=report, exam=_exam(recipe, inputs, base), saver=_saver(recipe, cluster, terminal), health=_health(recipe),
-        passed_over=_passed_over(recipe, cluster), log=log, terminal=terminal, flag=flag, watchdog=watchdog,
+        passed_over=_passed_over(recipe, cluster), decisions=_decisions(start), log=log, terminal=terminal, flag=flag, watchdog=watchdog,
     )  # fmt: skip
     _resume(parts, start)
     return parts
@@ -242,6 +244,26 @@ def _resume(parts: Parts, start: Beginning) -> None:
         terminal.warning(f"from step {start.step + 1} on: {change}")
     other = "" if ranks == now else f", written by {ranks} ranks and read by {now}"
     terminal.note(f"going on after step {start.step}, from {start.checkpoint.path}{other}")
+
+
+def _decisions(start: Beginning) -> Sequence[Decision]:
+    return start.checkpoint.position.decisions if start.checkpoint is not None else ()
+
+
+def position_of(parts: Parts, at_step: int) -> Position:
+    """Where a run stands after a step; every step must have been read from the report."""
+    plan = parts.inputs.plan
+    return Position(
+        step=at_step,
+        report=parts.report.state(),
+        losses=parts.health.state(),
+        recipe=plain(parts.recipe),
+        chapter=plan.chapter,
+        standing=plan.standing(at_step),
+        content=parts.inputs.content,
+        quarantine=plan.quarantine,
+        decisions=parts.decisions,
+    )
 
 
 def go_to(parts: Parts, checkpoint: Listed) -> None:

@@ -80,12 +80,12 @@ def _go_on(
         first_evaluations=first_evaluations,
     )
     try:
-        train(parts, first=start.step + 1)
+        parts = train(parts, first=start.step + 1)
         if tokenizer_folder is not None:
             _export(parts, tokenizer_folder)
-        if parts.saver.last_step != inputs.steps:
+        if parts.saver.last_step != parts.inputs.steps:
             raise BigmixError(
-                f"all {inputs.steps} steps are done, but the checkpoint of the last one could not be written; free space in "
+                f"all {parts.inputs.steps} steps are done, but the checkpoint of the last one could not be written; free space in "
                 f"{recipe.output}, the same command goes on after step {parts.saver.last_step or 0}"
             )
     finally:

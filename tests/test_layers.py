@@ -18,6 +18,7 @@ LAYERS = [
         "recipe", "objective", "schedule", "dist", "data.tars", "data.workers", "data.manifest", "data.shares",
         "data.order", "zero_state",
     },
+    {"controller", "sizes"},
     {
         "data.recognise", "data.substitution", "data.sentencepiece_model", "data.token_bytes", "data.shards", "data.packing", "data.mixture", "loss", "ds_config",
         "metrics", "terminal", "guard", "beats", "health", "quickstart.corpus", "data.progress", "data.picture",
@@ -39,7 +40,7 @@ LAYERS = [
     {"header", "compare", "preview", "model_card", "generation_check"},
     {"average"},
     {"set_up", "assess"},
-    {"recovery"},
+    {"recovery", "steering"},
     {"loop"},
     {"train"},
     {"sweep"},

@@ -14,7 +14,7 @@ from typing import Any
 
 from bigmix.data.quarantine import Quarantine
 from bigmix.files import checksum_of, replace_text, sync_folder
-from bigmix.records import Chapter, Standing
+from bigmix.records import Chapter, Decision, Standing
 
 FOLDER = "checkpoints"  # in the output of a run
 LISTING = "checkpoint.json"
@@ -28,7 +28,8 @@ class Position:
     """Where a run stands: the last finished step, and what the next ones follow from.
 
     `report` is what its report has added up, `losses` what the next one is held against, `recipe` the settings as plain
-    values, `chapter` from where they hold, `standing` where each source stands and `content` a checksum of its shards.
+    values, `chapter` from where they hold, `standing` where each source stands and `content` a checksum of its shards;
+    `decisions` are those of controllers, oldest first.
     """
 
     step: int
@@ -39,6 +40,7 @@ class Position:
     standing: Mapping[str, Standing] = field(default_factory=dict)
     content: Mapping[str, str] = field(default_factory=dict)
     quarantine: Quarantine = field(default_factory=Quarantine)
+    decisions: Sequence[Decision] = ()
 
     @classmethod
     def from_json(cls, value: Any) -> "Position":
@@ -52,6 +54,8 @@ class Position:
             standing={name: Standing(**found) for name, found in value["standing"].items()},
             content=value["content"],
             quarantine=Quarantine.from_json(value["quarantine"]),
+            # Releases without controllers wrote none.
+            decisions=[Decision(**decision) for decision in value.get("decisions", ())],
         )
 
     def to_json(self) -> dict[str, Any]:

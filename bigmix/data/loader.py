@@ -144,6 +144,16 @@ class Plan:
         """How many rows of each source the chapter has drawn after a step."""
         return self.mixture.counts((step - self.chapter.after) * self.rows_per_step)
 
+    def owed(self, step: int) -> dict[str, float]:
+        """By how many rows each source has drawn less after a step than its shares since the run began."""
+        shares, drawn = self.mixture.shares, self.counts(step)
+        steps = step - self.chapter.after
+        changing = shares.table(np.arange(min(steps, shares.last_change)))
+        last, resting = shares.at(shares.last_change), max(steps - shares.last_change, 0)
+        due = {n: self.rows_per_step * (changing[n].sum() + resting * last[n]) for n in drawn}
+        before = self.chapter.owed
+        return {n: round(float(due[n]) - drawn[n] + before.get(n, 0.0), 9) for n in drawn}
+
     def standing(self, step: int) -> dict[str, Standing]:
         """Where each source stands after a step."""
         at = max(0, bisect_right(self._first_steps, step) - 1)

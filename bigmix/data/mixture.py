@@ -20,7 +20,7 @@ from math import gcd
 import numpy as np
 import numpy.typing as npt
 
-from bigmix.data.shares import Share, Shares, shares_of
+from bigmix.data.shares import Share, Shares, Weights, shares_of
 
 BLOCK_ROWS = 1024
 NEVER = 1 << 62
@@ -71,11 +71,17 @@ class Mixture:
     rested, at most a few million.
     """
 
-    def __init__(self, shares: Shares | Mapping[str, Share], rows_per_step: int) -> None:
+    def __init__(
+        self,
+        shares: Shares | Mapping[str, Share],
+        rows_per_step: int,
+        whole_rows: Mapping[str, int] | None = None,
+    ) -> None:
+        """`whole_rows`, where given, are drawn in their ratio in place of the shares."""
         self.shares = shares if isinstance(shares, Shares) else shares_of(shares)
         self.names = self.shares.names
         self.rows_per_step = rows_per_step
-        weights = self.shares.weights()
+        weights = self.shares.weights() if whole_rows is None else _constant(whole_rows, self.names)
         self._unit = weights.unit
         self._first_rows: Sequence[int] = array(
             "q", [step * rows_per_step for step in weights.first_steps]
@@ -226,6 +232,11 @@ class Mixture:
             own = np.flatnonzero(sources == source)
             indices[own] = count + np.arange(len(own))
         return _Block(sources_R=sources, indices_R=indices, before=before)
+
+
+def _constant(whole_rows: Mapping[str, int], names: Sequence[str]) -> Weights:
+    weights = [whole_rows[name] for name in names]
+    return Weights(first_steps=[0], weights=[weights], unit=sum(weights))
 
 
 def _joined(parts: list[Ints]) -> Ints:

@@ -7,7 +7,7 @@ their own; from a step on a source may have ended. Shares are normalised among t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from math import gcd, lcm
+from math import floor, gcd, lcm
 
 import numpy as np
 import numpy.typing as npt
@@ -158,6 +158,19 @@ class Shares:
 def shares_of(shares: Mapping[str, Share]) -> Shares:
     """Shares without groups."""
     return Shares(sources={name: Member(share=share) for name, share in shares.items()})
+
+
+def apportion(due: Mapping[str, float], total: int) -> dict[str, int]:
+    """Whole numbers with a sum, each within one of what is due: the largest remainders get what rounding down leaves."""
+    whole = {name: max(0, floor(value)) for name, value in due.items()}
+    order = sorted(whole, key=lambda name: whole[name] - due[name])
+    left = total - sum(whole.values())
+    for name in order[:left] if left > 0 else ():
+        whole[name] += 1
+    # Who was given too much before can be due less than nothing; the others then give it.
+    for name in [name for name in reversed(order) if whole[name]][: max(-left, 0)]:
+        whole[name] -= 1
+    return whole
 
 
 def whole_weights(shares: Sequence[float | Fraction]) -> list[int]:

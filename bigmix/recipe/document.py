@@ -17,6 +17,7 @@ from bigmix.recipe.models import (
     Sweep,
     Train,
 )
+from bigmix.recipe.shares import Controller
 from bigmix.recipe.task import Task
 
 _TABLES: tuple[tuple[str, type[BaseModel]], ...] = (
@@ -25,6 +26,7 @@ _TABLES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("sources.NAME", Source),
     ("groups.NAME", Group),
     ("tasks.NAME", Task),
+    ("sources.NAME.share", Controller),
     ("budget", Budget),
     ("train", Train),
     ("cache", Cache),

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveInt
 
 _MULTIPLES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _HUMAN_NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([kmgbt]?)", re.I)
@@ -19,8 +19,12 @@ def whole_number(value: Any) -> Any:
 Count = Annotated[PositiveInt, BeforeValidator(whole_number)]
 CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(whole_number)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Point = tuple[CountOrZero, NonNegativeFloat]
 
 
-SETTINGS = ConfigDict(
-    extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-)
+class Settings(BaseModel):
+    """A table of settings: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )

@@ -213,7 +213,9 @@ def _text(fault: Any, key: Path_) -> str:
     if fault["type"] == "extra_forbidden":
         return _unknown(key)
     if fault["type"] == "union_tag_invalid":
-        return f"{name} is a table, must be a number or points [step, value]; see docs/recipe.md"
+        allowed = "a number or points [step, value]"
+        allowed += ", or have a controller" if key[0] == "groups" and key[-1] == "share" else ""
+        return f"{name} is a table, must be {allowed}; see docs/recipe.md"
     if fault["type"] == "missing":
         return f"{name} is missing; add it, docs/recipe.md says what it means"
     if fault["type"] == "value_error":
@@ -239,16 +241,16 @@ def _unknown(key: Path_) -> str:
 
 def _fields_at(prefix: Path_) -> Sequence[str]:
     """Names of the settings in the table at `prefix`; the keys of a dict of tables are anything."""
-    model: Any = Recipe
+    tables: list[type[BaseModel]] = [Recipe]
     for name in prefix:
-        if name in model.model_fields:
-            model = _table_in(model.model_fields[name].annotation)
-    return tuple(model.model_fields)
+        fields = [table.model_fields[name] for table in tables if name in table.model_fields]
+        if fields:
+            tables = [table for field in fields for table in _tables_in(field.annotation)]
+    return tuple(name for table in tables for name in table.model_fields)
 
 
-def _table_in(annotation: Any) -> Any:
-    """The model inside an annotation such as dict[str, Source]."""
+def _tables_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models inside an annotation such as dict[str, Source]."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = [_table_in(part) for part in get_args(annotation)]
-    return next((table for table in found if table is not None), None)
+        return [annotation]
+    return [table for part in get_args(annotation) for table in _tables_in(part)]

@@ -5,7 +5,6 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Discriminator,
@@ -16,39 +15,22 @@ from pydantic import (
     model_validator,
 )
 
-from bigmix.recipe.fields import SETTINGS, Count, CountOrZero, Name
+from bigmix.recipe.fields import Count, CountOrZero, Name, Settings
+from bigmix.recipe.shares import (
+    Controller,
+    GroupShare,
+    Share,
+    SourceShare,
+    fault_of_points,
+    faults_of_controller,
+    faults_side_by_side,
+    kind_of,
+)
 from bigmix.recipe.task import Task
 from bigmix.weighing import Weighing
 
-Point = tuple[CountOrZero, NonNegativeFloat]
-
-
-class Settings(BaseModel):
-    model_config = SETTINGS
-
-
-class Temperature(Settings):
-    """A share that follows from the size of the source."""
-
-    temperature: NonNegativeFloat
-    """The share is the source's tokens to this power: 1 by size, 0 equal for all, between them small sources are raised."""
-
-
-def _kind_of(value: Any) -> str:
-    """Which of the ways to write a value is meant, so that its faults are told and not those of the other ways."""
-    if isinstance(value, list | tuple):
-        return "<points>"
-    return "<table>" if isinstance(value, dict | Temperature) else "<number>"
-
-
-_Number = Annotated[PositiveFloat, Tag("<number>")]
-_Points = Annotated[tuple[Point, ...], Field(min_length=1), Tag("<points>")]
-Share = Annotated[_Number | _Points, Discriminator(_kind_of)]
-SourceShare = Annotated[
-    _Number | _Points | Annotated[Temperature, Tag("<table>")], Discriminator(_kind_of)
-]
 _Lengths = Annotated[tuple[tuple[CountOrZero, Count], ...], Field(min_length=1), Tag("<points>")]
-Length = Annotated[Annotated[Count, Tag("<number>")] | _Lengths, Discriminator(_kind_of)]
+Length = Annotated[Annotated[Count, Tag("<number>")] | _Lengths, Discriminator(kind_of)]
 
 
 class ModelSettings(Settings):
@@ -80,8 +62,8 @@ class ModelSettings(Settings):
 class Group(Settings):
     """Sources that divide one share among themselves, in the ratio of their own shares."""
 
-    share: Share
-    """Fraction of the rows for all members together: of the run, or of the group that this one is in."""
+    share: GroupShare
+    """Fraction of the rows for all members together: of the run, or of the group that this one is in; a number, points or a controller."""
     loss_share: Share | None = None
     """Fraction of the gradient; default: the share."""
     group: Name | None = None
@@ -119,7 +101,7 @@ class Source(Settings):
     role: Literal["task", "replay"]
     """task: what the model is to learn; replay: pretraining data that keeps what it knows."""
     share: SourceShare
-    """Fraction of the rows; a number, points [step, share] with straight lines between them, or {temperature: 0.5}. Shares are normalised to sum to 1 in each group."""
+    """Fraction of the rows; a number, points [step, share] with straight lines between them, {temperature: 0.5}, {unimax: 4}, or a controller. Shares are normalised to sum to 1 in each group."""
     loss_share: Share | None = None
     """Fraction of the gradient; default: the share."""
     group: Name | None = None
@@ -147,21 +129,10 @@ _Sharing = TypeVar("_Sharing", "Source", Group)
 
 def _checked_points(settings: _Sharing) -> _Sharing:
     for name, value in (("share", settings.share), ("loss_share", settings.loss_share)):
-        fault = _fault_of_points(value) if isinstance(value, tuple) else None
+        fault = fault_of_points(value) if isinstance(value, tuple) else None
         if fault is not None:
             raise ValueError(f"{name} {fault}")
     return settings
-
-
-def _fault_of_points(points: tuple[tuple[int, float], ...]) -> str | None:
-    steps = [step for step, _ in points]
-    if steps[0] != 0:
-        return f"begins at step {steps[0]}; the first point must be at step 0"
-    if any(later <= earlier for earlier, later in pairwise(steps)):
-        return f"has steps {steps}; they must grow from point to point"
-    if all(share == 0 for _, share in points):
-        return "is 0 at every point; to leave the source out, delete it"
-    return None
 
 
 class Budget(Settings):
@@ -308,7 +279,7 @@ class Sweep(Settings):
 
     seeds: Count = 1
     """Runs of each point: with the recipe's seed, the next one, and so on."""
-    points: dict[Name, dict[str, Any]] = {}
+    points: dict[Name, dict[str, Any]] = Field(default={})
     """Further points, by name: the settings that each has otherwise than the recipe."""
     only: Chosen = ()
     """Runs to take alone: by number or name as `bigmix sweep` lists them, or all of a point by its name."""
@@ -332,16 +303,16 @@ class Recipe(Settings):
     """A frozen model to stay near to."""
     sources: Annotated[dict[Name, Source], Field(min_length=1)]
     """The streams that are mixed, by name."""
-    groups: dict[Name, Group] = {}
+    groups: dict[Name, Group] = Field(default={})
     """Groups of sources, by name."""
     pad_to_multiple: Count = 1
     """Rows are padded to a multiple of so many tokens, for backends that want it."""
     cache: Cache = Cache()
     bad_shards: Literal["fail", "replace"] = "fail"
     """What happens when a shard cannot be read. fail: the run ends and names it; replace: from then on rows of its source's other shards are trained in place of its own, counted as substituted_rows."""
-    tasks: dict[Name, Task] = {}
+    tasks: dict[Name, Task] = Field(default={})
     """Questions that the model is asked at evaluations, by name."""
-    held_out: dict[Name, FurtherHeldOut] = {}
+    held_out: dict[Name, FurtherHeldOut] = Field(default={})
     """Further prepared folders, by name, that are evaluated and never trained on; forgetting is measured on them too. A path, or a table of path, long_documents and whole_below, which decide the rows as in a source."""
     budget: Budget = Budget()
     train: Train
@@ -360,6 +331,7 @@ class Recipe(Settings):
             *self._budget_faults(),
             *self._source_faults(),
             *self._group_faults(),
+            *self._controller_faults(),
             *self._length_faults(),
             *self._weigh_faults(),
             *self._reference_faults(),
@@ -405,8 +377,6 @@ class Recipe(Settings):
                 yield f"groups.{name} is inside itself; change its group"
             elif not any(name in self._outside(s.group) for s in self.sources.values()):
                 yield f"groups.{name} has no source in it; delete it, or set group: {name} in a source"
-        for level in (None, *self.groups):
-            yield from self._temperature_faults(level)
 
     def _outside(self, group: str | None) -> list[str]:
         """A group and those around it; a group inside itself comes twice at most."""
@@ -416,18 +386,29 @@ class Recipe(Settings):
             group = self.groups[group].group
         return found
 
-    def _temperature_faults(self, level: str | None) -> Iterator[str]:
-        shares = {
-            f"sources.{n}.share": s.share for n, s in self.sources.items() if s.group == level
-        }
-        shares |= {f"groups.{n}.share": g.share for n, g in self.groups.items() if g.group == level}
-        powers = {key: s.temperature for key, s in shares.items() if isinstance(s, Temperature)}
-        if powers and (len(powers) < len(shares) or len(set(powers.values())) > 1):
-            where = f"in group {level}" if level else "outside of groups"
-            yield (
-                f"{', '.join(powers)}: a temperature compares the sizes of sources, so all shares {where} "
-                f"({', '.join(shares)}) must have the same one; put these sources into a group of their own"
+    def _controller_faults(self) -> Iterator[str]:
+        for level in (None, *self.groups):
+            yield from faults_side_by_side(level, self._shares_in(level))
+        for name, controller in self.controllers.items():
+            table = "sources" if name in self.sources else "groups"
+            yield from faults_of_controller(
+                f"{table}.{name}.share",
+                controller,
+                evaluate_every=self.train.evaluate_every,
+                held_out=tuple(self.held_out_paths),
+                looked_at=self.looked_at(controller),
+                tasks=[n for n in self.task_names if self._is_in(n, name)],
             )
+
+    def _shares_in(self, level: str | None) -> dict[str, Any]:
+        """The shares side by side in a group, or outside of groups, by their keys."""
+        members: dict[str, Source | Group] = {f"sources.{n}": s for n, s in self.sources.items()}
+        members |= {f"groups.{n}": group for n, group in self.groups.items()}
+        return {f"{key}.share": m.share for key, m in members.items() if m.group == level}
+
+    def _is_in(self, source: str, member: str) -> bool:
+        """Whether a source is the one with a name, or inside of the group with that name."""
+        return member == source or member in self._outside(self.sources[source].group)
 
     def _weigh_faults(self) -> Iterator[str]:
         for name, source in self.sources.items():
@@ -490,6 +471,17 @@ class Recipe(Settings):
     def padded(self, length: int) -> int:
         """Tokens of a row of a length with the padding to a multiple."""
         return -(-length // self.pad_to_multiple) * self.pad_to_multiple
+
+    @property
+    def controllers(self) -> dict[str, Controller]:
+        """The controllers of shares, by source or group."""
+        members: dict[str, Source | Group] = {**self.sources, **self.groups}
+        return {n: m.share for n, m in members.items() if isinstance(m.share, Controller)}
+
+    def looked_at(self, controller: Controller) -> tuple[str, ...]:
+        """The held-out sets that a controller judges by."""
+        replay = (n for n, s in self.sources.items() if s.role == "replay" and s.held_out)
+        return controller.held_out or tuple(replay)
 
     @property
     def task_names(self) -> tuple[str, ...]:

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from bigmix.recipe.fields import SETTINGS, Count, CountOrZero
+from bigmix.recipe.fields import Count, CountOrZero, Settings
 
 OF_LABELS = ("accuracy", "macro_f1")
 SCORES = (
@@ -19,10 +19,8 @@ PARTS = (
 _PASS_AT = re.compile(r"pass@([1-9][0-9]*)")
 
 
-class Task(BaseModel):
+class Task(Settings):
     """A file of questions that the model is asked at evaluations, and how its answers are judged; see docs/tasks.md."""
-
-    model_config = SETTINGS
 
     path: str
     """File of examples (.jsonl, also .gz or .zst): a prompt or messages, and a response, label or references."""
@@ -32,7 +30,7 @@ class Task(BaseModel):
     """generation: the model writes its answer; likelihood: of all labels the one that the model finds likeliest is its answer."""
     format: Literal["auto", "chat", "text"] = "auto"
     """chat: asked by the chat template of the sources, text: the prompt as it stands. auto: chat where a source is a chat."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default={})
     """Which column plays which part where it is not named after it, such as {prompt: text}."""
     examples: Count | None = None
     """Examples that are asked at most, spread evenly over the file; default: all."""

@@ -1,0 +1,133 @@
+"""Real runs with a share controller: forgetting is held, rows are exact between decisions, and a killed run decides alike."""
+
+import json
+import shutil
+import signal
+from itertools import pairwise
+
+import pytest
+from corpora import write_source
+from test_run import end, lines, start, wait_for, weights
+
+from bigmix.data.tokenizer import fingerprint_of
+
+RECIPE = """\
+model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
+                 num_attention_heads: 4, max_position_embeddings: 64}}
+sequence_length: 64
+rows_per_step: 8
+sources:
+  web: {path: web, role: replay, share: 1, held_out: web-held}
+budget: {steps: 50}
+train: {lr: 1e-2, micro_batch_rows: 4, log_every: 20}
+deepspeed: ds_configs/cpu.json
+output: base
+"""
+LIMIT = 0.4
+TASK = [
+    "model={path: base/export}", "sources.task={path: task, role: task, share: 1, held_out: task-held}", "train.lr=3e-3",
+    "budget={task_tokens: 32K}", "train.evaluate_every=6", "train.evaluate_rows=16",
+]  # fmt: skip
+HELD = [*TASK, f"sources.web.share={{controller: forgetting, limit: {LIMIT}, start: 0.05}}"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, tiny_tokenizer):
+    """A model that knows how web counts; the task counts in other steps, and beside web it must tell them apart."""
+    folder = tmp_path_factory.mktemp("controlled")
+    fingerprint = fingerprint_of(str(tiny_tokenizer))
+    for name, seed in (("web", 0), ("task", 1)):
+        write_source(folder / name, seed=seed, documents=200, fingerprint=fingerprint)
+        write_source(
+            folder / f"{name}-held", seed=seed, shards=1, documents=60, fingerprint=fingerprint
+        )
+    (folder / "recipe.yaml").write_text(RECIPE)
+    codes, said = end(start(folder, 2))
+    assert codes == [0, 0], said
+    shutil.copytree(tiny_tokenizer, folder / "base/export", dirs_exist_ok=True)
+    return folder
+
+
+def run(data, output, *overrides):
+    codes, said = end(start(data, 2, f"output={output}", *overrides))
+    assert codes == [0, 0], said
+    return data / output, said
+
+
+def curve(folder, key="forgetting/web"):
+    return {line["step"]: line[key] for line in lines(folder) if "eval" in line}
+
+
+@pytest.fixture(scope="module")
+def held(data):
+    return run(data, "held", *HELD)
+
+
+@pytest.mark.slow
+def test_forgetting_is_held_where_one_way_and_a_small_share_forget(data, held):
+    one_way = [*TASK, "sources.web.share=1e-9", "train.export=false"]
+    forgets = curve(run(data, "one-way", *one_way)[0])
+    small = [*TASK, "sources.web.share=0.05", "sources.task.share=0.95", "train.export=false"]
+    forgets_less = curve(run(data, "small", *small)[0])
+    found = curve(held[0])
+    last = found.popitem()[1]
+    assert 0.4 * LIMIT < last <= LIMIT, found
+    assert last < forgets_less.popitem()[1] and forgets.popitem()[1] > 5 * LIMIT
+    shares = list(curve(held[0], "share/web").values())
+    assert shares[0] == 0.05 and max(shares) > 2 * shares[-1], (
+        "raised in need, lowered when there is room"
+    )
+
+
+@pytest.mark.slow
+def test_each_source_has_its_share_since_every_decision_and_over_the_run(held):
+    steps = {line["step"]: line for line in lines(held[0]) if "eval" not in line}
+    decided = curve(held[0], "share/web")
+    due = drawn = 0.0
+    for (step, share), (until, _) in pairwise(decided.items()):
+        rows = [steps[k]["rows/web"] for k in range(step + 1, until + 1)]
+        whole = sum(rows) / (8 * len(rows))
+        for count in range(1, len(rows) + 1):
+            assert abs(sum(rows[:count]) - 8 * count * whole) <= 1
+        due, drawn = due + 8 * len(rows) * share, drawn + sum(rows)
+        assert abs(due - drawn) <= 1, step
+
+
+@pytest.mark.slow
+def test_the_budget_is_met_and_the_learning_rate_has_no_jump(held):
+    steps = [line for line in lines(held[0]) if "eval" not in line]
+    assert steps[-1]["total_tokens/task"] == pytest.approx(32_000, abs=2 * 8 * 64)
+    rates = [line["lr"] for line in steps]
+    peak = rates.index(max(rates))
+    falls = [a - b for a, b in pairwise(rates[peak:])]
+    assert min(falls) >= 0 and max(falls) < 0.1 * max(rates)
+    assert rates[-1] < 0.01 * max(rates)
+
+
+@pytest.mark.slow
+def test_a_killed_run_takes_the_same_decisions_and_ends_bit_equal(data, held):
+    saves = ["output=killed", *HELD, "train.save_every=4"]
+    for step in ("step-000012", "step-000032"):
+        killed = start(data, 2, *saves)
+        wait_for(data / "killed/checkpoints" / step, killed)
+        for process in killed:
+            process.send_signal(signal.SIGKILL)
+        end(killed)
+    codes, said = end(start(data, 2, *saves))
+    assert codes == [0, 0] and "going on after step" in said, said
+    assert lines(data / "killed") == lines(held[0])
+    assert weights(data / "killed") == weights(held[0])
+
+
+@pytest.mark.slow
+def test_the_decisions_are_in_the_checkpoint_and_told(held):
+    folder, said = held
+    newest = (folder / "checkpoints/latest").read_text().strip()
+    position = json.loads((folder / "checkpoints" / newest / "checkpoint.json").read_text())[
+        "position"
+    ]
+    shares = curve(folder, "share/web")
+    assert {d["step"]: d["shares"]["web"] for d in position["decisions"]} == {
+        step: pytest.approx(share) for step, share in list(shares.items())[1:-1]
+    }
+    assert "web 5.00% -> " in said and "the share of web begins at 0.05 and moves" in said
