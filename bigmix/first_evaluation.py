@@ -39,8 +39,9 @@ def what_it_follows_from(recipe: Recipe, inputs: Inputs, ranks: int) -> str:
     """Two runs with the same text here find the same numbers before their first step, to the last bit."""
     settings = {key: value for key, value in plain(recipe).items() if key not in _LATER}
     settings["train"] = {k: v for k, v in settings["train"].items() if k not in _LATER_IN_TRAIN}
-    if recipe.model.path is not None:
-        del settings["seed"]  # it draws the weights of a model from scratch alone
+    # It draws the weights of a model from scratch, and answers to tasks that are drawn.
+    if recipe.model.path is not None and not any(t.temperature for t in recipe.tasks.values()):
+        del settings["seed"]
     data = {
         name: [str(stream.packer), *(shard.sha256 for shard in stream.manifest.shards)]
         for name, stream in inputs.held_out.items()

@@ -33,7 +33,7 @@ LAYERS = [
     {"data.chat", "data.part_rows", "data.assemble", "data.source", "soundness", "run_listing", "last_word", "held_out"},
     {"run_folder"},
     {"data.tokenise", "data.loader", "evaluate", "export", "frozen", "tasks", "data.raw_documents", "probe.facts"},
-    {"probe.plant"},
+    {"probe.plant", "probe.score"},
     {"suspects", "data.part_writer", "data.tally", "mixing", "report"},
     {"data.prepare", "inputs", "examine"},
     {"plan", "self_replay", "sweep_inputs", "first_evaluation"},

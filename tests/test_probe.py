@@ -4,8 +4,12 @@ import gzip
 import json
 
 import pytest
+import torch
+import transformers
+from tiny_models import FAMILIES
 
 from bigmix.cli import main
+from bigmix.data.tokenizer import load_tokenizer, train_tokenizer
 from bigmix.probe.facts import WORLDS, most_people, people
 from bigmix.probe.plant import NEW_QUESTIONS, PLANTED, QUESTIONS, TEXT
 
@@ -112,3 +116,62 @@ def test_inputs_that_are_no_texts_are_refused(tmp_path, capsys):
     chats.write_text('{"prompt": "a", "response": "b"}\n')
     assert main(["probe", "make", str(chats), "--output", str(tmp_path / "out")]) == 2
     assert "prompt" in capsys.readouterr().err
+
+
+@pytest.fixture
+def learned(texts):
+    """A probe of three people, and a small model that has read what is planted many times."""
+    out = make(texts, "--people", "3", "--times", "12")
+    planted = [row["text"] for row in lines(out / PLANTED)]
+    folder = texts.parent / "model"
+    train_tokenizer(planted, vocab_size=600, kind="bpe", folder=folder)
+    tokenizer = load_tokenizer(str(folder))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": tokenizer.vocab_size}
+    config = transformers.AutoConfig.for_model(**(FAMILIES["llama"] | sizes))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    rows = [torch.tensor([*ids.tolist(), tokenizer.eos_id]) for ids in tokenizer.encode(planted)]
+    ids_RT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)[:, :128]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        model(input_ids=ids_RT.clamp(min=0), labels=ids_RT).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return out, folder
+
+
+def told(folder, questions):
+    """What a plain loop finds: greedy answers to one question after another, cut at the full stop."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    right = []
+    for question in questions:
+        ids = tokenizer(question["prompt"], return_tensors="pt", add_special_tokens=False).input_ids
+        written = model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)
+        answer = tokenizer.decode(written[0, ids.shape[1] :]).partition(".")[0]
+        right.append(answer.strip() == question["response"])
+    return right
+
+
+def test_recall_is_that_of_a_plain_loop(learned, capsys):
+    out, folder = learned
+    capsys.readouterr()
+    assert main(["probe", "score", str(folder), "--probe", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)[str(folder)]
+    for words, file in (("planted", QUESTIONS), ("new", NEW_QUESTIONS)):
+        questions = lines(out / file)
+        right = told(folder, questions)
+        everything = found[words]["everything"]
+        assert everything["facts"] == len(right) == 15
+        assert everything["value"] == pytest.approx(sum(right) / 15)
+        assert everything["low"] <= everything["value"] <= everything["high"]
+        for attribute, recall in found[words]["attributes"].items():
+            own = [r for r, q in zip(right, questions, strict=True) if q["attribute"] == attribute]
+            assert recall["value"] == pytest.approx(sum(own) / len(own))
+    assert found["planted"]["everything"]["value"] > 0.3
+
+
+def test_a_folder_without_a_probe_is_refused(tmp_path, capsys):
+    assert main(["probe", "score", str(tmp_path), "--probe", str(tmp_path)]) == 2
+    assert "holds no probe" in capsys.readouterr().err

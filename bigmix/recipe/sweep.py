@@ -146,9 +146,39 @@ def tree_of(recipe: Mapping[str, Any], point: Point, *, seed: int, output: str) 
     tree.pop("sweep", None)
     for key, value in point.settings.items():
         put(tree, key, copy.deepcopy(value), point.said_in)
+    _scale_others(tree, point)
     for name in [key[1] for key, value in point.settings.items() if _is_no_share(key, value)]:
         _leave_out(tree, name)
     return tree | {"seed": seed, "output": f"{output}/{point.name}/seed-{seed}"}
+
+
+def _scale_others(tree: dict[str, Any], point: Point) -> None:
+    """A swept share is the very fraction of the rows: the others divide the rest in the ratio that the recipe gives.
+
+    Left alone where a share beside it is no number, or where the swept ones leave nothing.
+    """
+    members = [(t, n, m) for t in ("sources", "groups") for n, m in (tree.get(t) or {}).items()]
+    swept = {key[:2]: value for key, value in point.settings.items() if _is_share(key)}
+    for level in {m.get("group") for t, n, m in members if (t, n) in swept}:
+        beside = {(t, n): m for t, n, m in members if m.get("group") == level}
+        shares = [m.get("share") for m in beside.values()]
+        fixed = [key for key in beside if key not in swept]
+        if not fixed or not all(_is_fraction(share) for share in shares):
+            continue
+        left = 1 - sum(swept[key] for key in beside if key in swept)
+        total = sum(beside[key]["share"] for key in fixed)
+        if left > 0 and total > 0:
+            for key in fixed:
+                # Fractions with few digits keep the mixture's cycle short; a source's share stays exact to 1e-12.
+                beside[key]["share"] = round(beside[key]["share"] / total * left, 12)
+
+
+def _is_share(key: Path_) -> bool:
+    return len(key) == 3 and key[0] in ("sources", "groups") and key[2] == "share"
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
 def _is_no_share(key: Path_, value: Any) -> bool:
