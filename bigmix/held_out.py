@@ -61,7 +61,7 @@ class DocumentSums:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """A measure and the ends of its 95 % interval."""
+    """A measure and the ends of its 95 % interval, which are no numbers where it is not known."""
 
     value: float
     low: float
@@ -187,7 +187,10 @@ def summarise(
     def estimate(measure: "_Measure") -> Estimate:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             value = float(measure(totals_M))
-            low, high = interval(measure(resampled_RM))
+            # One document says nothing of how others would differ, and its interval would be a point.
+            low, high = (
+                interval(measure(resampled_RM)) if len(both_DM) > 1 else (math.nan, math.nan)
+            )
         return Estimate(value=value, low=low, high=high)
 
     loss, words = _ratio(Sum.NLL, Sum.TOKENS), _ratio(Sum.WORD_HITS, Sum.WORDS)

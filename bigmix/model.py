@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.utils import is_flash_attn_2_available
+from transformers.utils.logging import disable_progress_bar
 
 from bigmix.errors import BadInput
 from bigmix.loss.head import HeadSettings, make_mixed
@@ -215,6 +216,7 @@ def load(
     Without a path the weights are drawn from `seed`. Raises BadInput where transformers refuses the combination.
     """
     torch.manual_seed(seed)
+    disable_progress_bar()  # in a log its states run together
     options = {"dtype": DTYPES[dtype], "attn_implementation": attention}
     try:
         with construction:

@@ -193,7 +193,10 @@ def expected_line(folder: Path, name: str, source: str, model: str, base: str | 
     for key, measure in measures.items():
         ends = "held_out" if key == "held_out_loss" else key
         line[f"{key}/{source}"] = measure(everything)
-        line[f"{ends}_low/{source}"], line[f"{ends}_high/{source}"] = intervals[key]
+        known = len(everything) > 1
+        line[f"{ends}_low/{source}"], line[f"{ends}_high/{source}"] = (
+            intervals[key] if known else (None, None)
+        )
     line[f"held_out_tokens/{source}"] = now["tokens"].sum()
     line[f"held_out_documents/{source}"] = len(everything)
     line[f"last_words/{source}"] = now["words"].sum()

@@ -102,7 +102,7 @@ def lines(folder):
 def test_a_run_evaluates_as_the_command_does_on_its_export(data, run):
     first, last = lines(data / "run")
     assert last["kl_to_base/web"] > 0 and first["kl_to_base/web"] == pytest.approx(0, abs=1e-9)
-    assert first["forgetting_low/few"] == first["forgetting_high/few"] == 0
+    assert first["forgetting_low/web"] == first["forgetting_high/web"] == 0
     assert first == close_to(whole_line(data, "base", "base")) | {"step": 0, "eval": True}
     done = subprocess.run(
         [sys.executable, "-m", "bigmix.cli", "evaluate", "recipe.yaml", "--ranks", "1"],
