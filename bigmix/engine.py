@@ -12,6 +12,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -234,9 +235,15 @@ class Engine:
 
 
 def give_back_memory() -> None:
-    """Free what an engine that is no longer used has left, so that the next one finds room."""
+    """Free what engines that are no longer used have left, so that the next one finds room and counts its own peak."""
+    # ZeRO-3 puts each module that begins its forward there; the outermost one is never taken away.
+    stack = getattr(parameter_offload, "FWD_MODULE_STACK", None)
+    if isinstance(stack, list):
+        stack.clear()
     gc.collect()  # engines, models and their hooks point at one another
-    get_accelerator().empty_cache()
+    if get_accelerator().device_name() == "cuda":
+        get_accelerator().empty_cache()
+        get_accelerator().reset_peak_memory_stats()
 
 
 class Frozen:

@@ -56,12 +56,12 @@ def bare(extra):
     return extra | {"PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
-def start(data, ranks, *overrides):
+def start(data, ranks, *overrides, recipe="recipe.yaml"):
     """The ranks of a run as plain processes, as srun starts them."""
     port = free_port()
     return [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "launch/train.py"), "recipe.yaml", *overrides],
+            [sys.executable, str(ROOT / "launch/train.py"), recipe, *overrides],
             cwd=data,
             env=bare(environment(rank, ranks, port)),
             stdout=subprocess.PIPE,
