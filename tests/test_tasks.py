@@ -7,7 +7,15 @@ import torch
 import transformers
 from ranks import run_on_ranks
 
+from bigmix.data.chat import open_template
 from bigmix.data.tokenizer import load_tokenizer
+from bigmix.dist import Cluster
+from bigmix.recipe.task import Task
+from bigmix.tasks.asking import Language, ask
+from bigmix.tasks.examples import open_tasks
+from bigmix.tasks.score import score_tasks
+from bigmix.tasks.speaking import speaking
+from bigmix.world import World
 
 QUESTIONS = [
     "the river", "bright tower under the river", "seven learns", "it keeps 12", "混合 a 知识", "café in it", "was of",
@@ -103,6 +111,19 @@ def test_the_likeliest_label_is_that_of_a_plain_loop(exported):
             own = range(len(prompt), ids.shape[1])
             values[label] = sum(float(logs_TV[at - 1, ids[0, at]]) for at in own)
         assert chosen == max(values, key=values.get)
+
+
+def test_an_exported_model_in_a_plain_process_answers_the_same(exported, tasks):
+    model, tokenizer, outputs = exported
+    files = open_tasks({name: Task.model_validate(task) for name, task in tasks.items()})
+    language = Language(tokenizer=tokenizer, template=open_template(tokenizer, "plain"))
+    alone = Cluster(World(rank=0, local_rank=0, size=1, local_size=1))
+    with speaking(model, torch.device("cpu"), alone) as speaker:
+        results = score_tasks(
+            speaker, alone, ask(files, language, 128), seed=7, stop_asked=lambda: False, doing=str
+        )
+    for name, result in results.items():
+        assert [list(sample.outputs) for sample in result.samples] == outputs[name]
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])

@@ -161,7 +161,7 @@ def _outputs_of_rank(
             continue
         texts = _answers(speaker, asked, batch.rows, key_of(seed, "task", name))
         if not batch.is_idle:
-            outputs += _outputs(asked, batch.rows, texts)
+            outputs += _outputs(asked, batch.rows, texts, lambda: doing(f"programs of {name}"))
     return outputs
 
 
@@ -195,15 +195,18 @@ def _normalised(asked: Asked, question: Question, values: Sequence[float]) -> li
 
 
 def _outputs(
-    asked: Asked, rows: Sequence[tuple[Question, int]], texts: Sequence[str]
+    asked: Asked,
+    rows: Sequence[tuple[Question, int]],
+    texts: Sequence[str],
+    runs_program: Callable[[], None],
 ) -> Iterator[_Output]:
+    """The texts with what they are of; `runs_program` is told before each program, which may take its whole time."""
     for (question, number), text in zip(rows, texts, strict=True):
-        yield _Output(
-            index=question.example.index,
-            number=number,
-            text=text,
-            passes=bool(asked.task.passes_at) and _passes(asked, question, text),
-        )
+        is_passed = False
+        if asked.task.passes_at:
+            runs_program()
+            is_passed = _passes(asked, question, text)
+        yield _Output(index=question.example.index, number=number, text=text, passes=is_passed)
 
 
 def _passes(asked: Asked, question: Question, text: str) -> bool:
