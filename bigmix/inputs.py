@@ -216,7 +216,7 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
         loss_shares=mixing.loss_shares,
         notes=[
             *notes,
-            *_moving(recipe),
+            *moving_shares(recipe),
             *mixing.notes,
             *_cache_notes(recipe, depot, sources.values()),
         ],
@@ -309,7 +309,8 @@ def _retry(recipe: Recipe) -> Retry:
     return Retry(tries=recipe.cache.tries, timeout_s=recipe.cache.timeout_s)
 
 
-def _moving(recipe: Recipe) -> Iterator[str]:
+def moving_shares(recipe: Recipe) -> Iterator[str]:
+    """What to know of each share that a controller decides on, before the run has begun."""
     for name, controller in recipe.controllers.items():
         yield (
             f"the share of {name} begins at {controller.start:g} and moves between {controller.least:g} and {controller.most:g}: "

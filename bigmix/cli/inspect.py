@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from bigmix.cli.words import add_recipe_arguments, tell_replaced
+from bigmix.cli.words import add_recipe_arguments, tell_moving, tell_replaced
 from bigmix.data.loader import Plan, Portion
 from bigmix.errors import DONE, BadInput
 from bigmix.inputs import Inputs, open_inputs
@@ -89,6 +89,7 @@ def _rows(known: argparse.Namespace) -> int:
 
     found, bad = inputs.around_bad_shards(known.step, lines)
     tell_replaced(bad, known.step)
+    tell_moving(recipe)
     print("\n".join(found))
     return DONE
 

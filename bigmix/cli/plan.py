@@ -7,7 +7,7 @@ from typing import Any
 from bigmix.cli.sweep import show_runs
 from bigmix.cli.words import add_recipe_arguments, tell_replaced
 from bigmix.errors import DONE, BadInput
-from bigmix.inputs import open_inputs
+from bigmix.inputs import moving_shares, open_inputs
 from bigmix.recipe import load
 from bigmix.terminal import Terminal, tame_libraries
 
@@ -46,7 +46,7 @@ def _plan(known: argparse.Namespace) -> int:
     machine = Machine(gpus=known.gpus, gpu=known.gpu, device_gib=known.device_gib, mfu=known.mfu)
     plan, bad = inputs.around_bad_shards(1, lambda inputs: forecast(recipe, inputs, machine))
     tell_replaced(bad, 1)
-    warnings = warnings_of(recipe, plan, machine)
+    warnings = [*moving_shares(recipe), *warnings_of(recipe, plan, machine)]
     if known.json:
         print(json.dumps(as_json(plan, machine, warnings), indent=2))
     else:

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from bigmix.cli.words import add_recipe_arguments, tell_replaced
+from bigmix.cli.words import add_recipe_arguments, tell_moving, tell_replaced
 from bigmix.data.loader import Portion
 from bigmix.errors import DONE, BadInput
 from bigmix.inputs import Inputs, open_inputs
@@ -79,6 +79,7 @@ def _show(known: argparse.Namespace, recipe: Recipe, inputs: Inputs, terminal: T
 
     rows, bad = inputs.around_bad_shards(known.step, read)
     tell_replaced(bad, known.step)
+    tell_moving(recipe)
     for index, row in enumerate(rows):
         seat = Seat(rank=known.rank, micro_batch=index // size)
         pieces = list(preview(row, seat, tokenizer, most=None if known.full else SHOWN_TOKENS))

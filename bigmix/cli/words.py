@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from bigmix.data.quarantine import BadShard
 from bigmix.errors import BadInput
+from bigmix.inputs import moving_shares
+from bigmix.recipe import Recipe
 from bigmix.recipe.fields import whole_number
 
 INPUTS = (
@@ -51,6 +53,12 @@ def columns_of(text: str | None) -> Mapping[str, str] | None:
             f"--columns is {text!r}; write PART=COLUMN pairs with commas between, such as prompt=question,response=answer"
         )
     return {part: column for part, _, column in pairs}
+
+
+def tell_moving(recipe: Recipe) -> None:
+    """Say on stderr that shares move, so that what is shown holds until the first decision."""
+    for told in moving_shares(recipe):
+        print(told, file=sys.stderr)
 
 
 def tell_replaced(bad: Sequence[BadShard], step: int) -> None:
