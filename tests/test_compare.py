@@ -15,7 +15,7 @@ import yaml
 from bigmix.cli.compare import add_compare
 from bigmix.compare import compare
 from bigmix.compare.chart import spread, ticks
-from bigmix.compare.table import columns, rows
+from bigmix.compare.table import tables
 from bigmix.errors import BadInput
 
 TASK_ROWS, ROW_TOKENS, STEPS = 8, 256, 60
@@ -108,7 +108,7 @@ def test_summary_holds_kinds_losses_forgetting_and_gain(
 ) -> None:
     summary = compare(two_runs, tmp_path / "report")
     assert [path.name for path in summary.files] == [
-        "index.html", "figure.png", "table.md", "summary.json"
+        "index.html", "figure.png", "table.md", "table.tex", "summary.json"
     ]  # fmt: skip
     runs = json.loads((tmp_path / "report/summary.json").read_text())["runs"]
     kinds = {name: (run["kind"], run["steps"]) for name, run in runs.items()}
@@ -189,11 +189,12 @@ def test_page_loads_nothing_and_shows_every_number_of_the_table(
     assert not re.search(r"https?:|url\(|@import|//", html)
     assert not {"script", "link", "iframe", "object", "img"} & set(parser.tags)
     texts = {text.strip() for text in parser.text}
-    for row in rows(comparison):
-        assert {*row.cells, row.measure, row.source} <= texts
-        assert f"| {row.measure} | {' | '.join(row.cells)} |" in markdown
-    assert {*columns(comparison)} <= texts
-    assert parser.tags.count("svg") == 3
+    for table in tables(comparison):
+        assert {table.name, table.role, *table.heads} <= texts
+        for row in table.rows:
+            assert {row.name, *(cell.value for cell in row.cells)} <= texts
+            assert f"| {row.name} | {' | '.join(cell.text for cell in row.cells)} |" in markdown
+    assert parser.tags.count("figure") == 3
 
 
 def test_figure_is_a_picture_of_a_legible_size(two_runs: list[Path], tmp_path: Path) -> None:
@@ -269,7 +270,7 @@ def test_command_prints_the_table_and_where_it_wrote(
     assert args.func(args) == 0
     printed = capsys.readouterr().out
     assert "kept 83 %" in printed
-    assert re.search(r"code\s+forgetting\s+–\s+\+1\.200\s+\+0\.200", printed)
+    assert re.search(r"code \(replay\).*one-way.*\+1\.200 *\n *two-way.*\+0\.200", printed, re.S)
     assert f"wrote {out / 'summary.json'}" in printed
 
 

@@ -14,10 +14,16 @@ def add_compare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     """Add the command to the parser of `bigmix`."""
     parser = subparsers.add_parser(
         "compare",
-        help="runs side by side: forgetting, task gain, a page, a table and a picture",
+        help="runs side by side: forgetting, task gain, a page, tables and pictures",
         description="Compare finished runs that started from the same base model.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="output folder of a run, of an evaluation, or of a sweep: one that holds such folders, however deep",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("report"), help="folder to write into (default: report)"
     )
@@ -33,8 +39,8 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _show(summary: "Summary") -> None:
-    # As above: the table's texts come with compare.
-    from bigmix.compare.table import columns, rows
+    # As above: the tables' texts come with compare.
+    from bigmix.compare.table import ABSENT, cells_of, has_shares, heads_of, tables
     from bigmix.terminal import Table, Terminal
 
     comparison = summary.comparison
@@ -42,9 +48,21 @@ def _show(summary: "Summary") -> None:
     terminal.note(f"{comparison.headline} {comparison.detail}".strip())
     for text in comparison.warnings:
         terminal.warning(text)
-    body = [[row.source, row.measure, *row.cells] for row in rows(comparison)]
-    heads = ["source", "measure", *columns(comparison)]
-    terminal.table(Table(title="held-out data", columns=heads, rows=body))
+    with_share = has_shares(comparison)
+    for table in tables(comparison):
+        # Intervals are in the files: a terminal is narrow.
+        rows = [
+            [
+                row.name,
+                *(
+                    None if c.value == ABSENT else c.brief
+                    for c in cells_of(row, with_share=with_share)
+                ),
+            ]
+            for row in table.rows
+        ]
+        heads = ["", *heads_of(table, with_share=with_share)]
+        terminal.table(Table(title=f"held-out data, {table.title}", columns=heads, rows=rows))
     for path in summary.files:
         terminal.note(f"wrote {path}")
     terminal.close()

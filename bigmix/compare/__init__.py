@@ -1,35 +1,49 @@
-"""Folders of runs go in; out come a page, a picture, a table and a summary of what they kept and learned."""
+"""Folders of runs go in; out come a page, pictures, tables and a summary of what they kept and learned."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigmix.compare.chart import panels
+from bigmix.compare.curves import curve_scenes
 from bigmix.compare.figure import draw_figure
+from bigmix.compare.frontier import frontier_scene, frontiers
 from bigmix.compare.judge import Summary, judge
+from bigmix.compare.law_chart import law_scenes
 from bigmix.compare.page import page
 from bigmix.compare.read import read_runs
-from bigmix.compare.table import markdown, summary_tree
+from bigmix.compare.styles import styles_of
+from bigmix.compare.summary import summary_tree
+from bigmix.compare.table import latex, markdown
 from bigmix.files import replace_text
 
 __all__ = ["Summary", "compare"]
 
 
 def compare(runs: Sequence[Path], out: Path) -> Summary:
-    """Write `index.html, figure.png, table.md, summary.json` into `out`; the summary goes last.
+    """Write `index.html, figure.png, table.md, table.tex, summary.json` into `out`; the summary goes last.
 
-    Raises BadInput with the faults of all runs before anything is written.
+    `frontier.png` and `law.png` are added where there are enough points for them. Raises BadInput with the faults of all
+    runs before anything is written.
     """
     comparison = judge(read_runs(runs))
-    drawn = panels(comparison)
-    out.mkdir(parents=True, exist_ok=True)
-    draw_figure(drawn, out / "figure.png")
-    texts = {
-        "index.html": page(comparison, drawn, out),
-        "table.md": markdown(comparison),
-        "summary.json": json.dumps(summary_tree(comparison), indent=2, allow_nan=False) + "\n",
+    found = frontiers(comparison)
+    pictures = {
+        "figure.png": curve_scenes(comparison),
+        "frontier.png": [frontier_scene(comparison, frontier) for frontier in found],
+        "law.png": law_scenes(comparison),
     }
+    texts = {
+        "index.html": page(comparison, found, out),
+        "table.md": markdown(comparison),
+        "table.tex": latex(comparison),
+        "summary.json": json.dumps(summary_tree(comparison, found), indent=2, allow_nan=False)
+        + "\n",
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = [name for name, scenes in pictures.items() if scenes]
+    for name in drawn:
+        draw_figure(pictures[name], styles_of(comparison), out / name)
     for name, text in texts.items():
         replace_text(out / name, text)
-    written = ["index.html", "figure.png", "table.md", "summary.json"]
+    written = ["index.html", *drawn, "table.md", "table.tex", "summary.json"]
     return Summary(comparison=comparison, files=[out / name for name in written])

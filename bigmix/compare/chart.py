@@ -1,141 +1,70 @@
-"""A comparison goes in; out come panels of curves, which figure.py and svg.py draw alike."""
+"""Ranges of data go in; out come axes on a canvas, round ticks, and places for labels that do not collide."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bigmix.compare.judge import Comparison
-from bigmix.compare.read import BASE, Evaluation, Run
+from bigmix.compare.scene import TEXT_PX, XY, Shape, Stroke, Words, width_of
 
-# Okabe and Ito's colours, told apart by colour-blind readers: warm for one-way, cool for two-way.
-_WARM = ("#d55e00", "#e69f00", "#cc79a7")
-_COOL = ("#0072b2", "#009e73", "#56b4e9")
-_DASHES = ("", "6 3", "2 3", "8 3 2 3")
-MAX_NAME = 16  # letters
+LINE_PX = 15  # between two labels
+WIDTH, HEIGHT = 420, 300
+LEFT, TOP, BOTTOM = 46, 14, 42
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+Range = tuple[float, float]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """One evaluation; x is task tokens, or steps where no task is trained. `low` and `high` bound y."""
-
-    x: float
-    y: float
-    low: float | None
-    high: float | None
-    step: int
+def _same(value: float) -> float:
+    return value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Curve:
-    """One run in one panel. `dash` holds lengths of strokes and gaps; empty: a solid line."""
+class Axes:
+    """Where data lies on the canvas. `bend` is applied to x before it is laid out, as for a logarithmic axis."""
 
-    name: str
-    colour: str
-    dash: str
-    points: Sequence[Point]
+    x_range: Range
+    y_range: Range
+    right: float
+    bottom: float
+    bend: Callable[[float], float] = _same
 
+    def x(self, value: float) -> float:
+        """From data to canvas."""
+        low, high = (self.bend(end) for end in self.x_range)
+        return LEFT + (self.bend(value) - low) / (high - low) * (self.right - LEFT)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Panel:
-    """One source. The base stands at `base_y`; `x_range` and `y_range` are what the axes show."""
+    def y(self, value: float) -> float:
+        """From data to canvas."""
+        low, high = self.y_range
+        return self.bottom - (value - low) / (high - low) * (self.bottom - TOP)
 
-    title: str
-    y_label: str
-    x_label: str
-    curves: Sequence[Curve]
-    base_y: float
-    x_range: tuple[float, float]
-    y_range: tuple[float, float]
-
-
-def panels(comparison: Comparison) -> list[Panel]:
-    """Forgetting of each replay source, on one scale, then the held-out loss of each task source."""
-    by_tokens = any(run.final.task_tokens for run in comparison.runs)
-    curves = {
-        source: _curves(comparison, source, by_tokens=by_tokens) for source in comparison.roles
-    }
-    forgotten = [curve for source in comparison.replays for curve in curves[source]]
-    last_x = max(_x(run.final, by_tokens=by_tokens) for run in comparison.runs)
-    drawn = []
-    for source in [*comparison.replays, *comparison.tasks]:
-        is_task = comparison.roles[source] == "task"
-        base_y = comparison.base[source].loss if is_task else 0.0
-        panel = Panel(
-            title=f"{source}: {'held-out loss (task)' if is_task else 'forgetting'}",
-            y_label="nats/token",
-            x_label="task tokens trained" if by_tokens else "steps",
-            curves=curves[source],
-            base_y=base_y,
-            x_range=(0.0, last_x),
-            y_range=_y_range(curves[source] if is_task else forgotten, base_y),
-        )
-        drawn.append(panel)
-    return drawn
+    def frame(self, *, x_label: str, x_ticks: Sequence[tuple[float, str]]) -> Iterator[Shape]:
+        """Grid, ticks and the label of x; y is labelled by the title."""
+        for value in ticks(*self.y_range, 5):
+            y = self.y(value)
+            yield Stroke(points=[(LEFT, y), (self.right, y)], colour="line")
+            yield Words(at=(LEFT - 7, y + 4), text=f"{value:.3g}".replace("-", "−"), anchor="end")
+        yield Stroke(points=[(LEFT, self.bottom), (self.right, self.bottom)], colour="soft")
+        taken = -math.inf
+        for value, text in x_ticks:
+            x, half = self.x(value), width_of(text) / 2
+            if x - half > taken + 4:
+                yield Words(at=(x, self.bottom + 17), text=text, anchor="middle")
+                taken = x + half
+        middle = (LEFT + self.right) / 2
+        yield Words(at=(middle, self.bottom + 36), text=x_label, anchor="middle")
 
 
-def _curves(comparison: Comparison, source: str, *, by_tokens: bool) -> list[Curve]:
-    is_task = comparison.roles[source] == "task"
-    curves = []
-    for run, (colour, dash) in zip(comparison.runs, _styles(comparison.runs), strict=True):
-        points = _points(run, source, is_task=is_task, by_tokens=by_tokens)
-        if points:
-            curves.append(Curve(name=run.name, colour=colour, dash=dash, points=points))
-    return curves
+def range_of(values: Sequence[float], margin: float = 0.06) -> Range:
+    """All values with a margin as a part of their range."""
+    low, high = min(values), max(values)
+    space = margin * (high - low) or 0.5
+    return low - space, high + space
 
 
-def _y_range(curves: Sequence[Curve], base_y: float) -> tuple[float, float]:
-    """Over points, intervals and the base, with a margin of 6 %."""
-    points = [point for curve in curves for point in curve.points]
-    known = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
-    low, high = min(base_y, *known), max(base_y, *known)
-    margin = 0.06 * (high - low) or 0.5
-    return low - margin, high + margin
-
-
-def _styles(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Colour by kind of run; further runs of a kind have dashes too, for readers who see no colour."""
-    counts = {"one-way": 0, "two-way": 0}
-    styles = []
-    for run in runs:
-        colours, index = _WARM if run.kind == "one-way" else _COOL, counts[run.kind]
-        counts[run.kind] += 1
-        styles.append((colours[index % len(colours)], _DASHES[index % len(_DASHES)]))
-    return styles
-
-
-def _points(run: Run, source: str, *, is_task: bool, by_tokens: bool) -> list[Point]:
-    if source not in run.first.sources:
-        return []
-    # An interval is drawn on losses only: that of a difference is narrower, as both losses are of the same tokens.
-    start = 0.0 if is_task else run.first.sources[source].loss
-    return [
-        Point(
-            x=_x(evaluation, by_tokens=by_tokens),
-            y=result.loss - start,
-            low=result.interval[0] if is_task and result.interval else None,
-            high=result.interval[1] if is_task and result.interval else None,
-            step=evaluation.step,
-        )
-        for evaluation in run.evaluations
-        if (result := evaluation.sources.get(source))
-    ]
-
-
-def _x(evaluation: Evaluation, *, by_tokens: bool) -> float:
-    return float(evaluation.task_tokens if by_tokens else evaluation.step)
-
-
-def end_label(curve: Curve) -> str:
-    """What stands at a curve's end: name and last value; of a long name both ends, as runs differ in either."""
-    name = curve.name
-    if len(name) > MAX_NAME:
-        name = f"{name[: MAX_NAME // 2]}…{name[-(MAX_NAME // 2 - 1) :]}"
-    return f"{name} {curve.points[-1].y:.2f}"
-
-
-def base_label(panel: Panel) -> str:
-    """What stands at the line of the base."""
-    return BASE if panel.base_y == 0 else f"{BASE} {panel.base_y:.2f}"
+def number_ticks(low: float, high: float, count: int = 4) -> list[tuple[float, str]]:
+    """Round numbers with their texts."""
+    return [(value, short(value)) for value in ticks(low, high, count)]
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
@@ -172,3 +101,42 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
         placed[index] = min(placed[index], ceiling)
         ceiling = placed[index] - gap
     return [placed[index] for index in range(len(wanted))]
+
+
+def place_labels(
+    labels: Sequence[tuple[XY, str]], obstacles: Sequence[Box], bounds: Box
+) -> list[XY]:
+    """The left end of the base line of each label, beside its point, where it covers least of the others and of obstacles."""
+    taken = list(obstacles)
+    placed = []
+    for at, text in labels:
+        boxes = list(_around(at, width_of(text)))
+        costs = [_cost(box, taken, bounds) + rank for rank, box in enumerate(boxes)]
+        box = boxes[costs.index(min(costs))]
+        taken.append(box)
+        placed.append((box[0], box[3] - 3))
+    return placed
+
+
+def _around(at: XY, width: float) -> Iterator[Box]:
+    """Places around a point, the best liked first: near before far, right before left."""
+    x, y = at
+    for away in (8, 18, 30):
+        for right, down in ((1, 0), (1, -1), (1, 1), (-1, 0), (-1, -1), (-1, 1), (0, -1), (0, 1)):
+            # Straight above or below, a label is centred.
+            left = x - width / 2 if right == 0 else x + away if right > 0 else x - away - width
+            middle = y + down * (away + (4 if right == 0 else 0))
+            yield left, middle - TEXT_PX / 2 - 1, left + width, middle + TEXT_PX / 2 + 1
+
+
+def _cost(box: Box, taken: Sequence[Box], bounds: Box) -> float:
+    """The area that is covered already, and what sticks out of the canvas many times over."""
+    covered = sum(_common(box, other) for other in taken)
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    return covered + 20 * (area - _common(box, bounds))
+
+
+def _common(one: Box, other: Box) -> float:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(width, 0.0) * max(height, 0.0)

@@ -1,91 +1,77 @@
-"""Panels go in, figure.png comes out."""
+"""Scenes go in, a PNG comes out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigmix.compare.chart import Curve, Panel, base_label, end_label, short, spread
+from bigmix.compare.scene import TEXT_PX, Area, Mark, Scene, Shape, Stroke, Words, outline
+from bigmix.compare.styles import Style, legend
 
 DPI = 200
-PANEL_INCHES = (4.4, 3.4)
+PX_PER_INCH = 95
 MAX_COLUMNS = 3
-INK, GREY = "#1b1f24", "#6b7280"
+TITLE_PX, GAP_PX, MARGIN_PX = 30, 26, 16
+_INK = {"ink": "#1b1f24", "soft": "#5b6470", "line": "#e3e6ea", "paper": "#ffffff"}
 
 
-def draw_figure(panels: Sequence[Panel], path: Path) -> None:
-    """Draw the panels side by side, three in a line at most; each curve is named at its end."""
+def draw_figure(scenes: Sequence[Scene], styles: Mapping[str, Style], path: Path) -> None:
+    """Draw the scenes side by side, three in a line at most, with their titles and a legend below."""
     # Matplotlib takes a second to import, and no other command draws.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    num_columns = min(MAX_COLUMNS, len(panels)) or 1
-    num_lines = -(-len(panels) // num_columns) or 1
-    size = (PANEL_INCHES[0] * num_columns, PANEL_INCHES[1] * num_lines)
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-    figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout=layout)
+    columns = min(MAX_COLUMNS, len(scenes))
+    lines = [scenes[start : start + columns] for start in range(0, len(scenes), columns)]
+    cell = max(scene.width for scene in scenes) + GAP_PX
+    width = columns * cell + 2 * MARGIN_PX
+    heights = [max(scene.height for scene in line) + TITLE_PX + GAP_PX for line in lines]
+    below = legend(styles, width - 2 * MARGIN_PX)
+    size = (width, sum(heights) + below.height + 2 * MARGIN_PX)
+    figure = Figure(
+        figsize=(size[0] / PX_PER_INCH, size[1] / PX_PER_INCH), dpi=DPI, facecolor="white"
+    )
     FigureCanvasAgg(figure)
-    for place, panel in enumerate(panels, start=1):
-        _draw(figure.add_subplot(num_lines, num_columns, place), panel)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set_axis_off()
+    axes.set_xlim(0, size[0])
+    axes.set_ylim(size[1], 0)
+    colours = _INK | {style.key: style.light for style in styles.values()}
+    top = float(MARGIN_PX)
+    for line, height in zip(lines, heights, strict=True):
+        for index, scene in enumerate(line):
+            _draw_scene(axes, scene, colours, (MARGIN_PX + index * cell, top))
+        top += height
+    _draw_scene(axes, below, colours, (MARGIN_PX, top - TITLE_PX))
     figure.savefig(path)
 
 
-def _draw(axes: Any, panel: Panel) -> None:
-    axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=10)
-    axes.set_xlabel(panel.x_label, fontsize=9, color=INK)
-    axes.set_ylabel(panel.y_label, fontsize=9, color=INK)
-    axes.set_xlim(*panel.x_range)
-    axes.set_ylim(*panel.y_range)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=INK, labelsize=8.5, color=GREY)
-    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.locator_params(axis="x", nbins=4)
-    axes.locator_params(axis="y", nbins=5)
-    axes.xaxis.set_major_formatter(lambda value, _: short(value))
-    axes.axhline(panel.base_y, color=GREY, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
-    for curve in panel.curves:
-        _draw_curve(axes, curve)
-    _label_ends(axes, panel)
-
-
-def _draw_curve(axes: Any, curve: Curve) -> None:
-    x, y = [p.x for p in curve.points], [p.y for p in curve.points]
-    dash = (0, tuple(float(part) / 2 for part in curve.dash.split())) if curve.dash else "solid"
-    axes.plot(
-        x,
-        y,
-        color=curve.colour,
-        linewidth=1.9,
-        linestyle=dash,
-        clip_on=False,
-        solid_capstyle="round",
+def _draw_scene(axes: Any, scene: Scene, colours: Mapping[str, str], at: tuple[float, float]) -> None:  # fmt: skip
+    x, y = at
+    points = TEXT_PX / PX_PER_INCH * 72
+    axes.text(
+        x, y + 16, scene.title, fontsize=1.15 * points, fontweight="bold", color=colours["ink"]
     )
-    axes.scatter(x[-1:], y[-1:], s=20, color=curve.colour, zorder=4, clip_on=False)
-    known = [(p.x, p.low, p.high) for p in curve.points if p.low is not None]
-    if known:
-        axes.fill_between(*zip(*known, strict=True), color=curve.colour, alpha=0.15, linewidth=0)
+    for shape in scene.shapes:
+        _draw(axes, shape, colours, (x, y + TITLE_PX))
 
 
-def _label_ends(axes: Any, panel: Panel) -> None:
-    """Names at the right, moved apart; a label is 5.5 % of the panel high."""
-    low, high = panel.y_range
-    ends = [curve.points[-1].y for curve in panel.curves]
-    texts = [end_label(curve) for curve in panel.curves]
-    colours = [curve.colour for curve in panel.curves]
-    places = spread([*ends, panel.base_y], 0.065 * (high - low), low, high)
-    for text, colour, place in zip(
-        [*texts, base_label(panel)], [*colours, GREY], places, strict=True
-    ):
-        axes.annotate(
-            text,
-            (1.0, place),
-            xycoords=("axes fraction", "data"),
-            xytext=(7, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-            color=colour,
-            annotation_clip=False,
-        )
+def _draw(axes: Any, shape: Shape, colours: Mapping[str, str], at: tuple[float, float]) -> None:
+    px = 72 / PX_PER_INCH  # points for a pixel of the canvas
+    colour = colours[shape.colour]
+    if isinstance(shape, Words):
+        x, y = shape.at[0] + at[0], shape.at[1] + at[1]
+        sides = {"start": "left", "middle": "center", "end": "right"}
+        weight = "bold" if shape.is_bold else "normal"
+        axes.text(x, y, shape.text, fontsize=TEXT_PX * px * 0.94, color=colour, ha=sides[shape.anchor], fontweight=weight)  # fmt: skip
+        return
+    corners = outline(shape) if isinstance(shape, Mark) else shape.points
+    xs, ys = [x + at[0] for x, _ in corners], [y + at[1] for _, y in corners]
+    if isinstance(shape, Stroke):
+        # Matplotlib scales the lengths of dashes by the width of the line.
+        dash = (0, [part / shape.width for part in shape.dash]) if shape.dash else "solid"
+        axes.plot(xs, ys, color=colour, linewidth=shape.width * px, linestyle=dash)
+    elif isinstance(shape, Area):
+        axes.fill(xs, ys, color=colour, alpha=0.13, linewidth=0)
+    else:
+        fill = colour if shape.is_filled else colours["paper"]
+        axes.fill(xs, ys, facecolor=fill, edgecolor=colour, linewidth=1.4 * px, zorder=4)

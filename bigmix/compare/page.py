@@ -4,173 +4,189 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
-from itertools import groupby
 from pathlib import Path
 from string import Template
 
-from bigmix.compare.chart import Panel
+from bigmix.compare.curves import curve_scenes, is_over_tokens
+from bigmix.compare.frontier import Frontier, frontier_scene
+from bigmix.compare.html import code, folded, named, plain_table, variables, wide
 from bigmix.compare.judge import Comparison
-from bigmix.compare.read import RECIPE, Realised, Run, TrainedSource
+from bigmix.compare.law import Fit
+from bigmix.compare.law_chart import LAW_HEADS, law_rows, law_scenes, law_sentences
+from bigmix.compare.scene import Scene
+from bigmix.compare.settings import settings_part
+from bigmix.compare.shares import bars, budget_sentences, training_table
+from bigmix.compare.side_by_side import outputs_part
+from bigmix.compare.styles import MAX_NAMED, Style, styles_of
 from bigmix.compare.svg import draw_svg
-from bigmix.compare.table import ABSENT, NOTE, Row, columns, rows
+from bigmix.compare.table import (
+    NOTE,
+    Row,
+    Table,
+    cells_of,
+    has_shares,
+    heads_of,
+    tables,
+    tables_of_runs,
+)
 
-# White text is readable on each of them, and neighbours are told apart by colour-blind readers.
-_SOURCE_COLOURS = ("#0072b2", "#b35a00", "#007a5a", "#a04a7c", "#5b5bb0", "#6b7280")
-_LABEL_FROM = 0.07  # a narrower part of a bar has no room for its number; the table below has it
+_MOST_IN_TITLE = 4
+_MOST_OPEN = 4  # points whose commands are shown at once
 
 
-def page(comparison: Comparison, panels: Sequence[Panel], out: Path) -> str:
+def page(comparison: Comparison, frontiers: Sequence[Frontier], out: Path) -> str:
     """The whole page; everything that comes from a run is escaped."""
     template = Template((files("bigmix.compare") / "page.html").read_text(encoding="utf-8"))
-    x_label = panels[0].x_label if panels else "steps"
+    styles = styles_of(comparison)
     return template.substitute(
-        title=escape(", ".join(run.name for run in comparison.runs)),
-        headline=_code(comparison.headline),
-        detail=f'<p class="lead">{_code(comparison.detail)}</p>' if comparison.detail else "",
-        warnings="\n".join(f'<p class="warning">{_code(w)}</p>' for w in comparison.warnings),
-        results="\n".join(_results(comparison)),
-        note=escape(NOTE),
-        curves_note=escape(_curves_note(x_label)),
-        charts="\n".join(_chart(panel) for panel in panels),
-        shares="\n".join(_shares(comparison.runs)),
-        differences="\n".join(_differences(comparison.runs)),
-        commands=escape("\n".join(_commands(comparison.runs, out))),
+        title=escape(_title(comparison)),
+        light=variables(styles, dark=False),
+        dark=variables(styles, dark=True),
+        headline=code(comparison.headline),
+        detail=f'<p class="lead">{code(comparison.detail)}</p>' if comparison.detail else "",
+        warnings="\n".join(f'<p class="warning">{code(w)}</p>' for w in comparison.warnings),
+        body="\n".join(_sections(comparison, frontiers, styles, out)),
     )
 
 
-def _code(text: str) -> str:
-    """Names between backticks in code letters."""
-    parts = [escape(part) for part in text.split("`")]
-    return "".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(parts))
+def _title(comparison: Comparison) -> str:
+    names = [point.name for point in comparison.points]
+    if len(names) <= _MOST_IN_TITLE:
+        return ", ".join(names)
+    return f"{len(names)} points, {len(comparison.runs)} runs"
 
 
-def _curves_note(x_label: str) -> str:
-    return (
-        f"Against {x_label}, so that runs are compared after the same learning and not after the same number "
-        "of steps; shaded: 95 % interval; point at a dot for its numbers."
-        if x_label != "steps"
-        else "Against steps; shaded: 95 % interval; point at a dot for its numbers."
-    )
-
-
-def _results(comparison: Comparison) -> Iterator[str]:
-    heads = columns(comparison)
-    yield _table_start(["", *heads])
-    for (source, role), group in groupby(rows(comparison), key=lambda row: (row.source, row.role)):
-        yield (
-            f'<tr class="source"><th colspan="{len(heads) + 1}">{escape(source)}'
-            f"<small>{escape(role)}</small></th></tr>"
-        )
-        yield from map(_result_row, group)
-    yield "</tbody></table>"
-
-
-def _result_row(row: Row) -> str:
-    is_key = row.measure in ("forgetting", "task gain")
-    cells = "".join(
-        f'<td class="number{_mood(row.measure, cell) if is_key else ""}">{escape(cell)}</td>'
-        for cell in row.cells
-    )
-    start = '<tr class="key">' if is_key else "<tr>"
-    return f'{start}<th scope="row">{escape(row.measure)}</th>{cells}</tr>'
-
-
-def _mood(measure: str, cell: str) -> str:
-    if cell[0] not in "+−":
-        return ""
-    return " good" if (cell[0] == "+") == (measure == "task gain") else " bad"
-
-
-def _table_start(heads: Sequence[str]) -> str:
-    cells = "".join(f'<th scope="col" class="number">{escape(head)}</th>' for head in heads[1:])
-    first = f'<th scope="col">{escape(heads[0])}</th>' if heads[0] else "<td></td>"
-    return f"<table><thead><tr>{first}{cells}</tr></thead><tbody>"
-
-
-def _chart(panel: Panel) -> str:
-    caption = f"{escape(panel.title)}, {escape(panel.y_label)}"
-    return f"<figure><figcaption>{caption}</figcaption>\n{draw_svg(panel)}\n</figure>"
-
-
-def _shares(runs: Sequence[Run]) -> Iterator[str]:
-    names = list(dict.fromkeys(name for run in runs for name in run.sources))
-    colours = {n: _SOURCE_COLOURS[i % len(_SOURCE_COLOURS)] for i, n in enumerate(names)}
-    keys = "".join(
-        f'<span><i style="background:{colour}"></i>{escape(name)}</span>'
-        for name, colour in colours.items()
-    )
-    yield f'<div class="keys">{keys}</div>'
-    for run in runs:
-        yield f"<h3>{escape(run.name)}</h3>"
-        if len(run.sources) == 1:
-            yield f"<p>All of it was <code>{escape(next(iter(run.sources)))}</code>.</p>"
-            continue
-        own = [name for name in names if name in run.sources]
-        measured = {name: _of_source(run.sources[name], run.realised[name]) for name in own}
-        yield from _share_bars(measured, colours)
-        yield '<details><summary class="note">as numbers</summary><div class="wide">'
-        yield from _share_table(measured)
-        yield "</div></details>"
-
-
-def _of_source(source: TrainedSource, realised: Realised) -> dict[str, float | None]:
-    return {
-        "share, written": source.share,
-        "rows": realised.rows,
-        "tokens": realised.tokens,
-        "loss tokens": realised.loss_tokens,
-        "gradient, written": source.loss_share,
-        "gradient": realised.gradient,
-    }
-
-
-def _share_bars(
-    measured: Mapping[str, Mapping[str, float | None]], colours: Mapping[str, str]
+def _sections(
+    comparison: Comparison,
+    frontiers: Sequence[Frontier],
+    styles: Mapping[str, Style],
+    out: Path,
 ) -> Iterator[str]:
-    yield '<div class="shares">'
-    for key in next(iter(measured.values())):
-        yield f'<span class="name">{key}</span><div class="bar">'
-        for name, shares in measured.items():
-            share = shares[key]
-            if share:
-                label = f"<b>{share:.1%}</b>" if share >= _LABEL_FROM else ""
-                yield (
-                    f'<span style="flex:{share:.4f}" title="{escape(name)} {share:.1%}">'
-                    f'<i style="background:{colours[name]}"></i>{label}</span>'
-                )
-        yield "</div>"
-    yield "</div>"
+    if frontiers:
+        yield "<h2>Task against forgetting</h2>"
+        yield f'<p class="note">{_FRONTIER_NOTE}</p>'
+        yield _legend(styles)
+        yield _charts([frontier_scene(comparison, frontier) for frontier in frontiers])
+        yield from _law(comparison)
+    yield "<h2>Results on held-out data</h2>"
+    yield from (_result(table, comparison, styles) for table in tables(comparison))
+    yield f'<p class="note">{escape(NOTE)}</p>'
+    if by_run := [_result(table, comparison, {}) for table in tables_of_runs(comparison)]:
+        yield folded("Every run by itself", "\n".join(by_run))
+    yield "<h2>Curves</h2>"
+    yield f'<p class="note">{escape(_curves_note(comparison))}</p>'
+    if len(styles) > MAX_NAMED:
+        yield _legend(styles)
+    yield _charts(curve_scenes(comparison))
+    if outputs := list(outputs_part(comparison, styles)):
+        yield "<h2>Outputs side by side</h2>"
+        yield from outputs
+    yield "<h2>Budget and realised shares</h2>"
+    yield from (f"<p>{escape(text)}</p>" for text in budget_sentences(comparison.points))
+    yield f'<p class="note">{_SHARES_NOTE}</p>'
+    yield training_table(comparison, styles)
+    yield from bars(comparison)
+    yield "<h2>How the recipes differ</h2>"
+    yield settings_part(comparison.arrangement.ordered, styles)
+    yield "<h2>How to reproduce</h2>"
+    yield from _commands(comparison, styles, out)
 
 
-def _share_table(measured: Mapping[str, Mapping[str, float | None]]) -> Iterator[str]:
-    yield _table_start(["source", *next(iter(measured.values()))])
-    for name, shares in measured.items():
-        cells = "".join(
-            f'<td class="number">{ABSENT if share is None else f"{share:.2%}"}</td>'
-            for share in shares.values()
-        )
-        yield f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
-    yield "</tbody></table>"
+_FRONTIER_NOTE = (
+    "Each mark is one recipe: the mean over its seeds with Student's 95 % interval, or one run with its bootstrap interval. "
+    "Points that differ in replay's share alone are joined. Hollow: another point does at least as well in both. Point at "
+    "a mark for its numbers."
+)
+_SHARES_NOTE = (
+    "Tokens are the mean over seeds. Shares are those of all replay sources together, in the first run of each point: as "
+    "written in the recipe, then from the run's own log. The gradient is the mean over all steps."
+)
 
 
-def _differences(runs: Sequence[Run]) -> Iterator[str]:
-    keys = sorted({key for run in runs for key in run.settings} - {"output"})
-    differing = [key for key in keys if len({run.settings.get(key) for run in runs}) > 1]
-    if not differing:
-        yield "<p>They do not differ.</p>"
-        return
-    yield _table_start(["setting", *(run.name for run in runs)])
-    for key in differing:
-        cells = "".join(
-            f'<td class="number">{escape(run.settings.get(key, ABSENT))}</td>' for run in runs
-        )
-        yield f'<tr><th scope="row"><code>{escape(key)}</code></th>{cells}</tr>'
-    yield "</tbody></table>"
+def _legend(styles: Mapping[str, Style]) -> str:
+    marks = "".join(f"<span>{named(name, styles)}</span>" for name in styles)
+    return f'<div class="keys">{marks}</div>'
 
 
-def _commands(runs: Sequence[Run], out: Path) -> Iterator[str]:
-    again = [f"{run.folder}-again" for run in runs]
-    for run, folder in zip(runs, again, strict=True):
-        recipe = shlex.quote(str(run.folder / RECIPE))
-        yield f"deepspeed launch/train.py {recipe} {shlex.quote(f'output={folder}')}"
-    yield f"bigmix compare {shlex.join(again)} --out {shlex.quote(f'{out}-again')}"
+def _charts(scenes: Sequence[Scene]) -> str:
+    figures = "\n".join(
+        f"<figure><figcaption>{escape(scene.title)}</figcaption>\n{draw_svg(scene)}\n</figure>"
+        for scene in scenes
+    )
+    return f'<div class="charts">{figures}</div>'
+
+
+def _law(comparison: Comparison) -> Iterator[str]:
+    yield "<h2>Forgetting over replay's share</h2>"
+    yield _charts(law_scenes(comparison))
+    for source, fit in comparison.fits.items():
+        said = " ".join(law_sentences(source, fit))
+        yield f'<p class="note">{escape(said)}</p>'
+        if isinstance(fit, Fit):
+            rows = ((escape(name), cells) for name, cells in law_rows(fit))
+            yield wide(f"The law of {source}", plain_table([escape(source), *LAW_HEADS], rows))
+
+
+def _result(table: Table, comparison: Comparison, styles: Mapping[str, Style]) -> str:
+    with_share = has_shares(comparison)
+    heads = [escape(head) for head in heads_of(table, with_share=with_share)]
+    first = f"{escape(table.name)}<small>{escape(table.role)}</small>"
+    cells = "".join(f'<th scope="col" class="number">{head}</th>' for head in heads)
+    body = "\n".join(_result_row(row, styles, with_share=with_share) for row in table.rows)
+    return wide(
+        table.title,
+        [f'<table class="results"><thead><tr><th scope="col" class="source">{first}</th>{cells}</tr></thead><tbody>', body, "</tbody></table>"],
+    )  # fmt: skip
+
+
+def _result_row(row: Row, styles: Mapping[str, Style], *, with_share: bool) -> str:
+    moods = {-1: " bad", 0: "", 1: " good"}
+    cells = "".join(
+        f'<td class="number{moods[cell.sign]}"><span>{escape(cell.value)}</span>'
+        + (f" <small>{escape(cell.doubt)}</small>" if cell.doubt else "")
+        + "</td>"
+        for cell in cells_of(row, with_share=with_share)
+    )
+    return f'<tr><th scope="row">{named(row.name, styles)}</th>{cells}</tr>'
+
+
+def _curves_note(comparison: Comparison) -> str:
+    against = (
+        "Against task tokens, so that runs are compared after the same learning and not after the same number of steps"
+        if is_over_tokens(comparison)
+        else "Against steps"
+    )
+    outside = sum(point.runs[0].model is not None for point in comparison.points)
+    left_out = (
+        f" Without a curve, as evaluated once outside of a run: {outside}." if outside else ""
+    )
+    alone = (
+        "single runs are not shaded, for there are many"
+        if len(comparison.points) > MAX_NAMED
+        else "of a single run its 95 % interval is shaded"
+    )
+    return (
+        f"{against}. A line is the mean over the seeds of a point, shaded from the lowest to the highest; {alone}. "
+        f"Point at a mark for its numbers.{left_out}"
+    )
+
+
+def _commands(comparison: Comparison, styles: Mapping[str, Style], out: Path) -> Iterator[str]:
+    """Of each point the commands that make its runs again, then the one of the page; a click marks a whole block."""
+    yield (
+        '<p class="note">Each run again, from its resolved recipe into a new folder beside the old one; then this page. A '
+        "click marks a block.</p>"
+    )
+    points = comparison.arrangement.ordered
+    blocks = [(point.name, "\n".join(run.command for run in point.runs)) for point in points]
+    shown = "\n".join(
+        f"<h3>{named(name, styles)}</h3><pre>{escape(command)}</pre>" for name, command in blocks
+    )
+    few = len(points) <= _MOST_OPEN
+    yield shown if few else folded(f"The commands of {len(points)} points", shown)
+    again = [
+        str(run.folder) if run.model is not None else f"{run.folder}-again"
+        for run in comparison.runs
+    ]
+    compare = f"bigmix compare {shlex.join(again)} --out {shlex.quote(f'{out}-again')}"
+    yield f"<h3>This page</h3><pre>{escape(compare)}</pre>"

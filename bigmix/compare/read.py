@@ -1,6 +1,8 @@
 """Folders of finished runs go in, one record per run comes out, or the list of all that is missing."""
 
-import math
+import json
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +10,14 @@ from typing import Any, Literal
 
 import yaml
 
+from bigmix.compare.find import EVALUATION, RECIPE, Place, find_places
+from bigmix.compare.measures import LOSS, Estimate, examples_of, forgotten, sources_of, tasks_of
+from bigmix.compare.samples import Sample, read_samples
 from bigmix.errors import BadInput
 from bigmix.metrics import METRICS, read_lines
 
-RECIPE = "recipe.yaml"
 BASE = "base"  # the name of the step-0 model in every output
+SEED_FOLDER = re.compile(r"seed-\d+")  # where a sweep puts the runs of a point
 # A run that saw this much of its budget is whole: rows are packed, so the last step rarely lands on the token.
 WHOLE_AT = 0.95
 
@@ -39,40 +44,41 @@ class Realised:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOut:
-    """One source of one evaluation, in nats/token; `interval` is the 95 % interval of the loss."""
-
-    loss: float
-    bits_per_byte: float | None
-    interval: tuple[float, float] | None
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss); infinite where that is beyond a float."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """The model after `step` steps, when it had been trained on `task_tokens` tokens of task sources."""
+    """The model after `step` steps, when it had been trained on `task_tokens` tokens of task sources, if that is known.
+
+    `sources` holds the measures of each held-out source, `tasks` the scores of each task.
+    """
 
     step: int
-    task_tokens: int
-    sources: Mapping[str, HeldOut]
+    task_tokens: int | None
+    sources: Mapping[str, Mapping[str, Estimate]]
+    tasks: Mapping[str, Mapping[str, Estimate]]
+    examples: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One run, as its folder tells it. `settings` are the leaves of its recipe by dotted key."""
+    """One run, or one model evaluated outside of a run, as its folder tells it.
+
+    `settings` are the leaves of its recipe by dotted key, `model` is what was evaluated outside of a run. Tokens are those
+    of the whole run, None where its log is not at hand. `samples` are outputs of each task, by step.
+    """
 
     name: str
     folder: Path
     kind: Kind
+    seed: int
     steps: int
     sources: Mapping[str, TrainedSource]
     realised: Mapping[str, Realised]
+    task_tokens: int | None
+    total_tokens: int | None
     evaluations: Sequence[Evaluation]
     settings: Mapping[str, str]
+    model: str | None
+    command: str
+    samples: Mapping[int, Mapping[str, Sequence[Sample]]]
 
     @property
     def first(self) -> Evaluation:
@@ -84,24 +90,50 @@ class Run:
         """The evaluation after the last step."""
         return self.evaluations[-1]
 
+    @property
+    def replay_share(self) -> float | None:
+        """Replay's part of all rows that were trained, as logged; as written where there is no log."""
+        replays = [name for name, source in self.sources.items() if source.role == "replay"]
+        for parts in (
+            [self.realised[name].rows for name in replays],
+            [self.sources[name].share for name in replays],
+        ):
+            known = [part for part in parts if part is not None]
+            if len(known) == len(replays):
+                return sum(known)
+        return None
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read every run; raises BadInput with the faults of all of them."""
-    if not folders:
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """The runs that were read, and why others, which were not named one by one, were left out."""
+
+    runs: Sequence[Run]
+    left_out: Sequence[str]
+
+
+def read_runs(given: Sequence[Path]) -> Found:
+    """Read every run; raises BadInput with the faults of all that were named.
+
+    A run that was only found in a folder, such as one of a sweep that is not through, is left out and told instead.
+    """
+    if not given:
         raise BadInput("no run was given, one or more are needed; name the output folders of runs")
     faults: list[str] = []
+    left_out: list[str] = []
     runs: list[Run] = []
-    for folder, name in zip(folders, _names(folders), strict=True):
+    places = find_places(given)
+    for place, name in zip(places, names_of([p.folder for p in places]), strict=True):
         try:
-            runs.append(_read_run(folder, name))
+            runs.append(_read_place(place, name))
         except BadInput as error:
-            faults += error.faults
-    if faults:
-        raise BadInput(*faults)
-    return runs
+            (faults if place.is_named else left_out).extend(error.faults)
+    if faults or not runs:
+        raise BadInput(*faults, *left_out)
+    return Found(runs=runs, left_out=left_out)
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
+def names_of(folders: Sequence[Path]) -> list[str]:
     """The name of each folder, with as many of its parents as it takes to tell them apart."""
     paths = [folder.resolve() for folder in folders]
     repeated = sorted({str(path) for path in paths if paths.count(path) > 1})
@@ -111,7 +143,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _name(path: Path, paths: Sequence[Path]) -> str:
-    for depth in range(1, len(path.parts)):
+    # A folder seed-1 says nothing without the point that it is of.
+    for depth in range(2 if SEED_FOLDER.fullmatch(path.name) else 1, len(path.parts)):
         name = "/".join(path.parts[-depth:])
         others = ["/".join(other.parts[-depth:]) for other in paths if other != path]
         if name != BASE and name not in others:
@@ -119,35 +152,98 @@ def _name(path: Path, paths: Sequence[Path]) -> str:
     return str(path)
 
 
-def _read_run(folder: Path, name: str) -> Run:
-    missing = [file for file in (RECIPE, METRICS) if not (folder / file).is_file()]
+def _read_place(place: Place, name: str) -> Run:
+    is_evaluation = (place.folder / EVALUATION).is_file()
+    needed = (RECIPE, EVALUATION if is_evaluation else METRICS)
+    missing = [file for file in needed if not (place.folder / file).is_file()]
     if missing:
-        raise BadInput(*(_missing_file(folder, file) for file in missing))
-    recipe = _read_recipe(folder / RECIPE)
+        raise BadInput(*(_missing_file(place.folder, file) for file in missing))
+    recipe = _read_recipe(place.folder / RECIPE)
+    return (_read_evaluation if is_evaluation else _read_run)(place.folder, name, recipe)
+
+
+def _read_run(folder: Path, name: str, recipe: Mapping[str, Any]) -> Run:
     lines = read_lines(folder / METRICS)
     training = [line for line in lines if not line.get("eval")]
-    sources = _trained_sources(recipe)
-    tasks = [source for source, trained in sources.items() if trained.role == "task"]
-    evaluations = _evaluations(lines, tasks)
-    faults = list(_faults(folder, recipe, training, evaluations, tasks))
+    evaluations = _evaluations(lines, _tasks(recipe))
+    faults = list(_faults(folder, recipe, training, evaluations))
     if faults:
         raise BadInput(*faults)
+    again = shlex.quote(f"output={folder}-again")
+    command = f"deepspeed launch/train.py {shlex.quote(str(folder / RECIPE))} {again}"
+    return _run(folder, name, recipe, training, evaluations, command=command, model=None)
+
+
+def _read_evaluation(folder: Path, name: str, recipe: Mapping[str, Any]) -> Run:
+    """A model that was evaluated outside of a run; where it lies in the folder of one, that run's log says what it saw."""
+    try:
+        found = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+        lines, model, command = found["lines"], str(found["model"]), str(found["command"])
+        steps = [line["step"] for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(
+            f"{folder / EVALUATION} is not as an evaluation writes it ({error!r}); evaluate the model again"
+        ) from error
+    if len(lines) != 2 or steps[0] != 0:
+        raise BadInput(
+            f"{folder / EVALUATION} has evaluations at steps {steps}; one of the base, step 0, and one of the model are "
+            "needed, forgetting is measured from the base; evaluate again with --base"
+        )
+    log = Path(model).parent / METRICS
+    training = [line for line in (read_lines(log) if log.is_file() else []) if not line.get("eval")]
+    logged = training[-1:] or [{"step": steps[1]}]
+    evaluations = _evaluations(lines, _tasks(recipe), known_tokens=_tokens(logged[-1], recipe)[0])
+    return _run(folder, name, recipe, logged, evaluations, command=command, model=model)
+
+
+def _run(
+    folder: Path,
+    name: str,
+    recipe: Mapping[str, Any],
+    training: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Evaluation],
+    *,
+    command: str,
+    model: str | None,
+) -> Run:
+    sources = _trained_sources(recipe)
+    task_tokens, total_tokens = _tokens(training[-1], recipe)
+    steps = (evaluations[0].step, evaluations[-1].step)
     return Run(
         name=name,
         folder=folder,
-        kind="two-way" if len(tasks) < len(sources) else "one-way",
-        steps=training[-1]["step"],
+        kind="two-way" if len(_tasks(recipe)) < len(sources) else "one-way",
+        seed=int(recipe.get("seed") or 0),
+        steps=steps[-1],
         sources=sources,
         realised=_realised(training, list(sources)),
+        task_tokens=task_tokens,
+        total_tokens=total_tokens,
         evaluations=evaluations,
         settings=dict(_leaves(recipe)),
+        model=model,
+        command=command,
+        samples={step: read_samples(folder, step) for step in steps},
     )
+
+
+def _tasks(recipe: Mapping[str, Any]) -> list[str]:
+    return [name for name, table in recipe["sources"].items() if table.get("role") == "task"]
+
+
+def _tokens(line: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Tokens of task sources and of all, up to a line of training; None where they are not logged."""
+    totals = {name: line.get(f"total_tokens/{name}") for name in recipe["sources"]}
+    known = {name: count for name, count in totals.items() if count is not None}
+    if not known:
+        return None, None
+    return sum(known.get(task, 0) for task in _tasks(recipe)), sum(known.values())
 
 
 def _missing_file(folder: Path, file: str) -> str:
     return (
         f"run {folder} has no {file}; a folder that bigmix trained in holds {RECIPE} and {METRICS}; "
-        "give the `output` folder of a run"
+        "give the `output` folder of a run, or of a sweep"
     )
 
 
@@ -187,39 +283,48 @@ def _normalised(shares: Mapping[str, Any]) -> dict[str, float | None]:
     return {name: share / sum(numbers.values()) for name, share in numbers.items()}
 
 
-def _evaluations(lines: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> list[Evaluation]:
-    """Every evaluation in order of steps; of two at one step the later counts."""
+def _evaluations(
+    lines: Sequence[Mapping[str, Any]], tasks: Sequence[str], known_tokens: int | None = None
+) -> list[Evaluation]:
+    """Every evaluation in order of steps; of two at one step the later counts.
+
+    `known_tokens` are the task tokens of a model whose training is not in the lines.
+    """
     task_tokens = {0: 0}
     for line in lines:
         if not line.get("eval"):
             task_tokens[line["step"]] = sum(line.get(f"total_tokens/{task}") or 0 for task in tasks)
     logged_steps = sorted(task_tokens)
-    found = {}
-    for line in lines:
-        if line.get("eval") and (sources := _held_out(line)):
-            seen_at = max(step for step in logged_steps if step <= line["step"])
-            found[line["step"]] = Evaluation(
-                step=line["step"], task_tokens=task_tokens[seen_at], sources=sources
+    evaluated = {line["step"]: line for line in lines if line.get("eval") and _says_a_loss(line)}
+    first = sources_of(evaluated[min(evaluated)]) if evaluated else {}
+    found = []
+    for step in sorted(evaluated):
+        line = evaluated[step]
+        seen_at = max(logged for logged in logged_steps if logged <= step)
+        found.append(
+            Evaluation(
+                step=step,
+                task_tokens=known_tokens
+                if step and len(logged_steps) == 1
+                else task_tokens[seen_at],
+                sources={
+                    name: measures
+                    | (
+                        forgotten(line, name, before=first[name][LOSS].value)
+                        if name in first
+                        else {}
+                    )
+                    for name, measures in sources_of(line).items()
+                },
+                tasks=tasks_of(line),
+                examples=examples_of(line),
             )
-    return [found[step] for step in sorted(found)]
-
-
-def _held_out(line: Mapping[str, Any]) -> dict[str, HeldOut]:
-    prefix = "held_out_loss/"
-    names = [key.removeprefix(prefix) for key in line if key.startswith(prefix)]
-    return {
-        name: HeldOut(
-            loss=line[prefix + name],
-            bits_per_byte=line.get(f"bits_per_byte/{name}"),
-            interval=_interval(line.get(f"held_out_low/{name}"), line.get(f"held_out_high/{name}")),
         )
-        for name in names
-        if line[prefix + name] is not None
-    }
+    return found
 
 
-def _interval(low: float | None, high: float | None) -> tuple[float, float] | None:
-    return None if low is None or high is None else (low, high)
+def _says_a_loss(line: Mapping[str, Any]) -> bool:
+    return bool(sources_of(line) or tasks_of(line))
 
 
 def _faults(
@@ -227,7 +332,6 @@ def _faults(
     recipe: Mapping[str, Any],
     training: Sequence[Mapping[str, Any]],
     evaluations: Sequence[Evaluation],
-    tasks: Sequence[str],
 ) -> Iterator[str]:
     if not training:
         yield (
@@ -248,19 +352,15 @@ def _faults(
             f"run {folder} has evaluations at steps: {shown}; one after its last step, {last_step}, is "
             "needed; start the run again with the same command, it goes on to its end"
         )
-    yield from _unfinished(folder, recipe, training[-1], tasks)
+    yield from _unfinished(folder, recipe, training[-1])
 
 
-def _unfinished(
-    folder: Path, recipe: Mapping[str, Any], last: Mapping[str, Any], tasks: Sequence[str]
-) -> Iterator[str]:
+def _unfinished(folder: Path, recipe: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[str]:
     """Compare what was trained with what the recipe asks for; `train.steps` wins over the budget."""
     budget = dict(recipe.get("budget") or {})
     steps = (recipe.get("train") or {}).get("steps") or budget.get("steps")
-    trained_tokens = {
-        "task_tokens": sum(last.get(f"total_tokens/{task}") or 0 for task in tasks),
-        "total_tokens": sum(last.get(f"total_tokens/{name}") or 0 for name in recipe["sources"]),
-    }
+    task_tokens, total_tokens = _tokens(last, recipe)
+    trained_tokens = {"task_tokens": task_tokens or 0, "total_tokens": total_tokens or 0}
     wanted = {"steps": steps} if steps else budget
     for key, value in {"steps": last["step"], **trained_tokens}.items():
         goal = wanted.get(key)

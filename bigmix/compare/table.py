@@ -1,145 +1,212 @@
-"""A comparison goes in; out come the rows of its table as text, the same in every output, and summary.json's tree."""
+"""A comparison goes in; out come its tables as text, the same in every output, and table.md and table.tex."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from bigmix.compare.judge import Comparison, forgetting, gain
-from bigmix.compare.read import BASE, Evaluation, HeldOut, Run
+from bigmix.compare.judge import Comparison, percent
+from bigmix.compare.measures import (
+    FORGETTING,
+    GAIN,
+    SOURCE_MEASURES,
+    Estimate,
+    Measure,
+    Spread,
+    score_measure,
+    spread_of,
+)
+from bigmix.compare.points import Point
+from bigmix.compare.read import BASE
 
 ABSENT = "–"
+NOTE = (
+    "Loss in nats/token; forgetting: loss after training minus loss of the base, lower is better; task gain: loss of the "
+    "base minus loss after training, higher is better. In brackets the 95 % bootstrap interval of a single run; after ± the "
+    "standard deviation over the seeds of a point, whose value is their mean."
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """A value, and beside it what is known of its accuracy; `sign` is -1 or 1 for a change to the worse or the better."""
+
+    value: str
+    doubt: str = ""
+    sign: int = 0
+
+    @property
+    def text(self) -> str:
+        """Both."""
+        return f"{self.value} {self.doubt}".rstrip()
+
+    @property
+    def brief(self) -> str:
+        """The value, with its standard deviation over seeds but without an interval."""
+        return self.text if self.doubt.startswith("±") else self.value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One measure of one source; a cell for the base, then one for each run."""
+    """A point, a run or the base; `replay` is replay's share of its rows."""
 
-    source: str
+    name: str
+    replay: str
+    cells: Sequence[Cell]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """All that was measured on one held-out source or one task."""
+
+    name: str
     role: str
-    measure: str
-    cells: Sequence[str]
+    heads: Sequence[str]
+    rows: Sequence[Row]
+
+    @property
+    def title(self) -> str:
+        """Name and role."""
+        return f"{self.name} ({self.role})"
 
 
-def columns(comparison: Comparison) -> list[str]:
-    """The heads of the cells of a row."""
-    return [BASE, *(run.name for run in comparison.runs)]
+def tables(comparison: Comparison) -> list[Table]:
+    """One for each source and each task; a row for the base, then one for each point."""
+    return list(_tables(comparison, comparison.arrangement.ordered))
 
 
-def rows(comparison: Comparison) -> Iterator[Row]:
-    """Four rows for each source: loss, bits/byte, perplexity, and forgetting or gain."""
+def tables_of_runs(comparison: Comparison) -> list[Table]:
+    """The same with a row for each run; none where every point has one run, as its row says all."""
+    points = comparison.arrangement.ordered
+    if all(len(point.runs) == 1 for point in points):
+        return []
+    runs = [run for point in points for run in point.runs]
+    return list(_tables(comparison, [Point(name=r.name, runs=[r], settings={}) for r in runs]))
+
+
+def _tables(comparison: Comparison, points: Sequence[Point]) -> Iterator[Table]:
     for source, role in comparison.roles.items():
-        results = [comparison.base.get(source)]
-        results += [run.final.sources.get(source) for run in comparison.runs]
-        difference = gain if role == "task" else forgetting
-        differences = [difference(run, source) for run in comparison.runs]
-        measures = {
-            "held-out loss": [_loss(result) for result in results],
-            "bits/byte": [_number(result.bits_per_byte if result else None) for result in results],
-            "perplexity": [_perplexity(result) for result in results],
-            ("task gain" if role == "task" else "forgetting"): [
-                ABSENT,
-                *(signed(value) for value in differences),
-            ],
+        hidden = FORGETTING if role == "task" else GAIN
+        spreads = {
+            measure: [point.source(source, measure.key) for point in points]
+            for measure in SOURCE_MEASURES
+            if measure.key != hidden
         }
-        for measure, cells in measures.items():
-            yield Row(source=source, role=role, measure=measure, cells=cells)
+        yield _table(source, role, points, spreads, comparison.base[source])
+    for task, scores in comparison.scores.items():
+        spreads = {
+            score_measure(score): [point.task(task, score) for point in points] for score in scores
+        }
+        counts = {run.final.examples[task] for run in comparison.runs if task in run.final.examples}
+        counted = f", {max(counts):,} examples" if len(counts) == 1 else ""
+        base = comparison.base_tasks.get(task, {})
+        yield _table(task, f"scores{counted}", points, spreads, base)
 
 
-def markdown(comparison: Comparison) -> str:
-    """table.md: the headline, the table and what its numbers mean."""
-    heads = ["source", "measure", *columns(comparison)]
-    lines = [_line(heads), _line(["---", "---", *["---:"] * (len(heads) - 2)])]
-    for row in rows(comparison):
-        lines.append(_line([f"{row.source} ({row.role})", row.measure, *row.cells]))
-    warnings = [f"> Warning: {text}\n" for text in comparison.warnings]
-    return "\n".join(
-        [f"{comparison.headline} {comparison.detail}".strip(), "", *warnings, *lines, "", NOTE, ""]
-    )
+def _table(
+    name: str,
+    role: str,
+    points: Sequence[Point],
+    spreads: Mapping[Measure, Sequence[Spread | None]],
+    base: Mapping[str, Estimate],
+) -> Table:
+    """Measures that nobody has are left out."""
+    measured = [m for m, found in spreads.items() if any(spread is not None for spread in found)]
+    rows = [Row(name=BASE, replay=ABSENT, cells=[_cell_of_base(base, m) for m in measured])]
+    for index, point in enumerate(points):
+        cells = [_cell(spreads[measure][index], measure) for measure in measured]
+        rows.append(Row(name=point.name, replay=percent(point.share), cells=cells))
+    return Table(name=name, role=role, heads=[m.label for m in measured], rows=rows)
 
 
-NOTE = (
-    "Loss in nats/token with its 95 % interval; forgetting: loss after training minus loss of the base, lower is "
-    "better; task gain: loss of the base minus loss after training, higher is better."
-)
+def _cell_of_base(base: Mapping[str, Estimate], measure: Measure) -> Cell:
+    found = base.get(measure.key)
+    if found is None or measure.key in (FORGETTING, GAIN):
+        return Cell(value=ABSENT)
+    return _cell(spread_of([found]), measure)
 
 
-def summary_tree(comparison: Comparison) -> dict[str, Any]:
-    """summary.json. Numbers are not rounded; what was not evaluated is absent, what is unknown is null."""
-    base_run = comparison.runs[0]
-    base = Evaluation(step=0, task_tokens=0, sources=comparison.base)
-    runs = {BASE: {"kind": BASE, **_of_model(comparison, base, base_run)}}
-    for run in comparison.runs:
-        runs[run.name] = {"kind": run.kind, **_of_model(comparison, run.final, run)}
-    return {
-        "version": 1,
-        "headline": comparison.headline,
-        "detail": comparison.detail,
-        "warnings": list(comparison.warnings),
-        "runs": runs,
-    }
+def _cell(spread: Spread | None, measure: Measure) -> Cell:
+    if spread is None:
+        return Cell(value=ABSENT)
+    value = _number(spread.mean, measure)
+    doubt = ""
+    if spread.deviation is not None:
+        doubt = f"± {_plain(spread.deviation, measure)}"
+    elif spread.interval:
+        doubt = f"[{', '.join(_number(end, measure) for end in spread.interval)}]"
+    is_change = measure.is_signed and value[0] in "+−"
+    sign = (1 if (value[0] == "−") == (measure.better == "lower") else -1) if is_change else 0
+    return Cell(value=value, doubt=doubt, sign=sign)
 
 
-def _of_model(comparison: Comparison, evaluation: Evaluation, run: Run) -> dict[str, Any]:
-    known = {
-        name: evaluation.sources[name] for name in comparison.roles if name in evaluation.sources
-    }
-    lost = {name: forgetting(run, name) if evaluation.step else 0.0 for name in known}
-    return {
-        "steps": evaluation.step,
-        "task_tokens": evaluation.task_tokens,
-        "sources": {
-            name: {"role": comparison.roles[name], **_of_source(result), "forgetting": lost[name]}
-            for name, result in known.items()
-        },
-        "tasks": {
-            name: {"loss": known[name].loss, "gain": _negative(lost[name])}
-            for name in comparison.tasks
-            if name in known
-        },
-    }
+def _number(value: float, measure: Measure) -> str:
+    return signed(value) if measure.is_signed else _plain(value, measure)
 
 
-def _of_source(result: HeldOut) -> Mapping[str, Any]:
-    return {
-        "loss": result.loss,
-        "bits_per_byte": result.bits_per_byte,
-        "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
-        "interval": list(result.interval) if result.interval else None,
-    }
+def _plain(value: float, measure: Measure) -> str:
+    if measure.key == "perplexity":
+        return f"{value:,.2f}" if value < 1e6 or math.isinf(value) else f"{value:.2e}"
+    return f"{value:.3f}"
 
 
-def _negative(value: float | None) -> float | None:
-    return None if value is None else 0.0 - value  # 0.0 - 0.0 is 0.0, where -0.0 would print a sign
-
-
-def signed(value: float | None) -> str:
+def signed(value: float) -> str:
     """Three decimals with a sign; zero has none."""
-    if value is None:
-        return ABSENT
     return "0.000" if f"{abs(value):.3f}" == "0.000" else f"{value:+.3f}".replace("-", "−")
 
 
-def _loss(result: HeldOut | None) -> str:
-    if result is None:
-        return ABSENT
-    if result.interval is None:
-        return f"{result.loss:.3f}"
-    half = (result.interval[1] - result.interval[0]) / 2
-    # On a narrow page the line breaks before the sign and not after it.
-    return f"{result.loss:.3f} ±\N{NO-BREAK SPACE}{half:.3f}"
+def has_shares(comparison: Comparison) -> bool:
+    """Whether rows say their share: of two points the names tell enough."""
+    return len(comparison.points) > 2
 
 
-def _number(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:.3f}"
+def cells_of(row: Row, *, with_share: bool) -> list[Cell]:
+    """The cells that follow a row's name."""
+    return [*([Cell(value=row.replay)] if with_share else []), *row.cells]
 
 
-def _perplexity(result: HeldOut | None) -> str:
-    if result is None:
-        return ABSENT
-    value = result.perplexity
-    return f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"
+def heads_of(table: Table, *, with_share: bool) -> list[str]:
+    """The heads of those cells."""
+    return [*(["replay"] if with_share else []), *table.heads]
+
+
+def markdown(comparison: Comparison) -> str:
+    """table.md: the headline, the tables and what their numbers mean."""
+    with_share = has_shares(comparison)
+    lines = [f"{comparison.headline} {comparison.detail}".strip(), ""]
+    lines += [f"> Warning: {text}\n" for text in comparison.warnings]
+    for table in tables(comparison):
+        heads = [table.title, *heads_of(table, with_share=with_share)]
+        lines += [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
+        for row in table.rows:
+            cells = cells_of(row, with_share=with_share)
+            lines.append(_line([row.name, *(cell.text for cell in cells)]))
+        lines.append("")
+    return "\n".join([*lines, NOTE, ""])
 
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+_TEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "±": r"$\pm$", "−": "$-$", "–": "--", "~": r"\textasciitilde{}", "\N{NO-BREAK SPACE}": "~", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}  # fmt: skip
+
+
+def latex(comparison: Comparison) -> str:
+    """table.tex: each table as a tabular for the package booktabs."""
+    with_share = has_shares(comparison)
+    lines = ["% Needs \\usepackage{booktabs}."]
+    for table in tables(comparison):
+        heads = [table.title, *heads_of(table, with_share=with_share)]
+        lines += [rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}", r"\toprule"]
+        lines += [_tex_line(heads), r"\midrule"]
+        for row in table.rows:
+            cells = cells_of(row, with_share=with_share)
+            lines.append(_tex_line([row.name, *(cell.text for cell in cells)]))
+        lines += [r"\bottomrule", r"\end{tabular}", ""]
+    return "\n".join(lines)
+
+
+def _tex_line(cells: Sequence[str]) -> str:
+    # Braces keep a cell that begins with a bracket from being read as an option of the line before.
+    texts = ["".join(_TEX.get(letter, letter) for letter in cell) for cell in cells]
+    return " & ".join(f"{{{text}}}" for text in texts) + r" \\"

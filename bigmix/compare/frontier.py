@@ -1,0 +1,195 @@
+"""A comparison goes in; out come frontiers: what a task gained against what was forgotten, one for each loss and score."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from bigmix.compare.chart import BOTTOM, TOP, WIDTH, Axes, Box, number_ticks, place_labels, range_of
+from bigmix.compare.judge import Comparison
+from bigmix.compare.measures import FORGETTING, LOSS, Spread
+from bigmix.compare.points import Point
+from bigmix.compare.scene import XY, Mark, Scene, Shape, Stroke, Words
+from bigmix.compare.styles import Style, styles_of
+
+HEIGHT = 330
+LEAST_POINTS = 3  # two are a line in any case
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spot:
+    """A point on a frontier. Dominated: another point has forgotten less and does the task as well, or the reverse."""
+
+    point: Point
+    task: Spread
+    forgetting: Spread
+    is_dominated: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frontier:
+    """All points by one measure of a task and by what they have forgotten of `replay`."""
+
+    title: str
+    x_label: str
+    better: Literal["lower", "higher"]
+    replay: str
+    spots: Sequence[Spot]
+
+
+def frontiers(comparison: Comparison) -> list[Frontier]:
+    """One for the loss of each task source and one for each score of each task; none where there are two points."""
+    replay = comparison.judged
+    if replay is None:
+        return []
+    found = [
+        _frontier(comparison, replay, title, x_label, better, pick)
+        for title, x_label, better, pick in _measured(comparison)
+    ]
+    return [frontier for frontier in found if len(frontier.spots) >= LEAST_POINTS]
+
+
+_Pick = Callable[[Point], Spread | None]
+_Measured = tuple[str, str, Literal["lower", "higher"], _Pick]
+
+
+def _measured(comparison: Comparison) -> Iterator[_Measured]:
+    for source in comparison.tasks:
+        yield source, "task loss, nats/token", "lower", lambda p, s=source: p.source(s, LOSS)  # type: ignore[misc]
+    for task, scores in comparison.scores.items():
+        for score in scores:
+            words = score.replace("_", " ")
+            yield (
+                f"{task}, {words}", words, "higher", lambda p, t=task, s=score: p.task(t, s)  # type: ignore[misc]
+            )  # fmt: skip
+
+
+def _frontier(
+    comparison: Comparison,
+    replay: str,
+    title: str,
+    x_label: str,
+    better: Literal["lower", "higher"],
+    pick: _Pick,
+) -> Frontier:
+    known = [
+        (point, task, lost)
+        for point in comparison.points
+        if (task := pick(point)) is not None
+        and (lost := point.source(replay, FORGETTING)) is not None
+    ]
+    sign = 1.0 if better == "lower" else -1.0
+    costs = [(sign * task.mean, lost.mean) for _, task, lost in known]
+    spots = [
+        Spot(point=point, task=task, forgetting=lost, is_dominated=_is_dominated(cost, costs))
+        for (point, task, lost), cost in zip(known, costs, strict=True)
+    ]
+    return Frontier(
+        title=f"{title} against forgetting of {replay}",
+        x_label=x_label,
+        better=better,
+        replay=replay,
+        spots=spots,
+    )
+
+
+def _is_dominated(cost: XY, others: Sequence[XY]) -> bool:
+    """Both are costs: lower is better."""
+    return any(o[0] <= cost[0] and o[1] <= cost[1] and o != cost for o in others)
+
+
+def frontier_scene(comparison: Comparison, frontier: Frontier) -> Scene:
+    """Marks with their intervals and names; points of a line over the share are joined; dominated ones are hollow."""
+    styles = styles_of(comparison)
+    spots = {spot.point.name: spot for spot in frontier.spots}
+    axes = Axes(
+        x_range=range_of([v for spot in frontier.spots for v in _values(spot.task)], margin=0.12),
+        y_range=range_of([v for spot in frontier.spots for v in _values(spot.forgetting)]),
+        right=WIDTH - 12,
+        bottom=HEIGHT - BOTTOM,
+    )
+    shapes: list[Shape] = [
+        *axes.frame(x_label=frontier.x_label, x_ticks=number_ticks(*axes.x_range)),
+        _better(axes, frontier),
+    ]
+    for line in comparison.arrangement.lines:
+        joined = [spots[point.name] for point in line.points if point.name in spots]
+        if len(joined) > 1:
+            style = styles[joined[-1].point.name]
+            shapes.append(
+                Stroke(
+                    points=[_at(axes, s) for s in joined], colour="soft", width=1.3, dash=style.dash
+                )
+            )
+    for spot in frontier.spots:
+        shapes += _bars(axes, spot, styles[spot.point.name].key)
+    shapes += _labels(axes, frontier, styles)
+    shapes += [_mark(axes, spot, styles[spot.point.name]) for spot in frontier.spots]
+    return Scene(title=frontier.title, width=WIDTH, height=HEIGHT, shapes=shapes)
+
+
+def _values(spread: Spread) -> tuple[float, ...]:
+    return (spread.mean, *(spread.interval or ()))
+
+
+def _at(axes: Axes, spot: Spot) -> XY:
+    return axes.x(spot.task.mean), axes.y(spot.forgetting.mean)
+
+
+def _better(axes: Axes, frontier: Frontier) -> Words:
+    """Which corner is the good one."""
+    if frontier.better == "lower":
+        return Words(at=(axes.x(axes.x_range[0]) + 4, axes.bottom - 6), text="↙ better")
+    return Words(at=(axes.right - 2, axes.bottom - 6), text="better ↘", anchor="end")
+
+
+def _bars(axes: Axes, spot: Spot, colour: str) -> Iterator[Stroke]:
+    x, y = _at(axes, spot)
+    if spot.task.interval:
+        ends = [axes.x(end) for end in spot.task.interval]
+        yield Stroke(points=[(ends[0], y), (ends[1], y)], colour=colour)
+    if spot.forgetting.interval:
+        ends = [axes.y(end) for end in spot.forgetting.interval]
+        yield Stroke(points=[(x, ends[0]), (x, ends[1])], colour=colour)
+
+
+def _labels(axes: Axes, frontier: Frontier, styles: Mapping[str, Style]) -> Iterator[Words]:
+    """Beside their points; what is not dominated finds its place first."""
+    spots = sorted(frontier.spots, key=lambda spot: spot.is_dominated)
+    labels = [(_at(axes, spot), styles[spot.point.name].label) for spot in spots]
+    bounds = (axes.x(axes.x_range[0]), TOP - 8.0, float(WIDTH), axes.bottom)
+    obstacles = [*_obstacles(axes, frontier), _box_of_better(axes, frontier)]
+    for spot, at, (_, text) in zip(
+        spots, place_labels(labels, obstacles, bounds), labels, strict=True
+    ):
+        yield Words(
+            at=at, text=text, colour=styles[spot.point.name].key, is_bold=not spot.is_dominated
+        )
+
+
+def _obstacles(axes: Axes, frontier: Frontier) -> Iterator[Box]:
+    for spot in frontier.spots:
+        x, y = _at(axes, spot)
+        yield x - 6, y - 6, x + 6, y + 6
+        for stroke in _bars(axes, spot, "soft"):
+            (left, top), (right, bottom) = stroke.points
+            yield left - 1, min(top, bottom) - 1, right + 1, max(top, bottom) + 1
+
+
+def _box_of_better(axes: Axes, frontier: Frontier) -> Box:
+    left = axes.x(axes.x_range[0]) if frontier.better == "lower" else axes.right - 64
+    return left, axes.bottom - 20, left + 64, axes.bottom
+
+
+def _mark(axes: Axes, spot: Spot, style: Style) -> Mark:
+    return Mark(
+        at=_at(axes, spot),
+        shape=style.shape,
+        colour=style.key,
+        is_filled=not spot.is_dominated,
+        size=4.5,
+        tip=(
+            spot.point.name,
+            f"task {spot.task.mean:.3f}, forgetting {spot.forgetting.mean:.3f}",
+            *(("dominated by another point",) if spot.is_dominated else ()),
+        ),
+    )

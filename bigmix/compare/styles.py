@@ -1,0 +1,108 @@
+"""Points go in; out come their colours and marks: one ordered scale for replay's share, other marks for all else.
+
+Each colour has a form for light and one for dark paper, both with enough contrast; a larger share differs more from paper,
+so that the order can be read without seeing colours.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from bigmix.compare.judge import Comparison, percent
+from bigmix.compare.points import Point
+from bigmix.compare.scene import REMEDY_SHAPES, Mark, Scene, Shape, Stroke, Words, width_of
+
+ONE_WAY = ("#c2500a", "#ff9a57")
+# Teal to deep blue on white, deep teal to pale blue on black; the middle is what a single share has.
+_SHARES = (("#2f9e93", "#2a8f8c"), ("#0072b2", "#56a9e0"), ("#0d2f66", "#d5e6ff"))
+_REMEDIES = (("#a03c7c", "#e58fc4"), ("#7a5a00", "#d9b23c"), ("#5b4bb0", "#a99bf0"), ("#4d5661", "#b4bdc8"))  # fmt: skip
+_DASHES: tuple[tuple[float, ...], ...] = ((), (6, 3), (2, 3), (8, 3, 2, 3))
+MAX_NAMED = 6  # points that can be named at the ends of their curves
+_MAX_NAME = 18  # letters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Style:
+    """How a point is drawn. `key` names its colour, `label` is short enough to stand beside its mark."""
+
+    key: str
+    light: str
+    dark: str
+    shape: str
+    dash: Sequence[float]
+    label: str
+    name: str
+
+
+def styles_of(comparison: Comparison) -> dict[str, Style]:
+    """The style of each point, by its name."""
+    found = {}
+    for index, (point, look) in enumerate(_looks(comparison)):
+        (light, dark), shape, dash, label = look
+        found[point.name] = Style(
+            key=f"p{index}",
+            light=light,
+            dark=dark,
+            shape=shape,
+            dash=dash,
+            label=label,
+            name=point.name,
+        )
+    return found
+
+
+_Look = tuple[tuple[str, str], str, Sequence[float], str]
+
+
+def _looks(comparison: Comparison) -> Iterator[tuple[Point, _Look]]:
+    """Lines over the share first; of each point colours, shape, dash, label."""
+    is_sweep = len(comparison.points) > 2
+    for number, line in enumerate(comparison.arrangement.lines):
+        shape = "circle" if number == 0 else REMEDY_SHAPES[(number - 1) % len(REMEDY_SHAPES)]
+        dash = _DASHES[number % len(_DASHES)]
+        above = [point for point in line.points if point.kind == "two-way"]
+        for point in line.points:
+            is_two_way = point.kind == "two-way"
+            colours = _of_share(above.index(point), len(above)) if is_two_way else ONE_WAY
+            label = percent(point.share) if is_sweep else shorten(point.name)
+            yield point, (colours, shape, dash, label)
+    for index, point in enumerate(comparison.arrangement.remedies):
+        colours = _REMEDIES[index % len(_REMEDIES)]
+        shape = REMEDY_SHAPES[index % len(REMEDY_SHAPES)]
+        dash = _DASHES[1 + index % (len(_DASHES) - 1)]
+        yield point, (colours, shape, dash, shorten(point.name))
+
+
+def _of_share(rank: int, count: int) -> tuple[str, str]:
+    place = rank / (count - 1) if count > 1 else 0.5
+    part, index = (place * 2, 0) if place < 0.5 else (place * 2 - 1, 1)
+    light, dark = (_blend(*pair, part) for pair in zip(_SHARES[index], _SHARES[index + 1], strict=True))  # fmt: skip
+    return light, dark
+
+
+def _blend(one: str, other: str, part: float) -> str:
+    parts = [(int(one[i : i + 2], 16), int(other[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in parts)
+
+
+def shorten(name: str) -> str:
+    """Of a long name both ends, as runs differ in either."""
+    if len(name) <= _MAX_NAME:
+        return name
+    return f"{name[: _MAX_NAME // 2]}…{name[-(_MAX_NAME // 2 - 1) :]}"
+
+
+def legend(styles: Mapping[str, Style], width: float) -> Scene:
+    """All marks with their names, as many beside each other as there is room for."""
+    shapes: list[Shape] = []
+    x, y = 14.0, 14.0
+    for style in styles.values():
+        text = shorten(style.name)
+        if x + 26 + width_of(text) > width and x > 14:
+            x, y = 14.0, y + 20
+        shapes.append(
+            Stroke(points=[(x - 9, y), (x + 9, y)], colour=style.key, width=2, dash=style.dash)
+        )
+        shapes.append(Mark(at=(x, y), shape=style.shape, colour=style.key))
+        shapes.append(Words(at=(x + 15, y + 4), text=text, colour="ink"))
+        x += 15 + width_of(text) + 26
+    return Scene(title="", width=width, height=y + 14, shapes=shapes)

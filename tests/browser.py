@@ -1,0 +1,109 @@
+"""A headless Chromium, spoken to over the DevTools protocol."""
+
+import base64
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from websocket import WebSocket, create_connection
+
+_START_S, _ANSWER_S = 60, 60
+
+
+def find_browser() -> str | None:
+    """The path of a Chromium on this machine."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+class Page:
+    """One page. `requests` are the addresses that it asked for, `errors` what it complained of."""
+
+    def __init__(self, socket: WebSocket) -> None:
+        self._socket = socket
+        self._number = 0
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+
+    def call(self, method: str, **arguments: Any) -> Mapping[str, Any]:
+        """Ask, and take note of all that happens before the answer."""
+        self._number += 1
+        self._socket.send(json.dumps({"id": self._number, "method": method, "params": arguments}))
+        while True:
+            message = json.loads(self._socket.recv())
+            if message.get("id") == self._number:
+                assert "error" not in message, message
+                return message["result"]
+            self._note(message)
+
+    def _note(self, message: Mapping[str, Any]) -> None:
+        if message["method"] == "Network.requestWillBeSent":
+            self.requests.append(message["params"]["request"]["url"])
+        elif message["method"] in ("Runtime.exceptionThrown", "Log.entryAdded"):
+            self.errors.append(json.dumps(message["params"]))
+
+    def open(self, file: Path, *, width: int, scheme: str) -> None:
+        """Show a file as wide as asked, on light or dark paper."""
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)  # fmt: skip
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])  # fmt: skip
+        self.call("Page.navigate", url=file.as_uri())
+        deadline = time.monotonic() + _ANSWER_S
+        while self.value("document.readyState + location.protocol") != "completefile:":
+            assert time.monotonic() < deadline, "the page is not complete"
+            time.sleep(0.05)
+
+    def value(self, expression: str) -> Any:
+        """What an expression of JavaScript is."""
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def screenshot(self, path: Path) -> None:
+        """The whole page as a PNG."""
+        found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(found["data"]))
+
+
+@contextmanager
+def browser(folder: Path) -> Iterator[Page]:
+    """A browser with a profile of its own in a folder; it ends with the block."""
+    program = find_browser()
+    assert program is not None
+    process = subprocess.Popen(
+        [program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0",
+         "--no-first-run", "--disable-background-networking", "--remote-allow-origins=*", f"--user-data-dir={folder}",
+         "about:blank"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        socket = create_connection(_address(folder, process), timeout=_ANSWER_S)
+        try:
+            yield Page(socket)
+        finally:
+            socket.close()
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def _address(folder: Path, process: "subprocess.Popen[bytes]") -> str:
+    """The browser writes its port into its profile once it listens; its first page is asked of it there."""
+    file = folder / "DevToolsActivePort"
+    deadline = time.monotonic() + _START_S
+    while not (file.exists() and len(file.read_text().splitlines()) == 2):
+        assert process.poll() is None, f"the browser ended with {process.returncode}"
+        assert time.monotonic() < deadline, "the browser does not listen"
+        time.sleep(0.05)
+    port, place = file.read_text().splitlines()
+    browser_socket = create_connection(f"ws://127.0.0.1:{port}{place}", timeout=_ANSWER_S)
+    made = Page(browser_socket).call("Target.createTarget", url="about:blank")
+    browser_socket.close()
+    return f"ws://127.0.0.1:{port}/devtools/page/{made['targetId']}"
