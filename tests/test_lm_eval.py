@@ -47,7 +47,7 @@ def test_a_local_task_is_scored_as_by_a_plain_loop(model, tmp_path, tiny_tokeniz
     (tmp_path / "own/rivers.yaml").write_text(TASK.format(path=path))
     arguments = [f"include_path={tmp_path / 'own'}", "device=cpu", "bootstrap_iters=0"]
     out = tmp_path / "out"
-    assert main(["lm-eval", str(folder), "rivers", "--out", str(out), "--lm-eval-args", *arguments]) == 0  # fmt: skip
+    assert main(["evaluate", str(folder), "--lm-eval", "rivers", "--output", str(out), "--lm-eval-args", *arguments]) == 0  # fmt: skip
     found = json.loads((out / "lm-eval.json").read_text())
     assert found["model"] == str(folder) and found["tasks"] == ["rivers"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_tokenizer)
@@ -66,7 +66,7 @@ def test_a_local_task_is_scored_as_by_a_plain_loop(model, tmp_path, tiny_tokeniz
 def test_what_lm_eval_cannot_do_is_told(model, tmp_path, capsys):
     folder = str(model[1])
     (tmp_path / "own").mkdir()
-    assert main(["lm-eval", str(tmp_path), "arc_easy"]) == 2
+    assert main(["evaluate", str(tmp_path), "--lm-eval", "arc_easy"]) == 2
     assert "has no config.json" in capsys.readouterr().err
-    assert main(["lm-eval", folder, "arc_easy", "--lm-eval-args", "fewshots=3"]) == 2
+    assert main(["evaluate", folder, "--lm-eval", "arc_easy", "--lm-eval-args", "fewshots=3"]) == 2
     assert "has 'fewshots=3', must be KEY=VALUE with a KEY of" in capsys.readouterr().err

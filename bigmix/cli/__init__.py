@@ -9,7 +9,6 @@ from bigmix.cli.average import add_average
 from bigmix.cli.compare import add_compare
 from bigmix.cli.evaluate import add_evaluate
 from bigmix.cli.inspect import add_recipe, add_rows
-from bigmix.cli.lm_eval import add_lm_eval
 from bigmix.cli.plan import add_plan
 from bigmix.cli.prepare import add_prepare
 from bigmix.cli.preview import add_preview
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
         add_prepare, add_tokenizer, add_recipe, add_plan, add_preview, add_rows, add_sweep, add_train, add_evaluate,
-        add_compare, add_probe, add_average, add_self_replay, add_lm_eval, add_quickstart,
+        add_compare, add_probe, add_average, add_self_replay, add_quickstart,
     ):  # fmt: skip
         add(subparsers)
     known = parse_words(parser, arguments)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bigmix.cli.lm_eval import add_lm_eval_arguments, run_lm_eval, show_lm_eval
 from bigmix.cli.supervise import num_gpus, start_ranks
 from bigmix.cli.train import tell
 from bigmix.cli.words import add_recipe_arguments, parse_words
@@ -33,6 +34,7 @@ def add_evaluate(subparsers: Any) -> None:
     )
     _add_arguments(parser)
     parser.add_argument("--ranks", type=int, help="processes (default: the GPUs, or 1)")
+    add_lm_eval_arguments(parser)
     parser.set_defaults(func=_evaluate)
 
 
@@ -51,6 +53,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(known: argparse.Namespace) -> int:
+    """The held-out sources and tasks of a recipe, then the benchmarks; of the folder of a model, the benchmarks alone."""
+    if known.lm_eval is not None and Path(known.recipe).is_dir():
+        _run_benchmarks(known, known.recipe, Path(known.output or _EVALUATION))
+        return DONE
+    code = _supervised(known)
+    if code == DONE and known.lm_eval is not None:
+        recipe = load_recipe(known.recipe, known.overrides)
+        _run_benchmarks(known, _model(recipe, known), _out(recipe, known))
+    return code
+
+
+def _run_benchmarks(known: argparse.Namespace, model: str, out: Path) -> None:
+    show_lm_eval(run_lm_eval(model, known.lm_eval, out, known.lm_eval_args))
+
+
+def _supervised(known: argparse.Namespace) -> int:
     requests = Requests()
     ranks = num_gpus() or 1 if known.ranks is None else known.ranks
     if ranks < 1:
@@ -106,11 +124,15 @@ def _run(recipe: Recipe, known: argparse.Namespace, world: World, flag: StopFlag
     order = Order(
         model=model,
         base=None if base == _NO_BASE else base,
-        output=Path(known.output or Path(recipe.output) / _EVALUATION),
+        output=_out(recipe, known),
         command=shlex.join(["bigmix", "evaluate", *_words(known), "--ranks", str(world.size)]),
     )
     run(recipe, inputs, order, world, Terminal(enabled=world.is_first), flag)
     return DONE
+
+
+def _out(recipe: Recipe, known: argparse.Namespace) -> Path:
+    return Path(known.output or Path(recipe.output) / _EVALUATION)
 
 
 def _model(recipe: Recipe, known: argparse.Namespace) -> str:

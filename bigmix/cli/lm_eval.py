@@ -1,4 +1,4 @@
-"""`bigmix lm-eval MODEL TASKS`: standard benchmarks of lm-evaluation-harness on an exported model."""
+"""`bigmix evaluate --lm-eval TASKS`: standard benchmarks of lm-evaluation-harness on an exported model."""
 
 import argparse
 import importlib.util
@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from bigmix.errors import DONE, BadInput
+from bigmix.errors import BadInput
 from bigmix.files import replace_text
 
 LM_EVAL = "lm-eval.json"
@@ -21,25 +21,13 @@ _INCLUDE = "include_path"
 _KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
-def add_lm_eval(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command to the parser of `bigmix`."""
-    parser = subparsers.add_parser(
-        "lm-eval",
-        help="benchmarks of lm-evaluation-harness on an exported model",
-        description="Score an exported model with lm-evaluation-harness (pip install 'bigmix[lm-eval]').",
-    )
-    parser.add_argument("model", metavar="MODEL", help="folder of a model, such as RUN/export")
-    parser.add_argument(
-        "tasks", metavar="TASKS", help="names, with commas between: arc_easy,hellaswag"
-    )
-    add_lm_eval_arguments(parser)
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="FOLDER",
-                        help=f"folder that {LM_EVAL} is written into (default: evaluation)")  # fmt: skip
-    parser.set_defaults(func=_lm_eval)
-
-
 def add_lm_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what is handed on to lm-evaluation-harness."""
+    parser.add_argument(
+        "--lm-eval",
+        metavar="TASKS",
+        help="benchmarks of lm-evaluation-harness (pip install 'bigmix[lm-eval]'), names with commas between",
+    )
     parser.add_argument(
         "--lm-eval-args",
         nargs="+",
@@ -112,12 +100,6 @@ def _manager(names: Sequence[str], include: str | None) -> Any:
             f"what it does, {_INCLUDE}=FOLDER adds your own"
         )
     return manager
-
-
-def _lm_eval(args: argparse.Namespace) -> int:
-    path = run_lm_eval(args.model, args.tasks, args.out, args.lm_eval_args)
-    show_lm_eval(path)
-    return DONE
 
 
 def show_lm_eval(path: Path) -> None:
