@@ -1,5 +1,6 @@
 """A model and DeepSpeed's keys go in, an engine that takes optimizer steps comes out. The one module that imports deepspeed."""
 
+import functools
 import gc
 import logging
 import os
@@ -240,10 +241,19 @@ def give_back_memory() -> None:
     stack = getattr(parameter_offload, "FWD_MODULE_STACK", None)
     if isinstance(stack, list):
         stack.clear()
+    _clear_caches_of_deepspeed()
     gc.collect()  # engines, models and their hooks point at one another
     if get_accelerator().device_name() == "cuda":
         get_accelerator().empty_cache()
         get_accelerator().reset_peak_memory_stats()
+
+
+def _clear_caches_of_deepspeed() -> None:
+    """Methods that cache their results keep the model, which is among their arguments."""
+    for found in gc.get_objects():
+        is_cache = isinstance(found, functools._lru_cache_wrapper)
+        if is_cache and str(getattr(found, "__module__", "")).startswith("deepspeed"):
+            found.cache_clear()
 
 
 class Frozen:

@@ -1,5 +1,8 @@
 # Sourced by the batch files that train: one attempt of a run, and whether another one follows.
 
+# Where the failures in a row at a checkpoint are counted, in the output.
+FAILURES=log/failures
+
 # ask_to_stop SIGNAL: tell the ranks to save and exit with 75.
 ask_to_stop() {
   asked=yes
@@ -17,7 +20,7 @@ newest() { cat "$1/checkpoints/latest" 2>/dev/null || echo "the beginning"; }
 
 # count_failure OUTPUT: how often in a row attempts have failed at the newest checkpoint, this one counted in.
 count_failure() {
-  local file=$1/log/failures place count before
+  local file=$1/$FAILURES place count before
   place=$(newest "$1")
   { IFS=: read -r before count <"$file"; } 2>/dev/null
   [ "${before:-}" = "$place" ] || count=0
@@ -33,7 +36,7 @@ finish() {
   case $code in
     0) finish_well ;;
     2) stop 2 "the input is bad; correct what is said above and sbatch it again" ;;
-    75) rm -f "$output/log/failures"; go_on_later 75 "stopped on request at $place" ;;
+    75) rm -f "$output/$FAILURES"; go_on_later 75 "stopped on request at $place" ;;
   esac
   # An end from outside says nothing about the run.
   is_being_ended || count=$(count_failure "$output")
@@ -56,7 +59,7 @@ train() {
   [ "$cache" != '~/.cache/bigmix/shards' ] || set -- "$@" "cache.folder=$LOCAL/shards"
   mkdir -p "$output/log"
   # Submitted anew: what failed before may be mended.
-  [ "$RESTARTS" -gt 0 ] || rm -f "$output/log/failures"
+  [ "$RESTARTS" -gt 0 ] || rm -f "$output/$FAILURES"
   set_meeting_point
   say "attempt $((RESTARTS + 1)) of $output from $(newest "$output"), $SLURM_NTASKS ranks on" \
     "$SLURM_JOB_NODELIST, meeting at $MASTER_ADDR:$MASTER_PORT"

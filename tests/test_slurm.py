@@ -287,6 +287,26 @@ def test_recipes_are_trained_and_compared(slurm, data):
     assert {"base", "one-way", "two-way"} <= set(summary["runs"])
 
 
+SWEEP = """
+sweep:
+  train.lr: [1e-2, 1e-3]
+  seeds: 2
+"""
+
+
+@pytest.mark.parametrize("array", [[], ["--array=1-3"]])
+def test_a_sweep_is_trained_by_one_job_or_by_several(slurm, data, array):
+    output = f"swept-by-{len(array)}"
+    (data / "sweep.yaml").write_text(RECIPE + SWEEP)
+    words = ["sweep.yaml", f"output={output}", "train.steps=4", "budget.steps=null"]
+    submit(slurm, data, "sweep.sbatch", *words, options=[*array, *TRAINING])
+    wait_until_nothing_is_queued(slurm)
+    said = "\n".join(path.read_text() for path in data.glob("slurm-*.log"))
+    runs = [data / output / f"lr-1e-{power}/seed-{seed}" for power in (2, 3) for seed in (0, 1)]
+    assert [newest_step(run) for run in runs] == [4] * 4, said
+    assert all((run / "export").is_dir() for run in runs), said
+
+
 def test_a_container_sees_the_same_paths_as_the_job(tmp_path):
     """Of pyxis, which is not there, only what it is asked for."""
     script = f"source {ROOT}/slurm/common.sh; LOCAL=/fast/bigmix-7; set_container; printf '%s\\n' \"${{CONTAINER_OPTIONS[@]}}\""
