@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from bigmix.data.order import key_of
 from bigmix.data.prepare import Prepared, prepare
@@ -205,6 +206,7 @@ class _Writer:
     """A model in memory that makes documents up."""
 
     def __init__(self, model: str, tokenizer: Tokenizer, sampling: Sampling, most: int) -> None:
+        disable_progress_bar()  # in a log its states run together
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         lm: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
