@@ -6,6 +6,7 @@ Document i is a function of the model, the settings and (seed, i): what was stop
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from bigmix.data.order import key_of
 from bigmix.data.prepare import Prepared, prepare
@@ -126,7 +128,7 @@ def _checked(wanted: SelfReplay) -> tuple[Tokenizer, Any, PrepareSettings]:
 
 def _faults(wanted: SelfReplay) -> Iterator[str]:
     sampling = wanted.sampling
-    if sampling.temperature <= 0:
+    if not 0 < sampling.temperature < math.inf:
         yield f"--temperature is {sampling.temperature:g}, must be above 0; 1 samples what the model has learned"
     if not 0 < sampling.top_p <= 1:
         yield f"--top-p is {sampling.top_p:g}, must be above 0 and at most 1; 1 leaves nothing out"
@@ -205,9 +207,16 @@ class _Writer:
     """A model in memory that makes documents up."""
 
     def __init__(self, model: str, tokenizer: Tokenizer, sampling: Sampling, most: int) -> None:
+        disable_progress_bar()  # in a log its states run together
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
-        lm: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        try:
+            lm: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise BadInput(
+                f"the model {model} cannot be loaded ({str(error).strip().splitlines()[0]}); give the folder or the hub name of "
+                "a causal language model"
+            ) from error
         self._lm = lm.to(self._device).eval()
         self._tokenizer = tokenizer
         self._sampling = sampling

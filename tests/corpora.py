@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from tiny_models import VOCABULARY
 
+from bigmix.data.chat import PLAIN_SHA256
 from bigmix.data.fetch_ahead import Ahead
 from bigmix.data.manifest import (
     Manifest,
@@ -60,7 +61,7 @@ def write_source(
         tokenizer=TokenizerEntry(
             name="tiny", fingerprint=fingerprint, vocab_size=VOCABULARY, bos_id=None, eos_id=2
         ),
-        template=TemplateEntry(name="plain", sha256="0" * 64) if kind == "chat" else None,
+        template=TemplateEntry(name="plain", sha256=PLAIN_SHA256) if kind == "chat" else None,
         read=shards * documents,
         dropped={},
         documents=shards * documents,

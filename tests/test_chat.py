@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 from dataclasses import replace
 from itertools import groupby
 
@@ -12,7 +13,7 @@ from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from bigmix.data.chat import check_first, encode_chat, open_template, render_chat
+from bigmix.data.chat import PLAIN, check_first, encode_chat, open_template, render_chat
 from bigmix.data.chat_tokens import HIDDEN, MARK_CLOSE, MARK_OPEN, encode_chats
 from bigmix.data.prepare import prepare
 from bigmix.data.prepare_settings import PrepareSettings
@@ -439,3 +440,17 @@ def test_masks_by_the_bytes_of_tokens_are_those_by_their_characters(with_templat
     encoded = encode_chats(tokenizer, [render_chat(tokenizer, template, talk) for talk in talks])
     for talk, fast in zip(talks, encoded, strict=True):
         assert (fast.ids.tolist(), fast.loss_mask.tolist()) == slow_chat(tokenizer, template, talk)
+
+
+def test_the_plain_template_in_a_folder_renders_what_was_trained(tiny_tokenizer, tmp_path):
+    folder = shutil.copytree(tiny_tokenizer, tmp_path / "export")
+    (folder / "chat_template.jinja").write_text(PLAIN)
+    turns = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}]
+    tokenizer = load_tokenizer(str(tiny_tokenizer))
+    trained = encode_chat(
+        tokenizer, open_template(tokenizer, "plain"), Conversation(messages=turns, tools=None)
+    )
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert loaded.apply_chat_template(turns)["input_ids"] == trained.ids.tolist()
+    asked = loaded.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
+    assert loaded.apply_chat_template(turns, tokenize=False).startswith(asked)

@@ -17,6 +17,7 @@ from ranks import ROOT, environment, free_port
 from servers import web_server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from bigmix.data.chat import PLAIN
 from bigmix.data.source import read_source
 from bigmix.data.tokenizer import fingerprint_of
 
@@ -138,6 +139,7 @@ def test_an_export_says_what_it_is_and_speaks(whole):
     assert (
         "| web | replay | 0.5 at step 0, 0.25 at step 8 |" in card and f"`{content[:16]}`" in card
     )
+    assert (folder / "export/chat_template.jinja").read_text() == PLAIN
     assert "deepspeed launch/train.py recipe.yaml" in card and "rows_per_step: 8" in card
     assert "generation check, from whole/export loaded anew: '[" in said
 

@@ -1,6 +1,7 @@
 """A model's own samples are what it has learned, do not depend on batches and interruptions, and are a source like any other."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -147,6 +148,7 @@ def test_first_tokens_may_come_from_the_vocabulary(model, made, tmp_path):
     ("words", "said"),
     [
         (["--temperature", "0"], "--temperature is 0, must be above 0"),
+        (["--temperature", "nan"], "--temperature is nan, must be above 0"),
         (["--top-p", "1.5"], "--top-p is 1.5, must be above 0 and at most 1"),
         (["--max-tokens", "40"], "documents of 41 tokens with their start"),
         (["--held-out", "0.9"], "--held-out is 0.9"),
@@ -156,6 +158,12 @@ def test_what_is_not_allowed_is_told(words, said, model, tmp_path, capsys):
     assert make(model, tmp_path, "--tokens", "10", *words)[0] == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "self.jsonl").exists()
+
+
+def test_a_folder_without_weights_is_refused(model, tmp_path, capsys):
+    bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert make(bare, tmp_path, "--tokens", "10")[0] == 2
+    assert f"the model {bare} cannot be loaded" in capsys.readouterr().err
 
 
 def test_lines_of_other_settings_are_not_gone_on_with(model, made, capsys):
