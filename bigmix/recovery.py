@@ -91,9 +91,11 @@ def roll_back(parts: Parts, back: RollBack) -> tuple[Parts, int]:
 
 def _is_of_other_rows(parts: Parts, position: Position) -> bool:
     """Whether a position is from before the recipe was changed, where its rows have no meaning."""
+    if position.step >= parts.inputs.plan.chapter.after:
+        return False
+    # Only decisions begin rows anew under the same recipe.
     old = from_plain(position.recipe, "a checkpoint")
-    is_before = position.step < parts.inputs.plan.chapter.after
-    return is_before and any(
+    return not parts.recipe.controllers or any(
         Change(key=key, old=before, new=after).moves_rows
         for key, before, after in differences(old, parts.recipe)
     )

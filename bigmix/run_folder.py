@@ -77,6 +77,9 @@ class Change:
         """Whether other rows are drawn from there on, and not only learned from otherwise."""
         table, _, rest = self.key.partition(".")
         setting = rest.split(".")[1] if "." in rest else ""
+        # Controllers have whole rows drawn up to their next decision; without them this setting is free.
+        if self.key == "train.evaluate_every":
+            return True
         return table in ("sequence_length", "rows_per_step") or (
             table in ("sources", "groups") and setting not in _NO_ROWS
         )

@@ -81,7 +81,15 @@ def _reading(parts: Parts, name: str, at_step: int, line: Line) -> Reading:
         losses=MappingProxyType(parts.report.interval_losses()),
         held_out=MappingProxyType(_numbers(line, "held_out_loss")),
         forgetting=MappingProxyType(_numbers(line, "forgetting")),
-        earlier=tuple(parts.decisions),
+        earlier=tuple(map(_read_only, parts.decisions)),
+    )
+
+
+def _read_only(decision: Decision) -> Decision:
+    return replace(
+        decision,
+        shares=MappingProxyType(decision.shares),
+        forgetting=MappingProxyType(decision.forgetting),
     )
 
 

@@ -10,6 +10,7 @@ from test_chapters import opened, position
 from test_mixing import recipe_of_three
 
 from bigmix.checkpoint.listing import Position
+from bigmix.cli import main
 from bigmix.controller import Reading, decide, rule_of
 from bigmix.data.loader import Portion, step_batch
 from bigmix.data.shares import apportion
@@ -345,7 +346,10 @@ def test_what_is_due_becomes_whole_rows_with_the_same_sum(due):
         assert all(abs(rows[str(n)] - value) < 1 + 1e-9 for n, value in enumerate(due))
 
 
-def test_it_is_told_before_the_run_that_a_share_moves():
+def test_it_is_told_before_the_run_that_a_share_moves(capsys):
     (told,) = moving_shares(load_recipe("recipe.yaml", HELD))
     assert "the share of web begins at 0.25 and moves between 0.01 and 0.5" in told
     assert told in opened(*HELD)[1].notes and opened()[1].notes == []
+    assert main(["rows", "recipe.yaml", *HELD, "--step", "1"]) == 0
+    said = capsys.readouterr()
+    assert told in said.err and len(said.out.splitlines()) == 8

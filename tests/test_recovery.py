@@ -108,6 +108,24 @@ def test_after_three_in_a_row_the_run_goes_back_and_passes_over_them(data):
 
 
 @pytest.mark.slow
+def test_decisions_on_shares_are_taken_back_with_the_steps(data):
+    """The steps lie on both sides of a decision, and the checkpoint before them on one that it does not hold yet."""
+    moving = ["sources.web.share={controller: forgetting, limit: 0.1, held_out: [chat]}", "train.evaluate_every=3"]  # fmt: skip
+    said = ended(start_faulty(data, 2, nan(5, 6, 7), "output=moved", *moving))
+    assert "the run goes back to step 3" in said and said.count("after step 6: web ") == 2
+    passed = "train.pass_over=[5, 6, 7]"
+    ended(start(data, 2, *STEPS, "output=moved-told", *moving, passed))
+    assert weights(data / "moved") == weights(data / "moved-told")
+    same = [
+        [{k: v for k, v in line.items() if k != "skipped"} for line in lines(data / output)]
+        for output in ("moved", "moved-told")
+    ]
+    assert same[0] == same[1]
+    shares = [line["share/web"] for line in same[0] if "eval" in line]
+    assert shares[:4] == sorted(shares[:4], reverse=True) and shares[0] > shares[3]
+
+
+@pytest.mark.slow
 def test_a_run_that_goes_back_too_often_or_has_nowhere_to_go_ends_as_failed(data):
     said = ended(start_faulty(data, 1, nan(5, 6, 7, rank=0), "output=two", "train.most_roll_backs=0"), 1)  # fmt: skip
     assert "the run has gone back 0 times already; look at the rows in" in said
