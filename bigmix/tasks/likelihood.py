@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+from transformers import DynamicCache
 
 from bigmix.tasks.asking import Question
 from bigmix.tasks.speaking import Speaker, padded
@@ -27,25 +29,7 @@ def log_likelihoods(speaker: Speaker, questions: Sequence[Question]) -> list[lis
     wide = max(map(len, shown)) - 1
     inputs_RT, own_RT = padded([ids[:-1] for ids in shown], wide, device, at_left=False)
     labels_RT, _ = padded([ids[1:] for ids in shown], wide, device, at_left=False)
-    mask_RT = torch.cat([mask_BT.repeat_interleave(num_labels, dim=0), own_RT], dim=1)
-    positions_RT = (mask_RT.cumsum(dim=1) - 1).clamp(min=0)
-    with torch.no_grad():
-        read = speaker.lm(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            position_ids=(mask_BT.cumsum(dim=1) - 1).clamp(min=0),
-            use_cache=True,
-            **_fewest_logits(speaker),
-        )
-        cache = read.past_key_values
-        cache.batch_repeat_interleave(num_labels)
-        logits_RTV = speaker.lm(
-            input_ids=inputs_RT,
-            attention_mask=mask_RT,
-            position_ids=positions_RT[:, width:],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
+    logits_RTV = _logits(speaker, ids_BT, mask_BT, inputs_RT, own_RT)
     nll_RT = torch.nn.functional.cross_entropy(
         logits_RTV.float().transpose(1, 2), labels_RT, reduction="none"
     )
@@ -53,7 +37,32 @@ def log_likelihoods(speaker: Speaker, questions: Sequence[Question]) -> list[lis
     return [sums_R[at : at + num_labels] for at in range(0, len(sums_R), num_labels)]
 
 
-def _fewest_logits(speaker: Speaker) -> dict[str, int]:
-    """What spares a model the logits of a whole prompt, where it knows it."""
+def _logits(
+    speaker: Speaker, ids_BT: Tensor, mask_BT: Tensor, inputs_RT: Tensor, own_RT: Tensor
+) -> Tensor:
+    """Logits [R, T, V] of rows behind prompts, each of which is read once for all rows of its own."""
+    num_labels, width = len(inputs_RT) // len(ids_BT), ids_BT.shape[1]
+    mask_RT = torch.cat([mask_BT.repeat_interleave(num_labels, dim=0), own_RT], dim=1)
+    positions_RT = (mask_RT.cumsum(dim=1) - 1).clamp(min=0)
+    cache = DynamicCache(config=speaker.lm.config)
     known = inspect.signature(speaker.lm.forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    # Its name since transformers 5.24, and before.
+    cached = {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
+    # Where the model knows it, the logits of a whole prompt are spared.
+    fewest = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    with torch.no_grad():
+        speaker.lm(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            position_ids=(mask_BT.cumsum(dim=1) - 1).clamp(min=0),
+            **cached,
+            **fewest,
+        )
+        cache.batch_repeat_interleave(num_labels)
+        logits_RTV: Tensor = speaker.lm(
+            input_ids=inputs_RT,
+            attention_mask=mask_RT,
+            position_ids=positions_RT[:, width:],
+            **cached,
+        ).logits
+    return logits_RTV
