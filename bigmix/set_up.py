@@ -95,7 +95,7 @@ def set_up(
     _log_to_file(Path(recipe.output) / LOG, world)
     configs = read_configs(recipe, inputs.manifest)
     config = configs.model
-    tasks = _tasks(recipe, inputs, config)
+    tasks = _tasks(recipe, inputs, config, terminal)
     dtype = choose_dtype(recipe.model.dtype, device)
     attention = choose_attention(recipe.model.attention, config, device, dtype.value)
     backend = choose_backend(recipe.loss.backend, device)
@@ -129,11 +129,6 @@ def set_up(
     )  # fmt: skip
     for note in inputs.notes:
         terminal.note(note)
-    for name, asked in tasks.items():
-        if asked.task.execute:
-            terminal.warning(
-                f"task {name} runs code that the model writes, as this user on this machine"
-            )
     log = _open_log(recipe, inputs, start) if world.is_first else None
     parts = Parts(
         recipe=recipe, inputs=inputs, cluster=cluster, portion=_portion(recipe, world), engine=engine, aim=aim,
@@ -160,7 +155,7 @@ def _aim(recipe: Recipe, anchor: Anchor | None) -> Aim:
     return Aim(objective=recipe.objective, weighing=weighing, anchor=anchor)
 
 
-def _tasks(recipe: Recipe, inputs: Inputs, config: Any) -> dict[str, Asked]:
+def _tasks(recipe: Recipe, inputs: Inputs, config: Any, terminal: Terminal) -> dict[str, Asked]:
     """The tasks as tokens; looked at before the model is made, since a prompt may be too long for it."""
     if not inputs.tasks:
         return {}
@@ -171,6 +166,11 @@ def _tasks(recipe: Recipe, inputs: Inputs, config: Any) -> dict[str, Asked]:
             "tasks need a tokenizer, and neither the sources nor the model have one; prepare the sources again, or set "
             "model.tokenizer"
         )
+    for name, task in recipe.tasks.items():
+        if task.execute:
+            terminal.warning(
+                f"task {name} runs code that the model writes, as this user on this machine"
+            )
     manifests = [source.manifest for source in inputs.sources.values()]
     return ask(inputs.tasks, language_of(place, manifests), max_positions(config))
 
