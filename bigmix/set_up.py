@@ -101,6 +101,7 @@ def set_up(
     log_to_file(Path(recipe.output) / LOG, world)
     configs = read_configs(recipe, inputs.manifest)
     config = configs.model
+    _warn_of_programs(recipe, terminal)
     # Before the model is made, since a prompt may be too long for it.
     tasks = questions_of(
         inputs.tasks,
@@ -143,11 +144,6 @@ def set_up(
     )  # fmt: skip
     for note in inputs.notes:
         terminal.note(note)
-    for name, asked in tasks.items():
-        if asked.task.execute:
-            terminal.warning(
-                f"task {name} runs code that the model writes, as this user on this machine"
-            )
     log = _open_log(recipe, inputs, start) if world.is_first else None
     parts = Parts(
         recipe=recipe, inputs=inputs, cluster=cluster, portion=_portion(recipe, world), engine=engine, aim=aim,
@@ -172,6 +168,14 @@ def _keys(recipe: Recipe, inputs: Inputs, world: World, dtype: str) -> dict[str,
 def _aim(recipe: Recipe, anchor: Anchor | None) -> Aim:
     weighing = {name: source.weigh for name, source in recipe.sources.items()}
     return Aim(objective=recipe.objective, weighing=weighing, anchor=anchor)
+
+
+def _warn_of_programs(recipe: Recipe, terminal: Terminal) -> None:
+    for name, task in recipe.tasks.items():
+        if task.execute:
+            terminal.warning(
+                f"task {name} runs code that the model writes, as this user on this machine"
+            )
 
 
 def _adamw(recipe: Recipe) -> AdamW:

@@ -20,10 +20,7 @@ from bigmix.tasks.examples import open_tasks
 
 def written(folder, rows, name="task.jsonl"):
     path = folder / name
-    text = "".join(
-        (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n"
-        for row in rows
-    )
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     return str(path)
 
@@ -84,6 +81,7 @@ def test_columns_name_the_parts_and_examples_are_spread_evenly(tmp_path):
         ([{"prompt": "a", "label": "Cash."}], {"scores": ["accuracy"], "labels": ["cash", "card"]}, "line 1: label 'Cash.' is none of labels; did you mean 'cash'?"),
         ([{"prompt": "a", "label": "x"}], {"scores": ["macro_f1"], "by": "likelihood"}, "labels is x; a choice needs two or more"),
         ([{"prompt": "a", "response": "b"}], {"scores": ["pass@1"], "execute": True}, "line 1: has no test"),
+        ([{"prompt": "a", "response": "\ud800"}], {}, "line 1: holds half of a surrogate pair"),
         ([{"messages": "a", "response": "b"}], {}, "line 1: its messages cannot be read or is empty"),
     ],
 )  # fmt: skip

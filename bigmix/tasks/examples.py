@@ -186,6 +186,8 @@ def _faults(
 ) -> Iterator[str]:
     if not messages or not any(str(turn["content"]).strip() for turn in messages):
         yield "its prompt is empty"
+    if not _is_unicode("".join([*(str(turn["content"]) for turn in messages), *references])):
+        yield "holds half of a surrogate pair, which is no text"
     if len(task.passes_at) < len(task.scores) and not any(text.strip() for text in references):
         yield f"has no answer (one of {', '.join(_ANSWERS)})"
     if task.passes_at and not test.strip():
@@ -194,3 +196,12 @@ def _faults(
         yield "its answer has no number, which numeric_match compares"
     if task.format == "text" and len(messages) > 1:
         yield "has several turns, and format is text; set format: chat"
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON can spell half of a surrogate pair, UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
