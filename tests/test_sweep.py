@@ -7,6 +7,7 @@ import signal
 import pytest
 import yaml
 from corpora import write_source
+from ranks import run_on_ranks
 from test_run import end, lines, start, wait_for, weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -212,6 +213,10 @@ def test_runs_are_found_by_recipe_folder_of_all_and_folder_of_one(here):
     assert [str(path) for path in run_folders(here / "recipe.yaml")] == [f"run/{n}" for n in RUNS]
     with pytest.raises(BadInput, match="holds no run"):
         run_folders(here / "web")
+
+
+def test_an_engine_leaves_no_model_behind(tmp_path):
+    assert run_on_ranks("models_left", 1, tmp_path) == [[[False, False]] * 3]
 
 
 @pytest.fixture(scope="module")
