@@ -222,8 +222,7 @@ def test_an_engine_leaves_no_model_behind(tmp_path):
 @pytest.fixture(scope="module")
 def swept(data):
     """All runs of the sweep, one after another on two ranks."""
-    codes, said = end(start(data, 2))
-    return codes, said
+    return end(start(data, 2), timeout_s=600)
 
 
 @pytest.mark.slow
