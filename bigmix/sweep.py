@@ -6,7 +6,6 @@ from pathlib import Path
 from bigmix.dist import Cluster, leave
 from bigmix.engine import give_back_memory, join
 from bigmix.errors import BigmixError, Interrupted
-from bigmix.first_evaluation import FirstEvaluation
 from bigmix.guard import StopFlag
 from bigmix.inputs import Inputs, open_inputs
 from bigmix.model_checks import read_configs
@@ -14,7 +13,7 @@ from bigmix.recipe import SweepRun
 from bigmix.run_listing import begin_attempt, end_attempt, fails_again, state_of
 from bigmix.sweep_inputs import look_at_all
 from bigmix.terminal import Terminal
-from bigmix.train import run_in
+from bigmix.train import Shared, run_in
 from bigmix.world import World
 
 
@@ -31,13 +30,13 @@ def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: St
     waiting = _in_order(runs, done, cluster)
     terminal.note(f"sweep: {len(runs) - len(waiting)} of {len(runs)} runs are done")
     failures: dict[str, str] = {}
-    first_evaluations: dict[str, FirstEvaluation] = {}
+    shared = Shared()
     for run in waiting:
         if any(cluster.gather(flag.is_set())):
             raise Interrupted(f"stopped on request before {run.name}; the same command goes on from there")  # fmt: skip
         terminal.note(f"\nsweep: run {run.number}, {run.name}")
         try:
-            _run(run, cluster, flag, first_evaluations)
+            _run(run, cluster, flag, shared)
         except Interrupted:
             _write(cluster, run, is_ended=True)
             raise
@@ -45,6 +44,8 @@ def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: St
             failures[run.name] = str(error)
             _write(cluster, run, reason=str(error))
             terminal.warning(f"run {run.name} failed: {error}")
+        while shared.engines:
+            shared.engines.pop().close()
         give_back_memory()
     leave()
     if failures:
@@ -78,7 +79,7 @@ def _run(
     run: SweepRun,
     cluster: Cluster,
     flag: StopFlag,
-    first_evaluations: dict[str, FirstEvaluation],
+    shared: Shared,
 ) -> None:
     """One run; raises on every rank alike where any of them cannot open its inputs."""
     inputs = fault = None
@@ -97,7 +98,7 @@ def _run(
     if cluster.world.is_first:
         begin_attempt(Path(run.recipe.output))
     terminal = Terminal(enabled=cluster.world.is_first, every=1)
-    run_in(cluster, run.recipe, inputs, terminal, flag, first_evaluations)
+    run_in(cluster, run.recipe, inputs, terminal, flag, shared)
     _write(cluster, run, is_ended=True)
 
 

@@ -1,12 +1,12 @@
 """A recipe and its inputs go in, a trained model comes out: the whole run, from joining the cluster to the export."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bigmix.beats import Limits
 from bigmix.data.chat import PLAIN, PLAIN_SHA256
 from bigmix.dist import Cluster, leave
-from bigmix.engine import join
+from bigmix.engine import Engine, join
 from bigmix.errors import BigmixError
 from bigmix.export import export
 from bigmix.first_evaluation import FirstEvaluation
@@ -25,12 +25,20 @@ from bigmix.watchdog import Watchdog
 from bigmix.world import World
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What runs in one process leave to those after them: evaluations before the first step, engines that are to be closed."""
+
+    first_evaluations: dict[str, FirstEvaluation] = field(default_factory=dict)
+    engines: list[Engine] = field(default_factory=list)
+
+
 def run(recipe: Recipe, inputs: Inputs, world: World, terminal: Terminal, flag: StopFlag) -> None:
     """Train to the end of the budget, from the newest whole checkpoint if there is one.
 
     Raises BadInput before the first step, and Interrupted after a whole checkpoint when the flag is set.
     """
-    run_in(join(world), recipe, inputs, terminal, flag, {})
+    run_in(join(world), recipe, inputs, terminal, flag, Shared())
     leave()
 
 
@@ -40,13 +48,13 @@ def run_in(
     inputs: Inputs,
     terminal: Terminal,
     flag: StopFlag,
-    first_evaluations: dict[str, FirstEvaluation],
+    shared: Shared,
 ) -> None:
-    """The same in a process group that is there and stays; evaluations before the first step are taken over and added."""
+    """The same in a process group that is there and stays, with what runs before it have left."""
     limits = Limits(dead_s=recipe.train.dead_after_s, hang_s=60 * recipe.train.hang_minutes)
     watchdog = Watchdog(cluster, flag, limits, Path(recipe.output) / LOG)
     try:
-        _go_on(recipe, inputs, cluster, terminal, flag, watchdog, first_evaluations)
+        _go_on(recipe, inputs, cluster, terminal, flag, watchdog, shared)
     except BaseException as error:
         watchdog.fail(error)
         raise
@@ -62,7 +70,7 @@ def _go_on(
     terminal: Terminal,
     flag: StopFlag,
     watchdog: Watchdog,
-    first_evaluations: dict[str, FirstEvaluation],
+    shared: Shared,
 ) -> None:
     """Do what a run has still to do; what is done already is left as it is."""
     start = beginning(recipe, inputs.content, cluster)
@@ -77,8 +85,9 @@ def _go_on(
     tokenizer_folder = inputs.tokenizer_folder if recipe.train.export else None
     parts = replace(
         set_up(recipe, inputs, cluster, terminal, flag, watchdog, start),
-        first_evaluations=first_evaluations,
+        first_evaluations=shared.first_evaluations,
     )
+    shared.engines.append(parts.engine)
     try:
         parts = train(parts, first=start.step + 1)
         if tokenizer_folder is not None:
@@ -91,7 +100,6 @@ def _go_on(
     finally:
         if parts.log is not None:
             parts.log.close()
-    parts.engine.close()
 
 
 def _export(parts: Parts, tokenizer_folder: Path) -> None:

@@ -73,8 +73,8 @@ def start(data, ranks, *overrides, recipe="recipe.yaml"):
     ]
 
 
-def end(processes):
-    said = [process.communicate(timeout=240)[0] for process in processes]
+def end(processes, timeout_s=240):
+    said = [process.communicate(timeout=timeout_s)[0] for process in processes]
     return [process.returncode for process in processes], "\n".join(said)
 
 

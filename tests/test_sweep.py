@@ -7,6 +7,7 @@ import signal
 import pytest
 import yaml
 from corpora import write_source
+from ranks import run_on_ranks
 from test_run import end, lines, start, wait_for, weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -239,11 +240,14 @@ def test_runs_are_found_by_recipe_folder_of_all_and_folder_of_one(here):
         run_folders(here / "web")
 
 
+def test_an_engine_leaves_no_model_behind(tmp_path):
+    assert run_on_ranks("models_left", 1, tmp_path) == [[[False, False]] * 3]
+
+
 @pytest.fixture(scope="module")
 def swept(data):
     """All runs of the sweep, one after another on two ranks."""
-    codes, said = end(start(data, 2))
-    return codes, said
+    return end(start(data, 2), timeout_s=600)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 
 import deepspeed
@@ -15,7 +16,7 @@ from tiny_models import FAMILIES, VOCABULARY
 from bigmix import step
 from bigmix.dist import leave
 from bigmix.ds_config import fill, read_ds_config
-from bigmix.engine import AdamW, Engine, Frozen, join, sharded_construction
+from bigmix.engine import AdamW, Engine, Frozen, give_back_memory, join, sharded_construction
 from bigmix.export import export
 from bigmix.loss.terms import GroupSums, Terms
 from bigmix.loss.torch_rows import torch_rows
@@ -307,6 +308,22 @@ def gathers_of_the_head(rank, ranks, cluster, family):
         counts.append(0)
         take_step(engine, cluster, batch_of(documents(True), rank, ranks, 4), aim("per_source"))
     return counts
+
+
+def models_left(rank, ranks, cluster):
+    """For each of three engines, one after another, whether its model or its reference is still there once it is closed."""
+    left = []
+    for _ in range(3):
+        engine = make_engine("llama", 4, ranks)
+        anchor = make_anchor("llama", 4, ranks, engine.device, "ds_configs/cpu.json")
+        batch = batch_of(documents(True), rank, ranks, 4)
+        take_step(engine, cluster, batch, aim("per_source", anchor))
+        models = [weakref.ref(engine.module), weakref.ref(anchor.model)]
+        engine.close()
+        del engine, anchor
+        give_back_memory()
+        left.append([model() is not None for model in models])
+    return left
 
 
 def sharded_build(rank, ranks, cluster):
