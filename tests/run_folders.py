@@ -157,7 +157,7 @@ def write_samples(folder: Path, step: int, numbers: Numbers, noise: random.Rando
                 {
                     "prompt": f"Question: Mona has {index + 5} apples & buys 7 more. How many has she <now>?\nAnswer:",
                     "references": [f"She has {index + 5} + 7 = {12 + index}.\n#### {12 + index}"],
-                    "outputs": [f"She has {index + 5} + 7 = {answer} apples now. " * (1 + 9 * (index == 2)) + f"\n#### {answer}"],
+                    "outputs": [f"She has {index + 5} + 7 = {answer} apples now. " * (1 + 24 * (index == 2)) + f"\n#### {answer}"],
                     "scores": {"exact_match": float(is_right)},
                 }
             )  # fmt: skip

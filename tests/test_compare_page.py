@@ -99,7 +99,7 @@ def test_all_figures_are_seen_and_nothing_is_asked_of_the_network(
             assert figure["left"] >= 0 and figure["right"] <= width
             assert figure["cut"] == []
         assert page.value(OVERLAPS) == []
-        assert page.value(CONTRAST) >= 3.0
+        assert page.value(CONTRAST) >= 4.5
         assert page.value("document.documentElement.scrollWidth") <= width
         page.screenshot(tmp_path / "page.png")
         assert (tmp_path / "page.png").stat().st_size > 50_000

@@ -9,7 +9,7 @@ from bigmix.compare.figure import draw_figure
 from bigmix.compare.frontier import frontier_scene, frontiers
 from bigmix.compare.judge import Summary, judge
 from bigmix.compare.law_chart import law_scenes
-from bigmix.compare.page import page
+from bigmix.compare.page import Pictures, page
 from bigmix.compare.read import read_runs
 from bigmix.compare.styles import styles_of
 from bigmix.compare.summary import summary_tree
@@ -27,22 +27,27 @@ def compare(runs: Sequence[Path], out: Path) -> Summary:
     """
     comparison = judge(read_runs(runs))
     found = frontiers(comparison)
-    pictures = {
-        "figure.png": curve_scenes(comparison),
-        "frontier.png": [frontier_scene(comparison, frontier) for frontier in found],
-        "law.png": law_scenes(comparison),
-    }
+    pictures = Pictures(
+        frontiers=[frontier_scene(comparison, frontier) for frontier in found],
+        laws=law_scenes(comparison),
+        curves=curve_scenes(comparison),
+    )
     texts = {
-        "index.html": page(comparison, found, out),
+        "index.html": page(comparison, pictures, out),
         "table.md": markdown(comparison),
         "table.tex": latex(comparison),
         "summary.json": json.dumps(summary_tree(comparison, found), indent=2, allow_nan=False)
         + "\n",
     }
     out.mkdir(parents=True, exist_ok=True)
-    drawn = [name for name, scenes in pictures.items() if scenes]
-    for name in drawn:
-        draw_figure(pictures[name], styles_of(comparison), out / name)
+    files = {
+        "figure.png": pictures.curves,
+        "frontier.png": pictures.frontiers,
+        "law.png": pictures.laws,
+    }
+    drawn = {name: scenes for name, scenes in files.items() if scenes}
+    for name, scenes in drawn.items():
+        draw_figure(scenes, styles_of(comparison), out / name)
     for name, text in texts.items():
         replace_text(out / name, text)
     written = ["index.html", *drawn, "table.md", "table.tex", "summary.json"]

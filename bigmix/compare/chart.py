@@ -4,6 +4,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bigmix.compare.scene import TEXT_PX, XY, Shape, Stroke, Words, width_of
 
 LINE_PX = 15  # between two labels
@@ -12,6 +15,7 @@ LEFT, TOP, BOTTOM = 46, 14, 42
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 Range = tuple[float, float]
+Array = NDArray[np.float64]
 
 
 def _same(value: float) -> float:
@@ -107,14 +111,18 @@ def place_labels(
     labels: Sequence[tuple[XY, str]], obstacles: Sequence[Box], bounds: Box
 ) -> list[XY]:
     """The left end of the base line of each label, beside its point, where it covers least of the others and of obstacles."""
-    taken = list(obstacles)
+    taken_N4 = np.array([*obstacles]).reshape(-1, 4)
+    bounds_N4 = np.array([bounds])
     placed = []
     for at, text in labels:
-        boxes = list(_around(at, width_of(text)))
-        costs = [_cost(box, taken, bounds) + rank for rank, box in enumerate(boxes)]
-        box = boxes[costs.index(min(costs))]
-        taken.append(box)
-        placed.append((box[0], box[3] - 3))
+        boxes_C4 = np.array([*_around(at, width_of(text))])
+        area = width_of(text) * (TEXT_PX + 2)
+        outside_C = area - _common(boxes_C4, bounds_N4).sum(1)
+        # What sticks out of the canvas counts many times over; of two equal places the better liked one is taken.
+        costs_C = _common(boxes_C4, taken_N4).sum(1) + 20 * outside_C + np.arange(len(boxes_C4))
+        box_4 = boxes_C4[int(np.argmin(costs_C))]
+        taken_N4 = np.vstack([taken_N4, box_4])
+        placed.append((float(box_4[0]), float(box_4[3]) - 3))
     return placed
 
 
@@ -129,14 +137,9 @@ def _around(at: XY, width: float) -> Iterator[Box]:
             yield left, middle - TEXT_PX / 2 - 1, left + width, middle + TEXT_PX / 2 + 1
 
 
-def _cost(box: Box, taken: Sequence[Box], bounds: Box) -> float:
-    """The area that is covered already, and what sticks out of the canvas many times over."""
-    covered = sum(_common(box, other) for other in taken)
-    area = (box[2] - box[0]) * (box[3] - box[1])
-    return covered + 20 * (area - _common(box, bounds))
-
-
-def _common(one: Box, other: Box) -> float:
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    return max(width, 0.0) * max(height, 0.0)
+def _common(ones_C4: Array, others_N4: Array) -> Array:
+    """The area that each of the boxes shares with each of the others [C, N]."""
+    low_CN2 = np.maximum(ones_C4[:, None, :2], others_N4[None, :, :2])
+    high_CN2 = np.minimum(ones_C4[:, None, 2:], others_N4[None, :, 2:])
+    shared: Array = np.maximum(high_CN2 - low_CN2, 0.0).prod(2)
+    return shared

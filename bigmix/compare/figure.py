@@ -9,6 +9,7 @@ from bigmix.compare.styles import Style, legend
 
 DPI = 200
 PX_PER_INCH = 95
+PT_PER_PX = 72 / PX_PER_INCH
 MAX_COLUMNS = 3
 TITLE_PX, GAP_PX, MARGIN_PX = 30, 26, 16
 _INK = {"ink": "#1b1f24", "soft": "#5b6470", "line": "#e3e6ea", "paper": "#ffffff"}
@@ -45,33 +46,53 @@ def draw_figure(scenes: Sequence[Scene], styles: Mapping[str, Style], path: Path
     figure.savefig(path)
 
 
-def _draw_scene(axes: Any, scene: Scene, colours: Mapping[str, str], at: tuple[float, float]) -> None:  # fmt: skip
+def _draw_scene(
+    axes: Any, scene: Scene, colours: Mapping[str, str], at: tuple[float, float]
+) -> None:
     x, y = at
-    points = TEXT_PX / PX_PER_INCH * 72
-    axes.text(
-        x, y + 16, scene.title, fontsize=1.15 * points, fontweight="bold", color=colours["ink"]
-    )
+    size = 1.1 * TEXT_PX * PT_PER_PX
+    axes.text(x, y + 16, scene.title, fontsize=size, fontweight="bold", color=colours["ink"], parse_math=False)  # fmt: skip
     for shape in scene.shapes:
         _draw(axes, shape, colours, (x, y + TITLE_PX))
 
 
 def _draw(axes: Any, shape: Shape, colours: Mapping[str, str], at: tuple[float, float]) -> None:
-    px = 72 / PX_PER_INCH  # points for a pixel of the canvas
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Polygon
+
     colour = colours[shape.colour]
     if isinstance(shape, Words):
-        x, y = shape.at[0] + at[0], shape.at[1] + at[1]
-        sides = {"start": "left", "middle": "center", "end": "right"}
-        weight = "bold" if shape.is_bold else "normal"
-        axes.text(x, y, shape.text, fontsize=TEXT_PX * px * 0.94, color=colour, ha=sides[shape.anchor], fontweight=weight)  # fmt: skip
+        _write(axes, shape, colour, at)
         return
     corners = outline(shape) if isinstance(shape, Mark) else shape.points
-    xs, ys = [x + at[0] for x, _ in corners], [y + at[1] for _, y in corners]
+    placed = [(x + at[0], y + at[1]) for x, y in corners]
+    artist: Any
     if isinstance(shape, Stroke):
         # Matplotlib scales the lengths of dashes by the width of the line.
         dash = (0, [part / shape.width for part in shape.dash]) if shape.dash else "solid"
-        axes.plot(xs, ys, color=colour, linewidth=shape.width * px, linestyle=dash)
+        xs, ys = zip(*placed, strict=True)
+        artist = Line2D(xs, ys, color=colour, linewidth=shape.width * PT_PER_PX, linestyle=dash)
     elif isinstance(shape, Area):
-        axes.fill(xs, ys, color=colour, alpha=0.13, linewidth=0)
+        artist = Polygon(placed, color=colour, alpha=0.13, linewidth=0)
     else:
         fill = colour if shape.is_filled else colours["paper"]
-        axes.fill(xs, ys, facecolor=fill, edgecolor=colour, linewidth=1.4 * px, zorder=4)
+        artist = Polygon(
+            placed, facecolor=fill, edgecolor=colour, linewidth=1.4 * PT_PER_PX, zorder=4
+        )
+    # As an artist and not through plot and fill, which measure every shape anew for axes that nobody sees.
+    axes.add_artist(artist)
+
+
+def _write(axes: Any, words: Words, colour: str, at: tuple[float, float]) -> None:
+    axes.text(
+        words.at[0] + at[0],
+        words.at[1] + at[1],
+        words.text,
+        # A little smaller than on the page, as matplotlib's font is wider than most.
+        fontsize=0.94 * TEXT_PX * PT_PER_PX,
+        color=colour,
+        ha={"start": "left", "middle": "center", "end": "right"}[words.anchor],
+        fontweight="bold" if words.is_bold else "normal",
+        # A name from a recipe may hold dollars.
+        parse_math=False,
+    )

@@ -246,7 +246,7 @@ def _mean_sentence(one: Point, two: Point, sources: Sequence[str]) -> str:
 def _warnings(found: Found, base: Mapping[str, Mapping[str, Estimate]]) -> Iterator[str]:
     if found.left_out:
         yield (
-            f"{len(found.left_out)} faults left runs out that lie in the folders given, {len(found.runs)} are compared: "
+            f"{len(found.left_out)} runs that lie in the folders given are left out, {len(found.runs)} are compared: "
             + "; ".join(found.left_out)
         )
     for run in found.runs:

@@ -18,7 +18,7 @@ from bigmix.compare.points import Point
 
 # Relative spread below which no point counts as better known: a tiny spread of three seeds is chance.
 _LEAST_SPREAD = 0.02
-_B_GRID = np.geomspace(1e-2, 1e6, 1601)
+_B_GRID = np.geomspace(1e-2, 1e6, 161)
 _REFINEMENTS = 4
 
 
@@ -128,7 +128,7 @@ def fit_law(at_zero: float, above: Sequence[LawPoint]) -> Law:
         losses = _losses(grid, shares_P, drops_P, weights_P)
         best = int(np.argmin(losses))
         low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-        chosen, grid = grid[best], np.geomspace(low, high, 101)
+        chosen, grid = grid[best], np.geomspace(low, high, 21)
     return Law(
         at_zero=at_zero, B=float(chosen), alpha=float(_alphas(np.array([chosen]), shares_P, drops_P, weights_P)[0])
     )  # fmt: skip

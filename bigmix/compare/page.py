@@ -2,17 +2,17 @@
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from bigmix.compare.curves import curve_scenes, is_over_tokens
-from bigmix.compare.frontier import Frontier, frontier_scene
+from bigmix.compare.curves import is_over_tokens
 from bigmix.compare.html import code, folded, named, plain_table, variables, wide
 from bigmix.compare.judge import Comparison
 from bigmix.compare.law import Fit
-from bigmix.compare.law_chart import LAW_HEADS, law_rows, law_scenes, law_sentences
+from bigmix.compare.law_chart import LAW_HEADS, law_rows, law_sentences
 from bigmix.compare.scene import Scene
 from bigmix.compare.settings import settings_part
 from bigmix.compare.shares import bars, budget_sentences, training_table
@@ -34,7 +34,16 @@ _MOST_IN_TITLE = 4
 _MOST_OPEN = 4  # points whose commands are shown at once
 
 
-def page(comparison: Comparison, frontiers: Sequence[Frontier], out: Path) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pictures:
+    """What is drawn of a comparison: task against forgetting, forgetting over the share, and both over the run."""
+
+    frontiers: Sequence[Scene]
+    laws: Sequence[Scene]
+    curves: Sequence[Scene]
+
+
+def page(comparison: Comparison, pictures: Pictures, out: Path) -> str:
     """The whole page; everything that comes from a run is escaped."""
     template = Template((files("bigmix.compare") / "page.html").read_text(encoding="utf-8"))
     styles = styles_of(comparison)
@@ -45,7 +54,7 @@ def page(comparison: Comparison, frontiers: Sequence[Frontier], out: Path) -> st
         headline=code(comparison.headline),
         detail=f'<p class="lead">{code(comparison.detail)}</p>' if comparison.detail else "",
         warnings="\n".join(f'<p class="warning">{code(w)}</p>' for w in comparison.warnings),
-        body="\n".join(_sections(comparison, frontiers, styles, out)),
+        body="\n".join(_sections(comparison, pictures, styles, out)),
     )
 
 
@@ -58,16 +67,16 @@ def _title(comparison: Comparison) -> str:
 
 def _sections(
     comparison: Comparison,
-    frontiers: Sequence[Frontier],
+    pictures: Pictures,
     styles: Mapping[str, Style],
     out: Path,
 ) -> Iterator[str]:
-    if frontiers:
+    if pictures.frontiers:
         yield "<h2>Task against forgetting</h2>"
         yield f'<p class="note">{_FRONTIER_NOTE}</p>'
         yield _legend(styles)
-        yield _charts([frontier_scene(comparison, frontier) for frontier in frontiers])
-        yield from _law(comparison)
+        yield _charts(pictures.frontiers)
+        yield from _law(comparison, pictures)
     yield "<h2>Results on held-out data</h2>"
     yield from (_result(table, comparison, styles) for table in tables(comparison))
     yield f'<p class="note">{escape(NOTE)}</p>'
@@ -77,7 +86,7 @@ def _sections(
     yield f'<p class="note">{escape(_curves_note(comparison))}</p>'
     if len(styles) > MAX_NAMED:
         yield _legend(styles)
-    yield _charts(curve_scenes(comparison))
+    yield _charts(pictures.curves)
     if outputs := list(outputs_part(comparison, styles)):
         yield "<h2>Outputs side by side</h2>"
         yield from outputs
@@ -116,9 +125,9 @@ def _charts(scenes: Sequence[Scene]) -> str:
     return f'<div class="charts">{figures}</div>'
 
 
-def _law(comparison: Comparison) -> Iterator[str]:
+def _law(comparison: Comparison, pictures: Pictures) -> Iterator[str]:
     yield "<h2>Forgetting over replay's share</h2>"
-    yield _charts(law_scenes(comparison))
+    yield _charts(pictures.laws)
     for source, fit in comparison.fits.items():
         said = " ".join(law_sentences(source, fit))
         yield f'<p class="note">{escape(said)}</p>'

@@ -127,7 +127,10 @@ def read_runs(given: Sequence[Path]) -> Found:
         try:
             runs.append(_read_place(place, name))
         except BadInput as error:
-            (faults if place.is_named else left_out).extend(error.faults)
+            if place.is_named:
+                faults += error.faults
+            else:
+                left_out.append(" and ".join(error.faults))
     if faults or not runs:
         raise BadInput(*faults, *left_out)
     return Found(runs=runs, left_out=left_out)

@@ -50,7 +50,7 @@ def _without_absent_sources(point: Point, points: Sequence[Point]) -> dict[str, 
             continue
         prefix = f"sources.{name}."
         for key in {key for p in having for key in p.settings if key.startswith(prefix)}:
-            if key != _moved(key):
+            if key != _moved(key) or key.endswith("share"):
                 continue
             if len({p.settings.get(key) for p in having}) == 1:
                 path = settings.pop(key, None)

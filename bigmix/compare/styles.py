@@ -13,7 +13,7 @@ from bigmix.compare.scene import REMEDY_SHAPES, Mark, Scene, Shape, Stroke, Word
 
 ONE_WAY = ("#c2500a", "#ff9a57")
 # Teal to deep blue on white, deep teal to pale blue on black; the middle is what a single share has.
-_SHARES = (("#2f9e93", "#2a8f8c"), ("#0072b2", "#56a9e0"), ("#0d2f66", "#d5e6ff"))
+_SHARES = (("#1b8077", "#2a8f8c"), ("#0072b2", "#56a9e0"), ("#0d2f66", "#d5e6ff"))
 _REMEDIES = (("#a03c7c", "#e58fc4"), ("#7a5a00", "#d9b23c"), ("#5b4bb0", "#a99bf0"), ("#4d5661", "#b4bdc8"))  # fmt: skip
 _DASHES: tuple[tuple[float, ...], ...] = ((), (6, 3), (2, 3), (8, 3, 2, 3))
 MAX_NAMED = 6  # points that can be named at the ends of their curves
