@@ -91,7 +91,7 @@ def test_the_budget_is_met_and_the_learning_rate_has_no_jump(held):
 @pytest.mark.slow
 def test_a_killed_run_takes_the_same_decisions_and_ends_bit_equal(data, held):
     saves = ["output=killed", *HELD, "train.save_every=4"]
-    for step in ("step-000012", "step-000032"):
+    for step in ("step-000012", "step-000020"):
         killed = start(data, 2, *saves)
         wait_for(data / "killed/checkpoints" / step, killed)
         for process in killed:
