@@ -286,6 +286,7 @@ def test_all_runs_share_the_evaluation_before_the_first_step(swept, data):
 def test_a_sweep_that_is_killed_goes_on_to_the_same_end(swept, data):
     words = ("output=killed", "sweep.only=[web-0, web-0.25]")
     killed = start(data, 2, *words)
+    wait_for(data / "killed/web-0/seed-0/export", killed)
     wait_for(data / "killed/web-0.25/seed-0/checkpoints/step-000002", killed)
     for process in killed:
         process.send_signal(signal.SIGKILL)
