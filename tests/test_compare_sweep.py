@@ -322,7 +322,7 @@ def test_labels_find_places_beside_each_other() -> None:
     points = [(100.0, 100.0), (104.0, 102.0), (98.0, 104.0), (102.0, 98.0)]
     bounds = (0.0, 0.0, 300.0, 200.0)
     obstacles = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
-    placed = place_labels([(at, "label") for at in points], obstacles, bounds)
+    placed = place_labels([(at, 36.0) for at in points], obstacles, bounds)
     for index, (x, y) in enumerate(placed):
         assert 0 <= x <= 300 and 0 <= y <= 200
         for other_x, other_y in placed[index + 1 :]:

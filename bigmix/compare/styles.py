@@ -105,4 +105,4 @@ def legend(styles: Mapping[str, Style], width: float) -> Scene:
         shapes.append(Mark(at=(x, y), shape=style.shape, colour=style.key))
         shapes.append(Words(at=(x + 15, y + 4), text=text, colour="ink"))
         x += 15 + width_of(text) + 26
-    return Scene(title="", width=width, height=y + 14, shapes=shapes)
+    return Scene(title="", width=width, height=y + 14 if shapes else 0.0, shapes=shapes)
