@@ -63,7 +63,7 @@ def _looks(comparison: Comparison) -> Iterator[tuple[Point, _Look]]:
         for point in line.points:
             is_two_way = point.kind == "two-way"
             colours = _of_share(above.index(point), len(above)) if is_two_way else ONE_WAY
-            label = percent(point.share) if is_sweep else shorten(point.name)
+            label = percent(point.written_share) if is_sweep else shorten(point.name)
             yield point, (colours, shape, dash, label)
     for index, point in enumerate(comparison.arrangement.remedies):
         colours = _REMEDIES[index % len(_REMEDIES)]
