@@ -322,7 +322,7 @@ def test_labels_find_places_beside_each_other() -> None:
     points = [(100.0, 100.0), (104.0, 102.0), (98.0, 104.0), (102.0, 98.0)]
     bounds = (0.0, 0.0, 300.0, 200.0)
     obstacles = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
-    placed = place_labels([(at, "label") for at in points], obstacles, bounds)
+    placed = place_labels([(at, 36.0) for at in points], obstacles, bounds)
     for index, (x, y) in enumerate(placed):
         assert 0 <= x <= 300 and 0 <= y <= 200
         for other_x, other_y in placed[index + 1 :]:
@@ -349,3 +349,31 @@ def test_a_recipe_of_seeds_far_apart_has_one_curve(tmp_path: Path) -> None:
     assert point.name == "run"
     steps = [[e.step for e in evaluations] for evaluations in point.shared_steps()]
     assert steps[0] == [0, 0] and steps[-1] == [400, 400]
+
+
+def test_averages_of_the_seeds_are_one_point_and_no_one_way_run(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        for name, share in (("books-0", 0.0), ("books-0.2", 0.2)):
+            recipe = Recipe(share=share, seed=seed)
+            folder = write_run(tmp_path / f"{name}/seed-{seed}", recipe, Numbers(forgetting=law(share)))  # fmt: skip
+        write_evaluation(
+            tmp_path / f"a/seed-{seed}/half",
+            Recipe(seed=seed),
+            Numbers(forgetting=0.5),
+            model=str(folder / "average"),
+        )
+    comparison = judge(read_runs([tmp_path]))
+    assert {p.name: len(p.runs) for p in comparison.points} == {
+        "half": 2, "books-0": 2, "books-0.2": 2
+    }  # fmt: skip
+    assert comparison.headline.startswith("Two-way training (books-0.2) kept")
+    assert "one-way training (books-0)" in comparison.headline
+
+
+def test_folders_of_a_run_are_not_searched_and_those_of_the_user_are(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "log/run", Recipe(), Numbers(forgetting=1.0))
+    copied = run / "checkpoints/step-000400/recipe.yaml"
+    copied.parent.mkdir(parents=True)
+    copied.write_text("sources: {}\n")
+    found = read_runs([tmp_path])
+    assert [r.folder for r in found.runs] == [run] and not found.left_out

@@ -11,7 +11,7 @@ from bigmix.compare.judge import Summary, judge
 from bigmix.compare.law_chart import law_scenes
 from bigmix.compare.page import Pictures, page
 from bigmix.compare.read import read_runs
-from bigmix.compare.styles import styles_of
+from bigmix.compare.styles import MAX_NAMED, styles_of
 from bigmix.compare.summary import summary_tree
 from bigmix.compare.table import latex, markdown
 from bigmix.files import replace_text
@@ -33,7 +33,7 @@ def compare(runs: Sequence[Path], out: Path) -> Summary:
         curves=curve_scenes(comparison),
     )
     texts = {
-        "index.html": page(comparison, pictures, out),
+        "index.html": page(comparison, pictures, given=runs, out=out),
         "table.md": markdown(comparison),
         "table.tex": latex(comparison),
         "summary.json": json.dumps(summary_tree(comparison, found), indent=2, allow_nan=False)
@@ -47,7 +47,11 @@ def compare(runs: Sequence[Path], out: Path) -> Summary:
     }
     drawn = {name: scenes for name, scenes in files.items() if scenes}
     for name, scenes in drawn.items():
-        draw_figure(scenes, styles_of(comparison), out / name)
+        # The law has its shares on the axis, and few curves have their names at their ends.
+        is_named = name == "law.png" or (
+            name == "figure.png" and len(comparison.points) <= MAX_NAMED
+        )
+        draw_figure(scenes, styles_of(comparison), out / name, with_legend=not is_named)
     for name, text in texts.items():
         replace_text(out / name, text)
     written = ["index.html", *drawn, "table.md", "table.tex", "summary.json"]

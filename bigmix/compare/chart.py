@@ -108,15 +108,18 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def place_labels(
-    labels: Sequence[tuple[XY, str]], obstacles: Sequence[Box], bounds: Box
+    labels: Sequence[tuple[XY, float]], obstacles: Sequence[Box], bounds: Box
 ) -> list[XY]:
-    """The left end of the base line of each label, beside its point, where it covers least of the others and of obstacles."""
+    """The left end of the base line of each label, beside its point, where it covers least of the others and of obstacles.
+
+    A label is where its point is, and how wide.
+    """
     taken_N4 = np.array([*obstacles]).reshape(-1, 4)
     bounds_N4 = np.array([bounds])
     placed = []
-    for at, text in labels:
-        boxes_C4 = np.array([*_around(at, width_of(text))])
-        area = width_of(text) * (TEXT_PX + 2)
+    for at, width in labels:
+        boxes_C4 = np.array([*_around(at, width)])
+        area = width * (TEXT_PX + 2)
         outside_C = area - _common(boxes_C4, bounds_N4).sum(1)
         # What sticks out of the canvas counts many times over; of two equal places the better liked one is taken.
         costs_C = _common(boxes_C4, taken_N4).sum(1) + 20 * outside_C + np.arange(len(boxes_C4))

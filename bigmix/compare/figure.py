@@ -15,8 +15,10 @@ TITLE_PX, GAP_PX, MARGIN_PX = 30, 26, 16
 _INK = {"ink": "#1b1f24", "soft": "#5b6470", "line": "#e3e6ea", "paper": "#ffffff"}
 
 
-def draw_figure(scenes: Sequence[Scene], styles: Mapping[str, Style], path: Path) -> None:
-    """Draw the scenes side by side, three in a line at most, with their titles and a legend below."""
+def draw_figure(
+    scenes: Sequence[Scene], styles: Mapping[str, Style], path: Path, *, with_legend: bool
+) -> None:
+    """Draw the scenes side by side, three in a line at most, with their titles; a legend goes below."""
     # Matplotlib takes a second to import, and no other command draws.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -26,7 +28,7 @@ def draw_figure(scenes: Sequence[Scene], styles: Mapping[str, Style], path: Path
     cell = max(scene.width for scene in scenes) + GAP_PX
     width = columns * cell + 2 * MARGIN_PX
     heights = [max(scene.height for scene in line) + TITLE_PX + GAP_PX for line in lines]
-    below = legend(styles, width - 2 * MARGIN_PX)
+    below = legend(styles if with_legend else {}, width - 2 * MARGIN_PX)
     size = (width, sum(heights) + below.height + 2 * MARGIN_PX)
     figure = Figure(
         figsize=(size[0] / PX_PER_INCH, size[1] / PX_PER_INCH), dpi=DPI, facecolor="white"
@@ -84,6 +86,8 @@ def _draw(axes: Any, shape: Shape, colours: Mapping[str, str], at: tuple[float, 
 
 
 def _write(axes: Any, words: Words, colour: str, at: tuple[float, float]) -> None:
+    from matplotlib.patheffects import withStroke
+
     axes.text(
         words.at[0] + at[0],
         words.at[1] + at[1],
@@ -93,6 +97,8 @@ def _write(axes: Any, words: Words, colour: str, at: tuple[float, float]) -> Non
         color=colour,
         ha={"start": "left", "middle": "center", "end": "right"}[words.anchor],
         fontweight="bold" if words.is_bold else "normal",
+        # Paper around letters, so that lines do not run through them.
+        path_effects=[withStroke(linewidth=2.0, foreground="white")],
         # A name from a recipe may hold dollars.
         parse_math=False,
     )

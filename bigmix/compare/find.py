@@ -38,8 +38,10 @@ def _is_result(folder: Path) -> bool:
 def _inside(folder: Path) -> Iterator[Path]:
     """A run that has not begun has a recipe and nothing else yet: it is found, so that it can be counted."""
     for place, folders, files in os.walk(folder):
-        folders[:] = sorted((f for f in folders if f not in _PASSED_BY), key=_order)
-        if Path(place) != folder and (RECIPE in files or METRICS in files or EVALUATION in files):
+        is_run = not {RECIPE, METRICS, EVALUATION}.isdisjoint(files)
+        passed_by = _PASSED_BY if is_run else set()
+        folders[:] = sorted(set(folders) - passed_by, key=_order)
+        if is_run and Path(place) != folder:
             yield Path(place)
 
 

@@ -1,5 +1,6 @@
 """A comparison goes in; out come frontiers: what a task gained against what was forgotten, one for each loss and score."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,10 +9,11 @@ from bigmix.compare.chart import BOTTOM, TOP, WIDTH, Axes, Box, number_ticks, pl
 from bigmix.compare.judge import Comparison
 from bigmix.compare.measures import FORGETTING, LOSS, Spread
 from bigmix.compare.points import Point
-from bigmix.compare.scene import XY, Mark, Scene, Shape, Stroke, Words
+from bigmix.compare.scene import TEXT_PX, XY, Mark, Scene, Shape, Stroke, Words, width_of
 from bigmix.compare.styles import Style, styles_of
 
 HEIGHT = 330
+_FAR_PX = 14  # of a label from its point: others may be nearer to it
 LEAST_POINTS = 3  # two are a line in any case
 
 
@@ -152,18 +154,31 @@ def _bars(axes: Axes, spot: Spot, colour: str) -> Iterator[Stroke]:
         yield Stroke(points=[(x, ends[0]), (x, ends[1])], colour=colour)
 
 
-def _labels(axes: Axes, frontier: Frontier, styles: Mapping[str, Style]) -> Iterator[Words]:
-    """Beside their points; what is not dominated finds its place first."""
+def _labels(axes: Axes, frontier: Frontier, styles: Mapping[str, Style]) -> Iterator[Shape]:
+    """Beside their points, those that lie far off on a thin line; what is not dominated finds its place first."""
     spots = sorted(frontier.spots, key=lambda spot: spot.is_dominated)
-    labels = [(_at(axes, spot), styles[spot.point.name].label) for spot in spots]
+    texts = [styles[spot.point.name].label for spot in spots]
+    widths = [
+        width_of(text, is_bold=not spot.is_dominated)
+        for text, spot in zip(texts, spots, strict=True)
+    ]
+    points = [_at(axes, spot) for spot in spots]
     bounds = (axes.x(axes.x_range[0]), TOP - 8.0, float(WIDTH), axes.bottom)
     obstacles = [*_obstacles(axes, frontier), _box_of_better(axes, frontier)]
-    for spot, at, (_, text) in zip(
-        spots, place_labels(labels, obstacles, bounds), labels, strict=True
-    ):
-        yield Words(
-            at=at, text=text, colour=styles[spot.point.name].key, is_bold=not spot.is_dominated
-        )
+    places = place_labels([*zip(points, widths, strict=True)], obstacles, bounds)
+    colours = [styles[spot.point.name].key for spot in spots]
+    for at, (x, y), width, colour in zip(points, places, widths, colours, strict=True):
+        end = _nearest(at, (x, y - TEXT_PX, x + width, y + 2))
+        if math.dist(end, at) > _FAR_PX:
+            yield Stroke(points=[at, end], colour=colour, width=0.7)
+    for place, text, colour, spot in zip(places, texts, colours, spots, strict=True):
+        yield Words(at=place, text=text, colour=colour, is_bold=not spot.is_dominated)
+
+
+def _nearest(at: XY, box: Box) -> XY:
+    """The place in a box that is nearest to a point."""
+    left, top, right, bottom = box
+    return min(max(at[0], left), right), min(max(at[1], top), bottom)
 
 
 def _obstacles(axes: Axes, frontier: Frontier) -> Iterator[Box]:

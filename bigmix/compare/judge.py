@@ -121,9 +121,10 @@ def _judged(points: Sequence[Point], replays: Sequence[str]) -> str | None:
 def _say(
     points: Sequence[Point], arrangement: Arrangement, roles: Mapping[str, str]
 ) -> tuple[str, str]:
-    """The first one-way and the first two-way point, in the order given: nothing is picked by its result."""
-    one = next((point for point in points if point.kind == "one-way"), None)
-    two = next((point for point in points if point.kind == "two-way"), None)
+    """The first one-way and the first two-way point, those of the main line before others: nothing is picked by its result."""
+    by_settings = [*arrangement.main, *points]
+    one = next((point for point in by_settings if point.kind == "one-way"), None)
+    two = next((point for point in by_settings if point.kind == "two-way"), None)
     replays = [name for name, role in roles.items() if role == "replay"]
     tasks = [name for name, role in roles.items() if role == "task"]
     if one is None or two is None:
@@ -153,8 +154,8 @@ def _over_shares(main: Sequence[Point], source: str, tasks: Sequence[str]) -> st
     ]
     at = f"; over all shares the task loss is {' and '.join(losses)}" if losses else ""
     return (
-        f"Without replay training forgot {values[0]:.2f} nats/token of `{source}`, with {percent(least.share)} of replay "
-        f"{values[1]:.2f}, with {percent(most.share)} {values[2]:.2f}{at}."
+        f"Without replay training forgot {values[0]:.2f} nats/token of `{source}`, with {percent(least.written_share)} of replay "
+        f"{values[1]:.2f}, with {percent(most.written_share)} {values[2]:.2f}{at}."
     )
 
 

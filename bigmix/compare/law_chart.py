@@ -40,7 +40,7 @@ def _scene(comparison: Comparison, source: str, fit: Fit) -> Scene:
         bottom=HEIGHT - BOTTOM,
         bend=lambda share: math.log1p(2 * share / smallest),
     )
-    named = [(point.share or 0.0, percent(point.share)) for point, _ in measured]
+    named = [(point.share or 0.0, percent(point.written_share)) for point, _ in measured]
     shapes: list[Shape] = [*axes.frame(x_label="replay's share of the rows, p", x_ticks=named)]
     if fit.from_smallest:
         by_two = fit_law(fit.law.at_zero, fit.points[1:3])

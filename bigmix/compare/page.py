@@ -43,8 +43,8 @@ class Pictures:
     curves: Sequence[Scene]
 
 
-def page(comparison: Comparison, pictures: Pictures, out: Path) -> str:
-    """The whole page; everything that comes from a run is escaped."""
+def page(comparison: Comparison, pictures: Pictures, *, given: Sequence[Path], out: Path) -> str:
+    """The whole page of the folders given, as it is written into `out`; everything that comes from a run is escaped."""
     template = Template((files("bigmix.compare") / "page.html").read_text(encoding="utf-8"))
     styles = styles_of(comparison)
     return template.substitute(
@@ -54,7 +54,12 @@ def page(comparison: Comparison, pictures: Pictures, out: Path) -> str:
         headline=code(comparison.headline),
         detail=f'<p class="lead">{code(comparison.detail)}</p>' if comparison.detail else "",
         warnings="\n".join(f'<p class="warning">{code(w)}</p>' for w in comparison.warnings),
-        body="\n".join(_sections(comparison, pictures, styles, out)),
+        body="\n".join(
+            [
+                *_sections(comparison, pictures, styles),
+                *_commands(comparison, styles, given, out),
+            ]
+        ),
     )
 
 
@@ -69,7 +74,6 @@ def _sections(
     comparison: Comparison,
     pictures: Pictures,
     styles: Mapping[str, Style],
-    out: Path,
 ) -> Iterator[str]:
     if pictures.frontiers:
         yield "<h2>Task against forgetting</h2>"
@@ -97,8 +101,6 @@ def _sections(
     yield from bars(comparison)
     yield "<h2>How the recipes differ</h2>"
     yield settings_part(comparison.arrangement.ordered, styles)
-    yield "<h2>How to reproduce</h2>"
-    yield from _commands(comparison, styles, out)
 
 
 _FRONTIER_NOTE = (
@@ -180,11 +182,14 @@ def _curves_note(comparison: Comparison) -> str:
     )
 
 
-def _commands(comparison: Comparison, styles: Mapping[str, Style], out: Path) -> Iterator[str]:
-    """Of each point the commands that make its runs again, then the one of the page; a click marks a whole block."""
+def _commands(
+    comparison: Comparison, styles: Mapping[str, Style], given: Sequence[Path], out: Path
+) -> Iterator[str]:
+    """Of each point the commands that make its runs again, then those of the page; a click marks a whole block."""
+    yield "<h2>How to reproduce</h2>"
     yield (
-        '<p class="note">Each run again, from its resolved recipe into a new folder beside the old one; then this page. A '
-        "click marks a block.</p>"
+        '<p class="note">Each run again, from its resolved recipe into a new folder beside the old one; then this page, of the '
+        "same runs and of the new ones. A click marks a block.</p>"
     )
     points = comparison.arrangement.ordered
     blocks = [(point.name, "\n".join(run.command for run in point.runs)) for point in points]
@@ -197,5 +202,10 @@ def _commands(comparison: Comparison, styles: Mapping[str, Style], out: Path) ->
         str(run.folder) if run.model is not None else f"{run.folder}-again"
         for run in comparison.runs
     ]
-    compare = f"bigmix compare {shlex.join(again)} --out {shlex.quote(f'{out}-again')}"
-    yield f"<h3>This page</h3><pre>{escape(compare)}</pre>"
+    same = _compare([str(folder) for folder in given], str(out))
+    new = _compare(again, f"{out}-again")
+    yield f"<h3>This page</h3><pre>{escape(same)}</pre><pre>{escape(new)}</pre>"
+
+
+def _compare(folders: Sequence[str], out: str) -> str:
+    return f"bigmix compare {shlex.join(folders)} --out {shlex.quote(out)}"

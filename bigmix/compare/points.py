@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 
 from bigmix.compare.measures import Estimate, Spread, spread_of
 from bigmix.compare.read import SEED_FOLDER, Evaluation, Kind, Run, names_of
@@ -34,6 +35,13 @@ class Point:
         """Replay's part of all rows, as logged; the mean over seeds."""
         known = [run.replay_share for run in self.runs]
         return None if None in known else sum(s for s in known if s is not None) / len(known)
+
+    @property
+    def written_share(self) -> float | None:
+        """Replay's part of all rows as the recipe has it; as logged where that is no one number."""
+        sources = self.runs[0].sources.values()
+        written = [source.share for source in sources if source.role == "replay"]
+        return self.share if None in written else sum(s for s in written if s is not None)
 
     def source(self, source: str, measure: str) -> Spread | None:
         """A measure of a held-out source after the last step; None where a run lacks it."""
@@ -103,14 +111,11 @@ def _settings(run: Run) -> dict[str, str]:
 
 
 def _point_names(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """By the folder of a sweep's point, or what the names of the runs begin with; a run alone by its own."""
+    """By the folder that they have in common but for their seeds, or by what their names begin with."""
     places = []
     for runs in groups:
-        above = {
-            run.folder.resolve().parent if SEED_FOLDER.fullmatch(run.folder.resolve().name) else run.folder.resolve()
-            for run in runs
-        }  # fmt: skip
-        places.append(above.pop() if len(above) == 1 else None)
+        alike = {_without_seed(run.folder.resolve()) for run in runs}
+        places.append(alike.pop() if len(alike) == 1 else None)
     known = [place for place in places if place is not None]
     unique = [place for place in known if known.count(place) == 1]
     named = dict(zip(unique, names_of(unique), strict=True))
@@ -120,6 +125,10 @@ def _point_names(groups: Sequence[Sequence[Run]]) -> list[str]:
         name = named[place] if place in named else start or runs[0].name
         found.append(name if name not in found else runs[0].name)
     return found
+
+
+def _without_seed(folder: Path) -> Path:
+    return Path(*(part for part in folder.parts if not SEED_FOLDER.fullmatch(part)))
 
 
 def _beginning(names: Sequence[str]) -> str:

@@ -63,7 +63,7 @@ def _looks(comparison: Comparison) -> Iterator[tuple[Point, _Look]]:
         for point in line.points:
             is_two_way = point.kind == "two-way"
             colours = _of_share(above.index(point), len(above)) if is_two_way else ONE_WAY
-            label = percent(point.share) if is_sweep else shorten(point.name)
+            label = percent(point.written_share) if is_sweep else shorten(point.name)
             yield point, (colours, shape, dash, label)
     for index, point in enumerate(comparison.arrangement.remedies):
         colours = _REMEDIES[index % len(_REMEDIES)]
@@ -105,4 +105,4 @@ def legend(styles: Mapping[str, Style], width: float) -> Scene:
         shapes.append(Mark(at=(x, y), shape=style.shape, colour=style.key))
         shapes.append(Words(at=(x + 15, y + 4), text=text, colour="ink"))
         x += 15 + width_of(text) + 26
-    return Scene(title="", width=width, height=y + 14, shapes=shapes)
+    return Scene(title="", width=width, height=y + 14 if shapes else 0.0, shapes=shapes)

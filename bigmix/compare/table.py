@@ -114,7 +114,7 @@ def _table(
     rows = [Row(name=BASE, replay=ABSENT, cells=[_cell_of_base(base, m) for m in measured])]
     for index, point in enumerate(points):
         cells = [_cell(spreads[measure][index], measure) for measure in measured]
-        rows.append(Row(name=point.name, replay=percent(point.share), cells=cells))
+        rows.append(Row(name=point.name, replay=percent(point.written_share), cells=cells))
     return Table(name=name, role=role, heads=[m.label for m in measured], rows=rows)
 
 
