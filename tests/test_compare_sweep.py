@@ -203,21 +203,21 @@ def test_the_same_example_stands_under_all_points(summary: Summary) -> None:
     assert "letters more" in page
 
 
-def test_an_unfinished_run_of_a_sweep_is_left_out_and_told(sweep: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_of_a_sweep_is_left_out_and_told(tmp_path: Path) -> None:
     for share in SHARES:
         write_run(tmp_path / f"s/{share}", Recipe(share=share), Numbers(forgetting=law(share)))
     write_run(tmp_path / "s/half", Recipe(share=0.4), Numbers(forgetting=0.1), steps=200)
     waiting = tmp_path / "s/waiting"
     waiting.mkdir()
     (waiting / "recipe.yaml").write_text("sources: {}\n")
-    comparison = compare([tmp_path / "s"], tmp_path / "report").comparison
+    comparison = judge(read_runs([tmp_path / "s"]))
     assert len(comparison.runs) == 4
     (warning,) = comparison.warnings
     assert warning.startswith("2 runs that lie in the folders given are left out, 4 are compared")
     assert "half has trained 409,600 of 819,200 task tokens" in warning
     assert "waiting has no metrics.jsonl" in warning
     with pytest.raises(BadInput, match="half has trained"):
-        compare([tmp_path / "s/half"], tmp_path / "other")
+        read_runs([tmp_path / "s/half"])
 
 
 def test_a_model_evaluated_outside_of_a_run_is_a_point_without_a_curve(tmp_path: Path) -> None:
@@ -305,6 +305,7 @@ def test_what_recipes_share_and_where_they_differ(tmp_path: Path) -> None:
         assert f"<code>{key}</code>" not in differ and f"<code>{key}</code>" in common
 
 
+@pytest.mark.slow
 def test_a_hundred_runs_are_compared(tmp_path: Path) -> None:
     for index in range(100):
         recipe = Recipe(share=index / 200, seed=index)

@@ -1,13 +1,12 @@
 """A comparison goes in; out come frontiers: what a task gained against what was forgotten, one for each loss and score."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from bigmix.compare.chart import BOTTOM, TOP, WIDTH, Axes, Box, number_ticks, place_labels, range_of
 from bigmix.compare.judge import Comparison
-from bigmix.compare.measures import FORGETTING, LOSS, Spread
+from bigmix.compare.measures import FORGETTING, LOSS, Better, Spread
 from bigmix.compare.points import Point
 from bigmix.compare.scene import TEXT_PX, XY, Mark, Scene, Shape, Stroke, Words, width_of
 from bigmix.compare.styles import Style, styles_of
@@ -33,7 +32,7 @@ class Frontier:
 
     title: str
     x_label: str
-    better: Literal["lower", "higher"]
+    better: Better
     replay: str
     spots: Sequence[Spot]
 
@@ -43,52 +42,56 @@ def frontiers(comparison: Comparison) -> list[Frontier]:
     replay = comparison.judged
     if replay is None:
         return []
-    found = [
-        _frontier(comparison, replay, title, x_label, better, pick)
-        for title, x_label, better, pick in _measured(comparison)
-    ]
+    found = [_frontier(comparison.points, replay, measured) for measured in _measured(comparison)]
     return [frontier for frontier in found if len(frontier.spots) >= LEAST_POINTS]
 
 
-_Pick = Callable[[Point], Spread | None]
-_Measured = tuple[str, str, Literal["lower", "higher"], _Pick]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Measured:
+    """One measure of a task, of each point by its name."""
+
+    title: str
+    x_label: str
+    better: Better
+    spreads: Mapping[str, Spread | None]
 
 
 def _measured(comparison: Comparison) -> Iterator[_Measured]:
     for source in comparison.tasks:
-        yield source, "task loss, nats/token", "lower", lambda p, s=source: p.source(s, LOSS)  # type: ignore[misc]
+        yield _Measured(
+            title=source,
+            x_label="task loss, nats/token",
+            better="lower",
+            spreads={point.name: point.source(source, LOSS) for point in comparison.points},
+        )
     for task, scores in comparison.scores.items():
         for score in scores:
             words = score.replace("_", " ")
-            yield (
-                f"{task}, {words}", words, "higher", lambda p, t=task, s=score: p.task(t, s)  # type: ignore[misc]
-            )  # fmt: skip
+            yield _Measured(
+                title=f"{task}, {words}",
+                x_label=words,
+                better="higher",
+                spreads={point.name: point.task(task, score) for point in comparison.points},
+            )
 
 
-def _frontier(
-    comparison: Comparison,
-    replay: str,
-    title: str,
-    x_label: str,
-    better: Literal["lower", "higher"],
-    pick: _Pick,
-) -> Frontier:
+def _frontier(points: Sequence[Point], replay: str, measured: _Measured) -> Frontier:
     known = [
         (point, task, lost)
-        for point in comparison.points
-        if (task := pick(point)) is not None
+        for point in points
+        if (task := measured.spreads[point.name]) is not None
         and (lost := point.source(replay, FORGETTING)) is not None
     ]
-    sign = 1.0 if better == "lower" else -1.0
+    sign = 1.0 if measured.better == "lower" else -1.0
     costs = [(sign * task.mean, lost.mean) for _, task, lost in known]
     spots = [
         Spot(point=point, task=task, forgetting=lost, is_dominated=_is_dominated(cost, costs))
         for (point, task, lost), cost in zip(known, costs, strict=True)
     ]
     return Frontier(
-        title=f"{title} against forgetting of {replay}",
-        x_label=x_label,
-        better=better,
+        title=f"{measured.title} against forgetting of {replay}",
+        x_label=measured.x_label,
+        better=measured.better,
         replay=replay,
         spots=spots,
     )

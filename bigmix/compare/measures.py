@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+Better = Literal["lower", "higher"]
 LOSS, FORGETTING, GAIN = "held_out_loss", "forgetting", "gain"
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; further ones are within 2 % of the last.
 _T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)  # fmt: skip
@@ -53,7 +54,7 @@ class Measure:
     key: str
     label: str
     unit: str
-    better: Literal["lower", "higher"]
+    better: Better
     is_signed: bool = False
 
 

@@ -174,7 +174,15 @@ def _read_run(folder: Path, name: str, recipe: Mapping[str, Any]) -> Run:
         raise BadInput(*faults)
     again = shlex.quote(f"output={folder}-again")
     command = f"deepspeed launch/train.py {shlex.quote(str(folder / RECIPE))} {again}"
-    return _run(folder, name, recipe, training, evaluations, command=command, model=None)
+    return _run(
+        folder,
+        name,
+        recipe,
+        training=training,
+        evaluations=evaluations,
+        command=command,
+        model=None,
+    )
 
 
 def _read_evaluation(folder: Path, name: str, recipe: Mapping[str, Any]) -> Run:
@@ -196,16 +204,18 @@ def _read_evaluation(folder: Path, name: str, recipe: Mapping[str, Any]) -> Run:
     training = [line for line in (read_lines(log) if log.is_file() else []) if not line.get("eval")]
     logged = training[-1:] or [{"step": steps[1]}]
     evaluations = _evaluations(lines, _tasks(recipe), known_tokens=_tokens(logged[-1], recipe)[0])
-    return _run(folder, name, recipe, logged, evaluations, command=command, model=model)
+    return _run(
+        folder, name, recipe, training=logged, evaluations=evaluations, command=command, model=model
+    )
 
 
 def _run(
     folder: Path,
     name: str,
     recipe: Mapping[str, Any],
+    *,
     training: Sequence[Mapping[str, Any]],
     evaluations: Sequence[Evaluation],
-    *,
     command: str,
     model: str | None,
 ) -> Run:
