@@ -402,7 +402,8 @@ def _realised(training: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> 
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if not isinstance(tree, dict) or not tree:
+    """The settings by dotted key; an empty table has none."""
+    if not isinstance(tree, dict):
         yield prefix, "–" if tree is None else str(tree)
         return
     for key, value in tree.items():
