@@ -131,6 +131,13 @@ def read_runs(given: Sequence[Path]) -> Found:
                 faults += error.faults
             else:
                 left_out.append(" and ".join(error.faults))
+    named = {place.folder for place in places if place.is_named}
+    trained = {(run.folder / "export").resolve() for run in runs if run.model is None}
+    for run in list(runs):
+        # The run itself has the same model, with its curve.
+        if run.model and run.folder not in named and Path(run.model).resolve() in trained:
+            runs.remove(run)
+            left_out.append(f"{run.folder} evaluates the export of a run that is compared itself")
     if faults or not runs:
         raise BadInput(*faults, *left_out)
     return Found(runs=runs, left_out=left_out)
