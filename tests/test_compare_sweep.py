@@ -213,7 +213,9 @@ def test_an_unfinished_run_of_a_sweep_is_left_out_and_told(tmp_path: Path) -> No
     comparison = judge(read_runs([tmp_path / "s"]))
     assert len(comparison.runs) == 4
     (warning,) = comparison.warnings
-    assert warning.startswith("2 runs that lie in the folders given are left out, 4 are compared")
+    assert warning.startswith(
+        "2 results that lie in the folders given are left out, 4 are compared"
+    )
     assert "half has trained 409,600 of 819,200 task tokens" in warning
     assert "waiting has no metrics.jsonl" in warning
     with pytest.raises(BadInput, match="half has trained"):
@@ -378,3 +380,14 @@ def test_folders_of_a_run_are_not_searched_and_those_of_the_user_are(tmp_path: P
     copied.write_text("sources: {}\n")
     found = read_runs([tmp_path])
     assert [r.folder for r in found.runs] == [run] and not found.left_out
+
+
+def test_a_run_and_the_evaluation_of_its_export_are_not_shown_twice(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "s/run", Recipe(), Numbers(forgetting=1.0))
+    own = write_evaluation(
+        run / "evaluation", Recipe(), Numbers(forgetting=1.0), model=str(run / "export")
+    )
+    found = read_runs([tmp_path / "s"])
+    assert [r.folder for r in found.runs] == [run]
+    assert found.left_out == [f"{own} evaluates the export of a run that is compared itself"]
+    assert len(read_runs([run, own]).runs) == 2

@@ -11,6 +11,7 @@ from bigmix.compare.read import BASE, Found, Run
 
 SAME_BASE = 1e-3  # relative difference of step-0 losses: kernels and numbers of GPUs differ by less
 SAME_TOKENS = 0.02  # relative difference of task tokens; the last step is not cut to the token
+_MOST_TOLD = 8  # results that were left out; their number is told in any case
 ABOUT_EQUAL = 0.01  # relative difference of task losses that the headline calls about the same
 
 
@@ -247,8 +248,9 @@ def _mean_sentence(one: Point, two: Point, sources: Sequence[str]) -> str:
 def _warnings(found: Found, base: Mapping[str, Mapping[str, Estimate]]) -> Iterator[str]:
     if found.left_out:
         yield (
-            f"{len(found.left_out)} runs that lie in the folders given are left out, {len(found.runs)} are compared: "
-            + "; ".join(found.left_out)
+            f"{len(found.left_out)} results that lie in the folders given are left out, {len(found.runs)} are compared: "
+            + "; ".join(found.left_out[:_MOST_TOLD])
+            + (f"; and {more} more" if (more := len(found.left_out) - _MOST_TOLD) > 0 else "")
         )
     for run in found.runs:
         for name, measures in run.first.sources.items():

@@ -49,24 +49,23 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measure:
-    """How one measure is named, shown and judged; `unit` is empty for a fraction."""
+    """How one measure is named, shown and judged."""
 
     key: str
     label: str
-    unit: str
     better: Better
     is_signed: bool = False
 
 
 SOURCE_MEASURES = (
-    Measure(key=LOSS, label="held-out loss", unit="nats/token", better="lower"),
-    Measure(key="bits_per_byte", label="bits/byte", unit="bits/byte", better="lower"),
-    Measure(key="perplexity", label="perplexity", unit="", better="lower"),
-    Measure(key="token_accuracy", label="token accuracy", unit="", better="higher"),
-    Measure(key="last_word_accuracy", label="last-word accuracy", unit="", better="higher"),
-    Measure(key="kl_to_base", label="KL to the base", unit="nats/token", better="lower"),
-    Measure(key=FORGETTING, label="forgetting", unit="nats/token", better="lower", is_signed=True),
-    Measure(key=GAIN, label="task gain", unit="nats/token", better="higher", is_signed=True),
+    Measure(key=LOSS, label="held-out loss", better="lower"),
+    Measure(key="bits_per_byte", label="bits/byte", better="lower"),
+    Measure(key="perplexity", label="perplexity", better="lower"),
+    Measure(key="token_accuracy", label="token accuracy", better="higher"),
+    Measure(key="last_word_accuracy", label="last-word accuracy", better="higher"),
+    Measure(key="kl_to_base", label="KL to the base", better="lower"),
+    Measure(key=FORGETTING, label="forgetting", better="lower", is_signed=True),
+    Measure(key=GAIN, label="task gain", better="higher", is_signed=True),
 )
 _READ = tuple(m.key for m in SOURCE_MEASURES if m.key not in (FORGETTING, GAIN))
 
@@ -151,4 +150,4 @@ def examples_of(line: Mapping[str, Any]) -> dict[str, int]:
 
 def score_measure(score: str) -> Measure:
     """How a score of a task is shown."""
-    return Measure(key=score, label=score.replace("_", " "), unit="", better="higher")
+    return Measure(key=score, label=score.replace("_", " "), better="higher")

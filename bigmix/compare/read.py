@@ -131,6 +131,13 @@ def read_runs(given: Sequence[Path]) -> Found:
                 faults += error.faults
             else:
                 left_out.append(" and ".join(error.faults))
+    named = {place.folder for place in places if place.is_named}
+    trained = {(run.folder / "export").resolve() for run in runs if run.model is None}
+    for run in list(runs):
+        # The run itself has the same model, with its curve.
+        if run.model and run.folder not in named and Path(run.model).resolve() in trained:
+            runs.remove(run)
+            left_out.append(f"{run.folder} evaluates the export of a run that is compared itself")
     if faults or not runs:
         raise BadInput(*faults, *left_out)
     return Found(runs=runs, left_out=left_out)
@@ -402,7 +409,8 @@ def _realised(training: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> 
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if not isinstance(tree, dict) or not tree:
+    """The settings by dotted key; an empty table has none."""
+    if not isinstance(tree, dict):
         yield prefix, "–" if tree is None else str(tree)
         return
     for key, value in tree.items():
