@@ -53,7 +53,10 @@ def answers(rank, ranks, cluster, folder, tokenizer, tasks, families, modes):
                 },
             }
         if ranks == 1:
-            export(engine, cluster, Path(tokenizer), Path(folder) / family)
+            export(
+                engine, cluster, Path(tokenizer), Path(folder) / family, shard_bytes=2**30, texts={},
+                doing=lambda what: None,
+            )  # fmt: skip
     return found
 
 

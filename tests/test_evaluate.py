@@ -141,7 +141,7 @@ def test_models_that_do_not_fit_the_sources_are_refused_together(data, monkeypat
     def faults(**paths):
         given = {f"--{name}": path for name, path in paths.items()}
         with pytest.raises(BadInput) as caught:
-            read_evaluated(recipe, inputs.manifest, inputs.tokenizer_folder, given)
+            read_evaluated(recipe, inputs.manifests[0], inputs.tokenizer_folder, given)
         return str(caught.value)
 
     said = faults(base="base", model="other")

