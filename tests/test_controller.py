@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_chapters import opened, position
 from test_mixing import recipe_of_three
@@ -336,6 +336,7 @@ def test_progress_is_continuous_grows_and_ends_at_one(changes):
         assert progress(7, steps, decisions) == 7 / steps
 
 
+@example([-0.5, -0.75, -0.75, 0.0])
 @given(st.lists(st.floats(-0.99, 40), min_size=1, max_size=8))
 def test_what_is_due_becomes_whole_rows_with_the_same_sum(due):
     total = max(1, round(sum(due)))

@@ -161,15 +161,21 @@ def shares_of(shares: Mapping[str, Share]) -> Shares:
 
 
 def apportion(due: Mapping[str, float], total: int) -> dict[str, int]:
-    """Whole numbers with a sum, each within one of what is due: the largest remainders get what rounding down leaves."""
+    """Whole numbers with a sum: the largest remainders get what rounding down leaves, so that each is within one of its due.
+
+    Where some are due less than nothing, the others give what these cannot.
+    """
     whole = {name: max(0, floor(value)) for name, value in due.items()}
     order = sorted(whole, key=lambda name: whole[name] - due[name])
     left = total - sum(whole.values())
     for name in order[:left] if left > 0 else ():
         whole[name] += 1
-    # Who was given too much before can be due less than nothing; the others then give it.
-    for name in [name for name in reversed(order) if whole[name]][: max(-left, 0)]:
-        whole[name] -= 1
+    # Who was given too much before can be due less than nothing; the others then give it, who has most beyond its due first.
+    for _ in range(-left):
+        most = max(
+            (name for name in order if whole[name]), key=lambda name: whole[name] - due[name]
+        )
+        whole[most] -= 1
     return whole
 
 
