@@ -1,10 +1,12 @@
 """Runs a function of tests/workers.py on several real gloo processes and returns what each rank gave back."""
 
+import importlib
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,18 +42,60 @@ def run_on_ranks(
     """The JSON that `module.function(rank, **arguments)` returns on each of `ranks` processes."""
     port = free_port()
     outputs = [folder / f"{function}-{ranks}-{rank}.json" for rank in range(ranks)]
+    said = [output.with_suffix(".log") for output in outputs]
+    started = _starter()
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, function, json.dumps(arguments or {}), str(output)],
-            env=environment(rank, ranks, port),
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        started.Process(
+            target=_be_rank,
+            args=(environment(rank, ranks, port), folder, said[rank]),
+            kwargs={
+                "module": module,
+                "words": [function, json.dumps(arguments or {}), str(output)],
+            },
         )
         for rank, output in enumerate(outputs)
     ]
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    for process, text in zip(processes, said, strict=True):
-        assert process.returncode == 0, text
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+    for process, log in zip(processes, said, strict=True):
+        process.kill()
+        assert process.exitcode == 0, log.read_text()
     return [json.loads(output.read_text()) for output in outputs]
+
+
+def _starter():
+    """Starts processes that have torch, deepspeed and transformers already: their import takes longer than most tests."""
+    starter = multiprocessing.get_context("forkserver")
+    starter.set_forkserver_preload(["workers", "state_workers", "task_workers"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = environment(0, 1, 0)["PYTHONPATH"]
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return starter
+
+
+def _be_rank(environment: dict, folder: Path, said: Path, *, module: str, words: list) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [module, *words]
+    # Here, as those who only start ranks need no torch; OMP_NUM_THREADS comes too late for one that is imported.
+    import torch
+
+    torch.set_num_threads(1)
+    run = importlib.import_module(module)
+    try:
+        run.main(vars(run))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
