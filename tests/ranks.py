@@ -10,6 +10,11 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# What ranks import, and what transformers and deepspeed import once a model and an optimizer are made.
+_IMPORTED = [
+    "workers", "state_workers", "task_workers", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.original_muon",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "gpt2", "gemma2")),
+]  # fmt: skip
 
 
 def free_port() -> int:
@@ -68,7 +73,7 @@ def run_on_ranks(
 def _starter():
     """Starts processes that have torch, deepspeed and transformers already: their import takes longer than most tests."""
     starter = multiprocessing.get_context("forkserver")
-    starter.set_forkserver_preload(["workers", "state_workers", "task_workers"])
+    starter.set_forkserver_preload(_IMPORTED)
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = environment(0, 1, 0)["PYTHONPATH"]
     try:
