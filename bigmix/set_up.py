@@ -101,15 +101,7 @@ def set_up(
     log_to_file(Path(recipe.output) / LOG, world)
     configs = read_configs(recipe, inputs.manifest)
     config = configs.model
-    _warn_of_programs(recipe, terminal)
-    # Before the model is made, since a prompt may be too long for it.
-    tasks = questions_of(
-        inputs.tasks,
-        inputs.tokenizer_folder,
-        recipe.model.tokenizer or recipe.model.path,
-        [source.manifest for source in inputs.sources.values()],
-        config,
-    )
+    tasks = _tasks(recipe, inputs, config, terminal)
     dtype = choose_dtype(recipe.model.dtype, device)
     attention = choose_attention(recipe.model.attention, config, device, dtype.value)
     backend = choose_backend(recipe.loss.backend, device)
@@ -170,12 +162,20 @@ def _aim(recipe: Recipe, anchor: Anchor | None) -> Aim:
     return Aim(objective=recipe.objective, weighing=weighing, anchor=anchor)
 
 
-def _warn_of_programs(recipe: Recipe, terminal: Terminal) -> None:
+def _tasks(recipe: Recipe, inputs: Inputs, config: Any, terminal: Terminal) -> dict[str, Asked]:
+    """The tasks as tokens; before the model is made, since a prompt may be too long for it."""
     for name, task in recipe.tasks.items():
         if task.execute:
             terminal.warning(
                 f"task {name} runs code that the model writes, as this user on this machine"
             )
+    return questions_of(
+        inputs.tasks,
+        inputs.tokenizer_folder,
+        recipe.model.tokenizer or recipe.model.path,
+        [source.manifest for source in inputs.sources.values()],
+        config,
+    )
 
 
 def _adamw(recipe: Recipe) -> AdamW:

@@ -16,11 +16,12 @@ from bigmix.errors import BAD_INPUT, DONE, BadInput, BigmixError
 from bigmix.guard import StopFlag
 from bigmix.inputs import open_held_out
 from bigmix.recipe import Recipe, load_recipe
+from bigmix.run_listing import EXPORT
 from bigmix.supervisor import Course, Requests, supervise
 from bigmix.terminal import Terminal, tame_libraries
 from bigmix.world import World, world_of
 
-_EXPORT, _EVALUATION = "export", "evaluation"  # in the output of a recipe
+_EVALUATION = "evaluation"  # in the output of a recipe
 _NO_BASE = "none"
 
 
@@ -136,7 +137,7 @@ def _out(recipe: Recipe, known: argparse.Namespace) -> Path:
 
 
 def _model(recipe: Recipe, known: argparse.Namespace) -> str:
-    own = Path(recipe.output) / _EXPORT
+    own = Path(recipe.output) / EXPORT
     if known.model is None and not own.is_dir():
         raise BadInput(
             f"{own} is no folder: no run of this recipe has ended there; train it first, or give another model with --model"

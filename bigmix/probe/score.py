@@ -14,6 +14,7 @@ from bigmix.bootstrap import interval, resampled_sums
 from bigmix.data.order import key_of
 from bigmix.dist import Cluster
 from bigmix.errors import BadInput
+from bigmix.model import max_positions
 from bigmix.probe.plant import NEW_QUESTIONS, QUESTIONS, SETTINGS
 from bigmix.recipe.task import Task
 from bigmix.tasks.asking import Asked, ask, language_of
@@ -97,9 +98,7 @@ def _open(model: str) -> tuple[Speaker, int | None]:
         raise BadInput(
             f"model {model} cannot be loaded ({error}); give a folder such as RUN/export"
         ) from error
-    return Speaker(lm=lm.to(device).eval(), device=device), getattr(
-        lm.config, "max_position_embeddings", None
-    )
+    return Speaker(lm=lm.to(device).eval(), device=device), max_positions(lm.config)
 
 
 def _right(speaker: Speaker, asked: Mapping[str, Asked]) -> dict[str, list[float]]:
