@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evaluated import CHATS, FEW, TEXTS, expected_line, make
-from ranks import ROOT, environment, free_port
+from ranks import ROOT, environment, free_port, start_script
 
 from bigmix.bootstrap import RESAMPLES, interval, resampled_sums
 from bigmix.errors import BadInput
@@ -31,16 +31,9 @@ def data(tmp_path_factory, tiny_tokenizer):
 
 
 def start(data, script, ranks, *words):
-    port = free_port()
+    port, words = free_port(), ("recipe.yaml", *words)
     return [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "launch" / script), "recipe.yaml", *words],
-            cwd=data,
-            env=environment(rank, ranks, port) | {"DS_ACCELERATOR": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        start_script(ROOT / "launch" / script, data, environment(rank, ranks, port), *words)
         for rank in range(ranks)
     ]
 

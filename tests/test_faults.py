@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from corpora import write_source
-from ranks import ROOT, environment, free_port
+from ranks import ROOT, environment, free_port, start_script
 from servers import web_server
 from test_run import bare, end, lines, recipe_with_sources, start, wait_for, weights
 
@@ -58,14 +58,12 @@ def step_of(folder):
 
 def start_unlike(data, *of_ranks):
     """The ranks of a run, each with overrides of its own."""
-    port, command = free_port(), [sys.executable, str(ROOT / "launch/train.py"), "recipe.yaml"]
+    port, script = free_port(), ROOT / "launch/train.py"
+    environments = [bare(environment(rank, len(of_ranks), port)) for rank in range(len(of_ranks))]
     return [
-        subprocess.Popen(
-            [*command, *overrides], cwd=data, text=True,
-            env=bare(environment(rank, len(of_ranks), port)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank, overrides in enumerate(of_ranks)
-    ]  # fmt: skip
+        start_script(script, data, settings, "recipe.yaml", *overrides)
+        for settings, overrides in zip(environments, of_ranks, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -169,7 +167,10 @@ def test_a_signal_to_a_rank_that_waits_for_another_reaches_that_one_at_its_data(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("after_s", [0.0, 1.5])
 def test_a_signal_during_start_up_ends_at_once(data, number, after_s):
-    (rank,) = start(data, 1, "output=early")
+    rank = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch/train.py"), "recipe.yaml", "output=early"],
+        cwd=data, env=bare(environment(0, 1, free_port())), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     wait_until(lambda: catches(rank, signal.SIGUSR2))  # the last that gets its handler
     time.sleep(after_s)
     rank.send_signal(number)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpora import write_source
-from ranks import ROOT, environment, free_port
+from ranks import ROOT, environment, free_port, start_script
 
 from bigmix.data.tally import tally_of
 from bigmix.errors import BadInput
@@ -73,12 +73,10 @@ def planned(*overrides, machine=CPU):
 @pytest.mark.parametrize("objective", ["per_source", "per_token"])
 def test_a_plan_says_what_the_run_logs(data, objective):
     overrides = [f"objective={objective}", f"output={objective}"]
-    ran = subprocess.run(
-        [sys.executable, str(ROOT / "launch/train.py"), "recipe.yaml", *overrides],
-        cwd=data, env=environment(0, 1, free_port()) | {"DS_ACCELERATOR": "cpu"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    words = ("recipe.yaml", *overrides)
+    ran = start_script(ROOT / "launch/train.py", data, environment(0, 1, free_port()), *words)
+    said, _ = ran.communicate()
+    assert ran.returncode == 0, said
     logged = json.loads((data / objective / "metrics.jsonl").read_text().splitlines()[-1])
     done = command(data, "--gpu", "cpu", "--json", *overrides)
     assert done.returncode == 0, done.stderr

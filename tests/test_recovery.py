@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from ranks import ROOT, environment, free_port
+from ranks import ROOT, environment, free_port, start_script
 from test_checkpoint import small_disk
 from test_run import bare, end, lines, recipe_with_sources, start, wait_for, weights
 
@@ -27,13 +27,11 @@ def data(tmp_path_factory):
 
 def start_faulty(data, ranks, fault, *overrides):
     port = free_port()
+    words = (json.dumps(fault), "recipe.yaml", *STEPS, *overrides)
     return [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/faulty.py"), json.dumps(fault), "recipe.yaml", *STEPS, *overrides],
-            cwd=data, env=bare(environment(rank, ranks, port)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
+        start_script(ROOT / "tests/faulty.py", data, bare(environment(rank, ranks, port)), *words)
         for rank in range(ranks)
-    ]  # fmt: skip
+    ]
 
 
 def ended(processes, code=0):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from corpora import READING, write_source
-from ranks import ROOT, environment, free_port
+from ranks import ROOT, environment, free_port, start_script
 from servers import web_server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -60,15 +60,9 @@ def bare(extra):
 def start(data, ranks, *overrides, recipe="recipe.yaml"):
     """The ranks of a run as plain processes, as srun starts them."""
     port = free_port()
+    script, words = ROOT / "launch/train.py", (recipe, *overrides)
     return [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "launch/train.py"), recipe, *overrides],
-            cwd=data,
-            env=bare(environment(rank, ranks, port)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        start_script(script, data, bare(environment(rank, ranks, port)), *words)
         for rank in range(ranks)
     ]
 
