@@ -29,7 +29,7 @@ from bigmix.recovery import name_suspects, roll_back, without_bad_shards
 from bigmix.report import Line, Timed
 from bigmix.schedule import LearningRate, progress, warmup_steps
 from bigmix.set_up import Parts, position_of
-from bigmix.steering import shares_from, steer
+from bigmix.steering import RuleFailed, shares_from, steer
 from bigmix.tasks.asking import Asked
 from bigmix.tasks.score import write_samples
 
@@ -340,7 +340,11 @@ def _found(parts: Parts, at_step: int, base: Base) -> Findings:
 
 def _steer(parts: Parts, at_step: int, line: Line) -> Parts:
     """Take the decision that is due after an evaluation; where its shares have reached the budget the run is whole."""
-    steered = steer(parts, at_step, line)
+    try:
+        steered = steer(parts, at_step, line)
+    except RuleFailed:
+        _save_finished(parts, at_step)
+        raise
     if steered is not parts and steered.inputs.steps == at_step:
         _save(steered, at_step)
         parts.saver.finish()

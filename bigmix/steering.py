@@ -15,6 +15,10 @@ from bigmix.schedule import progress
 from bigmix.set_up import Parts, position_of
 
 
+class RuleFailed(BigmixError):
+    """A controller's rule fails, or gives no share that is allowed; every rank raises it after the same step."""
+
+
 def shares_from(inputs: Inputs, recipe: Recipe, step: int) -> Line:
     """What the line of an evaluation after a step says of the shares from there on; nothing where none moves."""
     if not recipe.controllers:
@@ -25,14 +29,14 @@ def shares_from(inputs: Inputs, recipe: Recipe, step: int) -> Line:
 def steer(parts: Parts, at_step: int, line: Line) -> Parts:
     """The same parts, with shares that are decided on the line of an evaluation; a collective.
 
-    The same parts as they are where no decision is due. Raises BigmixError on every rank where a rule fails.
+    The same parts as they are where no decision is due. Raises RuleFailed on every rank.
     """
     if not _is_due(parts, at_step):
         return parts
     own = _shares(parts, at_step, line) if parts.cluster.world.is_first else None
     (shares, *_) = parts.cluster.gather(own)
     if isinstance(shares, str):
-        raise BigmixError(shares)
+        raise RuleFailed(shares)
     steered = _with_shares(parts, at_step, line, shares)
     parts.report.begin_interval()
     parts.report.follow(steered.inputs.plan.epochs)

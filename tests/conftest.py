@@ -11,6 +11,8 @@ from bigmix.data.tokenizer import train_tokenizer
 
 # Tests run beside each other: threads that wait for each other's cores are several times slower than one.
 torch.set_num_threads(1)
+# Processes that tests start would each compile the whole of bigmix anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Without a GPU the kernels run in triton's interpreter; it must be chosen before a module with kernels is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from evaluated import CHATS, FEW, TEXTS, expected_line, make
 from ranks import ROOT, environment, free_port, start_script
+from test_faults import catches, wait_until
 
 from bigmix.bootstrap import RESAMPLES, interval, resampled_sums
 from bigmix.errors import BadInput
@@ -168,9 +170,9 @@ def test_without_a_base_nothing_is_said_of_forgetting(data):
 
 def test_a_signal_ends_an_evaluation_with_the_words_for_it(data):
     ranks = start(data, "evaluate.py", 2, "--model", "tuned", "--output", "asked")
-    time.sleep(2)
     for process in ranks:
-        process.terminate()
+        wait_until(lambda rank=process: catches(rank, signal.SIGUSR2))  # the last handler
+        process.send_signal(signal.SIGTERM)
     codes, said = end(ranks)
     assert codes == [75, 75], said
     assert "the same command begins it again" in said

@@ -23,7 +23,7 @@ LONG = ("budget.steps=100000", "train.keep_checkpoints=1", "sources.web.share=0.
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = recipe_with_sources(tmp_path_factory.mktemp("faults"))
-    write_source(folder / "much", "chat", seed=3, shards=1, documents=1000)
+    write_source(folder / "much", "chat", seed=3, shards=1, documents=500)
     return folder
 
 

@@ -12,6 +12,7 @@ import pytest
 from corpora import write_source
 from ranks import ROOT, environment, free_port, start_script
 
+from bigmix.cli import main
 from bigmix.data.tally import tally_of
 from bigmix.errors import BadInput
 from bigmix.inputs import open_inputs
@@ -157,12 +158,13 @@ def test_too_little_memory_is_told_with_what_helps(here):
         assert remedy in warnings[-1]
 
 
-def test_all_faults_are_told_at_once_and_nothing_is_planned(data):
-    done = command(data, "--gpus", "3", "sources.web.path=nowhere")
-    assert done.returncode == 2 and done.stdout == ""
-    assert "rows_per_step is 4, must be a multiple" in done.stderr
-    assert "nowhere is not a prepared source" in done.stderr
-    assert "--gpu is K80, must be one of" in command(data, "--gpu", "K80").stderr
+def test_all_faults_are_told_at_once_and_nothing_is_planned(here, capsys):
+    assert main(["plan", "recipe.yaml", "--gpus", "3", "sources.web.path=nowhere"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and "rows_per_step is 4, must be a multiple" in shown.err
+    assert "nowhere is not a prepared source" in shown.err
+    assert main(["plan", "recipe.yaml", "--gpu", "K80"]) == 2
+    assert "--gpu is K80, must be one of" in capsys.readouterr().err
 
 
 def shape(**changes):

@@ -1,15 +1,12 @@
 """What is previewed is what is trained: every token once, loss tokens told apart, nothing for the terminal to obey."""
 
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from conftest import generated_texts
-from ranks import ROOT
 
+from bigmix.cli import main
 from bigmix.data.tokenizer import load_tokenizer
 from bigmix.preview import Piece, Seat, marked, preview, visible
 from bigmix.records import IGNORE, Row, RowId
@@ -100,59 +97,36 @@ def test_signs_in_the_data_are_told_from_ours():
     assert marked(pieces) == "a \\[[b\\]] [[\\{{c\\}}]]"
 
 
-def test_the_command_shows_the_rows_of_a_rank(tmp_path, tiny_tokenizer):
+def test_the_command_shows_the_rows_of_a_rank(tmp_path, tiny_tokenizer, monkeypatch, capsys):
     (tmp_path / "web.txt").write_text("".join(generated_texts(120)) + "\x1b[31mred\x1b[0m")
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    monkeypatch.chdir(tmp_path)
 
-    def bigmix(*words):
-        return subprocess.run(
-            [sys.executable, "-m", "bigmix.cli", *words],
-            cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+    def bigmix(*words, code=0):
+        assert main(words) == code
+        shown = capsys.readouterr()
+        return shown.err if code else shown.out
 
-    done = bigmix(
-        "prepare",
-        "web.txt",
-        "--tokenizer",
-        str(tiny_tokenizer),
-        "--output",
-        "web",
-        "--processes",
-        "1",
-    )
-    assert done.returncode == 0, done.stderr
+    bigmix("prepare", "web.txt", "--tokenizer", str(tiny_tokenizer), "--output", "web", "--processes", "1")  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(
         "model: {config: {model_type: llama}}\nsequence_length: 64\nrows_per_step: 8\n"
         "sources: {web: {path: web, role: task, share: 1}}\nbudget: {steps: 2}\n"
         "train: {lr: 1e-2, micro_batch_rows: 2}\ndeepspeed: ds_configs/cpu.json\noutput: run\n"
     )
-    done = bigmix(
-        "preview",
-        "recipe.yaml",
-        "--step",
-        "2",
-        "--rank",
-        "1",
-        "--ranks",
-        "2",
-        "--rows",
-        "3",
-        "--full",
-    )
-    assert done.returncode == 0, done.stderr
-    assert "\x1b" not in done.stdout
-    heads = [line for line in done.stdout.splitlines() if line.startswith("rank 1  micro-batch ")]
+    of_rank = ("--step", "2", "--rank", "1", "--ranks", "2", "--rows", "3", "--full")
+    shown = bigmix("preview", "recipe.yaml", *of_rank)
+    assert "\x1b" not in shown
+    heads = [line for line in shown.splitlines() if line.startswith("rank 1  micro-batch ")]
     assert [head.split()[3] for head in heads] == ["0", "0", "1"]
-    assert "… 1 more rows of this rank" in done.stdout
-    rows = bigmix("rows", "recipe.yaml", "--step", "2", "--ranks", "2").stdout.splitlines()
+    assert "… 1 more rows of this rank" in shown
+    rows = bigmix("rows", "recipe.yaml", "--step", "2", "--ranks", "2").splitlines()
     own = [line.split() for line in rows if line.startswith("1 ")][:3]
     for head, named in zip(heads, own, strict=True):
         assert f"{named[2]}  epoch {named[3]}  shard {named[4]}  row {named[5]}  " in head
-    done = bigmix("preview", "recipe.yaml", "--step", "3", "--rank", "2")
-    assert done.returncode == 2 and "--rank is 2 and --ranks is 1" in done.stderr
+    refused = bigmix("preview", "recipe.yaml", "--step", "3", "--rank", "2", code=2)
+    assert "--rank is 2 and --ranks is 1" in refused
     grown = ("sequence_length=[[0, 16], [1, 64]]", "pad_to_multiple=12", "--plain")
     for step, width in (("1", 24), ("2", 72)):
-        shown = bigmix("preview", "recipe.yaml", *grown, "--step", step, "--rows", "8").stdout
+        shown = bigmix("preview", "recipe.yaml", *grown, "--step", step, "--rows", "8")
         filled = re.findall(r"([0-9]+) tokens .* ([0-9.]+)% filled", shown)
         assert len(filled) == 8
         assert all(float(part) == round(100 * int(n) / width, 1) for n, part in filled)

@@ -290,20 +290,19 @@ def test_recipes_are_trained_and_compared(slurm, data):
 SWEEP = """
 sweep:
   train.lr: [1e-2, 1e-3]
-  seeds: 2
+  points: {warm: {train.lr: 1e-3, train.warmup: 0.5}}
 """
 
 
-@pytest.mark.parametrize("array", [[], ["--array=1-3"]])
-def test_a_sweep_is_trained_by_one_job_or_by_several(slurm, data, array):
-    output = f"swept-by-{len(array)}"
+def test_the_jobs_of_an_array_divide_a_sweep_among_themselves(slurm, data):
+    """The first of the two has two runs, one after the other, as a single job has all of them."""
     (data / "sweep.yaml").write_text(RECIPE + SWEEP)
-    words = ["sweep.yaml", f"output={output}", "train.steps=4", "budget.steps=null"]
-    submit(slurm, data, "sweep.sbatch", *words, options=[*array, *TRAINING])
+    words = ["sweep.yaml", "output=swept", "train.steps=4", "budget.steps=null"]
+    submit(slurm, data, "sweep.sbatch", *words, options=["--array=1-2", *TRAINING])
     wait_until_nothing_is_queued(slurm)
     said = "\n".join(path.read_text() for path in data.glob("slurm-*.log"))
-    runs = [data / output / f"lr-{lr}/seed-{seed}" for lr in ("0.01", "1e-3") for seed in (0, 1)]
-    assert [newest_step(run) for run in runs] == [4] * 4, said
+    runs = [data / "swept" / point / "seed-0" for point in ("lr-0.01", "lr-1e-3", "warm")]
+    assert [newest_step(run) for run in runs] == [4] * 3, said
     assert all((run / "export").is_dir() for run in runs), said
 
 

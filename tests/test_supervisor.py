@@ -169,13 +169,34 @@ def test_a_run_that_always_fails_is_given_up_after_two_tries(data):
     assert "with no checkpoint after that of step 0 since the last restart; given up" in said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_stops_the_run_well(data, number):
-    folder = data / f"asked-{number}"
+def test_each_signal_reaches_the_ranks(tmp_path, requests, number):
+    """Ranks that wait for any of them; the signal comes from a rank, once both have their handlers."""
+    numbers = [int(known) for known in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    asked = (
+        "import os, pathlib, signal, sys, time\n"
+        f"for number in {numbers}: signal.signal(number, lambda *_: sys.exit(75))\n"
+        "pathlib.Path(sys.argv[1]).touch()\n"
+        "while not all(pathlib.Path(n).exists() for n in '01'): time.sleep(0.01)\n"
+        f"if sys.argv[1] == '0': os.kill(os.getppid(), {int(number)})\n"
+        "time.sleep(60)"
+    )
+    course = Course(
+        start=lambda: [
+            subprocess.Popen([sys.executable, "-c", asked, rank], cwd=tmp_path) for rank in "01"
+        ],
+        newest_step=lambda: 0,
+        restarts=0,
+    )
+    assert supervise(course, requests, lambda line: None) == 75
+
+
+@pytest.mark.slow
+def test_a_signal_stops_the_run_well(data):
+    folder = data / "asked"
     run = supervised(data, f"output={folder.name}", "--ranks", "2", *LONG)
     wait_for(folder / "checkpoints/step-000002", [run])
-    run.send_signal(number)
+    run.send_signal(signal.SIGUSR1)
     codes, said = end([run])
     assert codes == [75], said
     assert f"stopped on request after step {step_of(folder)} of" in said and "restart" not in said

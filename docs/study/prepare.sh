@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Prepares the study's data: bash docs/study/prepare.sh DATA [en] [zh]; DATA holds the files that docs/study/README.md lists.
+# Prepares the study's data: bash docs/study/prepare.sh DATA [en] [self-en] [zh]; DATA holds the files that docs/study/README.md lists.
 set -euo pipefail
-data=${1:?usage: bash docs/study/prepare.sh DATA [en] [zh]}
+data=${1:?usage: bash docs/study/prepare.sh DATA [en] [self-en] [zh]}
 shift
 out=runs/study/data
 
@@ -39,10 +39,16 @@ chinese() {
   prepare lyrics-held-out zh_songci.valid.jsonl.gz "$tokenizer" --kind text
 }
 
+# Texts by the English base itself, once it is trained.
+english_of_its_own() {
+  bigmix self-replay runs/study/base-en/export --tokens 100K --max-tokens 256 --output "$out/self-en"
+}
+
 for part in "${@:-en}"; do
   case $part in
     en) english ;;
+    self-en) english_of_its_own ;;
     zh) chinese ;;
-    *) echo "error: $part is neither en nor zh" >&2; exit 2 ;;
+    *) echo "error: $part is none of en, self-en and zh" >&2; exit 2 ;;
   esac
 done
