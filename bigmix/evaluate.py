@@ -12,6 +12,7 @@ import torch
 
 from bigmix.bootstrap import Floats
 from bigmix.data.assemble import assemble
+from bigmix.data.order import spread
 from bigmix.data.rows import PADDING
 from bigmix.data.stream import Stream
 from bigmix.dist import Cluster
@@ -92,7 +93,7 @@ class _Read:
 def _slices(stream: Stream, world: World, exam: Exam) -> Sequence[_Slice]:
     """What a rank shows the model, in as many forwards as each of the others."""
     row_ids, size = stream.in_shard_order(), exam.micro_batch_rows
-    numbers = _spread(len(row_ids), exam.max_rows)
+    numbers = spread(range(len(row_ids)), exam.max_rows)
     own = numbers[world.rank :: world.size]
     longest = -(-len(numbers) // world.size)
     parts = [own[at : at + size] for at in range(0, longest, size)]
@@ -104,12 +105,6 @@ def _slices(stream: Stream, world: World, exam: Exam) -> Sequence[_Slice]:
         )
         for part in parts
     ]
-
-
-def _spread(rows: int, most: int | None) -> Sequence[int]:
-    if most is None or most >= rows:
-        return range(rows)
-    return [index * rows // most for index in range(most)]
 
 
 def _parts_of_rank(

@@ -22,7 +22,7 @@ from bigmix.data.source import read_source
 from bigmix.data.tokenizer import fingerprint_of
 
 RECIPE = """\
-model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
+model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1,
                  num_attention_heads: 4, max_position_embeddings: 64, attention_dropout: 0.1}}
 sequence_length: 64
 rows_per_step: 8

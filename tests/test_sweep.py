@@ -50,7 +50,7 @@ def data(tmp_path_factory, tiny_tokenizer):
         shards = 1 if "held" in name else 2
         write_source(folder / name, kind, seed=seed, shards=shards, fingerprint=fingerprint)
     config = AutoConfig.for_model(
-        "llama", vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        "llama", vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         max_position_embeddings=64, attention_dropout=0.1,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")

@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from bigmix.recipe.task import Task
 from bigmix.tasks.examples import Example
 from bigmix.tasks.execution import passes, program_of
-from bigmix.tasks.judging import Answered, interval, judge, pass_at
+from bigmix.tasks.judging import Answered, judge, pass_at, scored
 from bigmix.tasks.matching import exact_match, last_number, numeric_match, token_f1
 from bigmix.tasks.overlap import tokenizer_of
 
@@ -46,7 +46,7 @@ def answered(outputs, references, passed=None):
 
 def score(name, answers, labels=(), **settings):
     task = Task(path="-", scores=[name], execute=True, outputs=9, temperature=1.0, **settings)
-    return interval("x", judge(name, answers, task, labels))
+    return scored("x", judge(name, answers, task, labels))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ an order is the same on every platform and with every release of numpy.
 """
 
 import hashlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _ROUNDS = 4
 
+T = TypeVar("T")
 Indices = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
 
@@ -23,6 +25,13 @@ def key_of(*parts: Any) -> int:
     """64 bits that depend on every part and on their order: key_of(seed, "web", epoch)."""
     text = "\x00".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def spread(items: Sequence[T], most: int | None) -> Sequence[T]:
+    """So many of the items at most, spread evenly."""
+    if most is None or most >= len(items):
+        return items
+    return [items[index * len(items) // most] for index in range(most)]
 
 
 def keys_of(key: int, indices: Indices) -> _Words:

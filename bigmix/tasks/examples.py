@@ -4,9 +4,10 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from bigmix.data.documents import LINE_SUFFIXES, ReadOptions, format_of, read_rows
+from bigmix.data.order import spread
 from bigmix.data.recognise import Conversation, Layout, Turn, document_of
 from bigmix.errors import BadInput
 from bigmix.recipe.task import PARTS, Task
@@ -18,8 +19,6 @@ _LIBRARIES = {"bleu": "sacrebleu", "chrf": "sacrebleu"} | dict.fromkeys(
 )
 _ANSWERS = ("references", "label", "response")
 _ASKING = ("prompt", "messages", "context", "input", "system", "history", "tools")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,13 +65,6 @@ def open_tasks(tasks: Mapping[str, Task]) -> dict[str, TaskFile]:
     if faults:
         raise BadInput(*faults)
     return found
-
-
-def spread(items: Sequence[T], most: int | None) -> Sequence[T]:
-    """So many of the items at most, spread evenly."""
-    if most is None or most >= len(items):
-        return items
-    return [items[index * len(items) // most] for index in range(most)]
 
 
 def _missing_libraries(name: str, task: Task) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Answers and references go in, scores with their intervals come out.
 
-Every score is a function of sums over examples, so that examples that are drawn again with replacement (bootstrap: Efron,
-1979) give its interval without a look at the texts. Letters: N examples, K statistics of one, R resamples.
+Every score is a function of sums over examples, so that examples that are drawn again with replacement give its interval
+without a look at the texts. Letters: N examples, K statistics of one.
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from bigmix.bootstrap import interval, resampled_sums
 from bigmix.data.order import key_of
 from bigmix.recipe.task import Task
 from bigmix.tasks.examples import Example
@@ -19,8 +20,6 @@ from bigmix.tasks.overlap import bleu_statistics, chrf_statistics, rouge_values
 
 Floats = npt.NDArray[np.float64]
 
-_RESAMPLES = 1000
-_AT_ONCE = 100  # resamples whose counts are in memory
 _BY_TEXT = {"exact_match": exact_match, "numeric_match": numeric_match, "token_f1": token_f1}
 
 
@@ -68,19 +67,11 @@ def judge(name: str, answered: Sequence[Answered], task: Task, labels: tuple[str
     return _overlap(name, answered, task)
 
 
-def interval(name: str, judged: Judged) -> Score:
-    """The score over all examples, and its 2.5 and 97.5 % points where examples are drawn again; `name` decides the draws."""
-    count = len(judged.statistics_NK)
-    draws = np.random.default_rng(key_of("interval", name))
-    values = [
-        judged.value_of(sums_K)
-        for _ in range(0, _RESAMPLES, _AT_ONCE)
-        for sums_K in draws.multinomial(count, [1 / count] * count, _AT_ONCE) @ judged.statistics_NK
-    ]
-    low, high = np.quantile(values, [0.025, 0.975])
-    return Score(
-        value=judged.value_of(judged.statistics_NK.sum(axis=0)), low=float(low), high=float(high)
-    )
+def scored(name: str, judged: Judged) -> Score:
+    """The score over all examples with its interval; `name` decides the draws."""
+    sums_RK = resampled_sums(judged.statistics_NK, key_of("interval", name))
+    low, high = interval(np.array([judged.value_of(sums_K) for sums_K in sums_RK]))
+    return Score(value=judged.value_of(judged.statistics_NK.sum(axis=0)), low=low, high=high)
 
 
 def pass_at(k: int, outputs: int, passed: int) -> float:

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bigmix.data.order import key_of
+from bigmix.data.order import key_of, spread
 from bigmix.dist import Cluster
 from bigmix.files import replace_text
 from bigmix.tasks.asking import Asked, Question
-from bigmix.tasks.examples import spread
 from bigmix.tasks.execution import passes, program_of
 from bigmix.tasks.generation import Prompt, generate
-from bigmix.tasks.judging import Answered, Score, interval, judge
+from bigmix.tasks.judging import Answered, Score, judge, scored
 from bigmix.tasks.likelihood import log_likelihoods
 from bigmix.tasks.speaking import Speaker
 from bigmix.world import World
@@ -240,7 +239,7 @@ def _judged(name: str, asked: Asked, outputs: Sequence[_Output]) -> TaskResult:
         for at in spread(range(len(answered)), asked.task.samples)
     ]
     return TaskResult(
-        scores={kind: interval(f"{name}/{kind}", each) for kind, each in judged.items()},
+        scores={kind: scored(f"{name}/{kind}", each) for kind, each in judged.items()},
         examples=len(answered),
         dropped=asked.dropped,
         samples=samples,
