@@ -5,8 +5,9 @@ run before bigmix, on another machine; what is missed is printed as missed. Ends
 """
 
 import json
+import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -97,8 +98,8 @@ def _falls(study: Study, line: Mapping[float, Any]) -> Verdict:
     return Verdict(
         name="F2 it falls from 0 to 1 to 5 to 25 %",
         expected=f"each by > {SIGMAS:g} sigma",
-        found=", ".join(f"{sigma:.1f}" for sigma in sigmas),
-        held=min(sigmas) > SIGMAS if len(known) == 4 else None,
+        found=", ".join(map(_told, sigmas)),
+        held=min(sigmas) > SIGMAS if len(known) == 4 and _are_known(sigmas) else None,
     )
 
 
@@ -137,8 +138,8 @@ def _task_is_learned(study: Study, line: Mapping[float, Any]) -> Iterator[Verdic
             yield Verdict(
                 name=f"F4 {score} of {task} up to 25 %",
                 expected=f"falls by <= {SIGMAS:g} sigma",
-                found=f"{falls[worst]:+.1f} at {worst:.0%}, {_spread(line[worst]['scores'][task][score])}",
-                held=falls[worst] <= SIGMAS,
+                found=f"{_told(falls[worst])} at {worst:.0%}, {_spread(line[worst]['scores'][task][score])}",
+                held=falls[worst] <= SIGMAS if _are_known(falls.values()) else None,
             )
 
 
@@ -156,8 +157,8 @@ def _per_token_pays(study: Study) -> Iterator[Verdict]:
             yield Verdict(
                 name=f"F4 per_token at {share:.0%} against per_source",
                 expected=f"task loss rises by > {SIGMAS:g} sigma",
-                found=f"{rise:+.4f}, {sigma:.1f} sigma",
-                held=sigma > SIGMAS,
+                found=f"{rise:+.4f}, {_told(sigma)} sigma",
+                held=sigma > SIGMAS if _are_known([sigma]) else None,
             )
 
 
@@ -227,10 +228,23 @@ def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def _sigmas(more: Spread, less: Spread) -> float:
-    """How far the first mean is above the second, in standard deviations over seeds of a difference of two runs."""
-    deviations = [spread["deviation"] or 0.0 for spread in (more, less)]
-    sigma = sum(deviation**2 for deviation in deviations) ** 0.5
-    return (more["mean"] - less["mean"]) / max(sigma, 1e-12)
+    """How far the first mean is above the second, in standard deviations over seeds of a difference of two runs.
+
+    NaN where one of them has a single seed.
+    """
+    if more["deviation"] is None or less["deviation"] is None:
+        return math.nan
+    sigma = math.hypot(more["deviation"], less["deviation"])
+    apart = more["mean"] - less["mean"]
+    return apart / sigma if sigma else math.copysign(math.inf, apart) if apart else 0.0
+
+
+def _are_known(sigmas: Iterable[float]) -> bool:
+    return not any(map(math.isnan, sigmas))
+
+
+def _told(sigma: float) -> str:
+    return "one seed" if math.isnan(sigma) else f"{sigma:.1f}"
 
 
 def _spread(found: Spread) -> str:
