@@ -5,6 +5,7 @@ import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from run_folders import (
@@ -23,7 +24,7 @@ from bigmix.compare import Summary, compare
 from bigmix.compare.chart import place_labels
 from bigmix.compare.frontier import frontiers
 from bigmix.compare.judge import judge
-from bigmix.compare.law import Fit, LawPoint, fit_law
+from bigmix.compare.law import Fit, LawPoint, fit_law, fit_source
 from bigmix.compare.law_chart import law_rows
 from bigmix.compare.measures import Estimate, spread_of
 from bigmix.compare.points import arrange, points_of
@@ -119,6 +120,17 @@ def test_the_law_is_the_best_of_a_search_over_both_constants() -> None:
         miss(10 ** (b / 50), alpha / 100) for b in range(-100, 200) for alpha in range(20, 400)
     )
     assert miss(found.B, found.alpha) <= best * (1 + 1e-6)
+
+
+def test_a_share_with_one_seed_counts_as_the_least_certain_of_the_others() -> None:
+    measured = {0.0: (1.0, 1.1), 0.05: (0.5, 0.6), 0.25: (0.29, 0.3), 0.5: (0.2,)}
+    spreads = {p: spread_of([Estimate(value=v) for v in values]) for p, values in measured.items()}
+    points = [
+        SimpleNamespace(share=share, source=lambda *_, at=share: spreads[at]) for share in measured
+    ]
+    errors = [point.relative_error for point in fit_source(points, "books").points]  # type: ignore
+    assert errors[3] == errors[1] == max(errors) == pytest.approx(0.05 / 0.55)
+    assert errors[2] == pytest.approx(0.005 / 0.295)
 
 
 def test_left_out_points_are_predicted_and_the_errors_told(sweep: Path) -> None:

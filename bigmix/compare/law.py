@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bigmix.compare.measures import FORGETTING
+from bigmix.compare.measures import FORGETTING, Spread
 from bigmix.compare.points import Point
 
 # Relative spread below which no point counts as better known: a tiny spread of three seeds is chance.
@@ -77,11 +77,13 @@ def fit_source(points: Sequence[Point], source: str) -> Fit | str:
         for point in points
         if point.share is not None and (spread := point.source(source, FORGETTING)) is not None
     ]
-    usable = []
-    for share, spread in known:
-        if spread.mean > 0:
-            error = (spread.deviation or 0.0) / len(spread.values) ** 0.5 / spread.mean
-            usable.append(LawPoint(share=share, forgetting=spread.mean, relative_error=error))
+    usable = [
+        LawPoint(share=share, forgetting=spread.mean, relative_error=error)
+        for (share, spread), error in zip(
+            known, _relative_errors([s for _, s in known]), strict=True
+        )
+        if spread.mean > 0
+    ]
     passed_over = [share for share, spread in known if spread.mean <= 0]
     zero = [point for point in usable if point.share == 0]
     above = sorted((point for point in usable if point.share > 0), key=lambda point: point.share)
@@ -98,6 +100,18 @@ def fit_source(points: Sequence[Point], source: str) -> Fit | str:
         from_smallest=_predict(at_zero, above[:2], above[2:]),
         passed_over=passed_over,
     )
+
+
+def _relative_errors(spreads: Sequence[Spread]) -> list[float]:
+    """Standard errors over seeds relative to the mean; what has one seed counts as the least certain of the others."""
+    known = [
+        spread.deviation / len(spread.values) ** 0.5 / abs(spread.mean)
+        if spread.deviation is not None and spread.mean
+        else None
+        for spread in spreads
+    ]
+    least_certain = max((error for error in known if error is not None), default=0.0)
+    return [least_certain if error is None else error for error in known]
 
 
 def _leave_one_out(at_zero: float, above: Sequence[LawPoint]) -> list[Prediction]:
