@@ -117,9 +117,8 @@ def _is_kept(study: Study, line: Mapping[float, Any]) -> Iterator[Verdict]:
 
 def _task_is_learned(study: Study, line: Mapping[float, Any]) -> Iterator[Verdict]:
     one_way = study.loss(line[0.0])["mean"]
-    rises = {
-        share: study.loss(point)["mean"] - one_way for share, point in line.items() if 0 < share < 0.3
-    }  # fmt: skip
+    replayed = {share: point for share, point in line.items() if 0 < share < 0.3}
+    rises = {share: study.loss(point)["mean"] - one_way for share, point in replayed.items()}
     worst = max(rises, key=lambda share: rises[share])
     yield Verdict(
         name="F4 task loss with replay up to 25 %",
@@ -131,8 +130,7 @@ def _task_is_learned(study: Study, line: Mapping[float, Any]) -> Iterator[Verdic
         for score in scores if task != "facts" else ():
             falls = {
                 share: _sigmas(scores[score], point["scores"][task][score])
-                for share, point in line.items()
-                if 0 < share < 0.3
+                for share, point in replayed.items()
             }
             worst = max(falls, key=lambda share: falls[share])
             yield Verdict(

@@ -29,7 +29,7 @@ def shares_from(inputs: Inputs, recipe: Recipe, step: int) -> Line:
 def steer(parts: Parts, at_step: int, line: Line) -> Parts:
     """The same parts, with shares that are decided on the line of an evaluation; a collective.
 
-    The same parts as they are where no decision is due. Raises RuleFailed on every rank.
+    The same parts as they are where no decision is due. Raises RuleFailed on every rank where a rule fails.
     """
     if not _is_due(parts, at_step):
         return parts

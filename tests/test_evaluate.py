@@ -15,6 +15,7 @@ import pytest
 from evaluated import CHATS, FEW, TEXTS, expected_line, make
 from ranks import ROOT, environment, free_port, start_script
 from test_faults import catches, wait_until
+from test_run import end
 
 from bigmix.bootstrap import RESAMPLES, interval, resampled_sums
 from bigmix.errors import BadInput
@@ -38,11 +39,6 @@ def start(data, script, ranks, *words):
         start_script(ROOT / "launch" / script, data, environment(rank, ranks, port), *words)
         for rank in range(ranks)
     ]
-
-
-def end(processes):
-    said = [process.communicate(timeout=240)[0] for process in processes]
-    return [process.returncode for process in processes], "\n".join(said)
 
 
 def evaluated(folder):

@@ -17,6 +17,8 @@ from test_run import RECIPE, bare, end, lines, start, wait_for, weights
 
 from bigmix.supervisor import Course, Requests, outcome, supervise
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
 
 @pytest.mark.parametrize(
     ("codes", "is_asked", "code"),
@@ -40,7 +42,7 @@ def test_one_code_follows_from_those_of_the_ranks(codes, is_asked, code):
 
 @pytest.fixture
 def requests():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}  # fmt: skip
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield Requests()
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -169,13 +171,12 @@ def test_a_run_that_always_fails_is_given_up_after_two_tries(data):
     assert "with no checkpoint after that of step 0 since the last restart; given up" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_each_signal_reaches_the_ranks(tmp_path, requests, number):
     """Ranks that wait for any of them; the signal comes from a rank, once both have their handlers."""
-    numbers = [int(known) for known in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     asked = (
         "import os, pathlib, signal, sys, time\n"
-        f"for number in {numbers}: signal.signal(number, lambda *_: sys.exit(75))\n"
+        f"for number in {[*map(int, SIGNALS)]}: signal.signal(number, lambda *_: sys.exit(75))\n"
         "pathlib.Path(sys.argv[1]).touch()\n"
         "while not all(pathlib.Path(n).exists() for n in '01'): time.sleep(0.01)\n"
         f"if sys.argv[1] == '0': os.kill(os.getppid(), {int(number)})\n"
