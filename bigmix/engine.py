@@ -14,6 +14,7 @@ import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -104,6 +105,7 @@ class Engine:
         adamw: AdamW,
         average_decay: float | None = None,
     ) -> None:
+        _gather_layers_whole(model, config)
         optimizer = _optimizer(model, config, adamw)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=dict(config)
@@ -271,6 +273,7 @@ class Frozen:
                 for key, value in keys["zero_optimization"].items()
                 if key != "offload_optimizer"
             }
+            _gather_layers_whole(model, config)
             model, *_ = deepspeed.initialize(model=model, config=keys)
         else:
             model.to(device)
@@ -310,6 +313,20 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             yield name, parameter.data
+
+
+def _gather_layers_whole(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Under ZeRO-3 a layer's weights are gathered and its gradients reduced together.
+
+    By default DeepSpeed does so for each module inside, which takes the host longer than a GPU needs for the products of
+    a layer of ordinary size. A file that has `leaf_module` decides for itself.
+    """
+    if zero_stage(config) < 3 or "leaf_module" in config["zero_optimization"]:
+        return
+    named = (getattr(module, "_no_split_modules", None) or () for module in model.modules())
+    layers = sorted({name for names in named for name in names})
+    if layers:
+        set_z3_leaf_modules(model, layers, raise_if_not_found=False)
 
 
 def _optimizer(model: nn.Module, config: Mapping[str, Any], adamw: AdamW) -> Any:

@@ -30,6 +30,7 @@ from bigmix.records import IGNORE, Choice
 
 GROUPS, HIDDEN, VOCABULARY = 3, 24, 101
 PLAIN, NO_TERMS = LogitRule(), Terms()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +81,13 @@ def case(
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape, times=1.0):
-        return (torch.randn(*shape, generator=draw) * times).to(dtype)
+        return (torch.randn(*shape, generator=draw) * times).to(DEVICE, dtype)
 
     tokens = LossTokens(
-        positions_N=torch.randperm(positions, generator=draw)[:kept],
-        labels_N=torch.randint(vocabulary, (kept,), generator=draw),
-        groups_N=torch.randint(groups, (kept,), generator=draw),
-        coefficients_N=torch.rand(kept, generator=draw),
+        positions_N=torch.randperm(positions, generator=draw)[:kept].to(DEVICE),
+        labels_N=torch.randint(vocabulary, (kept,), generator=draw).to(DEVICE),
+        groups_N=torch.randint(groups, (kept,), generator=draw).to(DEVICE),
+        coefficients_N=torch.rand(kept, generator=draw).to(DEVICE),
         num_groups=groups,
     )
     reference = None
@@ -96,7 +97,7 @@ def case(
             head_VD=normal(vocabulary, 2 * hidden, times=0.3),
             bias_V=None,
             rule=LogitRule(scale=0.5),
-            coefficients_K=torch.rand(anchored, generator=draw),
+            coefficients_K=torch.rand(anchored, generator=draw).to(DEVICE),
         )
     return Case(
         hidden=normal(positions, hidden, times=scale).requires_grad_(),
@@ -203,17 +204,18 @@ def test_any_sizes_give_the_dense_result(
 
 def test_labels_that_are_ignored_are_left_out():
     inputs = case(40, 40)
-    labels = torch.full((90,), IGNORE)
-    where = torch.randperm(90, generator=torch.Generator().manual_seed(1))[:40].sort().values
+    labels = torch.full((90,), IGNORE, device=DEVICE)
+    draw = torch.Generator().manual_seed(1)
+    where = torch.randperm(90, generator=draw)[:40].sort().values.to(DEVICE)
     labels[where] = inputs.tokens.labels_N
-    groups = torch.zeros(90, dtype=torch.long)
+    groups = torch.zeros(90, dtype=torch.long, device=DEVICE)
     groups[where] = inputs.tokens.groups_N
-    table = torch.tensor([0.5, 0.25, 2.0])
+    table = torch.tensor([0.5, 0.25, 2.0], device=DEVICE)
     tokens = tokens_of_labels(labels, table, groups)
     assert torch.equal(tokens.positions_N, where)
     assert torch.equal(tokens.labels_N, inputs.tokens.labels_N)
     assert torch.equal(tokens.coefficients_N, table[inputs.tokens.groups_N])
-    assert len(tokens_of_labels(torch.full((9,), IGNORE), table)) == 0
+    assert len(tokens_of_labels(torch.full((9,), IGNORE, device=DEVICE), table)) == 0
 
 
 @pytest.mark.parametrize("anchored", [None, 0])
@@ -378,7 +380,7 @@ def test_under_activation_checkpointing_the_gradients_are_the_same(use_reentrant
 def test_under_autocast_products_are_bf16_and_sums_and_gradients_of_weights_are_fp32():
     inputs = case(300, 320, bias=False)
     expected = dense(inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         value, sums, found = inputs.run(32)
     assert value.dtype == torch.float32 and found[1].dtype == torch.float32
     assert abs(float(value / expected[0]) - 1) < 1e-3
@@ -414,6 +416,9 @@ def test_a_chunk_is_an_eighth_of_the_gradients_or_what_is_given():
     )  # fmt: skip
     gradients = 4 * 512 * (128256 + 4096)
     assert chunk_tokens(sizes) == gradients // 8 // (4 * 128256)
+    # 8 MiB are never too much.
+    assert chunk_tokens(replace(sizes, hidden=64, vocabulary=32000)) == (8 << 20) // (4 * 32000)
+    assert chunk_tokens(replace(sizes, hidden=64, vocabulary=2048)) == 256
     assert chunk_tokens(replace(sizes, hidden=4096)) == 256  # more is no faster
     assert chunk_tokens(sizes, 1 << 30) == (1 << 30) // (4 * 128256)
     gpu = replace(sizes, device_type="cuda", device_bytes=80 << 30, hidden_bytes=2)

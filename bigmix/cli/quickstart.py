@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ def add_quickstart(subparsers: Any) -> None:
         description="Pretrains a small model on the standard library's source code, teaches it to write docstrings "
         f"one-way and two-way, and compares. Everything is written to {FOLDER}.",
     )
-    parser.set_defaults(func=_quickstart)
+    parser.set_defaults(func=partial(_quickstart, subcommands=subparsers.choices))
 
 
-def _quickstart(known: argparse.Namespace) -> int:
+def _quickstart(
+    known: argparse.Namespace, *, subcommands: Mapping[str, argparse.ArgumentParser]
+) -> int:
     del known
     if not _TRAIN.is_file():
         raise BadInput(
@@ -47,7 +50,7 @@ def _quickstart(known: argparse.Namespace) -> int:
     build_corpus(FOLDER / "raw")
     for command in _commands():
         terminal.note(f"\n$ {shlex.join(_short(word) for word in command)}")
-        _run(command)
+        _run(command, subcommands)
     terminal.note(f"\npage        {FOLDER}/report/index.html")
     terminal.note(f"picture     {FOLDER}/report/figure.png")
     terminal.note(f"TensorBoard tensorboard --logdir {FOLDER}")
@@ -57,24 +60,14 @@ def _quickstart(known: argparse.Namespace) -> int:
 
 def _commands() -> Iterator[Sequence[str]]:
     raw, data, tokenizer = FOLDER / "raw", FOLDER / "data", str(FOLDER / "tokenizer")
-    bigmix = [str(Path(sys.executable).with_name("bigmix"))]
-    code = str(raw / "code.jsonl")
     yield [
-        *bigmix,
-        "tokenizer",
-        "train",
-        code,
-        "--vocab-size",
-        "2048",
-        "--limit",
-        "300",
-        "--output",
-        tokenizer,
-    ]
+        "bigmix", "tokenizer", "train", str(raw / "code.jsonl"), "--vocab-size", "2048", "--limit", "300",
+        "--output", tokenizer,
+    ]  # fmt: skip
     for name, source in (("code", "code"), ("docs", "task")):
         for part in ("", "-held-out"):
             yield [
-                *bigmix, "prepare", str(raw / f"{source}{part}.jsonl"), "--tokenizer", tokenizer,
+                "bigmix", "prepare", str(raw / f"{source}{part}.jsonl"), "--tokenizer", tokenizer,
                 "--output", str(data / f"{name}{part}"), "--processes", "1",
             ]  # fmt: skip
     for name in ("base", "one-way", "two-way"):
@@ -83,13 +76,18 @@ def _commands() -> Iterator[Sequence[str]]:
             "--num_gpus", str(RANKS), str(_TRAIN), str(_RECIPES / f"{name}.yaml"),
         ]  # fmt: skip
     runs = [str(FOLDER / name) for name in ("one-way", "two-way")]
-    yield [*bigmix, "compare", *runs, "--out", str(FOLDER / "report")]
+    yield ["bigmix", "compare", *runs, "--out", str(FOLDER / "report")]
 
 
-def _run(command: Sequence[str]) -> None:
-    # The accelerator is named, else each process of a machine without a GPU warns that it found none.
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    code = subprocess.run(command, env=environment, check=False).returncode
+def _run(command: Sequence[str], subcommands: Mapping[str, argparse.ArgumentParser]) -> None:
+    program, *words = command
+    if program == "bigmix":  # in this process, which has imported what they need
+        known = subcommands[words[0]].parse_args(words[1:])
+        code = known.func(known)
+    else:
+        # The accelerator is named, else each process of a machine without a GPU warns that it found none.
+        environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+        code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         raise BigmixError(f"`{shlex.join(command)}` ended with exit code {code}; see above")
 

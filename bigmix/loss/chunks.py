@@ -4,9 +4,9 @@ A chunk of C tokens takes 6 C V D operations in three matrix products, and addin
 moves 8 V D bytes. On a device of F operations and B bytes a second the adding takes a fraction (8 / 6) (F / B) / C of
 the time, a tenth at C = 13 F / B: 256 tokens on a CPU in fp32 (F / B about 20), 512 in bf16 (40), 4096 on a GPU in
 bf16 (200 to 300). More tokens only cost memory. Fewer are worth it where the chunk's logits would be large beside what
-the loss needs in any case, the gradients of head and hidden states: the logits get an eighth of that, and on a GPU, whose
-matrix products are slow on few rows, a 64th of its memory where that is more. It is the memory that the device has, not
-what is free: that changes from run to run, and with it the order of additions.
+the loss needs in any case, the gradients of head and hidden states: the logits get an eighth of that, or what nobody
+misses where that is more: 8 MiB on a CPU, a 64th of the memory of a GPU, whose matrix products are slow on few rows. It is
+the memory that the device has, not what is free: that changes from run to run, and with it the order of additions.
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ _FULL_SPEED_CPU = {4: 256, 2: 512}  # by the bytes of an element
 _FULL_SPEED_ELSEWHERE = 4096
 _OF_GRADIENTS = 8
 _OF_DEVICE = 64
+_LEAST_BYTES_CPU = 8 << 20
 _FEWEST = 16
 
 
@@ -42,9 +43,8 @@ def chunk_bytes(shape: LossShape) -> int:
     # In fp32, as the head's gradient is added up; where it is not, that memory is spared and a larger chunk pays.
     gradients = shape.hidden * (4 * shape.vocabulary + shape.hidden_bytes * shape.tokens)
     of_gradients = gradients // _OF_GRADIENTS
-    if shape.device_type == "cpu":
-        return of_gradients
-    return max(of_gradients, shape.device_bytes // _OF_DEVICE)
+    on_cpu = shape.device_type == "cpu"
+    return max(of_gradients, _LEAST_BYTES_CPU if on_cpu else shape.device_bytes // _OF_DEVICE)
 
 
 def chunk_tokens(shape: LossShape, given_bytes: int | None = None) -> int:

@@ -189,27 +189,32 @@ def _overlaps(setting: Setting) -> bool:
 
 
 def _gathered(shape: Shape, setting: Setting) -> Part:
-    """Whole weights under ZeRO-3: what is small stays whole, the rest is gathered for one module and ahead of the next."""
+    """Whole weights under ZeRO-3: what is small stays whole, the rest is gathered for one layer and ahead of the next."""
     if setting.stage < 3 or setting.ranks == 1:
         return _always("gathered weights", "device", 0)
     threshold = setting.zero("stage3_param_persistence_threshold", _PERSISTENT)
     small = sum(n for n in (*shape.matrices, *shape.vectors) if n <= threshold)
     ahead = setting.zero("stage3_prefetch_bucket_size", _PREFETCH)
     room = min(shape.parameters - small, setting.zero("stage3_max_live_parameters", 10**9))
-    head = shape.vocabulary * shape.hidden
+    most = max(shape.vocabulary * shape.hidden, _layer(shape))
     return Part(
         name="gathered weights",
         place="device",
-        forward=setting.weight_bytes * (small + min(room, head + ahead)),
-        backward=setting.weight_bytes * (small + min(room, _largest_inside(shape) + ahead)),
+        forward=setting.weight_bytes * (small + min(room, most + ahead)),
+        backward=setting.weight_bytes * (small + min(room, _layer(shape) + ahead)),
         step=setting.weight_bytes * small,
     )
 
 
-def _largest_inside(shape: Shape) -> int:
-    """The largest matrix that is neither embedding nor head."""
+def _layer(shape: Shape) -> int:
+    """Weights of a layer."""
+    return sum(_inner(shape)) // max(1, shape.layers)
+
+
+def _inner(shape: Shape) -> list[int]:
+    """The sizes of the matrices that are neither embedding nor head."""
     outer = shape.vocabulary * shape.hidden
-    return max((n for n in shape.matrices if n != outer), default=outer)
+    return [n for n in shape.matrices if n != outer]
 
 
 def _activations(shape: Shape, setting: Setting) -> Part:
@@ -255,21 +260,20 @@ def _loss(shape: Shape, setting: Setting, reference: Shape | None) -> Part:
 
 
 def _backward_temporaries(shape: Shape, setting: Setting) -> Part:
-    """Gradients on their way: of a layer's widest tensors, of one matrix, and of a bucket while it is reduced.
+    """Gradients on their way: of a layer's widest tensors and of one matrix.
 
-    A bucket is copied once to bring the shards in order; gloo, the backend of CPUs, reduces in a second copy.
+    Or, under ZeRO-3, of all weights of a layer beside a bucket that is reduced, where that is more: what the layer kept
+    for backward is gone by then. A bucket is copied once to bring the shards in order; gloo, the backend of CPUs,
+    reduces in a second copy.
     """
-    kept = shape.activations
-    flowing = 3 * kept.widest + 2 * kept.entrance + setting.weight_bytes * _largest_inside(shape)
-    bucket = min(setting.zero("reduce_bucket_size", _BUCKET), shape.parameters)
-    reducing = bucket * setting.bucket_bytes * (1 if setting.on_gpu else 2)
-    return Part(
-        name="gradients on their way",
-        place="device",
-        forward=0,
-        backward=flowing + (reducing if setting.stage == 3 and setting.ranks > 1 else 0),
-        step=0,
-    )
+    kept, width = shape.activations, setting.weight_bytes
+    flowing = 3 * kept.widest + 2 * kept.entrance + width * max(_inner(shape), default=0)
+    if setting.stage == 3:
+        bucket = min(setting.zero("reduce_bucket_size", _BUCKET), shape.parameters)
+        copies = (1 if setting.on_gpu else 2) * (setting.ranks > 1)
+        reduced = width * _layer(shape) + copies * bucket * setting.bucket_bytes
+        flowing = max(flowing, reduced - kept.layer)
+    return Part(name="gradients on their way", place="device", forward=0, backward=flowing, step=0)
 
 
 def _step_temporaries(shape: Shape, setting: Setting) -> Iterator[Part]:
