@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import spearmanr
 from table import Table
 
 LEAST_FORGOTTEN = 0.3  # nats/token, one-way: below that there is nothing to keep
@@ -44,7 +45,8 @@ class Study:
 
     @property
     def points(self) -> Mapping[str, Any]:
-        return self.summary["points"]
+        found: Mapping[str, Any] = self.summary["points"]
+        return found
 
     def line(self, index: int = 0) -> dict[float, Mapping[str, Any]]:
         """The points of a line over the share, by share."""
@@ -52,17 +54,28 @@ class Study:
         return {round(point["replay_share"], 2): point for point in named}
 
     def forgetting(self, point: Mapping[str, Any]) -> Spread:
-        return point["sources"][self.replay]["forgetting"]
+        found: Spread = point["sources"][self.replay]["forgetting"]
+        return found
 
     def loss(self, point: Mapping[str, Any]) -> Spread:
-        return point["sources"][self.task]["held_out_loss"]
+        found: Spread = point["sources"][self.task]["held_out_loss"]
+        return found
 
 
 def study_of(path: Path) -> Study:
-    """The study in a file; the replay source is that of the first frontier."""
+    """The study in a file; the replay source is that of the first frontier. Ends the program where there is nothing to hold."""
     summary = json.loads(path.read_text())
+    if not summary.get("frontiers") or not summary.get("lines"):
+        sys.exit(
+            f"error: {path} has no frontier: compare a sweep of a replay source's share, 0 among them"
+        )
     title, frontier = next(iter(summary["frontiers"].items()))
-    return Study(summary=summary, replay=frontier["replay"], task=title.split(" against ")[0])
+    study = Study(summary=summary, replay=frontier["replay"], task=title.split(" against ")[0])
+    if not {0.0} < set(study.line()):
+        sys.exit(
+            f"error: {path} needs the one-way run and one with replay, has shares {sorted(study.line())}"
+        )
+    return study
 
 
 def verdicts(study: Study) -> Iterator[Verdict]:
@@ -206,23 +219,13 @@ def _divergence_predicts(study: Study) -> Verdict:
     ]
     if len(pairs) < 3:
         return Verdict(name="KL to the base on the task, forgetting", expected="rank correlation", found="not measured", held=None)  # fmt: skip
-    correlation = _rank_correlation(*zip(*pairs, strict=True))
+    correlation = float(spearmanr(*zip(*pairs, strict=True)).statistic)
     return Verdict(
         name="KL to the base on the task, forgetting",
         expected="rank correlation > 0.7",
         found=f"{correlation:.2f} over {len(pairs)} points",
         held=correlation > 0.7,
     )
-
-
-def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's, of numbers that are all different."""
-    ranks = [
-        {value: rank for rank, value in enumerate(sorted(values))} for values in (first, second)
-    ]
-    count = len(first)
-    apart = sum((ranks[0][x] - ranks[1][y]) ** 2 for x, y in zip(first, second, strict=True))
-    return 1 - 6 * apart / (count * (count**2 - 1))
 
 
 def _sigmas(more: Spread, less: Spread) -> float:
