@@ -3,6 +3,8 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A file's tests stay on one worker, so that what they share is made once; tests/conftest.py says which files come first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup quickstart test test-all check bench docs clean
 
@@ -17,10 +19,10 @@ quickstart: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" bigmix quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

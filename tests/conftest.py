@@ -17,6 +17,18 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# One worker after another takes a file: those that take longest come first, so that none is left to one worker at the end.
+LONGEST = (
+    "test_slurm", "test_recovery", "test_faults", "test_checkpoint", "test_supervisor", "test_sweep",
+    "test_controlled_run", "test_plan", "test_run", "test_chaos", "test_exactness", "test_isolation",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
 WORDS = [
     "the",
     "of",
