@@ -1,7 +1,14 @@
 """Gradients under ZeRO-3 equal a dense fp64 reference, whatever the ranks, the accumulation and the packing."""
 
+import json
+from pathlib import Path
+
 import pytest
 from ranks import run_on_ranks
+
+BLOCKS = {
+    "llama": "LlamaDecoderLayer", "qwen": "Qwen2DecoderLayer", "gpt2": "GPT2Block", "gemma": "Gemma2DecoderLayer",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -42,3 +49,16 @@ def test_every_term_of_the_objective_equals_a_dense_reference(
 def test_the_head_is_gathered_once_for_each_micro_batch(tmp_path):
     for counts in run_on_ranks("gathers_of_the_head", 2, tmp_path, {"family": "llama"}):
         assert counts[1:] == [4, 4]
+
+
+def test_weights_are_gathered_by_layers_unless_the_file_decides(tmp_path):
+    keys = json.loads(Path("ds_configs/cpu.json").read_text())
+    keys["zero_optimization"]["leaf_module"] = {"classes": ["LlamaMLP"]}
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(keys))
+    for file, layers in (("ds_configs/cpu.json", BLOCKS), (str(own), {"llama": "LlamaMLP"})):
+        arguments = {"families": list(layers), "file": file}
+        (found,) = run_on_ranks("units_of_gathering", 1, tmp_path, arguments)
+        for family, name in layers.items():
+            trained, frozen = found[family]
+            assert set(trained) == {name} and trained == frozen

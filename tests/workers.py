@@ -10,7 +10,7 @@ import deepspeed
 import numpy as np
 import torch
 import transformers
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import get_z3_leaf_modules, safe_get_full_grad
 from tiny_models import FAMILIES, VOCABULARY
 
 from bigmix import step
@@ -308,6 +308,19 @@ def gathers_of_the_head(rank, ranks, cluster, family):
         counts.append(0)
         take_step(engine, cluster, batch_of(documents(True), rank, ranks, 4), aim("per_source"))
     return counts
+
+
+def units_of_gathering(rank, ranks, cluster, families, file):
+    """For each family the modules whose weights are gathered together, of the trained model and of a frozen one."""
+    found = {}
+    for family in families:
+        engine = make_engine(family, 1, ranks, file)
+        anchor = make_anchor(family, 1, ranks, engine.device, file)
+        found[family] = [
+            [type(module).__name__ for module in get_z3_leaf_modules(model)]
+            for model in (engine.module, anchor.model)
+        ]
+    return found
 
 
 def models_left(rank, ranks, cluster):
