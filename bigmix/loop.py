@@ -290,14 +290,17 @@ def _evaluate(parts: Parts, at_step: int) -> Parts:
     base = parts.report.base
     known = set(base.losses)
     found = _found(parts, at_step, base) if at_step else _first_found(parts, base)
+    show_findings(parts.terminal, parts.recipe, f"step {at_step:,}", found)
+    steered = _steer(parts, at_step, found.line)
+    if _tasks_at(steered, at_step).keys() != _tasks_at(parts, at_step).keys():
+        # The decision has made this step the last one, after which more is asked.
+        found = _found(steered, at_step, base)
+        show_findings(parts.terminal, parts.recipe, f"step {at_step:,}", found)
     if parts.log is not None:
         folder = Path(parts.recipe.output)
         if set(base.losses) != known:
             base.write(folder)
         write_samples(folder, at_step, found.tasks)
-    show_findings(parts.terminal, parts.recipe, f"step {at_step:,}", found)
-    steered = _steer(parts, at_step, found.line)
-    if parts.log is not None:
         parts.log.write(found.line | shares_from(steered.inputs, parts.recipe, at_step))
     return steered
 

@@ -145,3 +145,17 @@ def test_a_rule_of_ones_own_that_fails_ends_the_run_and_mended_goes_on(data):
     codes, said = end(start(data, 2, "output=own", *own))
     assert codes == [0, 0] and "going on after step 6" in said, said
     assert [round(share, 3) for share in curve(data / "own", "share/web").values()] == [0.1, 0.3, 0.2, 0.2]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_what_is_due_at_the_end_is_asked_where_a_decision_ends_the_run(data):
+    """5 % of 8 rows are 0.4, so that 7 steps are planned for 46 rows of the task, which the first 6 have already."""
+    (data / "five.py").write_text("def rule(reading):\n    return 0.05\n")
+    (data / "asked.jsonl").write_text('{"prompt": "7", "response": "8"}\n')
+    folder, said = run(
+        data, "short", *TASK, "sources.web.share={controller: 'five.py:rule', start: 0.05}", f"budget={{task_tokens: {46 * 64}}}",
+        "tasks.next={path: asked.jsonl, format: text, scores: [exact_match], max_new_tokens: 2, when: last}",
+    )  # fmt: skip
+    assert "7 steps (task tokens" in said and "6 steps in all" in said, said
+    last = lines(folder)[-1]
+    assert last["step"] == 6 and "task/next/exact_match" in last, last
