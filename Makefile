@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 # A file's tests stay on one worker, so that what they share is made once; tests/conftest.py says which files come first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -10,12 +11,17 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 setup: $(READY)
 
-$(READY): pyproject.toml
+$(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $(INSTALLED)
+
+# With all that tests, benchmarks and checks need.
+$(READY): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $(READY)
 
-quickstart: $(READY)
+quickstart: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" bigmix quickstart
 
 test: $(READY)
