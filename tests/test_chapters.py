@@ -75,7 +75,13 @@ def test_without_a_change_the_rest_is_the_rest():
         assert going_on.plan.row_ids(step) == inputs.plan.row_ids(step)
 
 
-@pytest.mark.parametrize("more", ["sources.web.share=2", "sources.web.share=[[0, 0.1], [30, 4]]"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param("sources.web.share=2", marks=pytest.mark.slow),
+        "sources.web.share=[[0, 0.1], [30, 4]]",
+    ],
+)
 def test_with_other_shares_each_source_goes_on_with_its_next_row(more):
     before, after = changed([], more)
     for name in ("web", "code", "chat"):

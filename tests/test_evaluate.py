@@ -93,6 +93,7 @@ def lines(folder):
     return [line for line in found if line.get("eval")]
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_as_the_command_does_on_its_export(data, run):
     first, last = lines(data / "run")
     assert last["kl_to_base/web"] > 0 and first["kl_to_base/web"] == pytest.approx(0, abs=1e-9)

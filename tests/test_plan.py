@@ -70,7 +70,9 @@ def planned(*overrides, machine=CPU):
     return plan, warnings_of(recipe, plan, machine)
 
 
-@pytest.mark.parametrize("objective", ["per_source", "per_token"])
+@pytest.mark.parametrize(
+    "objective", ["per_source", pytest.param("per_token", marks=pytest.mark.slow)]
+)
 def test_a_plan_says_what_the_run_logs(data, objective):
     overrides = [f"objective={objective}", f"output={objective}"]
     words = ("recipe.yaml", *overrides)

@@ -240,6 +240,7 @@ def test_runs_are_found_by_recipe_folder_of_all_and_folder_of_one(here):
         run_folders(here / "web")
 
 
+@pytest.mark.slow
 def test_an_engine_leaves_no_model_behind(tmp_path):
     assert run_on_ranks("models_left", 1, tmp_path) == [[[False, False]] * 3]
 
