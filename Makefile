@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $(INSTALLED)
 
-# With all that tests, benchmarks and checks need.
+# With all that tests and checks need.
 $(READY): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $(READY)

@@ -318,8 +318,8 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _gather_layers_whole(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Under ZeRO-3 a layer's weights are gathered and its gradients reduced together.
 
-    By default DeepSpeed does so for each module inside, which takes the host longer than a GPU needs for the products of
-    a layer of ordinary size. A file that has `leaf_module` decides for itself.
+    By default DeepSpeed does so for each module inside, which costs the host more than small layers take to compute. A
+    file that has `leaf_module` decides for itself.
     """
     if zero_stage(config) < 3 or "leaf_module" in config["zero_optimization"]:
         return
