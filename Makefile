@@ -4,8 +4,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
+# Modules are compiled when they are first imported: to compile all of torch and transformers would take over a minute.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --editable
 # A file's tests stay on one worker, so that what they share is made once; tests/conftest.py says which files come first.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup quickstart test test-all check bench docs clean
 
@@ -13,12 +15,12 @@ setup: $(READY)
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(INSTALL) .
 	touch $(INSTALLED)
 
 # With all that tests and checks need.
 $(READY): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(INSTALL) '.[test]'
 	touch $(READY)
 
 quickstart: $(INSTALLED)

@@ -16,8 +16,7 @@ from bigmix.data.loader import FIRST_CHAPTER, Plan, Stage
 from bigmix.data.mixture import Mixture
 from bigmix.data.shares import Member, Points, Share, Shares, apportion
 from bigmix.errors import BadInput
-from bigmix.recipe import Recipe
-from bigmix.recipe.models import Group, Source
+from bigmix.recipe import Group, Recipe, Source
 from bigmix.recipe.shares import Controller, Temperature, UniMax
 from bigmix.records import Chapter
 from bigmix.sizes import by_temperature, levels_of_unimax, unimax

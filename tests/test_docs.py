@@ -8,7 +8,7 @@ import torch
 
 from bigmix import __version__
 from bigmix.ds_config import fill, read_ds_config
-from bigmix.recipe import load_recipe
+from bigmix.recipe import Recipe, load_recipe
 from bigmix.recipe.document import document
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_the_recipe_reference_is_current():
     assert (ROOT / "docs/recipe.md").read_text() == document(), "run `make docs`"
+
+
+def test_the_recipe_reference_has_every_table_of_settings():
+    page, tables = document(), Recipe.model_json_schema()["$defs"].values()
+    # A share that is written {temperature: 0.5} is explained where shares are.
+    described = [t["description"] for t in tables if len(t["properties"]) > 1]
+    assert len(described) > 10
+    assert not [text for text in described if f"\n\n{text}\n\n| key |" not in page]
 
 
 def test_every_recipe_in_the_readme_is_valid_and_short(tmp_path):

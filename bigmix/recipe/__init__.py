@@ -9,10 +9,12 @@ from bigmix.recipe.load import (
     plain,
     to_yaml,
 )
-from bigmix.recipe.models import HeldOut, Recipe, Source
+from bigmix.recipe.models import Recipe
+from bigmix.recipe.sections import Group, HeldOut, Source
 from bigmix.recipe.sweep import SweepRun
 
 __all__ = [
+    "Group",
     "HeldOut",
     "Loaded",
     "Recipe",

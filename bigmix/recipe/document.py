@@ -7,12 +7,15 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from bigmix.recipe.models import (
+from bigmix.recipe.models import Recipe
+from bigmix.recipe.sections import (
     Budget,
     Cache,
     Group,
+    HeldOut,
+    Loss,
     ModelSettings,
-    Recipe,
+    Reference,
     Source,
     Sweep,
     Train,
@@ -25,8 +28,11 @@ _TABLES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("model", ModelSettings),
     ("sources.NAME", Source),
     ("groups.NAME", Group),
-    ("tasks.NAME", Task),
     ("sources.NAME.share", Controller),
+    ("loss", Loss),
+    ("reference", Reference),
+    ("held_out.NAME", HeldOut),
+    ("tasks.NAME", Task),
     ("budget", Budget),
     ("train", Train),
     ("cache", Cache),

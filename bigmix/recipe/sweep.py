@@ -9,7 +9,8 @@ from itertools import product
 from typing import Any
 
 from bigmix.errors import BadInput
-from bigmix.recipe.models import Recipe, Sweep
+from bigmix.recipe.models import Recipe
+from bigmix.recipe.sections import Sweep
 from bigmix.recipe.tree import Path_, leaves, put
 
 NO_POINT = "recipe"  # the name of the one point of a sweep over seeds alone
