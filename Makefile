@@ -4,9 +4,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
-# Modules are compiled when they are first imported, where Python may write what it compiles: all of torch and transformers
-# would take over a minute.
-INSTALL := $(BIN)/python -m pip install --quiet $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile) --editable
+# Modules are compiled when they are first imported, and kept in the environment that is made here: to compile all of torch
+# and transformers ahead would take over a minute, and to compile anew at each start some seconds each time.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --editable
 # A file's tests stay on one worker, so that what they share is made once; tests/conftest.py says which files come first.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
