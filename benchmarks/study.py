@@ -51,7 +51,8 @@ class Study:
     def line(self, index: int = 0) -> dict[float, Mapping[str, Any]]:
         """The points of a line over the share, by share."""
         named = [self.points[name] for name in self.summary["lines"][index]["points"]]
-        return {round(point["replay_share"], 2): point for point in named}
+        # As logged a share is some rows off; to two decimals one below a per cent would be none.
+        return {_digits(point["replay_share"]): point for point in named}
 
     def forgetting(self, point: Mapping[str, Any]) -> Spread:
         found: Spread = point["sources"][self.replay]["forgetting"]
@@ -60,6 +61,10 @@ class Study:
     def loss(self, point: Mapping[str, Any]) -> Spread:
         found: Spread = point["sources"][self.task]["held_out_loss"]
         return found
+
+
+def _digits(share: float) -> float:
+    return round(share, 2 if share >= 0.009 else 4)
 
 
 def study_of(path: Path) -> Study:
@@ -132,6 +137,8 @@ def _task_is_learned(study: Study, line: Mapping[float, Any]) -> Iterator[Verdic
     one_way = study.loss(line[0.0])["mean"]
     replayed = {share: point for share, point in line.items() if 0 < share < 0.3}
     rises = {share: study.loss(point)["mean"] - one_way for share, point in replayed.items()}
+    if not rises:
+        return
     worst = max(rises, key=lambda share: rises[share])
     yield Verdict(
         name="F4 task loss with replay up to 25 %",

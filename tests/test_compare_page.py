@@ -106,6 +106,20 @@ def test_all_figures_are_seen_and_nothing_is_asked_of_the_network(
 
 
 @pytest.mark.slow
+def test_a_long_name_leaves_room_for_the_numbers_on_a_phone(page: Page, tmp_path: Path) -> None:
+    name = "lr-1e-4_objective-per_token_web-0.25_weight-decay-0.1"
+    write_run(tmp_path / name, Recipe(share=0.25), Numbers(forgetting=0.2))
+    compare([tmp_path / name], tmp_path / "report")
+    page.open(tmp_path / "report/index.html", width=NARROW, scheme="light")
+    scrolled = page.value(
+        "[...document.querySelectorAll('.results')].filter(t => t.offsetWidth > t.parentNode.offsetWidth)"
+        ".map(t => t.querySelector('tbody th').offsetWidth)"
+    )
+    assert scrolled and max(scrolled) < NARROW / 2
+    assert page.value("document.documentElement.scrollWidth") <= NARROW
+
+
+@pytest.mark.slow
 def test_the_colours_follow_the_scheme(pair_page: Path, page: Page) -> None:
     papers = []
     for scheme in ("light", "dark"):

@@ -8,12 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from run_folders import (
     ALPHA,
     AT_ZERO,
     B,
     Numbers,
     Recipe,
+    around,
     law,
     write_evaluation,
     write_run,
@@ -22,6 +24,7 @@ from run_folders import (
 
 from bigmix.compare import Summary, compare
 from bigmix.compare.chart import place_labels
+from bigmix.compare.figure import unknown_letters
 from bigmix.compare.frontier import frontiers
 from bigmix.compare.judge import judge
 from bigmix.compare.law import Fit, LawPoint, fit_law, fit_source
@@ -29,7 +32,9 @@ from bigmix.compare.law_chart import law_rows
 from bigmix.compare.measures import Estimate, spread_of
 from bigmix.compare.points import arrange, points_of
 from bigmix.compare.read import read_runs
+from bigmix.compare.scene import width_of
 from bigmix.compare.shares import budget_sentences
+from bigmix.compare.styles import labels_of
 from bigmix.errors import BadInput
 
 SHARES = (0.0, 0.01, 0.05, 0.25)
@@ -403,3 +408,195 @@ def test_a_run_and_the_evaluation_of_its_export_are_not_shown_twice(tmp_path: Pa
     assert [r.folder for r in found.runs] == [run]
     assert found.left_out == [f"{own} evaluates the export of a run that is compared itself"]
     assert len(read_runs([run, own]).runs) == 2
+
+
+def edit_lines(folder: Path, edit) -> None:
+    """Change the lines of a run's log in place."""
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        edit(line)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def edit_recipe(folder: Path, edit) -> None:
+    path = folder / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    edit(recipe)
+    path.write_text(yaml.safe_dump(recipe))
+
+
+@pytest.mark.parametrize(
+    ("names", "points"),
+    [
+        (("x-1", "x-2", "x", "one"), {"x", "x-1", "one"}),
+        (("base-1", "base-2", "two", "one"), {"base-1", "two", "one"}),
+    ],
+)
+def test_no_two_points_have_one_name(
+    tmp_path: Path, names: tuple[str, ...], points: set[str]
+) -> None:
+    recipes = (Recipe(share=0.05), Recipe(share=0.05, seed=1), Recipe(share=0.25), Recipe())
+    for name, recipe in zip(names, recipes, strict=True):
+        write_run(tmp_path / name, recipe, Numbers(forgetting=law(recipe.share)))
+    found = points_of(read_runs([tmp_path / name for name in names]).runs)
+    assert {point.name for point in found} == points
+    assert sorted(len(point.runs) for point in found) == [1, 1, 2]
+
+
+def test_a_run_again_with_its_seed_is_no_further_seed(tmp_path: Path) -> None:
+    for name in ("a", "a-again"):
+        write_run(tmp_path / name, Recipe(share=0.05), Numbers(forgetting=0.4))
+    write_run(tmp_path / "b", Recipe(share=0.05, seed=1), Numbers(forgetting=0.4))
+    comparison = judge(read_runs([tmp_path]))
+    assert [len(point.runs) for point in comparison.points] == [2, 1]
+    assert comparison.points[1].source("books", "forgetting").deviation is None
+    assert any("no further seed" in warning for warning in comparison.warnings)
+
+
+def test_an_evaluated_model_has_the_recipe_that_it_was_trained_with(tmp_path: Path) -> None:
+    write_run(tmp_path / "one", Recipe(seed=3), Numbers(forgetting=1.1))
+    model = tmp_path / "one/export"
+    write_evaluation(
+        tmp_path / "evaluated", Recipe(share=0.25), Numbers(forgetting=1.1), model=str(model)
+    )
+    (run,) = read_runs([tmp_path / "evaluated"]).runs
+    assert (run.kind, run.replay_share, run.seed) == ("one-way", 0.0, 3)
+
+
+@pytest.mark.parametrize("forgetting", [(0.393,), (1.10, 1.42)])
+def test_what_each_seed_forgot_beyond_doubt_was_lost(
+    tmp_path: Path, forgetting: tuple[float, ...]
+) -> None:
+    """However wide the interval of the loss itself is over documents, or of a mean over two seeds."""
+    for seed, value in enumerate(forgetting):
+        one = write_run(tmp_path / f"one-{seed}", Recipe(seed=seed), Numbers(forgetting=value))
+        edit_lines(one, lambda line: line.update(around("held_out", "books", 3.5, 0.5)))
+        write_run(tmp_path / f"two-{seed}", Recipe(share=0.25, seed=seed), Numbers(forgetting=0.05))
+    headline = judge(read_runs([tmp_path])).headline
+    assert "kept" in headline and "of what one-way training lost on `books`" in headline
+
+
+def test_a_run_that_ends_where_a_source_is_used_up_is_whole(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", Recipe(share=0.25), Numbers(forgetting=0.1))
+
+    def stops(recipe: dict) -> None:
+        recipe["budget"] = {"steps": 1000}
+        recipe["sources"]["gsm8k"]["when_exhausted"] = "stop"
+
+    edit_recipe(run, stops)
+    with pytest.raises(BadInput, match="400 of 1,000 steps"):
+        read_runs([run])
+    (run / "export").mkdir()
+    assert read_runs([run]).runs[0].steps == 400
+
+
+def test_a_run_that_lacks_a_few_steps_is_not_whole(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", Recipe(), Numbers(forgetting=0.1))
+    edit_recipe(run, lambda recipe: recipe.update(budget={"steps": 410}))
+    with pytest.raises(BadInput, match="400 of 410 steps"):
+        read_runs([run])
+
+
+def test_a_run_that_diverged_is_not_called_one_that_was_not_evaluated(tmp_path: Path) -> None:
+    write_run(tmp_path / "one", Recipe(), Numbers(forgetting=1.1))
+    for name, sources in {
+        "two": ("books",),
+        "three": ("books", "gsm8k", "banking77", "wiki"),
+    }.items():
+        run = write_run(tmp_path / name, Recipe(share=len(sources) / 10), Numbers(forgetting=0.1))
+
+        def diverge(line: dict, gone: tuple[str, ...] = sources) -> None:
+            if line.get("eval") and line["step"]:
+                line.update({f"held_out_loss/{source}": None for source in gone})
+
+        edit_lines(run, diverge)
+    summary = compare([tmp_path], tmp_path / "report")
+    warned = " ".join(summary.comparison.warnings)
+    assert "two has no finite loss on `books` at step 400" in warned
+    assert "three has no finite loss on `wiki` at step 400" in warned
+    assert "not evaluated" not in warned
+
+
+def test_other_held_out_data_is_not_called_another_base(tmp_path: Path) -> None:
+    write_run(tmp_path / "one", Recipe(), Numbers(forgetting=1.1))
+    two = write_run(tmp_path / "two", Recipe(share=0.25), Numbers(forgetting=0.1))
+
+    def other(line: dict) -> None:
+        if line.get("eval"):
+            line["held_out_documents/books"] = 17
+            line["held_out_loss/books"] += 0.3
+
+    edit_lines(two, other)
+    (warning,) = judge(read_runs([tmp_path])).warnings
+    assert "two was evaluated on other held-out data of `books` than one: 17 documents" in warning
+
+
+def test_runs_are_found_through_links(tmp_path: Path) -> None:
+    write_run(tmp_path / "elsewhere/one", Recipe(), Numbers(forgetting=1.1))
+    write_run(tmp_path / "runs/two", Recipe(share=0.25), Numbers(forgetting=0.1))
+    (tmp_path / "runs/one").symlink_to(tmp_path / "elsewhere/one")
+    (tmp_path / "runs/round").symlink_to(tmp_path / "runs")
+    assert {run.name for run in read_runs([tmp_path / "runs"]).runs} == {"one", "two"}
+
+
+def test_seeds_that_end_at_other_steps_have_their_ends_on_the_curve(tmp_path: Path) -> None:
+    for seed, steps in enumerate((400, 360)):
+        write_run(tmp_path / f"a-{seed}", Recipe(seed=seed), Numbers(forgetting=1.0), steps=steps)
+        edit_recipe(tmp_path / f"a-{seed}", lambda recipe: recipe.update(budget={}))
+    (point,) = points_of(read_runs([tmp_path]).runs)
+    assert [e.step for e in point.shared_steps()[-1]] == [400, 360]
+
+
+def test_the_law_is_on_the_page_where_no_task_was_evaluated(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "sweep", shares=SHARES, seeds=1)
+    for run in (tmp_path / "sweep").glob("books-*/seed-0"):
+
+        def without(line: dict) -> None:
+            for key in [k for k in line if "gsm8k" in k or "banking77" in k]:
+                if line.get("eval"):
+                    del line[key]
+
+        edit_lines(run, without)
+    given = sorted((tmp_path / "sweep").glob("books-*/seed-0"))
+    compare(given, tmp_path / "report")
+    assert (tmp_path / "report/law.png").is_file()
+    assert not (tmp_path / "report/frontier.png").exists()
+    assert "Forgetting over replay's share" in (tmp_path / "report/index.html").read_text()
+    compare(given[:2], tmp_path / "report")
+    assert not (tmp_path / "report/law.png").exists()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda recipe: recipe.update(sources={"a": "data/x"}),
+        lambda recipe: recipe.update(seed="abc"),
+        lambda recipe: recipe.update(budget=3),
+    ],
+)
+def test_a_recipe_that_is_none_is_named(tmp_path: Path, edit) -> None:
+    run = write_run(tmp_path / "run", Recipe(), Numbers(forgetting=1.1))
+    edit_recipe(run, edit)
+    with pytest.raises(BadInput, match=r"run: recipe\.yaml or metrics\.jsonl is not as bigmix"):
+        read_runs([run])
+
+
+def test_a_place_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="--out is .*file"):
+        compare([tmp_path / "nothing"], tmp_path / "file")
+
+
+def test_long_names_keep_what_sets_them_apart() -> None:
+    assert labels_of(["gsm8k-qwen-one-way-lr1e-5", "gsm8k-qwen-two-way-lr1e-5"]) == {
+        "gsm8k-qwen-one-way-lr1e-5": "one-way-lr1e-5",
+        "gsm8k-qwen-two-way-lr1e-5": "two-way-lr1e-5",
+    }
+    assert labels_of(["books-0.05", "one"]) == {"books-0.05": "books-0.05", "one": "one"}
+
+
+def test_letters_that_no_font_has_are_told(tmp_path: Path) -> None:
+    assert unknown_letters(["ascii", "café"]) == ""
+    assert unknown_letters(["\U0003134a", "a"]) == "\U0003134a"  # the last letter of Unicode's Han
+    assert width_of("单向") > width_of("ab")

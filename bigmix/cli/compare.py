@@ -48,6 +48,11 @@ def _show(summary: "Summary") -> None:
     terminal.note(f"{comparison.headline} {comparison.detail}".strip())
     for text in comparison.warnings:
         terminal.warning(text)
+    if summary.unknown_letters:
+        terminal.warning(
+            f"no font of this machine has {summary.unknown_letters}: in the PNGs these letters of names are boxes, on the page "
+            "they are not; install a font that has them, such as Noto Sans CJK"
+        )
     with_share = has_shares(comparison)
     for table in tables(comparison):
         # Intervals are in the files: a terminal is narrow.

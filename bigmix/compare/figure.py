@@ -1,6 +1,7 @@
 """Scenes go in, a PNG comes out."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ PX_PER_INCH = 95
 PT_PER_PX = 72 / PX_PER_INCH
 MAX_COLUMNS = 3
 TITLE_PX, GAP_PX, MARGIN_PX = 30, 26, 16
+# Of these the ones that the machine has, each for the letters that those before it lack.
+_FAMILIES = (
+    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "SimHei",
+    "Malgun Gothic", "Arial Unicode MS",
+)  # fmt: skip
 _INK = {"ink": "#1b1f24", "soft": "#5b6470", "line": "#e3e6ea", "paper": "#ffffff"}
 
 
@@ -20,6 +27,7 @@ def draw_figure(
 ) -> None:
     """Draw the scenes side by side, three in a line at most, with their titles; a legend goes below."""
     # Matplotlib takes a second to import, and no other command draws.
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -40,12 +48,35 @@ def draw_figure(
     axes.set_ylim(size[1], 0)
     colours = _INK | {style.key: style.light for style in styles.values()}
     top = float(MARGIN_PX)
-    for line, height in zip(lines, heights, strict=True):
-        for index, scene in enumerate(line):
-            _draw_scene(axes, scene, colours, (MARGIN_PX + index * cell, top))
-        top += height
-    _draw_scene(axes, below, colours, (MARGIN_PX, top - TITLE_PX))
-    figure.savefig(path)
+    with rc_context({"font.family": _families()}), warnings.catch_warnings():
+        # One for each letter; unknown_letters tells of all at once.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        for line, height in zip(lines, heights, strict=True):
+            for index, scene in enumerate(line):
+                _draw_scene(axes, scene, colours, (MARGIN_PX + index * cell, top))
+            top += height
+        _draw_scene(axes, below, colours, (MARGIN_PX, top - TITLE_PX))
+        figure.savefig(path)
+
+
+def unknown_letters(texts: Iterable[str]) -> str:
+    """The letters of texts that no font which is drawn with has, each once and in order; they are drawn as boxes."""
+    letters = sorted({letter for text in texts for letter in text if ord(letter) > 127})
+    if not letters:
+        return ""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = set[int]()
+    for family in _families():
+        known |= set(get_font(findfont(FontProperties(family=[family]))).get_charmap())
+    return "".join(letter for letter in letters if ord(letter) not in known)
+
+
+def _families() -> list[str]:
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    return [family for family in _FAMILIES if family in installed]
 
 
 def _draw_scene(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from bigmix.metrics import METRICS
 
-RECIPE, EVALUATION = "recipe.yaml", "evaluation.json"
+RECIPE, EVALUATION, EXPORT = "recipe.yaml", "evaluation.json", "export"
 # Folders of a run that hold no results and may hold many files.
-_PASSED_BY = {"checkpoints", "export", "tensorboard", "log", "samples"}
+_PASSED_BY = {"checkpoints", EXPORT, "tensorboard", "log", "samples"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,8 +36,17 @@ def _is_result(folder: Path) -> bool:
 
 
 def _inside(folder: Path) -> Iterator[Path]:
-    """A run that has not begun has a recipe and nothing else yet: it is found, so that it can be counted."""
-    for place, folders, files in os.walk(folder):
+    """A run that has not begun has a recipe and nothing else yet: it is found, so that it can be counted.
+
+    Links are followed, to each folder once.
+    """
+    seen = set[Path]()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = Path(place).resolve()
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         is_run = not {RECIPE, METRICS, EVALUATION}.isdisjoint(files)
         passed_by = _PASSED_BY if is_run else set()
         folders[:] = sorted(set(folders) - passed_by, key=_order)

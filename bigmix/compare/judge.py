@@ -12,6 +12,7 @@ from bigmix.compare.read import BASE, Found, Run
 SAME_BASE = 1e-3  # relative difference of step-0 losses: kernels and numbers of GPUs differ by less
 SAME_TOKENS = 0.02  # relative difference of task tokens; the last step is not cut to the token
 _MOST_TOLD = 8  # results that were left out; their number is told in any case
+LEAST_TOLD = 0.005  # nats/token: the headline has two decimals
 ABOUT_EQUAL = 0.01  # relative difference of task losses that the headline calls about the same
 
 
@@ -49,10 +50,11 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """What `compare` found and the files that it wrote."""
+    """What `compare` found and the files that it wrote; `unknown_letters` of names are boxes in the PNGs."""
 
     comparison: Comparison
     files: Sequence[Path]
+    unknown_letters: str
 
 
 def judge(found: Found) -> Comparison:
@@ -80,7 +82,7 @@ def judge(found: Found) -> Comparison:
         fits={name: fit_source(arrangement.main, name) for name in replays},
         headline=headline,
         detail=detail,
-        warnings=list(_warnings(found, base)),
+        warnings=list(_warnings(found, base, points)),
     )
 
 
@@ -208,10 +210,12 @@ def _kept(one: Point, two: Point, source: str, *, named: bool) -> str:
 
 
 def _is_lost(point: Point, source: str) -> bool:
-    """Whether a loss rose by more than half the interval that it is known to."""
-    loss = point.source(source, LOSS)
-    interval = loss.interval if loss else None
-    return (lost(point, source) or 0.0) > ((interval[1] - interval[0]) / 2 if interval else 0.005)
+    """Whether more was forgotten than is told, beyond doubt: by its interval, or with each of several seeds."""
+    found = point.source(source, FORGETTING)
+    if found is None or found.mean < LEAST_TOLD:
+        return False
+    doubt = found.low if len(found.values) == 1 else min(found.values)
+    return doubt is None or doubt > 0
 
 
 def _task_clause(one: Point, two: Point, tasks: Sequence[str]) -> str:
@@ -245,7 +249,9 @@ def _mean_sentence(one: Point, two: Point, sources: Sequence[str]) -> str:
     )
 
 
-def _warnings(found: Found, base: Mapping[str, Mapping[str, Estimate]]) -> Iterator[str]:
+def _warnings(
+    found: Found, base: Mapping[str, Mapping[str, Estimate]], points: Sequence[Point]
+) -> Iterator[str]:
     if found.left_out:
         yield (
             f"{len(found.left_out)} results that lie in the folders given are left out, {len(found.runs)} are compared: "
@@ -253,18 +259,45 @@ def _warnings(found: Found, base: Mapping[str, Mapping[str, Estimate]]) -> Itera
             + (f"; and {more} more" if (more := len(found.left_out) - _MOST_TOLD) > 0 else "")
         )
     for run in found.runs:
-        for name, measures in run.first.sources.items():
-            loss, of_base = measures[LOSS].value, base[name][LOSS].value
-            if abs(loss - of_base) > SAME_BASE * abs(of_base):
-                yield (
-                    f"{run.name} does not start from the {BASE} of the other runs: its loss on `{name}` at "
-                    f"step 0 is {loss:.4f}, not {of_base:.4f}. Its forgetting is measured "
-                    "from its own start; other numbers are not comparable."
-                )
-        absent = [f"`{name}`" for name in base if name not in run.final.sources]
+        yield from _other_start(run, found.runs, base)
+        for name in run.final.diverged:
+            yield f"{run.name} has no finite loss on `{name}` at step {run.final.step}; its cells are empty."
+        known = {*run.final.sources, *run.final.diverged}
+        absent = [f"`{name}`" for name in base if name not in known]
         if absent:
             yield f"{run.name} was not evaluated on {', '.join(absent)}; its cells are empty."
+    yield from _repeated(points)
     yield from _unequal_tokens(found.runs)
+
+
+def _other_start(
+    run: Run, runs: Sequence[Run], base: Mapping[str, Mapping[str, Estimate]]
+) -> Iterator[str]:
+    """A run that was evaluated on other data than the first one that was, or began as another model."""
+    for name, measures in run.first.sources.items():
+        first = next(other for other in runs if name in other.first.sources)
+        ours, theirs = (r.first.sizes.get(name) for r in (run, first))
+        loss, of_base = measures[LOSS].value, base[name][LOSS].value
+        if ours and theirs and ours != theirs:
+            yield (
+                f"{run.name} was evaluated on other held-out data of `{name}` than {first.name}: {ours} and not {theirs}. "
+                "Its numbers on it are not comparable."
+            )
+        elif abs(loss - of_base) > SAME_BASE * abs(of_base):
+            yield (
+                f"{run.name} does not start from the {BASE} of the other runs: its loss on `{name}` at "
+                f"step 0 is {loss:.4f}, not {of_base:.4f}. Its forgetting is measured "
+                "from its own start; other numbers are not comparable."
+            )
+
+
+def _repeated(points: Sequence[Point]) -> Iterator[str]:
+    """Points of the same settings: the runs of the later one repeat seeds of the first."""
+    firsts: dict[tuple[tuple[str, str], ...], Point] = {}
+    for point in points:
+        first = firsts.setdefault(tuple(point.settings.items()), point)
+        if first is not point:
+            yield f"{point.name} has the recipe and a seed of {first.name}: it stands beside it and is no further seed."
 
 
 def _unequal_tokens(runs: Sequence[Run]) -> Iterator[str]:

@@ -88,6 +88,28 @@ def sources_of(line: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
     return {name: _of_source(line, name) for name in names if line[prefix + name] is not None}
 
 
+def diverged_in(line: Mapping[str, Any]) -> list[str]:
+    """The sources that were evaluated and have no finite loss, which metrics.jsonl says as null."""
+    prefix = f"{LOSS}/"
+    return [
+        key.removeprefix(prefix)
+        for key, value in line.items()
+        if key.startswith(prefix) and value is None
+    ]
+
+
+def sizes_of(line: Mapping[str, Any]) -> dict[str, str]:
+    """How much each source was evaluated on, in words; of an older log nothing."""
+    prefix = "held_out_documents/"
+    return {
+        (
+            name := key.removeprefix(prefix)
+        ): f"{value:,} documents, {line[f'held_out_tokens/{name}']:,} loss tokens"
+        for key, value in line.items()
+        if key.startswith(prefix)
+    }
+
+
 def _of_source(line: Mapping[str, Any], name: str) -> dict[str, Estimate]:
     found = {}
     for key in _READ:

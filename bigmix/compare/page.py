@@ -17,7 +17,7 @@ from bigmix.compare.scene import Scene
 from bigmix.compare.settings import settings_part
 from bigmix.compare.shares import bars, budget_sentences, training_table
 from bigmix.compare.side_by_side import outputs_part
-from bigmix.compare.styles import MAX_NAMED, Style, styles_of
+from bigmix.compare.styles import MAX_NAMED, Style, are_labels_enough, styles_of
 from bigmix.compare.svg import draw_svg
 from bigmix.compare.table import (
     NOTE,
@@ -80,6 +80,7 @@ def _sections(
         yield f'<p class="note">{_FRONTIER_NOTE}</p>'
         yield _legend(styles)
         yield _charts(pictures.frontiers)
+    if pictures.frontiers or pictures.laws:
         yield from _law(comparison, pictures)
     yield "<h2>Results on held-out data</h2>"
     yield from (_result(table, comparison, styles) for table in tables(comparison))
@@ -88,7 +89,7 @@ def _sections(
         yield folded("Every run by itself", "\n".join(by_run))
     yield "<h2>Curves</h2>"
     yield f'<p class="note">{escape(_curves_note(comparison))}</p>'
-    if len(styles) > MAX_NAMED:
+    if not are_labels_enough(styles):
         yield _legend(styles)
     yield _charts(pictures.curves)
     if outputs := list(outputs_part(comparison, styles)):

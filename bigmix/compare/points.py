@@ -3,11 +3,11 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, count, takewhile
 from pathlib import Path
 
 from bigmix.compare.measures import Estimate, Spread, spread_of
-from bigmix.compare.read import SEED_FOLDER, Evaluation, Kind, Run, names_of
+from bigmix.compare.read import BASE, SEED_FOLDER, Evaluation, Kind, Run, names_of
 
 _OF_NO_POINT = {"seed", "output"}  # what may differ between the runs of a point
 EVALUATED_MODEL = (
@@ -52,12 +52,14 @@ class Point:
         return _spread([run.final.tasks.get(task, {}).get(score) for run in self.runs])
 
     def shared_steps(self) -> list[list[Evaluation]]:
-        """The evaluations of all runs of the point at each step that all of them have."""
+        """The evaluations of all runs of the point at each step that all of them have, and those after their last steps."""
         steps = set.intersection(*({e.step for e in run.evaluations} for run in self.runs))
-        return [
+        found = [
             [e for run in self.runs for e in run.evaluations if e.step == step]
             for step in sorted(steps)
         ]
+        final = [run.final for run in self.runs]
+        return found if final in found else [*found, final]
 
 
 def _spread(found: Sequence[Estimate | None]) -> Spread | None:
@@ -92,14 +94,20 @@ class Arrangement:
 
 
 def points_of(runs: Sequence[Run]) -> list[Point]:
-    """Runs put together where their recipes differ in seed and output alone, in the order given."""
-    grouped: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    """Runs put together where their recipes differ in seed and output alone, in the order given.
+
+    One that repeats recipe and seed of another is a point of its own: its numbers say nothing about other seeds.
+    """
+    grouped: dict[tuple[frozenset[tuple[str, str]], int], list[Run]] = {}
+    seen: Counter[tuple[frozenset[tuple[str, str]], int]] = Counter()
     for run in runs:
-        grouped.setdefault(tuple(sorted(_settings(run).items())), []).append(run)
+        settings = frozenset(_settings(run).items())
+        grouped.setdefault((settings, seen[settings, run.seed]), []).append(run)
+        seen[settings, run.seed] += 1
     names = _point_names(list(grouped.values()))
     return [
-        Point(name=name, runs=group, settings=dict(settings))
-        for name, (settings, group) in zip(names, grouped.items(), strict=True)
+        Point(name=name, runs=group, settings=dict(sorted(_settings(group[0]).items())))
+        for name, group in zip(names, grouped.values(), strict=True)
     ]
 
 
@@ -111,7 +119,7 @@ def _settings(run: Run) -> dict[str, str]:
 
 
 def _point_names(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """By the folder that they have in common but for their seeds, or by what their names begin with."""
+    """By the folder that they have in common but for their seeds, or by what their names begin with; each name once."""
     places = []
     for runs in groups:
         alike = {_without_seed(run.folder.resolve()) for run in runs}
@@ -119,11 +127,14 @@ def _point_names(groups: Sequence[Sequence[Run]]) -> list[str]:
     known = [place for place in places if place is not None]
     unique = [place for place in known if known.count(place) == 1]
     named = dict(zip(unique, names_of(unique), strict=True))
-    found = []
+    taken, found = {BASE, *named.values()}, []
     for runs, place in zip(groups, places, strict=True):
-        start = _beginning([run.name for run in runs])
-        name = named[place] if place in named else start or runs[0].name
-        found.append(name if name not in found else runs[0].name)
+        first = runs[0].name
+        numbered = (f"{first} ({number})" for number in count(2))
+        others = chain((_beginning([run.name for run in runs]), first), numbered)
+        free = (name for name in others if name and name not in taken)
+        found.append(named[place] if place in named else next(free))
+        taken.add(found[-1])
     return found
 
 

@@ -4,21 +4,30 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from bigmix.compare.find import EVALUATION, RECIPE, Place, find_places
-from bigmix.compare.measures import LOSS, Estimate, examples_of, forgotten, sources_of, tasks_of
+from bigmix.compare.find import EVALUATION, EXPORT, RECIPE, Place, find_places
+from bigmix.compare.measures import (
+    LOSS,
+    Estimate,
+    diverged_in,
+    examples_of,
+    forgotten,
+    sizes_of,
+    sources_of,
+    tasks_of,
+)
 from bigmix.compare.samples import Sample, read_samples
 from bigmix.errors import BadInput
 from bigmix.metrics import METRICS, read_lines
 
 BASE = "base"  # the name of the step-0 model in every output
 SEED_FOLDER = re.compile(r"seed-\d+")  # where a sweep puts the runs of a point
-# A run that saw this much of its budget is whole: rows are packed, so the last step rarely lands on the token.
+# A run that saw this much of its tokens is whole: rows are packed, so the last step rarely lands on the token.
 WHOLE_AT = 0.95
 
 Kind = Literal["one-way", "two-way"]
@@ -47,7 +56,8 @@ class Realised:
 class Evaluation:
     """The model after `step` steps, when it had been trained on `task_tokens` tokens of task sources, if that is known.
 
-    `sources` holds the measures of each held-out source, `tasks` the scores of each task.
+    `sources` holds the measures of each held-out source, `tasks` the scores of each task. `diverged` are sources whose loss
+    is not finite, `sizes` says how much each was evaluated on.
     """
 
     step: int
@@ -55,6 +65,8 @@ class Evaluation:
     sources: Mapping[str, Mapping[str, Estimate]]
     tasks: Mapping[str, Mapping[str, Estimate]]
     examples: Mapping[str, int]
+    diverged: Sequence[str] = ()
+    sizes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +144,7 @@ def read_runs(given: Sequence[Path]) -> Found:
             else:
                 left_out.append(" and ".join(error.faults))
     named = {place.folder for place in places if place.is_named}
-    trained = {(run.folder / "export").resolve() for run in runs if run.model is None}
+    trained = {(run.folder / EXPORT).resolve() for run in runs if run.model is None}
     for run in list(runs):
         # The run itself has the same model, with its curve.
         if run.model and run.folder not in named and Path(run.model).resolve() in trained:
@@ -169,7 +181,13 @@ def _read_place(place: Place, name: str) -> Run:
     if missing:
         raise BadInput(*(_missing_file(place.folder, file) for file in missing))
     recipe = _read_recipe(place.folder / RECIPE)
-    return (_read_evaluation if is_evaluation else _read_run)(place.folder, name, recipe)
+    read = _read_evaluation if is_evaluation else _read_run
+    try:
+        return read(place.folder, name, recipe)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"{place.folder}: {' or '.join(needed)} is not as bigmix writes it ({error!r}); restore it from a copy"
+        ) from error
 
 
 def _read_run(folder: Path, name: str, recipe: Mapping[str, Any]) -> Run:
@@ -207,9 +225,13 @@ def _read_evaluation(folder: Path, name: str, recipe: Mapping[str, Any]) -> Run:
             f"{folder / EVALUATION} has evaluations at steps {steps}; one of the base, step 0, and one of the model are "
             "needed, forgetting is measured from the base; evaluate again with --base"
         )
-    log = Path(model).parent / METRICS
+    trained_in = Path(model).parent
+    log, trained_with = trained_in / METRICS, trained_in / RECIPE
     training = [line for line in (read_lines(log) if log.is_file() else []) if not line.get("eval")]
     logged = training[-1:] or [{"step": steps[1]}]
+    if training and trained_with.is_file():
+        # What it is evaluated with may be the recipe of another run.
+        recipe = _read_recipe(trained_with)
     evaluations = _evaluations(lines, _tasks(recipe), known_tokens=_tokens(logged[-1], recipe)[0])
     return _run(
         folder, name, recipe, training=logged, evaluations=evaluations, command=command, model=model
@@ -338,13 +360,15 @@ def _evaluations(
                 },
                 tasks=tasks_of(line),
                 examples=examples_of(line),
+                diverged=diverged_in(line),
+                sizes=sizes_of(line),
             )
         )
     return found
 
 
 def _says_a_loss(line: Mapping[str, Any]) -> bool:
-    return bool(sources_of(line) or tasks_of(line))
+    return bool(sources_of(line) or tasks_of(line) or diverged_in(line))
 
 
 def _faults(
@@ -377,6 +401,8 @@ def _faults(
 
 def _unfinished(folder: Path, recipe: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[str]:
     """Compare what was trained with what the recipe asks for; `train.steps` wins over the budget."""
+    if _may_end_before(recipe) and (folder / EXPORT).is_dir():
+        return
     budget = dict(recipe.get("budget") or {})
     steps = (recipe.get("train") or {}).get("steps") or budget.get("steps")
     task_tokens, total_tokens = _tokens(last, recipe)
@@ -384,11 +410,17 @@ def _unfinished(folder: Path, recipe: Mapping[str, Any], last: Mapping[str, Any]
     wanted = {"steps": steps} if steps else budget
     for key, value in {"steps": last["step"], **trained_tokens}.items():
         goal = wanted.get(key)
-        if isinstance(goal, int | float) and value < WHOLE_AT * goal:
+        least = 1 if key == "steps" else WHOLE_AT
+        if isinstance(goal, int | float) and value < least * goal:
             yield (
                 f"run {folder} has trained {value:,} of {goal:,.0f} {key.replace('_', ' ')}; only finished "
                 "runs can be compared; start it again with the same command, it goes on to its end"
             )
+
+
+def _may_end_before(recipe: Mapping[str, Any]) -> bool:
+    """Whether the run ends where a source is used up, whatever its budget."""
+    return any(table.get("when_exhausted") == "stop" for table in recipe["sources"].values())
 
 
 def _realised(training: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> dict[str, Realised]:

@@ -4,6 +4,7 @@ Lengths are in pixels of the canvas, y grows downwards. A colour is the name of 
 """
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -12,6 +13,7 @@ XY: TypeAlias = tuple[float, float]
 Anchor = Literal["start", "middle", "end"]
 TEXT_PX = 12
 _LETTER_PX, _BOLD_LETTER_PX = 6.9, 7.9  # mean width of a letter in a wide font
+_WIDE_LETTER_PX = TEXT_PX + 0.5  # of a Chinese, Japanese or Korean one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,4 +99,6 @@ REMEDY_SHAPES = tuple(_SHAPES)[1:]
 
 def width_of(text: str, *, is_bold: bool = False) -> float:
     """About how wide a text is, rather too much than too little."""
-    return (_BOLD_LETTER_PX if is_bold else _LETTER_PX) * len(text)
+    num_wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    letter_px = _BOLD_LETTER_PX if is_bold else _LETTER_PX
+    return letter_px * (len(text) - num_wide) + _WIDE_LETTER_PX * num_wide

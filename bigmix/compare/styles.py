@@ -4,8 +4,10 @@ Each colour has a form for light and one for dark paper, both with enough contra
 so that the order can be read without seeing colours.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from bigmix.compare.judge import Comparison, percent
 from bigmix.compare.points import Point
@@ -18,6 +20,8 @@ _REMEDIES = (("#a03c7c", "#e58fc4"), ("#7a5a00", "#d9b23c"), ("#5b4bb0", "#a99bf
 _DASHES: tuple[tuple[float, ...], ...] = ((), (6, 3), (2, 3), (8, 3, 2, 3))
 MAX_NAMED = 6  # points that can be named at the ends of their curves
 _MAX_NAME = 18  # letters
+_MAX_IN_LEGEND = 48
+_WORDS = re.compile(r"(?<=[-_/. ])")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +60,7 @@ _Look = tuple[tuple[str, str], str, Sequence[float], str]
 def _looks(comparison: Comparison) -> Iterator[tuple[Point, _Look]]:
     """Lines over the share first; of each point colours, shape, dash, label."""
     is_sweep = len(comparison.points) > 2
+    labels = labels_of([point.name for point in comparison.points])
     for number, line in enumerate(comparison.arrangement.lines):
         shape = "circle" if number == 0 else REMEDY_SHAPES[(number - 1) % len(REMEDY_SHAPES)]
         dash = _DASHES[number % len(_DASHES)]
@@ -63,13 +68,13 @@ def _looks(comparison: Comparison) -> Iterator[tuple[Point, _Look]]:
         for point in line.points:
             is_two_way = point.kind == "two-way"
             colours = _of_share(above.index(point), len(above)) if is_two_way else ONE_WAY
-            label = percent(point.written_share) if is_sweep else shorten(point.name)
+            label = percent(point.written_share) if is_sweep else labels[point.name]
             yield point, (colours, shape, dash, label)
     for index, point in enumerate(comparison.arrangement.remedies):
         colours = _REMEDIES[index % len(_REMEDIES)]
         shape = REMEDY_SHAPES[index % len(REMEDY_SHAPES)]
         dash = _DASHES[1 + index % (len(_DASHES) - 1)]
-        yield point, (colours, shape, dash, shorten(point.name))
+        yield point, (colours, shape, dash, labels[point.name])
 
 
 def _of_share(rank: int, count: int) -> tuple[str, str]:
@@ -84,11 +89,32 @@ def _blend(one: str, other: str, part: float) -> str:
     return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in parts)
 
 
-def shorten(name: str) -> str:
+def are_labels_enough(styles: Mapping[str, Style]) -> bool:
+    """Whether the labels at the ends of curves say which point each is, so that no legend is needed."""
+    labels = {style.label for style in styles.values()}
+    return len(styles) <= MAX_NAMED and len(labels) == len(styles)
+
+
+def labels_of(names: Sequence[str]) -> dict[str, str]:
+    """A short label for each name. Where one is long, words that all begin with are left out, then those that all end with."""
+    found = [_WORDS.split(name) for name in names]
+    for way in (1, -1):
+        if max(len("".join(words)) for words in found) > _MAX_NAME:
+            found = [words[::way] for words in found]
+            alike = _num_alike(found)
+            found = [words[alike:][::way] for words in found]
+    labels = ("".join(words).strip("-_/. ") for words in found)
+    return {n: _shorten(label or n, _MAX_NAME) for n, label in zip(names, labels, strict=True)}
+
+
+def _num_alike(lists: Sequence[Sequence[str]]) -> int:
+    """How many words all lists begin with."""
+    return sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*lists, strict=False)))
+
+
+def _shorten(name: str, most: int) -> str:
     """Of a long name both ends, as runs differ in either."""
-    if len(name) <= _MAX_NAME:
-        return name
-    return f"{name[: _MAX_NAME // 2]}…{name[-(_MAX_NAME // 2 - 1) :]}"
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
 
 
 def legend(styles: Mapping[str, Style], width: float) -> Scene:
@@ -96,7 +122,7 @@ def legend(styles: Mapping[str, Style], width: float) -> Scene:
     shapes: list[Shape] = []
     x, y = 14.0, 14.0
     for style in styles.values():
-        text = shorten(style.name)
+        text = _shorten(style.name, _MAX_IN_LEGEND)
         if x + 26 + width_of(text) > width and x > 14:
             x, y = 14.0, y + 20
         shapes.append(
