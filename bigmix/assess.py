@@ -69,7 +69,11 @@ def run(
     models = read_evaluated(recipe, inputs.manifests[0], inputs.tokenizer_folder, given)
     asked = {
         named: questions_of(
-            inputs.tasks, inputs.tokenizer_folder, model.path, inputs.manifests, model.config
+            inputs.tasks,
+            inputs.tokenizer_folder,
+            model.path,
+            [*inputs.manifests, *inputs.trained],
+            model.config,
         )
         for named, model in models.items()
     }

@@ -5,6 +5,7 @@ of zero-shot models", 2022); for what tuned language models forget: Lin et al., 
 2023 (arXiv:2309.06256).
 """
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -28,6 +29,7 @@ _FREE_KEYS = frozenset(
     {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
 )
 _MOST_NAMED = 10
+_ROUNDING = 1e-9  # of a sum of weights: 0.33, 0.56 and 0.11 are a little above 1
 # Files of a model that go with its weights, by their endings.
 _COMPANIONS = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"})
 Report = Callable[[int], None]  # tensors done
@@ -51,7 +53,8 @@ def members_of(folders: Sequence[Path], weights: Sequence[float]) -> Sequence[Me
         faults.append(
             f"--weight has {len(weights)} numbers for {len(folders) - 1} models after the base; give one for each"
         )
-    if any(not 0 <= weight <= 1 for weight in weights) or sum(weights) > 1:
+    left = 1 - math.fsum(weights)
+    if any(not 0 <= weight <= 1 for weight in weights) or left < -_ROUNDING:
         said = ", ".join(f"{weight:g}" for weight in weights)
         faults.append(
             f"--weight is {said}, each must be from 0 to 1 and their sum at most 1; the base has what is left"
@@ -60,7 +63,7 @@ def members_of(folders: Sequence[Path], weights: Sequence[float]) -> Sequence[Me
         raise BadInput(*faults)
     return [
         Member(folder=folder, weight=weight)
-        for folder, weight in zip(folders, [1 - sum(weights), *weights], strict=True)
+        for folder, weight in zip(folders, [max(left, 0.0), *weights], strict=True)
     ]
 
 

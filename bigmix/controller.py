@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -73,9 +74,11 @@ def rule_of(controller: Controller, looked_at: Sequence[str]) -> Rule:
 def _module(place: str) -> Any:
     if not place.endswith(".py"):
         return importlib.import_module(place)
-    spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+    spec = importlib.util.spec_from_file_location(f"bigmix_rule_{Path(place).stem}", place)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Where dataclasses look for it.
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 

@@ -46,4 +46,6 @@ def what_it_follows_from(recipe: Recipe, inputs: Inputs, ranks: int) -> str:
         name: [str(stream.packer), *(shard.sha256 for shard in stream.manifest.shards)]
         for name, stream in inputs.held_out.items()
     }
-    return json.dumps([settings, data, ranks], sort_keys=True)
+    # Tasks are asked as the chats of the sources are written.
+    templates = {m.template.sha256 for m in inputs.manifests if m.template is not None}
+    return json.dumps([settings, data, sorted(templates), ranks], sort_keys=True)

@@ -87,6 +87,12 @@ class Inputs:
         return self.depot.tokenizer_folder(nearest)
 
     @property
+    def manifests(self) -> Sequence[Manifest]:
+        """Those of all sources and held-out sets."""
+        held_out = (stream.manifest for stream in self.held_out.values())
+        return [*(source.manifest for source in self.sources.values()), *held_out]
+
+    @property
     def manifest(self) -> Manifest:
         """The manifest of the first source; all agree about the tokenizer."""
         return next(iter(self.plan.streams.values())).manifest
@@ -232,20 +238,22 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
 class HeldOutInputs:
     """What a recipe names for an evaluation without training, opened: its held-out streams, tasks, DeepSpeed's keys.
 
-    `manifests` are those of the held-out sources, that of the nearest one first.
+    `manifests` are those of the held-out sources, that of the nearest one first; `trained` those of the sources that are
+    trained on, where tasks follow from them.
     """
 
     streams: Mapping[str, Stream]
     tasks: Mapping[str, TaskFile]
     ds_keys: Mapping[str, Any]
     manifests: Sequence[Manifest]
+    trained: Sequence[Manifest]
     tokenizer_folder: Path
 
 
 def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOutInputs:
     """Open and check the held-out sources and the tasks alone: sources that are trained on need not be there.
 
-    Raises BadInput with every fault that is found.
+    But for tasks that are chats where a source is one, unless a held-out source says so already. Raises BadInput with every fault that is found.
     """
     paths, faults = recipe.held_out_paths, list[str]()
     if not paths:
@@ -261,6 +269,7 @@ def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOut
         if source is not None:
             sources[path] = source
             faults += [f"held_out of {name}: {fault}" for fault in _damaged_shards(source, verify)]
+    trained = _deciding(recipe, faults, [source.manifest for source in sources.values()])
     faults += _tokenizer_faults({path: source.manifest for path, source in sources.items()})
     if faults:
         raise BadInput(*faults)
@@ -274,8 +283,28 @@ def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOut
         tasks=tasks,
         ds_keys=ds_keys,
         manifests=[source.manifest for source in ordered],
+        trained=trained,
         tokenizer_folder=depot.tokenizer_folder(ordered[0]),
     )
+
+
+def _deciding(
+    recipe: Recipe, faults: list[str], held_out: Sequence[Manifest]
+) -> Sequence[Manifest]:
+    """The sources that decide how tasks are asked: as a chat or as text."""
+    is_open = any(task.format == "auto" for task in recipe.tasks.values())
+    if not is_open or any(manifest.template is not None for manifest in held_out):
+        return ()
+    missing: list[str] = []
+    found = [
+        _collect(missing, _source, f"sources.{name}.path", source.path, _retry(recipe))
+        for name, source in recipe.sources.items()
+    ]
+    faults += [
+        f"{fault}; it decides whether tasks are asked as chats: or set their format to chat or text"
+        for fault in missing
+    ]
+    return [source.manifest for source in found if source is not None]
 
 
 def _sources(

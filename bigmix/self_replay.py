@@ -23,12 +23,13 @@ from bigmix.data.prepare import Prepared, prepare
 from bigmix.data.prepare_settings import PrepareSettings, faults_of_settings
 from bigmix.data.progress import faults_of_output
 from bigmix.data.tokenizer import Tokenizer, load_tokenizer
-from bigmix.errors import BadInput
+from bigmix.errors import BadInput, BigmixError
 from bigmix.files import replace_text
 from bigmix.model import max_positions, read_config
 
 VERSION = 1
 _USUAL_TOKENS = 512
+_MOST_EMPTY = 5_000  # documents in a row
 Report = Callable[[int, int], None]  # documents and tokens so far
 
 
@@ -158,7 +159,11 @@ def _keep_settings(wanted: SelfReplay, tokenizer: Tokenizer, most: int) -> None:
         **asdict(wanted.sampling),
         "max_tokens": most,
     }
-    if _lines_file(wanted).exists() and path.exists():
+    if _lines_file(wanted).exists() and not path.exists():
+        raise BadInput(
+            f"{_lines_file(wanted)} exists and was not made by this command; remove it, or give another --output"
+        )
+    if _lines_file(wanted).exists():
         then = json.loads(path.read_text(encoding="utf-8"))
         faults = [
             f"{key} is {value!r}, and {_lines_file(wanted)} was begun with {then.get(key)!r}; give that again, or remove the file"
@@ -186,6 +191,7 @@ def _sample(
 ) -> None:
     """Append documents until all of them have enough tokens; where that is does not depend on the batch."""
     tokens = sum(sample.tokens for sample in samples)
+    empty_from = len(samples)
     report(len(samples), tokens)
     if tokens >= wanted.tokens:
         return
@@ -199,7 +205,13 @@ def _sample(
                 file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
                 samples.append(sample)
                 tokens += sample.tokens
+                empty_from = len(samples) if sample.tokens else empty_from
             file.flush()
+            if len(samples) - empty_from >= _MOST_EMPTY:
+                raise BigmixError(
+                    f"{wanted.model} ended each of the last {len(samples) - empty_from:,} documents before their first token: it "
+                    "does not write texts by itself; give --prompt-tokens 1 or more"
+                )
             report(len(samples), tokens)
 
 

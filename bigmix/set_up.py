@@ -173,7 +173,7 @@ def _tasks(recipe: Recipe, inputs: Inputs, config: Any, terminal: Terminal) -> d
         inputs.tasks,
         inputs.tokenizer_folder,
         recipe.model.tokenizer or recipe.model.path,
-        [source.manifest for source in inputs.sources.values()],
+        inputs.manifests,
         config,
     )
 

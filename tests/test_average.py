@@ -1,6 +1,7 @@
 """An average of models is that of their dense weights, is refused where they differ, and is the model itself at its ends."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import transformers
 from safetensors.torch import load_file
 from tiny_models import FAMILIES
 
+from bigmix.average import members_of
 from bigmix.cli import main
 from bigmix.weight_files import WeightFiles
 
@@ -85,6 +87,11 @@ def test_every_difference_is_named(tmp_path, capsys):
     ):  # fmt: skip
         assert part in said, said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sum_that_is_above_one_by_rounding_alone_is_one():
+    first, *others = members_of([Path("a")] * 4, [0.33, 0.56, 0.11])
+    assert first.weight == 0 and [m.weight for m in others] == [0.33, 0.56, 0.11]
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,11 @@ def test_the_worst_or_the_mean_of_what_is_looked_at_counts():
 
 
 RULE = """\
+from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Kept:
+    share: float
 def by_loss(reading):
     return 0.1 + 0.01 * len(reading.earlier) + reading.losses["web"] / 100
 calls = []

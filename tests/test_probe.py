@@ -111,6 +111,13 @@ def test_more_people_than_names_are_refused(texts, capsys):
     assert not (texts.parent / "out").exists()
 
 
+def test_what_is_read_is_not_written_over(texts, capsys):
+    make(texts)
+    made = texts.parent / "probe"
+    assert main(["probe", "make", str(made / "text.jsonl.gz"), "--output", str(made)]) == 2
+    assert "text.jsonl.gz would be written over" in capsys.readouterr().err
+
+
 def test_inputs_that_are_no_texts_are_refused(tmp_path, capsys):
     chats = tmp_path / "chats.jsonl"
     chats.write_text('{"prompt": "a", "response": "b"}\n')

@@ -160,6 +160,14 @@ def test_what_is_not_allowed_is_told(words, said, model, tmp_path, capsys):
     assert not (tmp_path / "self.jsonl").exists()
 
 
+def test_a_file_of_the_users_is_left_as_it_is(model, tmp_path, capsys):
+    lines = '{"text": "one"}\n{"text": "two"}'
+    (tmp_path / "self.jsonl").write_text(lines)
+    assert make(model, tmp_path, "--tokens", "10")[0] == 2
+    assert "self.jsonl exists and was not made by this command" in capsys.readouterr().err
+    assert (tmp_path / "self.jsonl").read_text() == lines
+
+
 def test_a_folder_without_weights_is_refused(model, tmp_path, capsys):
     bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     assert make(bare, tmp_path, "--tokens", "10")[0] == 2

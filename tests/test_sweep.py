@@ -110,6 +110,20 @@ def test_a_value_has_one_short_name_that_is_safe_in_files(value, name):
     assert value_name(value) == name
 
 
+def test_a_share_is_the_same_fraction_however_it_is_written(here):
+    def shares(value):
+        (run,) = load(changed(here, **{"sources.web.share": [value]})).runs
+        return {name: source.share for name, source in run.recipe.sources.items()}
+
+    assert shares("2e-2") == shares(0.02)
+    assert sum(shares("2e-2").values()) == pytest.approx(1) and shares("2e-2")["web"] == 0.02
+    assert "web" not in shares("0e0")
+
+
+def test_a_value_that_is_no_finite_number_is_named_as_a_text(here):
+    assert value_name(float("inf")) == "Infinity" and value_name("nan") == "nan"
+
+
 def test_settings_that_end_alike_are_told_apart(here):
     path = changed(here, **{"sources.web.max_epochs": [1], "sources.chat.max_epochs": [2, 3]})
     assert names(path)[0] == "chat-max_epochs-2_web-max_epochs-1/seed-0"

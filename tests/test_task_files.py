@@ -43,6 +43,7 @@ def test_prompts_and_answers_come_in_the_usual_forms(tmp_path):
         [
             {"prompt": "a", "response": "b"},
             {"prompt": "a", "label": 3},
+            {"prompt": "a", "label": True},
             {"prompt": "q", "context": "c", "references": ["x", "y"]},
             {"prompt": "q", "references": {"text": ["x"], "start": [1]}},
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
@@ -53,12 +54,13 @@ def test_prompts_and_answers_come_in_the_usual_forms(tmp_path):
     assert [e.references for e in file.examples] == [
         ("b",),
         ("3",),
+        ("true",),
         ("x", "y"),
         ("x",),
         ("b",),
         ("b",),
     ]
-    assert [e.shown for e in file.examples] == ["a", "a", "c\n\nq", "q", "a", "a"]
+    assert [e.shown for e in file.examples] == ["a", "a", "a", "c\n\nq", "q", "a", "a"]
 
 
 def test_columns_name_the_parts_and_examples_are_spread_evenly(tmp_path):
@@ -80,6 +82,9 @@ def test_columns_name_the_parts_and_examples_are_spread_evenly(tmp_path):
         ([{"prompt": "a", "response": "none"}], {"scores": ["numeric_match"]}, "line 1: its answer has no number"),
         ([{"prompt": "a", "label": "Cash."}], {"scores": ["accuracy"], "labels": ["cash", "card"]}, "line 1: label 'Cash.' is none of labels; did you mean 'cash'?"),
         ([{"prompt": "a", "label": "x"}], {"scores": ["macro_f1"], "by": "likelihood"}, "labels is x; a choice needs two or more"),
+        ([{"prompt": "a", "label": "us"}, {"prompt": "a", "label": "US"}], {"scores": ["accuracy"]}, "labels 'us' and 'US' differ in case or a full stop alone"),
+        ([{"prompt": "a", "label": "x"}, {"prompt": "a", "label": "y"}], {"scores": ["accuracy"], "labels": ["x", "y", ""]}, "a label is empty"),
+        ([{"prompt": "a", "references": ["x", "z"]}], {"scores": ["accuracy"], "labels": ["x", "y"]}, "label 'z' is none of labels"),
         ([{"prompt": "a", "response": "b"}], {"scores": ["pass@1"], "execute": True}, "line 1: has no test"),
         ([{"prompt": "a", "response": "\ud800"}], {}, "line 1: holds half of a surrogate pair"),
         ([{"messages": "a", "response": "b"}], {}, "line 1: its messages cannot be read or is empty"),
@@ -156,6 +161,17 @@ def test_labels_are_the_tokens_that_training_learns_of_them(tmp_path, tiny_token
     assert [tokenizer.decode(tokens) for tokens in text.labels] == [
         f"\n{label}" for label in labels
     ]
+
+
+def test_labels_that_are_cut_from_their_first_letter_follow_an_end(tmp_path, tiny_tokenizer):
+    """Where the prompt melts into the labels, or leaves them nothing that they are predicted from."""
+    tokenizer = load_tokenizer(str(tiny_tokenizer))
+    rows = [{"prompt": "h", "label": label} for label in ("e river", "e tower")]
+    task = {"scores": ["accuracy"], "by": "likelihood", "separator": ""}
+    assert tokenizer.bos_id is None
+    for question in asked(opened(tmp_path, rows, **task), tokenizer, None).questions:
+        assert question.prompt == (tokenizer.eos_id,)
+        assert [tokenizer.decode(ids) for ids in question.labels] == ["he river", "he tower"]
 
 
 def test_prompts_that_do_not_fit_are_refused_or_dropped_and_counted(tmp_path, tiny_tokenizer):

@@ -4,6 +4,7 @@ import re
 import string
 import time
 from collections import Counter
+from decimal import Decimal
 from itertools import combinations
 
 import numpy as np
@@ -93,6 +94,9 @@ def test_rouge_is_rouge_scores_and_knows_chinese(texts):
         assert found.values_N.tolist() == pytest.approx(expected, abs=1e-12)
     # 猫 坐 垫 of 4 and 3 characters: precision 1, recall 3/4.
     assert score("rouge1", answered(["猫坐垫"], [["猫坐垫上"]])).value == pytest.approx(6 / 7)
+    # Words of other scripts, in upper or lower case, beside those of ASCII.
+    assert score("rouge1", answered(["Кот сидит тут 7"], [["кот сидит там 7"]])).value == 0.75
+    assert score("rouge2", answered(["한국어 단어 둘"], [["한국어 단어 둘"]])).value == 1
 
 
 def test_labels_are_judged_as_by_scikit_learn():
@@ -113,6 +117,19 @@ def test_labels_are_judged_as_by_scikit_learn():
 def test_a_label_is_known_in_any_case_and_with_a_full_stop():
     answers = answered([" Card.", "CASH", "loan rate"], [["card"], ["cash"], ["loan"]])
     assert score("accuracy", answers, LABELS).value == pytest.approx(2 / 3)
+
+
+def test_a_label_that_is_answered_to_the_letter_is_that_one():
+    answers = answered(["us", "US", "."], [["us"], ["US"], ["."]])
+    assert score("accuracy", answers, ("us", "US", ".", "?")).value == 1
+    assert score("macro_f1", answers, ("us", "US", ".", "?")).value == 1
+
+
+def test_any_of_several_labels_is_right():
+    answers = answered(["cash", "card"], [["card", "cash"], ["loan", "cash"]])
+    assert score("accuracy", answers, LABELS).value == 0.5
+    # As if the labels were cash and loan, the answers cash and card: F1 of cash 1, of card and loan 0.
+    assert score("macro_f1", answers, LABELS).value == pytest.approx(1 / 3)
 
 
 def squad_normalised(text):
@@ -150,12 +167,12 @@ def test_chinese_words_are_characters():
         ("it costs $1,234.50!", "1234.5"), ("50% of 8 is 4", "4"), ("about 50%", "50"), ("3.", "3"),
         ("7 + 3 = 10\n#### 42 apples", "42"), ("#### none, but 3 before", "3"), ("１２", "12"),
         ("−7", "-7"), ("2.5e3", "2500"), ("-.5", "-0.5"), ("12,345,678", "12345678"), ("-1,000", "-1000"),
-        ("+7", "7"), ("no number", None),
+        ("+7", "7"), ("no number", None), ("25 m²", "25"), ("CO₂ of 7", "7"), ("10³", "10"),
+        ("1e99999999999999999999", "99999999999999999999"), ("2e9999", "2e9999"),
     ],
 )  # fmt: skip
 def test_the_last_number(text, number):
-    found = last_number(text)
-    assert found == (None if number is None else pytest.approx(float(number)))
+    assert last_number(text) == (None if number is None else Decimal(number))
     assert numeric_match(text, f"9 #### {number or 1}") == (number is not None)
 
 
@@ -200,6 +217,13 @@ def test_programs_run_within_their_limits(tmp_path):
     assert not judged("def twice(x):\n    return 3 * x")
     assert not judged("def twice(x")
     assert not judged("while True: pass")
+    # Its end must be reached, not only an end without an error.
+    assert not judged("def twice(x): return x\nexit()")
+    assert not judged("import os\ndef twice(x): return x\nos._exit(0)")
+    main = "if __name__ == '__main__':\n    raise SystemExit(0)"
+    assert judged(f"def twice(x):\n    return 2 * x\n{main}")
+    typed = "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass C:\n    x: int"
+    assert judged(f"{typed}\ndef twice(x):\n    return C(2 * x).x")
     assert not judged("twice = lambda x: len(bytearray(1 << 30)) and 4")
     marker = tmp_path / "late"
     late = f"import time; time.sleep(1); open({str(marker)!r}, 'w')"

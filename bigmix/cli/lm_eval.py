@@ -57,7 +57,11 @@ def run_lm_eval(model: str, tasks: str, out: Path, arguments: Sequence[str] = ()
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     manager = _manager(names, given.pop(_INCLUDE, None))
     found = lm_eval.simple_evaluate(
-        model="hf", model_args={"pretrained": model}, tasks=names, task_manager=manager, **given
+        model="hf",
+        model_args={"pretrained": model},
+        tasks=manager.match_tasks(names),  # names may have a *
+        task_manager=manager,
+        **given,
     )
     kept = {key: found[key] for key in _KEPT if key in found}
     report = {"version": 1, "model": model, "tasks": names, "arguments": list(arguments)} | kept

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigmix.data.documents import places_of
 from bigmix.data.order import key_of, permutation
 from bigmix.data.raw_documents import raw_documents
 from bigmix.data.recognise import Text
@@ -49,6 +50,7 @@ def plant(inputs: Sequence[str], planting: Planting, folder: Path) -> Planted:
     """
     world = WORLDS[planting.language]
     _check(planting, world)
+    _check_folder(inputs, folder)
     everybody = list(people(world, planting.people, planting.seed))
     planted = _documents(world, everybody, planting)
     num_texts = sum(1 for text in _texts(inputs, planting.columns) if text is not None)
@@ -76,6 +78,16 @@ def _check(planting: Planting, world: World) -> None:
         raise BadInput(
             f"--people is {planting.people:,} and there are {most:,} names; ask for that many or fewer"
         )
+
+
+def _check_folder(inputs: Sequence[str], folder: Path) -> None:
+    """What is written must not take the place of what is read."""
+    written = {(folder / name).resolve() for name in (TEXT, PLANTED, QUESTIONS, NEW_QUESTIONS)}
+    for place in places_of(inputs):
+        if Path(place).resolve() in written:
+            raise BadInput(
+                f"input {place} would be written over; give another --output than {folder}"
+            )
 
 
 def _documents(world: World, everybody: Sequence[Person], planting: Planting) -> Sequence[str]:

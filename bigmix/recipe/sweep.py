@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,9 +129,10 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def _number_name(number: float) -> str:
@@ -147,10 +149,21 @@ def tree_of(recipe: Mapping[str, Any], point: Point, *, seed: int, output: str) 
     tree.pop("sweep", None)
     for key, value in point.settings.items():
         put(tree, key, copy.deepcopy(value), point.said_in)
+    _read_shares(tree)
     _scale_others(tree, point)
-    for name in [key[1] for key, value in point.settings.items() if _is_no_share(key, value)]:
-        _leave_out(tree, name)
+    for name in [key[1] for key in point.settings if key[0] == "sources" and _is_share(key)]:
+        if tree["sources"][name]["share"] == 0:
+            _leave_out(tree, name)
     return tree | {"seed": seed, "output": f"{output}/{point.name}/seed-{seed}"}
+
+
+def _read_shares(tree: dict[str, Any]) -> None:
+    """Shares that YAML takes for texts, such as 2e-2, as the numbers that the recipe takes them for."""
+    for table in ("sources", "groups"):
+        for member in (tree.get(table) or {}).values():
+            number = _number(member.get("share")) if isinstance(member, dict) else None
+            if number is not None:
+                member["share"] = number
 
 
 def _scale_others(tree: dict[str, Any], point: Point) -> None:
@@ -159,14 +172,14 @@ def _scale_others(tree: dict[str, Any], point: Point) -> None:
     Left alone where a share beside it is no number, or where the swept ones leave nothing.
     """
     members = [(t, n, m) for t in ("sources", "groups") for n, m in (tree.get(t) or {}).items()]
-    swept = {key[:2]: value for key, value in point.settings.items() if _is_share(key)}
+    swept = {key[:2] for key in point.settings if _is_share(key)}
     for level in {m.get("group") for t, n, m in members if (t, n) in swept}:
         beside = {(t, n): m for t, n, m in members if m.get("group") == level}
         shares = [m.get("share") for m in beside.values()]
         fixed = [key for key in beside if key not in swept]
         if not fixed or not all(_is_fraction(share) for share in shares):
             continue
-        left = 1 - sum(swept[key] for key in beside if key in swept)
+        left = 1 - sum(beside[key]["share"] for key in beside if key in swept)
         total = sum(beside[key]["share"] for key in fixed)
         if left > 0 and total > 0:
             for key in fixed:
@@ -180,11 +193,6 @@ def _is_share(key: Path_) -> bool:
 
 def _is_fraction(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-
-
-def _is_no_share(key: Path_, value: Any) -> bool:
-    is_share = len(key) == 3 and key[0] == "sources" and key[2] == "share"
-    return is_share and not isinstance(value, bool) and value == 0
 
 
 def _leave_out(tree: dict[str, Any], name: str) -> None:

@@ -161,6 +161,9 @@ def _question(
         return Question(example=example, prompt=prompt, labels=())
     begin = _shared(written)
     whole = [prompt + answer for prompt, answer in written]
+    if not begin:
+        # The first token of each label needs one that it is predicted from; an end of a document says nothing about it.
+        begin, whole = 1, [(tokenizer.eos_id, *ids) for ids in whole]
     return Question(
         example=example, prompt=whole[0][:begin], labels=tuple(ids[begin:] for ids in whole)
     )

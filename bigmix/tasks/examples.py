@@ -11,7 +11,7 @@ from bigmix.data.order import spread
 from bigmix.data.recognise import Conversation, Layout, Turn, document_of
 from bigmix.errors import BadInput
 from bigmix.recipe.task import PARTS, Task
-from bigmix.tasks.matching import label_of, last_number
+from bigmix.tasks.matching import label_of, last_number, plain_label
 
 _MOST_FAULTS = 5  # of one file; the rest is counted
 _LIBRARIES = {"bleu": "sacrebleu", "chrf": "sacrebleu"} | dict.fromkeys(
@@ -90,9 +90,9 @@ def _open(task: Task) -> TaskFile:
             faults += [f"{place}: {fault}" for fault in error.faults]
     if not examples and not faults:
         raise BadInput(f"{task.path} holds no example; give a file with one JSON object a line")
-    labels = task.labels or tuple(dict.fromkeys(r for e in examples for r in e.references[:1]))
+    labels = task.labels or tuple(dict.fromkeys(r for e in examples for r in e.references))
     if task.judges_labels:
-        faults += _label_faults(examples, labels)
+        faults += _label_faults(examples, labels, task)
     if len(faults) > _MOST_FAULTS:
         faults[_MOST_FAULTS:] = [
             f"{task.path}: {len(faults) - _MOST_FAULTS} more faults like these"
@@ -102,15 +102,33 @@ def _open(task: Task) -> TaskFile:
     return TaskFile(task=task, examples=spread(examples, task.examples), labels=labels)
 
 
-def _label_faults(examples: Sequence[Example], labels: tuple[str, ...]) -> Iterator[str]:
+def _label_faults(
+    examples: Sequence[Example], labels: tuple[str, ...], task: Task
+) -> Iterator[str]:
     if len(labels) < 2:
         yield f"labels is {', '.join(labels)}; a choice needs two or more, list them under labels"
+    if "" in labels:
+        yield "a label is empty; give each label a name"
+    if task.by == "generation":
+        yield from _alike(labels)
     for example in examples:
-        reference = example.references[0]
-        if reference not in labels:
-            near = label_of(reference, labels)
-            hint = f"did you mean {near!r}? M" if near else "m"
-            yield f"{example.place}: label {reference!r} is none of labels; {hint}end the line or add the label"
+        for reference in example.references:
+            if reference not in labels:
+                near = label_of(reference, labels)
+                hint = f"did you mean {near!r}? M" if near else "m"
+                yield f"{example.place}: label {reference!r} is none of labels; {hint}end the line or add the label"
+
+
+def _alike(labels: tuple[str, ...]) -> Iterator[str]:
+    """Labels that a written answer cannot be told to be."""
+    by_plain: dict[str, str] = {"": ""}
+    for label in labels:
+        other = by_plain.setdefault(plain_label(label), label)
+        if other != label:
+            yield (
+                f"labels {other!r} and {label!r} differ in case or a full stop alone, by which written answers are not told "
+                "apart; rename one, or set by: likelihood"
+            )
 
 
 def _example(task: Task, row: Mapping[str, Any] | None, index: int, place: str) -> Example:
@@ -157,12 +175,14 @@ def _question(
 
 
 def _references(answer: Any) -> tuple[str, ...]:
-    """The texts of an answer: a text, a number, a list of them, or SQuAD's table with a list under `text`."""
+    """The texts of an answer: a text, a number, true or false, a list of them, or SQuAD's table with a list under `text`."""
     if isinstance(answer, Mapping):
         return _references(answer.get("text"))
     if isinstance(answer, list):
         return tuple(text for each in answer for text in _references(each))
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+    if isinstance(answer, bool):
+        return (str(answer).lower(),)
+    if not isinstance(answer, str | int | float):
         return ()
     return (str(answer),)
 

@@ -98,10 +98,8 @@ def _mean_over_outputs(match: Callable[[str, str], float], answered: Answered) -
 
 
 def _share_right(answered: Answered, labels: tuple[str, ...]) -> float:
-    """The part of the outputs that are the right label."""
-    right = [
-        label_of(output, labels) == answered.example.references[0] for output in answered.outputs
-    ]
+    """The part of the outputs that are a right label."""
+    right = [label_of(output, labels) in answered.example.references for output in answered.outputs]
     return sum(right) / len(right)
 
 
@@ -115,8 +113,10 @@ def _macro_f1(answered: Sequence[Answered], labels: tuple[str, ...]) -> Judged:
     places = {label: at for at, label in enumerate(labels)}
     right, said, is_label = np.zeros((3, len(answered), len(labels)))
     for at, each in enumerate(answered):
-        wanted = each.example.references[0]
         found = label_of(each.outputs[0], labels)
+        references = each.example.references
+        # Of several right ones that which was said.
+        wanted = found if found in references else references[0]
         is_label[at, places[wanted]] = 1
         if found is not None:
             said[at, places[found]] = 1

@@ -15,8 +15,10 @@ _PUNCTUATION = re.compile(
 )
 # A sign belongs to a number only where nothing stands before it that could be subtracted from.
 _NUMBER = re.compile(
-    r"(?:(?<![\w.)\]])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+    r"(?:(?<![\w.)\]])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,4}(?!\d))?"
 )
+# m² is no 2; their full-width sisters are digits all the same.
+_RAISED_OR_LOWERED = re.compile("[\u00b2\u00b3\u00b9\u2070-\u2079\u2080-\u2089]")
 _ANSWER = "####"  # GSM8K writes its answers behind it
 
 
@@ -62,7 +64,7 @@ def last_number(text: str) -> Decimal | None:
 
     Thousands may have commas; signs and decimals count, currencies and percent signs do not: -1,234.50 and $-1234.5 are one.
     """
-    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-")
+    text = unicodedata.normalize("NFKC", _RAISED_OR_LOWERED.sub("", text)).replace("\u2212", "-")
     _, _, behind = text.rpartition(_ANSWER)
     found = _NUMBER.findall(behind) or _NUMBER.findall(text)
     return Decimal(found[-1].replace(",", "")) if found else None
@@ -70,9 +72,12 @@ def last_number(text: str) -> Decimal | None:
 
 def label_of(output: str, labels: tuple[str, ...]) -> str | None:
     """The label that an output is, in upper or lower case and with or without a full stop; None where it is none."""
-    plain = {_plain_label(label): label for label in labels}
-    return plain.get(_plain_label(output))
+    if output in labels:
+        return output
+    plain = {plain_label(label): label for label in labels}
+    return plain.get(plain_label(output))
 
 
-def _plain_label(text: str) -> str:
+def plain_label(text: str) -> str:
+    """A label as outputs are compared with it: two with the same one cannot be told apart in what a model writes."""
     return text.strip().rstrip(".。").casefold().strip()

@@ -3,6 +3,7 @@
 The libraries are an extra: they are imported where they are used, once the recipe is known to ask for them.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,8 @@ import numpy.typing as npt
 
 from bigmix.tasks.matching import CHINESE
 
+# A Chinese character, or the letters of a word in another script; Latin letters end where Greek begins.
+_NOT_LATIN = re.compile(rf"{CHINESE.pattern}|(?:(?!{CHINESE.pattern})[^\W\x00-\u036f])+")
 _CHINESE_FROM = 0.3  # of all characters of the references
 
 Floats = npt.NDArray[np.float64]
@@ -67,8 +70,8 @@ def _statistics(
 def rouge_values(name: str, outputs: Sequence[str], references: Sequence[str]) -> list[float]:
     """rouge-score's F1 of each output with the reference that it is nearest to, without stemming.
 
-    Its own words are of ASCII letters and digits alone, so that Chinese texts would have none: here each Chinese
-    character is a word as well.
+    Its own words are of ASCII letters and digits alone, so that texts in other scripts would have none: here each Chinese
+    character is a word as well, and each word of any script but Latin, such as Cyrillic or Hangul.
     """
     scorer = _rouge_scorer(name)
     return [
@@ -84,14 +87,14 @@ def _rouge_scorer(name: str) -> Any:
 
 
 class _Words:
-    """Cuts a text as rouge-score does, and takes each Chinese character as a word, too."""
+    """Cuts a text as rouge-score does, and takes what is not Latin as words, too."""
 
     def tokenize(self, text: str) -> list[str]:
         from rouge_score.tokenize import tokenize
 
         found: list[str] = []
         at = 0
-        for match in CHINESE.finditer(text):
-            found += [*tokenize(text[at : match.start()], None), match.group()]
+        for match in _NOT_LATIN.finditer(text):
+            found += [*tokenize(text[at : match.start()], None), match.group().lower()]
             at = match.end()
         return [*found, *tokenize(text[at:], None)]
