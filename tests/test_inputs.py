@@ -1,12 +1,15 @@
 """What a recipe names is opened and checked before anything starts; each fault is told once, and clearly."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 from corpora import write_source
 
 from bigmix.errors import BadInput
-from bigmix.inputs import open_inputs
+from bigmix.first_evaluation import what_it_follows_from
+from bigmix.inputs import open_held_out, open_inputs
 from bigmix.recipe import load_recipe
 
 
@@ -154,3 +157,34 @@ def test_a_budget_on_a_schedule_is_added_up_step_by_step(world):
     means = {n: s.tokens_per_epoch / s.rows_per_epoch for n, s in inputs.plan.streams.items()}
     tokens = sum(rows[n] * means[n] for n in rows)
     assert tokens == pytest.approx(100_000, rel=0.01)
+
+
+def test_tasks_are_asked_alike_in_a_run_and_in_an_evaluation(world):
+    """As chats where any source or held-out set of the recipe is one, trained on or not."""
+    (world / "task.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    task = "tasks={t: {path: task.jsonl, scores: [exact_match]}}"
+    text_alone = ["sources.chat.held_out=null", "held_out={more: web}"]
+    template = opened("budget.steps=4").sources["chat"].manifest.template
+    assert template is not None
+    for overrides in ([], text_alone):
+        recipe = load_recipe("recipe.yaml", [task, *overrides])
+        inputs, alone = opened(task, *overrides), open_held_out(recipe, verify=True)
+        for manifests in (inputs.manifests, [*alone.manifests, *alone.trained]):
+            assert {m.template.sha256 for m in manifests if m.template} == {template.sha256}
+    # A sweep's point without the source has it held out still.
+    without = ["sources={web: {path: web, role: task, share: 1}}", "held_out={chat: held}"]
+    assert any(m.template for m in opened(task, *without).manifests)
+    # And where none of it can be read, that decides nothing.
+    shutil.rmtree(world / "chat")
+    with pytest.raises(BadInput, match="or set their format to chat or text"):
+        open_held_out(load_recipe("recipe.yaml", [task, *text_alone]), verify=True)
+    open_held_out(load_recipe("recipe.yaml", text_alone), verify=True)
+
+
+def test_what_is_found_before_the_first_step_follows_from_the_template_of_tasks(world):
+    one, other = opened(), opened("sources.chat.held_out=null", "held_out={chat: held}")
+    recipe = load_recipe("recipe.yaml")
+    assert what_it_follows_from(recipe, one, 2) == what_it_follows_from(recipe, other, 2)
+    text = opened("sources={web: {path: web, role: task, share: 1, held_out: web}}")
+    with_chat, without = (replace(inputs, held_out={}) for inputs in (one, text))
+    assert what_it_follows_from(recipe, with_chat, 2) != what_it_follows_from(recipe, without, 2)
