@@ -1,9 +1,10 @@
 """Paths go in; a file that was written in one step, or the checksum of one, comes out."""
 
+import fcntl
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
@@ -26,6 +27,20 @@ def _hexdigest(path: Path, digest: Any) -> str:
         while part := file.read(16 * CHUNK):
             digest.update(part)
     return str(digest.hexdigest())
+
+
+def lock(file: IO[Any]) -> bool:
+    """Hold an open file until it is closed or the process ends; False where another process holds it.
+
+    True as well on a file system without locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,15 @@ from bigmix.checkpoint.listing import FOLDER, Listed, other_versions
 from bigmix.checkpoint.restore import newest_whole
 from bigmix.dist import Cluster
 from bigmix.errors import BadInput
-from bigmix.files import replace_text
+from bigmix.files import lock, replace_text
 from bigmix.health import RollBack
 from bigmix.recipe import Recipe, differences, from_plain, to_yaml
 from bigmix.run_listing import RECIPE
 from bigmix.world import World
 
 CHECKPOINTS, LOG = FOLDER, "log"
-PASSED_OVER, CHANGES = "passed-over.json", "changes.jsonl"
+PASSED_OVER, CHANGES, LOCK = "passed-over.json", "changes.jsonl", ".lock"
+ENDING_S = 60  # that a command may take to end, and a server of files to see that a machine is gone
 # These change speed, memory and what is written down, never what is learned.
 _FREE = frozenset(
     f"train.{name}"
@@ -103,6 +106,20 @@ class Beginning:
     def step(self) -> int:
         """The last step that is trained already."""
         return 0 if self.checkpoint is None else self.checkpoint.position.step
+
+
+@contextmanager
+def alone(folder: Path, cluster: Cluster, *, wait_s: float) -> Iterator[bool]:
+    """Hold the folder of a run against other commands; a collective. False where one holds it still after some seconds."""
+    with ExitStack() as stack:
+        is_ours = None
+        if cluster.world.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / LOCK).open("w"))
+            until = time.monotonic() + wait_s
+            while not (is_ours := lock(file)) and time.monotonic() < until:
+                time.sleep(0.2)
+        yield bool(cluster.gather(is_ours)[0])
 
 
 def beginning(recipe: Recipe, content: Mapping[str, str], cluster: Cluster) -> Beginning:

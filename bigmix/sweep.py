@@ -1,6 +1,7 @@
 """The runs of a sweep go in; they are trained one after another in one process group, and those that fail are told."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from bigmix.dist import Cluster, leave
@@ -10,6 +11,7 @@ from bigmix.guard import StopFlag
 from bigmix.inputs import Inputs, open_inputs
 from bigmix.model_checks import read_configs
 from bigmix.recipe import SweepRun
+from bigmix.run_folder import ENDING_S, alone
 from bigmix.run_listing import begin_attempt, end_attempt, fails_again, state_of
 from bigmix.sweep_inputs import look_at_all
 from bigmix.terminal import Terminal
@@ -20,7 +22,7 @@ from bigmix.world import World
 def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: StopFlag) -> None:
     """Train every run that is not done, those last that failed before; a failure leaves the others as they are.
 
-    Raises BadInput before the first one, Interrupted after a whole checkpoint when the flag is set, and BigmixError at the
+    A run that another command trains is passed over, and tried once more after the others. Raises BadInput before the first one, Interrupted after a whole checkpoint when the flag is set, and BigmixError at the
     end where runs have failed.
     """
     done = look_at_all(
@@ -31,29 +33,48 @@ def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: St
     terminal.note(f"sweep: {len(runs) - len(waiting)} of {len(runs)} runs are done")
     failures: dict[str, str] = {}
     shared = Shared()
-    for run in waiting:
+    passed, elsewhere = list[SweepRun](), list[SweepRun]()
+    # Those that another command trained are asked for once more: it may have been ending.
+    for wait_s, run in chain(((0, run) for run in waiting), ((ENDING_S, run) for run in passed)):
         if any(cluster.gather(flag.is_set())):
             raise Interrupted(f"stopped on request before {run.name}; the same command goes on from there")  # fmt: skip
-        terminal.note(f"\nsweep: run {run.number}, {run.name}")
-        try:
-            _run(run, cluster, flag, shared)
-        except Interrupted:
-            _write(cluster, run, is_ended=True)
-            raise
-        except BigmixError as error:
-            failures[run.name] = str(error)
-            _write(cluster, run, reason=str(error))
-            terminal.warning(f"run {run.name} failed: {error}")
-        while shared.engines:
-            shared.engines.pop().close()
-        give_back_memory()
+        with alone(Path(run.recipe.output), cluster, wait_s=wait_s) as is_ours:
+            if not is_ours:
+                (elsewhere if wait_s else passed).append(run)
+                terminal.note(
+                    f"\nsweep: run {run.number}, {run.name}, is trained by another command"
+                )
+                continue
+            terminal.note(f"\nsweep: run {run.number}, {run.name}")
+            failure = _attempt(run, cluster, flag, shared)
+        if failure is not None:
+            failures[run.name] = failure
+            terminal.warning(f"run {run.name} failed: {failure}")
     leave()
     if failures:
         told = "".join(f"\n{name}: {reason}" for name, reason in failures.items())
         raise BigmixError(
             f"{len(failures)} of {len(runs)} runs failed, the others are done; the same command tries them again{told}"
         )
-    terminal.note(f"sweep: all {len(runs)} runs are done")
+    others = f" but {len(elsewhere)}, which other commands train," if elsewhere else ""
+    terminal.note(f"sweep: all {len(runs)} runs{others} are done")
+
+
+def _attempt(run: SweepRun, cluster: Cluster, flag: StopFlag, shared: Shared) -> str | None:
+    """One run, and back with all that it has taken; why it failed, if it did."""
+    failure = None
+    try:
+        _run(run, cluster, flag, shared)
+    except Interrupted:
+        _write(cluster, run, is_ended=True)
+        raise
+    except BigmixError as error:
+        failure = str(error)
+        _write(cluster, run, reason=failure)
+    while shared.engines:
+        shared.engines.pop().close()
+    give_back_memory()
+    return failure
 
 
 def _look(run: SweepRun, inputs: Inputs) -> bool:

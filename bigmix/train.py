@@ -7,7 +7,7 @@ from bigmix.beats import Limits
 from bigmix.data.chat import PLAIN, PLAIN_SHA256
 from bigmix.dist import Cluster, leave
 from bigmix.engine import Engine, join
-from bigmix.errors import BigmixError
+from bigmix.errors import BadInput, BigmixError
 from bigmix.export import export
 from bigmix.first_evaluation import FirstEvaluation
 from bigmix.generation_check import LARGEST_GIB, check_generation, prompt_of, size_gib
@@ -17,7 +17,7 @@ from bigmix.loop import train
 from bigmix.metrics import METRICS, read_lines
 from bigmix.model_card import model_card
 from bigmix.recipe import Recipe
-from bigmix.run_folder import LOG, Beginning, beginning
+from bigmix.run_folder import ENDING_S, LOG, Beginning, alone, beginning
 from bigmix.run_listing import EXPORT, is_through
 from bigmix.set_up import Parts, set_up
 from bigmix.terminal import Terminal
@@ -38,7 +38,13 @@ def run(recipe: Recipe, inputs: Inputs, world: World, terminal: Terminal, flag: 
 
     Raises BadInput before the first step, and Interrupted after a whole checkpoint when the flag is set.
     """
-    run_in(join(world), recipe, inputs, terminal, flag, Shared())
+    cluster = join(world)
+    with alone(Path(recipe.output), cluster, wait_s=ENDING_S) as is_ours:
+        if not is_ours:
+            raise BadInput(
+                f"output {recipe.output} is being trained in by another command; wait for it or stop it, or give another output"
+            )
+        run_in(cluster, recipe, inputs, terminal, flag, Shared())
     leave()
 
 

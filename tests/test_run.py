@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import yaml
 from corpora import READING, write_source
-from ranks import ROOT, environment, free_port, start_script
+from ranks import ROOT, environment, free_port, run_on_ranks, start_script
 from servers import web_server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bigmix.data.chat import PLAIN
 from bigmix.data.source import read_source
 from bigmix.data.tokenizer import fingerprint_of
+from bigmix.files import lock
 
 RECIPE = """\
 model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1,
@@ -333,3 +334,10 @@ def test_rows_are_named_alike_before_and_in_any_split(data):
     assert [row[2:] for row in one] == [row[2:] for row in two] and len(one) == 8
     assert [row[0] for row in two] == ["0"] * 4 + ["1"] * 4
     assert [row[1] for row in two] == ["0", "0", "1", "1"] * 2
+
+
+def test_the_folder_of_a_run_is_one_commands(tmp_path):
+    with (tmp_path / ".lock").open("w") as other_command:
+        assert lock(other_command)
+        assert run_on_ranks("holds", 2, tmp_path, {"folder": str(tmp_path)}) == [[False, False]] * 2
+    assert run_on_ranks("holds", 2, tmp_path, {"folder": str(tmp_path)}) == [[True, True]] * 2

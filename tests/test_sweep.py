@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bigmix.cli import main
 from bigmix.data.tokenizer import fingerprint_of
 from bigmix.errors import BadInput
+from bigmix.files import lock
 from bigmix.inputs import open_inputs
 from bigmix.recipe import load, load_recipe, to_yaml
 from bigmix.recipe.sweep import value_name
@@ -314,6 +315,22 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_end(swept, data):
     for name in ("web-0/seed-0", "web-0.25/seed-0", "web-0/seed-1", "web-0.25/seed-1"):
         assert lines(data / "killed" / name) == lines(data / "run" / name)
         assert weights(data / "killed" / name) == weights(data / "run" / name)
+
+
+@pytest.mark.slow
+def test_a_run_that_another_command_trains_comes_last(swept, data):
+    words = ("output=shared", "sweep.only=[web-0, web-0.25]", "sweep.seeds=1")
+    held = data / "shared/web-0/seed-0"
+    held.mkdir(parents=True)
+    with (held / ".lock").open("w") as other_command:
+        assert lock(other_command)
+        started = start(data, 2, *words)
+        wait_for(data / "shared/web-0.25/seed-0/export", started)
+    codes, said = end(started)
+    assert codes == [0, 0], said
+    assert "sweep: run 1, web-0/seed-0, is trained by another command" in said
+    for name in ("web-0/seed-0", "web-0.25/seed-0"):
+        assert lines(data / "shared" / name) == lines(data / "run" / name)
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from bigmix.model import FrozenModel, build, load, read_config
 from bigmix.objective import StepShares
 from bigmix.records import MicroBatch, StepBatch
 from bigmix.reference import Anchor
+from bigmix.run_folder import alone
 from bigmix.world import world_of
 
 ROW = 64
@@ -384,6 +385,15 @@ def export_differences(rank, ranks, cluster, folder, families, file, dtype, shar
             difference = float((loaded(input_ids=ids).logits - before).abs().max())
         files = sorted(file.name for file in path.iterdir())
         found[family] = [difference, str(loaded.dtype), files]
+    return found
+
+
+def holds(rank, ranks, cluster, folder):
+    """Whether the folder of a run is ours, twice in a row."""
+    found = []
+    for _ in range(2):
+        with alone(Path(folder), cluster, wait_s=0.3) as is_ours:
+            found.append(is_ours)
     return found
 
 

@@ -3,7 +3,6 @@
 The file of a part is replaced after each shard. Merging takes these files for what the parts have made.
 """
 
-import fcntl
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bigmix.data.location import MANIFEST
 from bigmix.data.manifest import LENGTHS, Manifest
 from bigmix.errors import BadInput
-from bigmix.files import replace_text
+from bigmix.files import lock, replace_text
 
 PARTS = "parts"
 SHARD = "shard-"
@@ -96,14 +95,10 @@ def _is_begun(output: Path) -> bool:
 def alone(output: Path, part: int, parts: int) -> Iterator[None]:
     """Hold a part, counted from 0, against other commands on this machine; BadInput where one holds it."""
     with file_of_part(output, part, parts).with_suffix(".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(file):
             raise BadInput(
                 f"part {part + 1}/{parts} of {output} is being prepared by another command; wait for it or stop it"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+            )
         yield
 
 
