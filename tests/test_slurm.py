@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import re
 import signal
 import subprocess
 import sys
@@ -304,6 +305,24 @@ def test_the_jobs_of_an_array_divide_a_sweep_among_themselves(slurm, data):
     runs = [data / "swept" / point / "seed-0" for point in ("lr-0.01", "lr-1e-3", "warm")]
     assert [newest_step(run) for run in runs] == [4] * 3, said
     assert all((run / "export").is_dir() for run in runs), said
+
+
+def test_a_task_of_a_sweep_counts_the_failures_of_its_own_runs(tmp_path):
+    """What other tasks of the array train in the meantime does not make a failure look like a first one."""
+    own, other = (tmp_path / f"swept/{name}/seed-0/checkpoints" for name in ("own", "other"))
+    for folder in (own, other):
+        folder.mkdir(parents=True)
+        (folder / "latest").write_text("step-000010\n")
+    newest = re.search(r"^newest\(\) \{.*?^\}", (ROOT / "slurm/sweep.sbatch").read_text(), re.S | re.M)  # fmt: skip
+    script = f"""source {ROOT}/slurm/training.sh; {newest[0]}
+        runs=(swept/own/seed-0)
+        count_failure swept; echo step-000020 > {other}/latest
+        count_failure swept; echo step-000020 > {own}/latest
+        count_failure swept"""
+    done = subprocess.run(
+        ["bash", "-uc", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["1", "2", "1"]
 
 
 def test_a_container_sees_the_same_paths_as_the_job(tmp_path):
