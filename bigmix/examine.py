@@ -65,7 +65,7 @@ def examine(
         held_out[name] = summarise(
             name,
             of_documents,
-            tokens_per_byte=manifest.loss_tokens / manifest.loss_bytes,
+            tokens_per_byte=manifest.loss_tokens / max(manifest.loss_bytes, 1),
             base=base,
         )
     tasks = _interviewed(engine, cluster, interview, stop_asked=stop_asked, doing=doing)

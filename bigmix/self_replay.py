@@ -112,7 +112,7 @@ def _checked(wanted: SelfReplay) -> tuple[Tokenizer, Any, PrepareSettings]:
     faults = [
         *_faults(wanted),
         *faults_of_settings(prepared_as),
-        *faults_of_output(Path(wanted.output)),
+        *faults_of_output(Path(wanted.output), holds_out=wanted.held_out > 0),
     ]
     if faults:
         raise BadInput(*faults)

@@ -43,6 +43,8 @@ LAST_THINKS = (
     "{% if m.role == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
     "{{ m.content + '<|im_end|>\\n' }}{% endfor %}"
 )
+# Ends each turn with one token, and the conversation with one more.
+ENDS_AT_LAST = CHATML.replace("<|im_end|>\\n", "<|im_end|>") + "{{ eos_token }}"
 TWO_ENDS = CHATML.replace("<|im_end|>\\n", "<|im_end|><|endoftext|>")
 NO_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
 REWRITES = {
@@ -139,6 +141,52 @@ def test_each_special_token_that_ends_a_turn_is_learned(with_template):
     tokenizer = with_template(TWO_ENDS)
     ends = CLOSE + END_OF_TEXT
     assert learned(tokenizer, encode(tokenizer, TALK)) == [answer + ends for answer in ANSWERS]
+
+
+def test_the_end_of_each_answer_is_learned_where_the_last_one_has_more(with_template):
+    tokenizer = with_template(ENDS_AT_LAST)
+    template = open_template(tokenizer, "tokenizer")
+    encoded = encode_chat(tokenizer, template, TALK)
+    first, last = learned(tokenizer, encoded)
+    assert first == ANSWERS[0] + CLOSE and last == ANSWERS[1] + CLOSE + tokenizer.eos_token
+    assert not any("stop token" in w for w in check_first(tokenizer, template, [encoded]))
+    # An answer in the middle that has no end is told, though the last one has.
+    bare = GENERATION.replace(
+        "'<|im_end|>\\n' }}{% else", "('<|im_end|>' if loop.last else '') + '\\n' }}{% else"
+    )
+    tokenizer = with_template(bare)
+    template = open_template(tokenizer, "tokenizer")
+    told = check_first(tokenizer, template, [encode_chat(tokenizer, template, TALK)])
+    assert any("no stop token is in the loss" in warning for warning in told)
+
+
+@pytest.mark.parametrize("source", [None, CHATML, GENERATION])
+def test_an_answer_of_weight_0_is_read_and_not_learned(plain, with_template, source):
+    tokenizer = plain if source is None else with_template(source)
+    template = open_template(tokenizer, "plain" if source is None else "tokenizer")
+    messages = [*TALK.messages]
+    at = next(n for n, turn in enumerate(messages) if turn["role"] == "assistant")
+    messages[at] = {**messages[at], "weight": 0}
+    encoded = encode_chat(tokenizer, template, Conversation(messages=messages, tools=None))
+    whole = encode_chat(tokenizer, template, TALK)
+    assert encoded.ids.tolist() == whole.ids.tolist()
+    assert learned(tokenizer, encoded) == learned(tokenizer, whole)[1:]
+    assert encoded.answer_bytes == len(ANSWERS[1].encode())
+    none = [{**turn, "weight": 0} for turn in TALK.messages]
+    dropped = encode_chat(tokenizer, template, Conversation(messages=none, tools=None))
+    assert dropped == Dropped(reason="no_assistant_turn")
+
+
+def test_the_bytes_of_an_answer_are_those_of_its_calls_too(plain):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"q": END_OF_TEXT}}}
+    turns = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    template = open_template(plain, "plain")
+    encoded = encode_chat(plain, template, Conversation(messages=turns, tools=None))
+    (said,) = learned(plain, encoded)
+    assert encoded.answer_bytes == len(said.removesuffix(plain.eos_token).encode()) > 50
 
 
 @pytest.mark.parametrize("source", [CHATML, GENERATION])

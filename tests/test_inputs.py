@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from corpora import write_source
 
+from bigmix.cli import main
 from bigmix.errors import BadInput
 from bigmix.first_evaluation import what_it_follows_from
 from bigmix.inputs import open_held_out, open_inputs
@@ -157,6 +158,12 @@ def test_a_budget_on_a_schedule_is_added_up_step_by_step(world):
     means = {n: s.tokens_per_epoch / s.rows_per_epoch for n, s in inputs.plan.streams.items()}
     tokens = sum(rows[n] * means[n] for n in rows)
     assert tokens == pytest.approx(100_000, rel=0.01)
+
+
+def test_rows_of_a_step_that_the_run_has_not_are_refused(world, capsys):
+    assert main(["rows", "recipe.yaml", "--step", "10"]) == 0
+    assert main(["rows", "recipe.yaml", "--step", "11"]) == 2
+    assert "the run has 10 steps" in capsys.readouterr().err
 
 
 def test_tasks_are_asked_alike_in_a_run_and_in_an_evaluation(world):

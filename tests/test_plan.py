@@ -130,6 +130,23 @@ def test_what_packing_leaves_out_is_counted(here):
     assert lost.tokens > 64 * lost.dropped
 
 
+def test_documents_that_are_held_out_are_not_lost(here):
+    plan, _ = planned()
+    source = plan.counts.sources["chat"]
+    assert replace(source, read=100, dropped={"held_out": 50}).dropped_fraction == 0
+    half = replace(source, read=100, dropped={"held_out": 50, "bad_row": 10})
+    assert half.dropped_fraction == pytest.approx(0.2)
+
+
+def test_what_is_filled_is_what_is_trained_of_what_has_room(here):
+    plan, warnings = planned("sources.chat.path=half")
+    source = plan.counts.sources["chat"]
+    assert source.room == source.rows * 64
+    assert source.filled == source.tokens / source.room
+    (warning,) = [text for text in warnings if "of its rows is padding" in text]
+    assert f"a row holds {source.tokens / source.rows:,.0f} of 64 tokens" in warning
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -8,6 +8,8 @@ import sys
 import time
 
 import pytest
+import tokenizers
+import transformers
 from conftest import generated_texts
 
 from bigmix.cli import main
@@ -290,3 +292,64 @@ def test_rows_are_read_only_a_few_batches_ahead(tiny_tokenizer, processes):
         ahead = workers.IN_FLIGHT * processes + 2
         assert taken <= (done + ahead) * tokenise.BATCH_ROWS
     batches.close()
+
+
+def test_a_source_beside_the_output_is_left_alone(run, tmp_path):
+    """Its name ends as that of what would be held out, if anything were."""
+    run([{"text": text} for text in TEXTS[:50]], output="x-held-out")
+    kept = sorted(path.name for path in (tmp_path / "x-held-out").iterdir())
+    with pytest.raises(BadInput):
+        run([{"text": " "}], output="x")
+    assert sorted(path.name for path in (tmp_path / "x-held-out").iterdir()) == kept
+    (tmp_path / "x/parts").mkdir(parents=True)  # as a command leaves it that is killed at its start
+    with pytest.raises(BadInput, match="x-held-out already holds a prepared source"):
+        run([{"text": text} for text in TEXTS[:50]], output="x", held_out=0.1)
+    assert run([{"text": text} for text in TEXTS[:50]], output="x").manifest.documents == 50
+    assert sorted(path.name for path in (tmp_path / "x-held-out").iterdir()) == kept
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--output", "."], "--output is ., must be a folder with a name"),
+        (["--output", "rows.jsonl/x"], "cannot be made"),
+        (["--output", "out", "--split-on", ""], "--split-on is empty"),
+        (["--output", "out", "--columns", "text=a,text=b"], "names a part twice"),
+    ],
+)
+def test_places_and_words_that_cannot_be_are_told(words, said, tmp_path, tiny_tokenizer, monkeypatch, capsys):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
+    assert main(["prepare", "rows.jsonl", "--tokenizer", str(tiny_tokenizer), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_half_of_a_surrogate_pair_is_left_out_of_a_tokenizer_and_told(tmp_path, capsys):
+    rows = [{"text": text} for text in TEXTS] + [{"text": "half \ud83d one"}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    words = ["tokenizer", "train", str(path), "--vocab-size", "300", "--output"]
+    for kind in ("bpe", "unigram"):
+        assert main([*words, str(tmp_path / kind), "--kind", kind]) == 0
+        assert "1 texts hold half of a surrogate pair" in capsys.readouterr().out
+
+
+def test_a_tokenizer_without_letters_for_the_texts_is_a_warning(run, tmp_path, tiny_tokenizer):
+    words = {"<unk>": 0, "<|endoftext|>": 1, "the": 2, "river": 3}
+    whole = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    names = {"unk_token": "<unk>", "eos_token": "<|endoftext|>"}
+    few = transformers.PreTrainedTokenizerFast(tokenizer_object=whole, **names)
+    few.save_pretrained(tmp_path / "few")
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "the river"}, {"text": "混合 the 知识"}])
+    settings = {"inputs": [str(path)], "tokenizer": str(tmp_path / "few")}
+    found = prepare(PrepareSettings(**settings, output=str(tmp_path / "few-out")))
+    assert any("are '<unk>': what stood there is lost" in warning for warning in found.warnings)
+    assert not run([{"text": "混合"}], output="bytes").warnings
+
+
+def test_a_long_chat_is_counted_as_at_least_so_long(tmp_path, tiny_tokenizer, capsys):
+    turns = [{"role": ("user", "assistant")[at % 2], "content": "a"} for at in range(100)]
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])
+    words = ["prepare", str(path), "--tokenizer", str(tiny_tokenizer)]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    assert "at least 32.0 on average" in capsys.readouterr().out

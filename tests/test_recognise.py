@@ -128,7 +128,9 @@ def test_columns_decide():
     ("columns", "message"),
     [
         ({"prompt": "a"}, "prompt and response"),
-        ({"text": "a", "messages": "a"}, "either text"),
+        ({"text": "a", "messages": "a"}, "text alone"),
+        ({"messages": "a", "context": "a"}, "messages with system and tools"),
+        ({"text": "a", "system": "a"}, "text alone"),
         ({"text": "a", "colour": "a"}, "allowed are"),
         ({"text": "missing"}, "missing"),
     ],
@@ -141,3 +143,70 @@ def test_columns_that_make_no_sense_are_refused(columns, message):
 def test_unknown_rows_are_refused_with_their_columns():
     with pytest.raises(BadInput, match="headline, body"):
         recognise([{"headline": "h", "body": "b"}], kind=None, columns=None)
+
+
+def test_all_of_a_context_is_asked_and_what_is_no_text_is_counted():
+    row = {"question": "Who?", "answer": "A"}
+    whole = only(row | {"context": ["One.", "", "Two."]})
+    assert whole.messages[0]["content"] == "One.\n\nTwo.\n\nWho?"
+    nested = {"title": ["T"], "sentences": [["One."]]}
+    found = read(row | {"context": "One."}, row | {"context": nested})
+    assert found[1] == Dropped(reason="bad_row")
+    assert read(row | {"context": "One."}, row | {"context": {"text": ["One."]}})[0] == only(
+        row | {"context": {"text": ["One."]}}
+    )
+
+
+def test_unused_choices_and_thoughts_are_told():
+    row = {"question": "2+2?", "choices": ["3", "4"], "answer": 1}
+    assert "column 'choices' is not used" in recognise([row], kind=None, columns=None).note
+    used = {"prompt": "question", "response": "answer", "context": "choices"}
+    assert only(row, columns=used).messages[0]["content"] == "3\n\n4\n\n2+2?"
+    thoughtful = {"messages": [USER, ASSISTANT | {"reasoning_content": "Hm."}]}
+    assert (
+        "put it into content to learn it" in recognise([thoughtful], kind=None, columns=None).note
+    )
+
+
+def test_calls_are_those_that_were_made_whatever_parquet_adds():
+    def calls(**turn):
+        document = only({"messages": [USER, {"role": "assistant", "content": None} | turn]})
+        return [call["function"] for call in document.messages[1]["tool_calls"]]
+
+    def call(arguments):
+        return [{"id": None, "type": "function", "function": {"name": "f", "arguments": arguments}}]
+
+    assert calls(tool_calls=call({"a": 1, "b": None})) == [{"name": "f", "arguments": {"a": 1}}]
+    # What was written as a text was meant.
+    as_text = calls(tool_calls=call('{"a": null}'))
+    assert as_text == [{"name": "f", "arguments": {"a": None}}]
+    assert calls(tool_calls=call("")) == [{"name": "f", "arguments": {}}]
+    assert calls(function_call={"name": "f", "arguments": "{}"}) == [{"name": "f", "arguments": {}}]
+    assert list(calls(tool_calls=[{"function": {"arguments": {}, "name": "f"}}])[0]) == ["arguments", "name"]  # fmt: skip
+    tools = [{"function": {"name": "f", "parameters": {"a": {}, "b": None}}}]
+    found = only({"messages": [USER, ASSISTANT], "tools": tools}).tools
+    assert found == [{"function": {"name": "f", "parameters": {"a": {}}}}]
+
+
+def test_columns_of_two_spellings_in_one_file_are_both_read():
+    """As parquet joins them: each row has the keys of all."""
+    new = {"role": "user", "content": "Q", "from": None, "value": None}
+    old = {"role": None, "content": None, "from": "gpt", "value": "A"}
+    document = only({"messages": [new, old]})
+    assert [turn["content"] for turn in document.messages] == ["Q", "A"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q", "response": "A", "history": 3},
+        {"messages": [USER, ASSISTANT | {"tool_calls": True}]},
+        {"messages": [USER, ASSISTANT | {"tool_calls": [3]}]},
+        {"prompt": "Q", "response": "A", "context": True},
+    ],
+)
+def test_a_row_with_a_value_of_another_kind_is_counted(row):
+    good = {key: value for key, value in row.items() if key in ("prompt", "response")}
+    good = good or {"messages": [USER, ASSISTANT]}
+    layout = recognise([good | {k: v for k, v in row.items() if k != "messages"}, good], kind=None, columns=None)  # fmt: skip
+    assert document_of(row, layout) == Dropped(reason="bad_row")

@@ -79,6 +79,11 @@ def _rows(known: argparse.Namespace) -> int:
         )
     recipe = load_recipe(known.recipe, known.overrides)
     inputs = open_inputs(recipe, ranks=known.ranks, verify=False)
+    # A controller may give the run more steps than its recipe does.
+    if known.step > inputs.steps and not recipe.controllers:
+        raise BadInput(
+            f"--step is {known.step}, the run has {inputs.steps} steps; give one of them"
+        )
 
     def lines(inputs: Inputs) -> list[str]:
         return [

@@ -203,7 +203,8 @@ def _lengths(manifest: Manifest) -> Sequence[tuple[str, str]]:
     ]
     if manifest.kind == "chat":
         turns = sum(k * n for k, n in enumerate(found.documents_by_turns)) / manifest.documents
-        cells.append(("turns of a chat", f"{turns:.1f} on average"))
+        more = "at least " if found.documents_by_turns[-1] else ""  # its last bin has no upper end
+        cells.append(("turns of a chat", f"{more}{turns:.1f} on average"))
     characters, text_bytes = found.characters / manifest.tokens, found.text_bytes / manifest.tokens
     cells.append(("text of a token", f"{characters:.2f} characters, {text_bytes:.2f} bytes"))
     return cells

@@ -30,13 +30,35 @@ def _train_tokenizer(known: argparse.Namespace) -> int:
     # transformers takes seconds to import: `bigmix --help` should not.
     from bigmix.data.tokenizer import load_tokenizer, train_tokenizer
 
-    texts = _texts(known.inputs, columns_of(known.columns), known.limit)
+    texts = _Encodable(_texts(known.inputs, columns_of(known.columns), known.limit))
     path = train_tokenizer(
         texts, vocab_size=known.vocab_size, kind=known.kind, folder=Path(known.output)
     )
     size = load_tokenizer(str(path)).vocab_size
-    Terminal().note(f"tokenizer with {size:,} entries written to {path}")
+    terminal = Terminal()
+    if texts.others:
+        terminal.warning(
+            f"{texts.others:,} texts hold half of a surrogate pair, which is no text, and are left out"
+        )
+    terminal.note(f"tokenizer with {size:,} entries written to {path}")
     return DONE
+
+
+class _Encodable:
+    """Those of some texts that UTF-8 can write; JSON can spell `others`, which are counted."""
+
+    def __init__(self, texts: Iterator[str]) -> None:
+        self._texts = texts
+        self.others = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                self.others += 1
+            else:
+                yield text
 
 
 def _texts(

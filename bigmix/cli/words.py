@@ -52,7 +52,12 @@ def columns_of(text: str | None) -> Mapping[str, str] | None:
         raise BadInput(
             f"--columns is {text!r}; write PART=COLUMN pairs with commas between, such as prompt=question,response=answer"
         )
-    return {part: column for part, _, column in pairs}
+    found = {part: column for part, _, column in pairs}
+    if len(found) < len(pairs):
+        raise BadInput(
+            f"--columns is {text!r}, which names a part twice; give each part one column"
+        )
+    return found
 
 
 def tell_moving(recipe: Recipe) -> None:

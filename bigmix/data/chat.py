@@ -16,11 +16,13 @@ import jinja2
 import numpy as np
 
 from bigmix.data.chat_tokens import (
+    HIDDEN,
     HIDDEN_CLOSE,
     HIDDEN_OPEN,
     MARK_CLOSE,
     MARK_OPEN,
     EncodedChat,
+    Mask,
     RenderedChat,
     encode_chats,
 )
@@ -48,12 +50,17 @@ QUESTION = "Is it?"
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """A chat template: its Jinja source, and what it writes behind an answer to end a turn ("" where nothing)."""
+    """A chat template: its Jinja source, and what it writes behind the last answer to end a turn ("" where nothing).
+
+    `turn_ends` are the beginnings of that which end with a special token, the longest first: behind an answer in the middle
+    of a conversation may stand less.
+    """
 
     name: Literal["plain", "tokenizer"]
     source: str
     marked: bool  # has {% generation %}
     turn_end: str
+    turn_ends: Sequence[str]
 
     @property
     def sha256(self) -> str:
@@ -95,7 +102,13 @@ def open_template(tokenizer: Tokenizer, name: Literal["plain", "tokenizer"]) -> 
         source=source,
         marked=GENERATION.search(source) is not None,
         turn_end=found.group() if found else "",
+        turn_ends=_beginnings(found.group(), specials) if found else (),
     )
+
+
+def _beginnings(turn_end: str, specials: str) -> Sequence[str]:
+    ends = [match.end() for match in re.finditer(specials, turn_end)]
+    return [turn_end[:end] for end in reversed(ends)]
 
 
 def encode_chat(
@@ -119,18 +132,40 @@ def render_chat(
         return Dropped(reason="refused_by_template")
     if rendered is None:
         return Dropped(reason="answers_not_found")
-    answers = [turn["content"] for turn in conversation.messages if turn["role"] == "assistant"]
+    answers = [turn for turn in conversation.messages if turn["role"] == "assistant"]
+    spans = rendered.spans
+    if not all(map(_is_learned, answers)):
+        if len(spans) != len(answers):
+            return Dropped(reason="weights_not_found")
+        spans = [span for span, turn in zip(spans, answers, strict=True) if _is_learned(turn)]
     try:
         rendered.text.encode()
-        answer_bytes = sum(len(answer.encode()) for answer in answers)
+        if any(turn.get("tool_calls") for turn in answers):
+            # Only the template knows what it has written of the calls.
+            said = [_without_specials(tokenizer, rendered.text[b:e], hidden) for b, e in spans]
+        else:
+            said = [turn["content"] for turn in answers if _is_learned(turn)]
+        answer_bytes = sum(len(text.encode()) for text in said)
     except UnicodeEncodeError:  # half of a surrogate pair: JSON can write it, UTF-8 cannot
         return Dropped(reason="not_unicode")
     return RenderedChat(
         text=rendered.text,
-        spans=rendered.spans,
+        spans=spans,
         hidden=hidden.strings,
         answer_bytes=answer_bytes,
         turns=len(conversation.messages),
+    )
+
+
+def _is_learned(turn: Turn) -> bool:
+    """Whether an answer is in the loss: OpenAI's format leaves one out by the weight 0."""
+    return bool(turn.get("weight") != 0)
+
+
+def _without_specials(tokenizer: Tokenizer, text: str, hidden: "_Hidden") -> str:
+    """Part of a rendered text without its control tokens, and with what was hidden put back."""
+    return HIDDEN.sub(
+        lambda found: hidden.strings[int(found[1])], tokenizer.special_pattern.sub("", text)
     )
 
 
@@ -177,7 +212,7 @@ def _simple(
 
 def _unfit(template: Template, conversation: Conversation) -> str | None:
     answers = [turn for turn in conversation.messages if turn["role"] == "assistant"]
-    if not answers:
+    if not any(map(_is_learned, answers)):
         return "no_assistant_turn"
     if any(not turn["content"].strip() and not turn.get("tool_calls") for turn in answers):
         return "empty_answer"
@@ -251,7 +286,8 @@ def _put_back(
 
 
 def _turn_end(text: str, end: int, template: Template) -> int:
-    return end + len(template.turn_end) if text.startswith(template.turn_end, end) else end
+    found = next((own for own in template.turn_ends if text.startswith(own, end)), "")
+    return end + len(found)
 
 
 @lru_cache(maxsize=8)
@@ -319,13 +355,14 @@ def _warnings(
 ) -> Sequence[str]:
     special = np.array(sorted(tokenizer.special_ids), np.uint32)
     found = []
-    learned = [chat.ids[chat.loss_mask] for chat in chats if chat.loss_mask.any()]
-    if any(not np.isin(ids[-1], special) for ids in learned):
+    # The last token of each stretch that is learned.
+    ends = [chat.ids[_ends_of(chat.loss_mask)] for chat in chats]
+    if not np.isin(np.concatenate([*ends, special[:1]]), special).all():
         found.append(
             "no stop token is in the loss, so the model does not learn to end an answer; give --template plain, or "
             "let the template end an answer with the eos token"
         )
-    stops = {int(ids[-1]) for ids in learned} & tokenizer.special_ids
+    stops = {int(token) for ids in ends for token in ids} & tokenizer.special_ids
     if tokenizer.pad_id in stops:
         found.append(
             f"the stop token {tokenizer.text_of(tokenizer.pad_id)!r} is the pad token too; bigmix learns it all the "
@@ -342,3 +379,9 @@ def _warnings(
     if TODAY in template.source:
         found.append("the chat template writes today's date; the tokens are others on another day")
     return found
+
+
+def _ends_of(loss_mask: Mask) -> Mask:
+    """True for the last token of each stretch in the loss [T]."""
+    ends: Mask = loss_mask & ~np.append(loss_mask[1:], False)
+    return ends

@@ -167,7 +167,13 @@ def _read(span: Span, options: ReadOptions) -> Iterator[RawRow | RawLine]:
 @contextmanager
 def opened(place: str) -> Iterator[IO[bytes]]:
     """The unpacked bytes of a file; what is wrong with them is told with the place where it shows."""
-    with Path(place).open("rb") as file:
+    try:
+        raw = Path(place).open("rb")  # noqa: SIM115
+    except OSError as error:
+        raise BadInput(
+            f"{place} cannot be opened ({error.strerror}); see to it that it may be read"
+        ) from error
+    with raw as file:
         stream: IO[bytes] = file
         if place.endswith((".gz", ".tgz")):
             stream = io.BufferedReader(gzip.GzipFile(fileobj=file))
@@ -186,27 +192,30 @@ def opened(place: str) -> Iterator[IO[bytes]]:
 def _read_text(place: str, split_on: str | None) -> Iterator[str]:
     """The documents of a text file, in bounded memory where it is split; nothing but the mark is taken away."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    held = ""
+    held, at = "", 0
     with opened(place) as stream:
         while chunk := stream.read(CHUNK):
-            held += _decoded(place, decoder, chunk)
+            held += _decoded(place, decoder, chunk, at=at)
+            at += len(chunk)
             if split_on is not None:
                 *whole, held = held.split(split_on)
                 yield from whole
-        held += _decoded(place, decoder, b"", final=True)
+        held += _decoded(place, decoder, b"", at=at, final=True)
     # The mark at the end of a file closes the last document, it does not open an empty one.
     if held or split_on is None:
         yield held
 
 
 def _decoded(
-    place: str, decoder: codecs.IncrementalDecoder, chunk: bytes, final: bool = False
+    place: str, decoder: codecs.IncrementalDecoder, chunk: bytes, *, at: int, final: bool = False
 ) -> str:
+    """The text of bytes that begin `at`, with what the decoder has kept of those before."""
+    kept = len(decoder.getstate()[0])
     try:
         return decoder.decode(chunk, final)
     except UnicodeDecodeError as error:
         raise BadInput(
-            f"{place} is not UTF-8 ({error.reason}); convert it, for instance with iconv"
+            f"{place} is not UTF-8 ({error.reason} at byte {at - kept + error.start:,}); convert it, for instance with iconv"
         ) from error
 
 
@@ -242,7 +251,10 @@ def _parsed(line: bytes) -> tuple[Mapping[str, Any] | None, str | None]:
     try:
         # What the codec utf-8-sig does, at a fifth of its time.
         value = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # JSONDecodeError and UnicodeDecodeError are the first
         return None, f"not JSON ({error})"
     if not isinstance(value, dict):
         return None, f"a JSON {type(value).__name__}, not an object"
@@ -259,7 +271,7 @@ def _read_json(span: Span, options: ReadOptions) -> Iterator[RawRow | RawLine]:
         return
     try:
         rows = json.loads(content.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{place}: not JSON ({error}); mend the file") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) and not options.skip_bad_lines:
@@ -274,7 +286,13 @@ def _read_parquet(span: Span) -> Iterator[Mapping[str, Any]]:
     with opened(span.place) as stream, pyarrow.parquet.ParquetFile(stream) as file:
         stop = file.num_row_groups if span.stop is None else span.stop
         for batch in file.iter_batches(BLOCK_ROWS, row_groups=range(span.start, stop)):
-            yield from batch.to_pylist()
+            try:
+                rows = batch.to_pylist()
+            except (OverflowError, ValueError) as error:
+                raise BadInput(
+                    f"{span.place} holds a value that Python has none for ({error}); convert or drop its column"
+                ) from error
+            yield from rows
 
 
 def _read_tar(place: str) -> Iterator[Mapping[str, Any]]:

@@ -241,12 +241,17 @@ class Plan:
 
     def filled(self, name: str, rows: int) -> float:
         """The part of the first `rows` rows of a source in the run that is not padding, in the mean of its epochs."""
-        tokens = places = 0.0
+        tokens = 0.0
         for part in self.drawn(name, max(rows, 1)):
             stream, count = part.stream, part.end - part.begin
             tokens += count * stream.tokens_per_epoch / stream.rows_per_epoch
-            places += count * stream.packer.width
-        return tokens / places
+        return tokens / self.room(name, max(rows, 1))
+
+    def room(self, name: str, rows: int) -> int:
+        """The tokens that the first `rows` rows of a source in the run could hold."""
+        return sum(
+            (part.end - part.begin) * part.stream.packer.width for part in self.drawn(name, rows)
+        )
 
     def num_shards(self, name: str) -> int:
         """How many shards of a source rows are read from, where they are fewest: those that are not bad and have any."""

@@ -41,7 +41,14 @@ from bigmix.data.progress import (
     read_progress,
     remove_begun,
 )
-from bigmix.data.recognise import Conversation, Layout, document_of, recognise
+from bigmix.data.recognise import (
+    Conversation,
+    Document,
+    Layout,
+    Text,
+    document_of,
+    recognise,
+)
 from bigmix.data.statistics import Statistics
 from bigmix.data.tokenise import Job, hashed, tokenised
 from bigmix.data.tokenizer import Tokenizer, load_tokenizer
@@ -52,6 +59,8 @@ from bigmix.errors import BadInput, BigmixError
 PREPARE_VERSION = 1
 FIRST_ROWS = 256  # looked at to recognise a source and to check its chats
 MANY_DROPPED = 0.05  # a share of the documents that deserves a warning
+MANY_UNKNOWN = 0.01  # a share of the tokens that does
+_SAMPLES, _SAMPLED = 64, 4_000  # texts that are looked at for that, and characters of each
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Report = Callable[[int, int], None]  # documents read and tokens written so far
@@ -75,7 +84,9 @@ def prepare(settings: PrepareSettings, report: Report = lambda *_: None) -> Prep
     something else, an input is broken or not recognised, or no document is left.
     """
     output = Path(settings.output)
-    faults = [*faults_of_settings(settings), *faults_of_output(output)]
+    faults = [*faults_of_settings(settings)] or [
+        *faults_of_output(output, holds_out=settings.held_out > 0)
+    ]
     if faults:
         raise BadInput(*faults)
     if settings.processes > 1:
@@ -105,7 +116,12 @@ def prepare(settings: PrepareSettings, report: Report = lambda *_: None) -> Prep
 @contextmanager
 def _started(settings: PrepareSettings, output: Path) -> Iterator[None]:
     """The folder of the work; it is gone again where all the work ends without a whole shard."""
-    (output / PARTS).mkdir(parents=True, exist_ok=True)
+    try:
+        (output / PARTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"output {output} cannot be made ({error.strerror}); give another --output"
+        ) from error
     part, parts = settings.part or (1, 1)
     with alone(output, part - 1, parts):
         try:
@@ -114,7 +130,7 @@ def _started(settings: PrepareSettings, output: Path) -> Iterator[None]:
             # Other parts may be at work in the folder.
             is_empty = not (output / MANIFEST).exists() and not any(output.glob(f"{PARTS}/*.json"))
             if settings.part is None and is_empty:
-                remove_begun(output)
+                remove_begun(output, holds_out=settings.held_out > 0)
 
 
 @contextmanager
@@ -138,9 +154,10 @@ def _job(settings: PrepareSettings, tokenizer: Tokenizer) -> tuple[Job, Sequence
         raise BadInput(f"no rows are in {', '.join(settings.inputs)}; give inputs with data")
     layout = recognise(columns, kind=settings.kind, columns=settings.columns)
     template, warnings = None, list[str]()
+    documents = [document_of(row, layout) for row in columns]
+    warnings.extend(_unknown(tokenizer, documents))
     if layout.kind == "chat":
         template = open_template(tokenizer, settings.template)
-        documents = [document_of(row, layout) for row in columns]
         chats = [each for each in documents if isinstance(each, Conversation)]
         samples = [encode_chat(tokenizer, template, chat) for chat in chats]
         warnings.extend(check_first(tokenizer, template, samples))
@@ -152,6 +169,22 @@ def _job(settings: PrepareSettings, tokenizer: Tokenizer) -> tuple[Job, Sequence
         read=settings.read,
     )
     return job, warnings
+
+
+def _unknown(tokenizer: Tokenizer, documents: Sequence[Document]) -> Iterator[str]:
+    """A warning where the tokenizer has no tokens for much of the first documents."""
+    if tokenizer.unk_id is None:
+        return
+    texts = [each.text for each in documents if isinstance(each, Text)]
+    texts += [t["content"] for d in documents if isinstance(d, Conversation) for t in d.messages]
+    sample = "\n".join(text[:_SAMPLED] for text in texts[:_SAMPLES])
+    ids = tokenizer.encode([sample.encode(errors="replace").decode()])[0]
+    part = float((ids == tokenizer.unk_id).mean()) if len(ids) else 0.0
+    if part > MANY_UNKNOWN:
+        yield (
+            f"{part:.1%} of the tokens of the first documents are {tokenizer.text_of(tokenizer.unk_id)!r}: what stood there is "
+            "lost; take a tokenizer that has bytes for all it does not know"
+        )
 
 
 def _prepare_part(settings: PrepareSettings, job: Job, report: Report) -> Progress:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from bigmix.data.documents import ReadOptions
@@ -46,6 +47,12 @@ def faults_of_settings(settings: PrepareSettings) -> Sequence[str]:
             f"--held-out is {settings.held_out}, must be above 0 and at most {LARGEST_HELD_OUT}; "
             "give a fraction such as 0.005, or leave it out"
         )
+    if Path(settings.output).name in ("", ".."):
+        faults.append(
+            f"--output is {settings.output}, must be a folder with a name: what is held out goes beside it"
+        )
+    if settings.read.split_on == "":
+        faults.append("--split-on is empty; give the text that stands between documents")
     part, parts = settings.part or (1, 1)
     if not 1 <= part <= parts:
         faults.append(

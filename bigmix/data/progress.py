@@ -69,16 +69,22 @@ def read_progress(path: Path) -> Progress:
         ) from error
 
 
-def faults_of_output(output: Path) -> Sequence[str]:
-    """Why nothing can be prepared into a folder; work that was begun in it is no reason."""
+def faults_of_output(output: Path, *, holds_out: bool) -> Sequence[str]:
+    """Why nothing can be prepared into a folder, and into that of what is held out; work that was begun is no reason."""
+    folders = _folders(output, holds_out=holds_out)
     if _is_begun(output):
-        return []
+        # Without a position nothing of ours is in the second folder.
+        folders = () if any((output / PARTS).glob("*.json")) else folders[1:]
     faults = []
-    for folder in (output, held_out_folder(output)):
+    for folder in folders:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             what = "holds a prepared source" if (folder / MANIFEST).is_file() else "is not empty"
             faults.append(f"output {folder} already {what}; remove it or give another --output")
     return faults
+
+
+def _folders(output: Path, *, holds_out: bool) -> tuple[Path, ...]:
+    return (output, held_out_folder(output)) if holds_out else (output,)
 
 
 def _is_begun(output: Path) -> bool:
@@ -109,9 +115,11 @@ def remove_unlisted(folder: Path, listed: Collection[str]) -> None:
             path.unlink()
 
 
-def remove_begun(output: Path) -> None:
+def remove_begun(output: Path, *, holds_out: bool) -> None:
     """Remove what work without a whole shard has left, and nothing else."""
-    for folder in (output, held_out_folder(output)):
+    for folder in _folders(output, holds_out=holds_out):
+        if (folder / MANIFEST).exists():
+            continue
         remove_unlisted(folder, ())
         for name in (PARTS, TOKENIZER_FOLDER):
             shutil.rmtree(folder / name, ignore_errors=True)

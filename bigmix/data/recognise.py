@@ -53,7 +53,15 @@ ROLES = {
     "ipython": "tool",
 }
 STANDARD = tuple(dict.fromkeys(ROLES.values()))
-PARTS = ("text", "messages", "prompt", "response", "context", "input", "system", "history", "tools")
+# Which parts go together.
+WAYS: Mapping[str, Sequence[str]] = {
+    "text": ("text",),
+    "messages": ("messages", "system", "tools"),
+    "response": ("prompt", "response", "context", "input", "system", "history", "tools"),
+}
+PARTS = tuple(dict.fromkeys(part for parts in WAYS.values() for part in parts))
+CHOICE_COLUMNS = ("choices", "options")
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +178,17 @@ def _note(rows: Sequence[Row], chosen: Layout, others: Sequence[Layout]) -> str 
             f"the rows could also be read as {others[0].described()}; to do so give "
             f"--kind {others[0].kind} or --columns"
         )
+    if any(_has_thoughts(turn) for row in rows for turn in _raw_turns(row, chosen)):
+        return (
+            f"turns have {' or '.join(THOUGHT_KEYS)}, which is written where the chat template does so and learned where it "
+            "marks that with {% generation %}, with the plain template neither; put it into content to learn it"
+        )
+    choices = next((name for name in CHOICE_COLUMNS if _has(rows, name)), None)
+    if "prompt" in chosen.columns and choices not in (None, *chosen.columns.values()):
+        return (
+            f"column {choices!r} is not used, and the answer may be one of these; put them into {chosen.columns['prompt']!r}, "
+            f"or give --columns context={choices} beside prompt and response"
+        )
     label = next((name for name in LABEL_COLUMNS if _has(rows, name)), None)
     if chosen.kind == "text" and label is not None:
         text = chosen.columns["text"]
@@ -180,15 +199,26 @@ def _note(rows: Sequence[Row], chosen: Layout, others: Sequence[Layout]) -> str 
     return None
 
 
+def _raw_turns(row: Row, layout: Layout) -> Sequence[Any]:
+    value = row.get(layout.columns.get("messages", ""))
+    return value if isinstance(value, list) else ()
+
+
+def _has_thoughts(turn: Any) -> bool:
+    return isinstance(turn, dict) and any(turn.get(key) for key in THOUGHT_KEYS)
+
+
 def _explicit(columns: Mapping[str, str], kind: Kind | None, rows: Sequence[Row]) -> Layout:
-    unknown = [part for part in columns if part not in PARTS]
-    ways = [
-        way for way in ({"text"}, {"messages"}, {"prompt", "response"}) if way <= columns.keys()
-    ]
-    if unknown or len(ways) != 1:
+    ways = [way for way in WAYS if way in columns]
+    is_pair = ways == ["response"] and "prompt" in columns
+    if (
+        len(ways) != 1
+        or not (is_pair or ways != ["response"])
+        or not columns.keys() <= {*WAYS[ways[0]]}
+    ):
         raise BadInput(
-            f"--columns names {', '.join(columns)}; allowed are {', '.join(PARTS)}, with either text, or "
-            "messages, or prompt and response among them; write for instance prompt=question,response=answer"
+            f"--columns names {', '.join(columns)}; allowed are text alone; messages with system and tools; or prompt and "
+            "response with context, input, system, history and tools; write for instance prompt=question,response=answer"
         )
     layout = Layout(kind="text" if "text" in columns else "chat", columns=columns)
     if kind not in (None, layout.kind):
@@ -241,12 +271,13 @@ def _turns_of_pair(row: Row, columns: Mapping[str, str]) -> list[Turn] | None:
     prompt, response = row.get(columns["prompt"]), row.get(columns["response"])
     if isinstance(prompt, list) and isinstance(response, list) and _is_turns(prompt):
         return _turns_of([*prompt, *response])
-    question, answer = _plain(prompt), _plain(response)
+    answer = _plain(response)
     earlier = _history_of(row.get(columns.get("history", "")))
-    if question is None or answer is None or earlier is None:
-        return None
     before, after = (row.get(columns.get(part, "")) for part in ("context", "input"))
-    parts = [part for part in (_plain(before), question, _plain(after)) if part and part.strip()]
+    asked_parts = [_joined(before), None if prompt is None else _joined(prompt), _joined(after)]
+    if answer is None or earlier is None or None in asked_parts:
+        return None
+    parts = [part for part in asked_parts if part and part.strip()]
     if not parts:
         return None
     asked = {"role": "user", "content": "\n\n".join(parts)}
@@ -256,6 +287,8 @@ def _turns_of_pair(row: Row, columns: Mapping[str, str]) -> list[Turn] | None:
 def _history_of(value: Any) -> list[Turn] | None:
     """Earlier turns, given as a list of [question, answer]."""
     turns: list[Turn] = []
+    if not isinstance(value or [], list):
+        return None
     for pair in value or []:
         if (
             not isinstance(pair, list)
@@ -265,6 +298,18 @@ def _history_of(value: Any) -> list[Turn] | None:
             return None
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return turns
+
+
+def _joined(value: Any) -> str | None:
+    """All that is asked of a column: a text, a number as text, or several of them; None where it holds anything else."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return _joined(value["text"]) if value.get("text") is not None else None
+    if isinstance(value, list):
+        texts = [_joined(each) for each in value]
+        return None if None in texts else "\n\n".join(text for text in texts if text)
+    return _plain(value)
 
 
 def _plain(value: Any) -> str | None:
@@ -297,14 +342,13 @@ def _turn_of(turn: Turn) -> Turn | None:
     """One message with a known role, its content as text, and nothing that is None (parquet adds such keys)."""
     if len(turn) == 2 and turn.get("role") in STANDARD and isinstance(turn.get("content"), str):
         return turn  # what most are, and then nothing is to be done
-    role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
-    content = _content_of(turn.get("content", turn.get("value")))
-    calls = [_call_of(call) for call in turn.get("tool_calls") or []]
-    if role is None or content is None or None in calls:
+    role = ROLES.get(str(turn.get("role") or turn.get("from")).lower())
+    said = turn.get("content")
+    content = _content_of(turn.get("value") if said is None else said)
+    calls = _calls_of(turn)
+    if role is None or content is None or calls is None:
         return None
-    kept = {
-        k: v for k, v in turn.items() if v is not None and k not in ("from", "value", "tool_calls")
-    }
+    kept = {k: v for k, v in turn.items() if v is not None and k not in _READ_OTHERWISE}
     return kept | {"role": role, "content": content} | ({"tool_calls": calls} if calls else {})
 
 
@@ -318,18 +362,41 @@ def _content_of(content: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
+_READ_OTHERWISE = ("from", "value", "tool_calls", "function_call")
+
+
+def _calls_of(turn: Turn) -> list[Turn] | None:
+    """The tool calls of a turn, also in the older spelling of a single one; None where one cannot be read."""
+    found = turn.get("tool_calls") or []
+    if not isinstance(found, list):
+        return None
+    if not found and turn.get("function_call"):
+        found = [{"type": "function", "function": turn["function_call"]}]
+    calls = [_call_of(call) for call in found]
+    return None if None in calls else [call for call in calls if call is not None]
+
+
+def _without_none(value: Any) -> Any:
+    """Nothing that is None in tables: parquet gives each the keys of all others."""
+    if isinstance(value, dict):
+        return {key: _without_none(each) for key, each in value.items() if each is not None}
+    return [_without_none(each) for each in value] if isinstance(value, list) else value
+
+
 def _call_of(call: Any) -> Turn | None:
     """A tool call with its arguments as an object: templates write them as JSON and would quote a string twice."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         return None
-    arguments = function.get("arguments")
+    arguments = _without_none(function.get("arguments"))
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = json.loads(arguments) if arguments.strip() else {}
         except ValueError:
             return None
-    return {**call, "function": {**function, "arguments": arguments}}
+    # In their order, which templates write.
+    named = {**_without_none({**function, "arguments": ""}), "arguments": arguments or {}}
+    return {**_without_none({**call, "function": {}}), "function": named}
 
 
 def _tools_of(tools: Any) -> list[Any] | None:
@@ -339,6 +406,8 @@ def _tools_of(tools: Any) -> list[Any] | None:
             tools = json.loads(tools)
         except ValueError:
             return None
+    else:
+        tools = _without_none(tools)
     if not tools:
         return []
     return tools if isinstance(tools, list) and all(isinstance(t, dict) for t in tools) else None

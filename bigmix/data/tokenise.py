@@ -247,7 +247,9 @@ def _template(job: Job) -> Template:
 
 
 def _dropped(rows: Rows, row: int, reason: str) -> DroppedRow:
-    return DroppedRow(row, reason, f"{rows[row].file}:{rows[row].number}")
+    # The name of a file need not be UTF-8.
+    file = rows[row].file.encode(errors="backslashreplace").decode()
+    return DroppedRow(row, reason, f"{file}:{rows[row].number}")
 
 
 def _worked(

@@ -248,9 +248,10 @@ def _load_pretrained(path_or_name: str) -> "PreTrainedTokenizerFast":
 
     try:
         whole = AutoTokenizer.from_pretrained(path_or_name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(
-            f"tokenizer {path_or_name} cannot be loaded ({str(error).splitlines()[0]}); give a folder with "
+            f"tokenizer {path_or_name} cannot be loaded ({why}); give a folder with "
             "tokenizer.json, the name of a model on the hub, or a sentencepiece .model file"
         ) from error
     if not isinstance(whole, PreTrainedTokenizerFast):

@@ -22,8 +22,8 @@ _UNITS = ("tokens", "loss_tokens", "squares")
 class SourceCounts:
     """One source over the whole run; `gradient` adds up its part of each step's objective.
 
-    `due` is how many rows a step has of it in the mean, `steps` in how many steps it is; `read`, `documents` and
-    `dropped` are what its manifest says, `lost` what packing leaves out of each epoch.
+    `room` is what its rows could hold in tokens, `due` how many rows a step has of it in the mean, `steps` in how many steps
+    it is; `read`, `documents` and `dropped` are what its manifest says, `lost` what packing leaves out of each epoch.
     """
 
     role: str
@@ -34,7 +34,7 @@ class SourceCounts:
     gradient: float
     wanted: float
     epochs: float
-    filled: float
+    room: int
     due: float
     steps: int
     read: int
@@ -43,9 +43,21 @@ class SourceCounts:
     lost: Lost
 
     @property
+    def filled(self) -> float:
+        """The part of its rows that is not padding."""
+        return self.tokens / max(self.room, 1)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Documents that do not reach the model, by reason; holding some out was asked for."""
+        found = {reason: n for reason, n in self.dropped.items() if reason != "held_out"}
+        return found | {"longer than a row": self.lost.dropped}
+
+    @property
     def dropped_fraction(self) -> float:
-        """Documents that do not reach the model, of all that were read."""
-        return (sum(self.dropped.values()) + self.lost.dropped) / max(self.read, 1)
+        """These, of all that were read and not held out."""
+        kept = self.read - self.dropped.get("held_out", 0)
+        return sum(self.left_out.values()) / max(kept, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +114,7 @@ def count(recipe: Recipe, inputs: Inputs) -> Counts:
                 gradient=walk.gradient[name],
                 wanted=walk.wanted[name],
                 epochs=epochs[name],
-                filled=inputs.plan.filled(name, rows[name]),
+                room=inputs.plan.room(name, rows[name]),
                 due=rows[name] / inputs.steps,
                 steps=round(walk.steps[name]),
                 read=stream.manifest.read,

@@ -57,11 +57,11 @@ def _repeated(name: str, source: SourceCounts) -> Iterator[str]:
 
 def _padded(name: str, source: SourceCounts) -> Iterator[str]:
     padding = 1 - source.filled
-    if padding <= MOST_PADDING:
+    if padding <= MOST_PADDING or not source.rows:
         return
-    mean = source.tokens / source.rows if source.rows else 0.0
+    mean = source.tokens / source.rows
     yield (
-        f"{name}: {padding:.0%} of its rows is padding (a row holds {mean:,.0f} of {mean / source.filled:,.0f} tokens), "
+        f"{name}: {padding:.0%} of its rows is padding (a row holds {mean:,.0f} of {source.room / max(source.rows, 1):,.0f} tokens), "
         f"more than {MOST_PADDING:.0%}; choose another sequence_length, or put more documents into each shard"
     )
 
@@ -69,8 +69,8 @@ def _padded(name: str, source: SourceCounts) -> Iterator[str]:
 def _dropped(name: str, source: SourceCounts) -> Iterator[str]:
     if source.dropped_fraction <= MOST_DROPPED:
         return
-    reasons = dict(source.dropped) | {"longer than a row": source.lost.dropped}
-    said = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in reasons.items() if n)
+    left_out = source.left_out.items()
+    said = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in left_out if n)
     remedy = (
         f"raise sequence_length or set sources.{name}.long_documents=truncate"
         if source.lost.dropped
