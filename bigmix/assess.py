@@ -22,7 +22,7 @@ from bigmix.frozen import Origin, Place, open_anchor, open_evaluated
 from bigmix.guard import StopFlag
 from bigmix.header import show_findings
 from bigmix.held_out import Base
-from bigmix.inputs import HeldOutInputs
+from bigmix.held_out_inputs import HeldOutInputs
 from bigmix.loss.backend import choose_backend, computing_of
 from bigmix.metrics import METRICS, finite, read_lines
 from bigmix.model import choose_dtype

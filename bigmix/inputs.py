@@ -10,37 +10,42 @@ from typing import Any, TypeVar
 
 from bigmix.checkpoint.listing import Position
 from bigmix.controller import rule_of
-from bigmix.data.fetch_ahead import Ahead
 from bigmix.data.loader import Loader, Plan, Portion, Stage, same_fraction, stages_from
-from bigmix.data.location import MANIFEST
-from bigmix.data.manifest import Manifest, faults_of_shards
+from bigmix.data.manifest import Manifest
 from bigmix.data.quarantine import BadShard, Quarantine
-from bigmix.data.retry import Retry
 from bigmix.data.shares import Shares
 from bigmix.data.source import (
     Depot,
-    Reading,
     Source,
     needed_in_order,
-    read_source,
     room_in_use,
 )
-from bigmix.data.stream import Packer, Stream
+from bigmix.data.stream import Stream
 from bigmix.ds_config import fill, read_ds_config
-from bigmix.errors import BadInput, BigmixError
+from bigmix.errors import BadInput
 from bigmix.mixing import mix
 from bigmix.objective import StepShares
-from bigmix.recipe import HeldOut, Recipe
+from bigmix.recipe import Recipe
 from bigmix.records import Chapter
+from bigmix.source_checks import (
+    ahead_of,
+    collect,
+    damaged_shards,
+    faults_of_empty,
+    held_out_streams,
+    opened_source,
+    packer_of,
+    reading_of,
+    retry_of,
+    tokenizer_faults,
+)
 from bigmix.tasks.examples import TaskFile, open_tasks
 
-RANGES_FROM = 64  # machines: each then needs fewer than two of three blocks of a shard
 # Only texts with `whole_below` open their shards to count rows, and without their number the order of rows is unknown.
 _HOW_TO_COUNT = (
     "with whole_below its rows cannot be counted without it, nor replaced; or name the other shards in the path with a "
     "brace pattern, or set whole_below=0"
 )
-CHECKSUM_BYTES = 1 << 30  # shards beyond this are checked when their first row is read
 
 T = TypeVar("T")
 
@@ -194,19 +199,19 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
     """
     faults: list[str] = [*_row_faults(recipe, ranks)]
     for controller in recipe.controllers.values():
-        _collect(faults, rule_of, controller, recipe.looked_at(controller))
+        collect(faults, rule_of, controller, recipe.looked_at(controller))
     notes: list[str] = []
-    ds_keys = _collect(faults, _ds_keys, recipe, ranks)
-    tasks = _collect(faults, open_tasks, recipe.tasks)
-    depot = Depot(_reading(recipe, machines))
+    ds_keys = collect(faults, _ds_keys, recipe, ranks)
+    tasks = collect(faults, open_tasks, recipe.tasks)
+    depot = Depot(reading_of(recipe, machines))
     sources = _sources(recipe, faults, notes, verify=verify)
-    faults += _tokenizer_faults({path: source.manifest for path, source in sources.items()})
+    faults += tokenizer_faults({path: source.manifest for path, source in sources.items()})
     if faults:
         raise BadInput(*faults)
     stages = _stages(recipe, depot, sources)
-    held_out = _held_out(recipe, depot, sources)
+    held_out = held_out_streams(recipe, depot, sources)
     everything = [*(s for stage in stages for s in stage.streams.values()), *held_out.values()]
-    faults += dict.fromkeys(fault for stream in everything for fault in _empty(stream))
+    faults += dict.fromkeys(fault for stream in everything for fault in faults_of_empty(stream))
     if faults:
         raise BadInput(*faults)
     assert ds_keys is not None
@@ -234,79 +239,6 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOutInputs:
-    """What a recipe names for an evaluation without training, opened: its held-out streams, tasks, DeepSpeed's keys.
-
-    `manifests` are those of the held-out sources, that of the nearest one first; `trained` those of the sources that are
-    trained on, where tasks follow from them.
-    """
-
-    streams: Mapping[str, Stream]
-    tasks: Mapping[str, TaskFile]
-    ds_keys: Mapping[str, Any]
-    manifests: Sequence[Manifest]
-    trained: Sequence[Manifest]
-    tokenizer_folder: Path
-
-
-def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOutInputs:
-    """Open and check the held-out sources and the tasks alone: sources that are trained on need not be there.
-
-    But for tasks that are chats where a source is one, unless a held-out source says so already. Raises BadInput with every fault that is found.
-    """
-    paths, faults = recipe.held_out_paths, list[str]()
-    if not paths:
-        raise BadInput(
-            "no held-out source is in the recipe; give a source its `held_out` folder, or name some under `held_out`"
-        )
-    ds_keys = _collect(faults, read_ds_config, recipe.deepspeed)
-    tasks = _collect(faults, open_tasks, recipe.tasks)
-    depot = Depot(_reading(recipe, machines))
-    sources = {}
-    for name, path in paths.items():
-        source = _collect(faults, _source, f"held_out of {name}", path, _retry(recipe))
-        if source is not None:
-            sources[path] = source
-            faults += [f"held_out of {name}: {fault}" for fault in _damaged_shards(source, verify)]
-    trained = _deciding(recipe, faults, [source.manifest for source in sources.values()])
-    faults += _tokenizer_faults({path: source.manifest for path, source in sources.items()})
-    if faults:
-        raise BadInput(*faults)
-    streams = _held_out(recipe, depot, sources)
-    faults += dict.fromkeys(fault for stream in streams.values() for fault in _empty(stream))
-    if faults:
-        raise BadInput(*faults)
-    ordered = sorted(sources.values(), key=lambda source: not source.location.is_local)
-    return HeldOutInputs(
-        streams=streams,
-        tasks=tasks,
-        ds_keys=ds_keys,
-        manifests=[source.manifest for source in ordered],
-        trained=trained,
-        tokenizer_folder=depot.tokenizer_folder(ordered[0]),
-    )
-
-
-def _deciding(
-    recipe: Recipe, faults: list[str], held_out: Sequence[Manifest]
-) -> Sequence[Manifest]:
-    """The sources that decide how tasks are asked: as a chat or as text."""
-    is_open = any(task.format == "auto" for task in recipe.tasks.values())
-    if not is_open or any(manifest.template is not None for manifest in held_out):
-        return ()
-    missing: list[str] = []
-    found = [
-        _collect(missing, _source, f"sources.{name}.path", source.path, _retry(recipe))
-        for name, source in recipe.sources.items()
-    ]
-    faults += [
-        f"{fault}; it decides whether tasks are asked as chats: or set their format to chat or text"
-        for fault in missing
-    ]
-    return [source.manifest for source in found if source is not None]
-
-
 def _sources(
     recipe: Recipe, faults: list[str], notes: list[str], *, verify: bool
 ) -> dict[str, Source]:
@@ -319,11 +251,11 @@ def _sources(
     places |= {f"held_out of {n}": p for n, p in recipe.held_out_paths.items()}
     found = {}
     for key, path in places.items():
-        source = _collect(faults, _source, key, path, _retry(recipe))
+        source = collect(faults, opened_source, key, path, retry_of(recipe))
         if source is None:
             continue
         found[path] = source
-        damaged = _damaged_shards(source, verify)
+        damaged = damaged_shards(source, verify)
         if key in replaced and 0 < len(damaged) < len(source.manifest.shards):
             notes.append(
                 f"{key}: {len(damaged)} of {len(source.manifest.shards)} shards are damaged; where their rows come up, rows "
@@ -332,10 +264,6 @@ def _sources(
         else:
             faults += [f"{key}: {fault}" for fault in damaged]
     return found
-
-
-def _retry(recipe: Recipe) -> Retry:
-    return Retry(tries=recipe.cache.tries, timeout_s=recipe.cache.timeout_s)
 
 
 def moving_shares(recipe: Recipe) -> Iterator[str]:
@@ -350,39 +278,12 @@ def moving_shares(recipe: Recipe) -> Iterator[str]:
 
 def _cache_notes(recipe: Recipe, depot: Depot, sources: Iterable[Source]) -> Iterator[str]:
     fetched = [source for source in sources if depot.is_fetched(source)]
-    room = room_in_use(fetched, _ahead(recipe)) if fetched else 0
+    room = room_in_use(fetched, ahead_of(recipe)) if fetched else 0
     if room > recipe.cache.size:
         yield (
             f"cache.size is {recipe.cache.size:,} bytes, and up to {room:,} bytes of shards may be in use at once; the run "
             f"ends where they do not fit: set cache.size={room} or more, or fewer cache.ahead_files"
         )
-
-
-def _ahead(recipe: Recipe) -> Ahead:
-    return Ahead(files=recipe.cache.ahead_files, bytes=recipe.cache.ahead_bytes)
-
-
-def _reading(recipe: Recipe, machines: int) -> Reading:
-    cache = recipe.cache
-    return Reading(
-        folder=Path(cache.folder).expanduser(),
-        max_bytes=cache.size,
-        retry=_retry(recipe),
-        ahead=_ahead(recipe),
-        ranges=cache.read == "ranges" or (cache.read == "auto" and machines >= RANGES_FROM),
-    )
-
-
-def _packer(recipe: Recipe, name: str, row_tokens: int) -> Packer:
-    packed = recipe.sources.get(name) or recipe.held_out[name]
-    if isinstance(packed, str):
-        packed = HeldOut(path=packed)
-    return Packer(
-        row_tokens=row_tokens,
-        long_documents=packed.long_documents,
-        whole_below=packed.whole_below,
-        pad_to_multiple=recipe.pad_to_multiple,
-    )
 
 
 def _stages(recipe: Recipe, depot: Depot, sources: Mapping[str, Source]) -> Sequence[Stage]:
@@ -395,25 +296,12 @@ def _stages(recipe: Recipe, depot: Depot, sources: Mapping[str, Source]) -> Sequ
         raise BadInput(f"sources.{bad.source}: {bad.reason}; {_HOW_TO_COUNT}") from bad
 
 
-def _held_out(recipe: Recipe, depot: Depot, sources: Mapping[str, Source]) -> Mapping[str, Stream]:
-    longest = max(length for _, length in recipe.lengths)
-    try:
-        return {
-            name: depot.stream(
-                name, sources[path], _packer(recipe, name, longest), seed=recipe.seed
-            )
-            for name, path in recipe.held_out_paths.items()
-        }
-    except BadShard as bad:
-        raise BadInput(f"held_out of {bad.source}: {bad.reason}") from bad
-
-
 def _streams(
     recipe: Recipe, depot: Depot, sources: Mapping[str, Source], row_tokens: int
 ) -> dict[str, Stream]:
     return {
         name: depot.stream(
-            name, sources[source.path], _packer(recipe, name, row_tokens), seed=recipe.seed
+            name, sources[source.path], packer_of(recipe, name, row_tokens), seed=recipe.seed
         )
         for name, source in recipe.sources.items()
     }
@@ -422,15 +310,6 @@ def _streams(
 def accumulation(recipe: Recipe, ranks: int) -> int:
     """Micro-batches of a step on each rank."""
     return recipe.rows_per_step // (ranks * recipe.train.micro_batch_rows)
-
-
-def _collect(faults: list[str], check: Any, *arguments: Any) -> Any:
-    """The result of a check, or None after its faults are added to the list."""
-    try:
-        return check(*arguments)
-    except BadInput as error:
-        faults += error.faults
-        return None
 
 
 def _row_faults(recipe: Recipe, ranks: int) -> Iterator[str]:
@@ -469,42 +348,3 @@ def keys_dtype(recipe: Recipe, keys: Mapping[str, Any]) -> str:
     if recipe.model.dtype != "auto":
         return recipe.model.dtype
     return "bf16" if keys.get("bf16", {}).get("enabled") is True else "fp32"
-
-
-def _source(key: str, path: str, retry: Retry) -> Source:
-    try:
-        source = read_source(path, retry)
-    except BigmixError as error:
-        raise BadInput(*(f"{key}: {fault}" for fault in str(error).splitlines())) from error
-    if not source.manifest.documents:
-        raise BadInput(f"{key}: {path} holds no document; prepare it from an input that has some")
-    return source
-
-
-def _damaged_shards(source: Source, verify: bool) -> Sequence[str]:
-    """What is wrong with shards of a local source; those of others are looked at when they are fetched."""
-    if not source.location.is_local:
-        return ()
-    folder = Path(source.location.url(MANIFEST)).parent
-    checksum_bytes = CHECKSUM_BYTES if verify else 0
-    return faults_of_shards(str(folder), source.manifest, checksum_bytes=checksum_bytes)
-
-
-def _tokenizer_faults(manifests: Mapping[str, Manifest]) -> Iterator[str]:
-    by_fingerprint: dict[str, str] = {}
-    for path, manifest in manifests.items():
-        by_fingerprint.setdefault(manifest.tokenizer.fingerprint, path)
-    if len(by_fingerprint) > 1:
-        first, *others = by_fingerprint.values()
-        yield (
-            f"{', '.join(others)}: prepared with another tokenizer than {first}; all sources and held-out sets of a "
-            "run need the same one, prepare them again with one --tokenizer"
-        )
-
-
-def _empty(stream: Stream) -> Iterator[str]:
-    if not stream.rows_per_epoch:
-        yield (
-            f"{stream.name}: none of its {stream.manifest.documents} documents fits a row of this sequence_length; "
-            "raise sequence_length, or set long_documents: truncate"
-        )

@@ -21,7 +21,7 @@ from bigmix.bootstrap import RESAMPLES, interval, resampled_sums
 from bigmix.errors import BadInput
 from bigmix.evaluate import by_document
 from bigmix.held_out import Base, DocumentSums, Sum, summarise
-from bigmix.inputs import open_held_out
+from bigmix.held_out_inputs import open_held_out
 from bigmix.model_checks import read_evaluated
 from bigmix.recipe import load_recipe
 

@@ -10,7 +10,8 @@ from corpora import write_source
 from bigmix.cli import main
 from bigmix.errors import BadInput
 from bigmix.first_evaluation import what_it_follows_from
-from bigmix.inputs import open_held_out, open_inputs
+from bigmix.held_out_inputs import open_held_out
+from bigmix.inputs import open_inputs
 from bigmix.recipe import load_recipe
 
 

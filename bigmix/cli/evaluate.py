@@ -14,7 +14,7 @@ from bigmix.cli.train import tell
 from bigmix.cli.words import add_recipe_arguments, parse_words
 from bigmix.errors import BAD_INPUT, DONE, BadInput, BigmixError
 from bigmix.guard import StopFlag
-from bigmix.inputs import open_held_out
+from bigmix.held_out_inputs import open_held_out
 from bigmix.recipe import Recipe, load_recipe
 from bigmix.run_listing import EXPORT
 from bigmix.supervisor import Course, Requests, supervise
