@@ -362,7 +362,7 @@ def test_shards_are_fetched_in_the_order_in_which_they_are_opened(
 def test_ranks_that_share_a_cache_fetch_each_shard_once(mixed, remote, monkeypatch):
     monkeypatch.setattr(loader_module, "ASSEMBLED_ROWS", 32)
     remote.part_wait_s = 0.002
-    ranks = [opened(remote.url) for _ in range(2)]
+    ranks = [opened(remote.url, "cache.timeout_s=10") for _ in range(2)]
     found = {}
 
     def run(rank):
@@ -385,7 +385,8 @@ def test_a_small_cache_fetches_a_shard_once_for_each_time_it_is_opened(
     monkeypatch.setattr(loader_module, "ASSEMBLED_ROWS", 32)
     sources = [read_source(f"{remote.url}/{name}") for name in ("web", "chat", "held")]
     room = room_in_use(sources, Ahead(files=2))
-    inputs = opened(remote.url, f"cache.size={room}", "cache.ahead_files=2", length=length)
+    patient = "cache.timeout_s=10"  # a retry is a second download
+    inputs = opened(remote.url, patient, f"cache.size={room}", "cache.ahead_files=2", length=length)
     assert inputs.notes == []
     assert batches(inputs) == batches(opened(mixed, length=length))
     assert inputs.depot.unforeseen == 0
