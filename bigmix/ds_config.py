@@ -12,7 +12,10 @@ _OURS = {
     "optimizer": "train.lr, train.betas and train.weight_decay",
     "scheduler": "train.schedule and train.warmup",
     "fp16": "model.dtype, bf16 or fp32",
+    "elasticity": "the ranks that are started, on any number of which a run goes on",
 }
+_TABLES = ("zero_optimization", "bf16")
+_STAGES = (1, 2, 3)
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
@@ -29,13 +32,26 @@ def read_ds_config(path: str) -> dict[str, Any]:
         )
     try:
         keys = json.loads(found.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, OSError) as error:
         raise BadInput(f"deepspeed: {found} is not JSON: {error}") from error
     if not isinstance(keys, dict):
         raise BadInput(
             f"deepspeed: {found} holds a {type(keys).__name__}; it must be a JSON object"
         )
+    faults = list(_faults_of_tables(keys, found))
+    if faults:
+        raise BadInput(*faults)
     return keys
+
+
+def _faults_of_tables(keys: Mapping[str, Any], file: Path) -> Iterator[str]:
+    wrong = [key for key in _TABLES if not isinstance(keys.get(key, {}), dict)]
+    for key in wrong:
+        yield f"deepspeed: {key} is {json.dumps(keys[key])} in {file}, must be a JSON object, or left out"
+
+
+def _stage_of(keys: Mapping[str, Any]) -> Any:
+    return keys.get("zero_optimization", {}).get("stage", 0)
 
 
 def fill(
@@ -49,7 +65,7 @@ def fill(
 ) -> dict[str, Any]:
     """The configuration with what follows from the recipe put in.
 
-    Raises BadInput for each key that says something else than the recipe.
+    Raises BadInput for each key that says something else than the recipe, and for a ZeRO stage that shards nothing.
     """
     decided: dict[str, Any] = {
         "train_batch_size": micro_batch_rows * accumulation * ranks,
@@ -71,13 +87,18 @@ def fill(
 
 def zero_stage(keys: Mapping[str, Any]) -> int:
     """Which ZeRO stage a configuration asks for; 0 where it asks for none."""
-    return int(keys.get("zero_optimization", {}).get("stage", 0))
+    return int(_stage_of(keys))
 
 
 def _contradictions(keys: Mapping[str, Any], decided: Mapping[str, Any]) -> Iterator[str]:
     for key, instead in _OURS.items():
         if key in keys and keys[key] != {"enabled": False}:
             yield f"deepspeed: {key} is set in the file; the recipe decides it by {instead}, delete it there"
+    if (stage := _stage_of(keys)) not in _STAGES:
+        yield (
+            f"deepspeed: zero_optimization.stage is {json.dumps(stage)} in the file, must be 1, 2 or 3; ds_configs/zero1.json "
+            "is the nearest to none"
+        )
     for key, value in decided.items():
         given = keys.get(key, "auto")
         if key == "bf16" and isinstance(given, dict):

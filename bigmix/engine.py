@@ -342,7 +342,8 @@ def _optimizer(model: nn.Module, config: Mapping[str, Any], adamw: AdamW) -> Any
     ]
     groups = [group for group in groups if group["params"]]
     options: dict[str, Any] = {"lr": 0.0, "betas": adamw.betas, "eps": adamw.eps}
-    offloads = "offload_optimizer" in config.get("zero_optimization", {})
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    offloads = offload.get("device", "none") != "none"
     if offloads and config.get("zero_force_ds_cpu_optimizer", True):
         # Compiled at first use: several times faster on a CPU than torch's.
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)

@@ -27,6 +27,7 @@ from bigmix.mixing import mix
 from bigmix.objective import StepShares
 from bigmix.recipe import Recipe
 from bigmix.records import Chapter
+from bigmix.schedule import warmup_steps
 from bigmix.source_checks import (
     ahead_of,
     collect,
@@ -228,6 +229,7 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
         notes=[
             *notes,
             *moving_shares(recipe),
+            *_warm_up(recipe, mixing.steps),
             *mixing.notes,
             *_cache_notes(recipe, depot, sources.values()),
         ],
@@ -273,6 +275,15 @@ def moving_shares(recipe: Recipe) -> Iterator[str]:
             f"the share of {name} begins at {controller.start:g} and moves between {controller.least:g} and {controller.most:g}: "
             f"{controller.controller} decides after every {recipe.train.evaluate_every} steps; what is told before the run supposes "
             "that it stays"
+        )
+
+
+def _warm_up(recipe: Recipe, steps: int) -> Iterator[str]:
+    rising = warmup_steps(recipe.train.warmup, steps)
+    if rising >= steps > 1:
+        yield (
+            f"train.warmup is {rising:,} steps and the run has {steps:,}: it ends while the learning rate still rises; set "
+            "train.warmup=0.03, or another fraction of the steps"
         )
 
 

@@ -142,18 +142,25 @@ def read_config(
 
     Raises BadInput where there is none or its model_type is unknown.
     """
+    named = f"{key} {path}" if path is not None else "model.config"
     try:
         if path is not None:
-            return transformers.AutoConfig.from_pretrained(path)
-        settings = dict(config or {})
-        return transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+            found = transformers.AutoConfig.from_pretrained(path)
+        else:
+            settings = dict(config or {})
+            found = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
-        named = f"{key} {path}" if path is not None else "model.config"
         raise BadInput(
             f"{named} gives no model configuration ({first}); give a folder with a config.json, a hub name, "
             "or a config with a model_type that transformers knows"
         ) from error
+    if getattr(found, "vocab_size", None) is None:
+        raise BadInput(
+            f"{named} is a model of several parts ({found.model_type}), and its configuration has no vocab_size of its own; "
+            "give its causal language model alone, saved by transformers from the text part"
+        )
+    return found
 
 
 def max_positions(config: Any) -> int | None:

@@ -61,17 +61,27 @@ def source_weights(
     rows: Mapping[str, int],
     rows_per_step: int,
 ) -> dict[str, float]:
-    """lambda_s of a step: the loss share, and for a source that is not due in every step its catching up.
+    """lambda_s of a step: the loss share, and for a source that is not surely in every step its catching up.
 
-    A source with fewer than one row per step is in some steps only. There it weighs loss_share / (share * rows per
-    step) for each row, so that over the run its part of the gradient is its loss share: with share 0.25 of 2 rows it
-    is in every second step, with twice the weight.
+    A source that is in some steps only weighs loss_share / (share * rows per step) there for each row, so that over the
+    run its part of the gradient is its loss share: with share 0.25 of 2 rows it is in every second step, with twice the
+    weight.
     """
+    surely = surely_from(shares)
     weights = {}
     for name, loss_share in loss_shares.items():
         due = shares[name] * rows_per_step
-        weights[name] = loss_share if due >= 1 or due == 0 else loss_share * rows[name] / due
+        weights[name] = loss_share if due >= surely or due == 0 else loss_share * rows[name] / due
     return weights
+
+
+def surely_from(shares: Mapping[str, float]) -> int:
+    """Rows that a source is due in a step, from which on it has one in each: its rows are within one of its share.
+
+    Of two sources one has what the other leaves, and both have a row in each step that they are due one in; of more, a
+    source that comes early in one step may have none in the next.
+    """
+    return 1 if sum(share > 0 for share in shares.values()) <= 2 else 2
 
 
 def divergence_weights(

@@ -15,7 +15,7 @@ from bigmix.dist import Cluster
 from bigmix.errors import BadInput
 from bigmix.files import lock, replace_text
 from bigmix.health import RollBack
-from bigmix.recipe import Recipe, differences, from_plain, to_yaml
+from bigmix.recipe import Group, Recipe, Source, differences, from_plain, to_yaml
 from bigmix.run_listing import RECIPE
 from bigmix.world import World
 
@@ -63,6 +63,7 @@ _FREE = frozenset(
 _EVALUATING = ("train.evaluate_every", "train.evaluate_rows")
 # These decide what the state of a run is; under other ones it has no meaning.
 _FIXED = ("model.", "seed")
+_OF_SOURCES = {*Source.model_fields, *Group.model_fields}
 # Settings of a source or a group that leave its rows as they are.
 _NO_ROWS = ("loss_share", "weigh", "role", "held_out", "path")
 
@@ -78,8 +79,9 @@ class Change:
     @property
     def moves_rows(self) -> bool:
         """Whether other rows are drawn from there on, and not only learned from otherwise."""
-        table, _, rest = self.key.partition(".")
-        setting = rest.split(".")[1] if "." in rest else ""
+        table, *parts = self.key.split(".")
+        # The name of a source may have dots, and a share may be a table.
+        setting = next((part for part in reversed(parts[1:]) if part in _OF_SOURCES), "")
         # Controllers have whole rows drawn up to their next decision; without them this setting is free.
         if self.key == "train.evaluate_every":
             return True

@@ -10,7 +10,7 @@ from bigmix.records import Decision
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearningRate:
-    """Warm-up, then a shape, down to `final` times the peak at the last step.
+    """Warm-up, then a shape, down to `final` times the peak one step after the last.
 
     `at(step)` is for steps 1 .. `steps`; the first step of a warm-up of w steps has peak / w. cosine follows
     Loshchilov and Hutter, "SGDR", 2016; wsd (warm-up, stable, decay) follows Hu et al., "MiniCPM", 2024.

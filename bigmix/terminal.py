@@ -87,6 +87,7 @@ class Terminal:
         self._every = every
         self._clock = clock
         self._first: tuple[int, float] | None = None  # step and time of the first report
+        self._last = 0  # step of the last one
         self._live: Live | None = None
 
     def header(self, title: str, rows: Sequence[tuple[str, str]], sources: Table) -> None:
@@ -103,7 +104,11 @@ class Terminal:
     def progress(self, step: int, total: int, fields: Mapping[str, float | int | None]) -> None:
         """Show a step; `fields` has the keys of metrics.jsonl, of which the telling ones are shown."""
         now = self._clock()
-        first_step, first_time = self._first = self._first or (step, now)
+        if self._first is None or step < self._last:
+            # The run begins, or has gone back.
+            self._first = (step, now)
+        self._last = step
+        first_step, first_time = self._first
         done = step - first_step
         left_s = (now - first_time) / done * (total - step) if done else None
         if self._is_live:

@@ -13,7 +13,7 @@ from bigmix.dist import Cluster
 from bigmix.errors import BadInput
 from bigmix.inputs import open_inputs
 from bigmix.recipe import load_recipe, plain
-from bigmix.run_folder import beginning, keep_changes, write_recipe
+from bigmix.run_folder import Change, beginning, keep_changes, write_recipe
 from bigmix.world import World
 
 ONE = Cluster(World(rank=0, local_rank=0, size=1, local_size=1))
@@ -270,3 +270,14 @@ def test_a_run_goes_on_with_other_shares_and_longer_rows(data):
     web = [line["rows/web"] for line in logged]
     assert web[0] == 2 and sum(web[1:]) == pytest.approx(15 * 8 * 1.5 / 2.25, abs=1)
     assert logged[-1]["total_rows/web"] == sum(web)
+
+
+@pytest.mark.parametrize(
+    ("key", "moves"),
+    [
+        ("sources.v1.0.held_out", False), ("sources.v1.0.loss_share", False), ("sources.v1.0.share", True),
+        ("groups.old.share.limit", True), ("sources.share.path", False), ("sequence_length", True), ("train.lr", False),
+    ],
+)  # fmt: skip
+def test_a_setting_moves_rows_whatever_the_name_of_its_source(key, moves):
+    assert Change(key=key, old=1, new=2).moves_rows == moves

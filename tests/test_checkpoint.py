@@ -11,7 +11,7 @@ import pytest
 from ranks import environment, run_on_ranks
 from safetensors.torch import load_file
 
-from bigmix.checkpoint.listing import folders, other_versions, put_aside
+from bigmix.checkpoint.listing import folders, other_versions, prune, put_aside
 from bigmix.checkpoint.restore import newest_whole
 from bigmix.dist import Cluster
 from bigmix.world import World
@@ -238,3 +238,12 @@ def test_a_whole_checkpoint_is_found_after_each_of_fifty_kills(tmp_path):
     for kill in kills:
         assert kill["torn"] == [] and kill["newest"] >= kill["latest"] >= 1, kill
     assert sum(kill["in_a_save"] for kill in kills) > 10
+
+
+def test_what_is_put_beside_checkpoints_is_left_alone(tmp_path):
+    for name in ("step-000100", "step-000200", "step-000300", "step-000100-keep", "step-notes"):
+        (tmp_path / name).mkdir()
+    prune(tmp_path, keep=1, keep_every=0)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["step-000100-keep", "step-000300", "step-notes"]
+    assert [path.name for path in folders(tmp_path)] == ["step-000300"]

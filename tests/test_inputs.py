@@ -1,6 +1,7 @@
 """What a recipe names is opened and checked before anything starts; each fault is told once, and clearly."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -159,6 +160,34 @@ def test_a_budget_on_a_schedule_is_added_up_step_by_step(world):
     means = {n: s.tokens_per_epoch / s.rows_per_epoch for n, s in inputs.plan.streams.items()}
     tokens = sum(rows[n] * means[n] for n in rows)
     assert tokens == pytest.approx(100_000, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0"),
+        ({"zero_optimization": {"stage": 4}}, "must be 1, 2 or 3"),
+        ({}, "zero_optimization.stage is 0"),
+        ({"zero_optimization": None}, "zero_optimization is null"),
+        ({"bf16": "auto", "zero_optimization": {"stage": 1}}, 'bf16 is "auto"'),
+        ({"elasticity": {"enabled": True}, "zero_optimization": {"stage": 1}}, "elasticity is set"),
+    ],
+)
+def test_a_deepspeed_file_that_cannot_be_used_is_named(world, keys, said):
+    (world / "ds.json").write_text(json.dumps(keys))
+    with pytest.raises(BadInput, match=re.escape(said)):
+        opened("deepspeed=ds.json")
+
+
+def test_a_deepspeed_file_that_is_no_text_is_named(world):
+    (world / "ds.json").write_bytes(b'{"comment": "caf\xe9"}')
+    with pytest.raises(BadInput, match="is not JSON"):
+        opened("deepspeed=ds.json")
+
+
+def test_a_warm_up_that_never_ends_is_told(world):
+    assert any("while the learning rate still rises" in n for n in opened("train.warmup=10").notes)
+    assert not any("learning rate" in note for note in opened("train.warmup=9").notes)
 
 
 def test_rows_of_a_step_that_the_run_has_not_are_refused(world, capsys):

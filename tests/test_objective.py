@@ -1,5 +1,7 @@
 """A source's share is its weight in the gradient, in each step and over the run."""
 
+import random
+
 import pytest
 
 from bigmix.data.mixture import Mixture
@@ -30,6 +32,49 @@ def test_per_token_weighs_by_loss_share_over_share():
 def test_a_step_without_loss_tokens_weighs_nothing(weigh):
     weights = weigh(SHARES, {"web": 0, "chat": 0})
     assert weights.token == weights.gradient == {"web": 0, "chat": 0}
+
+
+def weights_over_a_run(shares, loss, rows_per_step, steps):
+    """The sum of each source's weights, and whether any step had none of its rows."""
+    mixture = Mixture(shares, rows_per_step)
+    total, misses = dict.fromkeys(shares, 0.0), dict.fromkeys(shares, False)
+    for step in range(steps):
+        before, after = (mixture.counts(k * rows_per_step) for k in (step, step + 1))
+        rows = {name: after[name] - before[name] for name in shares}
+        weights = source_weights(shares, loss, rows, rows_per_step)
+        for name in shares:
+            total[name] += weights[name] if rows[name] else 0.0
+            misses[name] |= rows[name] == 0
+    return {name: sum_ / steps for name, sum_ in total.items()}, misses
+
+
+@pytest.mark.parametrize(
+    ("shares", "rows_per_step"),
+    [
+        ({"a": 0.07, "docs": 0.9, "c": 0.03}, 16),  # 1.12, 14.4 and 0.48 rows a step
+        ({"a": 0.38, "b": 0.08, "c": 0.51, "d": 0.03}, 16),
+    ],
+)
+def test_of_three_sources_one_that_misses_a_step_has_its_share_all_the_same(shares, rows_per_step):
+    found, misses = weights_over_a_run(shares, shares, rows_per_step, 2_000)
+    due_often = [n for n, share in shares.items() if 1 <= share * rows_per_step < 2]
+    assert any(misses[name] for name in due_often)
+    assert found == pytest.approx(shares, rel=2e-3)
+
+
+def test_where_every_step_has_a_source_it_weighs_its_share_in_each():
+    """From one row a step on with two sources, from two on with more, for any shares."""
+    draw = random.Random(0)
+    for _ in range(60):
+        rows_per_step, count = draw.choice([4, 8, 15, 32]), draw.choice([2, 3, 5])
+        least = 1 if count == 2 else 2
+        sizes = [draw.random() for _ in range(count)]
+        shares = {str(n): size / sum(sizes) for n, size in enumerate(sizes)}
+        _, misses = weights_over_a_run(shares, shares, rows_per_step, 300)
+        sure = {n for n, share in shares.items() if share * rows_per_step >= least}
+        assert not any(misses[name] for name in sure), (shares, rows_per_step)
+        weights = source_weights(shares, shares, dict.fromkeys(shares, 1), rows_per_step)
+        assert all(weights[name] == shares[name] for name in sure)
 
 
 def test_a_source_below_one_row_a_step_has_its_share_of_the_gradient_over_the_run():

@@ -67,6 +67,22 @@ def test_all_faults_come_at_once_with_their_lines(tmp_path):
     assert "override rows_per_step=-1: rows_per_step is -1" in lines
 
 
+def test_a_path_in_the_home_folder_is_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    recipe = load_recipe(write(tmp_path, GOOD), ["output=~/run", "sources.web.path=~/web"])
+    assert recipe.output == f"{tmp_path}/home/run"
+    assert recipe.sources["web"].path == f"{tmp_path}/home/web"
+    for key in ("output", "model.path", "sources.web.path"):
+        assert any(key in fault for fault in faults(tmp_path, GOOD, f"{key}=''"))
+
+
+def test_settings_that_would_do_nothing_or_overflow_are_refused(tmp_path):
+    (fault,) = faults(tmp_path, GOOD, "train.spikes_roll_back=true")
+    assert "set spike_deviations=6" in fault
+    (fault,) = faults(tmp_path, GOOD, f"seed={2**63}")
+    assert "seed" in fault
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [

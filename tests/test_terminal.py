@@ -61,6 +61,17 @@ def test_a_pipe_gets_one_plain_line_every_few_steps() -> None:
     assert "eta 0:00:00" in lines[-1]
 
 
+def test_the_time_that_is_left_is_counted_anew_where_the_run_goes_back() -> None:
+    out = io.StringIO()
+    times = iter([0, 1, 2, 8, 9])
+    terminal = Terminal(file=out, every=1, clock=lambda: next(times))
+    for step in (410, 411, 412, 405, 406):
+        terminal.progress(step, 1000, fields(step))
+    terminal.close()
+    shown = [line.split("eta ")[1].split()[0] for line in out.getvalue().splitlines()]
+    assert shown == ["-:--:--", "0:09:49", "0:09:48", "-:--:--", "0:09:54"]
+
+
 def test_forced_colour_does_not_reach_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     out = io.StringIO()

@@ -5,6 +5,7 @@ with its size and checksum, is written last, and only then is the folder renamed
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ LISTING = "checkpoint.json"
 LATEST = "latest"
 VERSION = 2
 _ASIDE = "aside-"
+_NAME = re.compile(r"step-[0-9]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +106,9 @@ class Listed:
 
 def folders(folder: Path, before: int | None = None) -> list[Path]:
     """The checkpoints of a run by their names, newest first; those of a step below `before` where that is given."""
-    found = sorted(folder.glob("step-*"), key=_step_of, reverse=True)
+    # What the user has put beside them, such as a copy step-000100-keep, is none of ours.
+    named = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    found = sorted(named, key=_step_of, reverse=True)
     return [path for path in found if before is None or _step_of(path) < before]
 
 
@@ -176,8 +180,7 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def _step_of(path: Path) -> int:
-    digits = path.name.rpartition("-")[2]
-    return int(digits) if digits.isdigit() else -1
+    return int(path.name.rpartition("-")[2])
 
 
 def faults_of(listed: Listed, part: slice) -> Iterator[str]:

@@ -27,13 +27,13 @@ def warnings_of(recipe: Recipe, plan: Forecast, machine: Machine) -> list[str]:
 
 
 def _rare(recipe: Recipe, plan: Forecast, name: str, source: SourceCounts) -> Iterator[str]:
-    if source.due >= 1:
+    if source.due >= 1 and source.steps >= plan.counts.steps:
         return
     if not source.rows:
         yield f"{name} has no row at all in this run; raise its share or the budget, or delete it"
         return
     steps = source.steps / plan.counts.steps
-    needed = ceil(recipe.rows_per_step / source.due)
+    needed = ceil((1 if len(plan.counts.sources) <= 2 else 2) * recipe.rows_per_step / source.due)
     told = (
         "its weight is raised there, so that over the run its part of the gradient is still right"
         if recipe.objective == "per_source"

@@ -1,6 +1,7 @@
 """What the tables of a recipe have in common: how models are checked, counts as people write them, names."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveInt
@@ -16,6 +17,17 @@ def whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def place(value: Any) -> Any:
+    """A path as people write it: one that begins with ~/ is in the home folder, which no shell puts into KEY=~/PATH."""
+    return (
+        str(Path(value).expanduser())
+        if isinstance(value, str) and value.startswith("~/")
+        else value
+    )
+
+
+# A file, a folder, or a name elsewhere.
+Place = Annotated[str, Field(min_length=1), BeforeValidator(place)]
 Count = Annotated[PositiveInt, BeforeValidator(whole_number)]
 CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(whole_number)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]

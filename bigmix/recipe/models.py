@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from bigmix.recipe.fields import Count, CountOrZero, Name, Settings
+from bigmix.recipe.fields import Count, CountOrZero, Name, Place, Settings
 from bigmix.recipe.sections import (
     Budget,
     Cache,
@@ -57,11 +57,11 @@ class Recipe(Settings):
     """Further prepared folders, by name, that are evaluated and never trained on; forgetting is measured on them too. A path, or a table of path, long_documents and whole_below, which decide the rows as in a source."""
     budget: Budget = Budget()
     train: Train
-    deepspeed: str = "ds_configs/zero3.json"
+    deepspeed: Place = "ds_configs/zero3.json"
     """File with DeepSpeed's own keys; what follows from this recipe is filled in."""
-    output: str
+    output: Place
     """Folder of the run."""
-    seed: CountOrZero = 0
+    seed: Annotated[CountOrZero, Field(lt=2**62)] = 0
     """Decides the order of the data and the weights of a model from scratch."""
     sweep: Sweep | None = None
     """Several runs in place of one, see docs/sweep.md; each is a folder in `output`."""

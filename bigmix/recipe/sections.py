@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from bigmix.recipe.fields import Count, CountOrZero, Name, Settings
+from bigmix.recipe.fields import Count, CountOrZero, Name, Place, Settings
 from bigmix.recipe.shares import GroupShare, Share, SourceShare, fault_of_points, kind_of
 from bigmix.weighing import Weighing
 
@@ -24,11 +24,11 @@ Length = Annotated[Annotated[Count, Tag("<number>")] | _Lengths, Discriminator(k
 class ModelSettings(Settings):
     """The model that is trained."""
 
-    path: str | None = None
+    path: Place | None = None
     """Folder or hub name of a causal language model in the Hugging Face format."""
     config: dict[str, Any] | None = None
     """Instead of `path`: a Hugging Face configuration (with `model_type`) to start from scratch, weights drawn from `seed`."""
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     """Tokenizer of the model; default: the one in `path`, or the sources' own where the model starts from scratch."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of weights and activations; the optimizer always keeps fp32. auto: bf16 on a GPU, fp32 on a CPU."""
@@ -84,7 +84,7 @@ class Cache(Settings):
 class Source(Settings):
     """One named stream of documents."""
 
-    path: str
+    path: Place
     """Prepared source, as `bigmix prepare` makes it: a folder, a URL of one (s3, gs, https, hf, any of fsspec), a brace pattern of its shards, or `pipe:` with a command in which {} is the file."""
     role: Literal["task", "replay"]
     """task: what the model is to learn; replay: pretraining data that keeps what it knows."""
@@ -100,7 +100,7 @@ class Source(Settings):
     """How many times the source may be gone through; default: without limit."""
     when_exhausted: Literal["error", "stop", "renormalise"] = "error"
     """What happens where the run would need more than max_epochs. error: it is refused; stop: it ends there; renormalise: it goes on without the source."""
-    held_out: str | None = None
+    held_out: Place | None = None
     """Prepared folder that is evaluated and never trained on."""
     long_documents: Literal["drop", "truncate"] = "drop"
     """What happens to a conversation longer than a row; text is always split, with nothing lost."""
@@ -146,7 +146,7 @@ class Train(Settings):
     decay: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Fraction of the steps that the decay of wsd takes."""
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Learning rate at the last step, as a fraction of lr."""
+    """Learning rate that the schedule ends at, one step after the last, as a fraction of lr."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices; biases and norms have none."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
@@ -209,6 +209,14 @@ class Train(Settings):
     export_shard_gib: PositiveFloat = 4.0
     """Largest file of weights in it, in GiB; so much of the model is in the memory of the first rank while it is written."""
 
+    @model_validator(mode="after")
+    def _spikes(self) -> "Train":
+        if self.spikes_roll_back and self.spike_deviations is None:
+            raise ValueError(
+                "spikes_roll_back is true and spike_deviations is not given, so that no loss is a spike; set spike_deviations=6"
+            )
+        return self
+
 
 class Loss(Settings):
     """What the objective holds beside the loss of the tokens, and how it is computed."""
@@ -230,7 +238,7 @@ class Loss(Settings):
 class Reference(Settings):
     """A frozen model that chosen sources stay near to, by the divergence KL(reference || model) of their loss tokens."""
 
-    model: str | None = None
+    model: Place | None = None
     """Folder or hub name of a model with the same tokenizer; default: `model.path`, the model as it was before training."""
     sources: Annotated[dict[Name, PositiveFloat], Field(min_length=1)]
     """Weight of the mean divergence over the loss tokens of a source, for each source that has one; 0.1 is a start."""
@@ -239,7 +247,7 @@ class Reference(Settings):
 class HeldOut(Settings):
     """A prepared folder that is evaluated and never trained on, with what decides its rows."""
 
-    path: str
+    path: Place
     """Prepared folder."""
     long_documents: Literal["drop", "truncate"] = "drop"
     """What happens to a conversation longer than a row; text is always split, with nothing lost."""
@@ -252,7 +260,7 @@ def _kind_of_held_out(value: Any) -> str:
 
 
 FurtherHeldOut = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[HeldOut, Tag("<table>")],
+    Annotated[Place, Tag("<text>")] | Annotated[HeldOut, Tag("<table>")],
     Discriminator(_kind_of_held_out),
 ]
 Chosen = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from bigmix.recipe.fields import Count, CountOrZero, Settings
+from bigmix.recipe.fields import Count, CountOrZero, Place, Settings
 
 OF_LABELS = ("accuracy", "macro_f1")
 SCORES = (
@@ -22,7 +22,7 @@ _PASS_AT = re.compile(r"pass@([1-9][0-9]*)")
 class Task(Settings):
     """A file of questions that the model is asked at evaluations, and how its answers are judged; see docs/tasks.md."""
 
-    path: str
+    path: Place
     """File of examples (.jsonl, also .gz or .zst): a prompt or messages, and a response, label or references."""
     scores: Annotated[tuple[str, ...], Field(min_length=1)]
     """What is measured, each from 0 to 1: exact_match, numeric_match, token_f1, accuracy, macro_f1, bleu, chrf, rouge1, rouge2, rougeL, pass@K."""
