@@ -22,8 +22,8 @@ from bigmix.world import World
 def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: StopFlag) -> None:
     """Train every run that is not done, those last that failed before; a failure leaves the others as they are.
 
-    A run that another command trains is passed over, and tried once more after the others. Raises BadInput before the first one, Interrupted after a whole checkpoint when the flag is set, and BigmixError at the
-    end where runs have failed.
+    A run that another command trains is passed over, and tried once more after the others. Raises BadInput before the
+    first one, Interrupted after a whole checkpoint when the flag is set, and BigmixError at the end where runs have failed.
     """
     done = look_at_all(
         runs, _look, ranks=world.size, verify=world.local_rank == 0, machines=_machines(world)

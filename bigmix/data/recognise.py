@@ -210,12 +210,8 @@ def _has_thoughts(turn: Any) -> bool:
 
 def _explicit(columns: Mapping[str, str], kind: Kind | None, rows: Sequence[Row]) -> Layout:
     ways = [way for way in WAYS if way in columns]
-    is_pair = ways == ["response"] and "prompt" in columns
-    if (
-        len(ways) != 1
-        or not (is_pair or ways != ["response"])
-        or not columns.keys() <= {*WAYS[ways[0]]}
-    ):
+    goes_together = len(ways) == 1 and columns.keys() <= {*WAYS[ways[0]]}
+    if not goes_together or (ways == ["response"] and "prompt" not in columns):
         raise BadInput(
             f"--columns names {', '.join(columns)}; allowed are text alone; messages with system and tools; or prompt and "
             "response with context, input, system, history and tools; write for instance prompt=question,response=answer"
