@@ -73,8 +73,9 @@ def faults_of_output(output: Path, *, holds_out: bool) -> Sequence[str]:
     """Why nothing can be prepared into a folder, and into that of what is held out; work that was begun is no reason."""
     folders = _folders(output, holds_out=holds_out)
     if _is_begun(output):
-        # Without a position nothing of ours is in the second folder.
-        folders = () if any((output / PARTS).glob("*.json")) else folders[1:]
+        # What is beside it may be of the same work, or a source of its own.
+        has_position = any((output / PARTS).glob("*.json"))
+        folders = tuple(f for f in folders[1:] if not (has_position or _has_shards_alone(f)))
     faults = []
     for folder in folders:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -91,10 +92,16 @@ def _is_begun(output: Path) -> bool:
     """Whether a folder holds what work that goes on has left, and nothing else."""
     if not (output / PARTS).is_dir():
         return False
-    names = [path.name for path in output.iterdir()]
-    return all(
-        name == PARTS or name.startswith((SHARD, TOKENIZER_FOLDER, LENGTHS)) for name in names
-    )
+    return all(path.name == PARTS or _is_of_shards(path) for path in output.iterdir())
+
+
+def _has_shards_alone(folder: Path) -> bool:
+    """Whether a folder holds shards without a manifest, and nothing else: what a command leaves that was killed."""
+    return folder.is_dir() and all(map(_is_of_shards, folder.iterdir()))
+
+
+def _is_of_shards(path: Path) -> bool:
+    return path.name.startswith((SHARD, TOKENIZER_FOLDER, LENGTHS))
 
 
 @contextmanager
@@ -118,7 +125,8 @@ def remove_unlisted(folder: Path, listed: Collection[str]) -> None:
 def remove_begun(output: Path, *, holds_out: bool) -> None:
     """Remove what work without a whole shard has left, and nothing else."""
     for folder in _folders(output, holds_out=holds_out):
-        if (folder / MANIFEST).exists():
+        is_anothers = folder != output and (folder / PARTS).exists()
+        if (folder / MANIFEST).exists() or is_anothers:
             continue
         remove_unlisted(folder, ())
         for name in (PARTS, TOKENIZER_FOLDER):
