@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from bigmix.cli.words import add_recipe_arguments, tell_moving, tell_replaced
+from bigmix.cli.words import add_recipe_arguments, check_step, tell_moving, tell_replaced
 from bigmix.data.loader import Plan, Portion
 from bigmix.errors import DONE, BadInput
 from bigmix.inputs import Inputs, open_inputs
@@ -80,10 +80,8 @@ def _rows(known: argparse.Namespace) -> int:
     recipe = load_recipe(known.recipe, known.overrides)
     inputs = open_inputs(recipe, ranks=known.ranks, verify=False)
     # A controller may give the run more steps than its recipe does.
-    if known.step > inputs.steps and not recipe.controllers:
-        raise BadInput(
-            f"--step is {known.step}, the run has {inputs.steps} steps; give one of them"
-        )
+    if not recipe.controllers:
+        check_step(known.step, inputs)
 
     def lines(inputs: Inputs) -> list[str]:
         return [

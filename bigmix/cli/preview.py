@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from bigmix.cli.words import add_recipe_arguments, tell_moving, tell_replaced
+from bigmix.cli.words import add_recipe_arguments, check_step, tell_moving, tell_replaced
 from bigmix.data.loader import Portion
 from bigmix.errors import DONE, BadInput
 from bigmix.inputs import Inputs, open_inputs
@@ -35,10 +35,7 @@ def _preview(known: argparse.Namespace) -> int:
     recipe = load_recipe(known.recipe, known.overrides)
     _check(known)
     inputs = open_inputs(recipe, ranks=known.ranks, verify=False)
-    if known.step > inputs.steps:
-        raise BadInput(
-            f"--step is {known.step}, the run has {inputs.steps} steps; give one of them"
-        )
+    check_step(known.step, inputs)
     _show(known, recipe, inputs, Terminal())
     return DONE
 

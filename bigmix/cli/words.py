@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from bigmix.data.quarantine import BadShard
 from bigmix.errors import BadInput
-from bigmix.inputs import moving_shares
+from bigmix.inputs import Inputs, moving_shares
 from bigmix.recipe import Recipe
 from bigmix.recipe.fields import whole_number
 
@@ -58,6 +58,12 @@ def columns_of(text: str | None) -> Mapping[str, str] | None:
             f"--columns is {text!r}, which names a part twice; give each part one column"
         )
     return found
+
+
+def check_step(step: int, inputs: Inputs) -> None:
+    """BadInput where a step is beyond the end of the run."""
+    if step > inputs.steps:
+        raise BadInput(f"--step is {step}, the run has {inputs.steps} steps; give one of them")
 
 
 def tell_moving(recipe: Recipe) -> None:

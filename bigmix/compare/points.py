@@ -106,8 +106,8 @@ def points_of(runs: Sequence[Run]) -> list[Point]:
         seen[settings, run.seed] += 1
     names = _point_names(list(grouped.values()))
     return [
-        Point(name=name, runs=group, settings=dict(sorted(_settings(group[0]).items())))
-        for name, group in zip(names, grouped.values(), strict=True)
+        Point(name=name, runs=group, settings=dict(sorted(settings)))
+        for name, ((settings, _), group) in zip(names, grouped.items(), strict=True)
     ]
 
 

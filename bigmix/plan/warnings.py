@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from math import ceil
 
+from bigmix.objective import surely_from
 from bigmix.plan.counts import SourceCounts
 from bigmix.plan.forecast import Forecast, Machine
 from bigmix.recipe import Recipe
@@ -33,7 +34,8 @@ def _rare(recipe: Recipe, plan: Forecast, name: str, source: SourceCounts) -> It
         yield f"{name} has no row at all in this run; raise its share or the budget, or delete it"
         return
     steps = source.steps / plan.counts.steps
-    needed = ceil((1 if len(plan.counts.sources) <= 2 else 2) * recipe.rows_per_step / source.due)
+    surely = surely_from(plan.counts.shares("rows"))
+    needed = ceil(surely * recipe.rows_per_step / source.due)
     told = (
         "its weight is raised there, so that over the run its part of the gradient is still right"
         if recipe.objective == "per_source"
@@ -61,7 +63,7 @@ def _padded(name: str, source: SourceCounts) -> Iterator[str]:
         return
     mean = source.tokens / source.rows
     yield (
-        f"{name}: {padding:.0%} of its rows is padding (a row holds {mean:,.0f} of {source.room / max(source.rows, 1):,.0f} tokens), "
+        f"{name}: {padding:.0%} of its rows is padding (a row holds {mean:,.0f} of {source.room / source.rows:,.0f} tokens), "
         f"more than {MOST_PADDING:.0%}; choose another sequence_length, or put more documents into each shard"
     )
 
