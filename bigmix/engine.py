@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from bigmix.dist import Cluster, export_world
 from bigmix.ds_config import zero_stage
 from bigmix.world import World, free_port
 from bigmix.zero_state import FlatState, ZeroState
+
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +70,24 @@ def _use_gloo_alone() -> None:
         compatible["deepspeed_shm_comm"] = False
 
 
+def _import_muon() -> None:
+    """Import an optimizer of DeepSpeed that is never used here, before DeepSpeed does so for each engine.
+
+    Its functions are compiled where they are defined, for which torch would import its compiler: seconds of each start.
+    """
+    before = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    except ImportError:
+        return  # a version of DeepSpeed without it
+    finally:
+        if before is None:
+            del os.environ[_NO_COMPILER]
+        else:
+            os.environ[_NO_COMPILER] = before
+
+
 class _SeenByTransformers:
     """What transformers asks of a DeepSpeed configuration while it makes a model."""
 
@@ -107,6 +128,7 @@ class Engine:
     ) -> None:
         _gather_layers_whole(model, config)
         optimizer = _optimizer(model, config, adamw)
+        _import_muon()
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=dict(config)
         )
@@ -119,6 +141,7 @@ class Engine:
             decay=average_decay,
         )
         self._is_averaged = False
+        gc.enable()  # off since the rank began: by now it has imported all that it needs
 
     @property
     def device(self) -> torch.device:
@@ -279,6 +302,7 @@ class Frozen:
             model.to(device)
         model.eval()
         self._run = model
+        gc.enable()  # as in Engine
 
     def forward(self, *inputs: Any) -> Any:
         """What the model gives, without gradient; a collective where it is sharded."""

@@ -1,5 +1,6 @@
 """One rank of a run or an evaluation: `python -m bigmix.rank train|evaluate RECIPE.yaml ...`; launch/*.py are the same."""
 
+import gc
 import os
 import sys
 import traceback
@@ -25,6 +26,8 @@ def _end_well(
     arguments: Sequence[str], work: Callable[[Sequence[str], StopFlag], int], nothing_lost: str
 ) -> int:
     flag = StopFlag(nothing_lost=nothing_lost)
+    # Nothing that is imported is garbage, and to look for some takes a sixth of a start: not before there is an engine.
+    gc.disable()
     try:
         code = work(arguments, flag)
     except Exception:  # told as any program tells it, but ended as below

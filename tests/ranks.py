@@ -1,6 +1,7 @@
 """Starts real gloo processes from ones that have the libraries already: whole runs, or a function of tests/workers.py."""
 
 import functools
+import gc
 import importlib
 import itertools
 import json
@@ -139,6 +140,7 @@ def _starter():
 
 
 def _begin(work, environment: dict, folder: Path, said: Path, **given) -> None:
+    gc.freeze()  # what is imported is not looked through for garbage again
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -123,6 +123,24 @@ def test_a_run_leaves_what_it_should(whole):
     assert difference < -0.1
 
 
+OWN_RANK = """
+import gc, sys
+from bigmix.rank import main
+assert main(sys.argv[1:]) == 0
+print("collects:", gc.isenabled(), "compiler:", "torch._inductor.compile_fx" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_starts_without_the_compiler_and_collects_garbage_once_it_trains(data):
+    words = ["recipe.yaml", "output=own", "budget.steps=1", "train.evaluate_every=0"]
+    done = subprocess.run(
+        [sys.executable, "-c", OWN_RANK, *words], cwd=data,
+        env=bare(os.environ | {"PYTHONPATH": str(ROOT)}), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert "collects: True compiler: False" in done.stdout, done.stdout + done.stderr
+
+
 def test_an_export_says_what_it_is_and_speaks(whole):
     folder, said = whole
     evaluation = [line for line in lines(folder) if "eval" in line][-1]

@@ -76,14 +76,14 @@ class Job:
         while not is_so():
             lives = self.state[0] not in ENDED and time.monotonic() < until
             assert lives, f"{what} did not happen: {self.state}\n{self.log}"
-            time.sleep(0.1)
+            time.sleep(0.4)
 
     def end(self) -> tuple[str, str]:
         """The last state of the job and its exit code, once it has ended."""
         until = time.monotonic() + PATIENCE_S
         while self.state[0] not in ENDED:
             assert time.monotonic() < until, f"it does not end: {self.state}\n{self.log}"
-            time.sleep(0.1)
+            time.sleep(0.4)
         found = self.slurm.job(self.number)
         return found["JobState"], found["ExitCode"].partition(":")[0]
 
