@@ -4,16 +4,18 @@ Each file is the summary.json of `bigmix compare` over one task of docs/study. T
 run before bigmix, on another machine; what is missed is printed as missed. Ends with 1 where anything is.
 """
 
-import json
+import argparse
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import spearmanr
+from study_overview import draw_overview, overview
+from study_summary import Spread, Study, study_of, told
 from table import Table
 
 LEAST_FORGOTTEN = 0.3  # nats/token, one-way: below that there is nothing to keep
@@ -21,8 +23,6 @@ MOST_LEFT = {0.01: 0.85, 0.05: 0.55, 0.25: 0.25}  # of one-way's forgetting, by 
 MOST_TASK_RISE = 0.02  # nats/token, up to a share of 25 %
 LAW_AT, LAW_ERROR = 0.1, 0.15  # of the law that is fitted to 1 and 5 %
 SIGMAS = 2.0
-
-Spread = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,54 +33,6 @@ class Verdict:
     expected: str
     found: str
     held: bool | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Study:
-    """A summary, with what is asked of it: points of the main line by their share, and the sources that count."""
-
-    summary: Mapping[str, Any]
-    replay: str
-    task: str
-
-    @property
-    def points(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.summary["points"]
-        return found
-
-    def line(self, index: int = 0) -> dict[float, Mapping[str, Any]]:
-        """The points of a line over the share, by share."""
-        named = [self.points[name] for name in self.summary["lines"][index]["points"]]
-        # As logged a share is some rows off; to two decimals one below a per cent would be none.
-        return {_digits(point["replay_share"]): point for point in named}
-
-    def forgetting(self, point: Mapping[str, Any]) -> Spread:
-        found: Spread = point["sources"][self.replay]["forgetting"]
-        return found
-
-    def loss(self, point: Mapping[str, Any]) -> Spread:
-        found: Spread = point["sources"][self.task]["held_out_loss"]
-        return found
-
-
-def _digits(share: float) -> float:
-    return round(share, 2 if share >= 0.009 else 4)
-
-
-def study_of(path: Path) -> Study:
-    """The study in a file; the replay source is that of the first frontier. Ends the program where there is nothing to hold."""
-    summary = json.loads(path.read_text())
-    if not summary.get("frontiers") or not summary.get("lines"):
-        sys.exit(
-            f"error: {path} has no frontier: compare a sweep of a replay source's share, 0 among them"
-        )
-    title, frontier = next(iter(summary["frontiers"].items()))
-    study = Study(summary=summary, replay=frontier["replay"], task=title.split(" against ")[0])
-    if not {0.0} < set(study.line()):
-        sys.exit(
-            f"error: {path} needs the one-way run and one with replay, has shares {sorted(study.line())}"
-        )
-    return study
 
 
 def verdicts(study: Study) -> Iterator[Verdict]:
@@ -101,7 +53,7 @@ def _forgets(study: Study, line: Mapping[float, Any]) -> Verdict:
     return Verdict(
         name="F1 one-way training forgets",
         expected=f">= {LEAST_FORGOTTEN}",
-        found=_spread(found),
+        found=told(found),
         held=found["mean"] >= LEAST_FORGOTTEN,
     )
 
@@ -156,7 +108,7 @@ def _task_is_learned(study: Study, line: Mapping[float, Any]) -> Iterator[Verdic
             yield Verdict(
                 name=f"F4 {score} of {task} up to 25 %",
                 expected=f"falls by <= {SIGMAS:g} sigma",
-                found=f"{_told(falls[worst])} at {worst:.0%}, {_spread(line[worst]['scores'][task][score])}",
+                found=f"{_told(falls[worst])} at {worst:.0%}, {told(line[worst]['scores'][task][score])}",
                 held=falls[worst] <= SIGMAS if _are_known(falls.values()) else None,
             )
 
@@ -255,16 +207,15 @@ def _told(sigma: float) -> str:
     return "one seed" if math.isnan(sigma) else f"{sigma:.1f}"
 
 
-def _spread(found: Spread) -> str:
-    deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.3f}"
-    return f"{found['mean']:.3f}{deviation}"
-
-
-def main(paths: Sequence[str]) -> int:
-    """Print a table for each summary; 1 where an expectation was missed."""
+def main() -> int:
+    """Print a table for each summary, and one of all where there are several; 1 where an expectation was missed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("summaries", nargs="+", type=Path, metavar="REPORT/summary.json")
+    parser.add_argument("--picture", type=Path, help="a PNG of all tasks over replay's share")
+    known = parser.parse_args()
+    studies = [study_of(path) for path in known.summaries]
     missed = 0
-    for path in paths:
-        study = study_of(Path(path))
+    for study in studies:
         found = list(verdicts(study))
         missed += sum(verdict.held is False for verdict in found)
         words = {True: "held", False: "MISSED", None: "-"}
@@ -274,10 +225,12 @@ def main(paths: Sequence[str]) -> int:
             rows=[(v.name, v.expected, v.found, words[v.held]) for v in found],
         )
         print(table.text())
+    if len(studies) > 1:
+        print(overview(studies).text())
+    if known.picture is not None:
+        draw_overview(studies, known.picture)
     return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python benchmarks/study.py REPORT/summary.json ...")
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
