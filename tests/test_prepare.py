@@ -15,7 +15,7 @@ from conftest import generated_texts
 from bigmix.cli import main
 from bigmix.data import tokenise, workers
 from bigmix.data.chat import encode_chat, open_template
-from bigmix.data.documents import RawRow
+from bigmix.data.documents import RawRow, ReadOptions
 from bigmix.data.location import MANIFEST
 from bigmix.data.manifest import read_manifest
 from bigmix.data.prepare import prepare
@@ -322,6 +322,30 @@ def test_places_and_words_that_cannot_be_are_told(words, said, tmp_path, tiny_to
     write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
     assert main(["prepare", "rows.jsonl", "--tokenizer", str(tiny_tokenizer), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "mark", "said"),
+    [
+        ("a.txt", "\\n\\n", ["--split-on '\\\\n\\\\n' cuts nothing in 2 text files"]),
+        ("a.txt", "\n\n", []),
+        ("a.jsonl", "\n\n", ["cuts nothing in the inputs, of which none is a text file"]),
+    ],
+)
+def test_a_mark_between_documents_that_never_stands_there_is_told(name, mark, said, tmp_path, tiny_tokenizer):  # fmt: skip
+    if name == "a.txt":
+        for file in ("a.txt", "b.txt"):
+            (tmp_path / file).write_text("one river\n\nseven towers\n\n")
+    else:
+        write_rows(tmp_path / name, [{"text": text} for text in TEXTS[:3]])
+    places = sorted(str(path) for path in tmp_path.glob("*.*"))
+    read = ReadOptions(split_on=mark)
+    found = prepare(
+        PrepareSettings(inputs=places, tokenizer=str(tiny_tokenizer), output=str(tmp_path / "out"), read=read),
+        lambda *_: None,
+    )  # fmt: skip
+    assert len(found.warnings) == len(said)
+    assert all(part in warning for part, warning in zip(said, found.warnings, strict=True))
 
 
 def test_half_of_a_surrogate_pair_is_left_out_of_a_tokenizer_and_told(tmp_path, capsys):

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from bigmix.data.chat import Template, check_first, encode_chat, open_template
-from bigmix.data.documents import read_rows
+from bigmix.data.documents import TEXT_SUFFIXES, RawRow, format_of, read_rows
 from bigmix.data.duplicates import Seen
 from bigmix.data.location import MANIFEST
 from bigmix.data.manifest import (
@@ -149,13 +149,16 @@ def _told_when_full(output: Path) -> Iterator[None]:
 def _job(settings: PrepareSettings, tokenizer: Tokenizer) -> tuple[Job, Sequence[str]]:
     """Decide from the first rows of all parts what the source is, and check that its chats can be learned from."""
     first = islice(read_rows(settings.inputs, settings.read), settings.limit)
-    columns = [row.columns for row in islice(first, FIRST_ROWS) if row.columns is not None]
+    rows = list(islice(first, FIRST_ROWS))
+    columns = [row.columns for row in rows if row.columns is not None]
     if not columns:
         raise BadInput(f"no rows are in {', '.join(settings.inputs)}; give inputs with data")
     layout = recognise(columns, kind=settings.kind, columns=settings.columns)
     template, warnings = None, list[str]()
     documents = [document_of(row, layout) for row in columns]
     warnings.extend(_unknown(tokenizer, documents))
+    if settings.limit is None:
+        warnings.extend(_uncut(rows, settings.read.split_on))
     if layout.kind == "chat":
         template = open_template(tokenizer, settings.template)
         chats = [each for each in documents if isinstance(each, Conversation)]
@@ -185,6 +188,17 @@ def _unknown(tokenizer: Tokenizer, documents: Sequence[Document]) -> Iterator[st
             f"{part:.1%} of the tokens of the first documents are {tokenizer.text_of(tokenizer.unk_id)!r}: what stood there is "
             "lost; take a tokenizer that has bytes for all it does not know"
         )
+
+
+def _uncut(rows: Sequence[RawRow], split_on: str | None) -> Iterator[str]:
+    """A warning where a mark between documents cuts nothing among the first rows."""
+    numbers = [row.number for row in rows if format_of(row.file) in TEXT_SUFFIXES]
+    if split_on is None or max(numbers, default=1) > 1:
+        return
+    where = f"{len(numbers)} text files" if numbers else "the inputs, of which none is a text file"
+    yield (
+        f"--split-on {split_on!r} cuts nothing in {where}; give what stands between documents, such as $'\\n\\n'"
+    )
 
 
 def _prepare_part(settings: PrepareSettings, job: Job, report: Report) -> Progress:
