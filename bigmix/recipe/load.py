@@ -221,15 +221,15 @@ def _text(fault: Any, key: Path_) -> str:
     if fault["type"] == "value_error":
         reason = str(fault["ctx"]["error"])
         return f"{name}: {reason}" if name else reason
-    if key[0] in ("sources", "groups") and key[-1] in ("share", "loss_share") and _is_number(value):
+    if key[0] in ("sources", "groups") and key[-1] in ("share", "loss_share") and _is_at_most_0(value):
         return f"{name} is {value}, must be above 0; to leave {key[1]} out, delete it from the {key[0]}"
     allowed = fault["msg"][0].lower() + fault["msg"][1:]
     shown = "a table" if isinstance(value, dict) else repr(value)
     return f"{name} is {shown}: {allowed.replace('input ', 'it ')}; see docs/recipe.md"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_at_most_0(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value <= 0
 
 
 def _unknown(key: Path_) -> str:
