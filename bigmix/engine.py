@@ -64,10 +64,11 @@ def device_of(world: World) -> torch.device:
 
 
 def _use_gloo_alone() -> None:
-    """On a CPU DeepSpeed compiles a shared-memory collective at first use; without it, no compiler is needed."""
-    compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
-    if isinstance(compatible, dict):
-        compatible["deepspeed_shm_comm"] = False
+    """On a CPU DeepSpeed compiles a shared-memory collective at first use; without it, no compiler is needed.
+
+    Nor does DeepSpeed then try all its operators with the compiler, which it does when it is first asked for one of them.
+    """
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def _import_muon() -> None:

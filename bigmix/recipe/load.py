@@ -221,7 +221,11 @@ def _text(fault: Any, key: Path_) -> str:
     if fault["type"] == "value_error":
         reason = str(fault["ctx"]["error"])
         return f"{name}: {reason}" if name else reason
-    if key[0] in ("sources", "groups") and key[-1] in ("share", "loss_share") and _is_at_most_0(value):
+    if (
+        key[0] in ("sources", "groups")
+        and key[-1] in ("share", "loss_share")
+        and _is_at_most_0(value)
+    ):
         return f"{name} is {value}, must be above 0; to leave {key[1]} out, delete it from the {key[0]}"
     allowed = fault["msg"][0].lower() + fault["msg"][1:]
     shown = "a table" if isinstance(value, dict) else repr(value)
