@@ -40,7 +40,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _show(summary: "Summary") -> None:
     # As above: the tables' texts come with compare.
-    from bigmix.compare.table import ABSENT, cells_of, has_shares, heads_of, tables
+    from bigmix.compare.table import ABSENT, cells_of, has_shares, heads_of, narrow_tables
     from bigmix.terminal import Table, Terminal
 
     comparison = summary.comparison
@@ -54,7 +54,7 @@ def _show(summary: "Summary") -> None:
             "they are not; install a font that has them, such as Noto Sans CJK"
         )
     with_share = has_shares(comparison)
-    for table in tables(comparison):
+    for table in narrow_tables(comparison):
         # Intervals are in the files: a terminal is narrow.
         rows = [
             [
@@ -67,7 +67,7 @@ def _show(summary: "Summary") -> None:
             for row in table.rows
         ]
         heads = ["", *heads_of(table, with_share=with_share)]
-        terminal.table(Table(title=f"held-out data, {table.title}", columns=heads, rows=rows))
+        terminal.table(Table(title=table.title, columns=heads, rows=rows))
     for path in summary.files:
         terminal.note(f"wrote {path}")
     terminal.close()

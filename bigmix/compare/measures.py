@@ -59,13 +59,13 @@ class Measure:
 
 SOURCE_MEASURES = (
     Measure(key=LOSS, label="held-out loss", better="lower"),
+    Measure(key=FORGETTING, label="forgetting", better="lower", is_signed=True),
+    Measure(key=GAIN, label="task gain", better="higher", is_signed=True),
     Measure(key="bits_per_byte", label="bits/byte", better="lower"),
     Measure(key="perplexity", label="perplexity", better="lower"),
     Measure(key="token_accuracy", label="token accuracy", better="higher"),
     Measure(key="last_word_accuracy", label="last-word accuracy", better="higher"),
     Measure(key="kl_to_base", label="KL to the base", better="lower"),
-    Measure(key=FORGETTING, label="forgetting", better="lower", is_signed=True),
-    Measure(key=GAIN, label="task gain", better="higher", is_signed=True),
 )
 _READ = tuple(m.key for m in SOURCE_MEASURES if m.key not in (FORGETTING, GAIN))
 

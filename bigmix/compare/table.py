@@ -41,8 +41,12 @@ class Cell:
 
     @property
     def brief(self) -> str:
-        """The value, with its standard deviation over seeds but without an interval."""
-        return self.text if self.doubt.startswith("±") else self.value
+        """The value, with its standard deviation over seeds but without an interval; in one word, so that it is in one line."""
+        return (
+            f"{self.value}\N{NO-BREAK SPACE}{self.doubt.replace(' ', '')}"
+            if self.doubt.startswith("±")
+            else self.value
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +78,12 @@ def tables(comparison: Comparison) -> list[Table]:
     return list(_tables(comparison, comparison.arrangement.ordered))
 
 
+def narrow_tables(comparison: Comparison) -> list[Table]:
+    """The same for a terminal: without the perplexity, which is exp(loss)."""
+    measures = [measure for measure in SOURCE_MEASURES if measure.key != "perplexity"]
+    return list(_tables(comparison, comparison.arrangement.ordered, measures))
+
+
 def tables_of_runs(comparison: Comparison) -> list[Table]:
     """The same with a row for each run; none where every point has one run, as its row says all."""
     points = comparison.arrangement.ordered
@@ -83,12 +93,14 @@ def tables_of_runs(comparison: Comparison) -> list[Table]:
     return list(_tables(comparison, [Point(name=r.name, runs=[r], settings={}) for r in runs]))
 
 
-def _tables(comparison: Comparison, points: Sequence[Point]) -> Iterator[Table]:
+def _tables(
+    comparison: Comparison, points: Sequence[Point], measures: Sequence[Measure] = SOURCE_MEASURES
+) -> Iterator[Table]:
     for source, role in comparison.roles.items():
         hidden = FORGETTING if role == "task" else GAIN
         spreads = {
             measure: [point.source(source, measure.key) for point in points]
-            for measure in SOURCE_MEASURES
+            for measure in measures
             if measure.key != hidden
         }
         yield _table(source, role, points, spreads, comparison.base[source])
@@ -145,7 +157,8 @@ def _number(value: float, measure: Measure) -> str:
 
 def _plain(value: float, measure: Measure) -> str:
     if measure.key == "perplexity":
-        return f"{value:,.2f}" if value < 1e6 or math.isinf(value) else f"{value:.2e}"
+        digits = 2 if value < 1000 else 0
+        return f"{value:,.{digits}f}" if value < 1e6 or math.isinf(value) else f"{value:.2e}"
     return f"{value:.3f}"
 
 
