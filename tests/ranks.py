@@ -1,7 +1,6 @@
 """Starts real gloo processes from ones that have the libraries already: whole runs, or a function of tests/workers.py."""
 
 import functools
-import gc
 import importlib
 import itertools
 import json
@@ -141,7 +140,6 @@ def _starter():
 
 
 def _begin(work, environment: dict, folder: Path, said: Path, **given) -> None:
-    gc.freeze()  # what is imported is not looked through for garbage again
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
