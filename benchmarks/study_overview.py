@@ -1,13 +1,13 @@
 """Studies of several tasks go in; out come a table and a picture of all of them over replay's share."""
 
-import math
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 
 from study_summary import Study
 from table import Table
 
-from bigmix.compare.chart import BOTTOM, HEIGHT, LEFT, WIDTH, Axes, range_of
+from bigmix.compare.chart import HEIGHT, LEFT, WIDTH, range_of, share_axes
 from bigmix.compare.figure import draw_figure
 from bigmix.compare.scene import Mark, Scene, Shape, Stroke
 from bigmix.compare.styles import Style
@@ -15,7 +15,7 @@ from bigmix.compare.styles import Style
 _LOOKS = (
     ("#c2500a", "circle"), ("#0072b2", "square"), ("#1b8077", "triangle"), ("#a03c7c", "diamond"), ("#7a5a00", "wedge"),
 )  # fmt: skip
-_SMALLEST = 0.01  # share; the axis is about logarithmic above it
+_SMALLEST = 0.01  # share
 
 
 def overview(studies: Sequence[Study]) -> Table:
@@ -66,7 +66,7 @@ def draw_overview(studies: Sequence[Study], path: Path) -> None:
         study.task: Style(
             key=f"t{index}", light=colour, dark=colour, shape=shape, dash=(), label=study.task, name=study.task
         )
-        for index, (study, (colour, shape)) in enumerate(zip(studies, _LOOKS, strict=False))
+        for index, (study, (colour, shape)) in enumerate(zip(studies, cycle(_LOOKS), strict=False))
     }  # fmt: skip
     left = [[(share, 100 * part, 100 * d) for share, part, d in _left(study)] for study in studies]
     costs = [list(_rises(study)) for study in studies]
@@ -82,13 +82,7 @@ def _scene(title: str, curves: Sequence[Sequence[_Measured]], styles: Sequence[S
     heights = [height + sign * d for curve in curves for _, height, d in curve for sign in (-1, 1)]
     shares = sorted({share for curve in curves for share, _, _ in curve})
     low, high = range_of([0.0, *heights])
-    axes = Axes(
-        x_range=(0.0, shares[-1]),
-        y_range=(low if min(heights) < 0 else 0.0, high),
-        right=WIDTH - 16,
-        bottom=HEIGHT - BOTTOM,
-        bend=lambda share: math.log1p(2 * share / _SMALLEST),
-    )
+    axes = share_axes(_SMALLEST, shares[-1], (low if min(heights) < 0 else 0.0, high))
     ticks = [(share, f"{share:.0%}") for share in shares]
     shapes: list[Shape] = [*axes.frame(x_label="replay's share of the rows", x_ticks=ticks)]
     zero = axes.y(0.0)

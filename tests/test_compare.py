@@ -270,7 +270,8 @@ def test_command_prints_the_table_and_where_it_wrote(
     assert args.func(args) == 0
     printed = capsys.readouterr().out
     assert "kept 83 %" in printed
-    assert re.search(r"code \(replay\).*one-way.*\+1\.200 .*\n *two-way.*\+0\.200", printed, re.S)
+    code = printed[printed.index("code (replay)") :]
+    assert re.search(r"^one-way +[\d.]+ +\+1\.200 .*\n *two-way +[\d.]+ +\+0\.200 ", code, re.M)
     assert f"wrote {out / 'summary.json'}" in printed
 
 

@@ -59,6 +59,17 @@ class Axes:
         yield Words(at=(middle, self.bottom + 36), text=x_label, anchor="middle")
 
 
+def share_axes(smallest: float, largest: float, y_range: Range) -> Axes:
+    """Axes of anything over replay's share: x is logarithmic above the smallest one, so that 0 has a place as well."""
+    return Axes(
+        x_range=(0.0, largest),
+        y_range=y_range,
+        right=WIDTH - 16,
+        bottom=HEIGHT - BOTTOM,
+        bend=lambda share: math.log1p(2 * share / smallest),
+    )
+
+
 def range_of(values: Sequence[float], margin: float = 0.06) -> Range:
     """All values with a margin as a part of their range."""
     low, high = min(values), max(values)

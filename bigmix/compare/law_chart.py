@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from bigmix.compare.chart import BOTTOM, HEIGHT, TOP, WIDTH, Axes, range_of
+from bigmix.compare.chart import HEIGHT, TOP, WIDTH, Axes, range_of, share_axes
 from bigmix.compare.judge import Comparison, percent
 from bigmix.compare.law import Fit, Law, Prediction, fit_law
 from bigmix.compare.measures import FORGETTING, Spread
@@ -25,7 +25,6 @@ def law_scenes(comparison: Comparison) -> list[Scene]:
 
 
 def _scene(comparison: Comparison, source: str, fit: Fit) -> Scene:
-    """The axis of shares is logarithmic above the smallest one, so that 0 has a place as well."""
     measured = [
         (point, spread)
         for point in comparison.arrangement.main
@@ -33,13 +32,7 @@ def _scene(comparison: Comparison, source: str, fit: Fit) -> Scene:
     ]
     smallest, largest = fit.points[1].share, max(point.share or 0.0 for point, _ in measured)
     heights = [v for _, spread in measured for v in (spread.mean, *(spread.interval or ()))]
-    axes = Axes(
-        x_range=(0.0, largest),
-        y_range=range_of([0.0, *heights]),
-        right=WIDTH - 16,
-        bottom=HEIGHT - BOTTOM,
-        bend=lambda share: math.log1p(2 * share / smallest),
-    )
+    axes = share_axes(smallest, largest, range_of([0.0, *heights]))
     named = [(point.share or 0.0, percent(point.written_share)) for point, _ in measured]
     shapes: list[Shape] = [*axes.frame(x_label="replay's share of the rows, p", x_ticks=named)]
     if fit.from_smallest:
