@@ -1,5 +1,6 @@
 """What several test modules share and is slow to make."""
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 
 from bigmix.data.tokenizer import train_tokenizer
 
+# Nothing that is imported is garbage: no search for any among it, neither while tests are collected nor while they run.
+gc.disable()
 # Tests run beside each other: threads that wait for each other's cores are several times slower than one.
 torch.set_num_threads(1)
 # Processes that tests start would each compile the whole of bigmix anew.
@@ -27,6 +30,15 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # at exit some library counts as leaked what the garbage collector does not know
 
 
 WORDS = [

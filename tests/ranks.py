@@ -17,10 +17,9 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# What ranks import, and what transformers and deepspeed import once a model and an optimizer are made.
+# What ranks import, and what transformers imports once a model is made.
 _IMPORTED = [
     "workers", "state_workers", "task_workers", "bigmix.cli", "bigmix.sweep", "bigmix.assess",
-    "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.original_muon",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "gpt2", "gemma2")),
 ]  # fmt: skip
 

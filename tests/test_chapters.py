@@ -59,13 +59,12 @@ def changed(overrides, *more, step=AT):
 def drawn(inputs, name, first, last):
     """The rows of a source in steps, in the order of its stream."""
     found = [i for k in range(first, last + 1) for i in inputs.plan.row_ids(k) if i.source == name]
-    return sorted(found, key=lambda i: order(inputs, name, i))
-
-
-def order(inputs, name, row_id):
     stream = inputs.plan.streams[name]
-    places = [stream.locate(n) for n in range(row_id.epoch * stream.rows_per_epoch, (row_id.epoch + 1) * stream.rows_per_epoch)]  # fmt: skip
-    return row_id.epoch, places.index(row_id)
+    count = stream.rows_per_epoch
+    epochs = {row.epoch for row in found}
+    of_epochs = (n for epoch in epochs for n in range(epoch * count, (epoch + 1) * count))
+    places = {stream.locate(n): n for n in of_epochs}
+    return sorted(found, key=places.__getitem__)
 
 
 def test_without_a_change_the_rest_is_the_rest():

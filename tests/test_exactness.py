@@ -51,6 +51,7 @@ def test_the_head_is_gathered_once_for_each_micro_batch(tmp_path):
         assert counts[1:] == [4, 4]
 
 
+@pytest.mark.slow
 def test_weights_are_gathered_by_layers_unless_the_file_decides(tmp_path):
     keys = json.loads(Path("ds_configs/cpu.json").read_text())
     keys["zero_optimization"]["leaf_module"] = {"classes": ["LlamaMLP"]}

@@ -1,14 +1,12 @@
 """What a recipe says of groups, sizes, limits and lengths is what the run draws, plans and logs."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from commands import printed
 from corpora import write_source
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
@@ -343,12 +341,9 @@ def whole(data):
 def test_a_run_logs_what_its_plan_says(data, whole):
     logged, said = whole
     assert "code is left out and its share given to the others" in said
-    done = subprocess.run(
-        [sys.executable, "-m", "bigmix.cli", "plan", "recipe.yaml", *EVERYTHING, "--gpus", "2", "--gpu", "cpu", "--json"],
-        cwd=data, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    plan, last = json.loads(done.stdout), logged[-1]
+    machine = ["--gpus", "2", "--gpu", "cpu"]
+    plan = json.loads(printed(data, "plan", "recipe.yaml", *EVERYTHING, *machine, "--json"))
+    last = logged[-1]
     assert plan["exact"] and plan["steps"] == last["step"] == len(logged) == 24
     for name, source in plan["sources"].items():
         for unit in ("rows", "tokens", "loss_tokens"):

@@ -1,13 +1,11 @@
 """What a plan says is what a run then logs; its memory is added up by hand, and held against a real process."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from commands import printed
 from corpora import write_source
 from ranks import ROOT, environment, free_port, start_script
 
@@ -56,11 +54,8 @@ def here(data, monkeypatch):
     monkeypatch.chdir(data)
 
 
-def command(data, *words):
-    return subprocess.run(
-        [sys.executable, "-m", "bigmix.cli", "plan", "recipe.yaml", *words],
-        cwd=data, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def as_printed(folder, *words):
+    return json.loads(printed(folder, "plan", "recipe.yaml", *words, "--gpu", "cpu", "--json"))
 
 
 def planned(*overrides, machine=CPU):
@@ -70,9 +65,8 @@ def planned(*overrides, machine=CPU):
     return plan, warnings_of(recipe, plan, machine)
 
 
-@pytest.mark.parametrize(
-    "objective", ["per_source", pytest.param("per_token", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["per_source", "per_token"])
 def test_a_plan_says_what_the_run_logs(data, objective):
     overrides = [f"objective={objective}", f"output={objective}"]
     words = ("recipe.yaml", *overrides)
@@ -80,9 +74,7 @@ def test_a_plan_says_what_the_run_logs(data, objective):
     said, _ = ran.communicate()
     assert ran.returncode == 0, said
     logged = json.loads((data / objective / "metrics.jsonl").read_text().splitlines()[-1])
-    done = command(data, "--gpu", "cpu", "--json", *overrides)
-    assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout)
+    plan = as_printed(data, *overrides)
     assert plan["exact"] and plan["steps"] == logged["step"] == 20
     for name, source in plan["sources"].items():
         for unit in ("rows", "tokens", "loss_tokens"):
@@ -352,8 +344,8 @@ def _peaks(folder, name, *overrides):
         said, _ = rank.communicate()
         assert rank.returncode == 0, said
     last = json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])
-    plan = command(folder, "--gpus", "2", "--gpu", "cpu", "--json", *overrides)
-    return last["peak_gib"] * 1024, json.loads(plan.stdout)["memory"]["device"] / MIB
+    plan = as_printed(folder, *overrides, "--gpus", "2")
+    return last["peak_gib"] * 1024, plan["memory"]["device"] / MIB
 
 
 @pytest.mark.slow

@@ -148,7 +148,11 @@ def test_statistics_count_every_document(given, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(
-    "extra", [{}, {"deduplicate": True, "held_out": 0.2}], ids=["plain", "apart"]
+    "extra",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"deduplicate": True, "held_out": 0.2}, id="apart", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(
     given, tmp_path, monkeypatch, processes, extra

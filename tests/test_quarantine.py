@@ -431,7 +431,7 @@ REMOTE_HARM = {
 }
 
 
-@pytest.mark.parametrize("ranges", [False, True])
+@pytest.mark.parametrize("ranges", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("harm", REMOTE_HARM)
 def test_a_run_goes_on_where_remote_shards_are_damaged(data, server, tmp_path, harm, ranges):
     broken = ["/web/shard-00003.tar", *([] if harm == "stall" else ["/chat/shard-00002.tar"])]

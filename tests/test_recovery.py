@@ -2,10 +2,9 @@
 
 import json
 import signal
-import subprocess
-import sys
 
 import pytest
+from commands import printed
 from ranks import ROOT, environment, free_port, start_script
 from test_checkpoint import small_disk
 from test_run import bare, end, lines, recipe_with_sources, start, wait_for, weights
@@ -52,15 +51,13 @@ def without(data, output, *steps):
     return data / output
 
 
+@pytest.mark.slow
 def test_a_step_without_a_finite_gradient_is_skipped_and_its_rows_are_named(data):
     said = ended(start_faulty(data, 2, nan(5), "output=one"))
     assert "step 5 was skipped on all ranks: the loss is not finite for row" in said
     named = [json.loads(line) for line in (data / "one/log/not-finite.jsonl").open()]
-    done = subprocess.run(
-        [sys.executable, "-m", "bigmix.cli", "rows", "recipe.yaml", *STEPS, "--step", "5", "--ranks", "2"],
-        cwd=data, env=environment(0, 1, 0), capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    for row, line in zip(named, done.stdout.splitlines()[-2:], strict=True):
+    shown = printed(data, "rows", "recipe.yaml", *STEPS, "--step", "5", "--ranks", "2")
+    for row, line in zip(named, shown.splitlines()[-2:], strict=True):
         shard = str(int(row["shard"][6:11]))
         known = [str(row[key]) for key in ("rank", "micro_batch", "source", "epoch")]
         assert line.split()[:6] == [*known, shard, str(row["row"])]

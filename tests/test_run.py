@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import printed
 from corpora import READING, write_source
 from ranks import ROOT, environment, free_port, run_on_ranks, start_script
 from servers import web_server
@@ -178,6 +179,7 @@ def test_a_run_that_is_killed_resumes_bit_for_bit(whole, data):
     assert weights(data / "killed") == weights(whole[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_out_of_time_saves_and_goes_on_to_the_same_end(whole, data):
     codes, said = end(start(data, 2, "output=timed", "train.max_minutes=0.0001"))
     assert codes == [75, 75], said
@@ -342,11 +344,8 @@ def test_another_tokenizer_than_the_models_is_refused(whole, data, tiny_tokenize
 
 def test_rows_are_named_alike_before_and_in_any_split(data):
     def rows(ranks):
-        done = subprocess.run(
-            [sys.executable, "-m", "bigmix.cli", "rows", "recipe.yaml", "--step", "3", "--ranks", ranks],
-            cwd=data, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        return [line.split() for line in done.stdout.splitlines()]
+        shown = printed(data, "rows", "recipe.yaml", "--step", "3", "--ranks", ranks)
+        return [line.split() for line in shown.splitlines()]
 
     one, two = rows("1"), rows("2")
     assert [row[2:] for row in one] == [row[2:] for row in two] and len(one) == 8
