@@ -14,7 +14,7 @@ BLOCKS = {
 @pytest.mark.parametrize(
     ("ranks", "families"),
     [
-        (1, ["llama"]),
+        pytest.param(1, ["llama"], marks=pytest.mark.slow),
         (2, ["llama"]),
         pytest.param(2, ["qwen", "gpt2", "gemma"], marks=pytest.mark.slow),
     ],

@@ -161,6 +161,7 @@ def told(folder, questions):
     return right
 
 
+@pytest.mark.slow
 def test_recall_is_that_of_a_plain_loop(learned, capsys):
     out, folder = learned
     capsys.readouterr()

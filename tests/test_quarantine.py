@@ -108,7 +108,7 @@ def test_the_count_of_a_step_is_that_of_a_loop_over_its_rows(folders, lengths):
 
 @pytest.mark.parametrize("rows_together", [1, 200, 1024])
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_rows_are_the_same_on_any_ranks_however_many_are_read_together(
     folders, monkeypatch, ranks, lengths, rows_together
 ):

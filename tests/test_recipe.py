@@ -67,6 +67,22 @@ def test_all_faults_come_at_once_with_their_lines(tmp_path):
     assert "override rows_per_step=-1: rows_per_step is -1" in lines
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["sources.web.share", "sources.web.max_epochs", "train.lr", "train.ema", "budget.steps", "rows_per_step", "seed"],
+)  # fmt: skip
+def test_a_truth_value_is_no_number(tmp_path, key):
+    (fault,) = faults(tmp_path, GOOD, "budget={steps: 8}", f"{key}=true")
+    assert f"{key} is True: it should be a number" in fault
+
+
+def test_a_truth_value_among_numbers_is_told(tmp_path):
+    points, betas = "sources.web.share=[[0, 0.5], [9, yes]]", "train.betas=[0.9, true]"
+    one, two = faults(tmp_path, GOOD, points, betas)
+    assert "sources.web.share.1.1 is True: it should be a number" in one
+    assert "train.betas.1 is True: it should be a number" in two
+
+
 def test_a_path_in_the_home_folder_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     recipe = load_recipe(write(tmp_path, GOOD), ["output=~/run", "sources.web.path=~/web"])

@@ -9,6 +9,7 @@ from ranks import ROOT, environment, free_port, start_script
 from test_checkpoint import small_disk
 from test_run import bare, end, lines, recipe_with_sources, start, wait_for, weights
 
+pytestmark = pytest.mark.slow
 # Without dropout: which units drop out is drawn for each rank.
 STEPS = [
     "model.config.attention_dropout=0",
@@ -51,7 +52,6 @@ def without(data, output, *steps):
     return data / output
 
 
-@pytest.mark.slow
 def test_a_step_without_a_finite_gradient_is_skipped_and_its_rows_are_named(data):
     said = ended(start_faulty(data, 2, nan(5), "output=one"))
     assert "step 5 was skipped on all ranks: the loss is not finite for row" in said
@@ -68,7 +68,6 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_its_rows_are_named(data
     assert weights(data / "one") == weights(without(data, "one-told", 5))
 
 
-@pytest.mark.slow
 def test_a_run_without_its_last_checkpoint_is_not_done(data):
     folder = data / "full/checkpoints"
     folder.parent.mkdir()
@@ -80,7 +79,6 @@ def test_a_run_without_its_last_checkpoint_is_not_done(data):
     assert weights(data / "full") == first and (folder / "step-000012/checkpoint.json").exists()
 
 
-@pytest.mark.slow
 def test_after_three_in_a_row_the_run_goes_back_and_passes_over_them(data):
     said = ended(start_faulty(data, 2, nan(5, 6, 7), "output=three"))
     assert "3 steps in a row had no finite gradient: the run goes back to step 3 and passes over step 5, 6, 7" in said  # fmt: skip
@@ -102,7 +100,6 @@ def test_after_three_in_a_row_the_run_goes_back_and_passes_over_them(data):
     assert weights(data / "three-killed") == weights(told)
 
 
-@pytest.mark.slow
 def test_decisions_on_shares_are_taken_back_with_the_steps(data):
     """The steps lie on both sides of a decision, and the checkpoint before them on one that it does not hold yet."""
     moving = ["sources.web.share={controller: forgetting, limit: 0.1, held_out: [chat]}", "train.evaluate_every=3"]  # fmt: skip
@@ -120,7 +117,6 @@ def test_decisions_on_shares_are_taken_back_with_the_steps(data):
     assert shares[:4] == sorted(shares[:4], reverse=True) and shares[0] > shares[3]
 
 
-@pytest.mark.slow
 def test_a_run_that_goes_back_too_often_or_has_nowhere_to_go_ends_as_failed(data):
     said = ended(start_faulty(data, 1, nan(5, 6, 7, rank=0), "output=two", "train.most_roll_backs=0"), 1)  # fmt: skip
     assert "the run has gone back 0 times already; look at the rows in" in said
@@ -132,7 +128,6 @@ def test_a_run_that_goes_back_too_often_or_has_nowhere_to_go_ends_as_failed(data
     assert "step 2 is passed over" in said
 
 
-@pytest.mark.slow
 def test_a_spike_is_told_and_where_asked_for_passed_over(data):
     spike = {"spike": {"rank": 0, "steps": [28]}}
     long = ["train.steps=32", "train.spike_deviations=8", "train.lr=1e-4", "train.save_every=9"]
@@ -161,7 +156,6 @@ def test_bad_shards_refuse_a_run_unless_it_may_replace_them(damaged):
     assert "chat/shard-00001.tar" in said and "web/shard-00001.tar" in said
 
 
-@pytest.mark.slow
 def test_rows_of_bad_shards_are_replaced_alike_on_all_ranks_and_after_a_resume(damaged):
     replace = [*STEPS, "bad_shards=replace"]
     said = ended(start(damaged, 2, *replace, "output=two"))
@@ -186,7 +180,6 @@ def test_rows_of_bad_shards_are_replaced_alike_on_all_ranks_and_after_a_resume(d
     assert weights(damaged / "killed") == weights(damaged / "two")
 
 
-@pytest.mark.slow
 def test_a_run_moves_from_two_ranks_to_one_to_four_and_back(data):
     """The same rows in the same steps, and losses that differ by the order of additions alone."""
     ended(start(data, 2, *STEPS, "output=fixed"))

@@ -348,7 +348,7 @@ def num_shards(inputs):
 
 @pytest.mark.parametrize("rows_together", [32, 1024])
 @pytest.mark.parametrize("length", ["64", "[[0, 32], [70, 64]]"])
-@pytest.mark.parametrize("first", [1, 61])
+@pytest.mark.parametrize("first", [pytest.param(1, marks=pytest.mark.slow), 61])
 def test_shards_are_fetched_in_the_order_in_which_they_are_opened(
     mixed, remote, monkeypatch, rows_together, length, first
 ):

@@ -4,14 +4,23 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+from pydantic_core import PydanticCustomError
 
 _MULTIPLES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _HUMAN_NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([kmgbt]?)", re.I)
 
 
+def number(value: Any) -> Any:
+    """Any value but true and false, which Python would take for 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "Input should be a number")
+    return value
+
+
 def whole_number(value: Any) -> Any:
     """A count as people write it: 200M, 512K, 2e6 or 1_000 become whole numbers; other values pass unchanged."""
+    value = number(value)
     if isinstance(value, str) and (match := _HUMAN_NUMBER.fullmatch(value.strip())):
         value = float(match[1].replace("_", "")) * _MULTIPLES[match[2].lower()]
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -26,12 +35,16 @@ def place(value: Any) -> Any:
     )
 
 
+# Beside the bounds of a number: a truth value is none.
+A_NUMBER = BeforeValidator(number)
+Positive = Annotated[float, Field(gt=0), A_NUMBER]
+NonNegative = Annotated[float, Field(ge=0), A_NUMBER]
 # A file, a folder, or a name elsewhere.
 Place = Annotated[str, Field(min_length=1), BeforeValidator(place)]
 Count = Annotated[PositiveInt, BeforeValidator(whole_number)]
 CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(whole_number)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-Point = tuple[CountOrZero, NonNegativeFloat]
+Point = tuple[CountOrZero, NonNegative]
 
 
 class Settings(BaseModel):

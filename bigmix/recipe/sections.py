@@ -7,16 +7,24 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    NonNegativeFloat,
-    PositiveFloat,
     Tag,
     model_validator,
 )
 
-from bigmix.recipe.fields import Count, CountOrZero, Name, Place, Settings
+from bigmix.recipe.fields import (
+    A_NUMBER,
+    Count,
+    CountOrZero,
+    Name,
+    NonNegative,
+    Place,
+    Positive,
+    Settings,
+)
 from bigmix.recipe.shares import GroupShare, Share, SourceShare, fault_of_points, kind_of
 from bigmix.weighing import Weighing
 
+_Beta = Annotated[float, Field(ge=0, lt=1), A_NUMBER]
 _Lengths = Annotated[tuple[tuple[CountOrZero, Count], ...], Field(min_length=1), Tag("<points>")]
 Length = Annotated[Annotated[Count, Tag("<number>")] | _Lengths, Discriminator(kind_of)]
 
@@ -77,7 +85,7 @@ class Cache(Settings):
     """Bytes of them at most."""
     tries: Count = 8
     """Tries in a row without one new byte after which a file is given up."""
-    timeout_s: PositiveFloat = 30.0
+    timeout_s: Positive = 30.0
     """Seconds without a byte after which a transfer is begun again from where it is."""
 
 
@@ -96,7 +104,7 @@ class Source(Settings):
     """The group whose share this source divides with the other members; default: none, the share is one of the run."""
     weigh: Weighing = "token"
     """What counts alike in the source's loss: each token, each document whatever its length, or square_root: between them."""
-    max_epochs: PositiveFloat | None = None
+    max_epochs: Positive | None = None
     """How many times the source may be gone through; default: without limit."""
     when_exhausted: Literal["error", "stop", "renormalise"] = "error"
     """What happens where the run would need more than max_epochs. error: it is refused; stop: it ends there; renormalise: it goes on without the source."""
@@ -137,40 +145,37 @@ class Budget(Settings):
 class Train(Settings):
     """How the weights are moved, and how often the run looks up."""
 
-    lr: PositiveFloat
+    lr: Positive
     """Highest learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Learning rate after the warm-up; wsd: constant, then a linear decay over the last `decay` of the steps."""
-    warmup: NonNegativeFloat = 0.03
+    warmup: NonNegative = 0.03
     """Linear warm-up: below 1 a fraction of the steps, else a number of steps."""
-    decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+    decay: Annotated[float, Field(gt=0, le=1), A_NUMBER] = 0.2
     """Fraction of the steps that the decay of wsd takes."""
-    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+    final_lr: Annotated[float, Field(ge=0, le=1), A_NUMBER] = 0.0
     """Learning rate that the schedule ends at, one step after the last, as a fraction of lr."""
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: NonNegative = 0.1
     """Decoupled weight decay of matrices; biases and norms have none."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.95,
-    )
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
-    eps: PositiveFloat = 1e-8
+    eps: Positive = 1e-8
     """AdamW's epsilon."""
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema: Annotated[float, Field(gt=0, lt=1), A_NUMBER] | None = None
     """Decay per step of an exponential moving average of the weights, such as 0.999: evaluations and the export are then of the average, the training is not changed; 4 bytes a parameter over all ranks. Default: none is kept."""
-    clip: NonNegativeFloat = 1.0
+    clip: NonNegative = 1.0
     """Largest gradient norm; 0 switches clipping off."""
     micro_batch_rows: Count = 1
     """Rows of one forward pass on one rank; accumulation follows from it. It changes speed and memory, never the result."""
     steps: Count | None = None
     """Optimizer steps, in place of what the budget gives."""
-    max_minutes: PositiveFloat | None = None
+    max_minutes: Positive | None = None
     """Minutes after which the run saves a checkpoint and ends with 75, as after a signal; the same command goes on. Default: no limit."""
-    stop_before_end_minutes: NonNegativeFloat = 5.0
+    stop_before_end_minutes: NonNegative = 5.0
     """Minutes before the end of its Slurm job, where SLURM_JOB_END_TIME tells it, at which the run saves and ends with 75."""
-    hang_minutes: PositiveFloat = 10.0
+    hang_minutes: Positive = 10.0
     """Minutes without progress on any rank, of whatever kind, after which all end with their stacks in `output`/log; raise it where one file takes longer to come."""
-    dead_after_s: PositiveFloat = 60.0
+    dead_after_s: Positive = 60.0
     """Seconds without a sign of life after which a rank counts as dead; one that dies on a machine with others is noticed at once."""
     evaluate_every: CountOrZero = 0
     """Steps between held-out evaluations; 0: only before the first and after the last step."""
@@ -198,7 +203,7 @@ class Train(Settings):
     """Steps in a row without a finite gradient after which the run goes back to the last checkpoint and passes over them; each such step is skipped on all ranks in any case. null: never."""
     most_roll_backs: CountOrZero = 3
     """Times that a run may go back before it ends as failed."""
-    spike_deviations: PositiveFloat | None = None
+    spike_deviations: Positive | None = None
     """A loss so many standard deviations above the mean of the last 100 steps is told as a spike; 6 is a start. Default: none is."""
     spikes_roll_back: bool = False
     """Go back to the last checkpoint and pass over a step with a spike, too."""
@@ -206,7 +211,7 @@ class Train(Settings):
     """auto: go on from the newest whole checkpoint of `output` if there is one; never: refuse an output that holds a run."""
     export: bool = True
     """Write a Hugging Face folder to `output`/export after the last step."""
-    export_shard_gib: PositiveFloat = 4.0
+    export_shard_gib: Positive = 4.0
     """Largest file of weights in it, in GiB; so much of the model is in the memory of the first rank while it is written."""
 
     @model_validator(mode="after")
@@ -221,9 +226,9 @@ class Train(Settings):
 class Loss(Settings):
     """What the objective holds beside the loss of the tokens, and how it is computed."""
 
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1), A_NUMBER] = 0.0
     """Part of each label's probability that is spread over the whole vocabulary."""
-    z_loss: NonNegativeFloat = 0.0
+    z_loss: NonNegative = 0.0
     """Coefficient of the square of each token's log-normaliser, which keeps logits from growing; 1e-4 is usual."""
     entropy: bool = False
     """Log the mean entropy of the predictions of each source, for a little time."""
@@ -240,7 +245,7 @@ class Reference(Settings):
 
     model: Place | None = None
     """Folder or hub name of a model with the same tokenizer; default: `model.path`, the model as it was before training."""
-    sources: Annotated[dict[Name, PositiveFloat], Field(min_length=1)]
+    sources: Annotated[dict[Name, Positive], Field(min_length=1)]
     """Weight of the mean divergence over the loss tokens of a source, for each source that has one; 0.1 is a start."""
 
 

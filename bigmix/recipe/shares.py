@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, NonNegativeFloat, PositiveFloat, Tag
+from pydantic import Discriminator, Field, Tag
 
-from bigmix.recipe.fields import Name, Point, Settings
+from bigmix.recipe.fields import A_NUMBER, Name, NonNegative, Point, Positive, Settings
 
 FORGETTING = "forgetting"  # the controller that is built in
 _OWN_RULE = re.compile(r"[^:]+:[A-Za-z_]\w*")
@@ -16,14 +16,14 @@ _OWN_RULE = re.compile(r"[^:]+:[A-Za-z_]\w*")
 class Temperature(Settings):
     """A share that follows from the size of the source."""
 
-    temperature: NonNegativeFloat
+    temperature: NonNegative
     """The share is the source's tokens to this power: 1 by size, 0 equal for all, between them small sources are raised."""
 
 
 class UniMax(Settings):
     """Shares that are as even as the sizes of the sources allow."""
 
-    unimax: PositiveFloat
+    unimax: Positive
     """Epochs of a source at most: the rows of the run are divided evenly, and what a small source cannot take goes to the others."""
 
 
@@ -32,21 +32,21 @@ class Controller(Settings):
 
     controller: str
     """forgetting: holds forgetting at or under `limit`; or a rule of your own, as path/to/rule.py:function or package.module:function."""
-    limit: PositiveFloat | None = None
+    limit: Positive | None = None
     """Forgetting that is held to, in nats per loss token; a rule of your own may do without."""
-    start: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    start: Annotated[float, Field(gt=0, lt=1), A_NUMBER] = 0.25
     """Fraction of the rows until the first decision: of the run, or of the group that this is in; the others divide the rest."""
-    least: Annotated[float, Field(ge=1e-6, lt=1)] = 0.01
+    least: Annotated[float, Field(ge=1e-6, lt=1), A_NUMBER] = 0.01
     """Smallest fraction that is decided on."""
-    most: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    most: Annotated[float, Field(gt=0, lt=1), A_NUMBER] = 0.5
     """Largest fraction that is decided on."""
     held_out: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     """Held-out sets that are looked at; default: those of the replay sources."""
     judge: Literal["worst", "mean"] = "worst"
     """Which forgetting counts where several sets are looked at."""
-    aim: Annotated[float, Field(gt=0, le=1)] = 0.8
+    aim: Annotated[float, Field(gt=0, le=1), A_NUMBER] = 0.8
     """Part of the limit that is aimed at; the rest is room for what comes between two evaluations."""
-    gain: PositiveFloat = 0.5
+    gain: Positive = 0.5
     """How strongly the share answers: it is multiplied by (expected forgetting / what is aimed at) to this power."""
 
 
@@ -60,7 +60,7 @@ def kind_of(value: Any) -> str:
     return "<table>" if isinstance(value, dict | Temperature) else "<number>"
 
 
-_Number = Annotated[PositiveFloat, Tag("<number>")]
+_Number = Annotated[Positive, Tag("<number>")]
 _Points = Annotated[tuple[Point, ...], Field(min_length=1), Tag("<points>")]
 Share = Annotated[_Number | _Points, Discriminator(kind_of)]
 _Controlled = Annotated[Controller, Tag("<controller>")]

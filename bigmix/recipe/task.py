@@ -4,9 +4,17 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 
-from bigmix.recipe.fields import Count, CountOrZero, Place, Settings
+from bigmix.recipe.fields import (
+    A_NUMBER,
+    Count,
+    CountOrZero,
+    NonNegative,
+    Place,
+    Positive,
+    Settings,
+)
 
 OF_LABELS = ("accuracy", "macro_f1")
 SCORES = (
@@ -40,9 +48,9 @@ class Task(Settings):
     """Outputs that one rank writes at a time, or labels that it compares; it changes speed and memory only."""
     max_new_tokens: Count = 256
     """Tokens after which an output ends in any case."""
-    temperature: NonNegativeFloat = 0.0
+    temperature: NonNegative = 0.0
     """0: always the likeliest token; above: drawn, each example by a chance of its own, whatever the batch or the ranks."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1), A_NUMBER] = 1.0
     """Of the likeliest tokens those that together have this probability are drawn from."""
     outputs: Count = 1
     """Outputs of each example. pass@K needs K or more; bleu, chrf and macro_f1 judge the first one, other scores their mean."""
@@ -60,7 +68,7 @@ class Task(Settings):
     """How sacrebleu cuts texts into words. auto: zh where most references are Chinese, else 13a."""
     execute: bool = False
     """Run what the model writes, for pass@K. It is code that nobody has read: limits on time and memory, but no jail."""
-    execute_timeout_s: PositiveFloat = 10.0
+    execute_timeout_s: Positive = 10.0
     """Seconds after which a program counts as failed."""
     execute_memory_mib: Count = 1024
     """Memory that a program may use, in MiB."""
