@@ -1,7 +1,8 @@
 """Commands of bigmix in the process of a test: a process of their own would import for longer than most of them run."""
 
 import io
-from contextlib import chdir, redirect_stdout
+import os
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from bigmix.cli import main
@@ -9,7 +10,11 @@ from bigmix.cli import main
 
 def printed(folder: Path, *words: str) -> str:
     """What a command that ends well prints when it is given in a folder."""
-    said = io.StringIO()
-    with chdir(folder), redirect_stdout(said):
-        assert main(words) == 0, words
+    said, before = io.StringIO(), Path.cwd()
+    os.chdir(folder)
+    try:
+        with redirect_stdout(said):
+            assert main(words) == 0, words
+    finally:
+        os.chdir(before)
     return said.getvalue()
