@@ -151,20 +151,20 @@ def test_each_part_of_the_objective_equals_autograd_in_fp64(asked, block):
 
 
 @pytest.mark.parametrize(("vocabulary", "block"), SHAPES)
-@pytest.mark.parametrize("asked", ["plain", "all"])
+@pytest.mark.parametrize("asked", [pytest.param("plain", marks=pytest.mark.slow), "all"])
 def test_rows_of_any_length_in_any_number_of_blocks(asked, vocabulary, block):
     check(block, vocabulary=vocabulary, **ASKED[asked])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("block", [None, 256])
-@pytest.mark.parametrize("asked", ["plain", "all"])
+@pytest.mark.parametrize("asked", [pytest.param("plain", marks=pytest.mark.slow), "all"])
 def test_narrow_logits_lose_no_more_than_the_rounding_of_their_gradient(asked, block, dtype):
     check(block, dtype=dtype, **ASKED[asked])
 
 
 @pytest.mark.parametrize(("vocabulary", "block"), SHAPES)
-@pytest.mark.parametrize("asked", ["plain", "all"])
+@pytest.mark.parametrize("asked", [pytest.param("plain", marks=pytest.mark.slow), "all"])
 def test_a_narrow_gradient_may_lie_in_the_storage_of_wide_logits(asked, vocabulary, block):
     check(block, vocabulary=vocabulary, gradient="narrow", **ASKED[asked])
 

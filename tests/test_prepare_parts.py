@@ -81,7 +81,7 @@ def bytes_of(folder):
 
 
 @pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2, 5])
 def test_parts_hold_the_documents_of_one_run_in_the_same_order(given, tmp_path, kind, count):
     one = prepare(given(ROWS[kind])).manifest
     folder = merged(given(ROWS[kind], "parts"), count)

@@ -92,16 +92,10 @@ def weights(folder):
 
 @pytest.fixture(scope="module")
 def whole(data):
-    """An uninterrupted run on two ranks, by the deepspeed launcher, without a compiler."""
-    done = subprocess.run(
-        [
-            str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2",
-            "--master_port", str(free_port()), str(ROOT / "launch/train.py"), "recipe.yaml", "output=whole",
-        ],
-        cwd=data, env=bare(os.environ | {"PYTHONPATH": str(ROOT)}), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return data / "whole", done.stdout
+    """An uninterrupted run on two ranks."""
+    codes, said = end(start(data, 2, "output=whole"))
+    assert codes == [0, 0], said
+    return data / "whole", said
 
 
 def test_a_run_leaves_what_it_should(whole):
@@ -122,6 +116,21 @@ def test_a_run_leaves_what_it_should(whole):
     difference = evaluations[2]["held_out_loss/chat"] - evaluations[0]["held_out_loss/chat"]
     assert evaluations[2]["forgetting/chat"] == pytest.approx(difference)
     assert difference < -0.1
+
+
+@pytest.mark.slow
+def test_the_deepspeed_launcher_trains_the_same_and_needs_no_compiler(whole, data):
+    done = subprocess.run(
+        [
+            str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2",
+            "--master_port", str(free_port()), str(ROOT / "launch/train.py"), "recipe.yaml", "output=launched",
+        ],
+        cwd=data, env=bare(os.environ | {"PYTHONPATH": str(ROOT)}), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bigmix: two-way training" in done.stdout and "step 8/8 100%" in done.stdout
+    assert lines(data / "launched") == lines(whole[0])
+    assert weights(data / "launched") == weights(whole[0])
 
 
 OWN_RANK = """

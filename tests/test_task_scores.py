@@ -207,6 +207,7 @@ def test_an_interval_is_that_of_examples_drawn_again(texts):
     assert score("bleu", answers) == found
 
 
+@pytest.mark.slow
 def test_programs_run_within_their_limits(tmp_path):
     def judged(output, prompt=None, test="assert twice(2) == 4"):
         return passes(program_of(output, prompt, test), timeout_s=3.0, memory_mib=256)
