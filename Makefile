@@ -20,9 +20,10 @@ $(INSTALLED): pyproject.toml
 	$(INSTALL) .
 	touch $(INSTALLED)
 
-# With all that tests and checks need.
+# With all that tests and checks need. To collect the tests compiles what they import once, where both workers would do it.
 $(READY): $(INSTALLED)
 	$(INSTALL) '.[test]'
+	$(BIN)/python -m pytest --collect-only -q > /dev/null
 	touch $(READY)
 
 quickstart: $(INSTALLED)
