@@ -14,7 +14,7 @@ import pytest
 from corpora import write_source
 from ranks import ROOT, environment, free_port, start_script
 from servers import web_server
-from test_run import bare, end, lines, recipe_with_sources, start, wait_for, weights
+from test_run import bare, by_deepspeed, end, lines, recipe_with_sources, start, wait_for, weights
 
 pytestmark = pytest.mark.slow
 LONG = ("budget.steps=100000", "train.keep_checkpoints=1", "sources.web.share=0.25")
@@ -234,11 +234,7 @@ def test_a_second_signal_ends_at_once(data):
 def test_ranks_stop_well_when_the_first_process_of_deepspeed_is_killed(data):
     folder = data / "orphans"
     runner = subprocess.Popen(
-        [
-            str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2",
-            "--master_port", str(free_port()), str(ROOT / "launch/train.py"), "recipe.yaml", "output=orphans", *LONG,
-        ],
-        cwd=data, env=bare(os.environ | {"PYTHONPATH": str(ROOT)}), text=True,
+        by_deepspeed("output=orphans", *LONG), cwd=data, env=bare(os.environ | {"PYTHONPATH": str(ROOT)}), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     wait_for(folder / "checkpoints/step-000002", [runner])

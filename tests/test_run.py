@@ -69,6 +69,13 @@ def start(data, ranks, *overrides, recipe="recipe.yaml"):
     ]
 
 
+def by_deepspeed(*overrides):
+    """The command that starts two ranks by the deepspeed launcher."""
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    script = str(ROOT / "launch/train.py")
+    return [launcher, "--num_gpus", "2", "--master_port", str(free_port()), script, "recipe.yaml", *overrides]  # fmt: skip
+
+
 def end(processes, timeout_s=240):
     said = [process.communicate(timeout=timeout_s)[0] for process in processes]
     return [process.returncode for process in processes], "\n".join(said)
@@ -121,11 +128,7 @@ def test_a_run_leaves_what_it_should(whole):
 @pytest.mark.slow
 def test_the_deepspeed_launcher_trains_the_same_and_needs_no_compiler(whole, data):
     done = subprocess.run(
-        [
-            str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2",
-            "--master_port", str(free_port()), str(ROOT / "launch/train.py"), "recipe.yaml", "output=launched",
-        ],
-        cwd=data, env=bare(os.environ | {"PYTHONPATH": str(ROOT)}), capture_output=True, text=True, timeout=300, check=False,
+        by_deepspeed("output=launched"), cwd=data, env=bare(os.environ | {"PYTHONPATH": str(ROOT)}), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bigmix: two-way training" in done.stdout and "step 8/8 100%" in done.stdout

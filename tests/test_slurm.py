@@ -298,8 +298,7 @@ def test_the_jobs_of_an_array_divide_a_sweep_among_themselves(slurm, data):
     """The first of the two has two runs, one after the other, as a single job has all of them."""
     (data / "sweep.yaml").write_text(RECIPE + SWEEP)
     words = ["sweep.yaml", "output=swept", "train.steps=4", "budget.steps=null"]
-    options = ["--array=1-2", "--nodes=1", *TRAINING[1:]]
-    submit(slurm, data, "sweep.sbatch", *words, options=options)
+    submit(slurm, data, "sweep.sbatch", *words, options=["--array=1-2", *TRAINING])
     wait_until_nothing_is_queued(slurm)
     said = "\n".join(path.read_text() for path in data.glob("slurm-*.log"))
     runs = [data / "swept" / point / "seed-0" for point in ("lr-0.01", "lr-1e-3", "warm")]
