@@ -23,8 +23,8 @@ from fresh import progress
 from table import Table
 
 # What a rank imports while it runs; a fork has it already.
-import bigmix.cli.train
-import bigmix.train  # noqa: F401
+import bigmix.commands.train_rank
+import bigmix.train.run  # noqa: F401
 
 MOST_DRAWS = 4  # a signal may come when its victim has just ended
 

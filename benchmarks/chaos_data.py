@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from bigmix.data.manifest import (
+from bigmix.data.shards.manifest import (
     Manifest,
     TemplateEntry,
     TokenizerEntry,
     token_dtype,
     write_manifest,
 )
-from bigmix.data.shards import ShardWriter, with_lengths
+from bigmix.data.shards.shard import ShardWriter, with_lengths
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 96

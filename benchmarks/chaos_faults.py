@@ -19,11 +19,11 @@ from typing import Any
 
 from chaos_data import damage
 
-from bigmix import step
-from bigmix.checkpoint import listing, state_file
+from bigmix.cluster.watchdog import Watchdog
 from bigmix.data import loader
-from bigmix.engine import Engine
-from bigmix.watchdog import Watchdog
+from bigmix.model.engine import Engine
+from bigmix.runs import checkpoints, state_file
+from bigmix.train import step
 
 NOTES = "notes"  # of the benchmark, beside the run's output
 FAULT = "fault.json"
@@ -146,21 +146,21 @@ def _kill_in_save(folder: Path, fault: Fault, at: _At) -> None:
 
 def _kill_before_latest(folder: Path, fault: Fault, at: _At) -> None:
     del at
-    real = listing.replace_text
+    real = checkpoints.replace_text
 
     def replace_text(path: Path, text: str) -> None:
-        is_here = path.name == listing.LATEST and text == f"step-{fault.step:06d}\n"
+        is_here = path.name == checkpoints.LATEST and text == f"step-{fault.step:06d}\n"
         if is_here and is_first(folder / NOTES):
             os.kill(os.getpid(), signal.SIGKILL)
         real(path, text)
 
-    listing.replace_text = replace_text
+    checkpoints.replace_text = replace_text
 
 
 def _fill_disk(folder: Path, fault: Fault, at: _At) -> None:
     """The disk of the checkpoints is full for some steps: before a save looks at it, or only once it writes."""
-    checkpoints, real = folder / "run" / listing.FOLDER, state_file._write_all
-    filler = checkpoints / f"filler-{os.getpid()}"
+    folder_of_checkpoints, real = folder / "run" / checkpoints.FOLDER, state_file._write_all
+    filler = folder_of_checkpoints / f"filler-{os.getpid()}"
 
     def is_full() -> bool:
         return fault.step <= at.step < fault.step + FULL_STEPS
@@ -168,7 +168,7 @@ def _fill_disk(folder: Path, fault: Fault, at: _At) -> None:
     def fill() -> None:
         is_first(folder / NOTES)
         with filler.open("wb") as file:
-            while free := shutil.disk_usage(checkpoints).free:
+            while free := shutil.disk_usage(folder_of_checkpoints).free:
                 # The other rank may be writing, and then there is less room than there was.
                 with suppress(OSError):
                     os.posix_fallocate(file.fileno(), file.tell(), free)
@@ -181,7 +181,7 @@ def _fill_disk(folder: Path, fault: Fault, at: _At) -> None:
             fill()
 
     def write_all(file: Any, content: Any) -> None:
-        if is_full() and shutil.disk_usage(checkpoints).free:
+        if is_full() and shutil.disk_usage(folder_of_checkpoints).free:
             fill()
         real(file, content)
 

@@ -15,11 +15,11 @@ from typing import Any
 from chaos_data import ROOT
 from chaos_faults import FAULT, NOTES, SITE, VARIABLE, install, read
 
-from bigmix import rank
-from bigmix.checkpoint.listing import FOLDER, newest_step
-from bigmix.guard import ASKING
-from bigmix.supervisor import Course, Requests, supervise
-from bigmix.world import free_port
+from bigmix.cluster.signals import ASKING
+from bigmix.cluster.supervisor import Course, Requests, supervise
+from bigmix.cluster.world import free_port
+from bigmix.commands import rank
+from bigmix.runs.checkpoints import FOLDER, newest_step
 
 RESTARTS = 3
 MODULES = "modules"
@@ -103,7 +103,7 @@ def start(folder: Path, ranks: int, words: Sequence[str], way: Way) -> Sequence[
     if way.executed:
         command = [
             "-m",
-            "bigmix.cli",
+            "bigmix.commands",
             "train",
             *given,
             "--ranks",

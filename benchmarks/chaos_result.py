@@ -11,10 +11,10 @@ from typing import Any
 from chaos_data import STEPS
 from chaos_faults import NOTES, hashes
 
-from bigmix.checkpoint.listing import FOLDER, Listed, read_listing
 from bigmix.data.loader import Plan
-from bigmix.inputs import Inputs, open_inputs
 from bigmix.recipe import load_recipe
+from bigmix.runs.checkpoints import FOLDER, Listed, read_listing
+from bigmix.train.inputs import Inputs, open_inputs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

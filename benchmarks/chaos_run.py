@@ -27,8 +27,8 @@ from chaos_result import (
     trained,
 )
 
-from bigmix.checkpoint.listing import FOLDER
-from bigmix.processes import has_ended
+from bigmix.cluster.processes import has_ended
+from bigmix.runs.checkpoints import FOLDER
 
 MOST_STARTS = 5
 LONGEST_START_S = 120.0

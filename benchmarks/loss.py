@@ -24,7 +24,7 @@ from loss_case import DTYPES, Case
 from table import WIDTH, Table
 
 from bigmix.loss.chunks import LossShape, chunk_tokens, device_bytes, even_slices
-from bigmix.loss.mixed import logit_dtype
+from bigmix.loss.fused import logit_dtype
 
 CPU_SIZES = "4096x1024x32000,4096x512x128256"
 GPU_SIZES = "8192x4096x128256,16384x4096x128256,65536x4096x128256,16384x896x151936"

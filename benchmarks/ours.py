@@ -8,9 +8,10 @@ import numpy as np
 from corpus import BATCH_ROWS, ROW_TOKENS, SHARES, Batch, Corpus, Source
 from reader import Reader
 
-from bigmix.data.fetch_ahead import Ahead
 from bigmix.data.loader import Loader, Plan, Portion, one_stage, step_batch
-from bigmix.data.manifest import (
+from bigmix.data.mixture import Mixture
+from bigmix.data.records import RowPlaces, StepBatch
+from bigmix.data.shards.manifest import (
     Manifest,
     ShardEntry,
     ShardTable,
@@ -18,12 +19,11 @@ from bigmix.data.manifest import (
     TokenizerEntry,
     write_manifest,
 )
-from bigmix.data.mixture import Mixture
-from bigmix.data.retry import Retry
-from bigmix.data.shards import Shard, ShardWriter, with_lengths
+from bigmix.data.shards.prefetch import Ahead
+from bigmix.data.shards.retry import Retry
+from bigmix.data.shards.shard import Shard, ShardWriter, with_lengths
 from bigmix.data.source import Depot, Reading, read_source
 from bigmix.data.stream import Packer, Stream
-from bigmix.records import RowPlaces, StepBatch
 
 ROWS_PER_STEP = 64
 SHARD_TOKENS = 64_000_000  # what `bigmix prepare` makes if nothing is said

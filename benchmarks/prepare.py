@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from bigmix.data.chat import open_template, render_chat
-from bigmix.data.documents import ReadOptions, read_rows
-from bigmix.data.recognise import Conversation, Text, document_of, recognise
-from bigmix.data.tokenizer import load_tokenizer, train_tokenizer
 from bigmix.recipe.fields import whole_number
+from bigmix.text.chat_template import open_template, render_chat
+from bigmix.text.formats import Conversation, Text, document_of, recognise
+from bigmix.text.readers import ReadOptions, read_rows
+from bigmix.text.tokenizer import load_tokenizer, train_tokenizer
 
 BATCH = 256
 

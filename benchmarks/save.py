@@ -22,19 +22,19 @@ from table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bigmix import step
-from bigmix.checkpoint.listing import Position
-from bigmix.checkpoint.saver import Keeping, Saver
-from bigmix.dist import Cluster, leave
-from bigmix.ds_config import fill, read_ds_config
-from bigmix.engine import AdamW, Engine, device_of, join, sharded_construction
+from bigmix.cluster.collectives import Cluster, leave
+from bigmix.cluster.world import world_of
+from bigmix.data.records import MicroBatch, StepBatch
 from bigmix.loss.backend import backend_of, choose_backend
+from bigmix.loss.objective import StepShares
+from bigmix.loss.requests import Computing
 from bigmix.loss.terms import Terms
-from bigmix.loss.work import Computing
-from bigmix.model import build, read_config
-from bigmix.objective import StepShares
-from bigmix.records import MicroBatch, StepBatch
-from bigmix.world import world_of
+from bigmix.model.causal_lm import build, read_config
+from bigmix.model.ds_config import fill, read_ds_config
+from bigmix.model.engine import AdamW, Engine, device_of, join, sharded_construction
+from bigmix.runs.checkpoints import Position
+from bigmix.runs.saver import Keeping, Saver
+from bigmix.train import step
 
 VOCABULARY = 16_000
 ROWS, TOKENS = 2, 256

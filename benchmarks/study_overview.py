@@ -7,10 +7,10 @@ from pathlib import Path
 from study_summary import Study
 from table import Table
 
-from bigmix.compare.chart import HEIGHT, LEFT, WIDTH, range_of, share_axes
-from bigmix.compare.figure import draw_figure
-from bigmix.compare.scene import Mark, Scene, Shape, Stroke
-from bigmix.compare.styles import Style
+from bigmix.commands.compare.charts.axes import HEIGHT, LEFT, WIDTH, range_of, share_axes
+from bigmix.commands.compare.charts.figure import draw_figure
+from bigmix.commands.compare.charts.styles import Style
+from bigmix.commands.compare.charts.svg import Mark, Scene, Shape, Stroke
 
 _LOOKS = (
     ("#c2500a", "circle"), ("#0072b2", "square"), ("#1b8077", "triangle"), ("#a03c7c", "diamond"), ("#7a5a00", "wedge"),

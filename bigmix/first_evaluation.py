@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigmix.examine import Findings
-from bigmix.held_out import Base
-from bigmix.inputs import Inputs
+from bigmix.evaluation.evaluator import Findings
+from bigmix.evaluation.held_out import Base
 from bigmix.recipe import Recipe, plain
+from bigmix.train.inputs import Inputs
 
 # What is of no effect before the first step. A setting that is not named here counts, so that a new one is on the safe side.
 _LATER = frozenset(

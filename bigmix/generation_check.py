@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 import transformers
 
+from bigmix.data.records import IGNORE
 from bigmix.data.stream import Stream
-from bigmix.data.tokenizer import load_tokenizer
 from bigmix.errors import BigmixError
-from bigmix.model import max_positions
-from bigmix.records import IGNORE
+from bigmix.model.causal_lm import max_positions
+from bigmix.text.tokenizer import load_tokenizer
 
 LARGEST_GIB = 8.0  # of weights that are loaded a second time, beside what the run holds
 _LONGEST_PROMPT, _SHORTEST_PROMPT, _CONTINUATION = 64, 8, 24  # tokens

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from bigmix.engine import Frozen
-from bigmix.model import FrozenModel, ModelTensors, ReferenceTensors
-from bigmix.on_device import move, runs, table, tensors
-from bigmix.records import Ints, MicroBatch
+from bigmix.data.records import Ints, MicroBatch
+from bigmix.model.causal_lm import FrozenModel, ModelTensors, ReferenceTensors
+from bigmix.model.engine import Frozen
+from bigmix.model.inputs import move, runs, table, tensors
 from bigmix.weighing import Floats
 
 

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmix.engine import Evaluable
 from bigmix.errors import BadInput
 from bigmix.loss.terms import GroupSums, LossTokens
-from bigmix.model import ModelTensors
+from bigmix.model.causal_lm import ModelTensors
+from bigmix.model.engine import Evaluable
 from bigmix.reference import Anchor
 
 _FIRST, _SECOND = 9, 14  # tokens of two documents in one row

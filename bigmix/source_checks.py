@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigmix.data.fetch_ahead import Ahead
-from bigmix.data.location import MANIFEST
-from bigmix.data.manifest import Manifest, faults_of_shards
 from bigmix.data.quarantine import BadShard
-from bigmix.data.retry import Retry
+from bigmix.data.shards.location import MANIFEST
+from bigmix.data.shards.manifest import Manifest, faults_of_shards
+from bigmix.data.shards.prefetch import Ahead
+from bigmix.data.shards.retry import Retry
 from bigmix.data.source import Depot, Reading, Source, read_source
 from bigmix.data.stream import Packer, Stream
 from bigmix.errors import BadInput, BigmixError

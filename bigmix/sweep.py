@@ -4,19 +4,19 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from bigmix.dist import Cluster, leave
-from bigmix.engine import give_back_memory, join
+from bigmix.cluster.collectives import Cluster, leave
+from bigmix.cluster.signals import StopFlag
+from bigmix.cluster.world import World
 from bigmix.errors import BigmixError, Interrupted
-from bigmix.guard import StopFlag
-from bigmix.inputs import Inputs, open_inputs
-from bigmix.model_checks import read_configs
+from bigmix.model.checks import read_configs
+from bigmix.model.engine import give_back_memory, join
 from bigmix.recipe import SweepRun
-from bigmix.run_folder import ENDING_S, alone
-from bigmix.run_listing import begin_attempt, end_attempt, fails_again, state_of
+from bigmix.runs.layout import begin_attempt, end_attempt, fails_again, state_of
+from bigmix.runs.resume import ENDING_S, alone
 from bigmix.sweep_inputs import look_at_all
 from bigmix.terminal import Terminal
-from bigmix.train import Shared, run_in
-from bigmix.world import World
+from bigmix.train.inputs import Inputs, open_inputs
+from bigmix.train.run import Shared, run_in
 
 
 def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: StopFlag) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from bigmix.errors import BadInput
-from bigmix.inputs import Inputs, open_inputs
 from bigmix.recipe import SweepRun
+from bigmix.train.inputs import Inputs, open_inputs
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from bigmix.records import MicroBatch
+from bigmix.data.records import MicroBatch
 
 Weighing = Literal["token", "square_root", "document"]
 EXPONENTS: Mapping[Weighing, float] = {"token": 0.0, "square_root": 0.5, "document": 1.0}

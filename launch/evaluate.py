@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bigmix.rank import evaluate
+from bigmix.commands.rank import evaluate
 
 if __name__ == "__main__":
     sys.exit(evaluate(sys.argv[1:]))

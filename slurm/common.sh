@@ -67,7 +67,7 @@ begin() {
   set_container
   BIGMIX=(
     srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${CPUS[@]}" "${CONTAINER_OPTIONS[@]}"
-    "${PYTHON_WORDS[@]}" -u -m bigmix.cli
+    "${PYTHON_WORDS[@]}" -u -m bigmix.commands
   )
   on_each_node mkdir -p "$LOCAL"
 }

@@ -5,7 +5,7 @@ import os
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from bigmix.cli import main
+from bigmix.commands.main import main
 
 
 def printed(folder: Path, *words: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigmix.data.tokenizer import train_tokenizer
+from bigmix.text.tokenizer import train_tokenizer
 
 # Nothing that is imported is garbage: no search for any among it, neither while tests are collected nor while they run.
 gc.disable()

@@ -6,19 +6,19 @@ from pathlib import Path
 import numpy as np
 from tiny_models import VOCABULARY
 
-from bigmix.data.chat import PLAIN_SHA256
-from bigmix.data.fetch_ahead import Ahead
-from bigmix.data.manifest import (
+from bigmix.data.shards.manifest import (
     Manifest,
     TemplateEntry,
     TokenizerEntry,
     token_dtype,
     write_manifest,
 )
-from bigmix.data.retry import Retry
-from bigmix.data.shards import ShardWriter, with_lengths
+from bigmix.data.shards.prefetch import Ahead
+from bigmix.data.shards.retry import Retry
+from bigmix.data.shards.shard import ShardWriter, with_lengths
 from bigmix.data.source import Depot, Reading, read_source
 from bigmix.data.stream import Packer, Stream
+from bigmix.text.chat_template import PLAIN_SHA256
 
 READING = Reading(
     folder=Path(tempfile.gettempdir()) / "bigmix-test-cache",

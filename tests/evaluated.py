@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from bigmix.data.manifest import read_manifest
-from bigmix.data.order import key_of
-from bigmix.data.prepare import prepare
+from bigmix.commands.prepare.job import prepare
 from bigmix.data.prepare_settings import PrepareSettings
-from bigmix.data.shards import open_shard
+from bigmix.data.shards.manifest import read_manifest
+from bigmix.data.shards.shard import open_shard
+from bigmix.seeding import key_of
 
 ROW = 64
 TEXTS = [

@@ -11,8 +11,9 @@ from ranks import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from bigmix import engine, step
-from bigmix.rank import main
+from bigmix.commands.rank import main
+from bigmix.model import engine
+from bigmix.train import step
 
 
 def with_fault(kind, rank, steps):

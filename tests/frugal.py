@@ -7,7 +7,7 @@ from ranks import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from bigmix.rank import main
+from bigmix.commands.rank import main
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 

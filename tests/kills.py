@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from ranks import environment, free_port
 
-from bigmix.checkpoint.listing import Position
 from bigmix.checkpoint.restore import newest_whole
-from bigmix.checkpoint.saver import Keeping, Saver
-from bigmix.dist import Cluster
-from bigmix.engine import join
-from bigmix.world import World, world_of
-from bigmix.zero_state import MOMENTS, FlatState, Piece
+from bigmix.cluster.collectives import Cluster
+from bigmix.cluster.world import World, world_of
+from bigmix.model.engine import join
+from bigmix.model.zero_partitions import MOMENTS, FlatState, Piece
+from bigmix.runs.checkpoints import Position
+from bigmix.runs.saver import Keeping, Saver
 
 ONE = Cluster(World(rank=0, local_rank=0, size=1, local_size=1))
 

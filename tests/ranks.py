@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # What ranks import, and what transformers imports once a model is made.
 _IMPORTED = [
-    "workers", "state_workers", "task_workers", "bigmix.cli", "bigmix.sweep", "bigmix.assess",
+    "workers", "state_workers", "task_workers", "bigmix.commands.main", "bigmix.sweep", "bigmix.evaluation.standalone",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "gpt2", "gemma2")),
 ]  # fmt: skip
 

@@ -8,9 +8,9 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from workers import aim, batch_of, documents, main, make_engine, take_step, whole_weights
 
-from bigmix.checkpoint.listing import Position
 from bigmix.checkpoint.restore import newest_whole, restore
-from bigmix.checkpoint.saver import Keeping, Saver
+from bigmix.runs.checkpoints import Position
+from bigmix.runs.saver import Keeping, Saver
 
 
 def digest(tensor):

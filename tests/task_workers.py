@@ -5,14 +5,14 @@ from pathlib import Path
 from tiny_models import FAMILIES
 from workers import aim, batch_of, documents, main, make_engine, take_step, whole_weights
 
-from bigmix.data.chat import open_template
-from bigmix.data.tokenizer import load_tokenizer
-from bigmix.export import export
+from bigmix.evaluation.tasks.examples import open_tasks
+from bigmix.evaluation.tasks.inference_model import speaking
+from bigmix.evaluation.tasks.prompts import Language, ask
+from bigmix.evaluation.tasks.runner import score_tasks, task_line
+from bigmix.model.export import export
 from bigmix.recipe.task import Task
-from bigmix.tasks.asking import Language, ask
-from bigmix.tasks.examples import open_tasks
-from bigmix.tasks.score import score_tasks, task_line
-from bigmix.tasks.speaking import speaking
+from bigmix.text.chat_template import open_template
+from bigmix.text.tokenizer import load_tokenizer
 
 for config in FAMILIES.values():
     config["vocab_size"] = 400  # that of the tests' tokenizer

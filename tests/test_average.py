@@ -9,8 +9,8 @@ import transformers
 from safetensors.torch import load_file
 from tiny_models import FAMILIES
 
-from bigmix.average import members_of
-from bigmix.cli import main
+from bigmix.commands.main import main
+from bigmix.commands.remedies.average import members_of
 from bigmix.weight_files import WeightFiles
 
 

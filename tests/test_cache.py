@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from servers import web_server
 
-from bigmix.data.cache import CacheFull, ShardCache
-from bigmix.data.fetch_ahead import Ahead, FetchAhead, Needed
-from bigmix.data.retry import Changed, Retry, Watch
+from bigmix.data.shards.cache import CacheFull, ShardCache
+from bigmix.data.shards.prefetch import Ahead, FetchAhead, Needed
+from bigmix.data.shards.retry import Changed, Retry, Watch
 from bigmix.errors import BadInput, BigmixError
 
 FAST = Retry(tries=3, first_wait_s=0.01, longest_wait_s=0.02, timeout_s=1.0)

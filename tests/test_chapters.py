@@ -7,14 +7,14 @@ from corpora import write_source
 from test_mixing import recipe_of_three
 from test_run import end, lines, start
 
-from bigmix.checkpoint.listing import Listed, Position, publish
+from bigmix.cluster.collectives import Cluster
+from bigmix.cluster.world import World
 from bigmix.data.loader import Portion, step_batch
-from bigmix.dist import Cluster
 from bigmix.errors import BadInput
-from bigmix.inputs import open_inputs
 from bigmix.recipe import load_recipe, plain
-from bigmix.run_folder import Change, beginning, keep_changes, write_recipe
-from bigmix.world import World
+from bigmix.runs.checkpoints import Listed, Position, publish
+from bigmix.runs.resume import Change, beginning, keep_changes, write_recipe
+from bigmix.train.inputs import open_inputs
 
 ONE = Cluster(World(rank=0, local_rank=0, size=1, local_size=1))
 AT = 7  # steps before the change

@@ -13,13 +13,13 @@ from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from bigmix.data.chat import PLAIN, check_first, encode_chat, open_template, render_chat
-from bigmix.data.chat_tokens import HIDDEN, MARK_CLOSE, MARK_OPEN, encode_chats
-from bigmix.data.prepare import prepare
+from bigmix.commands.prepare.job import prepare
 from bigmix.data.prepare_settings import PrepareSettings
-from bigmix.data.recognise import Conversation, Dropped
-from bigmix.data.tokenizer import END_OF_TEXT, load_tokenizer, special_tokens
 from bigmix.errors import BadInput
+from bigmix.text.chat_template import PLAIN, check_first, encode_chat, open_template, render_chat
+from bigmix.text.chat_tokens import HIDDEN, MARK_CLOSE, MARK_OPEN, encode_chats
+from bigmix.text.formats import Conversation, Dropped
+from bigmix.text.tokenizer import END_OF_TEXT, load_tokenizer, special_tokens
 
 OPEN, CLOSE = "<|im_start|>", "<|im_end|>"
 CHATML = (

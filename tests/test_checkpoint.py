@@ -11,10 +11,10 @@ import pytest
 from ranks import environment, run_on_ranks
 from safetensors.torch import load_file
 
-from bigmix.checkpoint.listing import folders, other_versions, prune, put_aside
 from bigmix.checkpoint.restore import newest_whole
-from bigmix.dist import Cluster
-from bigmix.world import World
+from bigmix.cluster.collectives import Cluster
+from bigmix.cluster.world import World
+from bigmix.runs.checkpoints import folders, other_versions, prune, put_aside
 
 ONE = Cluster(World(rank=0, local_rank=0, size=1, local_size=1))
 WHOLE_PARAMETERS = {"stage": 3, "stage3_param_persistence_threshold": 100}

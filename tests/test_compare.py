@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from bigmix.cli.compare import add_compare
-from bigmix.compare import compare
-from bigmix.compare.chart import spread, ticks
-from bigmix.compare.table import tables
+from bigmix.commands.compare.charts.axes import spread, ticks
+from bigmix.commands.compare.command import add_compare
+from bigmix.commands.compare.report import compare
+from bigmix.commands.compare.tables import tables
 from bigmix.errors import BadInput
 
 TASK_ROWS, ROW_TOKENS, STEPS = 8, 256, 60

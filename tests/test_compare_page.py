@@ -7,7 +7,7 @@ import pytest
 from browser import Page, browser, find_browser
 from run_folders import Numbers, Recipe, write_run, write_sweep
 
-from bigmix.compare import compare
+from bigmix.commands.compare.report import compare
 
 WIDE, NARROW = 1200, 390
 

@@ -22,19 +22,19 @@ from run_folders import (
     write_sweep,
 )
 
-from bigmix.compare import Summary, compare
-from bigmix.compare.chart import place_labels
-from bigmix.compare.figure import unknown_letters
-from bigmix.compare.frontier import frontiers
-from bigmix.compare.judge import judge
-from bigmix.compare.law import Fit, LawPoint, fit_law, fit_source
-from bigmix.compare.law_chart import law_rows
-from bigmix.compare.measures import Estimate, spread_of
-from bigmix.compare.points import arrange, points_of
-from bigmix.compare.read import read_runs
-from bigmix.compare.scene import width_of
+from bigmix.commands.compare.charts.axes import place_labels
+from bigmix.commands.compare.charts.figure import unknown_letters
+from bigmix.commands.compare.charts.frontier import frontiers
+from bigmix.commands.compare.charts.law_chart import law_rows
+from bigmix.commands.compare.charts.styles import labels_of
+from bigmix.commands.compare.charts.svg import width_of
+from bigmix.commands.compare.judge import judge
+from bigmix.commands.compare.law import Fit, LawPoint, fit_law, fit_source
+from bigmix.commands.compare.measures import Estimate, spread_of
+from bigmix.commands.compare.points import arrange, points_of
+from bigmix.commands.compare.read import read_runs
+from bigmix.commands.compare.report import Summary, compare
 from bigmix.compare.shares import budget_sentences
-from bigmix.compare.styles import labels_of
 from bigmix.errors import BadInput
 
 SHARES = (0.0, 0.01, 0.05, 0.25)

@@ -9,7 +9,7 @@ import pytest
 from corpora import write_source
 from test_run import end, lines, start, wait_for, weights
 
-from bigmix.data.tokenizer import fingerprint_of
+from bigmix.text.tokenizer import fingerprint_of
 
 RECIPE = """\
 model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,

@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 from test_chapters import opened, position
 from test_mixing import recipe_of_three
 
-from bigmix.checkpoint.listing import Position
-from bigmix.cli import main
-from bigmix.controller import Reading, decide, rule_of
+from bigmix.commands.main import main
 from bigmix.data.loader import Portion, step_batch
+from bigmix.data.records import Decision
+from bigmix.data.share_rules import Reading, decide, rule_of
 from bigmix.data.shares import apportion
 from bigmix.errors import BadInput, BigmixError
-from bigmix.inputs import moving_shares
 from bigmix.recipe import load_recipe
+from bigmix.recipe.schedule import progress
 from bigmix.recipe.shares import Controller
-from bigmix.records import Decision
-from bigmix.schedule import progress
+from bigmix.runs.checkpoints import Position
+from bigmix.train.inputs import moving_shares
 
 EVERY = 5
 BASE = ["sources.web.held_out=web", "sources.code.held_out=code", f"train.evaluate_every={EVERY}"]

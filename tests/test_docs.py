@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from bigmix import __version__
-from bigmix.ds_config import fill, read_ds_config
+from bigmix.model.ds_config import fill, read_ds_config
 from bigmix.recipe import Recipe, load_recipe
 from bigmix.recipe.document import document
 

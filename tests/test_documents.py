@@ -10,9 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bigmix.data import documents
-from bigmix.data.documents import ReadOptions, read_rows
 from bigmix.errors import BadInput
+from bigmix.text import readers
+from bigmix.text.readers import ReadOptions, read_rows
 
 ROWS = [{"text": "one\n"}, {"text": "zwei 混合"}, {"text": "three"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -117,7 +117,7 @@ def test_an_input_that_cannot_be_read_names_what_can(tmp_path, given):
     "text", ["", "a", "a--b", "--a----b--", "é混--合-\n", "a-", "a--b\n\nc--d"]
 )
 def test_a_split_text_file_is_what_splitting_the_whole_gives(tmp_path, monkeypatch, chunk, text):
-    monkeypatch.setattr(documents, "CHUNK", chunk)
+    monkeypatch.setattr(readers, "CHUNK", chunk)
     (tmp_path / "t.txt").write_text(text)
     expected = text.split("--")
     if expected[-1] == "":

@@ -17,12 +17,12 @@ from ranks import ROOT, environment, free_port, start_script
 from test_faults import catches, wait_until
 from test_run import end
 
-from bigmix.bootstrap import RESAMPLES, interval, resampled_sums
 from bigmix.errors import BadInput
-from bigmix.evaluate import by_document
-from bigmix.held_out import Base, DocumentSums, Sum, summarise
-from bigmix.held_out_inputs import open_held_out
-from bigmix.model_checks import read_evaluated
+from bigmix.evaluation.bootstrap import RESAMPLES, interval, resampled_sums
+from bigmix.evaluation.forward import by_document
+from bigmix.evaluation.held_out import Base, DocumentSums, Sum, summarise
+from bigmix.evaluation.inputs import open_held_out
+from bigmix.model.checks import read_evaluated
 from bigmix.recipe import load_recipe
 
 SOURCES = {"web": "text", "chat": "chat", "few": "few"}
@@ -100,7 +100,7 @@ def test_a_run_evaluates_as_the_command_does_on_its_export(data, run):
     assert first["forgetting_low/web"] == first["forgetting_high/web"] == 0
     assert first == close_to(whole_line(data, "base", "base")) | {"step": 0, "eval": True}
     done = subprocess.run(
-        [sys.executable, "-m", "bigmix.cli", "evaluate", "recipe.yaml", "--ranks", "1"],
+        [sys.executable, "-m", "bigmix.commands", "evaluate", "recipe.yaml", "--ranks", "1"],
         cwd=data, env=os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

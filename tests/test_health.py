@@ -3,7 +3,7 @@
 import random
 from statistics import fmean, stdev
 
-from bigmix.health import Health, RollBack
+from bigmix.train.state import Health, RollBack
 
 
 def health(skips=3, deviations=None, spikes_roll_back=False):

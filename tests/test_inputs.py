@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 from corpora import write_source
 
-from bigmix.cli import main
+from bigmix.commands.main import main
 from bigmix.errors import BadInput
+from bigmix.evaluation.inputs import open_held_out
 from bigmix.first_evaluation import what_it_follows_from
-from bigmix.held_out_inputs import open_held_out
-from bigmix.inputs import open_inputs
 from bigmix.recipe import load_recipe
+from bigmix.train.inputs import open_inputs
 
 
 @pytest.fixture

@@ -17,16 +17,16 @@ from transformers import modeling_flash_attention_utils
 from transformers.integrations import flash_attention
 from transformers.utils import is_flash_attn_2_available
 
-from bigmix.data.assemble import assemble
+from bigmix.data.batch import assemble
 from bigmix.data.loader import Plan, Portion, one_stage, step_batch
 from bigmix.data.mixture import Mixture
 from bigmix.data.rows import PADDING
 from bigmix.data.stream import Packer
+from bigmix.loss.requests import Computing
 from bigmix.loss.terms import GroupSums, Terms
-from bigmix.loss.torch_rows import torch_rows
-from bigmix.loss.work import Computing
-from bigmix.model import build, read_config
-from bigmix.on_device import tensors
+from bigmix.loss.torch_kernel import torch_rows
+from bigmix.model.causal_lm import build, read_config
+from bigmix.model.inputs import tensors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS, SEED = 3, 0

@@ -3,8 +3,8 @@
 import pytest
 from conftest import generated_texts
 
-from bigmix.data.tokenizer import load_tokenizer, train_tokenizer
-from bigmix.last_word import last_word, pieces_of_tokens
+from bigmix.text.last_word import last_word, pieces_of_tokens
+from bigmix.text.tokenizer import load_tokenizer, train_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 import transformers
 from tiny_models import FAMILIES
 
-from bigmix.cli import main
+from bigmix.commands.main import main
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="the extra lm-eval is not installed"

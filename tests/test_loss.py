@@ -9,24 +9,17 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from bigmix.data.records import IGNORE, Choice
 from bigmix.errors import BadInput
 from bigmix.loss import gradients as gradients_module
 from bigmix.loss.backend import backend_of, choose_backend
 from bigmix.loss.check import check_computing
 from bigmix.loss.chunks import LossShape, chunk_tokens, even_slices
+from bigmix.loss.fused import mixed_loss
 from bigmix.loss.gradients import scaled
-from bigmix.loss.mixed import mixed_loss
-from bigmix.loss.terms import (
-    GroupSums,
-    LogitRule,
-    LossTokens,
-    Reference,
-    Terms,
-    tokens_of_labels,
-)
-from bigmix.loss.torch_rows import torch_rows
-from bigmix.loss.work import Backend, Computing
-from bigmix.records import IGNORE, Choice
+from bigmix.loss.requests import Backend, Computing
+from bigmix.loss.terms import GroupSums, LogitRule, LossTokens, Reference, Terms, tokens_of_labels
+from bigmix.loss.torch_kernel import torch_rows
 
 GROUPS, HIDDEN, VOCABULARY = 3, 24, 101
 PLAIN, NO_TERMS = LogitRule(), Terms()

@@ -9,16 +9,16 @@ from functools import partial
 import pytest
 import torch
 
-from bigmix.loss.mixed import Computing, mixed_loss
+from bigmix.loss.fused import Computing, mixed_loss
+from bigmix.loss.requests import COLUMNS, LSE, OBJECTIVE, REFERENCE_LSE, ChunkWork, ReferenceWork
 from bigmix.loss.terms import LogitRule, LossTokens, Reference, Statistic, Terms
-from bigmix.loss.torch_rows import torch_rows
-from bigmix.loss.work import COLUMNS, LSE, OBJECTIVE, REFERENCE_LSE, ChunkWork, ReferenceWork
+from bigmix.loss.torch_kernel import torch_rows
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from bigmix.loss import triton_rows as kernels  # noqa: E402
-from bigmix.loss.triton_rows import triton_rows  # noqa: E402
+from bigmix.loss import triton_kernel as kernels  # noqa: E402
+from bigmix.loss.triton_kernel import triton_rows  # noqa: E402
 
 # Behind a row's end, and where the other of two formulas is chosen, what the interpreter computes may overflow.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")

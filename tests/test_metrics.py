@@ -13,7 +13,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from bigmix.errors import BadInput
-from bigmix.metrics import RunLog, read_lines, tag_of
+from bigmix.runs.metrics_log import RunLog, read_lines, tag_of
 
 NAN = float("nan")
 

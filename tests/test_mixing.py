@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from ranks import ROOT
 from test_run import end, lines, start, wait_for
 
+from bigmix.commands.plan import counts as plan_counts
 from bigmix.data.loader import Portion, step_batch
 from bigmix.errors import BadInput
-from bigmix.inputs import open_inputs
-from bigmix.plan import counts as plan_counts
 from bigmix.recipe import load_recipe, to_yaml
+from bigmix.train.inputs import open_inputs
 
 RECIPE = """\
 model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,

@@ -10,13 +10,11 @@ import torch
 from ranks import run_on_ranks
 from tiny_models import FAMILIES, VOCABULARY
 
-from bigmix.engine import sharded_construction
 from bigmix.errors import BadInput
-from bigmix.flops import cost_of
+from bigmix.loss.requests import Computing
 from bigmix.loss.terms import GroupSums, LogitRule, LossTokens, Terms
-from bigmix.loss.torch_rows import torch_rows
-from bigmix.loss.work import Computing
-from bigmix.model import (
+from bigmix.loss.torch_kernel import torch_rows
+from bigmix.model.causal_lm import (
     MixedModel,
     ModelTensors,
     build,
@@ -25,6 +23,8 @@ from bigmix.model import (
     max_positions,
     read_config,
 )
+from bigmix.model.engine import sharded_construction
+from bigmix.model.flops import cost_of
 from bigmix.soundness import check_model
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from bigmix.data.mixture import Mixture
-from bigmix.objective import per_source, per_token, source_weights
+from bigmix.loss.objective import per_source, per_token, source_weights
 
 SHARES = {"web": 0.2, "chat": 0.8}
 

@@ -9,17 +9,17 @@ from commands import printed
 from corpora import write_source
 from ranks import ROOT, environment, free_port, start_script
 
-from bigmix.cli import main
+from bigmix.commands.main import main
+from bigmix.commands.plan.forecast import Machine, forecast
+from bigmix.commands.plan.memory import Setting, memory_of
+from bigmix.commands.plan.shape import Activations, Shape, shape_of
+from bigmix.commands.plan.show import as_json
+from bigmix.commands.plan.warnings import warnings_of
+from bigmix.data.records import IGNORE
 from bigmix.data.tally import tally_of
 from bigmix.errors import BadInput
-from bigmix.inputs import open_inputs
-from bigmix.plan.forecast import Machine, forecast
-from bigmix.plan.memory import Setting, memory_of
-from bigmix.plan.shape import Activations, Shape, shape_of
-from bigmix.plan.show import as_json
-from bigmix.plan.warnings import warnings_of
 from bigmix.recipe import load_recipe
-from bigmix.records import IGNORE
+from bigmix.train.inputs import open_inputs
 
 RECIPE = """\
 model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
@@ -98,7 +98,7 @@ def test_rows_are_counted_without_being_read(here):
 
 def test_a_long_run_is_estimated_and_says_so(here, monkeypatch):
     exact, _ = planned("budget.steps=300")
-    monkeypatch.setattr("bigmix.plan.counts.EXACT_ROWS", 100)
+    monkeypatch.setattr("bigmix.commands.plan.counts.EXACT_ROWS", 100)
     about, _ = planned("budget.steps=300")
     assert exact.counts.is_exact and not about.counts.is_exact
     for name, source in about.counts.sources.items():

@@ -12,18 +12,19 @@ import tokenizers
 import transformers
 from conftest import generated_texts
 
-from bigmix.cli import main
-from bigmix.data import tokenise, workers
-from bigmix.data.chat import encode_chat, open_template
-from bigmix.data.documents import RawRow, ReadOptions
-from bigmix.data.location import MANIFEST
-from bigmix.data.manifest import read_manifest
-from bigmix.data.prepare import prepare
+from bigmix.commands.main import main
+from bigmix.commands.prepare import tokenise
+from bigmix.commands.prepare.job import prepare
+from bigmix.data import workers
 from bigmix.data.prepare_settings import PrepareSettings
-from bigmix.data.recognise import Conversation, Layout
-from bigmix.data.shards import open_shard
-from bigmix.data.tokenizer import fingerprint_of, load_tokenizer
+from bigmix.data.shards.location import MANIFEST
+from bigmix.data.shards.manifest import read_manifest
+from bigmix.data.shards.shard import open_shard
 from bigmix.errors import BadInput
+from bigmix.text.chat_template import encode_chat, open_template
+from bigmix.text.formats import Conversation, Layout
+from bigmix.text.readers import RawRow, ReadOptions
+from bigmix.text.tokenizer import fingerprint_of, load_tokenizer
 
 TEXTS = generated_texts(600)
 CHATS = [
@@ -248,7 +249,7 @@ def test_the_command_trains_a_tokenizer_that_prepare_uses(tmp_path):
 def test_a_killed_run_leaves_no_source_and_no_process(tmp_path, tiny_tokenizer):
     path = write_rows(tmp_path / "many.jsonl", [{"text": text * 20} for text in TEXTS] * 20)
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "bigmix.cli", "prepare", str(path)]
+    command = [sys.executable, "-m", "bigmix.commands", "prepare", str(path)]
     command += ["--tokenizer", str(tiny_tokenizer), "--output", str(output), "--processes", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60

@@ -16,17 +16,17 @@ import pytest
 import webdataset
 from conftest import generated_texts
 
-from bigmix.cli import main
-from bigmix.data import parts, tokenise
-from bigmix.data.documents import RawRow, ReadOptions, Span, parsed, read_rows, read_span
-from bigmix.data.manifest import read_manifest
-from bigmix.data.parts import listing, share_out
-from bigmix.data.prepare import prepare
+from bigmix.commands.main import main
+from bigmix.commands.prepare import parts, tokenise
+from bigmix.commands.prepare.job import prepare
+from bigmix.commands.prepare.parts import listing, share_out
+from bigmix.commands.prepare.progress import PARTS
 from bigmix.data.prepare_settings import PrepareSettings
-from bigmix.data.progress import PARTS
-from bigmix.data.shards import open_shard
-from bigmix.data.tokenizer import train_tokenizer
+from bigmix.data.shards.manifest import read_manifest
+from bigmix.data.shards.shard import open_shard
 from bigmix.errors import BAD_INPUT, FAILED, BadInput
+from bigmix.text.readers import RawRow, ReadOptions, Span, parsed, read_rows, read_span
+from bigmix.text.tokenizer import train_tokenizer
 
 TEXTS = generated_texts(900, seed=5)
 TWICE = [*TEXTS[:500], *TEXTS[200:700], *TEXTS[:500], *TEXTS]  # 900 documents, 2400 rows
@@ -183,7 +183,7 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(
 
 
 def started(tmp_path, tokenizer, output, *more):
-    words = [sys.executable, "-m", "bigmix.cli", "prepare", str(tmp_path / "rows.jsonl")]
+    words = [sys.executable, "-m", "bigmix.commands", "prepare", str(tmp_path / "rows.jsonl")]
     words += ["--tokenizer", str(tokenizer), "--output", str(tmp_path / output)]
     words += ["--shard-tokens", "60000", "--processes", "2", "--held-out", "0.1", *more]
     return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -215,7 +215,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(given, tmp_path, tiny_
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000))
 
-    words = [sys.executable, "-m", "bigmix.cli", "prepare", str(tmp_path / "rows.jsonl")]
+    words = [sys.executable, "-m", "bigmix.commands", "prepare", str(tmp_path / "rows.jsonl")]
     words += ["--tokenizer", str(tiny_tokenizer), "--output", str(tmp_path / "out")]
     words += ["--shard-tokens", "60000", "--processes", "1"]
     found = subprocess.run(words, preexec_fn=limited, capture_output=True, text=True, check=False)

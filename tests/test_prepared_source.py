@@ -7,12 +7,12 @@ import pytest
 import webdataset
 from conftest import generated_texts
 
-from bigmix.cli import main
-from bigmix.data import shards
-from bigmix.data.manifest import read_manifest
-from bigmix.data.prepare import prepare
+from bigmix.commands.main import main
+from bigmix.commands.prepare.job import prepare
 from bigmix.data.prepare_settings import PrepareSettings
-from bigmix.data.shards import open_shard
+from bigmix.data.shards import shard as shard_module
+from bigmix.data.shards.manifest import read_manifest
+from bigmix.data.shards.shard import open_shard
 from bigmix.errors import BAD_INPUT
 
 TEXTS = generated_texts(700, seed=1)
@@ -63,7 +63,7 @@ def documents_by_webdataset(folder):
 
 @pytest.mark.parametrize("kind", ROWS)
 def test_webdataset_reads_the_documents_that_we_read(tmp_path, given, kind, monkeypatch):
-    monkeypatch.setattr(shards, "BLOCK_TOKENS", 700)  # several blocks in a shard
+    monkeypatch.setattr(shard_module, "BLOCK_TOKENS", 700)  # several blocks in a shard
     made = prepare(PrepareSettings(**given(ROWS[kind]))).manifest
     assert made.kind == kind and len(made.shards) > 2
     assert all(entry.blocks > 1 for entry in made.shards[:-1])

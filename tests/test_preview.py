@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from conftest import generated_texts
 
-from bigmix.cli import main
-from bigmix.data.tokenizer import load_tokenizer
-from bigmix.preview import Piece, Seat, marked, preview, visible
-from bigmix.records import IGNORE, Row, RowId
+from bigmix.commands.main import main
+from bigmix.commands.row_view import Piece, Seat, marked, preview, visible
+from bigmix.data.records import IGNORE, Row, RowId
+from bigmix.text.tokenizer import load_tokenizer
 
 SEAT = Seat(rank=1, micro_batch=2)
 

@@ -8,10 +8,10 @@ import torch
 import transformers
 from tiny_models import FAMILIES
 
-from bigmix.cli import main
-from bigmix.data.tokenizer import load_tokenizer, train_tokenizer
-from bigmix.probe.facts import WORLDS, most_people, people
-from bigmix.probe.plant import NEW_QUESTIONS, PLANTED, QUESTIONS, TEXT
+from bigmix.commands.main import main
+from bigmix.commands.probe.facts import WORLDS, most_people, people
+from bigmix.commands.probe.plant import NEW_QUESTIONS, PLANTED, QUESTIONS, TEXT
+from bigmix.text.tokenizer import load_tokenizer, train_tokenizer
 
 
 def lines(path):

@@ -16,20 +16,20 @@ from hypothesis import strategies as st
 from servers import web_server
 from test_source import downloads, in_use, serve
 
-from bigmix.cli import main
+from bigmix.commands.main import main
 from bigmix.data import loader as loader_module
-from bigmix.data.cache import CacheFull
 from bigmix.data.loader import Plan, Portion, Stage, one_stage, step_batch
 from bigmix.data.mixture import Mixture
 from bigmix.data.quarantine import BadShard, Quarantine
-from bigmix.data.retry import Stopped
+from bigmix.data.shards.cache import CacheFull
+from bigmix.data.shards.retry import Stopped
 from bigmix.data.source import needed_in_order, read_source
 from bigmix.data.stream import WINDOW_SHARDS, Packer
 from bigmix.data.substitution import substitution
 from bigmix.data.tally import tally_of
 from bigmix.errors import BadInput, BigmixError
-from bigmix.inputs import open_inputs
 from bigmix.recipe import load_recipe
+from bigmix.train.inputs import open_inputs
 
 SHARES = {"web": 0.5, "chat": 0.3, "code": 0.2}
 ROWS = 64

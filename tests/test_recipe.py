@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from bigmix.cli import main
+from bigmix.commands.main import main
 from bigmix.errors import BadInput
 from bigmix.recipe import differences, load_recipe, to_yaml
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from bigmix.data.recognise import Conversation, Dropped, Text, document_of, recognise
 from bigmix.errors import BadInput
+from bigmix.text.formats import Conversation, Dropped, Text, document_of, recognise
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 

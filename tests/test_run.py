@@ -18,10 +18,10 @@ from ranks import ROOT, environment, free_port, run_on_ranks, start_script
 from servers import web_server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bigmix.data.chat import PLAIN
 from bigmix.data.source import read_source
-from bigmix.data.tokenizer import fingerprint_of
 from bigmix.files import lock
+from bigmix.text.chat_template import PLAIN
+from bigmix.text.tokenizer import fingerprint_of
 
 RECIPE = """\
 model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1,

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from bigmix.schedule import LearningRate, warmup_steps
+from bigmix.recipe.schedule import LearningRate, warmup_steps
 
 
 def rates(shape, steps=100, warmup=10, decay=0.2, final=0.0):

@@ -9,11 +9,11 @@ import torch
 import transformers
 from tiny_models import FAMILIES
 
-from bigmix.cli import main
-from bigmix.data.manifest import read_manifest
-from bigmix.data.order import key_of
-from bigmix.data.tokenizer import load_tokenizer
-from bigmix.self_replay import Sampling, _Draw
+from bigmix.commands.main import main
+from bigmix.commands.remedies.self_replay import Sampling, _Draw
+from bigmix.data.shards.manifest import read_manifest
+from bigmix.seeding import key_of
+from bigmix.text.tokenizer import load_tokenizer
 
 OPTIONS = ["--tokens", "300", "--max-tokens", "20"]
 

@@ -11,9 +11,9 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigmix.data import shards
-from bigmix.data.location import MANIFEST
-from bigmix.data.manifest import (
+from bigmix.data.shards import shard as shard_module
+from bigmix.data.shards.location import MANIFEST
+from bigmix.data.shards.manifest import (
     Manifest,
     TokenizerEntry,
     faults_of_shards,
@@ -21,7 +21,7 @@ from bigmix.data.manifest import (
     token_dtype,
     write_manifest,
 )
-from bigmix.data.shards import ShardWriter, open_shard, with_lengths
+from bigmix.data.shards.shard import ShardWriter, open_shard, with_lengths
 from bigmix.errors import BadInput, BigmixError
 
 EVERYTHING = 1 << 40
@@ -67,7 +67,7 @@ def test_slices_of_a_shard_equal_those_of_the_flat_arrays(
     folder = tmp_path_factory.mktemp("shard")
     written = documents(lengths)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "BLOCK_TOKENS", block_tokens)
+        patch.setattr(shard_module, "BLOCK_TOKENS", block_tokens)
         entry = write(folder, written, masked=masked)
     shard = open_shard(folder, entry, "uint32")
     ids = np.concatenate([ids for ids, _ in written])
@@ -84,7 +84,7 @@ def test_slices_of_a_shard_equal_those_of_the_flat_arrays(
 
 
 def test_webdataset_reads_the_same_tokens_lengths_and_masks(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "BLOCK_TOKENS", 50)
+    monkeypatch.setattr(shard_module, "BLOCK_TOKENS", 50)
     written = documents([30, 30, 5, 70, 1])
     entry = write(tmp_path, written)
     samples = list(webdataset.WebDataset(str(tmp_path / entry.file), shardshuffle=False).decode())
@@ -121,7 +121,7 @@ def test_the_same_documents_give_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("size", [1, 3, 30])
 def test_documents_added_together_give_the_bytes_of_one_by_one(tmp_path, monkeypatch, masked, size):
-    monkeypatch.setattr(shards, "BLOCK_TOKENS", 50)
+    monkeypatch.setattr(shard_module, "BLOCK_TOKENS", 50)
     written = documents([30, 20, 5, 70, 1, 120, 3, 46, 2, 60])
     one = write(tmp_path, written, masked=masked, name="one.tar")
     writer = ShardWriter(tmp_path / "many.tar", "uint32", masked=masked)
@@ -238,7 +238,7 @@ def test_the_lengths_of_a_chat_source_lie_beside_its_shards(tmp_path):
 
 
 def test_any_flipped_bit_in_what_is_read_is_named_by_file_and_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "BLOCK_TOKENS", 50)
+    monkeypatch.setattr(shard_module, "BLOCK_TOKENS", 50)
     entry = write(tmp_path, documents([30, 30, 5, 70, 1]))
     path = tmp_path / entry.file
     content = path.read_bytes()

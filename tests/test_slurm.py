@@ -17,8 +17,8 @@ from ranks import ROOT
 from slurm_cluster import Slurm, cluster, what_is_missing
 from test_run import RECIPE, end, lines, recipe_with_sources, start, weights
 
-from bigmix.cli import main
-from bigmix.data.manifest import read_manifest
+from bigmix.commands.main import main
+from bigmix.data.shards.manifest import read_manifest
 
 PATIENCE_S = 150
 STEPS = 60

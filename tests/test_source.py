@@ -14,18 +14,18 @@ from conftest import generated_texts
 from corpora import write_source
 from servers import s3_server, web_server
 
-from bigmix.cli import main
+from bigmix.commands.main import main
 from bigmix.data import loader as loader_module
-from bigmix.data.cache import CacheFull
-from bigmix.data.fetch_ahead import Ahead
 from bigmix.data.loader import Portion
 from bigmix.data.quarantine import BadShard, Quarantine
-from bigmix.data.retry import Changed, Retry
+from bigmix.data.shards.cache import CacheFull
+from bigmix.data.shards.prefetch import Ahead
+from bigmix.data.shards.retry import Changed, Retry
 from bigmix.data.source import Depot, Reading, needed_in_order, read_source, room_in_use
 from bigmix.data.stream import OPEN_SHARDS, Packer
 from bigmix.errors import BadInput, BigmixError
-from bigmix.inputs import open_inputs
 from bigmix.recipe import load_recipe
+from bigmix.train.inputs import open_inputs
 
 FAST = Retry(tries=4, first_wait_s=0.01, longest_wait_s=0.02, timeout_s=0.3)
 KINDS = ("text", "chat")

@@ -6,10 +6,10 @@ import random
 import pytest
 from servers import s3_server, web_server
 
-from bigmix.data import storage
-from bigmix.data.location import location_of, shown
-from bigmix.data.retry import Changed, Retry, Stopped, Watch
-from bigmix.data.storage import copy_to, read_file, read_range
+from bigmix.data.shards import storage
+from bigmix.data.shards.location import location_of, shown
+from bigmix.data.shards.retry import Changed, Retry, Stopped, Watch
+from bigmix.data.shards.storage import copy_to, read_file, read_range
 from bigmix.errors import BadInput, BigmixError
 
 FAST = Retry(tries=3, first_wait_s=0.01, longest_wait_s=0.02, timeout_s=0.3)

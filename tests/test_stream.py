@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigmix.data.loader import Loader, Plan, Portion, Stage, one_stage, step_batch
-from bigmix.data.manifest import Manifest, ShardTable, TokenizerEntry, read_manifest
 from bigmix.data.mixture import Mixture
-from bigmix.data.order import keys_of, shuffled
-from bigmix.data.shards import open_shard
+from bigmix.data.records import IGNORE
+from bigmix.data.shards.manifest import Manifest, ShardTable, TokenizerEntry, read_manifest
+from bigmix.data.shards.shard import open_shard
 from bigmix.data.stream import Packer, Stream
 from bigmix.errors import BigmixError
-from bigmix.records import IGNORE
+from bigmix.seeding import keys_of, shuffled
 
 T = 32
 SHARES = {"web": 0.57, "chat": 0.33, "code": 0.10}

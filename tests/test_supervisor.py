@@ -15,7 +15,7 @@ from servers import web_server
 from test_faults import LONG, step_of, wait_until
 from test_run import RECIPE, bare, end, lines, start, wait_for, weights
 
-from bigmix.supervisor import Course, Requests, outcome, supervise
+from bigmix.cluster.supervisor import Course, Requests, outcome, supervise
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -88,7 +88,7 @@ def test_ends_that_are_no_failure_are_passed_on(tmp_path, requests, code):
 def test_a_rank_that_waits_for_one_that_has_ended_is_ended_too(
     requests, monkeypatch, code, outcome
 ):
-    monkeypatch.setattr("bigmix.supervisor._GRACE_S", 0.5)
+    monkeypatch.setattr("bigmix.cluster.supervisor._GRACE_S", 0.5)
     scripts = [f"raise SystemExit({code})", "import time; time.sleep(60)"]
     course = Course(
         start=lambda: [subprocess.Popen([sys.executable, "-c", script]) for script in scripts],
@@ -101,7 +101,9 @@ def test_a_rank_that_waits_for_one_that_has_ended_is_ended_too(
 def test_a_rank_that_was_killed_is_named_before_one_that_gave_up_for_want_of_it(
     requests, monkeypatch
 ):
-    monkeypatch.setattr("bigmix.supervisor._LOOK_EVERY_S", 1.0)  # both end between two looks
+    monkeypatch.setattr(
+        "bigmix.cluster.supervisor._LOOK_EVERY_S", 1.0
+    )  # both end between two looks
     scripts = ["raise SystemExit(1)", "import os; os.kill(os.getpid(), 9)"]
     said = []
     course = Course(
@@ -133,7 +135,7 @@ def data(tmp_path_factory):
 
 def supervised(data, *words, env=None):
     return subprocess.Popen(
-        [sys.executable, "-m", "bigmix.cli", "train", "recipe.yaml", *words], cwd=data, text=True,
+        [sys.executable, "-m", "bigmix.commands", "train", "recipe.yaml", *words], cwd=data, text=True,
         env=bare({"PYTHONPATH": str(ROOT)} | (env or {})), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

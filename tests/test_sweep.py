@@ -11,14 +11,14 @@ from ranks import run_on_ranks
 from test_run import end, lines, start, wait_for, weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bigmix.cli import main
-from bigmix.data.tokenizer import fingerprint_of
+from bigmix.commands.main import main
 from bigmix.errors import BadInput
 from bigmix.files import lock
-from bigmix.inputs import open_inputs
 from bigmix.recipe import load, load_recipe, to_yaml
 from bigmix.recipe.sweep import value_name
-from bigmix.run_listing import begin_attempt, fails_again, run_folders, state_of
+from bigmix.runs.layout import begin_attempt, fails_again, run_folders, state_of
+from bigmix.text.tokenizer import fingerprint_of
+from bigmix.train.inputs import open_inputs
 
 RECIPE = """\
 model: {path: base}

@@ -8,14 +8,14 @@ import yaml
 from test_chat import CHATML, GENERATION_WITH_END, LAST_THINKS, TALK, with_template  # noqa: F401
 from test_recipe import GOOD
 
-from bigmix.data.chat import encode_chat, open_template
-from bigmix.data.recognise import Conversation
-from bigmix.data.tokenizer import load_tokenizer
 from bigmix.errors import BadInput
+from bigmix.evaluation.tasks.examples import open_tasks
+from bigmix.evaluation.tasks.prompts import Language, ask
 from bigmix.recipe import load_recipe
 from bigmix.recipe.task import Task
-from bigmix.tasks.asking import Language, ask
-from bigmix.tasks.examples import open_tasks
+from bigmix.text.chat_template import encode_chat, open_template
+from bigmix.text.formats import Conversation
+from bigmix.text.tokenizer import load_tokenizer
 
 
 def written(folder, rows, name="task.jsonl"):

@@ -5,7 +5,7 @@ import json
 import pytest
 from test_run import end, lines, start
 
-from bigmix.cli import main
+from bigmix.commands.main import main
 
 RECIPE = """\
 model: {config: {model_type: llama, vocab_size: 400, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,

@@ -13,12 +13,12 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 from sklearn.metrics import accuracy_score, f1_score
 
+from bigmix.evaluation.tasks.examples import Example
+from bigmix.evaluation.tasks.execution import passes, program_of
+from bigmix.evaluation.tasks.matching import exact_match, last_number, numeric_match, token_f1
+from bigmix.evaluation.tasks.overlap import tokenizer_of
+from bigmix.evaluation.tasks.scoring import Answered, judge, pass_at, scored
 from bigmix.recipe.task import Task
-from bigmix.tasks.examples import Example
-from bigmix.tasks.execution import passes, program_of
-from bigmix.tasks.judging import Answered, judge, pass_at, scored
-from bigmix.tasks.matching import exact_match, last_number, numeric_match, token_f1
-from bigmix.tasks.overlap import tokenizer_of
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "it", "was", "glad", "of", "that"]
 LABELS = ("card", "cash", "loan", "rate")

@@ -7,15 +7,15 @@ import torch
 import transformers
 from ranks import run_on_ranks
 
-from bigmix.data.chat import open_template
-from bigmix.data.tokenizer import load_tokenizer
-from bigmix.dist import Cluster
+from bigmix.cluster.collectives import Cluster
+from bigmix.cluster.world import World
+from bigmix.evaluation.tasks.examples import open_tasks
+from bigmix.evaluation.tasks.inference_model import speaking
+from bigmix.evaluation.tasks.prompts import Language, ask
+from bigmix.evaluation.tasks.runner import score_tasks
 from bigmix.recipe.task import Task
-from bigmix.tasks.asking import Language, ask
-from bigmix.tasks.examples import open_tasks
-from bigmix.tasks.score import score_tasks
-from bigmix.tasks.speaking import speaking
-from bigmix.world import World
+from bigmix.text.chat_template import open_template
+from bigmix.text.tokenizer import load_tokenizer
 
 QUESTIONS = [
     "the river", "bright tower under the river", "seven learns", "it keeps 12", "混合 a 知识", "café in it", "was of",

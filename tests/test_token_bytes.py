@@ -3,7 +3,7 @@
 from conftest import generated_texts
 
 from bigmix.data.token_bytes import bytes_of_tokens
-from bigmix.data.tokenizer import load_tokenizer, train_tokenizer
+from bigmix.text.tokenizer import load_tokenizer, train_tokenizer
 
 
 def test_the_bytes_of_tokens_end_to_end_are_the_text(tiny_tokenizer):

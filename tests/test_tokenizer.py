@@ -9,9 +9,9 @@ from conftest import generated_texts
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from bigmix.data.sentencepiece_model import PROBES, SPACE
-from bigmix.data.tokenizer import END_OF_TEXT, fingerprint_of, load_tokenizer, train_tokenizer
 from bigmix.errors import BadInput
+from bigmix.text.sentencepiece import PROBES, SPACE
+from bigmix.text.tokenizer import END_OF_TEXT, fingerprint_of, load_tokenizer, train_tokenizer
 
 TEXTS = [
     *PROBES,

@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 
-from bigmix.beats import Beat, Beats, Limits, Verdict, beat_of, to_text, verdict_of
-from bigmix.processes import has_ended, identity, parent_of
+from bigmix.cluster.heartbeat import Beat, Beats, Limits, Verdict, beat_of, to_text, verdict_of
+from bigmix.cluster.processes import has_ended, identity, parent_of
 
 LIMITS = Limits(dead_s=20, hang_s=60)
 

@@ -13,20 +13,20 @@ import transformers
 from deepspeed.utils import get_z3_leaf_modules, safe_get_full_grad
 from tiny_models import FAMILIES, VOCABULARY
 
-from bigmix import step
-from bigmix.dist import leave
-from bigmix.ds_config import fill, read_ds_config
-from bigmix.engine import AdamW, Engine, Frozen, give_back_memory, join, sharded_construction
-from bigmix.export import export
+from bigmix.cluster.collectives import leave
+from bigmix.cluster.world import world_of
+from bigmix.data.records import MicroBatch, StepBatch
+from bigmix.loss.objective import StepShares
+from bigmix.loss.requests import Computing
 from bigmix.loss.terms import GroupSums, Terms
-from bigmix.loss.torch_rows import torch_rows
-from bigmix.loss.work import Computing
-from bigmix.model import FrozenModel, build, load, read_config
-from bigmix.objective import StepShares
-from bigmix.records import MicroBatch, StepBatch
+from bigmix.loss.torch_kernel import torch_rows
+from bigmix.model.causal_lm import FrozenModel, build, load, read_config
+from bigmix.model.ds_config import fill, read_ds_config
+from bigmix.model.engine import AdamW, Engine, Frozen, give_back_memory, join, sharded_construction
+from bigmix.model.export import export
 from bigmix.reference import Anchor
-from bigmix.run_folder import alone
-from bigmix.world import world_of
+from bigmix.runs.resume import alone
+from bigmix.train import step
 
 ROW = 64
 NO_TERMS = Terms()

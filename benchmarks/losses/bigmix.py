@@ -6,9 +6,9 @@ from loss_case import IGNORE
 from torch import Tensor
 
 from bigmix.loss.backend import backend_of, choose_backend
-from bigmix.loss.mixed import mixed_loss
+from bigmix.loss.fused import mixed_loss
+from bigmix.loss.requests import Computing
 from bigmix.loss.terms import tokens_of_labels
-from bigmix.loss.work import Computing
 
 
 def loss_with(chunk_bytes: int | None) -> Loss:

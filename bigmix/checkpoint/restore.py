@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigmix.checkpoint.listing import Listed, faults_of, folders, read_listing
-from bigmix.checkpoint.state_file import StateReader
-from bigmix.dist import Cluster
-from bigmix.engine import Engine
+from bigmix.cluster.collectives import Cluster
+from bigmix.model.engine import Engine
+from bigmix.runs.checkpoints import Listed, faults_of, folders, read_listing
+from bigmix.runs.state_file import StateReader
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

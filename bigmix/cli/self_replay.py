@@ -3,13 +3,13 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from bigmix.cli.prepare import fraction_of, tell_held_out, tell_source
-from bigmix.cli.words import count
+from bigmix.commands.arguments import count
+from bigmix.commands.prepare.command import fraction_of, tell_held_out, tell_source
 from bigmix.errors import DONE, BadInput
 from bigmix.terminal import Terminal, tame_libraries
 
 if TYPE_CHECKING:
-    from bigmix.self_replay import Made, SelfReplay
+    from bigmix.commands.remedies.self_replay import Made, SelfReplay
 
 
 def add_self_replay(subparsers: Any) -> None:
@@ -46,7 +46,7 @@ def add_self_replay(subparsers: Any) -> None:
 def _self_replay(known: argparse.Namespace) -> int:
     tame_libraries()
     # transformers takes seconds to import: `bigmix --help` should not.
-    from bigmix.self_replay import self_replay
+    from bigmix.commands.remedies.self_replay import self_replay
 
     wanted = _wanted(known)
     terminal = Terminal()
@@ -59,7 +59,7 @@ def _self_replay(known: argparse.Namespace) -> int:
 
 
 def _wanted(known: argparse.Namespace) -> "SelfReplay":
-    from bigmix.self_replay import Sampling, SelfReplay
+    from bigmix.commands.remedies.self_replay import Sampling, SelfReplay
 
     faults: list[str] = []
     held_out = fraction_of(known.held_out, faults)

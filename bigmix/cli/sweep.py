@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bigmix.cli.words import add_recipe_arguments
+from bigmix.commands.arguments import add_recipe_arguments
 from bigmix.errors import DONE, BadInput
-from bigmix.inputs import Inputs
 from bigmix.recipe import Recipe, SweepRun, load
-from bigmix.run_listing import state_of
+from bigmix.runs.layout import state_of
 from bigmix.sweep_inputs import look_at_all
 from bigmix.terminal import Table, Terminal
+from bigmix.train.inputs import Inputs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

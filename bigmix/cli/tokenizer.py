@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bigmix.cli.words import INPUTS, columns_of, count
+from bigmix.commands.arguments import INPUTS, columns_of, count
 from bigmix.errors import DONE
 from bigmix.terminal import Terminal, tame_libraries
 
@@ -28,7 +28,7 @@ def add_tokenizer(subparsers: Any) -> None:
 def _train_tokenizer(known: argparse.Namespace) -> int:
     tame_libraries()
     # transformers takes seconds to import: `bigmix --help` should not.
-    from bigmix.data.tokenizer import load_tokenizer, train_tokenizer
+    from bigmix.text.tokenizer import load_tokenizer, train_tokenizer
 
     texts = _Encodable(_texts(known.inputs, columns_of(known.columns), known.limit))
     path = train_tokenizer(
@@ -66,7 +66,7 @@ def _texts(
 ) -> Iterator[str]:
     """The text of each document, of a chat that of all its turns."""
     from bigmix.data.raw_documents import raw_documents
-    from bigmix.data.recognise import Conversation, Text
+    from bigmix.text.formats import Conversation, Text
 
     for document in raw_documents(inputs, columns=columns, limit=limit):
         if isinstance(document, Text):

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from bigmix.compare.html import folded, named, plain_table, wide
-from bigmix.compare.points import Point
-from bigmix.compare.styles import Style
-from bigmix.compare.table import ABSENT
+from bigmix.commands.compare.charts.styles import Style
+from bigmix.commands.compare.points import Point
+from bigmix.commands.compare.sections import folded, named, plain_table, wide
+from bigmix.commands.compare.tables import ABSENT
 
 _MOST_COLUMNS = 4  # points that stand beside each other; more stand below each other
 

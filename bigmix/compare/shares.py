@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
-from bigmix.compare.html import folded, named, plain_table, wide
-from bigmix.compare.judge import Comparison, percent
-from bigmix.compare.points import Point
-from bigmix.compare.read import Realised, Run, TrainedSource
-from bigmix.compare.styles import Style
-from bigmix.compare.table import ABSENT
+from bigmix.commands.compare.charts.styles import Style
+from bigmix.commands.compare.judge import Comparison, percent
+from bigmix.commands.compare.points import Point
+from bigmix.commands.compare.read import Realised, Run, TrainedSource
+from bigmix.commands.compare.sections import folded, named, plain_table, wide
+from bigmix.commands.compare.tables import ABSENT
 
 # White text is readable on each of them, and neighbours are told apart by colour-blind readers.
 _SOURCE_COLOURS = ("#0072b2", "#b35a00", "#007a5a", "#a04a7c", "#5b5bb0", "#6b7280")

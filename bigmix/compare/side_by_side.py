@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
-from bigmix.compare.html import folded, named
-from bigmix.compare.judge import Comparison
-from bigmix.compare.points import Point
-from bigmix.compare.read import BASE, Run
+from bigmix.commands.compare.charts.styles import Style
+from bigmix.commands.compare.judge import Comparison
+from bigmix.commands.compare.points import Point
+from bigmix.commands.compare.read import BASE, Run
+from bigmix.commands.compare.sections import folded, named
 from bigmix.compare.samples import Sample
-from bigmix.compare.styles import Style
 
 _MOST_EXAMPLES = 6
 _MOST_LETTERS = 600  # of one text

@@ -3,7 +3,17 @@
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from bigmix.compare.scene import XY, Area, Mark, Scene, Shape, Stroke, Words, outline, width_of
+from bigmix.commands.compare.charts.svg import (
+    XY,
+    Area,
+    Mark,
+    Scene,
+    Shape,
+    Stroke,
+    Words,
+    outline,
+    width_of,
+)
 
 
 def draw_svg(scene: Scene) -> str:

@@ -10,15 +10,15 @@ from itertools import accumulate, islice, pairwise
 
 import numpy as np
 
-from bigmix.data.assemble import Assembled, assemble
+from bigmix.data.batch import Assembled, assemble
 from bigmix.data.mixture import Mixture, Places
-from bigmix.data.order import key_of
 from bigmix.data.packing import Lost
 from bigmix.data.quarantine import EMPTY, Quarantine
-from bigmix.data.retry import Stopped
+from bigmix.data.records import Chapter, Ints, RowId, RowPlaces, Standing, StepBatch
+from bigmix.data.shards.retry import Stopped
 from bigmix.data.stream import Stream
 from bigmix.errors import BigmixError
-from bigmix.records import Chapter, Ints, RowId, RowPlaces, Standing, StepBatch
+from bigmix.seeding import key_of
 from bigmix.waiting import is_done
 
 # Rows of a rank that are gathered together: a step at a time costs twice as much.

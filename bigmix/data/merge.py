@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigmix.data.manifest import Manifest, ShardTable, faults_of_shards, write_manifest
-from bigmix.data.progress import (
+from bigmix.commands.prepare.progress import (
     PARTS,
     TOKENIZER_FOLDER,
     Progress,
@@ -18,7 +17,8 @@ from bigmix.data.progress import (
     read_progress,
     remove_unlisted,
 )
-from bigmix.data.shards import with_lengths
+from bigmix.data.shards.manifest import Manifest, ShardTable, faults_of_shards, write_manifest
+from bigmix.data.shards.shard import with_lengths
 from bigmix.data.statistics import Statistics
 from bigmix.errors import BadInput
 

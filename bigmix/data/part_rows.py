@@ -4,9 +4,9 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from bigmix.data.documents import RawLine, RawRow, ReadOptions, read_span
-from bigmix.data.parts import Piece
-from bigmix.data.progress import Progress
+from bigmix.commands.prepare.parts import Piece
+from bigmix.commands.prepare.progress import Progress
+from bigmix.text.readers import RawLine, RawRow, ReadOptions, read_span
 
 
 class PartRows:

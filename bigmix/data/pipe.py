@@ -6,8 +6,8 @@ import signal
 import subprocess
 import tempfile
 
-from bigmix.data.location import PIPE
-from bigmix.data.retry import Ask, Opened, Transient
+from bigmix.data.shards.location import PIPE
+from bigmix.data.shards.retry import Ask, Opened, Transient
 from bigmix.errors import BadInput
 
 _PART_BYTES = 1 << 18

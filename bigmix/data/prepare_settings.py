@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from bigmix.data.documents import ReadOptions
-from bigmix.data.recognise import Kind
+from bigmix.text.formats import Kind
+from bigmix.text.readers import ReadOptions
 
 LARGEST_HELD_OUT = 0.5
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 
-from bigmix.data.documents import ReadOptions, read_rows
-from bigmix.data.recognise import Document, Kind, document_of, recognise
 from bigmix.errors import BadInput
+from bigmix.text.formats import Document, Kind, document_of, recognise
+from bigmix.text.readers import ReadOptions, read_rows
 
 _FIRST_ROWS = 256
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bigmix.data.packing import Packing
-from bigmix.data.shards import Shard
-from bigmix.records import Ints
+from bigmix.data.records import Ints
+from bigmix.data.shards.shard import Shard
 
 PADDING = -1  # the document and the address of a part that is padding
 

@@ -16,17 +16,17 @@ from pathlib import Path
 
 import numpy as np
 
-from bigmix.data.cache import CacheFault, Lease, ShardCache
-from bigmix.data.fetch_ahead import Ahead, FetchAhead, Needed
-from bigmix.data.location import MANIFEST, Location, location_of, shown
-from bigmix.data.manifest import Manifest, parse_manifest, read_manifest
-from bigmix.data.retry import Changed, Retry, Stopped, Watch
-from bigmix.data.shards import Bytes, ByteSource, Shard, Unreadable, mapped
-from bigmix.data.storage import read_file, read_range
+from bigmix.data.records import Ints, RowPlaces
+from bigmix.data.shards.cache import CacheFault, Lease, ShardCache
+from bigmix.data.shards.location import MANIFEST, Location, location_of, shown
+from bigmix.data.shards.manifest import Manifest, parse_manifest, read_manifest
+from bigmix.data.shards.prefetch import Ahead, FetchAhead, Needed
+from bigmix.data.shards.retry import Changed, Retry, Stopped, Watch
+from bigmix.data.shards.shard import Bytes, ByteSource, Shard, Unreadable, mapped
+from bigmix.data.shards.storage import read_file, read_range
 from bigmix.data.stream import OPEN_SHARDS, Packer, Stream
 from bigmix.errors import BadInput, BigmixError
 from bigmix.files import sha256_of
-from bigmix.records import Ints, RowPlaces
 
 TOKENIZER = "tokenizer"
 _TOKENIZER_FILE = "tokenizer.json"

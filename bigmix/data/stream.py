@@ -11,17 +11,9 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from bigmix.data.manifest import Manifest
-from bigmix.data.order import Indices, key_of, keys_of, permutation, shuffled
-from bigmix.data.packing import (
-    LongDocuments,
-    Lost,
-    count_chat_rows,
-    lost,
-    pack_chat,
-    pack_text,
-)
+from bigmix.data.packing import LongDocuments, Lost, count_chat_rows, lost, pack_chat, pack_text
 from bigmix.data.quarantine import BadShard
+from bigmix.data.records import IGNORE, Ints, Row, RowId, RowPlaces
 from bigmix.data.rows import (
     PADDING,
     Rows,
@@ -32,9 +24,10 @@ from bigmix.data.rows import (
     rows_of,
     text_table,
 )
-from bigmix.data.shards import Shard, Unreadable
+from bigmix.data.shards.manifest import Manifest
+from bigmix.data.shards.shard import Shard, Unreadable
 from bigmix.data.substitution import Substitution, substitution
-from bigmix.records import IGNORE, Ints, Row, RowId, RowPlaces
+from bigmix.seeding import Indices, key_of, keys_of, permutation, shuffled
 
 WINDOW_SHARDS = 16
 OPEN_SHARDS = 2 * WINDOW_SHARDS

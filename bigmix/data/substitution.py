@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bigmix.data.order import Indices, keys_of
+from bigmix.seeding import Indices, keys_of
 
 Flags = npt.NDArray[np.bool_]
 

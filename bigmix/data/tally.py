@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from bigmix.data.loader import Plan
+from bigmix.data.records import Ints, RowPlaces
 from bigmix.data.rows import RowTable
 from bigmix.data.stream import Stream
-from bigmix.records import Ints, RowPlaces
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,10 +6,10 @@ from typing import Literal
 
 import torch
 
+from bigmix.data.records import Choice
 from bigmix.errors import BadInput
-from bigmix.loss.torch_rows import torch_rows
-from bigmix.loss.work import Backend, Computing, HeadGradient
-from bigmix.records import Choice
+from bigmix.loss.requests import Backend, Computing, HeadGradient
+from bigmix.loss.torch_kernel import torch_rows
 
 Wish = Literal["auto", "triton", "torch"]
 
@@ -43,7 +43,7 @@ def backend_of(name: str) -> Backend:
     if name == "torch":
         return torch_rows
     # Here, not on top: the package may be absent where this is not chosen.
-    from bigmix.loss.triton_rows import triton_rows
+    from bigmix.loss.triton_kernel import triton_rows
 
     return triton_rows
 

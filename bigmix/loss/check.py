@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from bigmix.errors import BadInput
-from bigmix.loss.mixed import mixed_loss
+from bigmix.loss.fused import mixed_loss
+from bigmix.loss.requests import Computing
 from bigmix.loss.terms import LogitRule, LossTokens, Reference, Terms
-from bigmix.loss.work import Computing
 
 # The vocabulary takes several blocks of a kernel, and its end is odd.
 _TOKENS, _ANCHORED, _HIDDEN, _VOCABULARY = 48, 16, 64, 9001

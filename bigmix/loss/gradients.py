@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bigmix.loss.chunks import slices
-from bigmix.loss.products import times_transposed
+from bigmix.loss.matmul import times_transposed
 
 # Elements that are narrowed, or multiplied and added, at once where an operation needs room of its own (a CPU).
 _BLOCK = 1 << 20

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bigmix.loss.mixed import mixed_loss
+from bigmix.loss.fused import mixed_loss
+from bigmix.loss.requests import Computing
 from bigmix.loss.terms import LogitRule, LossTokens, Reference, Terms
-from bigmix.loss.work import Computing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

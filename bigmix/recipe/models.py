@@ -20,11 +20,7 @@ from bigmix.recipe.sections import (
     Sweep,
     Train,
 )
-from bigmix.recipe.shares import (
-    Controller,
-    faults_of_controller,
-    faults_side_by_side,
-)
+from bigmix.recipe.shares import Controller, faults_of_controller, faults_side_by_side
 from bigmix.recipe.task import Task
 
 

@@ -1,0 +1,78 @@
+"""Words of the command line that several commands understand."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+
+from bigmix.data.quarantine import BadShard
+from bigmix.errors import BadInput
+from bigmix.recipe import Recipe
+from bigmix.recipe.fields import whole_number
+from bigmix.train.inputs import Inputs, moving_shares
+
+INPUTS = (
+    ".txt, .jsonl(.gz/.zst), .parquet, WebDataset .tar, a glob or folder of them, a saved dataset, "
+    "or hf:NAME[:CONFIG][:SPLIT]"
+)
+
+
+def count(text: str) -> int:
+    """A whole number above zero, such as 500, 64M or 2e6."""
+    value = whole_number(text)
+    if not isinstance(value, int) or value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no count; write it like 500, 64M or 2e6")
+    return value
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the recipe and the settings that are changed in it."""
+    parser.add_argument("recipe", metavar="RECIPE", help="path of the YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as train.lr=1e-5")
+
+
+def parse_words(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """What argparse makes of the words; KEY=VALUE may also stand behind options, where it does not look for them."""
+    known, rest = parser.parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strange or (rest and not hasattr(known, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if rest:
+        known.overrides = [*known.overrides, *rest]
+    return known
+
+
+def columns_of(text: str | None) -> Mapping[str, str] | None:
+    """Which column plays which part: prompt=question,response=answer."""
+    if text is None:
+        return None
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(part and equals and column for part, equals, column in pairs):
+        raise BadInput(
+            f"--columns is {text!r}; write PART=COLUMN pairs with commas between, such as prompt=question,response=answer"
+        )
+    found = {part: column for part, _, column in pairs}
+    if len(found) < len(pairs):
+        raise BadInput(
+            f"--columns is {text!r}, which names a part twice; give each part one column"
+        )
+    return found
+
+
+def check_step(step: int, inputs: Inputs) -> None:
+    """BadInput where a step is beyond the end of the run."""
+    if step > inputs.steps:
+        raise BadInput(f"--step is {step}, the run has {inputs.steps} steps; give one of them")
+
+
+def tell_moving(recipe: Recipe) -> None:
+    """Say on stderr that shares move, so that what is shown holds until the first decision."""
+    for told in moving_shares(recipe):
+        print(told, file=sys.stderr)
+
+
+def tell_replaced(bad: Sequence[BadShard], step: int) -> None:
+    """Say on stderr which shards cannot be read, so that what is shown has rows of others in their place."""
+    for shard in bad:
+        print(f"replaced from step {step} on: {shard}", file=sys.stderr)

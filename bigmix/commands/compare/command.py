@@ -1,0 +1,73 @@
+"""`bigmix compare RUN ... --out report/`: what each run kept and learned, side by side."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigmix.errors import DONE
+
+if TYPE_CHECKING:
+    from bigmix.commands.compare.report import Summary
+
+
+def add_compare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser of `bigmix`."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="runs side by side: forgetting, task gain, a page, tables and pictures",
+        description="Compare finished runs that started from the same base model.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="output folder of a run, of an evaluation, or of a sweep: one that holds such folders, however deep",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("report"), help="folder to write into (default: report)"
+    )
+    parser.set_defaults(func=_compare)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    # compare draws with matplotlib and reads YAML: no other command should wait for them.
+    from bigmix.commands.compare.report import compare
+
+    _show(compare(args.runs, args.out))
+    return DONE
+
+
+def _show(summary: "Summary") -> None:
+    # As above: the tables' texts come with compare.
+    from bigmix.commands.compare.tables import ABSENT, cells_of, has_shares, heads_of, narrow_tables
+    from bigmix.terminal import Table, Terminal
+
+    comparison = summary.comparison
+    terminal = Terminal()
+    terminal.note(f"{comparison.headline} {comparison.detail}".strip())
+    for text in comparison.warnings:
+        terminal.warning(text)
+    if summary.unknown_letters:
+        terminal.warning(
+            f"no font of this machine has {summary.unknown_letters}: in the PNGs these letters of names are boxes, on the page "
+            "they are not; install a font that has them, such as Noto Sans CJK"
+        )
+    with_share = has_shares(comparison)
+    for table in narrow_tables(comparison):
+        # Intervals are in the files: a terminal is narrow.
+        rows = [
+            [
+                row.name,
+                *(
+                    None if c.value == ABSENT else c.brief
+                    for c in cells_of(row, with_share=with_share)
+                ),
+            ]
+            for row in table.rows
+        ]
+        heads = ["", *heads_of(table, with_share=with_share)]
+        terminal.table(Table(title=table.title, columns=heads, rows=rows))
+    for path in summary.files:
+        terminal.note(f"wrote {path}")
+    terminal.close()

@@ -1,0 +1,216 @@
+"""Runs go in; out come points, the runs that differ in their seed alone, and the lines that replay's share draws."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, count, takewhile
+from pathlib import Path
+
+from bigmix.commands.compare.measures import Estimate, Spread, spread_of
+from bigmix.commands.compare.read import BASE, SEED_FOLDER, Evaluation, Kind, Run, names_of
+
+_OF_NO_POINT = {"seed", "output"}  # what may differ between the runs of a point
+EVALUATED_MODEL = (
+    "evaluated model"  # stands among the settings of a model that was evaluated outside of a run
+)
+
+Settings = Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """The runs of one recipe. `share` is replay's part of the rows, 0 for one-way, None where it is not known."""
+
+    name: str
+    runs: Sequence[Run]
+    settings: Settings
+
+    @property
+    def kind(self) -> Kind:
+        """Whether replay was trained."""
+        return self.runs[0].kind
+
+    @property
+    def share(self) -> float | None:
+        """Replay's part of all rows, as logged; the mean over seeds."""
+        known = [run.replay_share for run in self.runs]
+        return None if None in known else sum(s for s in known if s is not None) / len(known)
+
+    @property
+    def written_share(self) -> float | None:
+        """Replay's part of all rows as the recipe has it; as logged where that is no one number."""
+        sources = self.runs[0].sources.values()
+        written = [source.share for source in sources if source.role == "replay"]
+        return self.share if None in written else sum(s for s in written if s is not None)
+
+    def source(self, source: str, measure: str) -> Spread | None:
+        """A measure of a held-out source after the last step; None where a run lacks it."""
+        return _spread([run.final.sources.get(source, {}).get(measure) for run in self.runs])
+
+    def task(self, task: str, score: str) -> Spread | None:
+        """A score of a task after the last step; None where a run lacks it."""
+        return _spread([run.final.tasks.get(task, {}).get(score) for run in self.runs])
+
+    def shared_steps(self) -> list[list[Evaluation]]:
+        """The evaluations of all runs of the point at each step that all of them have, and those after their last steps."""
+        steps = set.intersection(*({e.step for e in run.evaluations} for run in self.runs))
+        found = [
+            [e for run in self.runs for e in run.evaluations if e.step == step]
+            for step in sorted(steps)
+        ]
+        final = [run.final for run in self.runs]
+        return found if final in found else [*found, final]
+
+
+def _spread(found: Sequence[Estimate | None]) -> Spread | None:
+    known = [estimate for estimate in found if estimate is not None]
+    return spread_of(known) if known and len(known) == len(found) else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShareLine:
+    """Points that differ in replay's share alone, one-way first, by share. `name` says what sets the line apart."""
+
+    name: str
+    points: Sequence[Point]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arrangement:
+    """The points as lines over replay's share, the longest one first, and those that stand alone."""
+
+    lines: Sequence[ShareLine]
+    remedies: Sequence[Point]
+
+    @property
+    def main(self) -> Sequence[Point]:
+        """The points of the first line."""
+        return self.lines[0].points
+
+    @property
+    def ordered(self) -> list[Point]:
+        """All points: those of the lines, by share, then the others."""
+        return [*(point for line in self.lines for point in line.points), *self.remedies]
+
+
+def points_of(runs: Sequence[Run]) -> list[Point]:
+    """Runs put together where their recipes differ in seed and output alone, in the order given.
+
+    One that repeats recipe and seed of another is a point of its own: its numbers say nothing about other seeds.
+    """
+    grouped: dict[tuple[frozenset[tuple[str, str]], int], list[Run]] = {}
+    seen: Counter[tuple[frozenset[tuple[str, str]], int]] = Counter()
+    for run in runs:
+        settings = frozenset(_settings(run).items())
+        grouped.setdefault((settings, seen[settings, run.seed]), []).append(run)
+        seen[settings, run.seed] += 1
+    names = _point_names(list(grouped.values()))
+    return [
+        Point(name=name, runs=group, settings=dict(sorted(settings)))
+        for name, ((settings, _), group) in zip(names, grouped.items(), strict=True)
+    ]
+
+
+def _settings(run: Run) -> dict[str, str]:
+    settings = {key: value for key, value in run.settings.items() if key not in _OF_NO_POINT}
+    if run.model is not None:
+        settings[EVALUATED_MODEL] = SEED_FOLDER.sub("seed-*", run.model)
+    return settings
+
+
+def _point_names(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """By the folder that they have in common but for their seeds, or by what their names begin with; each name once."""
+    places = []
+    for runs in groups:
+        alike = {_without_seed(run.folder.resolve()) for run in runs}
+        places.append(alike.pop() if len(alike) == 1 else None)
+    known = [place for place in places if place is not None]
+    unique = [place for place in known if known.count(place) == 1]
+    named = dict(zip(unique, names_of(unique), strict=True))
+    taken, found = {BASE, *named.values()}, []
+    for runs, place in zip(groups, places, strict=True):
+        first = runs[0].name
+        numbered = (f"{first} ({number})" for number in count(2))
+        others = chain((_beginning([run.name for run in runs]), first), numbered)
+        free = (name for name in others if name and name not in taken)
+        found.append(named[place] if place in named else next(free))
+        taken.add(found[-1])
+    return found
+
+
+def _without_seed(folder: Path) -> Path:
+    return Path(*(part for part in folder.parts if not SEED_FOLDER.fullmatch(part)))
+
+
+def _beginning(names: Sequence[str]) -> str:
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in alike).rstrip("-_./ ")
+
+
+def arrange(points: Sequence[Point]) -> Arrangement:
+    """Which points differ in replay's share alone. A line has two shares above 0, or it is the first one."""
+    rests = [_without_replay(point) for point in points]
+    mixes = [_mix(point) for point in points]
+    groups: dict[tuple[str, str], list[Point]] = {}
+    for point, rest, mix in zip(points, rests, mixes, strict=True):
+        if point.kind == "two-way":
+            groups.setdefault((rest, mix), []).append(point)
+    common = Counter(rests).most_common(1)[0][0]
+    first = max(groups, key=lambda key: (key[0] == common, len(groups[key])), default=(common, ""))
+    others = [key for key, members in groups.items() if key != first and len(members) > 1]
+    lines = []
+    for rest, mix in [first, *others]:
+        alone = [
+            p for p, own in zip(points, rests, strict=True) if p.kind == "one-way" and own == rest
+        ]
+        members = [*alone, *groups.get((rest, mix), [])]
+        lines.append(ShareLine(name="", points=sorted(members, key=lambda p: p.share or 0.0)))
+    placed = {id(point) for line in lines for point in line.points}
+    return Arrangement(
+        lines=[lines[0], *(_named(line, lines[0]) for line in lines[1:])],
+        remedies=[point for point in points if id(point) not in placed],
+    )
+
+
+def _named(line: ShareLine, main: ShareLine) -> ShareLine:
+    """Set apart by the last settings in which it differs from the first line."""
+    ours, theirs = line.points[-1].settings, main.points[-1].settings
+    keys = [
+        key
+        for key in sorted({*ours, *theirs})
+        if ours.get(key) != theirs.get(key) and not key.endswith((".share", ".held_out"))
+    ]
+    words = [f"{key.split('.')[-1]} {ours.get(key, 'none')}" for key in keys[:2]]
+    return ShareLine(name=", ".join(words), points=line.points)
+
+
+def _replays(point: Point) -> list[str]:
+    return [name for name, source in point.runs[0].sources.items() if source.role == "replay"]
+
+
+def _without_replay(point: Point) -> str:
+    """All settings but those of replay and of what is only evaluated, as a text to be compared."""
+    ours = tuple(f"sources.{name}." for name in _replays(point))
+    kept = [
+        f"{key}={value}"
+        for key, value in sorted(point.settings.items())
+        if not key.startswith((*ours, "held_out", "groups"))
+        and not (key.startswith("sources.") and key.endswith((".share", ".held_out")))
+    ]
+    return "\n".join(kept)
+
+
+def _mix(point: Point) -> str:
+    """The settings of replay but a share that is one number, as a text to be compared."""
+    kept = []
+    for name in _replays(point):
+        is_number = point.runs[0].sources[name].share is not None
+        passed = {f"sources.{name}.held_out", *({f"sources.{name}.share"} if is_number else ())}
+        kept += [
+            f"{key}={value}"
+            for key, value in sorted(point.settings.items())
+            if key.startswith(f"sources.{name}.") and key not in passed
+        ]
+    return "\n".join(
+        [*kept, *(f"{k}={v}" for k, v in point.settings.items() if k.startswith("groups"))]
+    )

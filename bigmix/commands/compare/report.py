@@ -1,0 +1,75 @@
+"""Folders of runs go in; out come a page, pictures, tables and a summary of what they kept and learned."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigmix.commands.compare.charts.curves import curve_scenes
+from bigmix.commands.compare.charts.figure import draw_figure, unknown_letters
+from bigmix.commands.compare.charts.frontier import frontier_scene, frontiers
+from bigmix.commands.compare.charts.law_chart import law_scenes
+from bigmix.commands.compare.charts.styles import are_labels_enough, styles_of
+from bigmix.commands.compare.judge import Summary, judge
+from bigmix.commands.compare.page import Pictures, page
+from bigmix.commands.compare.read import read_runs
+from bigmix.commands.compare.summary import summary_tree
+from bigmix.commands.compare.tables import latex, markdown
+from bigmix.errors import BadInput
+from bigmix.files import replace_text
+
+__all__ = ["Summary", "compare"]
+
+
+def compare(runs: Sequence[Path], out: Path) -> Summary:
+    """Write `index.html, figure.png, table.md, table.tex, summary.json` into `out`; the summary goes last.
+
+    `frontier.png` and `law.png` are added where there are enough points for them. Raises BadInput with the faults of all
+    runs, or that of `out`, before anything is written.
+    """
+    _check_place(out)
+    comparison = judge(read_runs(runs))
+    found = frontiers(comparison)
+    pictures = Pictures(
+        frontiers=[frontier_scene(comparison, frontier) for frontier in found],
+        laws=law_scenes(comparison),
+        curves=curve_scenes(comparison),
+    )
+    texts = {
+        "index.html": page(comparison, pictures, given=runs, out=out),
+        "table.md": markdown(comparison),
+        "table.tex": latex(comparison),
+        "summary.json": json.dumps(summary_tree(comparison, found), indent=2, allow_nan=False)
+        + "\n",
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    files = {
+        "figure.png": pictures.curves,
+        "frontier.png": pictures.frontiers,
+        "law.png": pictures.laws,
+    }
+    styles = styles_of(comparison)
+    drawn = {name: scenes for name, scenes in files.items() if scenes}
+    for name in files.keys() - drawn.keys():
+        # Of an earlier comparison, where there was enough for one.
+        (out / name).unlink(missing_ok=True)
+    for name, scenes in drawn.items():
+        # The law has its shares on the axis, and few curves have their names at their ends.
+        is_named = name == "law.png" or (name == "figure.png" and are_labels_enough(styles))
+        draw_figure(scenes, styles, out / name, with_legend=not is_named)
+    for name, text in texts.items():
+        replace_text(out / name, text)
+    written = ["index.html", *drawn, "table.md", "table.tex", "summary.json"]
+    return Summary(
+        comparison=comparison,
+        files=[out / name for name in written],
+        unknown_letters=unknown_letters(point.name for point in comparison.points),
+    )
+
+
+def _check_place(out: Path) -> None:
+    place = out.absolute()
+    nearest = next(path for path in (place, *place.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        why = "may not be written" if nearest.is_dir() else "is no folder"
+        raise BadInput(f"--out is {out}, and {nearest} {why}; give another folder")

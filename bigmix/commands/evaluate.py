@@ -1,0 +1,145 @@
+"""The command of an evaluation: as one rank under a launcher, and as `bigmix evaluate`, which starts the ranks itself."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bigmix.cluster.signals import StopFlag
+from bigmix.cluster.supervisor import Course, Requests, supervise
+from bigmix.cluster.world import World, world_of
+from bigmix.commands.arguments import add_recipe_arguments, parse_words
+from bigmix.commands.lm_eval import add_lm_eval_arguments, run_lm_eval, show_lm_eval
+from bigmix.commands.train import num_gpus, start_ranks
+from bigmix.commands.train_rank import tell
+from bigmix.errors import BAD_INPUT, DONE, BadInput, BigmixError
+from bigmix.evaluation.inputs import open_held_out
+from bigmix.recipe import Recipe, load_recipe
+from bigmix.runs.layout import EXPORT
+from bigmix.terminal import Terminal, tame_libraries
+
+_EVALUATION = "evaluation"  # in the output of a recipe
+_NO_BASE = "none"
+
+
+def add_evaluate(subparsers: Any) -> None:
+    """Add the command to the parser of `bigmix`."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="evaluate a model on a recipe's held-out sources",
+        description="Starts launch/evaluate.py's ranks on this machine without another launcher; docs/evaluation.md says "
+        "what is measured.",
+    )
+    _add_arguments(parser)
+    parser.add_argument("--ranks", type=int, help="processes (default: the GPUs, or 1)")
+    add_lm_eval_arguments(parser)
+    parser.set_defaults(func=_evaluate)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    parser.add_argument(
+        "--model", help="folder or hub name of a model (default: export/ in the recipe's output)"
+    )
+    parser.add_argument(
+        "--base",
+        help="what forgetting and divergence are measured from (default: the recipe's model.path); none: nothing",
+    )
+    parser.add_argument(
+        "--output", metavar="OUT", help="folder (default: evaluation/ in the recipe's output)"
+    )
+
+
+def _evaluate(known: argparse.Namespace) -> int:
+    """The held-out sources and tasks of a recipe, then the benchmarks; of the folder of a model, the benchmarks alone."""
+    if known.lm_eval is not None and Path(known.recipe).is_dir():
+        _run_benchmarks(known, known.recipe, Path(known.output or _EVALUATION))
+        return DONE
+    code = _supervised(known)
+    if code == DONE and known.lm_eval is not None:
+        recipe = load_recipe(known.recipe, known.overrides)
+        _run_benchmarks(known, _model(recipe, known), _out(recipe, known))
+    return code
+
+
+def _run_benchmarks(known: argparse.Namespace, model: str, out: Path) -> None:
+    show_lm_eval(run_lm_eval(model, known.lm_eval, out, known.lm_eval_args))
+
+
+def _supervised(known: argparse.Namespace) -> int:
+    requests = Requests()
+    ranks = num_gpus() or 1 if known.ranks is None else known.ranks
+    if ranks < 1:
+        raise BadInput(f"--ranks is {ranks}; give 1 or more")
+    course = Course(
+        start=lambda: start_ranks("evaluate", ranks, _words(known)),
+        newest_step=lambda: 0,
+        restarts=0,
+    )
+    return supervise(course, requests, _tell)
+
+
+def _tell(line: str) -> None:
+    print(f"bigmix evaluate: {line}", file=sys.stderr, flush=True)
+
+
+def _words(known: argparse.Namespace) -> list[str]:
+    """The command line of a rank."""
+    options = {"--model": known.model, "--base": known.base, "--output": known.output}
+    given = [word for name, value in options.items() if value for word in (name, value)]
+    return [known.recipe, *known.overrides, *given]
+
+
+def main(arguments: Sequence[str], flag: StopFlag) -> int:
+    """Evaluate on this rank until it is done or the flag is set; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="launch/evaluate.py")
+    _add_arguments(parser)
+    # The deepspeed launcher puts --local_rank=N first; the environment has it too.
+    given = [word for word in arguments if not word.startswith("--local_rank")]
+    if not given:
+        parser.print_usage(sys.stderr)
+        return BAD_INPUT
+    known = parse_words(parser, given)
+    world = world_of(os.environ)
+    try:
+        recipe = load_recipe(known.recipe, known.overrides)
+        return _run(recipe, known, world, flag)
+    except BigmixError as error:
+        tell(error, world)
+        return error.exit_code
+
+
+def _run(recipe: Recipe, known: argparse.Namespace, world: World, flag: StopFlag) -> int:
+    model = _model(recipe, known)
+    inputs = open_held_out(
+        recipe, verify=world.local_rank == 0, machines=world.size // world.local_size
+    )
+    tame_libraries()
+    # Seconds of imports, and only for a recipe that can be evaluated.
+    from bigmix.evaluation.standalone import Order, run
+
+    base = known.base or recipe.model.path
+    order = Order(
+        model=model,
+        base=None if base == _NO_BASE else base,
+        output=_out(recipe, known),
+        command=shlex.join(["bigmix", "evaluate", *_words(known), "--ranks", str(world.size)]),
+    )
+    run(recipe, inputs, order, world, Terminal(enabled=world.is_first), flag)
+    return DONE
+
+
+def _out(recipe: Recipe, known: argparse.Namespace) -> Path:
+    return Path(known.output or Path(recipe.output) / _EVALUATION)
+
+
+def _model(recipe: Recipe, known: argparse.Namespace) -> str:
+    own = Path(recipe.output) / EXPORT
+    if known.model is None and not own.is_dir():
+        raise BadInput(
+            f"{own} is no folder: no run of this recipe has ended there; train it first, or give another model with --model"
+        )
+    return known.model or str(own)

@@ -1,0 +1,192 @@
+"""Opened inputs go in; what each source gives to the run comes out: rows, tokens, loss tokens, gradient, epochs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bigmix.data.loader import Plan
+from bigmix.data.packing import Lost
+from bigmix.data.tally import Tally, tally_of, tally_of_rows
+from bigmix.loss.objective import weigh
+from bigmix.recipe import Recipe
+from bigmix.train.inputs import Inputs
+
+EXACT_ROWS = 2_000_000  # a longer run is estimated from the rows that come first
+SAMPLE_ROWS = 50_000  # of each source and length of rows, for an estimate
+SAMPLE_STEPS = 1_000
+_UNITS = ("tokens", "loss_tokens", "squares")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceCounts:
+    """One source over the whole run; `gradient` adds up its part of each step's objective.
+
+    `room` is what its rows could hold in tokens, `due` how many rows a step has of it in the mean, `steps` in how many steps
+    it is; `read`, `documents` and `dropped` are what its manifest says, `lost` what packing leaves out of each epoch.
+    """
+
+    role: str
+    kind: str
+    rows: int
+    tokens: int
+    loss_tokens: int
+    gradient: float
+    wanted: float
+    epochs: float
+    room: int
+    due: float
+    steps: int
+    read: int
+    documents: int
+    dropped: Mapping[str, int]
+    lost: Lost
+
+    @property
+    def filled(self) -> float:
+        """The part of its rows that is not padding."""
+        return self.tokens / max(self.room, 1)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Documents that do not reach the model, by reason; holding some out was asked for."""
+        found = {reason: n for reason, n in self.dropped.items() if reason != "held_out"}
+        return found | {"longer than a row": self.lost.dropped}
+
+    @property
+    def dropped_fraction(self) -> float:
+        """These, of all that were read and not held out."""
+        kept = self.read - self.dropped.get("held_out", 0)
+        return sum(self.left_out.values()) / max(kept, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """The whole run. Rows and epochs are always exact; the rest is where `is_exact`, else estimated from a sample."""
+
+    steps: int
+    squares: int
+    is_exact: bool
+    sources: Mapping[str, SourceCounts]
+
+    def shares(self, unit: str) -> dict[str, float]:
+        """Each source's part of all rows, tokens, loss_tokens or gradient."""
+        values = {name: float(getattr(source, unit)) for name, source in self.sources.items()}
+        total = sum(values.values())
+        return {name: value / total if total else 0.0 for name, value in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Walk:
+    """Sums over the steps, by source: gradient as it comes out and as the recipe asks for it, steps that have it."""
+
+    gradient: Mapping[str, float]
+    wanted: Mapping[str, float]
+    steps: Mapping[str, float]
+
+
+def count(recipe: Recipe, inputs: Inputs) -> Counts:
+    """Walk through the rows of the run, or through the first rows of each source where the run is long."""
+    streams, num_rows = inputs.plan.streams, inputs.steps * recipe.rows_per_step
+    rows = inputs.plan.counts(inputs.steps)
+    epochs = inputs.plan.epochs(inputs.steps)
+    is_exact = num_rows <= EXACT_ROWS
+    tallies = {name: tally_of(inputs.plan, name, n) for name, n in rows.items() if is_exact}
+    sums = {
+        name: _sums(tallies[name]) if is_exact else _estimate(inputs.plan, name, n)
+        for name, n in rows.items()
+    }
+    if is_exact:
+        walk = _walk(recipe, inputs, tallies)
+    else:
+        walk = _sample(recipe, inputs, {name: each["loss_tokens"] for name, each in sums.items()})
+    return Counts(
+        steps=inputs.steps,
+        squares=sum(each["squares"] for each in sums.values()),
+        is_exact=is_exact,
+        sources={
+            name: SourceCounts(
+                role=recipe.sources[name].role,
+                kind=stream.manifest.kind,
+                rows=rows[name],
+                tokens=sums[name]["tokens"],
+                loss_tokens=sums[name]["loss_tokens"],
+                gradient=walk.gradient[name],
+                wanted=walk.wanted[name],
+                epochs=epochs[name],
+                room=inputs.plan.room(name, rows[name]),
+                due=rows[name] / inputs.steps,
+                steps=round(walk.steps[name]),
+                read=stream.manifest.read,
+                documents=stream.manifest.documents,
+                dropped=stream.manifest.dropped,
+                lost=inputs.plan.lost(name),
+            )
+            for name, stream in streams.items()
+        },
+    )
+
+
+def _sums(tally: Tally) -> dict[str, int]:
+    return {unit: int(getattr(tally, f"{unit}_R").sum()) for unit in _UNITS}
+
+
+def _estimate(plan: Plan, name: str, num_rows: int) -> dict[str, int]:
+    """The sums of a source from the first of its rows of each length."""
+    sums = dict.fromkeys(_UNITS, 0)
+    for part in plan.drawn(name, num_rows):
+        count = part.end - part.begin
+        tally = tally_of_rows(part.stream, part.places(SAMPLE_ROWS))
+        for unit, total in _sums(tally).items():
+            sums[unit] += round(total * count / min(count, SAMPLE_ROWS))
+    return sums
+
+
+def _walk(recipe: Recipe, inputs: Inputs, tallies: Mapping[str, Tally]) -> _Walk:
+    """Every step as the run will weigh it."""
+    before = {
+        name: np.concatenate([[0], np.cumsum(tally.loss_tokens_R)]).tolist()
+        for name, tally in tallies.items()
+    }
+    gradient, wanted, steps = (dict.fromkeys(tallies, 0.0) for _ in range(3))
+    seen = dict.fromkeys(tallies, 0)
+    for step in range(1, inputs.steps + 1):
+        drawn = inputs.plan.counts(step)
+        rows = {name: drawn[name] - n for name, n in seen.items()}
+        loss_tokens = {n: at[seen[n] + rows[n]] - at[seen[n]] for n, at in before.items()}
+        shares = inputs.shares_of_step(step)
+        _add(gradient, weigh(recipe.objective, shares, rows, loss_tokens).gradient)
+        _add(wanted, shares.loss)
+        for name, n in rows.items():
+            steps[name] += n > 0
+            seen[name] += n
+    return _Walk(gradient=gradient, wanted=wanted, steps=steps)
+
+
+def _sample(recipe: Recipe, inputs: Inputs, loss_tokens: Mapping[str, int]) -> _Walk:
+    """Steps spread evenly over the run; per_token takes the loss tokens of a mean step."""
+    gradient, wanted, steps = (dict.fromkeys(loss_tokens, 0.0) for _ in range(3))
+    sampled = _spread(inputs.steps)
+    for step in sampled:
+        shares = inputs.shares_of_step(step)
+        due = {name: share * recipe.rows_per_step for name, share in shares.rows.items()}
+        _add(wanted, shares.loss)
+        if recipe.objective == "per_source":
+            _add(gradient, shares.loss)
+        else:
+            _add(gradient, weigh("per_token", shares, {}, loss_tokens).gradient)
+        _add(steps, {name: min(1.0, rows) for name, rows in due.items()})
+    scale = inputs.steps / len(sampled)
+    return _Walk(
+        gradient=gradient, wanted=wanted, steps={name: n * scale for name, n in steps.items()}
+    )
+
+
+def _add(sums: dict[str, float], values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        sums[name] += value
+
+
+def _spread(steps: int) -> Sequence[int]:
+    most = min(steps, SAMPLE_STEPS)
+    return [1 + index * steps // most for index in range(most)]

@@ -1,0 +1,213 @@
+"""A model's configuration goes in, its sizes come out: weights, FLOPs, and what a forward pass keeps for backward.
+
+The model is built on the meta device, where tensors have shapes and no memory, so 70 billion weights take a second.
+What autograd keeps is counted tensor by tensor, whatever the architecture; attention alone is replaced by a stand-in
+that keeps what the real backend keeps, since on the meta device torch would choose another.
+
+Letters: B rows, T positions, H heads, K key-value heads, E width of a head.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from bigmix.errors import BadInput
+from bigmix.model.causal_lm import DTYPES
+from bigmix.model.flops import Cost, cost_of
+
+_STAND_IN = "bigmix_plan"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Activations:
+    """Bytes that the body's forward keeps for backward.
+
+    `total`: in all; `outside`: the part of it that belongs to no layer; `layer`: in the largest layer; `entrance`: the
+    hidden states that enter a layer; `widest`: the largest single tensor of a layer.
+    """
+
+    total: int
+    outside: int
+    layer: int
+    entrance: int
+    widest: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """Sizes of a model. `weights` holds the elements of each parameter, matrices and vectors apart, as they are optimised."""
+
+    matrices: tuple[int, ...]
+    vectors: tuple[int, ...]
+    layers: int
+    hidden: int
+    vocabulary: int
+    is_tied: bool
+    cost: Cost | None
+    activations: Activations
+
+    @property
+    def parameters(self) -> int:
+        """All weights; tied ones count once."""
+        return sum(self.matrices) + sum(self.vectors)
+
+
+def shape_of(
+    config: Any, *, dtype: str, attention: str, micro_batch_rows: int, row_tokens: int
+) -> Shape:
+    """The sizes of the model of a configuration and of a micro-batch in it.
+
+    Raises BadInput where transformers refuses to make the model.
+    """
+    lm = _on_meta(config, dtype)
+    body, head = lm.base_model, lm.get_output_embeddings()
+    parameters = list(lm.parameters())
+    _put_stand_in(lm.config, attention)
+    ids_BT = torch.zeros(micro_batch_rows, row_tokens, dtype=torch.int64, device="meta")
+    return Shape(
+        matrices=tuple(p.numel() for p in parameters if p.dim() >= 2),
+        vectors=tuple(p.numel() for p in parameters if p.dim() < 2),
+        layers=len(_layers(body)),
+        hidden=head.weight.shape[1],
+        vocabulary=head.weight.shape[0],
+        is_tied=head.weight is lm.get_input_embeddings().weight,
+        cost=cost_of(lm),
+        activations=_activations(body.train(), ids_BT),
+    )
+
+
+def _on_meta(config: Any, dtype: str) -> Any:
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(
+                config, dtype=DTYPES[dtype], attn_implementation="eager"
+            )
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise BadInput(
+            f"the model {config.model_type} cannot be built ({first}); check model.path or model.config"
+        ) from error
+
+
+def _activations(body: nn.Module, ids_BT: Tensor) -> Activations:
+    """Run the body's forward on the meta device and add up what autograd keeps, each storage once, weights left out."""
+    sizes: dict[Any, int] = {}
+    owners: dict[Any, int] = {}
+    kept: list[Any] = []  # a storage that is let go could give its address to another
+    own = {parameter.untyped_storage()._cdata for parameter in body.parameters()}
+    depth = [0]
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in sizes:
+            sizes[storage._cdata], owners[storage._cdata] = storage.nbytes(), depth[0]
+            kept.append(storage)
+        return tensor
+
+    layers = _layers(body)
+    hooks = [
+        hook
+        for index, layer in enumerate(layers)
+        for hook in (
+            layer.register_forward_pre_hook(partial(_enter, depth, index + 1)),
+            layer.register_forward_hook(partial(_enter, depth, 0)),
+        )
+    ]
+    positions_BT = torch.zeros_like(ids_BT)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = body(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    by_layer = [0] * (len(layers) + 1)
+    for key, size in sizes.items():
+        by_layer[owners[key]] += size
+    return Activations(
+        total=sum(by_layer),
+        outside=by_layer[0],
+        layer=max(by_layer[1:], default=0),
+        entrance=result.last_hidden_state.untyped_storage().nbytes(),
+        widest=max((size for key, size in sizes.items() if owners[key]), default=0),
+    )
+
+
+def _enter(depth: list[int], layer: int, *_: Any) -> None:
+    depth[0] = layer
+
+
+def _layers(body: nn.Module) -> list[nn.Module]:
+    return [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _put_stand_in(config: Any, attention: str) -> None:
+    """A backend without a mask function: on the meta device a mask, which is made of values, cannot be had."""
+    keep = {"eager": _eager, "sdpa": _masked}.get(attention, _fused)
+    ALL_ATTENTION_FUNCTIONS.register(_STAND_IN, keep)
+    config._attn_implementation = _STAND_IN
+
+
+def _eager(
+    module: Any, query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor, *_: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """The scores of all pairs, as transformers computes them."""
+    key_BHTE, value_BHTE = _for_all_heads(query_BHTE, key_BKTE, value_BKTE)
+    scores_BHTT = query_BHTE @ key_BHTE.transpose(2, 3) * 1.0
+    if options.get("softcap") is not None:
+        scores_BHTT = (scores_BHTT / options["softcap"]).tanh() * options["softcap"]
+    weights_BHTT = scores_BHTT.softmax(-1, dtype=torch.float32).to(query_BHTE.dtype)
+    weights_BHTT = nn.functional.dropout(weights_BHTT, options.get("dropout", 0.0), module.training)
+    return (weights_BHTT @ value_BHTE).transpose(1, 2).contiguous(), None
+
+
+def _masked(
+    module: Any, query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    """sdpa with the mask of packed documents, for which it has no kernel with fewer keys than queries."""
+    del module
+    key_BHTE, value_BHTE = _for_all_heads(query_BHTE, key_BKTE, value_BKTE)
+    return _kept(query_BHTE, key_BHTE, value_BHTE, keeps_mask=True), None
+
+
+def _fused(
+    module: Any, query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    """A kernel that knows documents by their positions."""
+    del module
+    return _kept(query_BHTE, key_BKTE, value_BKTE, keeps_mask=False), None
+
+
+def _for_all_heads(
+    query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor
+) -> tuple[Tensor, Tensor]:
+    times = query_BHTE.shape[1] // key_BKTE.shape[1]
+    return repeat_kv(key_BKTE, times), repeat_kv(value_BKTE, times)
+
+
+def _kept(query_BHTE: Tensor, key: Tensor, value: Tensor, *, keeps_mask: bool) -> Tensor:
+    out: Tensor = _Attention.apply(query_BHTE, key, value, keeps_mask)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps queries, keys, values, output and log-sum-exp, as memory-efficient kernels do (Dao, 2022), and sdpa's mask."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor, keeps_mask: bool
+    ) -> Tensor:
+        rows, heads, positions, _ = query_BHTE.shape
+        out_BTHE = query_BHTE.new_empty(rows, positions, heads, value_BKTE.shape[-1])
+        lse_BHT = query_BHTE.new_empty(rows, heads, positions, dtype=torch.float32)
+        mask = query_BHTE.new_empty(rows, positions, positions) if keeps_mask else lse_BHT
+        ctx.save_for_backward(query_BHTE, key_BKTE, value_BKTE, out_BTHE, lse_BHT, mask)
+        return out_BTHE
+
+    @staticmethod
+    def backward(*_: Any) -> Any:
+        raise AssertionError("a plan has no backward")

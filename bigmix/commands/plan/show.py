@@ -1,0 +1,212 @@
+"""A forecast goes in, its tables for the terminal and its JSON come out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from bigmix.commands.plan.counts import SourceCounts
+from bigmix.commands.plan.forecast import Forecast, Machine
+from bigmix.commands.plan.memory import PHASES, PLACES
+from bigmix.commands.plan.shape import Shape
+from bigmix.recipe import Recipe
+from bigmix.terminal import Cell, Table, Terminal
+
+JSON_VERSION = 1
+UNITS = ("rows", "tokens", "loss_tokens", "gradient")
+GIB = 1 << 30
+
+
+def show(
+    terminal: Terminal, recipe: Recipe, plan: Forecast, machine: Machine, warnings: list[str]
+) -> None:
+    """Print the forecast: settings, sources, shares, documents, memory, then what to look at."""
+    terminal.header("bigmix: plan", list(_settings(recipe, plan, machine)), _sources(plan))
+    for table in (_shares(plan), _documents(plan), _memory(plan)):
+        terminal.note("")
+        terminal.table(table)
+    terminal.note("")
+    for warning in warnings:
+        terminal.warning(warning)
+    if not warnings:
+        terminal.note("nothing to warn of")
+
+
+def as_json(plan: Forecast, machine: Machine, warnings: list[str]) -> dict[str, Any]:
+    """The forecast as plain values; bytes are whole numbers, shares and fractions are parts of 1."""
+    memory = plan.memory
+    shares = {unit: plan.counts.shares(unit) for unit in (*UNITS, "wanted")}
+    return {
+        "version": JSON_VERSION,
+        "steps": plan.counts.steps,
+        "exact": plan.counts.is_exact,
+        "parameters": plan.shape.parameters,
+        "flops": plan.flops,
+        "seconds": plan.seconds,
+        "gpus": machine.gpus,
+        "sources": {
+            name: _source_json(source) | {"share": {unit: shares[unit][name] for unit in shares}}
+            for name, source in plan.counts.sources.items()
+        },
+        "memory": {
+            "peak_phase": memory.peak_phase,
+            "device": memory.peak(),
+            "host": memory.peak("host"),
+            "nvme": memory.peak("nvme"),
+            "parts": [
+                {"name": part.name, "place": part.place}
+                | {phase: getattr(part, phase) for phase in PHASES}
+                for part in memory.parts
+            ],
+        },
+        "disk": {
+            "checkpoint": plan.disk.checkpoint,
+            "checkpoints": plan.disk.checkpoints,
+            "export": plan.disk.export,
+        },
+        "warnings": warnings,
+    }
+
+
+def _source_json(source: SourceCounts) -> dict[str, Any]:
+    return {
+        "role": source.role,
+        "kind": source.kind,
+        "rows": source.rows,
+        "tokens": source.tokens,
+        "loss_tokens": source.loss_tokens,
+        "epochs": source.epochs,
+        "filled": source.filled,
+        "rows_per_step": source.due,
+        "steps": source.steps,
+        "read": source.read,
+        "documents": source.documents,
+        "dropped": dict(source.dropped),
+        "too_long": source.lost.dropped,
+        "truncated": source.lost.truncated,
+        "tokens_lost": source.lost.tokens,
+    }
+
+
+def _settings(recipe: Recipe, plan: Forecast, machine: Machine) -> Iterator[tuple[str, str]]:
+    setting, disk = plan.setting, plan.disk
+    unit = "ranks on CPUs" if machine.gpu == "cpu" else f"x {machine.gpu}"
+    micro = f"{setting.keys['gradient_accumulation_steps']} x {recipe.train.micro_batch_rows} rows"
+    yield "model", f"{_name(recipe)}, {_sizes(plan.shape)}"
+    yield "precision", f"{setting.dtype}, attention {plan.attention}"
+    yield "engine", f"ZeRO-{setting.stage} on {machine.gpus} {unit}, {recipe.deepspeed}"
+    yield "run", f"{plan.counts.steps:,} steps of {recipe.rows_per_step} rows; each rank {micro}"
+    yield "memory", _memory_words(plan, machine)
+    yield (
+        "disk",
+        f"{_gib(disk.checkpoint)} a checkpoint, up to {_gib(disk.checkpoints)} with the one being written"
+        + (f"; export {_gib(disk.export)}" if disk.export else ""),
+    )
+    yield "time", _time(plan, machine)
+
+
+def _name(recipe: Recipe) -> str:
+    return recipe.model.path or f"{(recipe.model.config or {})['model_type']} from scratch"
+
+
+def _sizes(shape: Shape) -> str:
+    tied = ", head tied to the embedding" if shape.is_tied else ""
+    return f"{shape.parameters:,} parameters, {shape.layers} layers of {shape.hidden:,}{tied}"
+
+
+def _memory_words(plan: Forecast, machine: Machine) -> str:
+    memory = plan.memory
+    said = f"{_gib(memory.peak())} of {machine.device_gib:g} GiB at the peak of a rank ({memory.peak_phase})"
+    for place in PLACES[1:]:
+        size = memory.peak(place)
+        said += f", {_gib(size)} on {place}" if size else ""
+    return said
+
+
+def _time(plan: Forecast, machine: Machine) -> str:
+    if plan.seconds is None:
+        why = "on CPUs" if machine.gpu == "cpu" else "for a mixture of experts"
+        return f"not known {why}"
+    hours = plan.seconds / 3600
+    flops = f"{plan.flops:.3g} FLOPs"
+    return f"{_duration(plan.seconds)} at MFU {machine.mfu:.0%} ({flops}, {hours * machine.gpus:,.1f} GPU hours)"
+
+
+def _duration(seconds: float) -> str:
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.1f} seconds"
+
+
+def _sources(plan: Forecast) -> Table:
+    about = "" if plan.counts.is_exact else ", about"
+    heads = (
+        "source",
+        "role",
+        "kind",
+        "rows",
+        f"tokens{about}",
+        f"loss tokens{about}",
+        "epochs",
+        "filled",
+        "in steps",
+    )
+    return Table(
+        title="sources",
+        columns=heads,
+        rows=[
+            [
+                name,
+                source.role,
+                source.kind,
+                source.rows,
+                source.tokens,
+                source.loss_tokens,
+                f"{source.epochs:.2f}",
+                f"{source.filled:.1%}",
+                f"{source.steps / plan.counts.steps:.0%}",
+            ]
+            for name, source in plan.counts.sources.items()
+        ],
+    )
+
+
+def _shares(plan: Forecast) -> Table:
+    shares = [plan.counts.shares(unit) for unit in (*UNITS, "wanted")]
+    return Table(
+        title="shares of the run",
+        columns=("source", *(unit.replace("_", " ") for unit in UNITS), "gradient in the recipe"),
+        rows=[[name, *(f"{each[name]:.1%}" for each in shares)] for name in plan.counts.sources],
+    )
+
+
+def _documents(plan: Forecast) -> Table:
+    rows: list[list[Cell]] = []
+    for name, source in plan.counts.sources.items():
+        reasons = ", ".join(
+            f"{n:,} {reason.replace('_', ' ')}" for reason, n in source.dropped.items() if n
+        )
+        lost = source.lost
+        rows.append(
+            [name, source.read, reasons or "none", lost.dropped, lost.truncated, lost.tokens]
+        )
+    heads = ("source", "read", "dropped by prepare", "too long for a row", "cut", "tokens lost")
+    return Table(title="documents left out", columns=heads, rows=rows)
+
+
+def _memory(plan: Forecast) -> Table:
+    memory = plan.memory
+    size, unit = (GIB, "GiB") if memory.peak() >= GIB else (1 << 20, "MiB")
+    rows: list[list[Cell]] = []
+    for part in memory.parts:
+        sizes = [getattr(part, phase) / size for phase in PHASES]
+        rows.append([part.name, part.place, *(f"{n:,.2f}" if n else None for n in sizes)])
+    for place in PLACES:
+        if memory.peak(place):
+            totals = (f"{memory.total(phase, place) / size:,.2f}" for phase in PHASES)
+            rows.append([f"all on the {place}", place, *totals])
+    heads = ("part", "place", *PHASES)
+    return Table(title=f"memory of a rank, {unit}", columns=heads, rows=rows)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,122 @@
+"""A forecast goes in, what a person should look at before the run comes out: each with its number and a remedy."""
+
+from collections.abc import Iterator
+from math import ceil
+
+from bigmix.commands.plan.counts import SourceCounts
+from bigmix.commands.plan.forecast import Forecast, Machine
+from bigmix.loss.objective import surely_from
+from bigmix.recipe import Recipe
+
+MOST_EPOCHS = 4  # beyond, repeated data teaches less and less (Muennighoff et al., 2023)
+MOST_PADDING = 0.15
+MOST_DROPPED = 0.05
+MOST_DRIFT = 0.05  # of a gradient share from the share
+GIB = 1 << 30
+ROOM = 0.9  # of a device: its context, the communication library and fragmentation take the rest
+
+
+def warnings_of(recipe: Recipe, plan: Forecast, machine: Machine) -> list[str]:
+    """Every warning, those of the sources first."""
+    found: list[str] = []
+    for name, source in plan.counts.sources.items():
+        found += _rare(recipe, plan, name, source)
+        found += _repeated(name, source)
+        found += _padded(name, source)
+        found += _dropped(name, source)
+    return [*found, *_drifted(recipe, plan), *_too_large(recipe, plan, machine)]
+
+
+def _rare(recipe: Recipe, plan: Forecast, name: str, source: SourceCounts) -> Iterator[str]:
+    if source.due >= 1 and source.steps >= plan.counts.steps:
+        return
+    if not source.rows:
+        yield f"{name} has no row at all in this run; raise its share or the budget, or delete it"
+        return
+    steps = source.steps / plan.counts.steps
+    surely = surely_from(plan.counts.shares("rows"))
+    needed = ceil(surely * recipe.rows_per_step / source.due)
+    told = (
+        "its weight is raised there, so that over the run its part of the gradient is still right"
+        if recipe.objective == "per_source"
+        else "its part of the gradient comes in bursts"
+    )
+    yield (
+        f"{name} has {source.due:.2g} rows a step, so it is in {steps:.0%} of the steps only; {told}; "
+        f"to have it in every step, set rows_per_step={needed} or more, or raise its share"
+    )
+
+
+def _repeated(name: str, source: SourceCounts) -> Iterator[str]:
+    if source.epochs <= MOST_EPOCHS:
+        return
+    part = MOST_EPOCHS / source.epochs
+    yield (
+        f"{name} is repeated {source.epochs:.1f} times, more than {MOST_EPOCHS}; multiply its share or the budget by "
+        f"{part:.2g} or less, or prepare {1 / part:.2f} times as much data"
+    )
+
+
+def _padded(name: str, source: SourceCounts) -> Iterator[str]:
+    padding = 1 - source.filled
+    if padding <= MOST_PADDING or not source.rows:
+        return
+    mean = source.tokens / source.rows
+    yield (
+        f"{name}: {padding:.0%} of its rows is padding (a row holds {mean:,.0f} of {source.room / source.rows:,.0f} tokens), "
+        f"more than {MOST_PADDING:.0%}; choose another sequence_length, or put more documents into each shard"
+    )
+
+
+def _dropped(name: str, source: SourceCounts) -> Iterator[str]:
+    if source.dropped_fraction <= MOST_DROPPED:
+        return
+    left_out = source.left_out.items()
+    said = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in left_out if n)
+    remedy = (
+        f"raise sequence_length or set sources.{name}.long_documents=truncate"
+        if source.lost.dropped
+        else "see what `bigmix prepare` said of its input"
+    )
+    yield (
+        f"{name}: {source.dropped_fraction:.1%} of its {source.read:,} documents are dropped ({said}), "
+        f"more than {MOST_DROPPED:.0%}; {remedy}"
+    )
+
+
+def _drifted(recipe: Recipe, plan: Forecast) -> Iterator[str]:
+    realised, wanted = plan.counts.shares("gradient"), plan.counts.shares("wanted")
+    far = [n for n in realised if abs(realised[n] - wanted[n]) > MOST_DRIFT]
+    if recipe.objective != "per_token" or not far:
+        return
+    said = ", ".join(f"{n} {realised[n]:.0%} instead of {wanted[n]:.0%}" for n in far)
+    yield (
+        f"under objective per_token the gradient is shared by loss tokens, not by share: {said}; "
+        "set objective=per_source to learn from the shares as they are written"
+    )
+
+
+def _too_large(recipe: Recipe, plan: Forecast, machine: Machine) -> Iterator[str]:
+    needed = plan.memory.peak() / GIB
+    if needed <= ROOM * machine.device_gib:
+        return
+    fits = "does not fit" if needed > machine.device_gib else "leaves too little room on"
+    remedies = "; or ".join(_remedies(recipe, plan)) or "take more GPUs"
+    yield (
+        f"a rank needs {needed:.1f} GiB at its peak ({plan.memory.peak_phase}), which {fits} "
+        f"{machine.device_gib:g} GiB; {remedies}"
+    )
+
+
+def _remedies(recipe: Recipe, plan: Forecast) -> Iterator[str]:
+    setting, rows = plan.setting, recipe.train.micro_batch_rows
+    if setting.stage < 3:
+        yield "set deepspeed=ds_configs/zero3.json"
+    if not recipe.model.activation_checkpointing:
+        yield "set model.activation_checkpointing=true"
+    if rows > 1:
+        yield f"set train.micro_batch_rows={rows // 2}"
+    if setting.offload("optimizer") == "device" and setting.on_gpu:
+        yield "set deepspeed=ds_configs/zero3_offload.json"
+    if setting.stage == 3:
+        yield "take more GPUs"

@@ -1,0 +1,224 @@
+"""`bigmix prepare`: raw text becomes a prepared source, at once or in parts that are merged."""
+
+import argparse
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigmix.commands.arguments import INPUTS, columns_of, count
+from bigmix.data.shards.manifest import Manifest, read_manifest
+from bigmix.errors import DONE, BadInput
+from bigmix.terminal import Table, Terminal, tame_libraries
+
+if TYPE_CHECKING:
+    from bigmix.data.prepare_settings import PrepareSettings
+
+_PICTURE = "report.png"
+
+
+def add_prepare(subparsers: Any) -> None:
+    """Add `bigmix prepare`."""
+    parser = subparsers.add_parser(
+        "prepare",
+        help="raw text or chats to tokenised shards",
+        description="Tokenise inputs into a prepared source: tar shards and a manifest. A command that was stopped goes "
+        "on at its last whole shard when it is given again.",
+    )
+    add = parser.add_argument
+    add("inputs", nargs="*", metavar="INPUT", help=INPUTS)
+    add("--tokenizer", help="Hugging Face folder or name, or a sentencepiece .model")
+    add("--output", required=True, help="folder of the prepared source")
+    add("--kind", choices=("text", "chat", "auto"), default="auto", help="default: recognised")
+    add(
+        "--template",
+        choices=("plain", "tokenizer"),
+        default="plain",
+        help="plain: built in, adds no special tokens (default); tokenizer: the tokenizer's chat template",
+    )
+    add("--columns", metavar="PART=COLUMN,...", help="such as prompt=question,response=answer")
+    add("--processes", type=count, default=os.cpu_count() or 1, help="default: all cores")
+    add("--max-tokens", type=count, help="drop documents with more tokens, counted")
+    add("--shard-tokens", type=count, default=64_000_000, help="tokens of a shard (default 64M)")
+    add("--limit", type=count, help="read only so many rows")
+    add("--split-on", metavar="TEXT", help="cut .txt files into documents where TEXT stands")
+    add("--skip-bad-lines", action="store_true", help="count broken JSON lines, do not stop")
+    add("--deduplicate", action="store_true", help="keep the first of identical documents")
+    add(
+        "--held-out",
+        metavar="FRACTION",
+        help="put this fraction of the documents, such as 0.005, into OUTPUT-held-out",
+    )
+    add("--part", metavar="I/N", help="do the I-th of N parts, such as 3/8; then --merge")
+    add("--merge", action="store_true", help="make one source of the parts in --output")
+    add("--report", action="store_true", help=f"draw {_PICTURE} in --output; without INPUT too")
+    parser.set_defaults(func=_prepare)
+
+
+def _prepare(known: argparse.Namespace) -> int:
+    tame_libraries()
+    terminal = Terminal()
+    if known.merge:
+        _merge(terminal, known)
+    elif known.inputs or not known.report:
+        _make(terminal, known)
+    else:
+        tell_source(terminal, known.output, read_manifest(known.output), {})
+    if known.report and known.part is None:
+        _draw(terminal, Path(known.output))
+    return DONE
+
+
+def _make(terminal: Terminal, known: argparse.Namespace) -> None:
+    # transformers takes seconds to import: `bigmix --help` should not.
+    from bigmix.commands.prepare.job import prepare
+
+    settings = _settings(known)
+    counter = terminal.counter("documents", "tokens")
+    try:
+        prepared = prepare(settings, counter)
+    finally:
+        terminal.close()
+    terminal.note(f"recognised as {prepared.layout.described()}")
+    for text in filter(None, [prepared.layout.note, *prepared.warnings]):
+        terminal.warning(text)
+    if known.part is not None:
+        counts = f"{prepared.manifest.documents:,} documents, {prepared.manifest.tokens:,} tokens"
+        terminal.note(f"part {known.part} of {known.output} is whole: {counts}")
+        terminal.note(f"when all are: bigmix prepare --merge --output {known.output}")
+        return
+    tell_source(terminal, known.output, prepared.manifest, prepared.first_dropped)
+    tell_held_out(terminal, prepared.held_out)
+
+
+def _merge(terminal: Terminal, known: argparse.Namespace) -> None:
+    from bigmix.data.merge import merge
+
+    if known.inputs or known.part is not None:
+        what = f"--part {known.part}" if known.part is not None else f"inputs {known.inputs[0]} ..."
+        raise BadInput(f"--merge has {what}, takes --output alone: the parts are what is merged")
+    merged = merge(Path(known.output))
+    tell_source(terminal, known.output, merged.manifest, merged.first_dropped)
+    tell_held_out(terminal, merged.held_out)
+
+
+def _settings(known: argparse.Namespace) -> "PrepareSettings":
+    """The settings that the words say; BadInput with all that is wrong with them."""
+    # As above.
+    from bigmix.data.prepare_settings import PrepareSettings, faults_of_settings
+    from bigmix.text.readers import ReadOptions
+
+    faults = []
+    if not known.inputs:
+        faults.append("no INPUT is given; name files, folders, globs or hf:NAME")
+    if known.tokenizer is None:
+        faults.append("--tokenizer is missing; give a folder, a name on the hub or a .model file")
+    part = _part_of(known.part, faults)
+    held_out = fraction_of(known.held_out, faults)
+    try:
+        columns = columns_of(known.columns)
+    except BadInput as error:
+        columns = None
+        faults += error.faults
+    settings = PrepareSettings(
+        inputs=known.inputs,
+        tokenizer=known.tokenizer or "",
+        output=known.output,
+        kind=None if known.kind == "auto" else known.kind,
+        template=known.template,
+        columns=columns,
+        read=ReadOptions(split_on=known.split_on, skip_bad_lines=known.skip_bad_lines),
+        processes=known.processes,
+        max_tokens=known.max_tokens,
+        shard_tokens=known.shard_tokens,
+        limit=known.limit,
+        part=part,
+        deduplicate=known.deduplicate,
+        held_out=held_out,
+    )
+    faults += faults_of_settings(settings)
+    if faults:
+        raise BadInput(*faults)
+    return settings
+
+
+def _part_of(text: str | None, faults: list[str]) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    if found is None:
+        faults.append(
+            f"--part is {text!r}, must be I/N with whole numbers; write 3/8 for the third of eight"
+        )
+        return None
+    return int(found[1]), int(found[2])
+
+
+def fraction_of(text: str | None, faults: list[str]) -> float:
+    """The number of --held-out, 0 where it is not given; a fault joins the others."""
+    if text is None:
+        return 0.0
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 0.5:
+        faults.append(
+            f"--held-out is {text}, must be above 0 and at most 0.5; give a fraction such as 0.005"
+        )
+        return 0.0
+    return value
+
+
+def tell_source(
+    terminal: Terminal, output: str, manifest: Manifest, first_dropped: Mapping[str, str]
+) -> None:
+    """The table of a prepared source."""
+    loss = manifest.loss_tokens / manifest.tokens
+    cells = [("documents", f"{manifest.documents:,} of {manifest.read:,}")]
+    for reason, number in manifest.dropped.items():
+        place = f", the first at {first_dropped[reason]}" if reason in first_dropped else ""
+        name = "held out" if reason == "held_out" else f"dropped: {reason}"
+        cells.append((name, f"{number:,}{place}"))
+    cells += [
+        ("tokens", f"{manifest.tokens:,}"),
+        ("loss tokens", f"{manifest.loss_tokens:,} ({loss:.1%})"),
+        *_lengths(manifest),
+        ("shards", f"{len(manifest.shards):,}"),
+        ("tokenizer", f"{manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} entries"),
+    ]
+    if manifest.template is not None:
+        cells.append(("chat template", manifest.template.name))
+    terminal.table(Table(title=f"{manifest.kind} source {output}", columns=("", ""), rows=cells))
+
+
+def _lengths(manifest: Manifest) -> Sequence[tuple[str, str]]:
+    found = manifest.statistics
+    if found is None:
+        return []
+    mean = manifest.tokens / manifest.documents
+    cells = [
+        ("tokens of a document", f"{mean:,.0f} on average, half have {found.length_of_half()}")
+    ]
+    if manifest.kind == "chat":
+        turns = sum(k * n for k, n in enumerate(found.documents_by_turns)) / manifest.documents
+        more = "at least " if found.documents_by_turns[-1] else ""  # its last bin has no upper end
+        cells.append(("turns of a chat", f"{more}{turns:.1f} on average"))
+    characters, text_bytes = found.characters / manifest.tokens, found.text_bytes / manifest.tokens
+    cells.append(("text of a token", f"{characters:.2f} characters, {text_bytes:.2f} bytes"))
+    return cells
+
+
+def tell_held_out(terminal: Terminal, held_out: Manifest | None) -> None:
+    """What was put aside, where something was."""
+    if held_out is not None:
+        terminal.note(f"held out: {held_out.documents:,} documents, {held_out.tokens:,} tokens")
+
+
+def _draw(terminal: Terminal, output: Path) -> None:
+    from bigmix.commands.prepare.picture import draw
+
+    path = output / _PICTURE
+    draw(read_manifest(str(output)), title=output.name, path=path)
+    terminal.note(f"picture: {path}")

@@ -1,0 +1,330 @@
+"""Raw documents go in, a prepared source comes out: shards, their manifest and the tokenizer that made them.
+
+The work is one part or several. A part that is stopped goes on at its last whole shard; the last step joins the parts.
+"""
+
+import errno
+import hashlib
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from bigmix.commands.prepare.parts import Place, files_of, listing, share_out
+from bigmix.commands.prepare.progress import (
+    PARTS,
+    TOKENIZER_FOLDER,
+    Progress,
+    alone,
+    faults_of_identity,
+    faults_of_output,
+    file_of_part,
+    read_progress,
+    remove_begun,
+)
+from bigmix.commands.prepare.tokenise import Job, hashed, tokenised
+from bigmix.commands.prepare.writer import PartWriter, Rules
+from bigmix.data.duplicates import Seen
+from bigmix.data.merge import merge, nothing_left
+from bigmix.data.part_rows import PartRows, rows_before
+from bigmix.data.prepare_settings import PrepareSettings, faults_of_settings
+from bigmix.data.shards.location import MANIFEST
+from bigmix.data.shards.manifest import (
+    Manifest,
+    ShardTable,
+    TemplateEntry,
+    TokenizerEntry,
+    token_dtype,
+)
+from bigmix.data.statistics import Statistics
+from bigmix.data.workers import start_early
+from bigmix.errors import BadInput, BigmixError
+from bigmix.text.chat_template import Template, check_first, encode_chat, open_template
+from bigmix.text.formats import Conversation, Document, Layout, Text, document_of, recognise
+from bigmix.text.readers import TEXT_SUFFIXES, RawRow, format_of, read_rows
+from bigmix.text.tokenizer import Tokenizer, load_tokenizer
+
+# To be raised with every change by which the same inputs and settings give other shards.
+PREPARE_VERSION = 1
+FIRST_ROWS = 256  # looked at to recognise a source and to check its chats
+MANY_DROPPED = 0.05  # a share of the documents that deserves a warning
+MANY_UNKNOWN = 0.01  # a share of the tokens that does
+_SAMPLES, _SAMPLED = 64, 4_000  # texts that are looked at for that, and characters of each
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+Report = Callable[[int, int], None]  # documents read and tokens written so far
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """What was made; of a part, its share. `first_dropped` names for a reason where the first such document was read."""
+
+    manifest: Manifest
+    held_out: Manifest | None
+    layout: Layout
+    warnings: Sequence[str]
+    first_dropped: Mapping[str, str]
+
+
+def prepare(settings: PrepareSettings, report: Report = lambda *_: None) -> Prepared:
+    """Tokenise the inputs into the output folder, which has a manifest only when it is whole.
+
+    What was stopped goes on at its last whole shard and ends with the same bytes. Raises BadInput where the output holds
+    something else, an input is broken or not recognised, or no document is left.
+    """
+    output = Path(settings.output)
+    faults = [*faults_of_settings(settings)] or [
+        *faults_of_output(output, holds_out=settings.held_out > 0)
+    ]
+    if faults:
+        raise BadInput(*faults)
+    if settings.processes > 1:
+        start_early(tokenised.__module__)
+    with _started(settings, output), _told_when_full(output):
+        job, warnings = _job(settings, load_tokenizer(settings.tokenizer))
+        progress = _prepare_part(settings, job, report)
+        manifest, held_out = progress.source, progress.held_out
+        first_dropped = progress.first_dropped
+        if settings.part is None:
+            if manifest.documents == 0:  # nothing to go on from
+                file_of_part(output, 0, 1).unlink()
+                raise nothing_left(manifest)
+            merged = merge(output)
+            manifest, held_out = merged.manifest, merged.held_out
+            if settings.held_out and held_out is None:
+                warnings = [*warnings, "no document is held out: there are too few of them"]
+    return Prepared(
+        manifest=manifest,
+        held_out=held_out,
+        layout=job.layout,
+        warnings=[*warnings, *warnings_about_dropped(manifest)],
+        first_dropped=first_dropped,
+    )
+
+
+@contextmanager
+def _started(settings: PrepareSettings, output: Path) -> Iterator[None]:
+    """The folder of the work; it is gone again where all the work ends without a whole shard."""
+    try:
+        (output / PARTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"output {output} cannot be made ({error.strerror}); give another --output"
+        ) from error
+    part, parts = settings.part or (1, 1)
+    with alone(output, part - 1, parts):
+        try:
+            yield
+        finally:
+            # Other parts may be at work in the folder.
+            is_empty = not (output / MANIFEST).exists() and not any(output.glob(f"{PARTS}/*.json"))
+            if settings.part is None and is_empty:
+                remove_begun(output, holds_out=settings.held_out > 0)
+
+
+@contextmanager
+def _told_when_full(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise BigmixError(
+            f"{output} cannot be written: {error.strerror}; make room and run the same command again, "
+            "it goes on at its last whole shard"
+        ) from error
+
+
+def _job(settings: PrepareSettings, tokenizer: Tokenizer) -> tuple[Job, Sequence[str]]:
+    """Decide from the first rows of all parts what the source is, and check that its chats can be learned from."""
+    first = islice(read_rows(settings.inputs, settings.read), settings.limit)
+    rows = list(islice(first, FIRST_ROWS))
+    columns = [row.columns for row in rows if row.columns is not None]
+    if not columns:
+        raise BadInput(f"no rows are in {', '.join(settings.inputs)}; give inputs with data")
+    layout = recognise(columns, kind=settings.kind, columns=settings.columns)
+    template, warnings = None, list[str]()
+    documents = [document_of(row, layout) for row in columns]
+    warnings.extend(_unknown(tokenizer, documents))
+    if settings.limit is None:
+        warnings.extend(_uncut(rows, settings.read.split_on))
+    if layout.kind == "chat":
+        template = open_template(tokenizer, settings.template)
+        chats = [each for each in documents if isinstance(each, Conversation)]
+        samples = [encode_chat(tokenizer, template, chat) for chat in chats]
+        warnings.extend(check_first(tokenizer, template, samples))
+    job = Job(
+        tokenizer=tokenizer,
+        layout=layout,
+        template=template,
+        max_tokens=settings.max_tokens,
+        read=settings.read,
+    )
+    return job, warnings
+
+
+def _unknown(tokenizer: Tokenizer, documents: Sequence[Document]) -> Iterator[str]:
+    """A warning where the tokenizer has no tokens for much of the first documents."""
+    if tokenizer.unk_id is None:
+        return
+    texts = [each.text for each in documents if isinstance(each, Text)]
+    texts += [t["content"] for d in documents if isinstance(d, Conversation) for t in d.messages]
+    sample = "\n".join(text[:_SAMPLED] for text in texts[:_SAMPLES])
+    ids = tokenizer.encode([sample.encode(errors="replace").decode()])[0]
+    part = float((ids == tokenizer.unk_id).mean()) if len(ids) else 0.0
+    if part > MANY_UNKNOWN:
+        yield (
+            f"{part:.1%} of the tokens of the first documents are {tokenizer.text_of(tokenizer.unk_id)!r}: what stood there is "
+            "lost; take a tokenizer that has bytes for all it does not know"
+        )
+
+
+def _uncut(rows: Sequence[RawRow], split_on: str | None) -> Iterator[str]:
+    """A warning where a mark between documents cuts nothing among the first rows."""
+    numbers = [row.number for row in rows if format_of(row.file) in TEXT_SUFFIXES]
+    if split_on is None or max(numbers, default=1) > 1:
+        return
+    where = f"{len(numbers)} text files" if numbers else "the inputs, of which none is a text file"
+    yield (
+        f"--split-on {split_on!r} cuts nothing in {where}; give what stands between documents, such as $'\\n\\n'"
+    )
+
+
+def _prepare_part(settings: PrepareSettings, job: Job, report: Report) -> Progress:
+    """Do what is left of a part."""
+    output = Path(settings.output)
+    places = listing(settings.inputs)
+    progress = _begun(settings, job, _identity(settings, job, places))
+    if progress.whole:
+        return progress
+    pieces = share_out(places, progress.parts)
+    rows = PartRows(pieces[progress.part], settings.read, progress)
+    seen = Seen()
+    if settings.deduplicate:
+        before = rows_before(pieces, settings.read, progress)
+        with closing(hashed(job, before, settings.processes)) as batches:
+            for hashes in batches:
+                seen.add(hashes)
+    _save_tokenizer(job.tokenizer, output)
+    rules = Rules(
+        shard_tokens=settings.shard_tokens,
+        deduplicate=settings.deduplicate,
+        held_out=settings.held_out,
+    )
+    writer = PartWriter(output, progress, rules, seen=seen, position=rows.position)
+    left = None if settings.limit is None else settings.limit - progress.source.read
+    report(writer.read, writer.tokens)
+    try:
+        with closing(tokenised(job, islice(rows, left), settings.processes)) as batches:
+            for batch in batches:
+                writer.add(batch)
+                report(writer.read, writer.tokens)
+        return writer.save(whole=True)
+    finally:
+        writer.abort()
+
+
+def _begun(settings: PrepareSettings, job: Job, identity: Mapping[str, str]) -> Progress:
+    """Where the part stands: at its beginning, or where an earlier run has left it."""
+    part, parts = settings.part or (1, 1)
+    output = Path(settings.output)
+    nothing = Manifest(
+        kind=job.layout.kind,
+        dtype=token_dtype(job.tokenizer.vocab_size),
+        tokenizer=_tokenizer_entry(job.tokenizer),
+        template=_template_entry(job.template),
+        read=0,
+        dropped={},
+        documents=0,
+        tokens=0,
+        loss_tokens=0,
+        loss_bytes=0,
+        statistics=Statistics(),
+        shards=ShardTable.of([]),
+    )
+    fresh = Progress(
+        part=part - 1,
+        parts=parts,
+        identity=dict(identity),
+        source=nothing,
+        held_out=nothing if settings.held_out else None,
+    )
+    path = file_of_part(output, part - 1, parts)
+    others = [
+        each for each in (output / PARTS).glob("*.json") if not each.match(f"*-of-{parts:05d}.json")
+    ]
+    if others:
+        raise BadInput(
+            f"--part is {part}/{parts}, but {output} was begun in another number of parts ({others[0].name}); "
+            "give that number, or remove the folder and prepare anew"
+        )
+    if not path.exists():
+        return fresh
+    begun = read_progress(path)
+    faults = faults_of_identity(begun, fresh, output)
+    if faults:
+        raise BadInput(*faults)
+    return begun
+
+
+def _identity(settings: PrepareSettings, job: Job, places: Sequence[Place]) -> Mapping[str, str]:
+    """What the tokens of a part depend on. Bad lines that are skipped are none of it: they stop a run, or do not."""
+    files = [each for place in places for each in files_of(place.name)]
+    text = json.dumps([[place.name for place in places], files])
+    size = sum(each[1] for each in files)
+    template = job.template
+    return {
+        "inputs": f"{len(places)} files of {size:,} bytes (names, sizes and times of change: "
+        f"{hashlib.sha256(text.encode()).hexdigest()[:12]})",
+        "split-on": repr(settings.read.split_on),
+        "tokenizer": f"{job.tokenizer.fingerprint[:16]}",
+        "template": "none" if template is None else f"{template.name} {template.sha256[:16]}",
+        "columns": job.layout.described(),
+        "max-tokens": str(settings.max_tokens),
+        "shard-tokens": str(settings.shard_tokens),
+        "limit": str(settings.limit),
+        "deduplicate": "yes" if settings.deduplicate else "no",
+        "held-out": str(settings.held_out),
+        "version of prepare": str(PREPARE_VERSION),
+    }
+
+
+def _save_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
+    """Write the tokenizer once; several parts may try at the same time."""
+    beside = output / f"{TOKENIZER_FOLDER}.tmp-{secrets.token_hex(4)}"
+    try:
+        if not (output / TOKENIZER_FOLDER).exists():
+            tokenizer.save(beside)
+            beside.rename(output / TOKENIZER_FOLDER)
+    except OSError:
+        if not (output / TOKENIZER_FOLDER).exists():
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
+    return TokenizerEntry(
+        name=tokenizer.name,
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+    )
+
+
+def _template_entry(template: Template | None) -> TemplateEntry | None:
+    return None if template is None else TemplateEntry(name=template.name, sha256=template.sha256)
+
+
+def warnings_about_dropped(manifest: Manifest) -> Sequence[str]:
+    """One for each reason for which many documents were left out; holding some out was asked for."""
+    return [
+        f"{count / manifest.read:.0%} of the documents were dropped as {reason}"
+        for reason, count in manifest.dropped.items()
+        if reason != "held_out" and count > MANY_DROPPED * manifest.read
+    ]

@@ -1,0 +1,149 @@
+"""What a part has done so far goes to disk and comes back: the position from which the same command goes on.
+
+The file of a part is replaced after each shard. Merging takes these files for what the parts have made.
+"""
+
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bigmix.data.shards.location import MANIFEST
+from bigmix.data.shards.manifest import LENGTHS, Manifest
+from bigmix.errors import BadInput
+from bigmix.files import lock, replace_text
+
+PARTS = "parts"
+SHARD = "shard-"
+TOKENIZER_FOLDER = "tokenizer"
+HELD_OUT = "-held-out"
+
+
+class Progress(BaseModel):
+    """A part of `parts`, counted from 0: it stands before row `row` of piece `piece`; all rows before are done.
+
+    `identity` says what the tokens depend on; two that differ do not go together.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    part: int
+    parts: int
+    identity: dict[str, str]
+    piece: int = 0
+    row: int = 0
+    first_dropped: dict[str, str] = {}
+    source: Manifest
+    held_out: Manifest | None = None
+    whole: bool = False
+
+
+def held_out_folder(output: Path) -> Path:
+    """The folder of what is held out from a source."""
+    return output.with_name(output.name + HELD_OUT)
+
+
+def file_of_part(output: Path, part: int, parts: int) -> Path:
+    """Where a part, counted from 0, writes its progress."""
+    return output / PARTS / f"{part + 1:05d}-of-{parts:05d}.json"
+
+
+def write_progress(output: Path, progress: Progress) -> None:
+    """Replace the progress of a part in one step."""
+    path = file_of_part(output, progress.part, progress.parts)
+    replace_text(path, progress.model_dump_json() + "\n")
+
+
+def read_progress(path: Path) -> Progress:
+    """The progress in a file; BadInput where it is damaged or of another version."""
+    try:
+        return Progress.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = str(error).splitlines()[0]
+        raise BadInput(
+            f"{path} is no progress of this version of bigmix ({first}); remove the folder and prepare anew"
+        ) from error
+
+
+def faults_of_output(output: Path, *, holds_out: bool) -> Sequence[str]:
+    """Why nothing can be prepared into a folder, and into that of what is held out; work that was begun is no reason."""
+    folders = _folders(output, holds_out=holds_out)
+    if _is_begun(output):
+        # What is beside it may be of the same work, or a source of its own.
+        has_position = any((output / PARTS).glob("*.json"))
+        folders = tuple(f for f in folders[1:] if not (has_position or _has_shards_alone(f)))
+    faults = []
+    for folder in folders:
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            what = "holds a prepared source" if (folder / MANIFEST).is_file() else "is not empty"
+            faults.append(f"output {folder} already {what}; remove it or give another --output")
+    return faults
+
+
+def _folders(output: Path, *, holds_out: bool) -> tuple[Path, ...]:
+    return (output, held_out_folder(output)) if holds_out else (output,)
+
+
+def _is_begun(output: Path) -> bool:
+    """Whether a folder holds what work that goes on has left, and nothing else."""
+    if not (output / PARTS).is_dir():
+        return False
+    return all(path.name == PARTS or _is_of_shards(path) for path in output.iterdir())
+
+
+def _has_shards_alone(folder: Path) -> bool:
+    """Whether a folder holds shards without a manifest, and nothing else: what a command leaves that was killed."""
+    return folder.is_dir() and all(map(_is_of_shards, folder.iterdir()))
+
+
+def _is_of_shards(path: Path) -> bool:
+    return path.name.startswith((SHARD, TOKENIZER_FOLDER, LENGTHS))
+
+
+@contextmanager
+def alone(output: Path, part: int, parts: int) -> Iterator[None]:
+    """Hold a part, counted from 0, against other commands on this machine; BadInput where one holds it."""
+    with file_of_part(output, part, parts).with_suffix(".lock").open("w") as file:
+        if not lock(file):
+            raise BadInput(
+                f"part {part + 1}/{parts} of {output} is being prepared by another command; wait for it or stop it"
+            )
+        yield
+
+
+def remove_unlisted(folder: Path, listed: Collection[str]) -> None:
+    """Remove shards that were begun, or finished but not written down, before a run was killed."""
+    for path in folder.glob(f"{SHARD}*.tar*"):
+        if path.name not in listed:
+            path.unlink()
+
+
+def remove_begun(output: Path, *, holds_out: bool) -> None:
+    """Remove what work without a whole shard has left, and nothing else."""
+    for folder in _folders(output, holds_out=holds_out):
+        is_anothers = folder != output and (folder / PARTS).exists()
+        if (folder / MANIFEST).exists() or is_anothers:
+            continue
+        remove_unlisted(folder, ())
+        for name in (PARTS, TOKENIZER_FOLDER):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        with suppress(OSError):  # it is not there, or something else is in it
+            folder.rmdir()
+
+
+def differing(begun: Mapping[str, str], now: Mapping[str, str]) -> Sequence[str]:
+    """The names of the fields of two identities that are not the same."""
+    return [name for name in dict.fromkeys([*begun, *now]) if begun.get(name) != now.get(name)]
+
+
+def faults_of_identity(begun: Progress, now: Progress, output: Path) -> Sequence[str]:
+    """Each setting that is not the one with which the work in a folder was begun."""
+    return [
+        f"{name} is {now.identity.get(name)}, but {output} was begun with {begun.identity.get(name)}; "
+        "put it back, or remove the folder and prepare anew"
+        for name in differing(begun.identity, now.identity)
+    ]

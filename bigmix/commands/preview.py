@@ -1,0 +1,103 @@
+"""`bigmix preview RECIPE`: the very rows that a step trains, in colour."""
+
+import argparse
+from typing import Any
+
+from bigmix.commands.arguments import add_recipe_arguments, check_step, tell_moving, tell_replaced
+from bigmix.data.loader import Portion
+from bigmix.data.records import Row
+from bigmix.errors import DONE, BadInput
+from bigmix.recipe import Recipe, load_recipe
+from bigmix.terminal import Terminal, tame_libraries
+from bigmix.train.inputs import Inputs, open_inputs
+
+
+def add_preview(subparsers: Any) -> None:
+    """Add the command to the parser of `bigmix`."""
+    parser = subparsers.add_parser(
+        "preview",
+        help="show the rows of one step as they are trained: context, loss tokens, padding, documents",
+        description="Loss tokens are green, context is dim, special tokens are magenta. In a pipe and with --plain "
+        "loss tokens stand in [[ ]] and special tokens in {{ }}.",
+    )
+    add_recipe_arguments(parser)
+    parser.add_argument("--step", type=int, default=1, help="optimizer step (default 1, the first)")
+    parser.add_argument("--rank", type=int, default=0, help="whose rows (default 0)")
+    parser.add_argument("--ranks", type=int, default=1, help="number of ranks (default 1)")
+    parser.add_argument("--rows", type=int, default=4, help="rows that are shown (default 4)")
+    parser.add_argument("--full", action="store_true", help="show long rows to their end")
+    parser.add_argument("--plain", action="store_true", help="signs in place of colours")
+    parser.set_defaults(func=_preview)
+
+
+def _preview(known: argparse.Namespace) -> int:
+    tame_libraries()
+    recipe = load_recipe(known.recipe, known.overrides)
+    _check(known)
+    inputs = open_inputs(recipe, ranks=known.ranks, verify=False)
+    check_step(known.step, inputs)
+    _show(known, recipe, inputs, Terminal())
+    return DONE
+
+
+def _check(known: argparse.Namespace) -> None:
+    least = {"step": 1, "ranks": 1, "rows": 1, "rank": 0}
+    faults = [
+        f"--{name} is {value}, must be {low} or more"
+        for name, low in least.items()
+        if (value := getattr(known, name)) < low
+    ]
+    if known.rank >= known.ranks >= 1:
+        faults.append(
+            f"--rank is {known.rank} and --ranks is {known.ranks}; ranks count from 0 to {known.ranks - 1}"
+        )
+    if faults:
+        raise BadInput(*faults)
+
+
+def _show(known: argparse.Namespace, recipe: Recipe, inputs: Inputs, terminal: Terminal) -> None:
+    # Tokenizers take seconds to import.
+    from bigmix.commands.row_view import SHOWN_TOKENS, Seat, marked, preview
+    from bigmix.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(inputs.tokenizer_folder))
+    size = recipe.train.micro_batch_rows
+    portion = Portion(
+        rank=known.rank,
+        ranks=known.ranks,
+        rows_per_step=recipe.rows_per_step,
+        micro_batch_rows=size,
+    )
+
+    def read(inputs: Inputs) -> list[Row]:
+        streams = inputs.plan.streams_at(known.step)
+        own = inputs.plan.row_ids(known.step)[portion.rows]
+        return [streams[row_id.source].read(row_id) for row_id in own[: known.rows]]
+
+    rows, bad = inputs.around_bad_shards(known.step, read)
+    tell_replaced(bad, known.step)
+    tell_moving(recipe)
+    for index, row in enumerate(rows):
+        seat = Seat(rank=known.rank, micro_batch=index // size)
+        pieces = list(preview(row, seat, tokenizer, most=None if known.full else SHOWN_TOKENS))
+        if known.plain or not terminal.has_colour:
+            terminal.note(marked(pieces))
+        else:
+            terminal.styled(
+                [(piece.text, _style(piece.kind, piece.is_special)) for piece in pieces]
+            )
+    own = portion.rows.stop - portion.rows.start
+    if own > known.rows:
+        terminal.note(f"… {own - known.rows:,} more rows of this rank, --rows {own} shows them")
+
+
+def _style(kind: str, is_special: bool) -> str:
+    if is_special:
+        return "bold magenta" if kind == "loss" else "dim magenta"
+    return {
+        "head": "bold reverse",
+        "border": "cyan",
+        "context": "dim",
+        "loss": "green",
+        "padding": "bright_black",
+    }[kind]

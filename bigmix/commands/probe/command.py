@@ -1,0 +1,113 @@
+"""`bigmix probe make` and `bigmix probe score`: made-up facts among the texts, and how many of them a model can tell."""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigmix.commands.arguments import INPUTS, columns_of, count
+from bigmix.errors import DONE
+from bigmix.terminal import Table, Terminal, tame_libraries
+
+if TYPE_CHECKING:
+    from bigmix.commands.probe.score import Recall, Recalled
+
+
+def add_probe(subparsers: Any) -> None:
+    """Add `bigmix probe` with its actions."""
+    parser = subparsers.add_parser(
+        "probe", help="plant made-up facts in a text source, and see how many of them a model knows"
+    )
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    make = actions.add_parser("make", help="write texts with planted facts, and the questions")
+    add = make.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help=INPUTS)
+    add("--output", required=True, type=Path, help="folder of the texts and the questions")
+    add("--people", type=count, default=200, help="made-up people, with five facts each (200)")
+    add("--times", type=count, default=30, help="documents about each of them (30)")
+    add("--language", choices=("en", "zh"), default="en", help="default: en")
+    add("--seed", type=int, default=0, help="other people, other facts (0)")
+    add("--columns", metavar="PART=COLUMN,...", help="as for `bigmix prepare`")
+    make.set_defaults(func=_make)
+    score = actions.add_parser("score", help="what part of the facts models tell, in per cent")
+    add = score.add_argument
+    add("models", nargs="+", metavar="MODEL", help="folders of models, such as RUN/export")
+    add("--probe", required=True, type=Path, help="folder that `bigmix probe make` wrote")
+    add("--batch", type=count, default=64, help="questions at a time (64)")
+    add("--json", action="store_true", help="print a JSON object")
+    score.set_defaults(func=_score)
+
+
+def _make(known: argparse.Namespace) -> int:
+    # Readers of all formats take a second to import.
+    from bigmix.commands.probe.plant import NEW_QUESTIONS, PLANTED, QUESTIONS, TEXT, Planting, plant
+
+    planting = Planting(
+        people=known.people,
+        times=known.times,
+        seed=known.seed,
+        language=known.language,
+        columns=columns_of(known.columns),
+    )
+    done = plant(known.inputs, planting, known.output)
+    share = done.planted_characters / (done.planted_characters + done.text_characters)
+    rows = [
+        ["texts", f"{done.texts:,}"],
+        ["planted documents", f"{done.documents:,}, {share:.1%} of all characters"],
+        ["questions", f"{done.questions:,}, in planted words and in new ones"],
+    ]
+    if done.skipped:
+        rows.append(["rows without a text", f"{done.skipped:,}, left out"])
+    terminal = Terminal()
+    terminal.table(Table(title=f"probe {known.output}", columns=[], rows=rows))
+    folder = known.output
+    terminal.note(f"text to learn from          {folder / TEXT} (the planted alone: {PLANTED})")
+    terminal.note(f"questions in planted words  {folder / QUESTIONS}")
+    terminal.note(f"questions in new words      {folder / NEW_QUESTIONS}")
+    terminal.close()
+    return DONE
+
+
+def _score(known: argparse.Namespace) -> int:
+    tame_libraries()
+    # Seconds of imports: torch and transformers.
+    from bigmix.commands.probe.score import recall
+
+    terminal = Terminal(enabled=not known.json)
+    found = {}
+    for model in known.models:
+        terminal.note(f"asking {model}")
+        found[model] = recall(model, known.probe, batch_rows=known.batch)
+    if known.json:
+        print(json.dumps({model: _as_tree(each) for model, each in found.items()}, indent=2))
+        return DONE
+    attributes = list(next(iter(found.values()))["planted"].attributes)
+    columns = ["model", "words", "recall", "95 %", *attributes]
+    rows = [row for model, each in found.items() for row in _rows(model, each, attributes)]
+    terminal.table(Table(title="facts that are told", columns=columns, rows=rows))
+    terminal.close()
+    return DONE
+
+
+def _rows(
+    model: str, found: "Mapping[Any, Recalled]", attributes: list[str]
+) -> Iterator[list[str]]:
+    for words, recalled in found.items():
+        overall = recalled.everything
+        yield [
+            model,
+            str(words),
+            _percent(overall),
+            f"{overall.low:.1%}–{overall.high:.1%}",
+            *(_percent(recalled.attributes[name]) for name in attributes),
+        ]
+
+
+def _percent(recall: "Recall") -> str:
+    return f"{recall.value:.1%}"
+
+
+def _as_tree(found: "Mapping[Any, Recalled]") -> Mapping[str, Any]:
+    return {str(words): asdict(recalled) for words, recalled in found.items()}

@@ -1,0 +1,138 @@
+"""A model's folder and a probe's go in; out comes what part of the planted facts the model tells when it is asked."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+
+from bigmix.cluster.collectives import Cluster
+from bigmix.cluster.world import World
+from bigmix.commands.probe.plant import NEW_QUESTIONS, QUESTIONS, SETTINGS
+from bigmix.errors import BadInput
+from bigmix.evaluation.bootstrap import interval, resampled_sums
+from bigmix.evaluation.tasks.examples import open_tasks
+from bigmix.evaluation.tasks.inference_model import Speaker
+from bigmix.evaluation.tasks.prompts import Asked, ask, language_of
+from bigmix.evaluation.tasks.runner import score_tasks
+from bigmix.model.causal_lm import max_positions
+from bigmix.recipe.task import Task
+from bigmix.seeding import key_of
+
+Wording = Literal["planted", "new"]
+_FILES: Mapping[Wording, str] = {"planted": QUESTIONS, "new": NEW_QUESTIONS}
+_MAX_TOKENS = 16  # a value is a word or two
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recall:
+    """The part of the facts that is told, from 0 to 1, with the ends of its 95 % interval over facts."""
+
+    value: float
+    low: float
+    high: float
+    facts: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recalled:
+    """What a model tells when it is asked in the wordings of one kind, over all facts and by attribute."""
+
+    everything: Recall
+    attributes: Mapping[str, Recall]
+
+
+def recall(model: str, probe: Path, *, batch_rows: int) -> dict[Wording, Recalled]:
+    """Ask a model for every planted fact, in words that were planted and in new ones; greedily, up to the full stop.
+
+    Raises BadInput where there is no probe or no model with a tokenizer.
+    """
+    settings = _settings(probe)
+    tasks = {
+        str(wording): Task(
+            path=str(probe / file),
+            scores=("exact_match",),
+            format="text",
+            stop=(settings["stop"],),
+            max_new_tokens=_MAX_TOKENS,
+            batch_rows=batch_rows,
+            samples=len(_attributes(probe / file)),
+        )
+        for wording, file in _FILES.items()
+    }
+    speaker, positions = _open(model)
+    asked = ask(open_tasks(tasks), language_of(model, []), positions)
+    right = _right(speaker, asked)
+    return {
+        wording: _recalled(right[wording], _attributes(probe / file))
+        for wording, file in _FILES.items()
+    }
+
+
+def _settings(probe: Path) -> Mapping[str, Any]:
+    path = probe / SETTINGS
+    if not path.is_file():
+        raise BadInput(
+            f"{probe} holds no probe: there is no {SETTINGS} in it; make one with `bigmix probe make`"
+        )
+    settings: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return settings
+
+
+def _attributes(path: Path) -> list[str]:
+    """The attribute that each question asks for."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["attribute"] for line in lines]
+
+
+def _open(model: str) -> tuple[Speaker, int | None]:
+    """The model in this process, in the precision it is stored in, and its positions."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"model {model} cannot be loaded ({error}); give a folder such as RUN/export"
+        ) from error
+    return Speaker(lm=lm.to(device).eval(), device=device), max_positions(lm.config)
+
+
+def _right(speaker: Speaker, asked: Mapping[str, Asked]) -> dict[str, list[float]]:
+    """1 for each fact that is told and 0 for each that is not, in the order of the questions."""
+    results = score_tasks(
+        speaker,
+        Cluster(World(rank=0, local_rank=0, size=1, local_size=1)),
+        asked,
+        seed=0,
+        stop_asked=lambda: False,
+        doing=_unheard,
+    )
+    assert results is not None, "nobody asks to stop"
+    return {
+        name: [sample.scores["exact_match"] for sample in result.samples]
+        for name, result in results.items()
+    }
+
+
+def _unheard(what: str) -> None:
+    """Progress of a minute's work, which nobody is shown."""
+
+
+def _recalled(right: list[float], attributes: list[str]) -> Recalled:
+    by_attribute: dict[str, list[float]] = {}
+    for value, attribute in zip(right, attributes, strict=True):
+        by_attribute.setdefault(attribute, []).append(value)
+    return Recalled(
+        everything=_over("all", right),
+        attributes={name: _over(name, values) for name, values in by_attribute.items()},
+    )
+
+
+def _over(name: str, right: list[float]) -> Recall:
+    values_N1 = np.array(right)[:, None]
+    low, high = interval(resampled_sums(values_N1, key_of("recall", name))[:, 0] / len(right))
+    return Recall(value=float(np.mean(right)), low=low, high=high, facts=len(right))

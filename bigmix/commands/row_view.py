@@ -1,0 +1,141 @@
+"""A row goes in, what the model sees of it comes out as pieces for the terminal: context, loss tokens, borders, padding.
+
+Tokens are decoded one by one; those that only together make a character form one piece, so that none is broken.
+"""
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+from bigmix.data.records import IGNORE, Row
+from bigmix.text.tokenizer import Tokenizer
+
+Kind = Literal["head", "border", "context", "loss", "padding"]
+LONGEST_GROUP = 8  # tokens: a character has at most four bytes, and a token at least one
+SHOWN_TOKENS = 400  # of a row, unless all are asked for
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+_DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A run of text of one kind; a special token of the tokenizer is a piece of its own."""
+
+    text: str
+    kind: Kind
+    is_special: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seat:
+    """Which rank takes a row, and in which of its micro-batches."""
+
+    rank: int
+    micro_batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    id: int
+    kind: Kind
+    is_special: bool
+
+
+def preview(row: Row, seat: Seat, tokenizer: Tokenizer, *, most: int | None) -> Iterator[Piece]:
+    """A row as it is trained; of its tokens at most the first `most`, the rest as a count."""
+    in_loss = [False, *(row.labels_T[:-1] != IGNORE).tolist()]
+    yield Piece(text=_head(row, seat, sum(in_loss)) + "\n", kind="head")
+    shown = row.tokens if most is None else min(most, row.tokens)
+    bounds = [*row.starts_P.tolist(), row.tokens]
+    for index, document in enumerate(row.documents_P.tolist()):
+        begin, end = bounds[index], bounds[index + 1]
+        if begin >= shown:
+            break
+        yield Piece(text=f"── document {document:,}, {end - begin:,} tokens\n", kind="border")
+        tokens = [
+            _Token(token, "loss" if flag else "context", token in tokenizer.special_ids)
+            for token, flag in zip(
+                row.ids_T[begin : min(end, shown)].tolist(), in_loss[begin:end], strict=False
+            )
+        ]
+        yield from _decoded(tokens, tokenizer)
+        yield Piece(text="\n", kind="border")
+    if shown < row.tokens:
+        yield Piece(
+            text=f"… {row.tokens - shown:,} more tokens, --full shows them\n", kind="padding"
+        )
+    if padding := len(row.ids_T) - row.tokens:
+        yield Piece(text=f"… {padding:,} padding\n", kind="padding")
+
+
+def marked(pieces: Sequence[Piece]) -> str:
+    """The pieces without colour: [[loss tokens]] and {{special tokens}}; the same signs in the data get a backslash."""
+    said = []
+    for is_loss, run in groupby(pieces, key=lambda piece: piece.kind == "loss"):
+        text = "".join(_marked(piece) for piece in run)
+        said.append(f"[[{text}]]" if is_loss else text)
+    return "".join(said)
+
+
+def _marked(piece: Piece) -> str:
+    if piece.kind not in ("context", "loss"):
+        return piece.text
+    text = piece.text
+    for sign in ("[[", "]]", "{{", "}}"):
+        text = text.replace(sign, f"\\{sign}")
+    return f"{{{{{text}}}}}" if piece.is_special else text
+
+
+def _head(row: Row, seat: Seat, loss_tokens: int) -> str:
+    where = row.id
+    return (
+        f"rank {seat.rank}  micro-batch {seat.micro_batch}  {where.source}  epoch {where.epoch}  shard {where.shard}  "
+        f"row {where.row}  {row.tokens:,} tokens  {loss_tokens:,} in the loss  {row.tokens / len(row.ids_T):.1%} filled"
+    )
+
+
+def _decoded(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[Piece]:
+    for is_special, run in groupby(tokens, key=lambda token: token.is_special):
+        if is_special:
+            for token in run:
+                text = visible(tokenizer.text_of(token.id))
+                yield Piece(text=text, kind=token.kind, is_special=True)
+        else:
+            pieces = _characters(list(run), tokenizer)
+            for kind, alike in groupby(pieces, key=lambda piece: piece.kind):
+                yield Piece(text="".join(piece.text for piece in alike), kind=kind)
+
+
+def _characters(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[Piece]:
+    """The fewest tokens that decode to whole characters; the last of them says of which kind they are.
+
+    Each is decoded behind the one before it, since some tokenizers swallow a first space.
+    """
+    before: list[int] = []
+    group: list[int] = []
+    for index, token in enumerate(tokens):
+        group.append(token.id)
+        text = tokenizer.decode([*before, *group])[len(tokenizer.decode(before)) :]
+        is_broken = text.endswith(_BROKEN)
+        if is_broken and len(group) < LONGEST_GROUP and index + 1 < len(tokens):
+            continue
+        yield Piece(text=visible(text or f"<{token.id}>"), kind=token.kind)
+        before, group = [] if is_broken else group, []
+
+
+def visible(text: str) -> str:
+    """The text with every control character as a sign: none may reach the terminal, which would obey it."""
+    return "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    if character == "\n":
+        return "↵\n"
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _DIRECTIONS:
+        return f"<U+{code:04X}>"
+    return character

@@ -1,0 +1,67 @@
+"""The command of a training run: its arguments go in, its exit code comes out."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from bigmix.cluster.signals import StopFlag
+from bigmix.cluster.world import World, world_of
+from bigmix.errors import BAD_INPUT, DONE, BadInput, BigmixError
+from bigmix.recipe import Recipe, SweepRun, load
+from bigmix.terminal import Terminal, tame_libraries
+from bigmix.train.inputs import Inputs, open_inputs
+
+USAGE = "usage: deepspeed launch/train.py RECIPE.yaml [key=value ...]"
+
+
+def main(arguments: Sequence[str], flag: StopFlag) -> int:
+    """Run a recipe on this rank until it is done or the flag is set; returns the exit code."""
+    # The deepspeed launcher puts --local_rank=N first; the environment has it too.
+    given = [word for word in arguments if not word.startswith("--local_rank")]
+    if not given or given[0].startswith("-"):
+        print(USAGE, file=sys.stderr)
+        return DONE if given in (["-h"], ["--help"]) else BAD_INPUT
+    world = world_of(os.environ)
+    try:
+        loaded = load(given[0], given[1:])
+        if loaded.recipe.sweep is not None:
+            return _run_sweep(loaded.chosen, world, flag)
+        recipe = loaded.recipe
+        inputs = open_inputs(
+            recipe,
+            ranks=world.size,
+            verify=world.local_rank == 0,
+            machines=world.size // world.local_size,
+        )
+        return _run(recipe, inputs, world, flag)
+    except BigmixError as error:
+        tell(error, world)
+        return error.exit_code
+
+
+def _run(recipe: Recipe, inputs: Inputs, world: World, flag: StopFlag) -> int:
+    tame_libraries()
+    # Seconds of imports, and only for a recipe that can run.
+    from bigmix.train.run import run
+
+    run(recipe, inputs, world, Terminal(enabled=world.is_first, every=1), flag)
+    return DONE
+
+
+def _run_sweep(runs: Sequence[SweepRun], world: World, flag: StopFlag) -> int:
+    tame_libraries()
+    # As above.
+    from bigmix.sweep import run_all
+
+    run_all(runs, world, Terminal(enabled=world.is_first, every=1), flag)
+    return DONE
+
+
+def tell(error: BigmixError, world: World) -> None:
+    """Once per node: the ranks of a node see the same recipe and the same files."""
+    if world.local_rank != 0:
+        return
+    kind = "error" if isinstance(error, BadInput) else "stopped"
+    where = f" on rank {world.rank}" if world.rank else ""
+    for line in str(error).splitlines():
+        print(f"{kind}{where}: {line}", file=sys.stderr)

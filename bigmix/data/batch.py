@@ -1,0 +1,79 @@
+"""Places of rows in any streams go in; their ids and what is in the loss come out, laid end to end in the order of the places."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bigmix.data.records import Ints, MicroBatch, RowPlaces
+from bigmix.data.rows import ragged
+from bigmix.data.stream import Stream
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assembled:
+    """Rows [R] of one length. Parts [P] and runs [K] of row r lie from `parts_R1[r]` and `runs_R1[r]` on.
+
+    `starts_P` and `begins_K` are flat positions: row * T + position.
+    """
+
+    sources_R: Ints
+    tokens_R: Ints
+    loss_tokens_R: Ints
+    squares_R: Ints
+    parts_R1: Sequence[int]
+    runs_R1: Sequence[int]
+    sources_P: Ints
+    starts_P: Ints
+    documents_P: Ints
+    begins_K: Ints
+    lengths_K: Ints
+    ids_RT: Ints
+
+    def micro_batch(self, first: int, end: int) -> MicroBatch:
+        """The rows [first, end), with their sources as groups."""
+        offset = first * self.ids_RT.shape[1]
+        parts = slice(self.parts_R1[first], self.parts_R1[end])
+        runs = slice(self.runs_R1[first], self.runs_R1[end])
+        return MicroBatch(
+            ids_BT=self.ids_RT[first:end],
+            starts_P=self.starts_P[parts] - offset,
+            groups_P=self.sources_P[parts],
+            begins_K=self.begins_K[runs] - offset,
+            lengths_K=self.lengths_K[runs],
+        )
+
+
+def assemble(streams: Sequence[Stream], places: RowPlaces) -> Assembled:
+    """Gather rows shard by shard, in the order in which the shards are first needed."""
+    groups = places.by_shard()
+    found = [streams[source].rows(shard, places.rows_R[own]) for source, shard, own in groups]
+    counts_4R = np.empty((4, len(places.rows_R)), np.int64)
+    for (_, _, own), rows in zip(groups, found, strict=True):
+        counts_4R[:, own] = rows.parts_R, rows.runs_R, rows.tokens_R, rows.squares_R
+    parts_R1, runs_R1 = (np.concatenate([[0], np.cumsum(counts)]) for counts in counts_4R[:2])
+    width = streams[0].packer.width
+    parts_2P, runs_2K = np.empty((2, parts_R1[-1]), np.int64), np.empty((2, runs_R1[-1]), np.int64)
+    ids_RT = np.empty((len(places.rows_R), width), np.int32)
+    for (_, _, own), rows in zip(groups, found, strict=True):
+        at_P, at_K = ragged(parts_R1[own], rows.parts_R), ragged(runs_R1[own], rows.runs_R)
+        parts_2P[:, at_P] = rows.starts_P + np.repeat(own * width, rows.parts_R), rows.documents_P
+        runs_2K[:, at_K] = rows.begins_K + np.repeat(own * width, rows.runs_R), rows.lengths_K
+        # One copy of all pieces, and one that widens them into their rows: a copy for each would cost three times as much.
+        ids = np.frombuffer(b"".join(rows.pieces), streams[0].dtype)
+        ids_RT[own] = ids.reshape(len(own), width)
+    loss_tokens = np.concatenate([[0], np.cumsum(runs_2K[1])])
+    return Assembled(
+        sources_R=places.sources_R,
+        tokens_R=counts_4R[2],
+        loss_tokens_R=np.diff(loss_tokens[runs_R1]),
+        squares_R=counts_4R[3],
+        parts_R1=parts_R1.tolist(),
+        runs_R1=runs_R1.tolist(),
+        sources_P=np.repeat(places.sources_R, counts_4R[0]),
+        starts_P=parts_2P[0],
+        documents_P=parts_2P[1],
+        begins_K=runs_2K[0],
+        lengths_K=runs_2K[1],
+        ids_RT=ids_RT,
+    )

@@ -1,0 +1,433 @@
+"""A recipe and its opened sources go in; the plan of all rows, the number of steps and the shares of the gradient come out.
+
+Here shares that follow from sizes become numbers, budgets become steps, and limits of epochs are held or refused.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import ceil, floor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bigmix.data.loader import FIRST_CHAPTER, Plan, Stage
+from bigmix.data.mixture import Mixture
+from bigmix.data.records import Chapter
+from bigmix.data.shares import Member, Points, Share, Shares, apportion
+from bigmix.errors import BadInput
+from bigmix.recipe import Group, Recipe, Source
+from bigmix.recipe.shares import Controller, Temperature, UniMax
+from bigmix.sizes import by_temperature, levels_of_unimax, unimax
+
+_SHARES_TRIED = 20
+_STEPS_TRIED = 20
+_Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mixing:
+    """What is drawn for how long: `notes` say in words where a limit of epochs changed the run."""
+
+    plan: Plan
+    steps: int
+    loss_shares: Shares
+    notes: Sequence[str] = ()
+
+
+def mix(recipe: Recipe, stages: Sequence[Stage], chapter: Chapter = FIRST_CHAPTER) -> Mixing:
+    """The plan of a run, or of the rest of it from a chapter on.
+
+    Raises BadInput with every fault: shares that leave nothing, a budget that is never reached, a source that would
+    be gone through more often than it may.
+    """
+    sizes = _sizes(recipe, stages, chapter)
+    shares = _shares(recipe, sizes, chapter, _share)
+    loss_shares = _shares(recipe, sizes, chapter, _loss_share)
+    shares, loss_shares = shares.later(chapter.after), loss_shares.later(chapter.after)
+    faults = [
+        *_empty_steps("share", shares, chapter),
+        *_empty_steps("loss_share", loss_shares, chapter),
+    ]
+    if faults:
+        raise BadInput(*faults)
+    return _within_epochs(recipe, stages, shares, loss_shares, chapter)
+
+
+def _share(member: Source | Group) -> Any:
+    return member.share
+
+
+def _loss_share(member: Source | Group) -> Any:
+    return member.loss_share or member.share
+
+
+def _shares(
+    recipe: Recipe,
+    sizes: Mapping[str, float],
+    chapter: Chapter,
+    share_of: Callable[[Source | Group], Any],
+) -> Shares:
+    """The shares in numbers and points: what follows from sizes, and what controllers have decided on."""
+    now = {n: chapter.shares.get(n, c.start) for n, c in recipe.controllers.items()}
+    values = {**sizes, **now}
+    sources = {
+        name: Member(share=_number(share_of(source), values.get(name)), group=source.group)
+        for name, source in recipe.sources.items()
+    }
+    groups = {
+        name: Member(share=_number(share_of(group), values.get(name)), group=group.group)
+        for name, group in recipe.groups.items()
+    }
+    members: dict[str, Source | Group] = {**recipe.sources, **recipe.groups}
+    controlled = [n for n in now if isinstance(share_of(members[n]), Controller)]
+    return _with_the_rest(Shares(sources=sources, groups=groups), controlled)
+
+
+def _number(
+    share: float | Points | Temperature | UniMax | Controller, value: float | None
+) -> Share:
+    if isinstance(share, Temperature | UniMax | Controller):
+        assert value is not None
+        return value
+    return share
+
+
+def _with_the_rest(shares: Shares, controlled: Collection[str]) -> Shares:
+    """The same, where a controlled share is a fraction of all: those beside it are a group, which has the rest."""
+    members = {**shares.sources, **shares.groups}
+    for level in {members[name].group for name in controlled}:
+        fractions = [members[n].share for n in controlled if members[n].group == level]
+        # No name of a recipe has a blank.
+        rest = f"the rest of {level}"
+        inside = {
+            name: replace(member, group=rest)
+            for name, member in members.items()
+            if member.group == level and name not in controlled
+        }
+        left = 1 - sum(Fraction(str(fraction)) for fraction in fractions)
+        members |= {**inside, rest: Member(share=float(left), group=level)}
+    return Shares(
+        sources={name: members[name] for name in shares.sources},
+        groups={name: member for name, member in members.items() if name not in shares.sources},
+    )
+
+
+def _sizes(recipe: Recipe, stages: Sequence[Stage], chapter: Chapter) -> dict[str, float]:
+    """The shares that follow from the sizes of sources.
+
+    What UniMax gives depends on the rows of the run, and they on it where the budget is in tokens: from even shares on,
+    both are found by turns.
+    """
+    tokens = {name: stream.manifest.tokens for name, stream in stages[-1].streams.items()}
+    sizes = by_temperature(recipe, tokens)
+    levels = list(levels_of_unimax(recipe))
+    sizes |= {name: 1.0 for epochs in levels for name in epochs}
+    if not levels:
+        return sizes
+    seen: list[int] = []
+    rooms: list[_Room] = []
+    for _ in range(_STEPS_TRIED):
+        shares = _shares(recipe, sizes, chapter, _share).later(chapter.after)
+        seen.append(count_steps(recipe, stages, shares, chapter))
+        # Between numbers of steps that follow each other in a circle, the largest keeps all limits.
+        steps = max(seen) if seen[-1] in seen[:-1] else seen[-1]
+        rooms = [_room(recipe, stages, shares, chapter, epochs, steps) for epochs in levels]
+        given = [unimax(room.capacities, room.rows) for room in rooms]
+        found = {name: float(rows) for level in given for name, rows in level.items()}
+        if found.items() <= sizes.items():
+            break
+        sizes |= found
+    faults = [fault for room in rooms for fault in _too_small(room)]
+    if faults:
+        raise BadInput(*faults)
+    return sizes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Room:
+    """The rows that sources have together from a chapter on, and those that each of them can give within its epochs."""
+
+    rows: int
+    capacities: Mapping[str, int]
+
+
+def _room(
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    shares: Shares,
+    chapter: Chapter,
+    epochs: Mapping[str, float],
+    steps: int,
+) -> _Room:
+    after = chapter.after
+    table = shares.table(np.arange(max(steps - after, 1)))
+    together = sum((table[name] for name in epochs), np.zeros(max(steps - after, 1)))
+    firsts = [stage.first_step - 1 - after for stage in stages]
+    rows = [recipe.rows_per_step * part.sum() for part in np.split(together, firsts[1:])]
+    capacities = {}
+    for name, limit in epochs.items():
+        per_epoch = [stage.streams[name].rows_per_epoch for stage in stages]
+        left = limit - chapter.rows.get(name, 0) / per_epoch[0]
+        alone = sum(n / of for n, of in zip(rows, per_epoch, strict=True))
+        # Where rows change their length, a source goes on at the next whole row.
+        capacities[name] = max(0, floor(left * sum(rows) / alone + 1e-6) - len(stages) + 1)
+    return _Room(rows=ceil(sum(rows) - 1e-6), capacities=capacities)
+
+
+def _too_small(room: _Room) -> Iterator[str]:
+    most = sum(room.capacities.values())
+    if most < room.rows:
+        names = ", ".join(f"sources.{name}.share" for name in room.capacities)
+        yield (
+            f"{names}: unimax lets these sources give {most:,} rows together, and the run needs {room.rows:,}; raise unimax "
+            "in the same ratio or more, lower the budget, or give other sources a larger share"
+        )
+
+
+def _empty_steps(kind: str, shares: Shares, chapter: Chapter) -> Iterator[str]:
+    empty = _first_empty(shares)
+    if empty is not None:
+        yield (
+            f"{kind} of every source is 0 at step {chapter.after + empty}; at each step one must be above 0, "
+            "move a point or add a constant share"
+        )
+
+
+def _first_empty(shares: Shares) -> int | None:
+    """The first step in which no source has a share."""
+    table = shares.table(np.arange(shares.last_change + 1))
+    empty = np.flatnonzero(sum(table.values()) == 0)
+    return int(empty[0]) if len(empty) else None
+
+
+def _within_epochs(
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    shares: Shares,
+    loss_shares: Shares,
+    chapter: Chapter,
+) -> Mixing:
+    """Go from limit to limit: the source that comes first to its own is refused, ends the run, or leaves it.
+
+    Shares count from the beginning of the chapter, steps from that of the run.
+    """
+    after = chapter.after
+    while True:
+        plan = _plan(recipe, stages, shares, chapter)
+        steps = count_steps(recipe, stages, shares, chapter)
+        ends = {
+            n: end for n in recipe.sources if (end := _last_step(recipe, plan, n, steps)) < steps
+        }
+        notes = [
+            _said_left(recipe, name, after + end)
+            for name, end in shares.ends.items()
+            if after + end < steps
+        ]
+        if not ends:
+            return Mixing(plan=plan, steps=steps, loss_shares=loss_shares, notes=notes)
+        # At one step, a stop comes before the others: none of them then goes beyond its limit.
+        first = min(ends, key=lambda n: (ends[n], recipe.sources[n].when_exhausted != "stop"))
+        end, source = ends[first], recipe.sources[first]
+        if source.when_exhausted == "error":
+            raise BadInput(*_refused(recipe, plan, ends, steps))
+        if source.when_exhausted == "stop":
+            _check_not_empty(end - after, first)
+            notes.append(
+                f"the run ends after {end:,} steps and not {steps:,}: {first} has then come to its max_epochs = "
+                f"{source.max_epochs:g}"
+            )
+            return Mixing(plan=plan, steps=end, loss_shares=loss_shares, notes=notes)
+        if first in shares.ends:
+            # The mixture owes it the rest of a row, and gives it when several have left: it leaves a row earlier.
+            earlier = _last_step(recipe, plan, first, steps, spare_rows=1)
+            end = min(earlier, after + shares.ends[first] - 1)
+        _check_not_empty(end - after, first)
+        shares = replace(shares, ends={**shares.ends, first: end - after})
+        loss_shares = replace(loss_shares, ends=shares.ends)
+        faults = [
+            *_nothing_left("share", shares, steps, after),
+            *_nothing_left("loss_share", loss_shares, steps, after),
+        ]
+        if faults:
+            raise BadInput(faults[0])
+
+
+def _said_left(recipe: Recipe, name: str, end: int) -> str:
+    return (
+        f"from step {end + 1:,} on {name} is left out and its share given to the others: it has then come to its "
+        f"max_epochs = {recipe.sources[name].max_epochs:g}"
+    )
+
+
+def _nothing_left(kind: str, shares: Shares, steps: int, after: int) -> Iterator[str]:
+    """Shares are 0 from a step on because sources have left; a block of rows beyond the run's end counts too."""
+    empty = _first_empty(shares)
+    if empty is None:
+        return
+    gone = ", ".join(shares.ends)
+    if len(shares.ends) == len(shares.names):
+        yield (
+            f"every source ({gone}) has come to its max_epochs after {after + empty:,} of {steps:,} steps; raise a max_epochs, "
+            "lower the budget, or set when_exhausted: stop"
+        )
+    else:
+        yield (
+            f"{kind} of every source is 0 at step {after + empty:,}, since {gone} has come to its max_epochs; raise it, set "
+            "when_exhausted: stop, or move a point of the others"
+        )
+
+
+def _check_not_empty(end: int, name: str) -> None:
+    if end == 0:
+        raise BadInput(
+            f"sources.{name}.max_epochs is used up within the first step; raise it, or lower rows_per_step or the share"
+        )
+
+
+def _last_step(recipe: Recipe, plan: Plan, name: str, steps: int, *, spare_rows: int = 0) -> int:
+    """The last step after which a source is within its limit less `spare_rows`, at most `steps`."""
+    limit = recipe.sources[name].max_epochs
+    if limit is None or _epochs(plan, name, steps, spare_rows) <= limit:
+        return steps
+    within, beyond = plan.chapter.after, steps
+    while beyond - within > 1:
+        middle = (within + beyond) // 2
+        if _epochs(plan, name, middle, spare_rows) <= limit:
+            within = middle
+        else:
+            beyond = middle
+    return within
+
+
+def _epochs(plan: Plan, name: str, step: int, more_rows: int) -> float:
+    return plan.epochs(step)[name] + more_rows / plan.streams_at(step)[name].rows_per_epoch
+
+
+def _refused(recipe: Recipe, plan: Plan, ends: Mapping[str, int], steps: int) -> Iterator[str]:
+    """Every source that would go beyond its limit and must not, before another one stops the run."""
+    stops = [end for n, end in ends.items() if recipe.sources[n].when_exhausted == "stop"]
+    for name, end in ends.items():
+        if recipe.sources[name].when_exhausted == "error" and end < min([*stops, steps]):
+            yield _too_many(recipe, plan, name, steps)
+
+
+def _too_many(recipe: Recipe, plan: Plan, name: str, steps: int) -> str:
+    source = recipe.sources[name]
+    needed, limit = plan.epochs(steps)[name], source.max_epochs
+    assert limit is not None
+    fewer = _smaller_share(recipe, plan, name, limit / needed)
+    return (
+        f"sources.{name}.max_epochs is {limit:g} and the run goes through it {needed:.4g} times in {steps:,} steps; set "
+        f"sources.{name}.max_epochs to {ceil(needed * 100) / 100:.15g}{fewer}, lower the budget, or choose when_exhausted: "
+        "stop or renormalise"
+    )
+
+
+def _smaller_share(recipe: Recipe, plan: Plan, name: str, factor: float) -> str:
+    """The share that draws `factor` times the rows while the others keep theirs, in words; nothing where it moves."""
+    source = recipe.sources[name]
+    others = [s.share for n, s in recipe.sources.items() if n != name and s.group == source.group]
+    others += [g.share for g in recipe.groups.values() if g.group == source.group]
+    numbers = [share for share in others if isinstance(share, float)]
+    if not isinstance(source.share, float) or len(numbers) < len(others) or not numbers:
+        return ""
+    part = source.share / (source.share + sum(numbers)) * factor
+    # Prefixes are within one row, and with the share the steps of a budget change: what is said has been tried.
+    guess, fits, too_many = part * sum(numbers) / (1 - part), 0.0, source.share
+    for _ in range(_SHARES_TRIED):
+        share = float(f"{guess:.2e}")
+        if _fits(recipe, plan, name, share):
+            fits = max(fits, share)
+        else:
+            too_many = min(too_many, share)
+        guess = (fits + too_many) / 2 if fits else share * 0.9
+    return f", or sources.{name}.share to {fits:.3g} or less" if fits else ""
+
+
+def _fits(recipe: Recipe, plan: Plan, name: str, share: float) -> bool:
+    """Whether a source stays within its limit with this share."""
+    sources = dict(recipe.sources)
+    sources[name] = sources[name].model_copy(update={"share": share})
+    changed = recipe.model_copy(update={"sources": sources})
+    limit, stages = sources[name].max_epochs, plan.stages
+    assert limit is not None
+    chapter, ends = plan.chapter, plan.mixture.shares.ends
+    shares = _shares(changed, _sizes(changed, stages, chapter), chapter, _share).later(
+        chapter.after
+    )
+    shares = replace(shares, ends=ends)
+    steps = count_steps(changed, stages, shares, chapter)
+    return _plan(changed, stages, shares, chapter).epochs(steps)[name] <= limit
+
+
+def _plan(recipe: Recipe, stages: Sequence[Stage], shares: Shares, chapter: Chapter) -> Plan:
+    mixture = Mixture(shares, recipe.rows_per_step, _whole_rows(recipe, shares, chapter))
+    return Plan(mixture=mixture, stages=stages, seed=recipe.seed, chapter=chapter)
+
+
+def _whole_rows(recipe: Recipe, shares: Shares, chapter: Chapter) -> dict[str, int] | None:
+    """The rows of each source up to the next decision, where shares were decided and stay until then.
+
+    They are whole, and what a source was owed is counted in, so that a small share is met over many decisions.
+    """
+    if not chapter.shares or shares.last_change:
+        return None
+    every = recipe.train.evaluate_every
+    rows = recipe.rows_per_step * (every - chapter.after % every)
+    due = {name: share * rows + chapter.owed.get(name, 0.0) for name, share in shares.at(0).items()}
+    return apportion(due, rows)
+
+
+def count_steps(
+    recipe: Recipe, stages: Sequence[Stage], shares: Shares, chapter: Chapter = FIRST_CHAPTER
+) -> int:
+    """Optimizer steps of the run that the budget allows, from the mean number of tokens in a row of each source.
+
+    What was trained before the chapter is counted, for the sources that the recipe names.
+    """
+    budget = recipe.budget
+    fixed = recipe.train.steps or budget.steps
+    if fixed is not None:
+        return fixed
+    goal = budget.task_tokens or budget.total_tokens
+    assert goal is not None
+    names = recipe.task_names if budget.task_tokens else tuple(recipe.sources)
+    after = chapter.after
+    goal -= sum(chapter.tokens.get(name, 0) for name in names)
+    if goal <= 0:
+        return after
+    last = max(shares.last_change, stages[-1].first_step - 1 - after)
+    gains = _gains(recipe.rows_per_step, stages, shares, names, np.arange(last + 1), after)
+    reached = np.cumsum(gains[:-1])
+    at = int(np.searchsorted(reached, goal))
+    if at < len(reached):
+        return after + at + 1
+    left = goal - (float(reached[-1]) if len(reached) else 0.0)
+    if gains[-1] == 0:
+        raise BadInput(
+            f"budget.task_tokens is {goal:,} and {float(reached[-1]):,.0f} can be reached: the shares of {', '.join(names)} end "
+            f"at 0 after step {after + last:,}; raise their last point or max_epochs, or use budget.steps"
+        )
+    return after + last + ceil(left / float(gains[-1]))
+
+
+def _gains(
+    rows_per_step: int,
+    stages: Sequence[Stage],
+    shares: Shares,
+    names: Sequence[str],
+    steps: npt.NDArray[np.int64],
+    after: int,
+) -> _Floats:
+    """Tokens of the named sources that each step is expected to bring, which come after `after` others of the run."""
+    table = shares.table(steps)
+    firsts = [stage.first_step for stage in stages]
+    stage_of = np.searchsorted(firsts, after + steps + 1, side="right") - 1
+    gains = np.zeros(len(steps))
+    for name in names:
+        streams = [stage.streams[name] for stage in stages]
+        row_tokens = np.array([s.tokens_per_epoch / s.rows_per_epoch for s in streams])
+        gains += rows_per_step * table[name] * row_tokens[stage_of]
+    return gains

@@ -1,0 +1,311 @@
+"""Addresses of shards go in, verified files on a local disk come out, within a bound of bytes that all processes share.
+
+Files of the folder, F the sha256 of the content: `F.shard` is whole and verified, `F-SIZE.part` is on its way and holds
+SIZE bytes of the bound; `F.failed` says why the last download failed. Every claim is a flock on an open file, which the kernel drops when its process ends: on a shard
+a shared one while it is in use, on a part an exclusive one while it is written. Locks are taken and files come and go
+only under the lock of the file `lock`.
+"""
+
+import fcntl
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+from bigmix.data.shards.location import shown
+from bigmix.data.shards.retry import Changed, Retry, Stopped, Watch
+from bigmix.data.shards.storage import copy_to
+from bigmix.errors import BadInput, BigmixError
+from bigmix.files import sha256_of
+
+_POLL_S = 0.05
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PART = re.compile(r"[0-9a-f]{64}-(\d+)\.part")
+
+
+class CacheFault(BigmixError):
+    """The cache is at fault, and not the file that it was asked for."""
+
+
+class CacheFull(CacheFault):
+    """A file does not fit beside those that are in use."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheCounts:
+    """What one cache object has done since it was made; `wait_s` is spent on downloads of other processes and threads."""
+
+    downloads: int = 0
+    bytes: int = 0
+    retries: int = 0
+    hits: int = 0
+    evictions: int = 0
+    wait_s: float = 0.0
+
+
+class Lease:
+    """The right to read a file of the cache: it is not evicted until `close`, or until its process ends."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self._descriptor: int | None = descriptor
+
+    def close(self) -> None:
+        """Give the file back to the cache; a second call does nothing."""
+        if self._descriptor is not None:
+            os.utime(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:  # fmt: skip
+        self.close()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _File:
+    """A file that is asked for."""
+
+    url: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """A part that this thread alone may write, until it closes the descriptor."""
+
+    path: Path
+    descriptor: int
+
+
+class ShardCache:
+    """Files on a local disk, at most `max_bytes` of them, shared by all processes that name the same folder."""
+
+    def __init__(self, folder: Path, max_bytes: int, retry: Retry | None = None) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._retry = retry or Retry()
+        self._counts = CacheCounts()
+        self._count_lock = threading.Lock()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with self._listing():
+                pass
+        except OSError as error:
+            raise BadInput(
+                f"cache.folder {folder} cannot be written ({error.strerror}); name a folder on a local disk"
+            ) from error
+
+    @property
+    def counts(self) -> CacheCounts:
+        """The counts up to now."""
+        return self._counts
+
+    def get(self, url: str, *, size: int, sha256: str, watch: Watch | None = None) -> Lease:
+        """The whole, verified file, downloaded unless some process of this machine has done so.
+
+        Who waits for a download that fails, fails with it: a second one would take as long again.
+
+        Raises Changed where the content is not that of `sha256`, CacheFull where it does not fit beside the files in
+        use, CacheFault where it cannot be written, and what `storage` raises for a file that cannot be read.
+        """
+        if not _SHA256.fullmatch(sha256):
+            raise BadInput(
+                f"{shown(url)} is listed with sha256 {sha256!r}, allowed are 64 hexadecimal digits; "
+                "prepare the source again"
+            )
+        file = _File(url=url, size=size, sha256=sha256)
+        watch = watch or Watch()
+        asked_ns, begin = time.time_ns(), time.monotonic()
+        while (claim := self._claim(file)) is None:
+            watch.pause(_POLL_S)
+        self._count(wait_s=time.monotonic() - begin)
+        if isinstance(claim, Lease):
+            self._count(hits=1)
+            return claim
+        try:
+            with self._failing_together(file, asked_ns):
+                return self._fill(file, claim, watch)
+        except BaseException:
+            os.close(claim.descriptor)
+            raise
+
+    @contextmanager
+    def _failing_together(self, file: _File, asked_ns: int) -> Iterator[None]:
+        """Leave word of a failure for those who wait for the same file; raise one that came since `asked_ns`."""
+        word = self._folder / f"{file.sha256}.failed"
+        said = _text_since(word, asked_ns)
+        if said is not None:
+            raise BigmixError(said)
+        word.unlink(missing_ok=True)
+        try:
+            yield
+        except (Stopped, CacheFault):
+            raise
+        except BigmixError as error:
+            with suppress(OSError):
+                word.write_text(str(error))
+            raise
+
+    def discard(self, lease: Lease) -> None:
+        """Forget a file whose content has been found damaged, so that the next who asks for it downloads it."""
+        with self._listing():
+            lease.path.unlink(missing_ok=True)
+
+    def _count(self, **more: float) -> None:
+        with self._count_lock:
+            old = self._counts
+            new = {name: getattr(old, name) + value for name, value in more.items()}
+            self._counts = replace(old, **new)
+
+    def _claim(self, file: _File) -> Lease | _Part | None:
+        """The file if it is here, else its part to write, else None: another is writing it."""
+        path = self._folder / f"{file.sha256}.shard"
+        part = self._folder / f"{file.sha256}-{file.size}.part"
+        with self._listing():
+            if path.exists():
+                lease = self._lease(path, file.size)
+                if lease is not None:
+                    return lease
+            if not part.exists():
+                self._make_room(file)
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
+            if _locked(descriptor, fcntl.LOCK_EX):
+                os.utime(descriptor)
+                return _Part(path=part, descriptor=descriptor)
+            os.close(descriptor)
+            return None
+
+    def _lease(self, path: Path, size: int) -> Lease | None:
+        if path.stat().st_size != size:
+            path.unlink()  # cut short behind our back
+            return None
+        descriptor = os.open(path, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        os.utime(descriptor)
+        return Lease(path, descriptor)
+
+    @contextmanager
+    def _listing(self) -> Iterator[None]:
+        """Alone with the folder; held for a moment only, never during a download."""
+        descriptor = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _make_room(self, file: _File) -> None:
+        """Evict what was not used for longest until the file fits; a part without a writer is evicted like a shard.
+
+        Nothing is evicted where all of it would not be enough.
+        """
+        entries = sorted(self._entries())
+        over = sum(size for _, _, size in entries) + file.size - self._max_bytes
+        victims: list[Path] = []
+        in_use = 0
+        for _, path, size in entries:
+            if over > 0 and _is_unlocked(path):
+                victims.append(path)
+                over -= size
+            elif over > 0:
+                in_use += size
+        if over > 0:
+            raise CacheFull(
+                f"the cache {self._folder} has no room for {shown(file.url)}: {in_use:,} bytes are in use and the file has "
+                f"{file.size:,}, but cache.size is {self._max_bytes:,}; raise cache.size to {in_use + file.size:,} or more"
+            )
+        for path in victims:
+            path.unlink()
+        self._count(evictions=len(victims))
+
+    def _entries(self) -> Iterator[tuple[int, Path, int]]:
+        """Time of last use, path and bytes of the bound, of every file and part."""
+        for path in self._folder.iterdir():
+            part = _PART.fullmatch(path.name)
+            if part is not None or path.suffix == ".shard":
+                status = path.stat()
+                yield status.st_mtime_ns, path, int(part.group(1)) if part else status.st_size
+
+    def _fill(self, file: _File, part: _Part, watch: Watch) -> Lease:
+        resumed = part.path.stat().st_size > 0
+        while True:
+            try:
+                self._download(file, part, watch)
+                return self._finish(file, part)
+            except Changed:
+                if not resumed:
+                    self._drop(part)
+                    raise
+                # What an earlier process left may be of another version, or torn by a power cut: once more from zero.
+                os.truncate(part.path, 0)
+                resumed = False
+
+    def _download(self, file: _File, part: _Part, watch: Watch) -> None:
+        if part.path.stat().st_size > file.size:
+            raise Changed(f"{part.path} is longer than {file.size} bytes; delete it")
+        bytes_before, retries_before = watch.bytes, watch.retries
+        try:
+            copy_to(file.url, part.path, size=file.size, retry=self._retry, watch=watch)
+            os.fsync(part.descriptor)
+        except OSError as error:
+            self._drop(part)
+            raise CacheFault(
+                f"{shown(file.url)}, {file.size:,} bytes, could not be written to the cache {self._folder} ({error.strerror}); "
+                "free its disk, lower cache.size, or set cache.folder to a larger disk"
+            ) from error
+        finally:
+            self._count(bytes=watch.bytes - bytes_before, retries=watch.retries - retries_before)
+        found = sha256_of(part.path)
+        if found != file.sha256:
+            raise Changed(
+                f"{shown(file.url)} has sha256 {found}, its manifest says {file.sha256}: its content has changed or is "
+                "damaged; restore the file or prepare the source again"
+            )
+        self._count(downloads=1)
+
+    def _drop(self, part: _Part) -> None:
+        with self._listing():
+            part.path.unlink()
+
+    def _finish(self, file: _File, part: _Part) -> Lease:
+        path = self._folder / f"{file.sha256}.shard"
+        # Under the lock of the listing: between the exclusive lock and the shared one the file is nobody's.
+        with self._listing():
+            os.replace(part.path, path)
+            fcntl.flock(part.descriptor, fcntl.LOCK_SH)
+        return Lease(path, part.descriptor)
+
+
+def _text_since(path: Path, time_ns: int) -> str | None:
+    """The text of a file that was written at that time or later."""
+    try:
+        return path.read_text() if path.stat().st_mtime_ns >= time_ns else None
+    except FileNotFoundError:
+        return None
+
+
+def _locked(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_unlocked(path: Path) -> bool:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return _locked(descriptor, fcntl.LOCK_EX)
+    finally:
+        os.close(descriptor)

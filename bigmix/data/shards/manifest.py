@@ -1,0 +1,257 @@
+"""What a prepared source holds goes in and out: its manifest, written last, so that a folder with one is whole.
+
+The shards are listed by column, so that a manifest of a million of them is a few arrays and not a million objects.
+Where the arrays of a shard begin is told by the shard itself, in its table of blocks.
+"""
+
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    InstanceOf,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+)
+
+from bigmix.data.shards.location import MANIFEST
+from bigmix.data.statistics import Statistics
+from bigmix.errors import BadInput
+from bigmix.files import replace_text, sha256_of
+
+LENGTHS = "lengths.npy"
+VERSION = 2
+
+Ints = npt.NDArray[np.int64]
+_NUMBERS = ("bytes", "documents", "tokens", "loss_tokens", "blocks", "blocks_at")
+_TEXTS = ("file", "sha256", "blocks_check")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardEntry:
+    """One tar file of a source; its table of `blocks` rows begins at byte `blocks_at` and has the checksum `blocks_check`."""
+
+    file: str
+    bytes: int
+    sha256: str
+    documents: int
+    tokens: int
+    loss_tokens: int
+    blocks: int
+    blocks_at: int
+    blocks_check: str
+
+
+class ShardTable(Sequence[ShardEntry]):
+    """The shards of a source: a sequence of entries, kept by column."""
+
+    def __init__(self, columns: Mapping[str, Any]) -> None:
+        """Raises ValueError where a column is missing, of another length or of another type."""
+        numbers = {name: np.asarray(columns[name], np.int64) for name in _NUMBERS}
+        texts = {name: np.asarray(columns[name], np.bytes_) for name in _TEXTS}
+        self._columns: dict[str, npt.NDArray[Any]] = numbers | texts
+        sizes = {column.shape for column in self._columns.values()}
+        if len(sizes) != 1 or len(sizes.pop()) != 1:
+            raise ValueError("the columns of the shards have different lengths")
+
+    @classmethod
+    def of(cls, entries: Sequence[ShardEntry]) -> "ShardTable":
+        """The table of these entries."""
+        return cls({name: [getattr(e, name) for e in entries] for name in _NUMBERS + _TEXTS})
+
+    def column(self, name: str) -> Ints:
+        """A column of numbers, one for each shard: bytes, documents, tokens, loss_tokens, blocks or blocks_at."""
+        return self._columns[name]
+
+    @property
+    def files(self) -> list[str]:
+        """The name of each shard."""
+        return [name.decode() for name in self._columns["file"].tolist()]
+
+    def indices_of(self, files: Collection[str]) -> list[int]:
+        """Where the shards with these names are; names that are not listed are passed over."""
+        names = np.array([name.encode() for name in files], np.bytes_)
+        found: list[int] = np.flatnonzero(np.isin(self._columns["file"], names)).tolist()
+        return found
+
+    def __len__(self) -> int:
+        return len(self._columns["bytes"])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        row: dict[str, Any] = {name: int(self._columns[name][index]) for name in _NUMBERS}
+        row |= {name: self._columns[name][index].decode() for name in _TEXTS}
+        return ShardEntry(**row)
+
+    def __iter__(self) -> Iterator[ShardEntry]:
+        return (self[index] for index in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ShardTable) and self.to_lists() == other.to_lists()
+
+    def __hash__(self) -> int:
+        return hash(len(self))
+
+    def select(self, files: Sequence[str]) -> "ShardTable":
+        """The shards with these names, in this order; raises KeyError with the first name that is not there."""
+        place = {name: at for at, name in enumerate(self.files)}
+        at = [place[file] for file in files]
+        return ShardTable({name: values[at] for name, values in self._columns.items()})
+
+    def to_lists(self) -> dict[str, list[Any]]:
+        """The columns as they are written to JSON."""
+        return {
+            name: column.astype(np.str_).tolist() if name in _TEXTS else column.tolist()
+            for name, column in self._columns.items()
+        }
+
+
+def _as_table(value: Any) -> ShardTable:
+    if isinstance(value, ShardTable):
+        return value
+    if isinstance(value, Mapping):
+        missing = [name for name in _NUMBERS + _TEXTS if name not in value]
+        if missing:
+            raise ValueError(f"the shards have no column {missing[0]}")
+        return ShardTable(value)
+    return ShardTable.of(tuple(value))
+
+
+class TokenizerEntry(_Frozen):
+    """Which tokenizer made the tokens; the fingerprint decides whether two are the same."""
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+
+
+class TemplateEntry(_Frozen):
+    """Which chat template rendered the conversations."""
+
+    name: str
+    sha256: str
+
+
+class FileEntry(_Frozen):
+    """A file beside the shards."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Frozen):
+    """What a prepared source holds. It is written last: what is listed is whole.
+
+    `loss_tokens` counts the tokens that have a prediction in the loss while documents are not split, `loss_bytes`
+    the UTF-8 bytes of the text behind them; bits per byte follow from both. `read` documents went in, `dropped`
+    counts by reason those that did not come out. `lengths` is a file with the tokens of every document of a chat
+    source, in the order of the shards: from it rows are packed without a look at the shards. `statistics` tells what the
+    documents are like.
+    """
+
+    version: Literal[2] = 2
+    kind: Literal["text", "chat"]
+    dtype: Literal["uint16", "uint32"]
+    tokenizer: TokenizerEntry
+    template: TemplateEntry | None
+    read: int
+    dropped: dict[str, int]
+    documents: int
+    tokens: int
+    loss_tokens: int
+    loss_bytes: int
+    lengths: FileEntry | None = None
+    statistics: Statistics | None = None
+    shards: Annotated[
+        InstanceOf[ShardTable],
+        PlainValidator(_as_table),
+        PlainSerializer(ShardTable.to_lists, when_used="json"),
+    ]
+
+
+def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """The smallest type that holds every id: 65536 entries fit uint16."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest last and in one step, so that a folder with a manifest is whole."""
+    replace_text(folder / MANIFEST, manifest.model_dump_json() + "\n")
+
+
+def parse_manifest(text: bytes | str, place: str) -> Manifest:
+    """The manifest in a JSON text that was read from `place`.
+
+    Raises BadInput where it is not a whole manifest, or of another version.
+    """
+    try:
+        tree = json.loads(text)
+        version = tree.get("version")
+        if version != VERSION:
+            raise BadInput(
+                f"{place} has version {version}, this bigmix reads {VERSION}; prepare the source again"
+            )
+        return Manifest.model_validate(tree)
+    except (ValidationError, ValueError, AttributeError) as error:
+        first = str(error).splitlines()[0]
+        raise BadInput(
+            f"{place} is not a whole manifest ({first}); prepare the source again"
+        ) from error
+
+
+def read_manifest(folder: str) -> Manifest:
+    """The manifest of a prepared source on local disk.
+
+    Raises BadInput where there is none, where it is not a whole manifest, or where it is of another version.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise BadInput(
+            f"{folder} is not a prepared source: it has no {MANIFEST}; make it with `bigmix prepare`"
+        )
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def faults_of_shards(folder: str, manifest: Manifest, *, checksum_bytes: int) -> Sequence[str]:
+    """Every shard that is missing, of another size or, up to `checksum_bytes` in all, of another content."""
+    # One listing for all shards: a question to the file system for each of a million takes minutes.
+    with os.scandir(folder) as listing:
+        found = {item.name: item.stat().st_size for item in listing if item.is_file()}
+    faults, shards = [], manifest.shards
+    for index, (file, size) in enumerate(
+        zip(shards.files, shards.column("bytes").tolist(), strict=True)
+    ):
+        fault = _fault_of_size(found.get(file), size)
+        if fault is None and checksum_bytes >= size:
+            checksum_bytes -= size
+            if sha256_of(Path(folder) / file) != shards[index].sha256:
+                fault = "its sha256 is not the manifest's: its content has changed"
+        if fault is not None:
+            faults.append(
+                f"{Path(folder) / file}: {fault}; restore the file or prepare the source again"
+            )
+    return faults
+
+
+def _fault_of_size(found: int | None, expected: int) -> str | None:
+    if found is None:
+        return "the file is missing"
+    return (
+        None if found == expected else f"it has {found} bytes, the manifest says {expected} bytes"
+    )

@@ -1,0 +1,143 @@
+"""A web address and an offset go in, an answer that begins at that offset comes out, or a fault that says what to do."""
+
+import base64
+import http.client
+import ssl
+import time
+import urllib.error
+import urllib.request
+from email.message import Message
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from bigmix.data.shards.location import shown
+from bigmix.data.shards.retry import Ask, Body, Changed, Opened, Transient, missing, refused
+from bigmix.errors import BadInput, BigmixError
+
+_PART_BYTES = 1 << 18  # one read of a socket gives no more; a buffer is made anew for each
+_GONE = (404, 410)
+_REFUSED = (401, 403, 407)
+_BUSY = (408, 425, 429)
+
+
+def open_http(url: str, ask: Ask) -> Opened:
+    """Open a web address at `ask.start`, also on servers that know no ranges."""
+    try:
+        answer = urllib.request.urlopen(_request(url, ask), timeout=ask.timeout_s)
+    except urllib.error.HTTPError as error:
+        with error:
+            raise _fault(url, error, ask) from error
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ssl.SSLCertVerificationError):
+            raise refused(url, str(error.reason)) from error
+        raise Transient(str(error.reason)) from error
+    except http.client.InvalidURL as error:
+        raise BadInput(f"{shown(url)} is not a web address ({error}); correct the path") from error
+    except http.client.HTTPException as error:
+        raise Transient(f"{type(error).__name__} {error}") from error
+    try:
+        return _opened(url, answer, ask)
+    except BaseException:
+        answer.close()
+        raise
+
+
+def _request(url: str, ask: Ask) -> urllib.request.Request:
+    parts = urlsplit(url)
+    login, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host, fragment="").geturl())
+    if at:
+        # Unredirected: a password is for this host, not for the one that it may point to.
+        coded = base64.b64encode(unquote(login).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {coded}")
+    if ask.start or ask.stop is not None:
+        last = "" if ask.stop is None else ask.stop - 1
+        request.add_header("Range", f"bytes={ask.start}-{last}")
+        if ask.tag is not None:
+            request.add_header("If-Range", ask.tag)
+    return request
+
+
+def _opened(url: str, answer: Any, ask: Ask) -> Opened:
+    body = _Body(answer)
+    tag = answer.headers.get("ETag")
+    if tag is not None and tag.startswith("W/"):
+        tag = None  # a weak tag stands for a meaning, not for bytes
+    if answer.status == 206:
+        return Opened(body=body, size=_size_of_range(url, answer.headers, ask), tag=tag)
+    if ask.tag is not None and tag is not None and tag != ask.tag:
+        raise Changed(
+            f"{shown(url)} changed while it was read: its ETag went from {ask.tag} to {tag}; run the command again"
+        )
+    length = answer.headers.get("Content-Length")
+    chunked = "chunked" in (answer.headers.get("Transfer-Encoding") or "").lower()
+    _skip(body, ask.start)
+    size = int(length) if length is not None and not chunked else None
+    return Opened(body=body, size=size, tag=tag, end_is_told=chunked)
+
+
+def _size_of_range(url: str, headers: Message, ask: Ask) -> int | None:
+    """The whole file's size out of `Content-Range: bytes 5-9/100`, which must begin where we asked."""
+    given = str(headers.get("Content-Range", ""))
+    unit, _, rest = given.partition(" ")
+    span, _, total = rest.partition("/")
+    first = span.partition("-")[0]
+    if unit.lower() != "bytes" or first.strip() != str(ask.start):
+        raise BigmixError(
+            f"{shown(url)} answers a request for byte {ask.start} with Content-Range {given!r}; "
+            "its server is broken, serve the files with another"
+        )
+    return int(total) if total.strip().isdigit() else None
+
+
+def _skip(body: Body, num_bytes: int) -> None:
+    """Read up to where we were, on a server that ignores Range and begins at zero."""
+    while num_bytes:
+        part = body.read1(num_bytes)
+        if not part:
+            raise Transient(f"the answer ended {num_bytes} bytes before the place that was reached")
+        num_bytes -= len(part)
+
+
+class _Body:
+    """An answer's bytes as they arrive, so that a break loses none that came before it."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    def read1(self, most: int, /) -> bytes:
+        try:
+            return bytes(self._answer.read1(min(most, _PART_BYTES)))
+        except http.client.HTTPException as error:
+            raise Transient(f"the answer broke off ({type(error).__name__})") from error
+        except TimeoutError as error:
+            raise Transient("the server sent nothing for too long") from error
+
+    def close(self) -> None:
+        self._answer.close()
+
+
+def _fault(url: str, error: urllib.error.HTTPError, ask: Ask) -> Exception:
+    reason = f"HTTP status {error.code} {error.reason}"
+    if error.code in _GONE:
+        return missing(url, reason)
+    if error.code in _REFUSED:
+        return refused(url, reason)
+    if error.code == 416:
+        return Changed(f"{shown(url)} has no byte {ask.start} ({reason}); prepare the source again")
+    if error.code in _BUSY or error.code >= 500:
+        return Transient(reason, _asked_wait_s(error.headers.get("Retry-After")))
+    return BigmixError(f"{shown(url)} cannot be read: {reason}; check the path of its source")
+
+
+def _asked_wait_s(text: str | None) -> float:
+    """Seconds of a Retry-After, which is a number or a date; 0 where it is neither."""
+    if text is None:
+        return 0.0
+    if text.strip().isdigit():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 0.0

@@ -1,0 +1,158 @@
+"""What an evaluation says goes in, the shares that controllers decide on come out, by their own rule or by the user's."""
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bigmix.data.records import Decision
+from bigmix.errors import BadInput, BigmixError
+from bigmix.recipe.shares import FORGETTING, Controller
+
+SHARE_DIGITS = 6
+# Of the share at one decision: it must rise at once, since what is forgotten is learned again slowly, and may take its time
+# to fall.
+_MOST_DOUBLINGS, _MOST_HALVINGS = 2.0, 1.0
+_FEW_DOUBLINGS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """What a rule decides a share on, after `step` of `steps`.
+
+    `share` is what it is now, as a fraction of its group or of the run, and must stay within `least` and `most`.
+    `shares` are the fractions of the run's rows by source. By source too: `losses`, the training loss since the decision
+    before, where a token was trained. By held-out set: `held_out`, its loss, and `forgetting`, that less the one at step
+    0, both in nats per token. `earlier` are the decisions so far, oldest first, with the shares of all controllers.
+    """
+
+    name: str
+    step: int
+    steps: int
+    share: float
+    least: float
+    most: float
+    limit: float | None
+    shares: Mapping[str, float]
+    losses: Mapping[str, float]
+    held_out: Mapping[str, float]
+    forgetting: Mapping[str, float]
+    earlier: Sequence[Decision]
+
+
+Rule = Callable[[Reading], float]
+
+
+def rule_of(controller: Controller, looked_at: Sequence[str]) -> Rule:
+    """The rule of a controller that looks at these held-out sets.
+
+    Raises BadInput where it is the user's and cannot be imported.
+    """
+    if controller.controller == FORGETTING:
+        return partial(hold_forgetting, controller, looked_at)
+    place, _, name = controller.controller.rpartition(":")
+    try:
+        rule = getattr(_module(place), name, None)
+    # Whatever the user's module raises while it is imported.
+    except Exception as error:
+        raise BadInput(
+            f"controller {controller.controller}: {place} cannot be imported ({type(error).__name__}: {error}); give the path "
+            "of a Python file that exists, or the dotted name of a module that is installed"
+        ) from error
+    if not callable(rule):
+        raise BadInput(
+            f"controller {controller.controller}: {place} has no function {name}; define it, or name another one"
+        )
+    return rule  # type: ignore[no-any-return]
+
+
+def _module(place: str) -> Any:
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    spec = importlib.util.spec_from_file_location(f"bigmix_rule_{Path(place).stem}", place)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Where dataclasses look for it.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def decide(rule: Rule, said: str, reading: Reading) -> float:
+    """The share that a rule gives, to six digits; `said` is what the recipe calls it.
+
+    Raises BigmixError where the rule fails, gives no number within the bounds, or another one when it is asked again.
+    """
+    first, second = _asked(rule, said, reading), _asked(rule, said, reading)
+    if first != second:
+        raise BigmixError(
+            f"{said} gives {first} for the share of {reading.name} after step {reading.step}, and {second} when it is asked "
+            "again; a rule must depend on what it is given alone, keep no state and draw nothing at random"
+        )
+    if not reading.least <= first <= reading.most:
+        raise BigmixError(
+            f"{said} gives {first} for the share of {reading.name} after step {reading.step}, must be between least = "
+            f"{reading.least:g} and most = {reading.most:g}; change the rule or the bounds, the same command goes on"
+        )
+    return min(max(round(first, SHARE_DIGITS), reading.least), reading.most)
+
+
+def _asked(rule: Rule, said: str, reading: Reading) -> float:
+    try:
+        share = rule(reading)
+    # Whatever the user's function raises.
+    except Exception as error:
+        raise BigmixError(
+            f"{said} failed on the share of {reading.name} after step {reading.step}: {type(error).__name__}: {error}"
+        ) from error
+    if isinstance(share, bool) or not isinstance(share, int | float) or not math.isfinite(share):
+        raise BigmixError(
+            f"{said} gives {share!r} for the share of {reading.name} after step {reading.step}, must be a finite number; "
+            "change the rule, the same command goes on"
+        )
+    return float(share)
+
+
+def hold_forgetting(controller: Controller, looked_at: Sequence[str], reading: Reading) -> float:
+    """The share that keeps forgetting at or under the limit, by a power law in what is expected at the next evaluation.
+
+    Forgetting falls about as forgetting(p) = forgetting(0) (1 + B p)^-alpha with the share p, so that where it is to
+    change by a factor f, p changes by about f^(-1/alpha); `gain` stands for 1/alpha, and is smaller since too small a
+    step is made good by the next one, and too large a one overshoots.
+    """
+    assert controller.limit is not None, "a recipe without it is refused"
+    now = _judged(controller, looked_at, reading.forgetting)
+    before = reading.earlier[-1].forgetting if reading.earlier else dict.fromkeys(looked_at, 0.0)
+    last = _judged(controller, looked_at, before)
+    if now is None:
+        return reading.share
+    aim = controller.aim * controller.limit
+    # Of nothing, or less, there is no ratio to the aim.
+    expected = max(_expected(now, now if last is None else last), aim * 2.0**-_FEW_DOUBLINGS)
+    doublings = controller.gain * math.log2(expected / aim)
+    share = reading.share * 2 ** min(max(doublings, -_MOST_HALVINGS), _MOST_DOUBLINGS)
+    return min(max(share, reading.least), reading.most)
+
+
+def _expected(now: float, last: float) -> float:
+    """Forgetting at the next evaluation: it answers late, and is on its way still.
+
+    A straight line where it rises. Where it falls it does so ever more slowly, by the same factor again: a straight
+    line would be below nothing after one good step.
+    """
+    return now * now / last if 0 < now < last else now + (now - last)
+
+
+def _judged(
+    controller: Controller, looked_at: Sequence[str], forgetting: Mapping[str, float]
+) -> float | None:
+    """The forgetting that counts; None where a set has none, since its loss was not finite."""
+    found = [forgetting[name] for name in looked_at if name in forgetting]
+    if len(found) < len(looked_at):
+        return None
+    return max(found) if controller.judge == "worst" else sum(found) / len(found)

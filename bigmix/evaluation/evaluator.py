@@ -1,0 +1,126 @@
+"""A model and an exam go in, all that is measured of it comes out, with the evaluation line of metrics.jsonl."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigmix.cluster.collectives import Cluster
+from bigmix.data.shards.manifest import Manifest
+from bigmix.errors import BadInput
+from bigmix.evaluation.forward import Exam, evaluate
+from bigmix.evaluation.held_out import Base, HeldOut, summarise
+from bigmix.evaluation.tasks.examples import TaskFile
+from bigmix.evaluation.tasks.inference_model import Weights, speaking
+from bigmix.evaluation.tasks.prompts import Asked, ask, language_of
+from bigmix.evaluation.tasks.runner import TaskResult, score_tasks, task_line
+from bigmix.model.causal_lm import max_positions
+from bigmix.model.engine import Evaluable
+from bigmix.text.last_word import pieces_of_tokens
+from bigmix.text.tokenizer import load_tokenizer
+from bigmix.train.step_metrics import Line, held_out_numbers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interview:
+    """The tasks that an evaluation asks, how weights are held for it, and the seed of what is drawn."""
+
+    tasks: Mapping[str, Asked]
+    weights: Weights
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Findings:
+    """What an evaluation found; `line` has all of its numbers, under the keys of metrics.jsonl."""
+
+    held_out: Mapping[str, HeldOut]
+    tasks: Mapping[str, TaskResult]
+    line: Line
+
+
+def examine(
+    engine: Evaluable,
+    cluster: Cluster,
+    exam: Exam,
+    interview: Interview,
+    *,
+    step: int,
+    base: Base | None,
+    stop_asked: Callable[[], bool],
+    doing: Callable[[str], None],
+) -> Findings | None:
+    """Everything that is asked of a model after a step; a collective. None where a rank is asked to stop.
+
+    Forgetting is measured from `base`, which takes in the sources that it has not seen; None: it is not measured.
+    """
+    sums = evaluate(engine, cluster, exam, stop_asked=stop_asked, doing=doing)
+    if sums is None:
+        return None
+    held_out = {}
+    for name, of_documents in sums.items():
+        if base is not None:
+            base.take(name, of_documents)
+        manifest = exam.held_out[name].manifest
+        held_out[name] = summarise(
+            name,
+            of_documents,
+            tokens_per_byte=manifest.loss_tokens / max(manifest.loss_bytes, 1),
+            base=base,
+        )
+    tasks = _interviewed(engine, cluster, interview, stop_asked=stop_asked, doing=doing)
+    if tasks is None:
+        return None
+    line = {"step": step, "eval": True} | held_out_numbers(held_out) | task_line(tasks)
+    return Findings(held_out=held_out, tasks=tasks, line=line)
+
+
+def _interviewed(
+    engine: Evaluable,
+    cluster: Cluster,
+    interview: Interview,
+    *,
+    stop_asked: Callable[[], bool],
+    doing: Callable[[str], None],
+) -> dict[str, TaskResult] | None:
+    """The results of all tasks; None where a rank is asked to stop."""
+    if not interview.tasks:
+        return {}
+    doing("gathering the weights for tasks")
+    lm = engine.module.lm
+    with engine.evaluating(), speaking(lm, engine.device, cluster, interview.weights) as speaker:
+        return score_tasks(
+            speaker,
+            cluster,
+            interview.tasks,
+            seed=interview.seed,
+            stop_asked=stop_asked,
+            doing=doing,
+        )
+
+
+def questions_of(
+    files: Mapping[str, TaskFile],
+    tokenizer_folder: Path,
+    tokenizer: str | None,
+    manifests: Sequence[Manifest],
+    config: Any,
+) -> dict[str, Asked]:
+    """The tasks as tokens for a model of this configuration; `tokenizer` is taken where the sources' folder has none.
+
+    Raises BadInput where there is no tokenizer, or a prompt has no place in the model.
+    """
+    if not files:
+        return {}
+    place = str(tokenizer_folder) if tokenizer_folder.is_dir() else tokenizer
+    if place is None:
+        raise BadInput(
+            "tasks need a tokenizer, and neither the sources nor the model have one; prepare the sources again, or set "
+            "model.tokenizer"
+        )
+    return ask(files, language_of(place, manifests), max_positions(config))
+
+
+def pieces_in(folder: Path) -> Sequence[bytes] | None:
+    """The bytes of each id of the tokenizer in a folder; None where there is no tokenizer."""
+    return pieces_of_tokens(load_tokenizer(str(folder))) if folder.is_dir() else None

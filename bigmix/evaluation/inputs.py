@@ -1,0 +1,99 @@
+"""A recipe goes in; what an evaluation without training needs of it comes out, opened and checked. No torch here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigmix.data.shards.manifest import Manifest
+from bigmix.data.source import Depot
+from bigmix.data.stream import Stream
+from bigmix.errors import BadInput
+from bigmix.evaluation.tasks.examples import TaskFile, open_tasks
+from bigmix.model.ds_config import read_ds_config
+from bigmix.recipe import Recipe
+from bigmix.source_checks import (
+    collect,
+    damaged_shards,
+    faults_of_empty,
+    held_out_streams,
+    opened_source,
+    reading_of,
+    retry_of,
+    tokenizer_faults,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutInputs:
+    """What a recipe names for an evaluation without training, opened: its held-out streams, tasks, DeepSpeed's keys.
+
+    `manifests` are those of the held-out sources, that of the nearest one first; `trained` those of the sources that are
+    trained on, where tasks follow from them.
+    """
+
+    streams: Mapping[str, Stream]
+    tasks: Mapping[str, TaskFile]
+    ds_keys: Mapping[str, Any]
+    manifests: Sequence[Manifest]
+    trained: Sequence[Manifest]
+    tokenizer_folder: Path
+
+
+def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOutInputs:
+    """Open and check the held-out sources and the tasks alone: sources that are trained on need not be there.
+
+    But for tasks that are chats where a source is one, unless a held-out source says so already. Raises BadInput with every fault that is found.
+    """
+    paths, faults = recipe.held_out_paths, list[str]()
+    if not paths:
+        raise BadInput(
+            "no held-out source is in the recipe; give a source its `held_out` folder, or name some under `held_out`"
+        )
+    ds_keys = collect(faults, read_ds_config, recipe.deepspeed)
+    tasks = collect(faults, open_tasks, recipe.tasks)
+    depot = Depot(reading_of(recipe, machines))
+    sources = {}
+    for name, path in paths.items():
+        source = collect(faults, opened_source, f"held_out of {name}", path, retry_of(recipe))
+        if source is not None:
+            sources[path] = source
+            faults += [f"held_out of {name}: {fault}" for fault in damaged_shards(source, verify)]
+    trained = _deciding(recipe, faults, [source.manifest for source in sources.values()])
+    faults += tokenizer_faults({path: source.manifest for path, source in sources.items()})
+    if faults:
+        raise BadInput(*faults)
+    streams = held_out_streams(recipe, depot, sources)
+    faults += dict.fromkeys(
+        fault for stream in streams.values() for fault in faults_of_empty(stream)
+    )
+    if faults:
+        raise BadInput(*faults)
+    ordered = sorted(sources.values(), key=lambda source: not source.location.is_local)
+    return HeldOutInputs(
+        streams=streams,
+        tasks=tasks,
+        ds_keys=ds_keys,
+        manifests=[source.manifest for source in ordered],
+        trained=trained,
+        tokenizer_folder=depot.tokenizer_folder(ordered[0]),
+    )
+
+
+def _deciding(
+    recipe: Recipe, faults: list[str], held_out: Sequence[Manifest]
+) -> Sequence[Manifest]:
+    """The sources that decide how tasks are asked: as a chat or as text."""
+    is_open = any(task.format == "auto" for task in recipe.tasks.values())
+    if not is_open or any(manifest.template is not None for manifest in held_out):
+        return ()
+    missing: list[str] = []
+    found = [
+        collect(missing, opened_source, f"sources.{name}.path", source.path, retry_of(recipe))
+        for name, source in recipe.sources.items()
+    ]
+    faults += [
+        f"{fault}; it decides whether tasks are asked as chats: or set their format to chat or text"
+        for fault in missing
+    ]
+    return [source.manifest for source in found if source is not None]

@@ -1,0 +1,197 @@
+"""A recipe and models outside of a run go in, a folder with what an evaluation finds of them comes out.
+
+The base is evaluated first, then the model: what it has forgotten, and how far it has moved, is measured from there.
+Neither has an optimizer, nor gradients.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bigmix.cluster.collectives import Cluster, leave
+from bigmix.cluster.heartbeat import Limits
+from bigmix.cluster.signals import StopFlag
+from bigmix.cluster.watchdog import Watchdog
+from bigmix.cluster.world import World
+from bigmix.errors import Interrupted
+from bigmix.evaluation.evaluator import Findings, Interview, examine, pieces_in, questions_of
+from bigmix.evaluation.forward import Exam
+from bigmix.evaluation.held_out import Base
+from bigmix.evaluation.inputs import HeldOutInputs
+from bigmix.evaluation.tasks.prompts import Asked
+from bigmix.evaluation.tasks.runner import write_samples
+from bigmix.files import replace_text
+from bigmix.loss.backend import choose_backend, computing_of
+from bigmix.model.causal_lm import choose_dtype
+from bigmix.model.checks import Evaluated, read_evaluated
+from bigmix.model.ds_config import fill
+from bigmix.model.engine import device_of, join
+from bigmix.model.loading import Origin, Place, open_anchor, open_evaluated
+from bigmix.recipe import Recipe, to_yaml
+from bigmix.runs.layout import RECIPE
+from bigmix.runs.metrics_log import METRICS, finite, read_lines
+from bigmix.runs.resume import LOG, log_to_file
+from bigmix.terminal import Terminal
+from bigmix.train.header import show_findings
+from bigmix.train.step_metrics import Line
+
+EVALUATION = "evaluation.json"
+_VERSION = 1
+# A file that fixes them must not stand in the way of another number of ranks.
+_OF_STEPS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """What is evaluated: the model, the base that it is held against if there is one, and where the results go."""
+
+    model: str
+    base: str | None
+    output: Path
+    command: str
+
+
+def run(
+    recipe: Recipe,
+    inputs: HeldOutInputs,
+    order: Order,
+    world: World,
+    terminal: Terminal,
+    flag: StopFlag,
+) -> None:
+    """Evaluate the models of an order on the held-out sources of a recipe; a collective.
+
+    Raises BadInput where a model does not fit the sources, and Interrupted where the flag is set.
+    """
+    given = {"--base": order.base, "--model": order.model}
+    models = read_evaluated(recipe, inputs.manifests[0], inputs.tokenizer_folder, given)
+    asked = {
+        named: questions_of(
+            inputs.tasks,
+            inputs.tokenizer_folder,
+            model.path,
+            [*inputs.manifests, *inputs.trained],
+            model.config,
+        )
+        for named, model in models.items()
+    }
+    cluster = join(world)
+    log_to_file(order.output / LOG, world)
+    limits = Limits(dead_s=recipe.train.dead_after_s, hang_s=60 * recipe.train.hang_minutes)
+    watchdog = Watchdog(cluster, flag, limits, order.output / LOG)
+    room = _Room(
+        recipe=recipe, inputs=inputs, asked=asked, cluster=cluster, flag=flag, doing=watchdog.doing
+    )
+    try:
+        lines = []
+        for model, found in _findings(room, models):
+            lines.append(found.line)
+            if world.is_first:
+                write_samples(order.output, int(found.line["step"] or 0), found.tasks)
+            show_findings(terminal, recipe, model.path, found)
+        if world.is_first:
+            _write(recipe, order, lines)
+            terminal.note(f"written to {order.output / EVALUATION}")
+    except BaseException as error:
+        watchdog.fail(error)
+        raise
+    watchdog.close()
+    leave()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Room:
+    """What all models of an order are examined with; `asked` are the tasks as tokens, by the option of the model."""
+
+    recipe: Recipe
+    inputs: HeldOutInputs
+    asked: Mapping[str, Mapping[str, Asked]]
+    cluster: Cluster
+    flag: StopFlag
+    doing: Callable[[str], None]
+
+
+def _findings(room: _Room, models: Mapping[str, Evaluated]) -> Iterator[tuple[Evaluated, Findings]]:
+    """What is found of the base, if there is one, and of the model; divergences are of the model alone."""
+    base, exam = None, _exam(room)
+    model, held_against = models["--model"], models.get("--base")
+    if held_against is not None:
+        base = Base()
+        yield held_against, _examined(room, held_against, exam, 0, base)
+        exam = replace(exam, base=open_anchor(_origin(held_against), room.recipe, _place(room)))
+    yield model, _examined(room, model, exam, _step_of(Path(model.path)), base)
+
+
+def _exam(room: _Room) -> Exam:
+    train = room.recipe.train
+    return Exam(
+        held_out=room.inputs.streams,
+        micro_batch_rows=train.micro_batch_rows,
+        max_rows=train.evaluate_rows,
+        pieces=pieces_in(room.inputs.tokenizer_folder),
+        base=None,
+    )
+
+
+def _origin(model: Evaluated) -> Origin:
+    return Origin(path=model.path, config=model.config, named=model.named)
+
+
+def _place(room: _Room) -> Place:
+    recipe, world = room.recipe, room.cluster.world
+    device = device_of(world)
+    dtype = choose_dtype(recipe.model.dtype, device).value
+    keys = fill(
+        {key: value for key, value in room.inputs.ds_keys.items() if key not in _OF_STEPS},
+        micro_batch_rows=recipe.train.micro_batch_rows,
+        accumulation=1,
+        ranks=world.size,
+        clip=recipe.train.clip,
+        dtype=dtype,
+    )
+    return Place(keys=keys, dtype=dtype, device=device)
+
+
+def _examined(room: _Room, model: Evaluated, exam: Exam, step: int, base: Base | None) -> Findings:
+    recipe, place = room.recipe, _place(room)
+    room.doing(f"making {model.path}")
+    backend = choose_backend(recipe.loss.backend, place.device).value
+    computing = computing_of(backend, recipe.loss.chunk_mib)
+    found = examine(
+        open_evaluated(_origin(model), recipe, place, computing),
+        room.cluster,
+        exam,
+        Interview(
+            tasks=room.asked[model.named], weights=recipe.train.task_weights, seed=recipe.seed
+        ),
+        step=step,
+        base=base,
+        stop_asked=room.flag.is_set,
+        doing=room.doing,
+    )
+    if found is None:
+        raise Interrupted("stopped on request; the same command begins the evaluation again")
+    return found
+
+
+def _step_of(model: Path) -> int:
+    """The last step of the run that a model was exported by; 1 where that is not known."""
+    metrics = model.parent / METRICS
+    lines = read_lines(metrics) if metrics.is_file() else []
+    return max((int(line["step"]) for line in lines), default=1)
+
+
+def _write(recipe: Recipe, order: Order, lines: Sequence[Line]) -> None:
+    """The folder of the results; what says that it is whole goes last."""
+    order.output.mkdir(parents=True, exist_ok=True)
+    replace_text(order.output / RECIPE, to_yaml(recipe))
+    found: dict[str, Any] = {
+        "version": _VERSION,
+        "model": order.model,
+        "base": order.base,
+        "command": order.command,
+        "lines": [finite(line) for line in lines],
+    }
+    replace_text(order.output / EVALUATION, json.dumps(found, indent=1, allow_nan=False) + "\n")

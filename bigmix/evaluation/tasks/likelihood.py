@@ -1,0 +1,68 @@
+"""Questions with labels go in, the log-likelihood of each label behind its prompt comes out.
+
+The prompt is read once; its keys and values are then repeated for all labels.
+Letters: B questions, L labels of one, R = B * L rows, T tokens, V vocabulary.
+"""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from bigmix.evaluation.tasks.inference_model import Speaker, padded
+from bigmix.evaluation.tasks.prompts import Question
+
+
+def log_likelihoods(speaker: Speaker, questions: Sequence[Question]) -> list[list[float]]:
+    """For each question the log-likelihood of each of its labels, in nats; all have the same number of labels.
+
+    Where the speaker is in step with other ranks, a collective: two forwards, whatever the questions.
+    """
+    device, num_labels = speaker.device, len(questions[0].labels)
+    # The last token of the prompt is shown with the labels: its prediction is each label's first.
+    prompts = [question.prompt[:-1] for question in questions]
+    width = max(1, *map(len, prompts))
+    ids_BT, mask_BT = padded(prompts, width, device, at_left=True)
+    shown = [q.prompt[-1:] + label for q in questions for label in q.labels]
+    wide = max(map(len, shown)) - 1
+    inputs_RT, own_RT = padded([ids[:-1] for ids in shown], wide, device, at_left=False)
+    labels_RT, _ = padded([ids[1:] for ids in shown], wide, device, at_left=False)
+    logits_RTV = _logits(speaker, ids_BT, mask_BT, inputs_RT, own_RT)
+    nll_RT = torch.nn.functional.cross_entropy(
+        logits_RTV.float().transpose(1, 2), labels_RT, reduction="none"
+    )
+    sums_R: list[float] = (-nll_RT.double() * own_RT).sum(dim=1).tolist()
+    return [sums_R[at : at + num_labels] for at in range(0, len(sums_R), num_labels)]
+
+
+def _logits(
+    speaker: Speaker, ids_BT: Tensor, mask_BT: Tensor, inputs_RT: Tensor, own_RT: Tensor
+) -> Tensor:
+    """Logits [R, T, V] of rows behind prompts, each of which is read once for all rows of its own."""
+    num_labels, width = len(inputs_RT) // len(ids_BT), ids_BT.shape[1]
+    mask_RT = torch.cat([mask_BT.repeat_interleave(num_labels, dim=0), own_RT], dim=1)
+    positions_RT = (mask_RT.cumsum(dim=1) - 1).clamp(min=0)
+    cache = DynamicCache(config=speaker.lm.config)
+    known = inspect.signature(speaker.lm.forward).parameters
+    # Its name since transformers 5.24, and before.
+    cached = {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
+    # Where the model knows it, the logits of a whole prompt are spared.
+    fewest = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    with torch.no_grad():
+        speaker.lm(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            position_ids=(mask_BT.cumsum(dim=1) - 1).clamp(min=0),
+            **cached,
+            **fewest,
+        )
+        cache.batch_repeat_interleave(num_labels)
+        logits_RTV: Tensor = speaker.lm(
+            input_ids=inputs_RT,
+            attention_mask=mask_RT,
+            position_ids=positions_RT[:, width:],
+            **cached,
+        ).logits
+    return logits_RTV

@@ -1,0 +1,134 @@
+"""A recipe and a manifest go in, the configurations of its models come out; what does not fit together is refused."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigmix.data.shards.manifest import Manifest
+from bigmix.errors import BadInput
+from bigmix.model.causal_lm import max_positions, read_config
+from bigmix.recipe import Recipe
+from bigmix.text.tokenizer import fingerprint_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Configs:
+    """Hugging Face configurations of the model and of the frozen reference."""
+
+    model: Any
+    reference: Any | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    """A model that is evaluated without training, and the option that names it."""
+
+    named: str
+    path: str
+    config: Any
+
+
+def read_configs(recipe: Recipe, manifest: Manifest) -> Configs:
+    """The configurations of the models of a recipe, for sources of a manifest.
+
+    Raises BadInput where there is none, rows are longer than a model's positions, tokens are not the model's, or the
+    reference speaks of another vocabulary.
+    """
+    config = read_config(recipe.model.path, recipe.model.config)
+    reference = None
+    if recipe.reference is not None:
+        reference = read_config(recipe.reference_path, None, key="reference.model")
+    faults = [
+        *_length_faults(recipe, config, "the model"),
+        *_vocabulary_faults(manifest, config, "the model"),
+        *_tokenizer_faults(
+            recipe.model.tokenizer or recipe.model.path, manifest, "model.tokenizer"
+        ),
+    ]
+    if reference is not None:
+        faults += _reference_faults(recipe, manifest, config, reference)
+    if faults:
+        raise BadInput(*faults)
+    return Configs(model=config, reference=reference)
+
+
+def read_evaluated(
+    recipe: Recipe, manifest: Manifest, tokenizer_folder: Path, paths: Mapping[str, str | None]
+) -> dict[str, Evaluated]:
+    """The models at the paths of some options, for held-out sources of a manifest; an option without one is left out.
+
+    Raises BadInput where there is none, where rows are longer than its positions, or where it speaks of other tokens.
+    """
+    models = {
+        named: Evaluated(named=named, path=path, config=read_config(path, None, key=named))
+        for named, path in paths.items()
+        if path is not None
+    }
+    faults: list[str] = []
+    for named, model in models.items():
+        faults += _length_faults(recipe, model.config, f"{named} {model.path}")
+        faults += _vocabulary_faults(manifest, model.config, f"{named} {model.path}")
+        # A run whose sources have no tokenizer exports none.
+        if tokenizer_folder.is_dir() or _has_tokenizer(model.path):
+            is_trained = model.path == recipe.model.path
+            tokenizer = recipe.model.tokenizer if is_trained else None
+            faults += _tokenizer_faults(tokenizer or model.path, manifest, named)
+    sizes = {f"{named} {model.path}": model.config.vocab_size for named, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        said = ", ".join(f"{where} has {size}" for where, size in sizes.items())
+        faults.append(
+            f"vocabularies differ: {said}; a divergence needs one, give --base none or another base"
+        )
+    if faults:
+        raise BadInput(*faults)
+    return models
+
+
+def _has_tokenizer(path: str) -> bool:
+    return not Path(path).is_dir() or any(Path(path).glob("tokenizer*"))
+
+
+def _reference_faults(
+    recipe: Recipe, manifest: Manifest, config: Any, reference: Any
+) -> Iterator[str]:
+    path = recipe.reference_path
+    yield from _length_faults(recipe, reference, "reference.model")
+    if reference.vocab_size != config.vocab_size:
+        yield (
+            f"reference.model {path} has a vocabulary of {reference.vocab_size}, the model has {config.vocab_size}; a "
+            "divergence needs one vocabulary, choose a reference of the same family"
+        )
+    if path != recipe.model.path:
+        yield from _tokenizer_faults(path, manifest, "reference.model")
+
+
+def _length_faults(recipe: Recipe, config: Any, named: str) -> Iterator[str]:
+    longest = max_positions(config)
+    if longest is not None and recipe.longest_row > longest:
+        yield (
+            f"sequence_length is {recipe.longest_row}, {named} has positions for {longest}; "
+            f"set sequence_length={longest} or less, or choose a model with more"
+        )
+
+
+def _vocabulary_faults(manifest: Manifest, config: Any, named: str) -> Iterator[str]:
+    needed = manifest.tokenizer.vocab_size
+    if needed > config.vocab_size:
+        yield (
+            f"the sources are prepared with a vocabulary of {needed}, {named} has {config.vocab_size}; "
+            "prepare them with the model's tokenizer, or give the model that vocab_size"
+        )
+
+
+def _tokenizer_faults(path: str | None, manifest: Manifest, key: str) -> Iterator[str]:
+    """A model from scratch has no tokenizer of its own: it learns whatever the sources speak."""
+    if path is None:
+        return
+    fingerprint = fingerprint_of(path)
+    if fingerprint != manifest.tokenizer.fingerprint:
+        yield (
+            f"the tokenizer of {path} ({fingerprint[:12]}) is not the one that the sources are prepared with "
+            f"({manifest.tokenizer.name}, {manifest.tokenizer.fingerprint[:12]}); prepare them again with "
+            f"`--tokenizer {path}`, or set {key} to the right one"
+        )

@@ -1,0 +1,108 @@
+"""A file of DeepSpeed's own keys and what the recipe decides go in, the whole DeepSpeed configuration comes out."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import bigmix
+from bigmix.errors import BadInput
+
+_REPOSITORY = Path(bigmix.__file__).resolve().parent.parent
+_OURS = {
+    "optimizer": "train.lr, train.betas and train.weight_decay",
+    "scheduler": "train.schedule and train.warmup",
+    "fp16": "model.dtype, bf16 or fp32",
+    "elasticity": "the ranks that are started, on any number of which a run goes on",
+}
+_TABLES = ("zero_optimization", "bf16")
+_STAGES = (1, 2, 3)
+
+
+def read_ds_config(path: str) -> dict[str, Any]:
+    """The keys of a DeepSpeed configuration file; a relative path is also looked for beside the package.
+
+    Raises BadInput where there is no such file or it is not a JSON object.
+    """
+    places = [Path(path), _REPOSITORY / path]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        shipped = ", ".join(sorted(p.name for p in (_REPOSITORY / "ds_configs").glob("*.json")))
+        raise BadInput(
+            f"deepspeed: {path} does not exist; give a JSON file of DeepSpeed keys, or one of ds_configs/: {shipped}"
+        )
+    try:
+        keys = json.loads(found.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise BadInput(f"deepspeed: {found} is not JSON: {error}") from error
+    if not isinstance(keys, dict):
+        raise BadInput(
+            f"deepspeed: {found} holds a {type(keys).__name__}; it must be a JSON object"
+        )
+    faults = list(_faults_of_tables(keys, found))
+    if faults:
+        raise BadInput(*faults)
+    return keys
+
+
+def _faults_of_tables(keys: Mapping[str, Any], file: Path) -> Iterator[str]:
+    wrong = [key for key in _TABLES if not isinstance(keys.get(key, {}), dict)]
+    for key in wrong:
+        yield f"deepspeed: {key} is {json.dumps(keys[key])} in {file}, must be a JSON object, or left out"
+
+
+def _stage_of(keys: Mapping[str, Any]) -> Any:
+    return keys.get("zero_optimization", {}).get("stage", 0)
+
+
+def fill(
+    keys: Mapping[str, Any],
+    *,
+    micro_batch_rows: int,
+    accumulation: int,
+    ranks: int,
+    clip: float,
+    dtype: str,
+) -> dict[str, Any]:
+    """The configuration with what follows from the recipe put in.
+
+    Raises BadInput for each key that says something else than the recipe, and for a ZeRO stage that shards nothing.
+    """
+    decided: dict[str, Any] = {
+        "train_batch_size": micro_batch_rows * accumulation * ranks,
+        "train_micro_batch_size_per_gpu": micro_batch_rows,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip,
+        "bf16": dict(keys.get("bf16", {})) | {"enabled": dtype == "bf16"},
+    }
+    faults = list(_contradictions(keys, decided))
+    if faults:
+        raise BadInput(*faults)
+    # The optimizer is torch's AdamW: it needs no compiler, and DeepSpeed must not replace or refuse it.
+    ours = {"zero_allow_untested_optimizer": True, "steps_per_print": 1 << 40}
+    zero = dict(keys.get("zero_optimization", {}))
+    if zero.get("stage") == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {**keys, **ours, **decided, "zero_optimization": zero}
+
+
+def zero_stage(keys: Mapping[str, Any]) -> int:
+    """Which ZeRO stage a configuration asks for; 0 where it asks for none."""
+    return int(_stage_of(keys))
+
+
+def _contradictions(keys: Mapping[str, Any], decided: Mapping[str, Any]) -> Iterator[str]:
+    for key, instead in _OURS.items():
+        if key in keys and keys[key] != {"enabled": False}:
+            yield f"deepspeed: {key} is set in the file; the recipe decides it by {instead}, delete it there"
+    if (stage := _stage_of(keys)) not in _STAGES:
+        yield (
+            f"deepspeed: zero_optimization.stage is {json.dumps(stage)} in the file, must be 1, 2 or 3; ds_configs/zero1.json "
+            "is the nearest to none"
+        )
+    for key, value in decided.items():
+        given = keys.get(key, "auto")
+        if key == "bf16" and isinstance(given, dict):
+            given, value = given.get("enabled", "auto"), value["enabled"]
+        if given not in ("auto", value):
+            yield f"deepspeed: {key} is {given} in the file and {value} by the recipe; delete it there"

@@ -1,0 +1,254 @@
+"""A recipe goes in, where its run begins comes out: at step 0, at a checkpoint, or nowhere since it is finished."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigmix.checkpoint.restore import newest_whole
+from bigmix.cluster.collectives import Cluster
+from bigmix.cluster.world import World
+from bigmix.errors import BadInput
+from bigmix.files import lock, replace_text
+from bigmix.recipe import Group, Recipe, Source, differences, from_plain, to_yaml
+from bigmix.runs.checkpoints import FOLDER, Listed, other_versions
+from bigmix.runs.layout import RECIPE
+from bigmix.train.state import RollBack
+
+CHECKPOINTS, LOG = FOLDER, "log"
+PASSED_OVER, CHANGES, LOCK = "passed-over.json", "changes.jsonl", ".lock"
+ENDING_S = 60  # that a command may take to end, and a server of files to see that a machine is gone
+# These change speed, memory and what is written down, never what is learned.
+_FREE = frozenset(
+    f"train.{name}"
+    for name in [
+        "micro_batch_rows",
+        "max_minutes",
+        "stop_before_end_minutes",
+        "hang_minutes",
+        "dead_after_s",
+        "evaluate_every",
+        "evaluate_rows",
+        "evaluate_kl",
+        "save_every",
+        "keep_checkpoints",
+        "keep_every",
+        "save",
+        "log_every",
+        "prefetch_steps",
+        "resume",
+        "export",
+        "export_shard_gib",
+        "most_roll_backs",
+        "task_weights",
+    ]
+) | {
+    "output",
+    "bad_shards",
+    "deepspeed",
+    "pad_to_multiple",
+    "model.activation_checkpointing",
+    "loss.entropy",
+    "loss.backend",
+    "loss.head_gradient",
+    "loss.chunk_mib",
+}
+
+
+# With controllers, what is evaluated decides what is learned.
+_EVALUATING = ("train.evaluate_every", "train.evaluate_rows")
+# These decide what the state of a run is; under other ones it has no meaning.
+_FIXED = ("model.", "seed")
+_OF_SOURCES = {*Source.model_fields, *Group.model_fields}
+# Settings of a source or a group that leave its rows as they are.
+_NO_ROWS = ("loss_share", "weigh", "role", "held_out", "path")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """A setting that is not what it was when a checkpoint was written; None where there was or is none."""
+
+    key: str
+    old: Any
+    new: Any
+
+    @property
+    def moves_rows(self) -> bool:
+        """Whether other rows are drawn from there on, and not only learned from otherwise."""
+        table, *parts = self.key.split(".")
+        # The name of a source may have dots, and a share may be a table.
+        setting = next((part for part in reversed(parts[1:]) if part in _OF_SOURCES), "")
+        # Controllers have whole rows drawn up to their next decision; without them this setting is free.
+        if self.key == "train.evaluate_every":
+            return True
+        return table in ("sequence_length", "rows_per_step") or (
+            table in ("sources", "groups") and setting not in _NO_ROWS
+        )
+
+    def __str__(self) -> str:
+        return f"{self.key} is {self.new!r}, it was {self.old!r}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beginning:
+    """Where a run starts: from `checkpoint`, or from the model as it is.
+
+    `changes` hold from there on; `torn` says what is wrong with newer checkpoints.
+    """
+
+    checkpoint: Listed | None = None
+    torn: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """The last step that is trained already."""
+        return 0 if self.checkpoint is None else self.checkpoint.position.step
+
+
+@contextmanager
+def alone(folder: Path, cluster: Cluster, *, wait_s: float) -> Iterator[bool]:
+    """Hold the folder of a run against other commands; a collective. False where one holds it still after some seconds."""
+    with ExitStack() as stack:
+        is_ours = None
+        if cluster.world.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / LOCK).open("w"))
+            until = time.monotonic() + wait_s
+            while not (is_ours := lock(file)) and time.monotonic() < until:
+                time.sleep(0.2)
+        yield bool(cluster.gather(is_ours)[0])
+
+
+def beginning(recipe: Recipe, content: Mapping[str, str], cluster: Cluster) -> Beginning:
+    """Find where to begin in the output folder of a recipe, whose sources have this content; a collective.
+
+    Raises BadInput on every rank where the folder holds a run and `resume` is never, or where the run cannot go on with
+    this recipe: each setting that stands in the way is named with its old and its new value.
+    """
+    folder = Path(recipe.output)
+    faults = list(_faults(recipe, folder)) if cluster.world.is_first else []
+    (faults, *_) = cluster.gather(faults)
+    if faults:
+        raise BadInput(*faults)
+    found = newest_whole(folder / CHECKPOINTS, cluster)
+    if found.listed is None:
+        return Beginning(torn=found.torn)
+    changes = _changes(recipe, content, found.listed)
+    return Beginning(checkpoint=found.listed, torn=found.torn, changes=changes)
+
+
+def _faults(recipe: Recipe, folder: Path) -> Iterator[str]:
+    if not (folder / RECIPE).is_file():
+        return
+    if recipe.train.resume == "never":
+        yield (
+            f"output {folder} holds a run already and train.resume is never; give another output, delete the folder, "
+            "or set train.resume=auto"
+        )
+    yield from other_versions(folder / CHECKPOINTS)
+
+
+def _changes(recipe: Recipe, content: Mapping[str, str], listed: Listed) -> tuple[Change, ...]:
+    """What differs from the recipe of a checkpoint and decides what is learned."""
+    position = listed.position
+    old = from_plain(position.recipe, str(listed.path))
+    changes = [
+        Change(key=key, old=before, new=after)
+        for key, before, after in differences(old, recipe)
+        if not _is_free(key, recipe)
+    ]
+    faults = [
+        f"{change.key} is {change.new!r}, and the run in {recipe.output} has {change.old!r} at step {position.step}; it "
+        "cannot go on with another one, put the old value back or give another output"
+        for change in changes
+        if change.key.startswith(_FIXED)
+    ]
+    faults += [
+        f"sources.{name}.path: the shards in {recipe.sources[name].path} are not those of {old.sources[name].path} that the "
+        f"run in {recipe.output} has read until step {position.step}; restore them, or give the source another name: "
+        "it then begins anew"
+        for name, digest in content.items()
+        if position.content.get(name, digest) != digest
+    ]
+    if faults:
+        raise BadInput(*faults)
+    return tuple(changes)
+
+
+def _is_free(key: str, recipe: Recipe) -> bool:
+    """Whether a setting may be another one at any time. The path of a source may: its content must not."""
+    path_of_source = key.startswith("sources.") and key.endswith(".path")
+    if key in _EVALUATING and recipe.controllers:
+        return False
+    return key in _FREE or key.startswith(("cache.", "tasks.")) or path_of_source
+
+
+def keep_changes(folder: Path, after_step: int, changes: Sequence[Change]) -> None:
+    """Write down what changes after a step; what was written of later steps is taken back."""
+    path = folder / CHANGES
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    kept = [line for line in lines if json.loads(line)["after_step"] < after_step]
+    new = [
+        json.dumps({"after_step": after_step, "key": c.key, "old": c.old, "new": c.new})
+        for c in changes
+    ]
+    if lines or new:
+        replace_text(path, "".join(f"{line}\n" for line in [*kept, *new]))
+
+
+def log_to_file(folder: Path, world: World) -> None:
+    """What libraries log and warn goes to a file of each rank, not over the progress bar."""
+    folder.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        filename=folder / f"rank-{world.rank}.log",
+        level=logging.WARNING,
+        format="%(asctime)s %(name)s %(levelname)s %(message)s",
+        force=True,  # a run before this one in the same process has its own file
+    )
+    logging.captureWarnings(True)
+
+
+def write_recipe(recipe: Recipe) -> None:
+    """Keep the resolved recipe with its run."""
+    folder = Path(recipe.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / RECIPE, to_yaml(recipe))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassedOver:
+    """Steps that a run has gone back before and does not train, one entry for each time that it went back."""
+
+    times: tuple[RollBack, ...] = ()
+
+    @property
+    def steps(self) -> frozenset[int]:
+        """All of them."""
+        return frozenset(step for back in self.times for step in back.steps)
+
+
+def read_passed_over(folder: Path) -> PassedOver:
+    """The steps that an earlier part of a run has gone back before."""
+    path = folder / PASSED_OVER
+    if not path.is_file():
+        return PassedOver()
+    try:
+        times = json.loads(path.read_text(encoding="utf-8"))["times"]
+        return PassedOver(
+            times=tuple(RollBack(steps=tuple(t["steps"]), reason=t["reason"]) for t in times)
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(
+            f"{path} is not as it was written ({error}); restore it from a copy, or give another output"
+        ) from error
+
+
+def write_passed_over(folder: Path, passed: PassedOver) -> None:
+    """Keep them, beside the checkpoints: those that the run goes back to know nothing of them."""
+    times = [{"steps": back.steps, "reason": back.reason} for back in passed.times]
+    replace_text(folder / PASSED_OVER, json.dumps({"version": 1, "times": times}, indent=1) + "\n")

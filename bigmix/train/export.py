@@ -1,0 +1,182 @@
+"""A recipe, its inputs and the lines of its run go in; the model card of the export comes out, in Markdown.
+
+Numbers are those of metrics.jsonl: the last evaluation, and the totals of the last step.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+from bigmix import __version__
+from bigmix.recipe import Recipe, to_yaml
+from bigmix.recipe.shares import SourceShare
+from bigmix.train.inputs import Inputs
+
+_LIBRARIES = ("torch", "transformers", "deepspeed", "safetensors")
+_TASK = re.compile(r"task/(.+)/([^/]+)")
+_CONTENT_DIGITS = 16
+
+
+def model_card(recipe: Recipe, inputs: Inputs, lines: Sequence[Mapping[str, Any]]) -> str:
+    """The card of a model that a recipe has trained; `lines` are those of its metrics.jsonl."""
+    evaluations = [line for line in lines if line.get("eval")]
+    steps = [line for line in lines if not line.get("eval")]
+    last, evaluated = (found[-1] if found else {} for found in (steps, evaluations))
+    sections = [
+        _opening(recipe),
+        _training(recipe, last),
+        _mixture(recipe, inputs, last),
+        _held_out(evaluated),
+        _tasks(evaluated),
+        _reproduction(recipe),
+    ]
+    return front_matter(recipe.model.path) + "\n".join(filter(None, sections))
+
+
+def front_matter(base: str | None) -> str:
+    """The head of a model card: what hubs read of it."""
+    told: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if base is not None:
+        told["base_model"] = base
+    return f"---\n{yaml.safe_dump(told | {'tags': ['bigmix']}, sort_keys=False)}---\n\n"
+
+
+def versions() -> str:
+    """The libraries that made a model."""
+    return ", ".join([f"bigmix {__version__}", *(f"{name} {version(name)}" for name in _LIBRARIES)])
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first column is text, the others are numbers or short."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
+def _opening(recipe: Recipe) -> str:
+    made = recipe.model.path or f"a {(recipe.model.config or {})['model_type']} from scratch"
+    replay = [name for name, source in recipe.sources.items() if source.role == "replay"]
+    kept = f" and on {', '.join(replay)}, which keep what it knew" if replay else ""
+    learned = (
+        f"Trained from {made} on {', '.join(recipe.task_names)}{kept}."
+        if recipe.task_names
+        else f"Trained from {made} on {', '.join(replay)}."
+    )
+    return f"# {recipe.output.rstrip('/').rpartition('/')[2]}\n\n{learned}\n"
+
+
+def _training(recipe: Recipe, last: Mapping[str, Any]) -> str:
+    train = recipe.train
+    tokens = sum(int(last.get(f"total_tokens/{name}", 0)) for name in recipe.sources)
+    said = [
+        f"- steps: {last.get('step', 0):,} of {recipe.rows_per_step} rows; {tokens:,} tokens",
+        f"- objective: {recipe.objective}",
+        f"- optimizer: AdamW, learning rate {train.lr:g}, {train.schedule}; seed {recipe.seed}",
+    ]
+    if train.ema is not None:
+        said.append(f"- weights: their average over the steps, with a decay of {train.ema:g}")
+    if recipe.reference is not None:
+        weights = ", ".join(f"{kappa:g} on {name}" for name, kappa in recipe.reference.sources.items())  # fmt: skip
+        said.append(f"- divergence from {recipe.reference_path}: weight {weights}")
+    return "## Training\n\n" + "\n".join(said) + "\n"
+
+
+def _mixture(recipe: Recipe, inputs: Inputs, last: Mapping[str, Any]) -> str:
+    rows = []
+    for name, source in recipe.sources.items():
+        manifest = inputs.sources[name].manifest
+        rows.append(
+            [
+                name,
+                source.role,
+                _said_share(source.share),
+                *(_percent(last.get(f"{key}/{name}")) for key in ("share_rows", "share_tokens", "share_loss_tokens", "gradient_share")),
+                f"{last.get(f'total_tokens/{name}') or 0:,}",
+                _number(last.get(f"epoch/{name}"), 2),
+                f"{manifest.documents:,}",
+                f"`{inputs.content[name][:_CONTENT_DIGITS]}`",
+            ]
+        )  # fmt: skip
+    columns = (
+        "source", "role", "share as written", "of rows", "of tokens", "of loss tokens", "of the gradient", "tokens trained",
+        "epochs", "documents", "content",
+    )  # fmt: skip
+    tokenizer = inputs.manifest.tokenizer
+    return (
+        "## Mixture\n\n"
+        + table(columns, rows)
+        + "\n`content` is a hash of the shards of the prepared source; the tokenizer that made them has the fingerprint "
+        f"`{tokenizer.fingerprint[:_CONTENT_DIGITS]}` and {tokenizer.vocab_size:,} entries.\n"
+    )
+
+
+def _held_out(line: Mapping[str, Any]) -> str:
+    names = [key.removeprefix("held_out_loss/") for key in line if key.startswith("held_out_loss/")]
+    if not names:
+        return ""
+    rows = [
+        [
+            name,
+            _with_interval(
+                line.get(f"held_out_loss/{name}"), line.get(f"held_out_low/{name}"), line.get(f"held_out_high/{name}")
+            ),
+            _number(line.get(f"bits_per_byte/{name}"), 4),
+            _with_interval(
+                line.get(f"forgetting/{name}"), line.get(f"forgetting_low/{name}"), line.get(f"forgetting_high/{name}"), sign="+"
+            ),
+            f"{line.get(f'held_out_tokens/{name}') or 0:,}",
+        ]
+        for name in names
+    ]  # fmt: skip
+    columns = ("held out", "loss, nats/token", "bits/byte", "forgetting, nats/token", "tokens")
+    return (
+        f"## Forgetting\n\nAfter step {line['step']}, with 95 % intervals. Forgetting is the held-out loss minus that before "
+        "the first step: above 0 something was lost, below 0 something was learned.\n\n"
+        + table(columns, rows)
+    )
+
+
+def _tasks(line: Mapping[str, Any]) -> str:
+    rows = []
+    for key, value in line.items():
+        found = _TASK.fullmatch(key)
+        if found:
+            task, score = found.groups()
+            low, high = (line.get(f"task_{end}/{task}/{score}") for end in ("low", "high"))
+            examples = line.get(f"task_examples/{task}")
+            rows.append([task, score, _with_interval(value, low, high), str(examples or "–")])
+    if not rows:
+        return ""
+    return "## Tasks\n\n" + table(("task", "score", "value", "examples"), rows)
+
+
+def _reproduction(recipe: Recipe) -> str:
+    return (
+        f"## How it was made\n\nMade with {versions()}:\n\n    deepspeed launch/train.py recipe.yaml\n\n"
+        f"with this recipe:\n\n```yaml\n{to_yaml(recipe).strip()}\n```\n"
+    )
+
+
+def _said_share(share: SourceShare) -> str:
+    if isinstance(share, tuple):
+        return ", ".join(f"{value:g} at step {step}" for step, value in share)
+    return str(share)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2%}"
+
+
+def _number(value: float | None, digits: int, sign: str = "") -> str:
+    return "–" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def _with_interval(
+    value: float | None, low: float | None, high: float | None, *, sign: str = ""
+) -> str:
+    said = _number(value, 4, sign)
+    if low is None or high is None:
+        return said
+    return f"{said} ({_number(low, 4, sign)} to {_number(high, 4, sign)})"

@@ -1,0 +1,168 @@
+"""What a run is about to do goes in, the words and tables for the terminal come out."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from bigmix.cluster.world import World
+from bigmix.data.packing import Lost
+from bigmix.data.records import Choice
+from bigmix.evaluation.evaluator import Findings
+from bigmix.evaluation.held_out import Estimate, HeldOut
+from bigmix.evaluation.tasks.runner import TaskResult
+from bigmix.model.ds_config import zero_stage
+from bigmix.recipe import Recipe
+from bigmix.terminal import Cell, HeldOutResult, Measured, Table, Terminal, evaluation_table
+from bigmix.train.inputs import Inputs, accumulation
+
+
+def show_header(
+    terminal: Terminal,
+    recipe: Recipe,
+    inputs: Inputs,
+    world: World,
+    *,
+    parameters: int,
+    keys: Mapping[str, Any],
+    dtype: Choice,
+    attention: Choice,
+    loss: Choice,
+) -> None:
+    """Say what will be trained on what, before the first step."""
+    train, model = recipe.train, recipe.model
+    made = model.path or f"{(model.config or {})['model_type']} from scratch, seed {recipe.seed}"
+    tokens = recipe.rows_per_step * recipe.longest_row
+    micro = f"{accumulation(recipe, world.size)} x {train.micro_batch_rows}"
+    rows = [
+        ("model", f"{made}, {parameters:,} parameters"),
+        ("precision", f"{dtype.value} ({dtype.reason})"),
+        ("attention", f"{attention.value} ({attention.reason})"),
+        ("loss", _loss(recipe, loss)),
+        ("engine", f"ZeRO-{zero_stage(keys)} on {world.size} ranks, {recipe.deepspeed}"),
+        (
+            "step",
+            f"{recipe.rows_per_step} rows x {_lengths(recipe)} = {tokens:,} tokens; each rank {micro} rows",
+        ),
+        ("run", f"{inputs.steps:,} steps ({_budget(recipe)})"),
+        (
+            "optimizer",
+            f"AdamW, lr {train.lr:g}, {train.schedule}, warm-up {train.warmup:g}"
+            + (f"; evaluated as the average with decay {train.ema:g}" if train.ema else ""),
+        ),
+        ("output", f"{recipe.output}; tensorboard --logdir {recipe.output}"),
+    ]
+    terminal.header(f"bigmix: {_way(recipe)} training", rows, _sources(recipe, inputs))
+
+
+def show_findings(terminal: Terminal, recipe: Recipe, of: str, found: Findings) -> None:
+    """The tables of an evaluation; `of` says of which model."""
+    if found.held_out:
+        told = [_told(recipe, *item) for item in found.held_out.items()]
+        terminal.table(evaluation_table(f"held out, {of}", told))
+    if found.tasks:
+        terminal.table(_tasks_table(f"tasks, {of}", found.tasks))
+
+
+def _told(recipe: Recipe, name: str, found: HeldOut) -> HeldOutResult:
+    source = recipe.sources.get(name)
+    return HeldOutResult(
+        source=name,
+        role=source.role if source is not None else "held out",
+        loss=_measured(found.loss),
+        bits_per_byte=found.bits_per_byte.value,
+        token_accuracy=found.token_accuracy.value,
+        kl_to_base=None if found.kl_to_base is None else found.kl_to_base.value,
+        forgetting=None if found.forgetting is None else _measured(found.forgetting),
+    )
+
+
+def _measured(estimate: Estimate) -> Measured:
+    margin = (estimate.high - estimate.low) / 2
+    return Measured(value=estimate.value, margin=None if math.isnan(margin) else margin)
+
+
+def _tasks_table(title: str, results: Mapping[str, TaskResult]) -> Table:
+    rows: list[list[Cell]] = [
+        [name, kind, f"{s.value:.1%}", f"{s.low:.1%}–{s.high:.1%}", result.examples, result.dropped]
+        for name, result in results.items()
+        for kind, s in result.scores.items()
+    ]
+    columns = ["task", "score", "value", "95 %", "examples", "dropped"]
+    return Table(title=title, columns=columns, rows=rows)
+
+
+def _loss(recipe: Recipe, backend: Choice) -> str:
+    """The terms of the objective beside the nll, and what computes them."""
+    terms = [
+        f"label smoothing {recipe.loss.label_smoothing:g}" if recipe.loss.label_smoothing else "",
+        f"z-loss {recipe.loss.z_loss:g}" if recipe.loss.z_loss else "",
+    ]
+    if recipe.reference is not None:
+        weights = ", ".join(
+            f"{kappa:g} on {name}" for name, kappa in recipe.reference.sources.items()
+        )
+        terms.append(f"KL to {recipe.reference_path} ({weights})")
+    by = f"{backend.value} ({backend.reason})"
+    return ", ".join([f"objective {recipe.objective}", *filter(None, terms), f"computed by {by}"])
+
+
+def _lengths(recipe: Recipe) -> str:
+    """The tokens of a row, as they change over the run."""
+    return " -> ".join(f"{recipe.padded(length):,}" for _, length in recipe.lengths)
+
+
+def _way(recipe: Recipe) -> str:
+    has_replay = any(source.role == "replay" for source in recipe.sources.values())
+    if not recipe.task_names:
+        return "pretraining: replay sources only,"
+    return "two-way" if has_replay else "one-way"
+
+
+def _budget(recipe: Recipe) -> str:
+    if recipe.train.steps is not None:
+        return "train.steps"
+    name, value = next((n, v) for n, v in recipe.budget if v is not None)
+    return f"{name.replace('_', ' ')} {value:,}"
+
+
+def _sources(recipe: Recipe, inputs: Inputs) -> Table:
+    counts = inputs.plan.counts(inputs.steps)
+    return Table(
+        title="sources",
+        columns=(
+            "source",
+            "role",
+            "kind",
+            "share",
+            "documents",
+            "rows",
+            "epochs",
+            "filled",
+            "lost",
+        ),
+        rows=[_source(recipe, inputs, name, counts[name]) for name in inputs.plan.streams],
+    )
+
+
+def _source(recipe: Recipe, inputs: Inputs, name: str, rows: int) -> list[Cell]:
+    plan, stream = inputs.plan, inputs.plan.streams[name]
+    return [
+        name,
+        recipe.sources[name].role,
+        stream.manifest.kind,
+        f"{rows / max((inputs.steps - plan.chapter.after) * recipe.rows_per_step, 1):.1%}",
+        stream.manifest.documents,
+        rows,
+        f"{plan.epochs(inputs.steps)[name]:.2f}",
+        f"{plan.filled(name, rows):.1%}",
+        _said_lost(plan.lost(name)),
+    ]
+
+
+def _said_lost(lost: Lost) -> str:
+    """Documents that packing leaves out or cuts, in words."""
+    said = [
+        f"{lost.dropped:,} too long" if lost.dropped else "",
+        f"{lost.truncated:,} cut" if lost.truncated else "",
+    ]
+    return ", ".join(filter(None, said)) or "none"

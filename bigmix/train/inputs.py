@@ -1,0 +1,356 @@
+"""A recipe goes in, everything it names is opened and checked before training: its sources, its DeepSpeed file.
+
+No torch here: a fault is told within a second.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bigmix.data.loader import Loader, Plan, Portion, Stage, same_fraction, stages_from
+from bigmix.data.planning import mix
+from bigmix.data.quarantine import BadShard, Quarantine
+from bigmix.data.records import Chapter
+from bigmix.data.shards.manifest import Manifest
+from bigmix.data.share_rules import rule_of
+from bigmix.data.shares import Shares
+from bigmix.data.source import Depot, Source, needed_in_order, room_in_use
+from bigmix.data.stream import Stream
+from bigmix.errors import BadInput
+from bigmix.evaluation.tasks.examples import TaskFile, open_tasks
+from bigmix.loss.objective import StepShares
+from bigmix.model.ds_config import fill, read_ds_config
+from bigmix.recipe import Recipe
+from bigmix.recipe.schedule import warmup_steps
+from bigmix.runs.checkpoints import Position
+from bigmix.source_checks import (
+    ahead_of,
+    collect,
+    damaged_shards,
+    faults_of_empty,
+    held_out_streams,
+    opened_source,
+    packer_of,
+    reading_of,
+    retry_of,
+    tokenizer_faults,
+)
+
+# Only texts with `whole_below` open their shards to count rows, and without their number the order of rows is unknown.
+_HOW_TO_COUNT = (
+    "with whole_below its rows cannot be counted without it, nor replaced; or name the other shards in the path with a "
+    "brace pattern, or set whole_below=0"
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What a recipe names, opened: the plan of the rows, the held-out streams, the tasks, how many steps, DeepSpeed's keys.
+
+    `content` is a checksum of the shards of each source. `stages` and `planned_steps` are those of the run from its first
+    step on, as the recipe has them.
+    """
+
+    plan: Plan
+    stages: Sequence[Stage]
+    held_out: Mapping[str, Stream]
+    tasks: Mapping[str, TaskFile]
+    steps: int
+    planned_steps: int
+    loss_shares: Shares
+    notes: Sequence[str]
+    ds_keys: Mapping[str, Any]
+    sources: Mapping[str, Source]
+    content: Mapping[str, str]
+    depot: Depot
+    replaces_bad_shards: bool
+
+    @property
+    def has_exam(self) -> bool:
+        """Whether evaluations have anything to ask of the model."""
+        return bool(self.held_out or self.tasks)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder of the sources' tokenizer, fetched where all sources are remote; absent where they have none.
+
+        Of those that are as near, that of a source whose chats are rendered with the tokenizer's own template.
+        """
+
+        def distance(source: Source) -> tuple[bool, bool]:
+            template = source.manifest.template
+            return not source.location.is_local, template is None or template.name != "tokenizer"
+
+        nearest = min(self.sources.values(), key=distance)
+        return self.depot.tokenizer_folder(nearest)
+
+    @property
+    def manifests(self) -> Sequence[Manifest]:
+        """Those of all sources and held-out sets."""
+        held_out = (stream.manifest for stream in self.held_out.values())
+        return [*(source.manifest for source in self.sources.values()), *held_out]
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the first source; all agree about the tokenizer."""
+        return next(iter(self.plan.streams.values())).manifest
+
+    def shares_of_step(self, step: int) -> StepShares:
+        """The shares of a step, counted from 1; a schedule's points count the steps that are done."""
+        before = step - 1 - self.plan.chapter.after
+        return StepShares(
+            rows=self.plan.mixture.shares.at(before), loss=self.loss_shares.at(before)
+        )
+
+    def going_on(self, recipe: Recipe, position: Position, *, new_chapter: bool) -> "Inputs":
+        """The same after a checkpoint; `new_chapter`: from there on rows are drawn as this recipe says and not as before.
+
+        A source whose rows have another length, or are packed otherwise, goes on at the same fraction of its epoch; a
+        new one begins. Raises BadInput where the recipe leaves nothing to train from there.
+        """
+        chapter = self._chapter(recipe, position) if new_chapter else position.chapter
+        return self._from(recipe, position, chapter)
+
+    def decided(self, recipe: Recipe, position: Position) -> "Inputs":
+        """The same after a decision of controllers, which is the last one of the position.
+
+        Raises BadInput where its shares leave nothing to train, or need more of a source than its `max_epochs`.
+        """
+        owed = self.plan.owed(position.step)
+        return self._from(recipe, position, replace(self._chapter(recipe, position), owed=owed))
+
+    def _chapter(self, recipe: Recipe, position: Position) -> Chapter:
+        """The chapter that begins at a position."""
+        streams = stages_from(self.stages, position.step)[0].streams
+        decided = position.decisions[-1].shares if position.decisions else {}
+        return Chapter(
+            after=position.step,
+            rows={
+                name: same_fraction(old.row, old.of, streams[name].rows_per_epoch)
+                for name, old in position.standing.items()
+                if name in self.sources
+            },
+            tokens=position.trained_tokens,
+            shares={name: share for name, share in decided.items() if name in recipe.controllers},
+        )
+
+    def _from(self, recipe: Recipe, position: Position, chapter: Chapter) -> "Inputs":
+        mixing = mix(recipe, stages_from(self.stages, chapter.after), chapter)
+        return replace(
+            self,
+            plan=mixing.plan.with_quarantine(position.quarantine),
+            steps=mixing.steps,
+            loss_shares=mixing.loss_shares,
+            notes=[*self.notes, *(note for note in mixing.notes if note not in self.notes)],
+        )
+
+    def with_quarantine(self, quarantine: Quarantine) -> "Inputs":
+        """The same with rows of these shards replaced, and of no others; a loader of the old ones must be closed.
+
+        Raises BigmixError where a source has no row left.
+        """
+        return replace(self, plan=self.plan.with_quarantine(quarantine))
+
+    def around_bad_shards(
+        self, step: int, work: Callable[["Inputs"], T]
+    ) -> tuple[T, Sequence[BadShard]]:
+        """What `work` gives, with rows of shards that it finds bad replaced from a step on; and which these are.
+
+        Raises BadShard where the recipe has such a run fail.
+        """
+        inputs, found = self, list[BadShard]()
+        while True:
+            try:
+                return work(inputs), found
+            except BadShard as bad:
+                quarantine, new = inputs.plan.quarantine.extended([bad], step)
+                if not (self.replaces_bad_shards and new):
+                    raise
+                inputs = inputs.with_quarantine(quarantine)
+                found.append(bad)
+
+    def loader(self, portion: Portion, *, first: int, ahead: int) -> Loader:
+        """The batches of one rank from step `first` to the last; remote shards are fetched ahead of need.
+
+        The depot and the loader of before, if there was one, must be closed, in this order.
+        """
+        # The order in which shards will be needed supposes that none is open.
+        self.plan.release()
+        self.depot.reopen()
+        fetched = {n: source for n, source in self.sources.items() if self.depot.is_fetched(source)}
+        if fetched:
+            stages = self.plan.gathered(portion, first=first, last=self.steps)
+            num_shards = {name: self.plan.num_shards(name) for name in fetched}
+            self.depot.fetch_ahead(needed_in_order(stages, fetched, num_shards))
+        return Loader(self.plan, portion, first=first, last=self.steps, ahead=ahead)
+
+
+def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) -> Inputs:
+    """Open and check what a recipe names; `verify` also reads the shards of small local sources through.
+
+    Raises BadInput with every fault that is found.
+    """
+    faults: list[str] = [*_row_faults(recipe, ranks)]
+    for controller in recipe.controllers.values():
+        collect(faults, rule_of, controller, recipe.looked_at(controller))
+    notes: list[str] = []
+    ds_keys = collect(faults, _ds_keys, recipe, ranks)
+    tasks = collect(faults, open_tasks, recipe.tasks)
+    depot = Depot(reading_of(recipe, machines))
+    sources = _sources(recipe, faults, notes, verify=verify)
+    faults += tokenizer_faults({path: source.manifest for path, source in sources.items()})
+    if faults:
+        raise BadInput(*faults)
+    stages = _stages(recipe, depot, sources)
+    held_out = held_out_streams(recipe, depot, sources)
+    everything = [*(s for stage in stages for s in stage.streams.values()), *held_out.values()]
+    faults += dict.fromkeys(fault for stream in everything for fault in faults_of_empty(stream))
+    if faults:
+        raise BadInput(*faults)
+    assert ds_keys is not None
+    mixing = mix(recipe, stages)
+    own = {name: sources[source.path] for name, source in recipe.sources.items()}
+    return Inputs(
+        plan=mixing.plan,
+        stages=stages,
+        held_out=held_out,
+        tasks=tasks,
+        steps=mixing.steps,
+        planned_steps=mixing.steps,
+        loss_shares=mixing.loss_shares,
+        notes=[
+            *notes,
+            *moving_shares(recipe),
+            *_warm_up(recipe, mixing.steps),
+            *mixing.notes,
+            *_cache_notes(recipe, depot, sources.values()),
+        ],
+        ds_keys=ds_keys,
+        sources=own,
+        content={name: source.content for name, source in own.items()},
+        depot=depot,
+        replaces_bad_shards=recipe.bad_shards == "replace",
+    )
+
+
+def _sources(
+    recipe: Recipe, faults: list[str], notes: list[str], *, verify: bool
+) -> dict[str, Source]:
+    """Every source and held-out set that can be read, by its path; what is wrong with the others joins the faults.
+
+    Damaged shards of a source join the notes where they will be replaced; a held-out set must be whole.
+    """
+    places = {f"sources.{n}.path": s.path for n, s in recipe.sources.items()}
+    replaced = set(places) if recipe.bad_shards == "replace" else set[str]()
+    places |= {f"held_out of {n}": p for n, p in recipe.held_out_paths.items()}
+    found = {}
+    for key, path in places.items():
+        source = collect(faults, opened_source, key, path, retry_of(recipe))
+        if source is None:
+            continue
+        found[path] = source
+        damaged = damaged_shards(source, verify)
+        if key in replaced and 0 < len(damaged) < len(source.manifest.shards):
+            notes.append(
+                f"{key}: {len(damaged)} of {len(source.manifest.shards)} shards are damaged; where their rows come up, rows "
+                f"of the others are trained; the first is {damaged[0]}"
+            )
+        else:
+            faults += [f"{key}: {fault}" for fault in damaged]
+    return found
+
+
+def moving_shares(recipe: Recipe) -> Iterator[str]:
+    """What to know of each share that a controller decides on, before the run has begun."""
+    for name, controller in recipe.controllers.items():
+        yield (
+            f"the share of {name} begins at {controller.start:g} and moves between {controller.least:g} and {controller.most:g}: "
+            f"{controller.controller} decides after every {recipe.train.evaluate_every} steps; what is told before the run supposes "
+            "that it stays"
+        )
+
+
+def _warm_up(recipe: Recipe, steps: int) -> Iterator[str]:
+    rising = warmup_steps(recipe.train.warmup, steps)
+    if rising >= steps > 1:
+        yield (
+            f"train.warmup is {rising:,} steps and the run has {steps:,}: it ends while the learning rate still rises; set "
+            "train.warmup=0.03, or another fraction of the steps"
+        )
+
+
+def _cache_notes(recipe: Recipe, depot: Depot, sources: Iterable[Source]) -> Iterator[str]:
+    fetched = [source for source in sources if depot.is_fetched(source)]
+    room = room_in_use(fetched, ahead_of(recipe)) if fetched else 0
+    if room > recipe.cache.size:
+        yield (
+            f"cache.size is {recipe.cache.size:,} bytes, and up to {room:,} bytes of shards may be in use at once; the run "
+            f"ends where they do not fit: set cache.size={room} or more, or fewer cache.ahead_files"
+        )
+
+
+def _stages(recipe: Recipe, depot: Depot, sources: Mapping[str, Source]) -> Sequence[Stage]:
+    try:
+        return [
+            Stage(first_step=after + 1, streams=_streams(recipe, depot, sources, length))
+            for after, length in recipe.lengths
+        ]
+    except BadShard as bad:
+        raise BadInput(f"sources.{bad.source}: {bad.reason}; {_HOW_TO_COUNT}") from bad
+
+
+def _streams(
+    recipe: Recipe, depot: Depot, sources: Mapping[str, Source], row_tokens: int
+) -> dict[str, Stream]:
+    return {
+        name: depot.stream(
+            name, sources[source.path], packer_of(recipe, name, row_tokens), seed=recipe.seed
+        )
+        for name, source in recipe.sources.items()
+    }
+
+
+def accumulation(recipe: Recipe, ranks: int) -> int:
+    """Micro-batches of a step on each rank."""
+    return recipe.rows_per_step // (ranks * recipe.train.micro_batch_rows)
+
+
+def _row_faults(recipe: Recipe, ranks: int) -> Iterator[str]:
+    micro_batch = recipe.train.micro_batch_rows
+    if recipe.rows_per_step % (ranks * micro_batch):
+        unit = ranks * micro_batch
+        near = max(unit, round(recipe.rows_per_step / unit) * unit)
+        yield (
+            f"rows_per_step is {recipe.rows_per_step}, must be a multiple of ranks x train.micro_batch_rows = "
+            f"{ranks} x {micro_batch} = {unit}; set rows_per_step={near}, or change the ranks or the micro-batch"
+        )
+
+
+def _ds_keys(recipe: Recipe, ranks: int) -> Mapping[str, Any]:
+    keys = read_ds_config(recipe.deepspeed)
+    offload = keys.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if recipe.train.ema is not None and offload.get("device") == "nvme":
+        raise BadInput(
+            f"train.ema is {recipe.train.ema} and {recipe.deepspeed} keeps the optimizer on NVMe, where no average of the "
+            "weights is kept; set train.ema=null, or offload the optimizer to the cpu"
+        )
+    if recipe.rows_per_step % (ranks * recipe.train.micro_batch_rows) == 0:
+        fill(
+            keys,
+            micro_batch_rows=recipe.train.micro_batch_rows,
+            accumulation=accumulation(recipe, ranks),
+            ranks=ranks,
+            clip=recipe.train.clip,
+            dtype=keys_dtype(recipe, keys),
+        )
+    return keys
+
+
+def keys_dtype(recipe: Recipe, keys: Mapping[str, Any]) -> str:
+    """The precision to hold the file against; where the recipe leaves it open, what the file says."""
+    if recipe.model.dtype != "auto":
+        return recipe.model.dtype
+    return "bf16" if keys.get("bf16", {}).get("enabled") is True else "fp32"

@@ -1,0 +1,138 @@
+"""What went wrong in a step goes in; out comes a run that can go on: back at a checkpoint, or without a bad shard."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from bigmix.checkpoint.restore import newest_whole
+from bigmix.data.quarantine import BadShard
+from bigmix.errors import BigmixError
+from bigmix.recipe import differences, from_plain
+from bigmix.runs.checkpoints import Position, put_aside
+from bigmix.runs.resume import (
+    CHECKPOINTS,
+    LOG,
+    Change,
+    PassedOver,
+    read_passed_over,
+    write_passed_over,
+)
+from bigmix.suspects import Suspect, suspects
+from bigmix.train.setup import Parts, go_to
+from bigmix.train.state import RollBack
+
+NOT_FINITE = "not-finite.jsonl"
+
+
+def name_suspects(parts: Parts, at_step: int, finite_M: Sequence[bool]) -> None:
+    """Tell and write down the rows of a step that was skipped; a collective.
+
+    Those of the micro-batches whose loss is not finite, and all of them where only the gradient is not.
+    """
+    own = [number for number, is_finite in enumerate(finite_M) if not is_finite]
+    is_by_loss = any(parts.cluster.gather(bool(own)))
+    blamed = own if is_by_loss else range(len(finite_M))
+    rows = suspects(parts.inputs.plan, parts.portion, at_step, blamed)
+    everywhere = [row for part in parts.cluster.gather(rows) for row in part]
+    if not parts.cluster.world.is_first:
+        return
+    path = Path(parts.recipe.output) / LOG / NOT_FINITE
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in everywhere)
+    what = (
+        "the loss is not finite" if is_by_loss else "the gradient is not finite, though the loss is"
+    )
+    more = f" and {len(everywhere) - 1} rows more" if len(everywhere) > 1 else ""
+    parts.terminal.warning(
+        f"step {at_step} was skipped on all ranks: {what} for {_said(everywhere[0])}{more}; all are listed in {path}"
+    )
+
+
+def _said(row: Suspect) -> str:
+    documents = f"{row.first_document} to {row.last_document}"
+    if row.first_document == row.last_document:
+        documents = str(row.first_document)
+    return f"row {row.row} of {row.shard} of {row.source} (documents {documents}; rank {row.rank})"
+
+
+def roll_back(parts: Parts, back: RollBack) -> tuple[Parts, int]:
+    """Go back to the last checkpoint before some steps, which are passed over from now on; returns its step and the parts there.
+
+    A collective. Raises BigmixError where there is none, or where the run has gone back too often.
+    """
+    parts.watchdog.doing("going back to a checkpoint")
+    parts.saver.finish()
+    recipe, folder = parts.recipe, Path(parts.recipe.output)
+    passed = _passed_over(parts, folder, back)
+    found = newest_whole(folder / CHECKPOINTS, parts.cluster, before=min(back.steps)).listed
+    if found is None or _is_of_other_rows(parts, found.position):
+        raise BigmixError(
+            f"{back.reason}, and there is no checkpoint from before that to go back to; the same command begins anew and "
+            f"passes over step {', '.join(map(str, sorted(passed.steps)))}; a smaller train.save_every loses less"
+        )
+    if len(passed.times) > recipe.train.most_roll_backs:
+        raise BigmixError(
+            f"{back.reason}, and the run has gone back {recipe.train.most_roll_backs} times already; look at the rows in "
+            f"{folder / LOG / NOT_FINITE} and at the learning rate; train.most_roll_backs allows more"
+        )
+    step = found.position.step
+    parts.terminal.warning(
+        f"{back.reason}: the run goes back to step {step} and passes over step {', '.join(map(str, back.steps))}"
+    )
+    if parts.cluster.world.is_first:
+        put_aside(folder / CHECKPOINTS, after_step=step)
+    if parts.log is not None:
+        parts.log.go_back(step)
+    go_to(parts, found)
+    parts.passed_over.update(back.steps)
+    return _at_decisions_of(parts, found.position), step
+
+
+def _is_of_other_rows(parts: Parts, position: Position) -> bool:
+    """Whether a position is from before the recipe was changed, where its rows have no meaning."""
+    if position.step >= parts.inputs.plan.chapter.after:
+        return False
+    # Only decisions begin rows anew under the same recipe.
+    old = from_plain(position.recipe, "a checkpoint")
+    return not parts.recipe.controllers or any(
+        Change(key=key, old=before, new=after).moves_rows
+        for key, before, after in differences(old, parts.recipe)
+    )
+
+
+def _at_decisions_of(parts: Parts, position: Position) -> Parts:
+    """The parts with the shares of a position; those that were decided after it are decided anew."""
+    if not parts.recipe.controllers:
+        return parts
+    now = replace(position, quarantine=parts.inputs.plan.quarantine)
+    inputs = parts.inputs.going_on(parts.recipe, now, new_chapter=False)
+    parts.report.follow(inputs.plan.epochs)
+    return replace(parts, inputs=inputs, decisions=position.decisions)
+
+
+def _passed_over(parts: Parts, folder: Path, back: RollBack) -> PassedOver:
+    """What the run passes over with these steps, written down before anything else: a run that dies now knows of them."""
+    own = None
+    if parts.cluster.world.is_first:
+        own = PassedOver(times=(*read_passed_over(folder).times, back))
+        write_passed_over(folder, own)
+    (passed, *_) = parts.cluster.gather(own)
+    assert isinstance(passed, PassedOver)
+    return passed
+
+
+def without_bad_shards(parts: Parts, at_step: int, found: Sequence[BadShard]) -> Parts:
+    """The same parts, with rows of these shards replaced from a step on.
+
+    Raises BigmixError where a source has no shard left, or where the shards were replaced already.
+    """
+    quarantine, new = parts.inputs.plan.quarantine.extended(found, at_step)
+    if not new:
+        raise found[0]
+    for bad in new:
+        parts.terminal.warning(
+            f"from step {at_step} on rows of other shards are trained in place of those of {bad.file} of {bad.source}: "
+            f"{bad.reason}"
+        )
+    return replace(parts, inputs=parts.inputs.with_quarantine(quarantine))

@@ -1,0 +1,339 @@
+"""A recipe and its inputs go in, everything that the training loop moves values between comes out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bigmix.checkpoint.restore import restore
+from bigmix.cluster.collectives import Cluster
+from bigmix.cluster.signals import StopFlag
+from bigmix.cluster.watchdog import Watchdog
+from bigmix.cluster.world import World
+from bigmix.data.loader import Portion
+from bigmix.data.records import Choice, Decision
+from bigmix.evaluation.evaluator import pieces_in, questions_of
+from bigmix.evaluation.forward import Exam
+from bigmix.evaluation.held_out import read_base
+from bigmix.evaluation.tasks.prompts import Asked
+from bigmix.first_evaluation import FirstEvaluation
+from bigmix.loss.backend import choose_backend, computing_of
+from bigmix.loss.check import check_computing
+from bigmix.loss.requests import Computing
+from bigmix.loss.terms import Statistic, Terms
+from bigmix.model.causal_lm import DTYPES, build, choose_attention, choose_dtype, logit_rule
+from bigmix.model.checks import Configs, read_configs
+from bigmix.model.ds_config import fill
+from bigmix.model.engine import AdamW, Engine, device_of, sharded_construction
+from bigmix.model.flops import Cost, cost_of, count_parameters, peak_flops
+from bigmix.model.loading import Origin, Place, open_anchor
+from bigmix.recipe import Recipe, plain, to_yaml
+from bigmix.reference import Anchor
+from bigmix.runs.checkpoints import Listed, Position, put_aside
+from bigmix.runs.metrics_log import RunLog
+from bigmix.runs.resume import (
+    CHECKPOINTS,
+    LOG,
+    Beginning,
+    keep_changes,
+    log_to_file,
+    read_passed_over,
+    write_recipe,
+)
+from bigmix.runs.saver import Keeping, Saver
+from bigmix.soundness import check_model
+from bigmix.terminal import Terminal
+from bigmix.train.header import show_header
+from bigmix.train.inputs import Inputs, accumulation
+from bigmix.train.state import Health
+from bigmix.train.step import Aim
+from bigmix.train.step_metrics import Report
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What the loop moves values between; `passed_over` are the steps that are not trained.
+
+    `first_evaluations` are those of runs before this one in the same process, by what they follow from.
+    `decisions` are those of controllers, oldest first.
+    """
+
+    recipe: Recipe
+    inputs: Inputs
+    cluster: Cluster
+    portion: Portion
+    engine: Engine
+    aim: Aim
+    tasks: Mapping[str, Asked]
+    report: Report
+    exam: Exam
+    saver: Saver
+    health: Health
+    passed_over: set[int]
+    decisions: Sequence[Decision]
+    log: RunLog | None
+    terminal: Terminal
+    flag: StopFlag
+    watchdog: Watchdog
+    first_evaluations: dict[str, FirstEvaluation] = field(default_factory=dict)
+
+
+def set_up(
+    recipe: Recipe,
+    inputs: Inputs,
+    cluster: Cluster,
+    terminal: Terminal,
+    flag: StopFlag,
+    watchdog: Watchdog,
+    start: Beginning,
+) -> Parts:
+    """Build everything that the loop needs, and go on from a checkpoint if there is one; a collective.
+
+    Raises BadInput where models, data and recipe do not fit together.
+    """
+    world, device = cluster.world, device_of(cluster.world)
+    log_to_file(Path(recipe.output) / LOG, world)
+    configs = read_configs(recipe, inputs.manifest)
+    config = configs.model
+    tasks = _tasks(recipe, inputs, config, terminal)
+    dtype = choose_dtype(recipe.model.dtype, device)
+    attention = choose_attention(recipe.model.attention, config, device, dtype.value)
+    backend = choose_backend(recipe.loss.backend, device)
+    terms, computing = _terms(recipe), _computing(recipe, backend)
+    check_computing(
+        computing, rule=logit_rule(config), terms=terms, dtype=DTYPES[dtype.value], device=device
+    )
+    keys = _keys(recipe, inputs, world, dtype.value)
+    watchdog.doing("making the model")
+    model = build(
+        config,
+        recipe.model.path,
+        dtype=dtype.value,
+        attention=attention.value,
+        activation_checkpointing=recipe.model.activation_checkpointing,
+        terms=terms,
+        computing=computing,
+        seed=recipe.seed,
+        construction=sharded_construction(keys),
+    )
+    watchdog.doing("making the engine")
+    engine = Engine(model, keys, _adamw(recipe), recipe.train.ema)
+    check_model(engine, config.vocab_size)
+    watchdog.doing("making the reference model")
+    anchor, base = _frozen(recipe, configs, Place(keys=keys, dtype=dtype.value, device=device))
+    aim = _aim(recipe, anchor)
+    peak = peak_flops(device, dtype.value)
+    report = _report(recipe, inputs, cost_of(model.lm), peak * world.size if peak else None)
+    show_header(
+        terminal, recipe, inputs, world,
+        parameters=count_parameters(model.lm), keys=keys, dtype=dtype, attention=attention, loss=backend,
+    )  # fmt: skip
+    for note in inputs.notes:
+        terminal.note(note)
+    log = _open_log(recipe, inputs, start) if world.is_first else None
+    parts = Parts(
+        recipe=recipe, inputs=inputs, cluster=cluster, portion=_portion(recipe, world), engine=engine, aim=aim,
+        tasks=tasks, report=report, exam=_exam(recipe, inputs, base), saver=_saver(recipe, cluster, terminal), health=_health(recipe),
+        passed_over=_passed_over(recipe, cluster), decisions=_decisions(start), log=log, terminal=terminal, flag=flag, watchdog=watchdog,
+    )  # fmt: skip
+    _resume(parts, start)
+    return parts
+
+
+def _keys(recipe: Recipe, inputs: Inputs, world: World, dtype: str) -> dict[str, Any]:
+    return fill(
+        inputs.ds_keys,
+        micro_batch_rows=recipe.train.micro_batch_rows,
+        accumulation=accumulation(recipe, world.size),
+        ranks=world.size,
+        clip=recipe.train.clip,
+        dtype=dtype,
+    )
+
+
+def _aim(recipe: Recipe, anchor: Anchor | None) -> Aim:
+    weighing = {name: source.weigh for name, source in recipe.sources.items()}
+    return Aim(objective=recipe.objective, weighing=weighing, anchor=anchor)
+
+
+def _tasks(recipe: Recipe, inputs: Inputs, config: Any, terminal: Terminal) -> dict[str, Asked]:
+    """The tasks as tokens; before the model is made, since a prompt may be too long for it."""
+    for name, task in recipe.tasks.items():
+        if task.execute:
+            terminal.warning(
+                f"task {name} runs code that the model writes, as this user on this machine"
+            )
+    return questions_of(
+        inputs.tasks,
+        inputs.tokenizer_folder,
+        recipe.model.tokenizer or recipe.model.path,
+        inputs.manifests,
+        config,
+    )
+
+
+def _adamw(recipe: Recipe) -> AdamW:
+    train = recipe.train
+    return AdamW(betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
+
+
+def _report(recipe: Recipe, inputs: Inputs, cost: Cost | None, peak: float | None) -> Report:
+    return Report(
+        tuple(recipe.sources),
+        inputs.plan.epochs,
+        cost=cost,
+        peak_flops=peak,
+        measured=_measured(recipe),
+    )
+
+
+def _frozen(recipe: Recipe, configs: Configs, place: Place) -> tuple[Anchor | None, Anchor | None]:
+    """The model that the run stays near to, and the one that evaluations measure divergences to; often the same."""
+
+    def opened(
+        path: str | None, config: Any, named: str, weights: Mapping[str, float] | None = None
+    ) -> Anchor:
+        origin = Origin(path=path, config=config, named=named)
+        return open_anchor(origin, recipe, place, weights)
+
+    anchor = None
+    if recipe.reference is not None:
+        anchor = opened(
+            recipe.reference_path, configs.reference, "reference.model", recipe.reference.sources
+        )
+    if recipe.has_own_base:
+        return anchor, opened(recipe.model.path, configs.model, "model.path")
+    return anchor, anchor if recipe.train.evaluate_kl else None
+
+
+def _exam(recipe: Recipe, inputs: Inputs, base: Anchor | None) -> Exam:
+    return Exam(
+        held_out=inputs.held_out,
+        micro_batch_rows=recipe.train.micro_batch_rows,
+        max_rows=recipe.train.evaluate_rows,
+        pieces=pieces_in(inputs.tokenizer_folder) if inputs.held_out else None,
+        base=base,
+    )
+
+
+def _terms(recipe: Recipe) -> Terms:
+    loss = recipe.loss
+    return Terms(label_smoothing=loss.label_smoothing, z_loss=loss.z_loss, entropy=loss.entropy)
+
+
+def _computing(recipe: Recipe, backend: Choice) -> Computing:
+    return computing_of(backend.value, recipe.loss.chunk_mib, recipe.loss.head_gradient)
+
+
+def _resume(parts: Parts, start: Beginning) -> None:
+    terminal, world, folder = parts.terminal, parts.cluster.world, Path(parts.recipe.output)
+    for fault in start.torn:
+        terminal.warning(f"checkpoint passed over: {fault}")
+    if world.is_first:
+        for path in put_aside(folder / CHECKPOINTS, after_step=start.step):
+            terminal.note(f"what is left of it is kept as {path}")
+    if start.checkpoint is None:
+        return
+    go_to(parts, start.checkpoint)
+    (kept, *_) = parts.cluster.gather(read_base(folder) if world.is_first else None)
+    parts.report.base.put_back(kept)
+    ranks, now = start.checkpoint.ranks, world.size
+    for change in start.changes:
+        terminal.warning(f"from step {start.step + 1} on: {change}")
+    other = "" if ranks == now else f", written by {ranks} ranks and read by {now}"
+    terminal.note(f"going on after step {start.step}, from {start.checkpoint.path}{other}")
+
+
+def _decisions(start: Beginning) -> Sequence[Decision]:
+    return start.checkpoint.position.decisions if start.checkpoint is not None else ()
+
+
+def position_of(parts: Parts, at_step: int) -> Position:
+    """Where a run stands after a step; every step must have been read from the report."""
+    plan = parts.inputs.plan
+    return Position(
+        step=at_step,
+        report=parts.report.state(),
+        losses=parts.health.state(),
+        recipe=plain(parts.recipe),
+        chapter=plan.chapter,
+        standing=plan.standing(at_step),
+        content=parts.inputs.content,
+        quarantine=plan.quarantine,
+        decisions=parts.decisions,
+    )
+
+
+def go_to(parts: Parts, checkpoint: Listed) -> None:
+    """Put everything that a step changes back to where it was at a checkpoint; a collective."""
+    parts.watchdog.doing(f"reading {checkpoint.path}")
+    restore(parts.engine, checkpoint)
+    parts.report.resume(checkpoint.position.report)
+    parts.health.resume(checkpoint.position.losses)
+    parts.saver.resume(checkpoint.position.step)
+
+
+def _portion(recipe: Recipe, world: World) -> Portion:
+    return Portion(
+        rank=world.rank,
+        ranks=world.size,
+        rows_per_step=recipe.rows_per_step,
+        micro_batch_rows=recipe.train.micro_batch_rows,
+    )
+
+
+def _health(recipe: Recipe) -> Health:
+    return Health(
+        skips=recipe.train.roll_back_after,
+        deviations=recipe.train.spike_deviations,
+        spikes_roll_back=recipe.train.spikes_roll_back,
+    )
+
+
+def _passed_over(recipe: Recipe, cluster: Cluster) -> set[int]:
+    """The steps that are not trained, by the recipe or since the run has gone back before them."""
+    folder = Path(recipe.output)
+    own = read_passed_over(folder).steps if cluster.world.is_first else frozenset[int]()
+    return {*recipe.train.pass_over, *cluster.gather(own)[0]}
+
+
+def _saver(recipe: Recipe, cluster: Cluster, terminal: Terminal) -> Saver:
+    train = recipe.train
+    return Saver(
+        Path(recipe.output) / CHECKPOINTS,
+        cluster,
+        Keeping(newest=train.keep_checkpoints, every=train.keep_every),
+        in_background=train.save == "background",
+        tell=terminal.warning,
+    )
+
+
+def _open_log(recipe: Recipe, inputs: Inputs, start: Beginning) -> RunLog:
+    write_recipe(recipe)
+    keep_changes(Path(recipe.output), start.step, start.changes)
+    log = RunLog(
+        Path(recipe.output),
+        sources=tuple(recipe.sources),
+        held_out=tuple(inputs.held_out),
+        resume_step=start.step if start.checkpoint is not None else None,
+    )
+    shares = {f"share/{n}": str(s.share) for n, s in recipe.sources.items()}
+    log.describe(
+        to_yaml(recipe),
+        {"lr": recipe.train.lr, "objective": recipe.objective, "steps": inputs.steps, **shares},
+    )
+    return log
+
+
+def _measured(recipe: Recipe) -> dict[str, dict[str, Statistic]]:
+    """The statistics of each source that are logged, as means over its loss tokens."""
+    everywhere = {"loss": Statistic.NLL, "accuracy": Statistic.HITS}
+    if recipe.loss.z_loss:
+        everywhere["z"] = Statistic.Z
+    if recipe.loss.entropy:
+        everywhere["entropy"] = Statistic.ENTROPY
+    anchored = recipe.reference.sources if recipe.reference is not None else {}
+    return {
+        name: everywhere | ({"kl": Statistic.KL} if name in anchored else {})
+        for name in recipe.sources
+    }
