@@ -11,7 +11,7 @@ from typing import Any
 from chaos_data import STEPS
 from chaos_faults import NOTES, hashes
 
-from bigmix.data.loader import Plan
+from bigmix.data.run_plan import Plan
 from bigmix.recipe import load_recipe
 from bigmix.runs.checkpoints import FOLDER, Listed, read_listing
 from bigmix.train.inputs import Inputs, open_inputs

@@ -8,9 +8,10 @@ import numpy as np
 from corpus import BATCH_ROWS, ROW_TOKENS, SHARES, Batch, Corpus, Source
 from reader import Reader
 
-from bigmix.data.loader import Loader, Plan, Portion, one_stage, step_batch
+from bigmix.data.loader import Loader, step_batch
 from bigmix.data.mixture import Mixture
-from bigmix.data.records import RowPlaces, StepBatch
+from bigmix.data.records import Portion, RowPlaces, StepBatch
+from bigmix.data.run_plan import Plan, one_stage
 from bigmix.data.shards.manifest import (
     Manifest,
     ShardEntry,

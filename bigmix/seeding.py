@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from bigmix.types import Ints
+
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _ROUNDS = 4
 
 T = TypeVar("T")
-Indices = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
 
 
@@ -34,18 +35,18 @@ def spread(items: Sequence[T], most: int | None) -> Sequence[T]:
     return [items[index * len(items) // most] for index in range(most)]
 
 
-def keys_of(key: int, indices: Indices) -> _Words:
+def keys_of(key: int, indices: Ints) -> _Words:
     """A key of its own for each index."""
     return _hash((indices.astype(np.uint64) + np.uint64(1)) * _STEP + np.uint64(key))
 
 
-def permutation(count: int, key: int) -> Indices:
+def permutation(count: int, key: int) -> Ints:
     """The numbers 0 .. count-1 in the order that `key` decides."""
     # The hash maps no two numbers to one, so that there are no ties for a sort to break.
     return np.argsort(keys_of(key, np.arange(count)))
 
 
-def shuffled(indices: Indices, counts: Indices, keys: _Words) -> Indices:
+def shuffled(indices: Ints, counts: Ints, keys: _Words) -> Ints:
     """Where each index of 0 .. count-1 goes in the permutation that its key decides; one index costs what it costs alone.
 
     A Feistel network (Luby, Rackoff, 1988) over pairs (left, right) with left < a and right < b, a * b just above
@@ -60,7 +61,7 @@ def shuffled(indices: Indices, counts: Indices, keys: _Words) -> Indices:
     return values.astype(np.int64)
 
 
-def _feistel(values: _Words, counts: Indices, keys: _Words) -> _Words:
+def _feistel(values: _Words, counts: Ints, keys: _Words) -> _Words:
     rights = np.ceil(np.sqrt(counts)).astype(np.uint64)
     lefts = (counts.astype(np.uint64) + rights - np.uint64(1)) // rights
     left, right = values // rights, values % rights

@@ -2,6 +2,8 @@
 
 Nothing heavy is imported here: the guard stands before anything else is loaded. A thread reads the signals as they
 come, since Python's own handlers wait until the main thread is back from a collective or a read.
+
+Work of another thread goes in; out comes whether it is done, or its result is not waited for any longer.
 """
 
 import contextlib
@@ -12,8 +14,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from types import FrameType
+from typing import Any
 
 from bigmix.cluster.processes import command_of, parent_of
 from bigmix.errors import REQUEUE
@@ -148,3 +152,14 @@ def _die_with_parent() -> None:
     """Ask Linux for a signal when the launcher dies: killed with -9 it would leave its ranks running."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _ORPHANED)
+
+
+_LOOK_UP_S = 0.2
+
+
+def is_done(work: "Future[Any]", gives_up: Callable[[], bool]) -> bool:
+    """Wait until work is done, or until `gives_up` says to stop waiting: then False, and the work goes on."""
+    while not wait([work], timeout=_LOOK_UP_S).done:
+        if gives_up():
+            return False
+    return True

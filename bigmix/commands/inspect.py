@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from bigmix.commands.arguments import add_recipe_arguments, check_step, tell_moving, tell_replaced
-from bigmix.data.loader import Plan, Portion
+from bigmix.data.records import Portion
+from bigmix.data.run_plan import Plan
 from bigmix.errors import DONE, BadInput
 from bigmix.recipe import Recipe, load, load_recipe, plain, to_yaml
 from bigmix.train.inputs import Inputs, open_inputs

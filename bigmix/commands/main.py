@@ -5,19 +5,16 @@ import sys
 from collections.abc import Sequence
 
 from bigmix import __version__
-from bigmix.cli.self_replay import add_self_replay
-from bigmix.cli.sweep import add_sweep
-from bigmix.cli.tokenizer import add_tokenizer
 from bigmix.commands.arguments import parse_words
 from bigmix.commands.compare.command import add_compare
 from bigmix.commands.evaluate import add_evaluate
 from bigmix.commands.inspect import add_recipe, add_rows
-from bigmix.commands.plan.command import add_plan
-from bigmix.commands.prepare.command import add_prepare
+from bigmix.commands.plan.command import add_plan, add_sweep
+from bigmix.commands.prepare.command import add_prepare, add_tokenizer
 from bigmix.commands.preview import add_preview
 from bigmix.commands.probe.command import add_probe
 from bigmix.commands.quickstart.command import add_quickstart
-from bigmix.commands.remedies.command import add_average
+from bigmix.commands.remedies.command import add_average, add_self_replay
 from bigmix.commands.train import add_train
 from bigmix.errors import FAILED, BigmixError
 

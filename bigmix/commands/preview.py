@@ -4,8 +4,7 @@ import argparse
 from typing import Any
 
 from bigmix.commands.arguments import add_recipe_arguments, check_step, tell_moving, tell_replaced
-from bigmix.data.loader import Portion
-from bigmix.data.records import Row
+from bigmix.data.records import Portion, Row
 from bigmix.errors import DONE, BadInput
 from bigmix.recipe import Recipe, load_recipe
 from bigmix.terminal import Terminal, tame_libraries

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from bigmix.data.records import IGNORE, Row
+from bigmix.data.records import Row
 from bigmix.text.tokenizer import Tokenizer
+from bigmix.types import IGNORE
 
 Kind = Literal["head", "border", "context", "loss", "padding"]
 LONGEST_GROUP = 8  # tokens: a character has at most four bytes, and a token at least one

@@ -51,7 +51,7 @@ def _run(recipe: Recipe, inputs: Inputs, world: World, flag: StopFlag) -> int:
 def _run_sweep(runs: Sequence[SweepRun], world: World, flag: StopFlag) -> int:
     tame_libraries()
     # As above.
-    from bigmix.sweep import run_all
+    from bigmix.train.run import run_all
 
     run_all(runs, world, Terminal(enabled=world.is_first, every=1), flag)
     return DONE

@@ -1,13 +1,21 @@
-"""Places of rows in any streams go in; their ids and what is in the loss come out, laid end to end in the order of the places."""
+"""Places of rows in any streams go in; their ids and what is in the loss come out, laid end to end in the order of the places.
 
-from collections.abc import Sequence
+A micro-batch goes in, the weight of the loss tokens of each of its parts comes out: what counts alike in the loss.
+
+A document with n loss tokens weighs n^(1 - e) beside others of its source, each of its tokens n^-e: with e = 0 all tokens
+count alike, with e = 1 all documents do, with e = 1/2 a document weighs the square root of its length (square averaging:
+Chen et al., "InternVL 2.5", 2024). A text that is split over rows counts as a document in each of them.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from bigmix.data.records import Ints, MicroBatch, RowPlaces
-from bigmix.data.rows import ragged
+from bigmix.data.packing import ragged
+from bigmix.data.records import MicroBatch, RowPlaces
 from bigmix.data.stream import Stream
+from bigmix.types import Floats, Ints, Weighing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,3 +85,19 @@ def assemble(streams: Sequence[Stream], places: RowPlaces) -> Assembled:
         lengths_K=runs_2K[1],
         ids_RT=ids_RT,
     )
+
+
+EXPONENTS: Mapping[Weighing, float] = {"token": 0.0, "square_root": 0.5, "document": 1.0}
+
+
+def part_weights(micro_batch: MicroBatch, exponents_S: Sequence[float]) -> Floats:
+    """The weight of a loss token of each part [P]; 1 in parts without one."""
+    counts_P = np.maximum(micro_batch.loss_tokens_P, 1).astype(np.float64)
+    weights_P: Floats = counts_P ** -np.asarray(exponents_S)[micro_batch.groups_P]
+    return weights_P
+
+
+def masses(micro_batch: MicroBatch, weights_P: Floats, sources: int) -> Floats:
+    """The weights of the loss tokens of each source, added up [S]."""
+    sums_P = weights_P * micro_batch.loss_tokens_P
+    return np.bincount(micro_batch.groups_P, sums_P, minlength=sources).astype(np.float64)

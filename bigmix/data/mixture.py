@@ -18,15 +18,13 @@ from functools import lru_cache
 from math import gcd
 
 import numpy as np
-import numpy.typing as npt
 
 from bigmix.data.shares import Share, Shares, Weights, shares_of
+from bigmix.types import Ints
 
 BLOCK_ROWS = 1024
 NEVER = 1 << 62
 _FIRST_LOOK_BACK = 64
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,14 +12,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bigmix.data.loader import FIRST_CHAPTER, Plan, Stage
 from bigmix.data.mixture import Mixture
 from bigmix.data.records import Chapter
-from bigmix.data.shares import Member, Points, Share, Shares, apportion
+from bigmix.data.run_plan import FIRST_CHAPTER, Plan, Stage
+from bigmix.data.shares import (
+    Member,
+    Points,
+    Share,
+    Shares,
+    apportion,
+    by_temperature,
+    levels_of_unimax,
+    unimax,
+)
 from bigmix.errors import BadInput
 from bigmix.recipe import Group, Recipe, Source
 from bigmix.recipe.shares import Controller, Temperature, UniMax
-from bigmix.sizes import by_temperature, levels_of_unimax, unimax
 
 _SHARES_TRIED = 20
 _STEPS_TRIED = 20

@@ -1,25 +1,13 @@
 """The records that travel between the parts. Letters: B rows, T positions of a row, R rows of a rank's step, N loss tokens, P parts,
-K runs of loss tokens."""
+K runs of loss tokens.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-IGNORE = -100  # the label of a position whose prediction is not in the loss
-
-Ints = npt.NDArray[np.signedinteger[Any]]
-Flags = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    """A setting that was left to us: what it became, and why, for the header."""
-
-    value: str
-    reason: str
+from bigmix.types import Ints
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,3 +161,19 @@ class StepBatch:
     tokens: Mapping[str, int]
     loss_tokens: Mapping[str, int]
     squares: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Portion:
+    """Which rows of a step a rank takes: a contiguous block, cut into micro-batches."""
+
+    rank: int
+    ranks: int
+    rows_per_step: int
+    micro_batch_rows: int
+
+    @property
+    def rows(self) -> slice:
+        """This rank's block of the step's rows."""
+        each = self.rows_per_step // self.ranks
+        return slice(self.rank * each, (self.rank + 1) * each)

@@ -11,23 +11,28 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from bigmix.data.packing import LongDocuments, Lost, count_chat_rows, lost, pack_chat, pack_text
-from bigmix.data.quarantine import BadShard
-from bigmix.data.records import IGNORE, Ints, Row, RowId, RowPlaces
-from bigmix.data.rows import (
+from bigmix.data.packing import (
     PADDING,
+    LongDocuments,
+    Lost,
     Rows,
     RowTable,
     chat_table,
+    count_chat_rows,
     cut_rows,
+    lost,
+    pack_chat,
+    pack_text,
     ragged,
     rows_of,
     text_table,
 )
+from bigmix.data.quarantine import BadShard, Substitution, substitution
+from bigmix.data.records import Row, RowId, RowPlaces
 from bigmix.data.shards.manifest import Manifest
 from bigmix.data.shards.shard import Shard, Unreadable
-from bigmix.data.substitution import Substitution, substitution
-from bigmix.seeding import Indices, key_of, keys_of, permutation, shuffled
+from bigmix.seeding import key_of, keys_of, permutation, shuffled
+from bigmix.types import IGNORE, Ints
 
 WINDOW_SHARDS = 16
 OPEN_SHARDS = 2 * WINDOW_SHARDS
@@ -58,8 +63,8 @@ class Packer:
 class _Epoch:
     """An epoch's shards in order, how many rows come before each, and the key of its windows."""
 
-    shards: Indices
-    rows_before: Indices
+    shards: Ints
+    rows_before: Ints
     key: int
 
 
@@ -181,9 +186,7 @@ class Stream:
             tokens=int(rows.tokens_R[0]),
         )
 
-    def _places_in(
-        self, number: int, within_R: Ints, bad: frozenset[int]
-    ) -> tuple[Indices, Indices]:
+    def _places_in(self, number: int, within_R: Ints, bad: frozenset[int]) -> tuple[Ints, Ints]:
         """The shard and the row of each of an epoch's rows: permuted inside the window that holds it."""
         epoch = self._epoch(number)
         before = epoch.rows_before

@@ -3,15 +3,12 @@
 Letters: D documents, K numbers of each, R resamples.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
+
+from bigmix.types import Floats
 
 RESAMPLES = 1000
 _DRAWS = 1 << 20  # of documents at a time
-
-Floats = npt.NDArray[np.floating[Any]]
 
 
 def resampled_sums(numbers_DK: Floats, key: int) -> Floats:

@@ -1,4 +1,7 @@
-"""A model and an exam go in, all that is measured of it comes out, with the evaluation line of metrics.jsonl."""
+"""A model and an exam go in, all that is measured of it comes out, with the evaluation line of metrics.jsonl.
+
+A recipe and its inputs go in; out comes what the evaluation before the first step follows from, to find equal ones.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,16 +12,49 @@ from bigmix.cluster.collectives import Cluster
 from bigmix.data.shards.manifest import Manifest
 from bigmix.errors import BadInput
 from bigmix.evaluation.forward import Exam, evaluate
-from bigmix.evaluation.held_out import Base, HeldOut, summarise
+from bigmix.evaluation.held_out import Base, Estimate, HeldOut, summarise
 from bigmix.evaluation.tasks.examples import TaskFile
 from bigmix.evaluation.tasks.inference_model import Weights, speaking
 from bigmix.evaluation.tasks.prompts import Asked, ask, language_of
 from bigmix.evaluation.tasks.runner import TaskResult, score_tasks, task_line
 from bigmix.model.causal_lm import max_positions
 from bigmix.model.engine import Evaluable
+from bigmix.runs.metrics_log import Line
 from bigmix.text.last_word import pieces_of_tokens
 from bigmix.text.tokenizer import load_tokenizer
-from bigmix.train.step_metrics import Line, held_out_numbers
+
+_MEASURES = (  # those of `HeldOut` that have the same name in a line
+    "perplexity",
+    "bits_per_byte",
+    "token_accuracy",
+    "last_word_accuracy",
+    "kl_to_base",
+    "forgetting",
+)
+
+
+def held_out_numbers(results: Mapping[str, HeldOut]) -> Line:
+    """What was measured on held-out sources, under the keys of an evaluation line."""
+    line: Line = {}
+    for name, found in results.items():
+        line |= _numbers("held_out_loss", "held_out", name, found.loss)
+        for key in _MEASURES:
+            estimate: Estimate | None = getattr(found, key)
+            if estimate is not None:
+                line |= _numbers(key, key, name, estimate)
+        line[f"held_out_tokens/{name}"] = found.tokens
+        line[f"held_out_documents/{name}"] = found.documents
+        if found.last_word_accuracy is not None:
+            line[f"last_words/{name}"] = found.last_words
+    return line
+
+
+def _numbers(key: str, ends: str, source: str, estimate: Estimate) -> Line:
+    return {
+        f"{key}/{source}": estimate.value,
+        f"{ends}_low/{source}": estimate.low,
+        f"{ends}_high/{source}": estimate.high,
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,3 +160,12 @@ def questions_of(
 def pieces_in(folder: Path) -> Sequence[bytes] | None:
     """The bytes of each id of the tokenizer in a folder; None where there is no tokenizer."""
     return pieces_of_tokens(load_tokenizer(str(folder))) if folder.is_dir() else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FirstEvaluation:
+    """What a run has found before its first step, what its forgetting is measured from, and its folder."""
+
+    found: Findings
+    base: Base
+    folder: Path

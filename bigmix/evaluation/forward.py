@@ -11,21 +11,20 @@ import numpy as np
 import torch
 
 from bigmix.cluster.collectives import Cluster
+from bigmix.cluster.signals import is_done
 from bigmix.cluster.world import World
 from bigmix.data.batch import assemble
-from bigmix.data.records import Flags, Ints, MicroBatch, RowId, RowPlaces
-from bigmix.data.rows import PADDING
+from bigmix.data.packing import PADDING
+from bigmix.data.records import MicroBatch, RowId, RowPlaces
 from bigmix.data.stream import Stream
-from bigmix.evaluation.bootstrap import Floats
 from bigmix.evaluation.held_out import DocumentSums, Sum
 from bigmix.loss.terms import GroupSums
 from bigmix.model.causal_lm import ModelTensors
 from bigmix.model.engine import Evaluable
-from bigmix.model.inputs import move, tensors
-from bigmix.reference import Anchor, tensors_with_reference
+from bigmix.model.inputs import Anchor, move, tensors, tensors_with_reference
 from bigmix.seeding import spread
 from bigmix.text.last_word import TAIL, last_word
-from bigmix.waiting import is_done
+from bigmix.types import Flags, Floats, Ints
 
 # Columns of what a rank knows of a part of a document, before the sums of `Sum`.
 _SHARD, _DOCUMENT, _ROW, _PART_TOKENS, _DOCUMENT_TOKENS = range(5)

@@ -19,11 +19,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from bigmix.data.records import Ints
 from bigmix.errors import BadInput
-from bigmix.evaluation.bootstrap import Floats, interval, resampled_sums
+from bigmix.evaluation.bootstrap import interval, resampled_sums
 from bigmix.files import put_in_place
 from bigmix.seeding import key_of
+from bigmix.types import Floats, Ints
 
 BASE = "held-out-base.npz"
 _VERSION = 1

@@ -6,13 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bigmix.data.shards.manifest import Manifest
-from bigmix.data.source import Depot
-from bigmix.data.stream import Stream
-from bigmix.errors import BadInput
-from bigmix.evaluation.tasks.examples import TaskFile, open_tasks
-from bigmix.model.ds_config import read_ds_config
-from bigmix.recipe import Recipe
-from bigmix.source_checks import (
+from bigmix.data.source import (
+    Depot,
     collect,
     damaged_shards,
     faults_of_empty,
@@ -22,6 +17,11 @@ from bigmix.source_checks import (
     retry_of,
     tokenizer_faults,
 )
+from bigmix.data.stream import Stream
+from bigmix.errors import BadInput
+from bigmix.evaluation.tasks.examples import TaskFile, open_tasks
+from bigmix.model.ds_config import read_ds_config
+from bigmix.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,6 +20,7 @@ from bigmix.evaluation.evaluator import Findings, Interview, examine, pieces_in,
 from bigmix.evaluation.forward import Exam
 from bigmix.evaluation.held_out import Base
 from bigmix.evaluation.inputs import HeldOutInputs
+from bigmix.evaluation.tables import show_findings
 from bigmix.evaluation.tasks.prompts import Asked
 from bigmix.evaluation.tasks.runner import write_samples
 from bigmix.files import replace_text
@@ -31,11 +32,9 @@ from bigmix.model.engine import device_of, join
 from bigmix.model.loading import Origin, Place, open_anchor, open_evaluated
 from bigmix.recipe import Recipe, to_yaml
 from bigmix.runs.layout import RECIPE
-from bigmix.runs.metrics_log import METRICS, finite, read_lines
+from bigmix.runs.metrics_log import METRICS, Line, finite, read_lines
 from bigmix.runs.resume import LOG, log_to_file
 from bigmix.terminal import Terminal
-from bigmix.train.header import show_findings
-from bigmix.train.step_metrics import Line
 
 EVALUATION = "evaluation.json"
 _VERSION = 1

@@ -18,7 +18,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from bigmix.data.records import IGNORE
+from bigmix.types import IGNORE
 
 
 class Statistic(IntEnum):

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
-from bigmix.data.records import Choice
 from bigmix.errors import BadInput
 from bigmix.loss.head import HeadSettings, make_mixed
 from bigmix.loss.requests import Computing
 from bigmix.loss.terms import LogitRule, LossTokens, Reference, Terms
+from bigmix.types import Choice
 
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

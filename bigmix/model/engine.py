@@ -22,7 +22,8 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from bigmix.cluster.collectives import Cluster, export_world
 from bigmix.cluster.world import World, free_port
 from bigmix.model.ds_config import zero_stage
-from bigmix.model.zero_partitions import FlatState, ZeroState
+from bigmix.model.zero_partitions import ZeroState
+from bigmix.runs.state_file import FlatState
 
 _NO_COMPILER = "TORCHDYNAMO_DISABLE"
 

@@ -1,15 +1,134 @@
-"""An engine goes in, a Hugging Face folder that transformers loads comes out."""
+"""An engine goes in, a Hugging Face folder that transformers loads comes out.
 
+Tensors by name go in, the safetensors files of a model and their index come out; and are read back tensor by tensor.
+
+One file is `model.safetensors`; several are `model-IIIII-of-NNNNN.safetensors` with `model.safetensors.index.json`, which
+says in which of them each tensor lies.
+"""
+
+import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from bigmix.cluster.collectives import Cluster
+from bigmix.errors import BadInput
 from bigmix.model.engine import Engine
-from bigmix.weight_files import WHOLE, name_shards
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_METADATA = {"format": "pt"}  # transformers refuses a file without it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Described:
+    """What a tensor is, before its values are read: dtype in the words of safetensors, such as BF16."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class WeightFiles:
+    """The weights in the folder of a model, mapped into memory: what is not asked for is not read."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises BadInput where the folder has no whole set of safetensors files."""
+        self.folder = folder
+        self._files: dict[str, Any] = {}  # by the name of each tensor in them
+        with ExitStack() as stack:
+            for path in _paths(folder):
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                self._files |= dict.fromkeys(file.keys(), file)
+            self._stack = stack.pop_all()
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The name of every tensor, file by file."""
+        return tuple(self._files)
+
+    def describe(self, name: str) -> Described:
+        """The dtype and shape of a tensor."""
+        found = self._files[name].get_slice(name)
+        return Described(dtype=found.get_dtype(), shape=tuple(found.get_shape()))
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as it is stored."""
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._stack.close()
+
+
+def _paths(folder: Path) -> Sequence[Path]:
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        paths = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    else:
+        paths = [folder / WHOLE]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise BadInput(
+            f"{folder} has no {', '.join(missing)}; give the folder of a model with its weights in safetensors files"
+        )
+    return paths
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> None:
+    """Write the files of a model, each of at most `max_bytes` unless one tensor is larger; one file at a time is in memory."""
+    parts = []
+    for number, group in enumerate(_groups(tensors, max_bytes)):
+        part = folder / f"part-{number:05d}.safetensors"
+        save_file(group, part, metadata=_METADATA)
+        parts.append(part)
+    name_shards(folder, parts)
+
+
+def _groups(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    group: dict[str, Tensor] = {}
+    held = 0
+    for name, tensor in tensors:
+        if group and held + tensor.nbytes > max_bytes:
+            yield group
+            group, held = {}, 0
+        group[name] = tensor.contiguous()
+        held += tensor.nbytes
+    yield group
+
+
+def name_shards(folder: Path, parts: Sequence[Path]) -> None:
+    """Give the files of a model, in a folder, the names that loaders look for, and write the index where there are several."""
+    if len(parts) == 1:
+        parts[0].rename(folder / WHOLE)
+        return
+    places: dict[str, str] = {}
+    total = 0
+    for number, part in enumerate(parts, 1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        header = _header(part)
+        places |= dict.fromkeys(header, name)
+        total += sum(end - start for start, end in (t["data_offsets"] for t in header.values()))
+        part.rename(folder / name)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The entry of each tensor in a safetensors file: eight bytes of length stand before the JSON."""
+    with path.open("rb") as file:
+        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    return header
+
 
 _LAYER = re.compile(r".*?\.\d+\.")
 _ONE_FILE = 1 << 62  # transformers is given what goes into one file

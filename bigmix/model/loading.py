@@ -9,10 +9,10 @@ import torch
 from bigmix.loss.requests import Computing
 from bigmix.loss.terms import Terms
 from bigmix.model.causal_lm import FrozenModel, build, choose_attention, load
+from bigmix.model.checks import check_model, check_reference_model
 from bigmix.model.engine import Frozen, sharded_construction
+from bigmix.model.inputs import Anchor
 from bigmix.recipe import Recipe
-from bigmix.reference import Anchor
-from bigmix.soundness import check_model, check_reference_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

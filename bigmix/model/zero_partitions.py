@@ -6,45 +6,14 @@ ranks can find them again.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-WEIGHTS, AVERAGE = "weights", "average"
+from bigmix.runs.state_file import MOMENTS, FlatState, Piece
+
 _EXCHANGED = 1 << 24  # elements that change places at a time: what that takes in memory is bounded
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """Elements [start, start + count) of a parameter, which lie from `offset` on in a flat tensor."""
-
-    name: str
-    start: int
-    count: int
-    offset: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FlatState:
-    """A flat tensor of fp32 weights [N] with its moments [N], the steps that Adam has taken, and what lies where.
-
-    Elements that no piece covers are padding. `average` [N] is that of the weights over the steps, where one is kept.
-    """
-
-    pieces: tuple[Piece, ...]
-    weights: Tensor
-    moments: Mapping[str, Tensor]
-    step: int
-    average: Tensor | None = None
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """All of them by name."""
-        kept = {} if self.average is None else {AVERAGE: self.average}
-        return {WEIGHTS: self.weights, **self.moments, **kept}
 
 
 class ZeroState:

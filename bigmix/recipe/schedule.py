@@ -1,11 +1,8 @@
 """A step and the length of the run go in, the learning rate of that step comes out."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-from bigmix.data.records import Decision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,14 +42,3 @@ class LearningRate:
 def warmup_steps(warmup: float, steps: int) -> int:
     """A warm-up below 1 is a fraction of the steps, else a number of steps."""
     return round(warmup * steps) if warmup < 1 else int(warmup)
-
-
-def progress(step: int, steps: int, decisions: Sequence[Decision]) -> float:
-    """The part of a run of now `steps` steps that is done after `step`.
-
-    From the last decision, which may have changed the number of steps, it grows evenly to 1.
-    """
-    if not decisions:
-        return step / steps
-    last = decisions[-1]
-    return last.progress + (1 - last.progress) * (step - last.step) / max(steps - last.step, 1)

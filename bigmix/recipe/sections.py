@@ -15,7 +15,7 @@ from bigmix.recipe.fields import (
     Settings,
 )
 from bigmix.recipe.shares import GroupShare, Share, SourceShare, fault_of_points, kind_of
-from bigmix.weighing import Weighing
+from bigmix.types import Weighing
 
 _Beta = Annotated[float, Field(ge=0, lt=1), A_NUMBER]
 _Lengths = Annotated[tuple[tuple[CountOrZero, Count], ...], Field(min_length=1), Tag("<points>")]

@@ -226,3 +226,6 @@ def _band(key: str, source: str) -> tuple[str, list[str]]:
 def _as_markdown_code(text: str) -> str:
     """Indented by four: a fence could be ended by the text itself."""
     return "\n".join("    " + line for line in text.splitlines())
+
+
+Line = dict[str, Number]

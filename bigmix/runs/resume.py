@@ -1,4 +1,7 @@
-"""A recipe goes in, where its run begins comes out: at step 0, at a checkpoint, or nowhere since it is finished."""
+"""A recipe goes in, where its run begins comes out: at step 0, at a checkpoint, or nowhere since it is finished.
+
+The folder of a run's checkpoints goes in; out comes the newest whole one, and its states in an engine of any number of ranks.
+"""
 
 import json
 import logging
@@ -9,15 +12,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigmix.checkpoint.restore import newest_whole
 from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.world import World
 from bigmix.errors import BadInput
 from bigmix.files import lock, replace_text
 from bigmix.recipe import Group, Recipe, Source, differences, from_plain, to_yaml
-from bigmix.runs.checkpoints import FOLDER, Listed, other_versions
+from bigmix.runs.checkpoints import FOLDER, Listed, faults_of, folders, other_versions, read_listing
 from bigmix.runs.layout import RECIPE
-from bigmix.train.state import RollBack
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """The newest whole checkpoint, None where there is none, and what is wrong with each newer one."""
+
+    listed: Listed | None
+    torn: tuple[str, ...] = ()
+
+
+def newest_whole(folder: Path, cluster: Cluster, *, before: int | None = None) -> Found:
+    """Look for the newest checkpoint whose files are all as they were written, of a step below `before` where that is given.
+
+    A collective: each rank reads a part of the files.
+    """
+    listings = list(map(read_listing, folders(folder, before))) if cluster.world.is_first else None
+    (candidates, *_) = cluster.gather(listings)
+    torn: list[str] = []
+    for candidate in candidates:
+        if isinstance(candidate, str):
+            torn.append(candidate)
+            continue
+        own = slice(cluster.world.rank, None, cluster.world.size)
+        faults = [f for part in cluster.gather(list(faults_of(candidate, own))) for f in part]
+        if not faults:
+            return Found(listed=candidate, torn=tuple(torn))
+        torn += faults
+    return Found(listed=None, torn=tuple(torn))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RollBack:
+    """Go back to the last checkpoint before `steps`, and then train on without them."""
+
+    steps: tuple[int, ...]
+    reason: str
+
 
 CHECKPOINTS, LOG = FOLDER, "log"
 PASSED_OVER, CHANGES, LOCK = "passed-over.json", "changes.jsonl", ".lock"

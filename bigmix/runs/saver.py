@@ -16,9 +16,16 @@ import torch
 from torch import Tensor
 
 from bigmix.cluster.collectives import Cluster
-from bigmix.model.zero_partitions import AVERAGE, MOMENTS, WEIGHTS, FlatState
 from bigmix.runs.checkpoints import Position, Sealed, clear_unfinished, prune, publish
-from bigmix.runs.state_file import file_of_rank, tensors_of, write_state
+from bigmix.runs.state_file import (
+    AVERAGE,
+    MOMENTS,
+    WEIGHTS,
+    FlatState,
+    file_of_rank,
+    tensors_of,
+    write_state,
+)
 
 _SPARE_BYTES = 64 << 20  # room on the disk for logs and exports beside a checkpoint
 

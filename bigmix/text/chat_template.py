@@ -23,12 +23,12 @@ from bigmix.text.chat_tokens import (
     MARK_CLOSE,
     MARK_OPEN,
     EncodedChat,
-    Mask,
     RenderedChat,
     encode_chats,
 )
 from bigmix.text.formats import Conversation, Dropped, Turn
 from bigmix.text.tokenizer import Tokenizer, special_tokens
+from bigmix.types import Flags
 
 PLAIN = """\
 {%- if tools %}{{ 'Tools: ' + (tools | tojson) + '\\n\\n' }}{% endif %}
@@ -381,7 +381,7 @@ def _warnings(
     return found
 
 
-def _ends_of(loss_mask: Mask) -> Mask:
+def _ends_of(loss_mask: Flags) -> Flags:
     """True for the last token of each stretch in the loss [T]."""
-    ends: Mask = loss_mask & ~np.append(loss_mask[1:], False)
+    ends: Flags = loss_mask & ~np.append(loss_mask[1:], False)
     return ends

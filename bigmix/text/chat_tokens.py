@@ -11,13 +11,11 @@ import numpy.typing as npt
 
 from bigmix.text.formats import Dropped
 from bigmix.text.tokenizer import EncodedBatch, Ids, Tokenizer
+from bigmix.types import Flags, Ints
 
 # Unicode promises that these four are never characters of a text.
 HIDDEN_OPEN, HIDDEN_CLOSE, MARK_OPEN, MARK_CLOSE = "\ufdd0\ufdd1\ufdd2\ufdd3"
 HIDDEN = re.compile(f"{HIDDEN_OPEN}([0-9]+){HIDDEN_CLOSE}")
-
-Mask = npt.NDArray[np.bool_]
-Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +23,7 @@ class EncodedChat:
     """Token ids [T], which of them are in the loss [T], and the UTF-8 bytes of the assistant's answers."""
 
     ids: Ids
-    loss_mask: Mask
+    loss_mask: Flags
     answer_bytes: int
 
 
@@ -34,8 +32,8 @@ class EncodedChats:
     """The same for several conversations, end to end [T]; `counts` are the tokens of each."""
 
     ids: Ids
-    loss_mask: Mask
-    counts: Counts
+    loss_mask: Flags
+    counts: Ints
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +78,7 @@ def encode_together(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> Enco
     return _begun(tokenizer, _merged(by_bytes, by_characters, plain))
 
 
-def _merged(one: EncodedChats, other: EncodedChats, is_one: Mask) -> EncodedChats:
+def _merged(one: EncodedChats, other: EncodedChats, is_one: Flags) -> EncodedChats:
     """The conversations of both in order: the next of `one` where `is_one` has a True [D]."""
     counts = np.zeros(len(is_one), np.int64)
     counts[is_one], counts[~is_one] = one.counts, other.counts
@@ -106,7 +104,7 @@ def _begun(tokenizer: Tokenizer, chats: EncodedChats) -> EncodedChats:
     return EncodedChats(ids=ids, loss_mask=mask, counts=counts)
 
 
-def _of_bytes(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> tuple[EncodedChats, Mask]:
+def _of_bytes(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> tuple[EncodedChats, Flags]:
     """The conversations whose tokens, written as bytes, are their texts; and which ones these are [D]."""
     table = tokenizer.token_bytes or ()
     utf8 = [chat.text.encode() for chat in chats]
@@ -127,7 +125,7 @@ def _of_bytes(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> tuple[Enco
     return EncodedChats(ids=kept, loss_mask=mask, counts=counts), is_exact
 
 
-def _spans_in_bytes(chats: Iterable[tuple[RenderedChat, bytes]]) -> Counts:
+def _spans_in_bytes(chats: Iterable[tuple[RenderedChat, bytes]]) -> Ints:
     """Begin and end of all that is in the loss, in bytes from the start of the first conversation [N, 2]."""
     borders, at = list[int](), 0
     for chat, utf8 in chats:
@@ -140,14 +138,14 @@ def _spans_in_bytes(chats: Iterable[tuple[RenderedChat, bytes]]) -> Counts:
     return np.array(borders, np.int64).reshape(-1, 2)
 
 
-def _within(spans: Counts, begins: Counts, ends: Counts) -> Mask:
+def _within(spans: Ints, begins: Ints, ends: Ints) -> Flags:
     """Which tokens [T] have a byte in one of the spans [N, 2], none of which overlap."""
     spans = spans[spans[:, 0] < spans[:, 1]]
     first = ends.searchsorted(spans[:, 0], side="right")
     behind = begins.searchsorted(spans[:, 1], side="left")
     size = len(ends) + 1
     turns = np.bincount(first, minlength=size) - np.bincount(behind, minlength=size)
-    mask: Mask = np.cumsum(turns)[:-1] > 0
+    mask: Flags = np.cumsum(turns)[:-1] > 0
     return mask
 
 
@@ -187,7 +185,7 @@ def _segments(chat: RenderedChat, number: int, at: int) -> Iterator[_Segment]:
         at += width
 
 
-def _covered(chats: Sequence[RenderedChat], begins: npt.NDArray[np.int64]) -> Counts:
+def _covered(chats: Sequence[RenderedChat], begins: npt.NDArray[np.int64]) -> Ints:
     """How many of the characters before each place are in the loss."""
     covered = np.zeros(begins[-1] + 1, np.int64)
     for chat, at in zip(chats, begins.tolist(), strict=False):

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 from tokenizers import decoders
 
-from bigmix.data.token_bytes import byte_signs
-from bigmix.text.tokenizer import Tokenizer
+from bigmix.text.tokenizer import Tokenizer, byte_signs
 
 TAIL = 64  # tokens of the end of a text that are looked at; a longer word counts as none
 _BREAK = b"\n"  # what a special token is to the words around it

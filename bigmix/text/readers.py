@@ -2,6 +2,10 @@
 
 Nothing is interpreted here: what a row means is decided in `recognise`. A file that ends early or holds what is not its
 format is an error that names the place; nothing ends quietly.
+
+The bytes of a WebDataset tar go in, its samples come out as rows; an archive that is cut short is an error.
+
+Inputs go in, their documents come out as recognised, before any tokenizer has seen them.
 """
 
 import codecs
@@ -15,14 +19,78 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 
-from bigmix.data.tars import read_tar
 from bigmix.errors import BadInput
+from bigmix.text.formats import Document, Kind, document_of, recognise
+
+TAR_BLOCK = 512
+
+
+def read_tar(place: str, stream: IO[bytes]) -> Iterator[Mapping[str, Any]]:
+    """The samples of a tar: neighbouring members with one key, .txt as `text` and .json as columns."""
+    key, columns = None, dict[str, Any]()
+    # The tar is read through a file that can seek; only then does tarfile check what it skips.
+    source = stream if stream.seekable() else io.BytesIO(stream.read())
+    for member in _members(place, source):
+        folder, _, base = member.name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        if key is not None and key != (folder, stem):
+            yield columns
+            columns = {}
+        key = (folder, stem)
+        columns |= _member_columns(place, member.name, suffix, member.content)
+    if key is not None:
+        yield columns
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Member:
+    name: str
+    content: bytes
+
+
+def _members(place: str, source: IO[bytes]) -> Iterator[_Member]:
+    with tarfile.open(fileobj=source, mode="r:") as tar:
+        for info in tar:
+            content = tar.extractfile(info) if info.isfile() else None
+            if content is not None:
+                yield _Member(name=info.name, content=content.read())
+            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+        # tarfile takes a cut or damaged header for the end of the archive.
+        source.seek(tar.offset)
+        if source.read(TAR_BLOCK) != bytes(TAR_BLOCK):
+            raise BadInput(
+                f"{place} is cut short: no header and no end of archive at byte {tar.offset}; "
+                "fetch or write the file again"
+            )
+        # Reading on to the end also makes a compressed file check its own checksum.
+        while rest := source.read(CHUNK):
+            if rest.count(0) != len(rest):
+                raise BadInput(
+                    f"{place} goes on behind the end of its archive at byte {tar.offset}; tars that were joined with "
+                    "cat are read only when they are files of their own"
+                )
+
+
+def _member_columns(place: str, name: str, suffix: str, content: bytes) -> Mapping[str, Any]:
+    try:
+        if suffix == "txt":
+            return {"text": content.decode("utf-8-sig")}
+        if suffix == "json":
+            value = json.loads(content.decode("utf-8-sig"))
+            return value if isinstance(value, dict) else {}
+    except ValueError as error:
+        raise BadInput(
+            f"{place}, member {name}: not {suffix} in UTF-8 ({error}); mend it"
+        ) from error
+    return {}
+
 
 HUB = "hf:"
 SAVED_DATASET = "state.json"  # in a folder that datasets' save_to_disk wrote
@@ -326,3 +394,26 @@ def _read_saved(span: Span) -> Iterator[Mapping[str, Any]]:
         raise BadInput(
             f"{span.place} is no whole saved dataset ({error}); save it again"
         ) from error
+
+
+_FIRST_ROWS = 256
+
+
+def raw_documents(
+    inputs: Sequence[str],
+    *,
+    kind: Kind | None = None,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+) -> Iterator[Document]:
+    """The document of each of the first `limit` rows; the first 256 rows decide how they are read.
+
+    Raises BadInput where there is no row, or where no known layout fits them.
+    """
+    read = islice(read_rows(inputs, ReadOptions()), limit)
+    rows = (row.columns for row in read if row.columns is not None)
+    first = list(islice(rows, _FIRST_ROWS))
+    if not first:
+        raise BadInput(f"no rows are in {', '.join(inputs)}; give inputs with text")
+    layout = recognise(first, kind=kind, columns=columns)
+    return (document_of(row, layout) for row in chain(first, rows))

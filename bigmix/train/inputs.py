@@ -1,41 +1,48 @@
 """A recipe goes in, everything it names is opened and checked before training: its sources, its DeepSpeed file.
 
 No torch here: a fault is told within a second.
+
+The runs of a sweep go in; each is opened and looked at before the first one is trained. No torch here.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bigmix.data.loader import Loader, Plan, Portion, Stage, same_fraction, stages_from
+from bigmix.data.loader import Loader
 from bigmix.data.planning import mix
 from bigmix.data.quarantine import BadShard, Quarantine
-from bigmix.data.records import Chapter
+from bigmix.data.records import Chapter, Portion
+from bigmix.data.run_plan import Plan, Stage, same_fraction, stages_from
 from bigmix.data.shards.manifest import Manifest
 from bigmix.data.share_rules import rule_of
 from bigmix.data.shares import Shares
-from bigmix.data.source import Depot, Source, needed_in_order, room_in_use
-from bigmix.data.stream import Stream
-from bigmix.errors import BadInput
-from bigmix.evaluation.tasks.examples import TaskFile, open_tasks
-from bigmix.loss.objective import StepShares
-from bigmix.model.ds_config import fill, read_ds_config
-from bigmix.recipe import Recipe
-from bigmix.recipe.schedule import warmup_steps
-from bigmix.runs.checkpoints import Position
-from bigmix.source_checks import (
+from bigmix.data.source import (
+    Depot,
+    Source,
     ahead_of,
     collect,
     damaged_shards,
     faults_of_empty,
     held_out_streams,
+    needed_in_order,
     opened_source,
     packer_of,
     reading_of,
     retry_of,
+    room_in_use,
     tokenizer_faults,
 )
+from bigmix.data.stream import Stream
+from bigmix.errors import BadInput
+from bigmix.evaluation.tasks.examples import TaskFile, open_tasks
+from bigmix.loss.objective import StepShares
+from bigmix.model.ds_config import fill, read_ds_config
+from bigmix.recipe import Recipe, SweepRun, plain
+from bigmix.recipe.schedule import warmup_steps
+from bigmix.runs.checkpoints import Position
 
 # Only texts with `whole_below` open their shards to count rows, and without their number the order of rows is unknown.
 _HOW_TO_COUNT = (
@@ -354,3 +361,72 @@ def keys_dtype(recipe: Recipe, keys: Mapping[str, Any]) -> str:
     if recipe.model.dtype != "auto":
         return recipe.model.dtype
     return "bf16" if keys.get("bf16", {}).get("enabled") is True else "fp32"
+
+
+def look_at_all(
+    runs: Sequence[SweepRun],
+    look: Callable[[SweepRun, Inputs], T],
+    *,
+    ranks: int,
+    verify: bool,
+    machines: int = 1,
+) -> list[T]:
+    """What `look` makes of each run and its inputs, which are let go before the next ones are opened.
+
+    Raises BadInput with all faults of all runs, those of `look` too, each with the points that have it.
+    """
+    found: list[T] = []
+    faults: dict[str, list[str]] = {}
+    verified: set[str] = set()
+    for run in runs:
+        sources = [source.path for source in run.recipe.sources.values()]
+        paths = {*sources, *run.recipe.held_out_paths.values()}
+        # Shards that most runs share are read through once.
+        is_new = verify and not paths <= verified
+        try:
+            inputs = open_inputs(run.recipe, ranks=ranks, verify=is_new, machines=machines)
+            verified |= paths
+            found.append(look(run, inputs))
+        except BadInput as error:
+            for fault in error.faults:
+                faults.setdefault(fault, []).append(run.point)
+    if faults:
+        raise BadInput(
+            *(f"point {', '.join(dict.fromkeys(points))}: {fault}" for fault, points in faults.items())
+        )  # fmt: skip
+    return found
+
+
+# What is of no effect before the first step. A setting that is not named here counts, so that a new one is on the safe side.
+_LATER = frozenset(
+    {
+        "sources", "groups", "held_out", "budget", "objective", "rows_per_step", "reference", "bad_shards", "cache", "output", "sweep",
+        "sequence_length",
+    }
+)  # fmt: skip
+
+
+_LATER_IN_TRAIN = frozenset(
+    {
+        "lr", "schedule", "warmup", "decay", "final_lr", "weight_decay", "betas", "eps", "clip", "steps", "max_minutes",
+        "stop_before_end_minutes", "hang_minutes", "dead_after_s", "evaluate_every", "save_every", "save", "keep_checkpoints",
+        "keep_every", "log_every", "prefetch_steps", "pass_over", "roll_back_after", "most_roll_backs", "spike_deviations",
+        "spikes_roll_back", "resume", "export", "export_shard_gib", "ema",
+    }
+)  # fmt: skip
+
+
+def what_it_follows_from(recipe: Recipe, inputs: Inputs, ranks: int) -> str:
+    """Two runs with the same text here find the same numbers before their first step, to the last bit."""
+    settings = {key: value for key, value in plain(recipe).items() if key not in _LATER}
+    settings["train"] = {k: v for k, v in settings["train"].items() if k not in _LATER_IN_TRAIN}
+    # It draws the weights of a model from scratch, and answers to tasks that are drawn.
+    if recipe.model.path is not None and not any(t.temperature for t in recipe.tasks.values()):
+        del settings["seed"]
+    data = {
+        name: [str(stream.packer), *(shard.sha256 for shard in stream.manifest.shards)]
+        for name, stream in inputs.held_out.items()
+    }
+    # Tasks are asked as the chats of the sources are written.
+    templates = {m.template.sha256 for m in inputs.manifests if m.template is not None}
+    return json.dumps([settings, data, sorted(templates), ranks], sort_keys=True)

@@ -15,23 +15,22 @@ from typing import NoReturn
 from bigmix.data.quarantine import BadShard
 from bigmix.data.records import StepBatch
 from bigmix.errors import BigmixError, Interrupted
-from bigmix.evaluation.evaluator import Findings, Interview, examine
+from bigmix.evaluation.evaluator import Findings, FirstEvaluation, Interview, examine
 from bigmix.evaluation.held_out import Base
+from bigmix.evaluation.tables import show_findings
 from bigmix.evaluation.tasks.prompts import Asked
 from bigmix.evaluation.tasks.runner import write_samples
-from bigmix.first_evaluation import FirstEvaluation, what_it_follows_from
 from bigmix.recipe import Recipe
-from bigmix.recipe.schedule import LearningRate, progress, warmup_steps
-from bigmix.runs.metrics_log import METRICS, evaluation_at
+from bigmix.recipe.schedule import LearningRate, warmup_steps
+from bigmix.runs.metrics_log import METRICS, Line, evaluation_at
+from bigmix.runs.resume import RollBack
 from bigmix.seeding import key_of
 from bigmix.train import step
-from bigmix.train.header import show_findings
-from bigmix.train.inputs import accumulation
+from bigmix.train.inputs import accumulation, what_it_follows_from
 from bigmix.train.recovery import name_suspects, roll_back, without_bad_shards
 from bigmix.train.setup import Parts, position_of
-from bigmix.train.share_control import RuleFailed, shares_from, steer
-from bigmix.train.state import RollBack
-from bigmix.train.step_metrics import Line, Timed
+from bigmix.train.share_control import RuleFailed, progress, shares_from, steer
+from bigmix.train.step_metrics import Timed
 
 _RECENT_STEPS = 10  # the longest of them must fit before the end of the time
 

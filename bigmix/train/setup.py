@@ -5,30 +5,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigmix.checkpoint.restore import restore
 from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.signals import StopFlag
 from bigmix.cluster.watchdog import Watchdog
 from bigmix.cluster.world import World
-from bigmix.data.loader import Portion
-from bigmix.data.records import Choice, Decision
-from bigmix.evaluation.evaluator import pieces_in, questions_of
+from bigmix.data.records import Decision, Portion
+from bigmix.evaluation.evaluator import FirstEvaluation, pieces_in, questions_of
 from bigmix.evaluation.forward import Exam
 from bigmix.evaluation.held_out import read_base
 from bigmix.evaluation.tasks.prompts import Asked
-from bigmix.first_evaluation import FirstEvaluation
-from bigmix.loss.backend import choose_backend, computing_of
-from bigmix.loss.check import check_computing
+from bigmix.loss.backend import check_computing, choose_backend, computing_of
 from bigmix.loss.requests import Computing
 from bigmix.loss.terms import Statistic, Terms
 from bigmix.model.causal_lm import DTYPES, build, choose_attention, choose_dtype, logit_rule
-from bigmix.model.checks import Configs, read_configs
+from bigmix.model.checks import Configs, check_model, read_configs
 from bigmix.model.ds_config import fill
 from bigmix.model.engine import AdamW, Engine, device_of, sharded_construction
 from bigmix.model.flops import Cost, cost_of, count_parameters, peak_flops
+from bigmix.model.inputs import Anchor
 from bigmix.model.loading import Origin, Place, open_anchor
 from bigmix.recipe import Recipe, plain, to_yaml
-from bigmix.reference import Anchor
 from bigmix.runs.checkpoints import Listed, Position, put_aside
 from bigmix.runs.metrics_log import RunLog
 from bigmix.runs.resume import (
@@ -41,13 +37,13 @@ from bigmix.runs.resume import (
     write_recipe,
 )
 from bigmix.runs.saver import Keeping, Saver
-from bigmix.soundness import check_model
 from bigmix.terminal import Terminal
 from bigmix.train.header import show_header
 from bigmix.train.inputs import Inputs, accumulation
-from bigmix.train.state import Health
+from bigmix.train.state import Health, restore
 from bigmix.train.step import Aim
 from bigmix.train.step_metrics import Report
+from bigmix.types import Choice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

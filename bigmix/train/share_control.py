@@ -9,10 +9,20 @@ from bigmix.data.records import Decision
 from bigmix.data.share_rules import Reading, decide, rule_of
 from bigmix.errors import BadInput, BigmixError
 from bigmix.recipe import Recipe
-from bigmix.recipe.schedule import progress
+from bigmix.runs.metrics_log import Line
 from bigmix.train.inputs import Inputs
 from bigmix.train.setup import Parts, position_of
-from bigmix.train.step_metrics import Line
+
+
+def progress(step: int, steps: int, decisions: Sequence[Decision]) -> float:
+    """The part of a run of now `steps` steps that is done after `step`.
+
+    From the last decision, which may have changed the number of steps, it grows evenly to 1.
+    """
+    if not decisions:
+        return step / steps
+    last = decisions[-1]
+    return last.progress + (1 - last.progress) * (step - last.step) / max(steps - last.step, 1)
 
 
 class RuleFailed(BigmixError):

@@ -9,17 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from bigmix.model.engine import Engine
+from bigmix.runs.checkpoints import Listed
+from bigmix.runs.resume import RollBack
+from bigmix.runs.state_file import StateReader
+
 WINDOW = 100  # losses that a new one is held against
 _LEAPT = "the loss leapt up"
 _FEWEST = 20  # of them, before which nothing is called a spike
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RollBack:
-    """Go back to the last checkpoint before `steps`, and then train on without them."""
-
-    steps: tuple[int, ...]
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,3 +93,8 @@ def _deviations(loss: float, before: Sequence[float] | deque[float]) -> float:
     spread = stdev(before)
     above = loss - fmean(before)
     return above / spread if spread else math.inf * above if above > 0 else 0.0
+
+
+def restore(engine: Engine, listed: Listed) -> None:
+    """Put weights and optimizer back, whatever number of ranks wrote them; a collective."""
+    engine.put_back(StateReader(listed.path).fill)

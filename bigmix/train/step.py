@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from bigmix.cluster.collectives import Cluster
-from bigmix.data.records import Ints, MicroBatch, StepBatch
+from bigmix.data.batch import EXPONENTS, masses, part_weights
+from bigmix.data.records import MicroBatch, StepBatch
 from bigmix.loss.objective import Objective, StepShares, StepWeights, divergence_weights, weigh
 from bigmix.loss.terms import Statistic
 from bigmix.model.causal_lm import ModelTensors
 from bigmix.model.engine import Engine
-from bigmix.model.inputs import tensors
-from bigmix.reference import Anchor, rows_of_sources, tensors_with_reference
-from bigmix.weighing import EXPONENTS, Floats, Weighing, masses, part_weights
+from bigmix.model.inputs import Anchor, rows_of_sources, tensors, tensors_with_reference
+from bigmix.types import Floats, Ints, Weighing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,21 +6,11 @@ from typing import Any
 
 import torch
 
-from bigmix.evaluation.held_out import Base, Estimate, HeldOut
+from bigmix.evaluation.held_out import Base
 from bigmix.loss.terms import Statistic
 from bigmix.model.flops import Cost
+from bigmix.runs.metrics_log import Line
 from bigmix.train.step import StepResult
-
-Number = float | int | bool | None
-Line = dict[str, Number]
-_MEASURES = (  # those of `HeldOut` that have the same name in a line
-    "perplexity",
-    "bits_per_byte",
-    "token_accuracy",
-    "last_word_accuracy",
-    "kl_to_base",
-    "forgetting",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,30 +22,6 @@ class Timed:
     save_wait_s: float
     step_s: float
     peak_gib: float
-
-
-def held_out_numbers(results: Mapping[str, HeldOut]) -> Line:
-    """What was measured on held-out sources, under the keys of an evaluation line."""
-    line: Line = {}
-    for name, found in results.items():
-        line |= _numbers("held_out_loss", "held_out", name, found.loss)
-        for key in _MEASURES:
-            estimate: Estimate | None = getattr(found, key)
-            if estimate is not None:
-                line |= _numbers(key, key, name, estimate)
-        line[f"held_out_tokens/{name}"] = found.tokens
-        line[f"held_out_documents/{name}"] = found.documents
-        if found.last_word_accuracy is not None:
-            line[f"last_words/{name}"] = found.last_words
-    return line
-
-
-def _numbers(key: str, ends: str, source: str, estimate: Estimate) -> Line:
-    return {
-        f"{key}/{source}": estimate.value,
-        f"{ends}_low/{source}": estimate.low,
-        f"{ends}_high/{source}": estimate.high,
-    }
 
 
 class Report:

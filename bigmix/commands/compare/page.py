@@ -11,10 +11,22 @@ from string import Template
 from bigmix.commands.compare.charts.curves import is_over_tokens
 from bigmix.commands.compare.charts.law_chart import LAW_HEADS, law_rows, law_sentences
 from bigmix.commands.compare.charts.styles import MAX_NAMED, Style, are_labels_enough, styles_of
-from bigmix.commands.compare.charts.svg import Scene
+from bigmix.commands.compare.charts.svg import Scene, draw_svg
 from bigmix.commands.compare.judge import Comparison
 from bigmix.commands.compare.law import Fit
-from bigmix.commands.compare.sections import code, folded, named, plain_table, variables, wide
+from bigmix.commands.compare.sections import (
+    bars,
+    budget_sentences,
+    code,
+    folded,
+    named,
+    outputs_part,
+    plain_table,
+    settings_part,
+    training_table,
+    variables,
+    wide,
+)
 from bigmix.commands.compare.tables import (
     NOTE,
     Row,
@@ -25,10 +37,6 @@ from bigmix.commands.compare.tables import (
     tables,
     tables_of_runs,
 )
-from bigmix.compare.settings import settings_part
-from bigmix.compare.shares import bars, budget_sentences, training_table
-from bigmix.compare.side_by_side import outputs_part
-from bigmix.compare.svg import draw_svg
 
 _MOST_IN_TITLE = 4
 _MOST_OPEN = 4  # points whose commands are shown at once

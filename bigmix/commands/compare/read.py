@@ -10,7 +10,15 @@ from typing import Any, Literal
 
 import yaml
 
-from bigmix.commands.compare.folders import EVALUATION, EXPORT, RECIPE, Place, find_places
+from bigmix.commands.compare.folders import (
+    EVALUATION,
+    EXPORT,
+    RECIPE,
+    Place,
+    Sample,
+    find_places,
+    read_samples,
+)
 from bigmix.commands.compare.measures import (
     LOSS,
     Estimate,
@@ -21,7 +29,6 @@ from bigmix.commands.compare.measures import (
     sources_of,
     tasks_of,
 )
-from bigmix.compare.samples import Sample, read_samples
 from bigmix.errors import BadInput
 from bigmix.runs.metrics_log import METRICS, read_lines
 

@@ -1,4 +1,7 @@
-"""`bigmix prepare`: raw text becomes a prepared source, at once or in parts that are merged."""
+"""`bigmix prepare`: raw text becomes a prepared source, at once or in parts that are merged.
+
+`bigmix tokenizer train`: raw text becomes a tokenizer.
+"""
 
 import argparse
 import os
@@ -13,7 +16,8 @@ from bigmix.errors import DONE, BadInput
 from bigmix.terminal import Table, Terminal, tame_libraries
 
 if TYPE_CHECKING:
-    from bigmix.data.prepare_settings import PrepareSettings
+    from bigmix.commands.prepare.job import PrepareSettings
+from collections.abc import Iterator
 
 _PICTURE = "report.png"
 
@@ -93,7 +97,7 @@ def _make(terminal: Terminal, known: argparse.Namespace) -> None:
 
 
 def _merge(terminal: Terminal, known: argparse.Namespace) -> None:
-    from bigmix.data.merge import merge
+    from bigmix.commands.prepare.progress import merge
 
     if known.inputs or known.part is not None:
         what = f"--part {known.part}" if known.part is not None else f"inputs {known.inputs[0]} ..."
@@ -106,7 +110,7 @@ def _merge(terminal: Terminal, known: argparse.Namespace) -> None:
 def _settings(known: argparse.Namespace) -> "PrepareSettings":
     """The settings that the words say; BadInput with all that is wrong with them."""
     # As above.
-    from bigmix.data.prepare_settings import PrepareSettings, faults_of_settings
+    from bigmix.commands.prepare.job import PrepareSettings, faults_of_settings
     from bigmix.text.readers import ReadOptions
 
     faults = []
@@ -222,3 +226,68 @@ def _draw(terminal: Terminal, output: Path) -> None:
     path = output / _PICTURE
     draw(read_manifest(str(output)), title=output.name, path=path)
     terminal.note(f"picture: {path}")
+
+
+def add_tokenizer(subparsers: Any) -> None:
+    """Add `bigmix tokenizer train`."""
+    parser = subparsers.add_parser("tokenizer", help="train a tokenizer, for work from scratch")
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    train = actions.add_parser("train", help="train on the texts of the inputs")
+    add = train.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help=INPUTS)
+    add("--vocab-size", type=count, default=32_000, help="default 32000")
+    add("--kind", choices=("bpe", "unigram"), default="bpe", help="default: byte-level BPE")
+    add("--output", required=True, help="folder of the tokenizer")
+    add("--columns", metavar="PART=COLUMN,...", help="as for `bigmix prepare`")
+    add("--limit", type=count, help="read only so many rows")
+    train.set_defaults(func=_train_tokenizer)
+
+
+def _train_tokenizer(known: argparse.Namespace) -> int:
+    tame_libraries()
+    # transformers takes seconds to import: `bigmix --help` should not.
+    from bigmix.text.tokenizer import load_tokenizer, train_tokenizer
+
+    texts = _Encodable(_texts(known.inputs, columns_of(known.columns), known.limit))
+    path = train_tokenizer(
+        texts, vocab_size=known.vocab_size, kind=known.kind, folder=Path(known.output)
+    )
+    size = load_tokenizer(str(path)).vocab_size
+    terminal = Terminal()
+    if texts.others:
+        terminal.warning(
+            f"{texts.others:,} texts hold half of a surrogate pair, which is no text, and are left out"
+        )
+    terminal.note(f"tokenizer with {size:,} entries written to {path}")
+    return DONE
+
+
+class _Encodable:
+    """Those of some texts that UTF-8 can write; JSON can spell `others`, which are counted."""
+
+    def __init__(self, texts: Iterator[str]) -> None:
+        self._texts = texts
+        self.others = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                self.others += 1
+            else:
+                yield text
+
+
+def _texts(
+    inputs: list[str], columns: Mapping[str, str] | None, limit: int | None
+) -> Iterator[str]:
+    """The text of each document, of a chat that of all its turns."""
+    from bigmix.text.formats import Conversation, Text
+    from bigmix.text.readers import raw_documents
+
+    for document in raw_documents(inputs, columns=columns, limit=limit):
+        if isinstance(document, Text):
+            yield document.text
+        elif isinstance(document, Conversation):
+            yield from (str(turn["content"]) for turn in document.messages if turn.get("content"))

@@ -1,6 +1,8 @@
 """Raw documents go in, a prepared source comes out: shards, their manifest and the tokenizer that made them.
 
 The work is one part or several. A part that is stopped goes on at its last whole shard; the last step joins the parts.
+
+What is asked of `prepare` goes in, all that is wrong with it comes out.
 """
 
 import errno
@@ -10,11 +12,12 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
-from bigmix.commands.prepare.parts import Place, files_of, listing, share_out
+from bigmix.commands.prepare.parts import PartRows, Place, files_of, listing, rows_before, share_out
 from bigmix.commands.prepare.progress import (
     PARTS,
     TOKENIZER_FOLDER,
@@ -23,30 +26,86 @@ from bigmix.commands.prepare.progress import (
     faults_of_identity,
     faults_of_output,
     file_of_part,
+    merge,
+    nothing_left,
     read_progress,
     remove_begun,
 )
-from bigmix.commands.prepare.tokenise import Job, hashed, tokenised
-from bigmix.commands.prepare.writer import PartWriter, Rules
-from bigmix.data.duplicates import Seen
-from bigmix.data.merge import merge, nothing_left
-from bigmix.data.part_rows import PartRows, rows_before
-from bigmix.data.prepare_settings import PrepareSettings, faults_of_settings
+from bigmix.commands.prepare.tokenise import Job, hashed, start_early, tokenised
+from bigmix.commands.prepare.writer import PartWriter, Rules, Seen
 from bigmix.data.shards.location import MANIFEST
 from bigmix.data.shards.manifest import (
     Manifest,
     ShardTable,
+    Statistics,
     TemplateEntry,
     TokenizerEntry,
     token_dtype,
 )
-from bigmix.data.statistics import Statistics
-from bigmix.data.workers import start_early
 from bigmix.errors import BadInput, BigmixError
 from bigmix.text.chat_template import Template, check_first, encode_chat, open_template
-from bigmix.text.formats import Conversation, Document, Layout, Text, document_of, recognise
-from bigmix.text.readers import TEXT_SUFFIXES, RawRow, format_of, read_rows
+from bigmix.text.formats import Conversation, Document, Kind, Layout, Text, document_of, recognise
+from bigmix.text.readers import TEXT_SUFFIXES, RawRow, ReadOptions, format_of, read_rows
 from bigmix.text.tokenizer import Tokenizer, load_tokenizer
+
+LARGEST_HELD_OUT = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareSettings:
+    """What to prepare and how: `limit` counts rows, `max_tokens` the tokens of a document, `shard_tokens` of a shard.
+
+    `part` = (i, n) does the i-th of n parts, from 1; None does all the work and joins it. `held_out` is the fraction of
+    the documents that goes to a source of its own.
+    """
+
+    inputs: Sequence[str]
+    tokenizer: str
+    output: str
+    kind: Kind | None = None  # None: what the first rows show
+    template: Literal["plain", "tokenizer"] = "plain"
+    columns: Mapping[str, str] | None = None  # which column plays which part; None: recognised
+    read: ReadOptions = field(default_factory=ReadOptions)
+    processes: int = 1
+    max_tokens: int | None = None
+    shard_tokens: int = 64_000_000
+    limit: int | None = None
+    part: tuple[int, int] | None = None
+    deduplicate: bool = False
+    held_out: float = 0.0
+
+
+def faults_of_settings(settings: PrepareSettings) -> Sequence[str]:
+    """Every setting that is not allowed."""
+    faults = [
+        f"--{name.replace('_', '-')} is {value}, must be at least 1"
+        for name in ("processes", "max_tokens", "shard_tokens", "limit")
+        if (value := getattr(settings, name)) is not None and value < 1
+    ]
+    if not 0 <= settings.held_out <= LARGEST_HELD_OUT:
+        faults.append(
+            f"--held-out is {settings.held_out}, must be above 0 and at most {LARGEST_HELD_OUT}; "
+            "give a fraction such as 0.005, or leave it out"
+        )
+    if Path(settings.output).name in ("", ".."):
+        faults.append(
+            f"--output is {settings.output}, must be a folder with a name: what is held out goes beside it"
+        )
+    if settings.read.split_on == "":
+        faults.append("--split-on is empty; give the text that stands between documents")
+    part, parts = settings.part or (1, 1)
+    if not 1 <= part <= parts:
+        faults.append(
+            f"--part is {part}/{parts}, must be from 1/{parts} to {parts}/{parts}; "
+            "give each of these parts to one command"
+        )
+    if settings.limit is not None and parts > 1:
+        faults.append(
+            f"--limit is {settings.limit}, must be left out with --part: it counts the rows of all parts; "
+            "try a limit without --part"
+        )
+    return faults
+
 
 # To be raised with every change by which the same inputs and settings give other shards.
 PREPARE_VERSION = 1

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigmix.data.shards.manifest import Manifest
-from bigmix.data.statistics import LOSS_BINS, TURN_BINS, Statistics
+from bigmix.data.shards.manifest import LOSS_BINS, TURN_BINS, Manifest, Statistics
 from bigmix.errors import BadInput
 
 INK, GREY, FAINT, BLUE = "#1b1f24", "#6b7280", "#e6e8eb", "#3b6fb6"

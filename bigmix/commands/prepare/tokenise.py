@@ -1,8 +1,19 @@
-"""Rows and a job go in, batches of tokenised documents come out in the order of the rows, from one process or many."""
+"""Rows and a job go in, batches of tokenised documents come out in the order of the rows, from one process or many.
 
+A function and batches go in, its results come out in the order of the batches, from several processes.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from multiprocessing import forkserver
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -10,22 +21,99 @@ import numpy.typing as npt
 import xxhash
 
 from bigmix.data.shards.manifest import token_dtype
-from bigmix.data.workers import in_processes
+from bigmix.errors import BigmixError
 from bigmix.text.chat_template import Template, render_chat
 from bigmix.text.chat_tokens import RenderedChat, encode_together
 from bigmix.text.formats import Document, Dropped, Layout, Text, document_of
 from bigmix.text.readers import RawLine, RawRow, ReadOptions, parsed
 from bigmix.text.tokenizer import Tokenizer
+from bigmix.types import Flags, Ints
+
+IN_FLIGHT = 3  # batches per process that are read ahead: bounds the memory
+
+JobT = TypeVar("JobT")
+Batch = TypeVar("Batch")
+ResultT = TypeVar("ResultT")
+
+
+def in_processes(
+    job: JobT, work: Callable[[JobT, Batch], ResultT], batches: Iterable[Batch], processes: int
+) -> Generator[ResultT, None, None]:
+    """`work(job, batch)` for each batch. To be closed by who does not take all of it: that ends the processes.
+
+    Raises BigmixError where a process dies.
+    """
+    pool = ProcessPoolExecutor(
+        processes, _context(work.__module__), initializer=_begin, initargs=(job,)
+    )
+    waiting: deque[Future[ResultT]] = deque()
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(_work, work, batch))
+            if len(waiting) >= IN_FLIGHT * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise BigmixError(
+            f"one of {processes} tokenising processes died, most likely for want of memory; run again with fewer "
+            "--processes"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _context(module: str) -> Any:
+    """How workers start: not by a fork of this process, whose tokenizer and reader threads a fork would break."""
+    if not _has_forkserver():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])  # the imports are paid once, not by each worker
+    return context
+
+
+def start_early(module: str) -> None:
+    """Begin the imports that workers of a module need, while this process has other things to do."""
+    _context(module)
+    if _has_forkserver():
+        forkserver.ensure_running()
+
+
+def _has_forkserver() -> bool:
+    return "forkserver" in multiprocessing.get_all_start_methods()
+
+
+# The job of a worker process, given once: a tokenizer is too large to travel with each batch.
+_job: Any
+
+
+def _begin(job: Any) -> None:
+    global _job
+    # ctrl-C reaches the whole group; the main process alone decides what follows.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The processes are the parallelism.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _job = job
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(work: Callable[[Any, Batch], ResultT], batch: Batch) -> ResultT:
+    return work(_job, batch)
+
 
 BATCH_ROWS = 256
 BATCH_CHARACTERS = 1 << 18
 HASH_BYTES = 16
 
-Mask = npt.NDArray[np.bool_]
-Column = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.bytes_]
 Rows = Sequence[RawRow | RawLine]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,23 +146,23 @@ class TokenisedBatch:
     read: int
     dropped: Sequence[DroppedRow]
     ids: npt.NDArray[np.unsignedinteger[Any]]
-    loss_mask: Mask | None
-    rows: Column  # the row of each document
-    tokens: Column
-    loss_bytes: Column
-    text_bytes: Column  # UTF-8, of a chat as it is rendered
-    characters: Column
-    turns: Column
+    loss_mask: Flags | None
+    rows: Ints  # the row of each document
+    tokens: Ints
+    loss_bytes: Ints
+    text_bytes: Ints  # UTF-8, of a chat as it is rendered
+    characters: Ints
+    turns: Ints
     hashes: Hashes  # 16 bytes each
 
     @property
-    def loss_tokens(self) -> Column | None:
+    def loss_tokens(self) -> Ints | None:
         """Tokens of each document that are in the loss [D]; None for texts, where all but the first are."""
         if self.loss_mask is None:
             return None
         before = np.concatenate([[0], np.cumsum(self.loss_mask)])
         ends = np.cumsum(self.tokens)
-        counts: Column = before[ends] - before[ends - self.tokens]
+        counts: Ints = before[ends] - before[ends - self.tokens]
         return counts
 
     def split(self, rows: int) -> "tuple[TokenisedBatch, TokenisedBatch]":
@@ -91,7 +179,7 @@ class TokenisedBatch:
             ),
         )
 
-    def select(self, keep: Mask, dropped: Sequence[DroppedRow]) -> "TokenisedBatch":
+    def select(self, keep: Flags, dropped: Sequence[DroppedRow]) -> "TokenisedBatch":
         """Only the documents with a True [D], and another list of what was dropped."""
         if keep.all():
             return replace(self, dropped=dropped)
@@ -254,10 +342,10 @@ def _dropped(rows: Rows, row: int, reason: str) -> DroppedRow:
 
 def _worked(
     job: Job,
-    work: Callable[[Job, Rows], Result],
+    work: Callable[[Job, Rows], ResultT],
     rows: Iterable[RawRow | RawLine],
     processes: int,
-) -> Generator[Result, None, None]:
+) -> Generator[ResultT, None, None]:
     batches = _batches(rows)
     few = list(islice(batches, 2))
     batches = chain(few, batches)

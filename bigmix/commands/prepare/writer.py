@@ -1,4 +1,7 @@
-"""Batches of tokenised documents go in, the shards of a part and its progress come out."""
+"""Batches of tokenised documents go in, the shards of a part and its progress come out.
+
+Hashes of documents go in, the news whether each was there before comes out; and which documents are held out.
+"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -6,13 +9,56 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from bigmix.commands.prepare.progress import SHARD, Progress, held_out_folder, write_progress
-from bigmix.commands.prepare.tokenise import DroppedRow, Mask, TokenisedBatch
-from bigmix.data.duplicates import Seen, is_held_out
-from bigmix.data.shards.manifest import Manifest, ShardEntry, ShardTable
+from bigmix.commands.prepare.tokenise import DroppedRow, TokenisedBatch
+from bigmix.data.shards.manifest import Manifest, ShardEntry, ShardTable, Statistics, statistics_of
 from bigmix.data.shards.shard import ShardWriter
-from bigmix.data.statistics import Statistics, statistics_of
+from bigmix.types import Flags
+
+FRESH = 1 << 16  # hashes that are kept in a set before they are sorted into an array
+
+Hashes = npt.NDArray[np.bytes_]
+
+
+class Seen:
+    """All hashes so far, in sorted arrays that double in size: 16 bytes a document, 32 while two arrays are joined."""
+
+    def __init__(self) -> None:
+        self._fresh: set[bytes] = set()
+        self._sorted: list[Hashes] = []
+
+    def add(self, hashes: Hashes) -> Flags:
+        """Which of the hashes [D] come here for the first time [D]; of equal ones that is the first."""
+        known = np.zeros(len(hashes), np.bool_)
+        for array in self._sorted:
+            places = np.minimum(array.searchsorted(hashes), len(array) - 1)
+            known |= array[places] == hashes
+        is_new = ~known
+        for index in np.flatnonzero(is_new).tolist():
+            key = hashes[index]
+            if key in self._fresh:
+                is_new[index] = False
+            self._fresh.add(key)
+        if len(self._fresh) >= FRESH:
+            self._sort()
+        return is_new
+
+    def _sort(self) -> None:
+        array = np.sort(np.array(list(self._fresh), "S16"))
+        self._fresh = set()
+        while self._sorted and len(self._sorted[-1]) <= len(array):
+            array = np.sort(np.concatenate([self._sorted.pop(), array]), kind="stable")
+        self._sorted.append(array)
+
+
+def is_held_out(hashes: Hashes, fraction: float) -> Flags:
+    """Which documents are held out [D]: those whose hash lies in the first `fraction` of all hashes."""
+    first = np.frombuffer(hashes.tobytes(), ">u8")[::2]
+    flags: Flags = first < np.uint64(int(fraction * 2.0**64))
+    return flags
+
 
 Position = tuple[int, int]  # a piece, and a row in it
 
@@ -104,7 +150,7 @@ class PartWriter:
         at = int(tokens.searchsorted(self._rules.shard_tokens))
         return None if at == len(tokens) else int(batch.rows[learned][at]) + 1
 
-    def _is_held_out(self, batch: TokenisedBatch) -> Mask:
+    def _is_held_out(self, batch: TokenisedBatch) -> Flags:
         return is_held_out(batch.hashes, self._rules.held_out)
 
     def _add(self, batch: TokenisedBatch) -> None:

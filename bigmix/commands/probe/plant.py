@@ -17,12 +17,11 @@ from bigmix.commands.probe.facts import (
     most_people,
     people,
 )
-from bigmix.data.raw_documents import raw_documents
 from bigmix.errors import BadInput
 from bigmix.files import put_in_place, replace_text
 from bigmix.seeding import key_of, permutation
 from bigmix.text.formats import Text
-from bigmix.text.readers import places_of
+from bigmix.text.readers import places_of, raw_documents
 
 TEXT, PLANTED = "text.jsonl.gz", "planted.jsonl.gz"
 QUESTIONS, NEW_QUESTIONS, SETTINGS = "questions.jsonl", "questions-new.jsonl", "probe.json"

@@ -20,9 +20,9 @@ import transformers
 from torch import Tensor
 
 from bigmix.errors import BadInput
+from bigmix.model.export import WeightFiles, write_shards
 from bigmix.text.tokenizer import fingerprint_of
 from bigmix.train.export import front_matter, table, versions
-from bigmix.weight_files import WeightFiles, write_shards
 
 # What may differ between models whose weights mean the same: how they were written and how they are run.
 _FREE_KEYS = frozenset(

@@ -1,12 +1,20 @@
-"""`bigmix average BASE TUNED --weight 0.5 --output FOLDER`: models of one shape become their weighted average."""
+"""`bigmix average BASE TUNED --weight 0.5 --output FOLDER`: models of one shape become their weighted average.
+
+`bigmix self-replay MODEL --tokens N --output FOLDER`: a model's own samples become a prepared source.
+"""
 
 import argparse
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bigmix.errors import DONE
+from bigmix.commands.arguments import count
+from bigmix.commands.prepare.command import fraction_of, tell_held_out, tell_source
+from bigmix.errors import DONE, BadInput
 from bigmix.terminal import Terminal, tame_libraries
+
+if TYPE_CHECKING:
+    from bigmix.commands.remedies.self_replay import Made, SelfReplay
 
 
 def add_average(subparsers: Any) -> None:
@@ -60,3 +68,84 @@ def _command(known: argparse.Namespace) -> str:
     weights = [word for weight in known.weight for word in ("--weight", f"{weight:g}")]
     words = [known.base, *known.tuned, *weights, "--output", str(known.output)]
     return shlex.join(["bigmix", "average", *words])
+
+
+def add_self_replay(subparsers: Any) -> None:
+    """Add `bigmix self-replay`."""
+    parser = subparsers.add_parser(
+        "self-replay",
+        help="a replay source of texts that the model makes up itself, where there is no pretraining data",
+        description="Sample texts from a model and prepare them as a source, to be mixed in with role: replay. A command "
+        "that was stopped goes on when it is given again.",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder or hub name of the base model")
+    add("--tokens", type=count, required=True, help="tokens to sample, such as 2M")
+    add(
+        "--output",
+        required=True,
+        help="folder of the prepared source; the texts go to OUTPUT.jsonl",
+    )
+    add("--temperature", type=float, default=1.0, help="default 1: what the model has learned")
+    add("--top-p", type=float, default=1.0, help="default 1: no token is left out")
+    add("--seed", type=int, default=0, help="default 0")
+    add("--batch", type=count, default=32, help="documents at a time (default 32)")
+    add("--max-tokens", type=count, help="of a document (default 512, or the model's positions)")
+    add(
+        "--prompt-tokens",
+        type=int,
+        default=0,
+        help="first tokens of each document that are drawn from the vocabulary (default 0)",
+    )
+    add("--held-out", metavar="FRACTION", help="this fraction goes to OUTPUT-held-out")
+    parser.set_defaults(func=_self_replay)
+
+
+def _self_replay(known: argparse.Namespace) -> int:
+    tame_libraries()
+    # transformers takes seconds to import: `bigmix --help` should not.
+    from bigmix.commands.remedies.self_replay import self_replay
+
+    wanted = _wanted(known)
+    terminal = Terminal()
+    try:
+        made = self_replay(wanted, terminal.counter("documents", "tokens"))
+    finally:
+        terminal.close()
+    _tell(terminal, wanted, made)
+    return DONE
+
+
+def _wanted(known: argparse.Namespace) -> "SelfReplay":
+    from bigmix.commands.remedies.self_replay import Sampling, SelfReplay
+
+    faults: list[str] = []
+    held_out = fraction_of(known.held_out, faults)
+    if faults:
+        raise BadInput(*faults)
+    return SelfReplay(
+        model=known.model,
+        tokens=known.tokens,
+        output=known.output,
+        sampling=Sampling(
+            temperature=known.temperature,
+            top_p=known.top_p,
+            seed=known.seed,
+            max_tokens=known.max_tokens,
+            prompt_tokens=known.prompt_tokens,
+        ),
+        batch=known.batch,
+        held_out=held_out,
+    )
+
+
+def _tell(terminal: Terminal, wanted: "SelfReplay", made: "Made") -> None:
+    terminal.note(
+        f"{made.documents:,} documents sampled from {wanted.model}: {made.tokens:,} tokens, {made.empty:,} documents empty, "
+        f"{made.cut:,} cut at their longest; as text in {wanted.output}.jsonl"
+    )
+    prepared = made.prepared
+    for text in prepared.warnings:
+        terminal.warning(text)
+    tell_source(terminal, wanted.output, prepared.manifest, prepared.first_dropped)
+    tell_held_out(terminal, prepared.held_out)

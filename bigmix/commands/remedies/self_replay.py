@@ -18,9 +18,8 @@ import transformers
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from bigmix.commands.prepare.job import Prepared, prepare
+from bigmix.commands.prepare.job import Prepared, PrepareSettings, faults_of_settings, prepare
 from bigmix.commands.prepare.progress import faults_of_output
-from bigmix.data.prepare_settings import PrepareSettings, faults_of_settings
 from bigmix.errors import BadInput, BigmixError
 from bigmix.files import replace_text
 from bigmix.model.causal_lm import max_positions, read_config

@@ -25,14 +25,13 @@ import xxhash
 from bigmix.data.shards.manifest import LENGTHS, FileEntry, Manifest, ShardEntry
 from bigmix.errors import BigmixError
 from bigmix.files import put_in_place, sha256_of
+from bigmix.types import Flags, Ints
 
 BLOCK_TOKENS = 1 << 17
 TAR_BLOCK = 512
 KEPT_ARRAYS = 256  # arrays of blocks that a shard read in ranges keeps in memory
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
-Mask = npt.NDArray[np.bool_]
-Offsets = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 # The columns of the table of blocks, all uint64.
@@ -56,18 +55,18 @@ class ShardWriter:
         self._tar = tarfile.open(self._beside, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self._table: list[list[int]] = []
         self._ids: list[Tokens] = []
-        self._masks: list[Mask] = []
-        self._lengths: list[Offsets] = []
+        self._masks: list[Flags] = []
+        self._lengths: list[Ints] = []
         self._open_tokens = 0
         self._documents = 0
         self._loss_tokens = 0
         self.tokens = 0
 
-    def add(self, ids: Tokens, loss_mask: Mask | None) -> None:
+    def add(self, ids: Tokens, loss_mask: Flags | None) -> None:
         """Append a document: ids [T] and, for a chat, which of them are in the loss [T]."""
         self.add_many(ids, np.array([len(ids)]), loss_mask)
 
-    def add_many(self, ids: Tokens, lengths: Offsets, loss_mask: Mask | None) -> None:
+    def add_many(self, ids: Tokens, lengths: Ints, loss_mask: Flags | None) -> None:
         """Append documents of `lengths` [D] that stand end to end [T]; the file is that of adding one after the other."""
         ends = np.cumsum(lengths)
         document, token = 0, 0
@@ -80,7 +79,7 @@ class ShardWriter:
             self._append(ids[token:end], lengths[document:stop], mask)
             document, token = stop, end
 
-    def _append(self, ids: Tokens, lengths: Offsets, loss_mask: Mask | None) -> None:
+    def _append(self, ids: Tokens, lengths: Ints, loss_mask: Flags | None) -> None:
         """Documents of which none but the last fills the block."""
         self._ids.append(ids)
         self._lengths.append(lengths)
@@ -232,7 +231,7 @@ class Shard:
         return self._begins[-1]
 
     @property
-    def lengths(self) -> Offsets:
+    def lengths(self) -> Ints:
         """Tokens of each document."""
         parts = [
             self._array(row[_LENGTHS_AT], row[_DOCUMENTS], row[_LENGTHS_CHECK], _LENGTH_DTYPE)
@@ -241,7 +240,7 @@ class Shard:
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
     @property
-    def offsets(self) -> Offsets:
+    def offsets(self) -> Ints:
         """Where each document begins, and behind the last one the end of all."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
@@ -259,7 +258,7 @@ class Shard:
         first = self._ids_of(block, width * (start - begin), width * (end - begin))
         return first + self.piece(end, stop)
 
-    def addresses(self, starts: Offsets) -> Offsets:
+    def addresses(self, starts: Ints) -> Ints:
         """Where documents that begin at these token positions lie in the file, in tokens from its beginning."""
         blocks = np.searchsorted(self._begins, starts, side="right") - 1
         at = np.array([row[_TOKENS_AT] // self.width for row in self._table], np.int64)
@@ -299,7 +298,7 @@ class Shard:
         first = self._table[block][_TOKENS_AT]
         return self._ids_of(block, at - first, end - first)
 
-    def loss_mask(self, start: int, stop: int) -> Mask:
+    def loss_mask(self, start: int, stop: int) -> Flags:
         """Which of the tokens [start, stop) are in the loss; for a chat shard."""
         parts = [np.zeros(0, np.bool_)]
         while start < stop:
@@ -312,7 +311,7 @@ class Shard:
             start = end
         return np.concatenate(parts)
 
-    def loss_runs(self) -> tuple[Offsets, Offsets]:
+    def loss_runs(self) -> tuple[Ints, Ints]:
         """Runs of tokens [begin, end) in the loss, in order; none of them holds the first token of a document.
 
         That token is predicted by nothing.
@@ -399,7 +398,7 @@ class Shard:
         return raw
 
 
-def _turns(words: npt.NDArray[np.uint64]) -> Offsets:
+def _turns(words: npt.NDArray[np.uint64]) -> Ints:
     """Where the bits turn on and off, in order."""
     turns = words ^ (words << np.uint64(1))
     turns[1:] ^= words[:-1] >> np.uint64(63)

@@ -17,7 +17,6 @@ from huggingface_hub import HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError
 from pyarrow import fs as arrow
 
-from bigmix.data.pipe import open_pipe
 from bigmix.data.shards.location import WEB, scheme_of, shown
 from bigmix.data.shards.retry import (
     PART_BYTES,
@@ -32,7 +31,7 @@ from bigmix.data.shards.retry import (
     parts_of,
     refused,
 )
-from bigmix.data.shards.transports import open_http
+from bigmix.data.shards.transports import open_http, open_pipe
 from bigmix.errors import BadInput, BigmixError
 
 # Words of AWS's answers that no later try will change; pyarrow raises all of them as a plain OSError.

@@ -11,15 +11,13 @@ from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from bigmix.evaluation.tasks.matching import CHINESE
+from bigmix.types import Floats
 
 # A Chinese character, or the letters of a word in another script; Latin letters end where Greek begins.
 _NOT_LATIN = re.compile(rf"{CHINESE.pattern}|(?:(?!{CHINESE.pattern})[^\W\x00-\u036f])+")
 _CHINESE_FROM = 0.3  # of all characters of the references
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from bigmix.evaluation.bootstrap import interval, resampled_sums
 from bigmix.evaluation.tasks.examples import Example
@@ -17,8 +16,7 @@ from bigmix.evaluation.tasks.matching import exact_match, label_of, numeric_matc
 from bigmix.evaluation.tasks.overlap import bleu_statistics, chrf_statistics, rouge_values
 from bigmix.recipe.task import Task
 from bigmix.seeding import key_of
-
-Floats = npt.NDArray[np.float64]
+from bigmix.types import Floats
 
 _BY_TEXT = {"exact_match": exact_match, "numeric_match": numeric_match, "token_f1": token_f1}
 

@@ -1,0 +1,334 @@
+"""The plan of a run: which rows each step has, and how many steps there are."""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from bigmix.data.batch import Assembled, assemble
+from bigmix.data.mixture import Mixture, Places
+from bigmix.data.packing import Lost
+from bigmix.data.quarantine import EMPTY, Quarantine
+from bigmix.data.records import Chapter, Portion, RowId, RowPlaces, Standing
+from bigmix.data.stream import Stream
+from bigmix.errors import BigmixError
+from bigmix.seeding import key_of
+
+# Rows of a rank that are gathered together: a step at a time costs twice as much.
+ASSEMBLED_ROWS = 1024
+
+
+FIRST_CHAPTER = Chapter()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """Steps from `first_step` on, whose rows have the length that the packers of these streams say."""
+
+    first_step: int
+    streams: Mapping[str, Stream]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stretch:
+    """Rows [begin, end) of a stream in the order in which they are drawn, with those of `bad` shards replaced."""
+
+    stream: Stream
+    begin: int
+    end: int
+    bad: frozenset[int]
+
+    def places(self, most: int | None = None) -> RowPlaces:
+        """Which rows are read, of the first `most` of them."""
+        end = self.end if most is None else min(self.end, self.begin + most)
+        return self.stream.places(np.arange(self.begin, end), self.bad)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Start:
+    """Where a stage begins in a source: after `drawn` rows of the run, with row `index` of its stream."""
+
+    drawn: int
+    index: int
+
+
+class Plan:
+    """What decides the rows of every step: the same plan gives the same rows on any number of ranks.
+
+    Where rows change their length, each source goes on at the same fraction of its epoch. Rows of shards in quarantine
+    are drawn and counted as before; what is read is a row of another shard of their source.
+    """
+
+    def __init__(
+        self,
+        *,
+        mixture: Mixture,
+        stages: Sequence[Stage],
+        seed: int,
+        quarantine: Quarantine = EMPTY,
+        chapter: Chapter = FIRST_CHAPTER,
+    ) -> None:
+        """`mixture` counts from the first row of `chapter`, where the first of the stages begins.
+
+        Raises BigmixError where the quarantine leaves a source no row.
+        """
+        self.mixture = mixture
+        self.rows_per_step = mixture.rows_per_step
+        self.quarantine = quarantine
+        self.chapter = chapter
+        self._seed = seed
+        self.stages = stages
+        self._first_steps = [stage.first_step for stage in stages]
+        self._bad = {
+            name: _shards_of(stages, name, files)
+            for name, files in quarantine.first_steps.items()
+            if name in mixture.names
+        }
+        # Rows are read together between these: those before a shard is replaced would still be read from it.
+        begin, *later = self._first_steps
+        self._borders = sorted({begin, *later, *(q for q in quarantine.steps if q > begin)})
+        self._starts = list(accumulate(stages[1:], self._next_starts, initial=self._zero()))
+        self._assembled = lru_cache(maxsize=2)(self._assemble)
+
+    def with_quarantine(self, quarantine: Quarantine) -> "Plan":
+        """The same plan with these shards replaced and no others.
+
+        No other thread may read from the plan. Raises BigmixError where a source has no row left.
+        """
+        return Plan(
+            mixture=self.mixture,
+            stages=self.stages,
+            seed=self._seed,
+            quarantine=quarantine,
+            chapter=self.chapter,
+        )
+
+    def release(self) -> None:
+        """Close all shards that are held open, and forget the rows that were gathered."""
+        self._assembled.cache_clear()
+        for stage in self.stages:
+            for stream in stage.streams.values():
+                stream.release()
+
+    @property
+    def streams(self) -> Mapping[str, Stream]:
+        """The sources, with the rows of the last stage."""
+        return self.stages[-1].streams
+
+    def streams_at(self, step: int) -> Mapping[str, Stream]:
+        """The sources, with the rows of a step, counted from 1."""
+        return self.stages[bisect_right(self._first_steps, step) - 1].streams
+
+    def counts(self, step: int) -> dict[str, int]:
+        """How many rows of each source the chapter has drawn after a step."""
+        return self.mixture.counts((step - self.chapter.after) * self.rows_per_step)
+
+    def owed(self, step: int) -> dict[str, float]:
+        """By how many rows each source has drawn less after a step than its shares since the run began."""
+        shares, drawn = self.mixture.shares, self.counts(step)
+        steps = step - self.chapter.after
+        changing = shares.table(np.arange(min(steps, shares.last_change)))
+        last, resting = shares.at(shares.last_change), max(steps - shares.last_change, 0)
+        due = {n: self.rows_per_step * (changing[n].sum() + resting * last[n]) for n in drawn}
+        before = self.chapter.owed
+        return {n: round(float(due[n]) - drawn[n] + before.get(n, 0.0), 9) for n in drawn}
+
+    def standing(self, step: int) -> dict[str, Standing]:
+        """Where each source stands after a step."""
+        at = max(0, bisect_right(self._first_steps, step) - 1)
+        starts, streams, drawn = self._starts[at], self.stages[at].streams, self.counts(step)
+        return {
+            name: Standing(
+                row=drawn[name] - start.drawn + start.index, of=streams[name].rows_per_epoch
+            )
+            for name, start in starts.items()
+        }
+
+    def row_ids(self, step: int) -> list[RowId]:
+        """The rows of a step, counted from 1, over all ranks and in the order in which ranks take their blocks."""
+        return self._locate(step, 1, 0, self.rows_per_step).ids()
+
+    def places(self, portion: Portion, step: int) -> RowPlaces:
+        """The rows of one rank in a step, counted from 1."""
+        return self._locate(step, 1, portion.rows.start, portion.rows.stop)
+
+    def substituted(self, step: int) -> dict[str, int]:
+        """How many rows of a step are substitutes, by source and over all ranks."""
+        counts = dict.fromkeys(self.mixture.names, 0)
+        bad = {name: shards for name in self._bad if (shards := self._bad_at(name, step))}
+        if bad:
+            rows, streams = self._rows(step, 1, 0, self.rows_per_step), self.streams_at(step)
+            for name, shards in bad.items():
+                own = rows.sources_R == self.mixture.names.index(name)
+                as_drawn = streams[name].places(rows.indices_R[own])
+                counts[name] = int(np.isin(as_drawn.shards_R, list(shards)).sum())
+        return counts
+
+    def assembled(self, portion: Portion, step: int) -> tuple[Assembled, int]:
+        """The rows of one rank in some steps, this one among them, and the first of the step's rows in them."""
+        start, stop = portion.rows.start, portion.rows.stop
+        steps = self._together(portion, step)
+        rows = self._assembled(steps.start, len(steps), start, stop)
+        return rows, (step - steps.start) * (stop - start)
+
+    def gathered(self, portion: Portion, *, first: int, last: int) -> Iterator[Iterator[RowPlaces]]:
+        """What `assembled` reads for the steps `first` .. `last`, in its order: of each stage, the rows of one reading."""
+        bounds = [begin for begin in self._first_steps if first < begin <= last]
+        for begin, end in pairwise([first, *bounds, last + 1]):
+            yield self._gathered(portion, begin, end)
+
+    def _gathered(self, portion: Portion, step: int, end: int) -> Iterator[RowPlaces]:
+        while step < end:
+            steps = self._together(portion, step)
+            yield self._locate(steps.start, len(steps), portion.rows.start, portion.rows.stop)
+            step = steps.stop
+
+    def _together(self, portion: Portion, step: int) -> range:
+        """The steps that are read together with this one: about ASSEMBLED_ROWS rows of the rank, of one stage."""
+        steps = max(1, ASSEMBLED_ROWS // (portion.rows.stop - portion.rows.start))
+        first = (step - 1) // steps * steps + 1
+        later = [begin for begin in self._borders if first < begin <= step]
+        until = [begin for begin in self._borders if step < begin < first + steps]
+        return range(max([first, *later]), min([first + steps, *until]))
+
+    def _assemble(self, first: int, steps: int, start: int, stop: int) -> Assembled:
+        at = bisect_right(self._first_steps, first) - 1
+        if at and first == self._first_steps[at]:
+            for stream in self.stages[at - 1].streams.values():
+                stream.release()
+        streams = self.stages[at].streams
+        places = self._locate(first, steps, start, stop)
+        return assemble([streams[name] for name in places.names], places)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How many times each source has been gone through after a step."""
+        return {name: found.row / found.of for name, found in self.standing(step).items()}
+
+    def drawn(self, name: str, rows: int) -> Iterator[Stretch]:
+        """What the first `rows` rows of a source in the run are, in stretches between which a stage or a replacement begins."""
+        drawn = [self.counts(step - 1)[name] for step in self._borders]
+        for step, begin, end in zip(self._borders, drawn, [*drawn[1:], rows], strict=True):
+            at = bisect_right(self._first_steps, step) - 1
+            start = self._starts[at][name]
+            if begin < min(end, rows):
+                yield Stretch(
+                    stream=self.stages[at].streams[name],
+                    begin=begin - start.drawn + start.index,
+                    end=min(end, rows) - start.drawn + start.index,
+                    bad=self._bad_at(name, step),
+                )
+
+    def filled(self, name: str, rows: int) -> float:
+        """The part of the first `rows` rows of a source in the run that is not padding, in the mean of its epochs."""
+        tokens = 0.0
+        for part in self.drawn(name, max(rows, 1)):
+            stream, count = part.stream, part.end - part.begin
+            tokens += count * stream.tokens_per_epoch / stream.rows_per_epoch
+        return tokens / self.room(name, max(rows, 1))
+
+    def room(self, name: str, rows: int) -> int:
+        """The tokens that the first `rows` rows of a source in the run could hold."""
+        return sum(
+            (part.end - part.begin) * part.stream.packer.width for part in self.drawn(name, rows)
+        )
+
+    def num_shards(self, name: str) -> int:
+        """How many shards of a source rows are read from, where they are fewest: those that are not bad and have any."""
+        bad = self._bad.get(name, {})
+        return min(stage.streams[name].num_shards_but(bad) for stage in self.stages)
+
+    def lost(self, name: str) -> Lost:
+        """What packing leaves out of an epoch of a source, where rows are shortest."""
+        return max((s.streams[name].lost for s in self.stages), key=lambda lost: lost.tokens)
+
+    def _zero(self) -> dict[str, _Start]:
+        rows = self.chapter.rows
+        return {name: _Start(drawn=0, index=rows.get(name, 0)) for name in self.mixture.names}
+
+    def _next_starts(self, starts: Mapping[str, _Start], stage: Stage) -> dict[str, _Start]:
+        """Where the sources stand when a stage begins; `starts` is the same of the stage before."""
+        drawn = self.counts(stage.first_step - 1)
+        before = self.streams_at(stage.first_step - 1)
+        found = {}
+        for name, start in starts.items():
+            old, new = before[name].rows_per_epoch, stage.streams[name].rows_per_epoch
+            index = same_fraction(drawn[name] - start.drawn + start.index, old, new)
+            found[name] = _Start(drawn=drawn[name], index=index)
+        return found
+
+    def _bad_at(self, name: str, step: int) -> frozenset[int]:
+        """The shards of a source whose rows are replaced in a step."""
+        return frozenset(shard for shard, first in self._bad.get(name, {}).items() if first <= step)
+
+    def _locate(self, first: int, steps: int, start: int, stop: int) -> RowPlaces:
+        """The rows at places [start, stop) of each of the steps; between them no stage and no replacement begins."""
+        rows, streams = self._rows(first, steps, start, stop), self.streams_at(first)
+        epochs_R, shards_R, rows_R = columns_3R = np.empty((3, len(rows.indices_R)), np.int64)
+        for source, name in enumerate(self.mixture.names):
+            own = np.flatnonzero(rows.sources_R == source)
+            if len(own):
+                bad = self._bad_at(name, first)
+                places = streams[name].places(rows.indices_R[own], bad)
+                columns_3R[:, own] = places.epochs_R, places.shards_R, places.rows_R
+        return RowPlaces(
+            names=self.mixture.names,
+            sources_R=rows.sources_R,
+            epochs_R=epochs_R,
+            shards_R=shards_R,
+            rows_R=rows_R,
+        )
+
+    def _rows(self, first: int, steps: int, start: int, stop: int) -> Places:
+        """The same rows as they are drawn: their sources, and their indices in the streams of their stage."""
+        drawn = [self._drawn(step, start, stop) for step in range(first, first + steps)]
+        sources_R = np.concatenate([part.sources_R for parts in drawn for part in parts])
+        indices_R = np.concatenate([part.indices_R for parts in drawn for part in parts])
+        starts = self._starts[bisect_right(self._first_steps, first) - 1].values()
+        shifts_S = np.array([start.index - start.drawn for start in starts])
+        return Places(sources_R=sources_R, indices_R=indices_R + shifts_S[sources_R])
+
+    def _drawn(self, step: int, start: int, stop: int) -> list[Places]:
+        """The mixture's rows at places [start, stop) of a step.
+
+        The mixture's order is kept, so that a rank's block holds every source in its share, and begins at a place
+        that changes from step to step, so that no rank is given one kind of row for ever.
+        """
+        begin, count = (step - 1 - self.chapter.after) * self.rows_per_step, self.rows_per_step
+        shift = key_of(self._seed, "step", step) % count
+        low, high = start + shift, stop + shift
+        ranges = [(low, min(high, count)), (max(low - count, 0), high - count)]
+        return [self.mixture.rows(begin + a, begin + b) for a, b in ranges if a < b]
+
+
+def same_fraction(row: int, old: int, new: int) -> int:
+    """The row at the same fraction of its epoch when an epoch has `new` rows and no longer `old`, rounded up."""
+    epochs, rest = divmod(row, old)
+    return epochs * new - (-rest * new // old)
+
+
+def _shards_of(stages: Sequence[Stage], name: str, files: Mapping[str, int]) -> dict[int, int]:
+    """The shards of a source with these files, each with its value."""
+    stream = stages[-1].streams[name]
+    names = stream.manifest.shards.files
+    shards = stream.manifest.shards.indices_of(files)
+    if any(s.streams[name].rows_in(shards) == s.streams[name].rows_per_epoch for s in stages):
+        raise BigmixError(
+            f"no shard of {name} is left to train on: {len(shards)} of {len(names)} are bad, the first is "
+            f"{names[shards[0]]}; restore them or prepare the source again, then run the command again"
+        )
+    return {shard: files[names[shard]] for shard in shards}
+
+
+def stages_from(stages: Sequence[Stage], after: int) -> Sequence[Stage]:
+    """The stages of the steps that come after `after` others; the first of them begins there."""
+    current = [stage for stage in stages if stage.first_step <= after + 1][-1]
+    later = [stage for stage in stages if stage.first_step > after + 1]
+    return [replace(current, first_step=after + 1), *later]
+
+
+def one_stage(streams: Mapping[str, Stream]) -> Sequence[Stage]:
+    """Rows of one length for the whole run."""
+    return (Stage(first_step=1, streams=streams),)

@@ -1,0 +1,47 @@
+"""Tables of what an evaluation found, for a terminal."""
+
+import math
+from collections.abc import Mapping
+
+from bigmix.evaluation.evaluator import Findings
+from bigmix.evaluation.held_out import Estimate, HeldOut
+from bigmix.evaluation.tasks.runner import TaskResult
+from bigmix.recipe import Recipe
+from bigmix.terminal import Cell, HeldOutResult, Measured, Table, Terminal, evaluation_table
+
+
+def show_findings(terminal: Terminal, recipe: Recipe, of: str, found: Findings) -> None:
+    """The tables of an evaluation; `of` says of which model."""
+    if found.held_out:
+        told = [_told(recipe, *item) for item in found.held_out.items()]
+        terminal.table(evaluation_table(f"held out, {of}", told))
+    if found.tasks:
+        terminal.table(_tasks_table(f"tasks, {of}", found.tasks))
+
+
+def _told(recipe: Recipe, name: str, found: HeldOut) -> HeldOutResult:
+    source = recipe.sources.get(name)
+    return HeldOutResult(
+        source=name,
+        role=source.role if source is not None else "held out",
+        loss=_measured(found.loss),
+        bits_per_byte=found.bits_per_byte.value,
+        token_accuracy=found.token_accuracy.value,
+        kl_to_base=None if found.kl_to_base is None else found.kl_to_base.value,
+        forgetting=None if found.forgetting is None else _measured(found.forgetting),
+    )
+
+
+def _measured(estimate: Estimate) -> Measured:
+    margin = (estimate.high - estimate.low) / 2
+    return Measured(value=estimate.value, margin=None if math.isnan(margin) else margin)
+
+
+def _tasks_table(title: str, results: Mapping[str, TaskResult]) -> Table:
+    rows: list[list[Cell]] = [
+        [name, kind, f"{s.value:.1%}", f"{s.low:.1%}–{s.high:.1%}", result.examples, result.dropped]
+        for name, result in results.items()
+        for kind, s in result.scores.items()
+    ]
+    columns = ["task", "score", "value", "95 %", "examples", "dropped"]
+    return Table(title=title, columns=columns, rows=rows)

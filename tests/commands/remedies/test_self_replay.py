@@ -1,0 +1,181 @@
+"""A model's own samples are what it has learned, do not depend on batches and interruptions, and are a source like any other."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from support.models import FAMILIES
+
+from bigmix.commands.main import main
+from bigmix.commands.remedies.self_replay import Sampling, _Draw
+from bigmix.data.shards.manifest import read_manifest
+from bigmix.seeding import key_of
+from bigmix.text.tokenizer import load_tokenizer
+
+OPTIONS = ["--tokens", "300", "--max-tokens", "20"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_tokenizer, tmp_path_factory):
+    """A model of random weights that ends documents early, with the tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(str(tiny_tokenizer))
+    settings = FAMILIES["llama"] | {
+        "vocab_size": tokenizer.vocab_size + 3,
+        "max_position_embeddings": 32,
+    }
+    config = transformers.AutoConfig.for_model(
+        settings.pop("model_type"), **settings, initializer_range=0.3, eos_token_id=tokenizer.eos_id
+    )  # fmt: skip
+    lm = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # so that some documents end before they begin
+        start = torch.tensor([[tokenizer.eos_id]])
+        lm.lm_head.weight[tokenizer.eos_id] = (
+            0.19 * lm.model(input_ids=start).last_hidden_state[0, 0]
+        )
+    lm.generation_config.repetition_penalty = (
+        5.0  # a model's own settings do not change what it has learned
+    )
+    lm.save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def make(model, folder, *words):
+    output = folder / "self"
+    code = main(["self-replay", str(model), "--output", str(output), *words])
+    return code, output
+
+
+def documents(output):
+    return [json.loads(line) for line in output.with_name("self.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def made(model, tmp_path_factory):
+    code, output = make(model, tmp_path_factory.mktemp("made"), *OPTIONS, "--batch", "8")
+    assert code == 0
+    return output
+
+
+def test_a_document_is_drawn_token_by_token_from_the_model(model, made):
+    """The slow way: one document, no cache, probabilities laid end to end from the first id on."""
+    lm = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    tokenizer = load_tokenizer(str(model))
+    for document in documents(made)[:6]:
+        chances = np.random.default_rng(key_of(0, "self-replay", document["document"])).random(20)
+        ids = [tokenizer.eos_id]
+        for chance in chances:
+            with torch.no_grad():
+                logits = lm(input_ids=torch.tensor([ids])).logits[0, -1].double()
+            logits[tokenizer.vocab_size :] = -torch.inf
+            logits[sorted(tokenizer.special_ids - {tokenizer.eos_id})] = -torch.inf
+            heights = logits.softmax(0).cumsum(0)
+            ids.append(int((heights <= chance * heights[-1]).sum()))
+            if ids[-1] == tokenizer.eos_id:
+                break
+        own = ids[1:-1] if ids[-1] == tokenizer.eos_id else ids[1:]
+        assert document["text"] == tokenizer.decode(own)
+        assert (document["tokens"], document["is_cut"]) == (len(own), ids[-1] != tokenizer.eos_id)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_tokens_come_as_often_as_they_are_probable(top_p):
+    draws = 20_000
+    torch.manual_seed(0)
+    logits = torch.randn(50) * 2
+    barred = torch.zeros(50, dtype=torch.bool)
+    barred[::7] = True
+    expected = (logits.double().masked_fill(barred, -torch.inf) / 0.8).softmax(0)
+    if top_p < 1:
+        kept, mass = [], 0.0
+        for index in expected.argsort(descending=True).tolist():
+            if mass >= top_p:
+                break
+            kept.append(index)
+            mass += float(expected[index])
+        expected = torch.where(torch.isin(torch.arange(50), torch.tensor(kept)), expected, 0)
+        expected /= expected.sum()
+    chances = ((torch.arange(draws) + 0.5) / draws)[:, None].double()
+    draw = _Draw(chances, barred, prompt_tokens=1, sampling=Sampling(temperature=0.8, top_p=top_p))
+    drawn = draw(torch.zeros(draws, 1), logits.expand(draws, 50)).argmax(1)
+    found = torch.bincount(drawn, minlength=50) / draws
+    assert float((found - expected).abs().max()) < 2 / draws
+    assert not (found[expected == 0] > 0).any()
+
+
+def test_the_texts_do_not_depend_on_the_batch_or_on_interruptions(model, made, tmp_path):
+    expected = documents(made)
+    assert sum(document["tokens"] for document in expected) >= 300
+    assert sum(document["tokens"] for document in expected[:-1]) < 300
+    lines = tmp_path / "self.jsonl"
+    whole = made.with_name("self.jsonl").read_bytes()
+    lines.write_bytes(whole[: len(whole) // 2])  # as a kill in the middle of a line leaves it
+    (tmp_path / "self.settings.json").write_bytes(made.with_name("self.settings.json").read_bytes())
+    assert make(model, tmp_path, *OPTIONS, "--batch", "5")[0] == 0
+    assert documents(tmp_path / "self") == expected
+
+
+def test_it_is_a_source_that_counts_what_is_left_out(model, made, tmp_path, capsys):
+    code, output = make(model, tmp_path, *OPTIONS, "--held-out", "0.3")
+    said = capsys.readouterr().out
+    sampled = documents(output)
+    empty = sum(not document["text"].strip() for document in sampled)
+    cut = sum(document["is_cut"] for document in sampled)
+    assert code == 0 and empty and cut
+    assert f"{empty} documents empty, {cut} cut" in said
+    manifest, held_out = read_manifest(str(output)), read_manifest(f"{output}-held-out")
+    assert manifest.kind == "text" and held_out.documents > 0
+    assert manifest.dropped == {"empty": empty, "held_out": held_out.documents}
+    assert manifest.documents + held_out.documents + empty == len(sampled)
+    assert manifest.tokenizer.fingerprint == load_tokenizer(str(model)).fingerprint
+    assert sampled == documents(made)  # the same seed
+
+
+def test_first_tokens_may_come_from_the_vocabulary(model, made, tmp_path):
+    code, output = make(model, tmp_path, *OPTIONS, "--prompt-tokens", "2", "--seed", "3")
+    assert code == 0
+    sampled = documents(output)
+    assert all(2 <= document["tokens"] <= 22 for document in sampled)
+    assert not any("<|" in document["text"] for document in sampled)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--temperature", "0"], "--temperature is 0, must be above 0"),
+        (["--temperature", "nan"], "--temperature is nan, must be above 0"),
+        (["--top-p", "1.5"], "--top-p is 1.5, must be above 0 and at most 1"),
+        (["--max-tokens", "40"], "documents of 41 tokens with their start"),
+        (["--held-out", "0.9"], "--held-out is 0.9"),
+    ],
+)
+def test_what_is_not_allowed_is_told(words, said, model, tmp_path, capsys):
+    assert make(model, tmp_path, "--tokens", "10", *words)[0] == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "self.jsonl").exists()
+
+
+def test_a_file_of_the_users_is_left_as_it_is(model, tmp_path, capsys):
+    lines = '{"text": "one"}\n{"text": "two"}'
+    (tmp_path / "self.jsonl").write_text(lines)
+    assert make(model, tmp_path, "--tokens", "10")[0] == 2
+    assert "self.jsonl exists and was not made by this command" in capsys.readouterr().err
+    assert (tmp_path / "self.jsonl").read_text() == lines
+
+
+def test_a_folder_without_weights_is_refused(model, tmp_path, capsys):
+    bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert make(bare, tmp_path, "--tokens", "10")[0] == 2
+    assert f"the model {bare} cannot be loaded" in capsys.readouterr().err
+
+
+def test_lines_of_other_settings_are_not_gone_on_with(model, made, capsys):
+    again = [*OPTIONS, "--temperature", "0.5"]
+    assert make(model, made.parent, *again)[0] == 2
+    said = capsys.readouterr().err
+    assert "temperature is 0.5" in said or "holds" in said

@@ -1,0 +1,78 @@
+"""Kills ranks again and again while they save: `python -m support.kills FOLDER COUNT` writes what is found after each kill.
+
+The ranks are forked from here, so that the libraries are imported once for all of them.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from support.ranks import environment, free_port
+
+from bigmix.cluster.collectives import Cluster
+from bigmix.cluster.world import World, world_of
+from bigmix.model.engine import join
+from bigmix.runs.checkpoints import Position
+from bigmix.runs.resume import newest_whole
+from bigmix.runs.saver import Keeping, Saver
+from bigmix.runs.state_file import MOMENTS, FlatState, Piece
+
+ONE = Cluster(World(rank=0, local_rank=0, size=1, local_size=1))
+
+
+def save_for_ever(folder, cluster):
+    """Saves states of 6 MB a rank without end; whoever started this kills it."""
+    saver = Saver(folder, cluster, Keeping(newest=2), in_background=True, tell=sys.stderr.write)
+    size, rank = 500_000, cluster.world.rank
+    pieces = (Piece(name="weight", start=rank * size, count=size, offset=0),)
+    for step in range(1, 1 << 30):
+        moments = {key: torch.full((size,), float(step)) for key in MOMENTS}
+        flat = FlatState(pieces=pieces, weights=torch.zeros(size), moments=moments, step=step)
+        saver.save(iter([flat]), Position(step=step, report={}))
+
+
+def rank_of(folder, rank, port):
+    """The process id of a rank that saves without end."""
+    child = os.fork()
+    if child == 0:
+        os.environ.update(environment(rank, 2, port))
+        save_for_ever(folder, join(world_of(os.environ)))
+    return child
+
+
+def kill_once(folder, draw, everybody):
+    shutil.rmtree(folder, ignore_errors=True)
+    port = free_port()
+    ranks = [rank_of(folder, rank, port) for rank in range(2)]
+    until = time.monotonic() + 60
+    while not (folder / "latest").exists():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    time.sleep(draw.random() * 0.1)
+    for child in ranks if everybody else [draw.choice(ranks), *ranks]:
+        os.kill(child, signal.SIGKILL)
+        time.sleep(0 if everybody else 0.02)
+    for child in ranks:
+        os.waitpid(child, 0)
+    found = newest_whole(folder, ONE)
+    return {
+        "torn": found.torn, "newest": found.listed.position.step if found.listed else None,
+        "latest": int((folder / "latest").read_text()[5:]), "in_a_save": bool(list(folder.glob(".tmp-*"))),
+    }  # fmt: skip
+
+
+def main():
+    folder, count = Path(sys.argv[1]) / "checkpoints", int(sys.argv[2])
+    draw = random.Random(7)
+    kills = [kill_once(folder, draw, index % 2 == 0) for index in range(count)]
+    sys.stdout.write("\n" + json.dumps(kills) + "\n")
+
+
+if __name__ == "__main__":
+    main()
