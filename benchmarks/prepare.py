@@ -128,8 +128,8 @@ import json, os, sys, time
 from pathlib import Path
 from bigmix.terminal import tame_libraries
 tame_libraries()
-from bigmix.data.prepare import prepare
-from bigmix.data.prepare_settings import PrepareSettings
+from bigmix.commands.prepare.job import prepare
+from bigmix.commands.prepare.job import PrepareSettings
 
 def cpu_s():
     # The server of the workers is a child, and the ended workers are in its account.

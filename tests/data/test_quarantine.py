@@ -18,7 +18,7 @@ from support.servers import web_server
 
 from bigmix.commands.main import main
 from bigmix.commands.plan.counts import tally_of
-from bigmix.data import loader as loader_module
+from bigmix.data import run_plan
 from bigmix.data.loader import step_batch
 from bigmix.data.mixture import Mixture
 from bigmix.data.quarantine import BadShard, Quarantine, substitution
@@ -113,7 +113,7 @@ def test_the_count_of_a_step_is_that_of_a_loop_over_its_rows(folders, lengths):
 def test_the_rows_are_the_same_on_any_ranks_however_many_are_read_together(
     folders, monkeypatch, ranks, lengths, rows_together
 ):
-    monkeypatch.setattr(loader_module, "ASSEMBLED_ROWS", rows_together)
+    monkeypatch.setattr(run_plan, "ASSEMBLED_ROWS", rows_together)
     whole = plan(folders, BAD, lengths)
     for step in (1, 4, 5, 6, 7, 9, 12, 30):
         rows = [
@@ -128,7 +128,7 @@ def test_the_rows_are_the_same_on_any_ranks_however_many_are_read_together(
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_what_is_fetched_ahead_is_what_is_read(folders, monkeypatch, lengths):
-    monkeypatch.setattr(loader_module, "ASSEMBLED_ROWS", 96)
+    monkeypatch.setattr(run_plan, "ASSEMBLED_ROWS", 96)
     the_plan, own = plan(folders, BAD, lengths), portion(1, 4)
     for first in (1, 5, 6):
         gathered = [p for stage in the_plan.gathered(own, first=first, last=20) for p in stage]
@@ -213,7 +213,7 @@ def test_substitutes_are_spread_evenly_over_the_healthy_shards_of_the_window(row
 
 
 def test_substitutes_open_no_more_shards_than_the_rows_that_they_stand_for(folders, monkeypatch):
-    monkeypatch.setattr(loader_module, "ASSEMBLED_ROWS", 16)
+    monkeypatch.setattr(run_plan, "ASSEMBLED_ROWS", 16)
     sources = {name: read_source(str(folder)) for name, folder in folders.items()}
 
     def opened_shards(quarantine):
@@ -470,7 +470,7 @@ def test_a_bad_shard_is_tried_no_longer_than_once_for_each_rank_that_needs_it(da
 
 
 def test_after_a_failure_no_step_ahead_tries_the_same_shard_again(data, server, monkeypatch):
-    monkeypatch.setattr(loader_module, "ASSEMBLED_ROWS", 8)
+    monkeypatch.setattr(run_plan, "ASSEMBLED_ROWS", 8)
     server.broken = {"/web/shard-00003.tar": ("status", 500, {})}
     inputs = opened(server.url, "cache.read=ranges")
     own = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)

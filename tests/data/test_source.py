@@ -14,7 +14,7 @@ from support.downloads import downloads, files_of, in_use, serve
 from support.servers import s3_server, web_server
 
 from bigmix.commands.main import main
-from bigmix.data import loader as loader_module
+from bigmix.data import run_plan
 from bigmix.data.quarantine import BadShard, Quarantine
 from bigmix.data.records import Portion
 from bigmix.data.shards.cache import CacheFull
@@ -327,7 +327,7 @@ def num_shards(inputs):
 def test_shards_are_fetched_in_the_order_in_which_they_are_opened(
     mixed, remote, monkeypatch, rows_together, length, first
 ):
-    monkeypatch.setattr(loader_module, "ASSEMBLED_ROWS", rows_together)
+    monkeypatch.setattr(run_plan, "ASSEMBLED_ROWS", rows_together)
     inputs = opened(remote.url, "cache.timeout_s=10", length=length)  # a retry is a second download
     assert batches(inputs, first=first) == batches(opened(mixed, length=length), first=first)
     assert inputs.depot.unforeseen == 0
@@ -335,7 +335,7 @@ def test_shards_are_fetched_in_the_order_in_which_they_are_opened(
 
 
 def test_ranks_that_share_a_cache_fetch_each_shard_once(mixed, remote, monkeypatch):
-    monkeypatch.setattr(loader_module, "ASSEMBLED_ROWS", 32)
+    monkeypatch.setattr(run_plan, "ASSEMBLED_ROWS", 32)
     remote.part_wait_s = 0.002
     ranks = [opened(remote.url, "cache.timeout_s=10") for _ in range(2)]
     found = {}
@@ -357,7 +357,7 @@ def test_ranks_that_share_a_cache_fetch_each_shard_once(mixed, remote, monkeypat
 def test_a_small_cache_fetches_a_shard_once_for_each_time_it_is_opened(
     mixed, remote, monkeypatch, length
 ):
-    monkeypatch.setattr(loader_module, "ASSEMBLED_ROWS", 32)
+    monkeypatch.setattr(run_plan, "ASSEMBLED_ROWS", 32)
     sources = [read_source(f"{remote.url}/{name}") for name in ("web", "chat", "held")]
     room = room_in_use(sources, Ahead(files=2))
     patient = "cache.timeout_s=10"  # a retry is a second download

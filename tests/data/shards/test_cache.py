@@ -65,8 +65,8 @@ def start():
 PRELUDE = """
 import hashlib, os, random, sys, time
 from pathlib import Path
-from bigmix.data.cache import CacheFull, ShardCache
-from bigmix.data.retry import Retry
+from bigmix.data.shards.cache import CacheFull, ShardCache
+from bigmix.data.shards.retry import Retry
 folder, url = Path(sys.argv[1]), sys.argv[2]
 FAST = Retry(tries=3, first_wait_s=0.01, longest_wait_s=0.02, timeout_s=1.0)
 """
