@@ -80,7 +80,7 @@ def _make_models(folder: Path, tokenizer: Path) -> None:
     )  # fmt: skip
     documents = [ids for name in ("text", "chat") for ids, _ in stored(folder / name)]
     adam = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for name, steps in (("base", 60), ("tuned", 40)):
+    for name, steps in (("base", 60), ("tuned", 160)):
         for step in range(steps):
             ids = torch.tensor(documents[step % len(documents)])[None]
             model(input_ids=ids, labels=ids).loss.backward()
