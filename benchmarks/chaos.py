@@ -1,9 +1,11 @@
-"""Runs that meet a fault: `python benchmarks/chaos.py [--runs 100] [--seed 0] [--faults NAME ...] [--exec]`.
+"""Runs that meet a fault: `python benchmarks/chaos.py [--runs 100] [--seed 0] [--faults NAME ...]
+[--exec]`.
 
-Each run of a small recipe meets one fault at a place that is drawn, and is started again until it has ended well; its
-weights and the rows that it has trained are compared with those of a run without the fault. Everything is real: the
-processes, gloo, ZeRO-3, the files, kill -9. The libraries are imported once and processes are forked from here; with
-`--exec` they are executables, which start in ten times the time. Ends with 1 where any run is not as it must be.
+Each run of a small recipe meets one fault at a place that is drawn, and is started again until it
+has ended well; its weights and the rows that it has trained are compared with those of a run
+without the fault. Everything is real: the processes, gloo, ZeRO-3, the files, kill -9. The
+libraries are imported once and processes are forked from here; with `--exec` they are executables,
+which start in ten times the time. Ends with 1 where any run is not as it must be.
 """
 
 import argparse
@@ -58,9 +60,15 @@ def _one(bench: Bench, name: str, seed: str, *, executed: bool) -> Result:
 def _line(number: int, result: Result) -> str:
     case, fault = result.case, result.case.fault
     how = "supervised" if case.way.supervised else "ranks"
-    where = f"{how} {case.ranks}>{case.ranks_after} {case.save} {fault.place} {fault.step} rank {fault.rank} to {list(case.victims)}"
+    where = (
+        f"{how} {case.ranks}>{case.ranks_after} {case.save} {fault.place} {fault.step} rank"
+        f" {fault.rank} to {list(case.victims)}"
+    )
     verdict = "; ".join(result.faults) or "ok"
-    return f"{number:4d} {fault.name:18s} {where}: {result.ends}, {result.steps_lost} lost, {result.seconds:.1f} s: {verdict}"
+    return (
+        f"{number:4d} {fault.name:18s} {where}: {result.ends}, {result.steps_lost} lost,"
+        f" {result.seconds:.1f} s: {verdict}"
+    )
 
 
 def _said(folder: Path) -> str:
@@ -75,23 +83,37 @@ def table(results: Sequence[Result], title: str) -> Table:
     groups = {name: [r for r in results if r.case.fault.name == name] for name in names}
     return Table(
         heading=title,
-        columns=("fault", "times", "survived", "identical weights", "most steps lost", "rows wrong", "as it must be"),
+        columns=(
+            "fault",
+            "times",
+            "survived",
+            "identical weights",
+            "most steps lost",
+            "rows wrong",
+            "as it must be",
+        ),
         rows=[_row(name, group) for name, group in {**groups, "all": list(results)}.items()],
         notes=[
-            "identical weights: bit for bit, with the moments, of those whose number of ranks did not change and whose rows "
-            "were not replaced; the others have the same losses to 1e-5. rows wrong: lost or repeated.",
+            (
+                "identical weights: bit for bit, with the moments, of those whose number of ranks"
+                " did not change and whose rows were not replaced; the others have the same losses"
+                " to 1e-5. rows wrong: lost or repeated."
+            ),
         ],
-    )  # fmt: skip
+    )
 
 
 def _row(name: str, results: Sequence[Result]) -> Sequence[str]:
     compared = [r.identical for r in results if r.identical is not None]
     return (
-        name, str(len(results)), str(sum(r.survived for r in results)),
+        name,
+        str(len(results)),
+        str(sum(r.survived for r in results)),
         f"{sum(compared)} of {len(compared)}" if compared else "-",
-        str(max(r.steps_lost for r in results)), str(sum(r.rows_wrong for r in results)),
+        str(max(r.steps_lost for r in results)),
+        str(sum(r.rows_wrong for r in results)),
         str(sum(not r.faults for r in results)),
-    )  # fmt: skip
+    )
 
 
 def main() -> int:
@@ -99,7 +121,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faults", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")  # fmt: skip
+    parser.add_argument(
+        "--faults",
+        nargs="+",
+        choices=NAMES,
+        default=NAMES,
+        metavar="NAME",
+        help=f"of {', '.join(NAMES)}",
+    )
     parser.add_argument("--exec", action="store_true", dest="executed", help="start executables")
     arguments = parser.parse_args()
     results = run_all(arguments.faults, arguments.runs, arguments.seed, executed=arguments.executed)

@@ -1,4 +1,6 @@
-"""A folder goes in; two small prepared sources and the recipe of a small run stand in it, and damage can be done to a shard."""
+"""A folder goes in; two small prepared sources and the recipe of a small run stand in it, and
+damage can be done to a shard.
+"""
 
 import tarfile
 from collections.abc import Sequence
@@ -25,15 +27,18 @@ TOKENIZER = TokenizerEntry(
 TEMPLATE = TemplateEntry(name="plain", sha256="0" * 64)
 # No dropout: which units drop out is drawn for each rank.
 RECIPE = f"""\
-model: {{config: {{model_type: llama, vocab_size: {VOCABULARY}, hidden_size: 32, intermediate_size: 64,
-                 num_hidden_layers: 2, num_attention_heads: 4, max_position_embeddings: 64, attention_dropout: 0}}}}
+model: {{config: {{model_type: llama, vocab_size: {VOCABULARY}, hidden_size: 32,
+                 intermediate_size: 64,
+                 num_hidden_layers: 2, num_attention_heads: 4, max_position_embeddings: 64,
+                 attention_dropout: 0}}}}
 sequence_length: 64
 rows_per_step: 8
 sources:
   web: {{path: web, role: replay, share: [[0, 0.5], [8, 0.25]]}}
   chat: {{path: chat, role: task, share: 0.75}}
 budget: {{steps: {STEPS}}}
-train: {{lr: 1e-2, schedule: constant, micro_batch_rows: 2, save_every: {SAVE_EVERY}, log_every: 1, prefetch_steps: 1,
+train: {{lr: 1e-2, schedule: constant, micro_batch_rows: 2, save_every: {SAVE_EVERY},
+         log_every: 1, prefetch_steps: 1,
         dead_after_s: 20, hang_minutes: 0.5}}
 deepspeed: {ROOT}/ds_configs/cpu.json
 output: run
@@ -61,11 +66,18 @@ def _write_source(folder: Path, kind: str, seed: int) -> None:
         entries.append(writer.close())
     loss_tokens = sum(entry.loss_tokens for entry in entries)
     manifest = Manifest(
-        kind="chat" if kind == "chat" else "text", dtype=dtype, tokenizer=TOKENIZER,
-        template=TEMPLATE if kind == "chat" else None, read=SHARDS * DOCUMENTS, dropped={},
-        documents=SHARDS * DOCUMENTS, tokens=sum(entry.tokens for entry in entries), loss_tokens=loss_tokens,
-        loss_bytes=loss_tokens, shards=tuple(entries),
-    )  # fmt: skip
+        kind="chat" if kind == "chat" else "text",
+        dtype=dtype,
+        tokenizer=TOKENIZER,
+        template=TEMPLATE if kind == "chat" else None,
+        read=SHARDS * DOCUMENTS,
+        dropped={},
+        documents=SHARDS * DOCUMENTS,
+        tokens=sum(entry.tokens for entry in entries),
+        loss_tokens=loss_tokens,
+        loss_bytes=loss_tokens,
+        shards=tuple(entries),
+    )
     write_manifest(folder, with_lengths(folder, manifest))
 
 

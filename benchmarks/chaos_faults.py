@@ -1,7 +1,9 @@
-"""A fault goes in; a rank does it to itself, once, at its step and place, and writes down the rows that it trains.
+"""A fault goes in; a rank does it to itself, once, at its step and place, and writes down the rows
+that it trains.
 
-The wrappers stand around functions of bigmix, which does the rest itself. `install` is called in a rank before it runs,
-by a fork of the benchmark or, where a rank is an executable of its own, by a `sitecustomize.py` with `SITE`.
+The wrappers stand around functions of bigmix, which does the rest itself. `install` is called in a
+rank before it runs, by a fork of the benchmark or, where a rank is an executable of its own, by a
+`sitecustomize.py` with `SITE`.
 """
 
 import hashlib
@@ -40,7 +42,9 @@ FULL_STEPS = 4  # for which a disk stays full: at least one save falls into them
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:
-    """What is done, to whom and when; `place` begins what a rank tells the watchdog, `part` is 0 .. 1."""
+    """What is done, to whom and when; `place` begins what a rank tells the watchdog, `part` is 0 ..
+    1.
+    """
 
     name: str
     place: str = "forward"
@@ -68,7 +72,8 @@ def install(folder: Path, fault: Fault, environment: Mapping[str, str]) -> None:
     beside = notes / f"own-{path.name}"
     beside.write_text(str(os.getpid()))
     beside.rename(path)
-    # A step's rows are read when they are due: a shard that goes bad is met in the middle of a run of a few steps.
+    # A step's rows are read when they are due: a shard that goes bad is met in the middle of a run
+    # of a few steps.
     loader.ASSEMBLED_ROWS = 1
     at = _At()
     _note_rows(notes / f"rows-{start}-{rank}.jsonl", at)
@@ -158,7 +163,9 @@ def _kill_before_latest(folder: Path, fault: Fault, at: _At) -> None:
 
 
 def _fill_disk(folder: Path, fault: Fault, at: _At) -> None:
-    """The disk of the checkpoints is full for some steps: before a save looks at it, or only once it writes."""
+    """The disk of the checkpoints is full for some steps: before a save looks at it, or only once
+    it writes.
+    """
     folder_of_checkpoints, real = folder / "run" / checkpoints.FOLDER, state_file._write_all
     filler = folder_of_checkpoints / f"filler-{os.getpid()}"
 

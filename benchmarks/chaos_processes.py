@@ -1,4 +1,6 @@
-"""A run's folder and number of ranks go in; its processes come out: forked, so that a start takes a second, or executed."""
+"""A run's folder and number of ranks go in; its processes come out: forked, so that a start takes a
+second, or executed.
+"""
 
 import importlib
 import os
@@ -134,7 +136,11 @@ def _ranks(folder: Path, ranks: int, given: Sequence[str], *, executed: bool) ->
         command = [str(ROOT / "launch/train.py"), *given]
         return [_execute(folder, command, environment) for environment in environments]
     return [
-        Forked(lambda own=environment: _be_rank(folder, given, own), folder, environment)  # type: ignore[misc]
+        Forked(
+            lambda own=environment: _be_rank(folder, given, own),  # type: ignore[misc]
+            folder,
+            environment,
+        )
         for environment in environments
     ]
 
@@ -147,7 +153,9 @@ def _be_rank(folder: Path, given: Sequence[str], environment: Mapping[str, str])
 
 
 def import_what_was(folder: Path) -> None:
-    """Import here what a run that has ended well has imported while it ran, so that later forks have it."""
+    """Import here what a run that has ended well has imported while it ran, so that later forks
+    have it.
+    """
     for name in (folder / NOTES / MODULES).read_text().split():
         if name not in sys.modules:
             # Some are parts of others by another name.
@@ -162,9 +170,13 @@ def _execute(
     paths = {"PYTHONPATH": os.pathsep.join(map(str, [folder / NOTES, ROOT, ROOT / "benchmarks"]))}
     with (folder / NOTES / "said").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, *command], cwd=folder, env=os.environ | environment | paths | {VARIABLE: str(folder)},
-            stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, *command],
+            cwd=folder,
+            env=os.environ | environment | paths | {VARIABLE: str(folder)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 def _common() -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""The folder of a run that has ended goes in; what it has trained comes out, to be held against a plan or another run."""
+"""The folder of a run that has ended goes in; what it has trained comes out, to be held against a
+plan or another run.
+"""
 
 import hashlib
 import json
@@ -19,7 +21,9 @@ from bigmix.train.inputs import Inputs, open_inputs
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """What a run left: the rows of each step, losses, checksums of weights and moments, steps trained more than once."""
+    """What a run left: the rows of each step, losses, checksums of weights and moments, steps
+    trained more than once.
+    """
 
     rows: Mapping[int, Counter[str]]
     losses: Mapping[int, float]
@@ -41,7 +45,9 @@ def trained(folder: Path) -> Trained:
 
 
 def _rows_and_repeats(notes: Path) -> tuple[dict[int, Counter[str]], int]:
-    """The rows of each step in the last start that trained it, and how many steps were trained again."""
+    """The rows of each step in the last start that trained it, and how many steps were trained
+    again.
+    """
     lines: dict[int, dict[str, dict[str, list[Any]]]] = {}
     for path in notes.glob("rows-*"):
         _, began, rank = path.stem.split("-")

@@ -1,4 +1,6 @@
-"""A fault that was drawn goes in; the run that meets it is started until it ends, and what came of it comes out."""
+"""A fault that was drawn goes in; the run that meets it is started until it ends, and what came of
+it comes out.
+"""
 
 import os
 import random
@@ -49,7 +51,9 @@ ONE_START = {"disk-full", "file-limit", "nan-once", "nan-three", "shard-replace"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A run and what happens to it: to `victims` (-1: the launcher) `delay_s` after a rank is at the fault's place."""
+    """A run and what happens to it: to `victims` (-1: the launcher) `delay_s` after a rank is at
+    the fault's place.
+    """
 
     fault: Fault
     way: Way
@@ -94,15 +98,23 @@ def draw(name: str, random_: random.Random, *, executed: bool) -> Case:
     others = [number for number in (1, 2, 4) if number != ranks]
     return Case(
         fault=Fault(
-            name=name, place=place, step=step, part=random_.random(),
-            rank=0 if name == "kill-before-latest" or name.startswith("shard") else random_.randrange(ranks),
+            name=name,
+            place=place,
+            step=step,
+            part=random_.random(),
+            rank=(
+                0
+                if name == "kill-before-latest" or name.startswith("shard")
+                else random_.randrange(ranks)
+            ),
         ),
-        way=Way(supervised=supervised, executed=executed), ranks=ranks,
+        way=Way(supervised=supervised, executed=executed),
+        ranks=ranks,
         ranks_after=random_.choice(others) if name == "world-size" else ranks,
         save=random_.choice(("background", "blocking")),
         victims=_victims(name, ranks, supervised, random_),
         delay_s=random_.random() * (1.5 if place == "start" else 0.05),
-    )  # fmt: skip
+    )
 
 
 def _victims(name: str, ranks: int, supervised: bool, random_: random.Random) -> Sequence[int]:
@@ -128,9 +140,12 @@ class Bench:
         key = (ranks, tuple(passed))
         if key not in self._known:
             case = Case(
-                fault=Fault(name="none", rank=-1), way=Way(supervised=False, executed=False), ranks=ranks,
-                ranks_after=ranks, save="blocking",
-            )  # fmt: skip
+                fault=Fault(name="none", rank=-1),
+                way=Way(supervised=False, executed=False),
+                ranks=ranks,
+                ranks_after=ranks,
+                save="blocking",
+            )
             with self._run_folder() as folder:
                 run = Run(folder, case, [f"train.pass_over={list(passed)}"])
                 run.go()

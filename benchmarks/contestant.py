@@ -7,7 +7,8 @@ from typing import TypeAlias
 from torch import Tensor
 
 Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""hidden [T, D], head [V, D] and labels [T] go in, the mean over the tokens in the loss comes out."""
+"""hidden [T, D], head [V, D] and labels [T] go in, the mean over the tokens in the loss comes out.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

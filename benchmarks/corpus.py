@@ -1,7 +1,8 @@
-"""A number of tokens goes in, two sources of tokenised documents come out, as flat files that every format is made of.
+"""A number of tokens goes in, two sources of tokenised documents come out, as flat files that every
+format is made of.
 
-Lengths are lognormal, as chats and web pages have them; ids are random, since no loader looks at them. Letters:
-N tokens of a source, D documents, T tokens of a document, B rows of a batch.
+Lengths are lognormal, as chats and web pages have them; ids are random, since no loader looks at
+them. Letters: N tokens of a source, D documents, T tokens of a document, B rows of a batch.
 """
 
 import json
@@ -28,14 +29,18 @@ Array = npt.NDArray[Any]
 
 
 class Document(NamedTuple):
-    """Ids uint16 [T] and which of them are in the loss, uint8 [T]; None where all but the first are."""
+    """Ids uint16 [T] and which of them are in the loss, uint8 [T]; None where all but the first
+    are.
+    """
 
     ids_T: Array
     mask_T: Array | None
 
 
 class Batch(NamedTuple):
-    """Rows of int32: ids and the label that each position must predict; labels are None where a peer has none."""
+    """Rows of int32: ids and the label that each position must predict; labels are None where a
+    peer has none.
+    """
 
     ids_BT: Array
     labels_BT: Array | None
@@ -68,7 +73,9 @@ class Source:
         return (self.slice(a, b) for a, b in pairwise(edges))
 
     def shards(self, shard_tokens: int = SHARD_TOKENS, at_least: int = 4) -> Iterator[range]:
-        """Runs of documents of about `shard_tokens` each; of the peers at least four so that two workers have work."""
+        """Runs of documents of about `shard_tokens` each; of the peers at least four so that two
+        workers have work.
+        """
         total = int(self.offsets_D[-1])
         count = max(at_least, round(total / shard_tokens))
         edges = np.searchsorted(self.offsets_D, np.linspace(0, total, count + 1))
@@ -92,7 +99,9 @@ class Corpus:
         return {name: value / sum(raw.values()) for name, value in raw.items()}
 
     def first(self, tokens: int) -> "Corpus":
-        """The first documents of each source, `tokens` in all, for a peer too slow for the whole."""
+        """The first documents of each source, `tokens` in all, for a peer too slow for the
+        whole.
+        """
         if tokens >= self.tokens:
             return self
         parts = {}
@@ -174,7 +183,9 @@ def mark_whole(folder: Path, tokens: int) -> None:
 
 
 def pack(documents: Iterable[Document]) -> Iterator[Batch]:
-    """Documents laid end to end and cut where a batch ends: the cheapest packing, two slice assignments a document."""
+    """Documents laid end to end and cut where a batch ends: the cheapest packing, two slice
+    assignments a document.
+    """
     ids, in_loss, at = np.empty(BATCH_TOKENS, np.int32), np.empty(BATCH_TOKENS, np.bool_), 0
     for ids_T, mask_T in documents:
         begin, length = 0, len(ids_T)
@@ -191,7 +202,9 @@ def pack(documents: Iterable[Document]) -> Iterator[Batch]:
 
 
 def labelled(ids: Array, in_loss: Array) -> Batch:
-    """Tokens of a batch, flat, and which are in the loss, as rows with the label of each position."""
+    """Tokens of a batch, flat, and which are in the loss, as rows with the label of each
+    position.
+    """
     ids_BT = ids.reshape(BATCH_ROWS, ROW_TOKENS)
     labels_BT = np.full(ids_BT.shape, IGNORE, np.int32)
     in_loss_BT = in_loss.reshape(ids_BT.shape)

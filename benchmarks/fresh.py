@@ -1,4 +1,6 @@
-"""A script, a task and its arguments go in; the JSON that it ends with comes out, from an interpreter of its own."""
+"""A script, a task and its arguments go in; the JSON that it ends with comes out, from an
+interpreter of its own.
+"""
 
 import json
 import os

@@ -1,10 +1,12 @@
-"""bigmix's loader against others on one generated corpus: every figure beside the limit measured in the same run.
+"""bigmix's loader against others on one generated corpus: every figure beside the limit measured in
+the same run.
 
-python benchmarks/loader.py [--tokens 200M] [--only bigmix,webdataset] [--scale] [--order] [--minutes 10]
+python benchmarks/loader.py [--tokens 200M] [--only bigmix,webdataset] [--scale] [--order]
+[--minutes 10]
 
-Each figure is the median of fresh processes that take turns. Peers come with `pip install '.[bench]'` and
-`pip install --no-deps litdata mosaicml-streaming`; one that is not installed or fails is a line with the reason.
-`reader.py` says what a contestant is.
+Each figure is the median of fresh processes that take turns. Peers come with `pip install
+'.[bench]'` and `pip install --no-deps litdata mosaicml-streaming`; one that is not installed or
+fails is a line with the reason. `reader.py` says what a contestant is.
 """
 
 import argparse

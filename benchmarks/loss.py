@@ -3,8 +3,9 @@
 python benchmarks/loss.py [--sizes 4096x1024x32000] [--dtypes fp32,bf16] [--fractions 1,0.5,0.2]
                           [--only bigmix,naive] [--repeats 3] [--chunks] [--quick]
 
-Each measurement is a fresh process; they take turns. Sizes are tokens x hidden size x vocabulary. Peers come with
-`pip install '.[bench]'`; one that is not installed or fails is a line with the reason. `contestant.py` says what an implementation is, `loss_case.py` what it is given.
+Each measurement is a fresh process; they take turns. Sizes are tokens x hidden size x vocabulary.
+Peers come with `pip install '.[bench]'`; one that is not installed or fails is a line with the
+reason. `contestant.py` says what an implementation is, `loss_case.py` what it is given.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""A case goes in; its random inputs, the same in every process, and the gradients of an fp64 reference come out.
+"""A case goes in; its random inputs, the same in every process, and the gradients of an fp64
+reference come out.
 
 Letters: T tokens, N of them in the loss, D hidden size, V vocabulary, C tokens of a chunk.
 """

@@ -1,4 +1,5 @@
-"""One measurement of a loss in a fresh interpreter: a task and its arguments go in as JSON, a JSON object comes out last.
+"""One measurement of a loss in a fresh interpreter: a task and its arguments go in as JSON, a JSON
+object comes out last.
 
 python benchmarks/loss_measure.py contestant '{"name": "bigmix", ...}'
 """

@@ -13,7 +13,9 @@ _BIG = 1 << 26
 
 
 def summary(runs: Sequence[Result]) -> Result:
-    """One line of several runs: the least time, the middle of memory, the errors of the first; or the fault of one."""
+    """One line of several runs: the least time, the middle of memory, the errors of the first; or
+    the fault of one.
+    """
     fault = next((run for run in runs if "fault" in run), None)
     if fault is not None:
         return dict(fault)
@@ -139,8 +141,9 @@ def of_chunks(case: Case, found: Mapping[int, Result], chosen: int, machine: Res
 
 
 EXPLANATION = (
-    "Extra MiB: peak memory of forward and backward above the inputs, both gradients included; kept: what "
-    "is left of it after backward, the two gradients at least. Seconds: CPU time of "
-    "all threads, or by the GPU's clock, the least of the runs; forward is without gradients, +backward is both. Errors: norm of the "
-    "difference to an fp64 reference over its norm. Only bigmix gives sums of each source."
+    "Extra MiB: peak memory of forward and backward above the inputs, both gradients included;"
+    " kept: what is left of it after backward, the two gradients at least. Seconds: CPU time of all"
+    " threads, or by the GPU's clock, the least of the runs; forward is without gradients,"
+    " +backward is both. Errors: norm of the difference to an fp64 reference over its norm. Only"
+    " bigmix gives sums of each source."
 )

@@ -1,4 +1,5 @@
-"""One measurement in a fresh interpreter: a task and its arguments go in as JSON, a JSON object comes out last.
+"""One measurement in a fresh interpreter: a task and its arguments go in as JSON, a JSON object
+comes out last.
 
 python benchmarks/measure.py read '{"name": "bigmix", ...}'
 """
@@ -64,7 +65,9 @@ def read(*, name: str, folder: str, workers: int, seconds: float, started: float
 
 
 def _resume(module: Any, corpus: Corpus, own: Path, state: bytes, expected: int) -> dict[str, Any]:
-    """Seconds from a state to the next batch, and whether it is the one that came; or why it cannot go on."""
+    """Seconds from a state to the next batch, and whether it is the one that came; or why it cannot
+    go on.
+    """
     try:
         began = time.time()
         reader = module.open_reader(corpus, own, workers=0, state=pickle.loads(state))
@@ -156,7 +159,9 @@ def ranks(*, folder: str, ranks: int) -> dict[str, float]:
 
 
 def shards(*, folder: str, shards: int) -> dict[str, float]:
-    """What a source of many shards costs to open and to seek in; RSS is over the interpreter's own."""
+    """What a source of many shards costs to open and to seek in; RSS is over the
+    interpreter's own.
+    """
     ours = importlib.import_module("ours")
     ours.write_simulated(Path(folder), shards)
     gc.collect()

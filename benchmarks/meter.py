@@ -18,8 +18,8 @@ _STATUS = Path("/proc/self/status")
 class Cost:
     """What a piece of work took.
 
-    peak_mib, kept_mib: memory above that before, at most and when it is done
-    busy_s, wall_s: CPU seconds of all threads, or seconds by the GPU's own clock; and by the clock on the wall
+    peak_mib, kept_mib: memory above that before, at most and when it is done busy_s, wall_s: CPU
+    seconds of all threads, or seconds by the GPU's own clock; and by the clock on the wall
     """
 
     peak_mib: float

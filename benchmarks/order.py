@@ -1,4 +1,5 @@
-"""A source's rows in the order of some loader go in, how far they are from a true shuffle comes out.
+"""A source's rows in the order of some loader go in, how far they are from a true shuffle comes
+out.
 
 A row is a pair (shard, row of the shard); its index counts rows over the shards in their order.
 """
@@ -36,7 +37,8 @@ def compare(folder: Path, shards: int, rows: int) -> dict[str, Any]:
 
 
 def measures(order: Indices, begins: Indices) -> dict[str, float]:
-    """Of neighbours in the order: same shard, next to each other in the file, and their indices' correlation.
+    """Of neighbours in the order: same shard, next to each other in the file, and their indices'
+    correlation.
 
     `coverage` is the share of shards among any 64 rows that are one step.
     """

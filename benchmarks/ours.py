@@ -76,7 +76,9 @@ def _manifest(name: str, shards: ShardTable) -> Manifest:
 
 
 def write_simulated(folder: Path, shards: int) -> None:
-    """The manifest of a text source of `shards` shards of about 64M tokens each, which are not there."""
+    """The manifest of a text source of `shards` shards of about 64M tokens each, which are not
+    there.
+    """
     tokens, documents = 64_000_000 - np.arange(shards) % 1000, 70_000
     columns = {
         "file": [f"shard-{index:06d}.tar" for index in range(shards)],
@@ -144,7 +146,9 @@ def open_reader(folder: Path, *, threaded: bool, skip: int) -> Reader:
 
 
 def _as_batches(batch: StepBatch) -> Iterator[Batch]:
-    """Tokens are counted without padding; the runs of loss tokens stand for the labels, which the device makes of them."""
+    """Tokens are counted without padding; the runs of loss tokens stand for the labels, which the
+    device makes of them.
+    """
     each = sum(batch.tokens.values()) / len(batch.micro_batches)
     return (Batch(part.ids_BT, part.lengths_K, round(each)) for part in batch.micro_batches)
 

@@ -1,13 +1,17 @@
-"""How much of `bigmix prepare` is the tokenizer: one command, one table, each speed beside its limit in the same run.
+"""How much of `bigmix prepare` is the tokenizer: one command, one table, each speed beside its
+limit in the same run.
 
-python benchmarks/prepare.py [--megabytes 8] [--processes 2] [--rounds 2] [--vocab-size 16K] [--input FILE.jsonl]
+python benchmarks/prepare.py [--megabytes 8] [--processes 2] [--rounds 2] [--vocab-size 16K]
+[--input FILE.jsonl]
 
-The limit is the tokenizer alone: encode_batch_fast over the same strings, already in memory, on as many processes. For
-chats the table also has encode_batch, which gives the characters of each token too. prepare is timed for the input and
-for four times the input, from the first row on (the start of its processes is in that) and as a whole command (imports
-and the loading of the tokenizer are in that too). Without start-up: what the three further inputs cost, the slope
-between the two. Each figure is the best of the rounds, which take turns, so that other work on the machine hits all.
-"By processor time" is the tokenizer's share of the processor seconds of all processes, which other work hits less.
+The limit is the tokenizer alone: encode_batch_fast over the same strings, already in memory, on as
+many processes. For chats the table also has encode_batch, which gives the characters of each token
+too. prepare is timed for the input and for four times the input, from the first row on (the start
+of its processes is in that) and as a whole command (imports and the loading of the tokenizer are in
+that too). Without start-up: what the three further inputs cost, the slope between the two. Each
+figure is the best of the rounds, which take turns, so that other work on the machine hits all. "By
+processor time" is the tokenizer's share of the processor seconds of all processes, which other work
+hits less.
 """
 
 import argparse
@@ -45,7 +49,9 @@ def words(draw: random.Random) -> list[str]:
 
 
 def generate(path: Path, kind: str, size: int) -> None:
-    """JSON lines of texts with about 2,500 characters, or of chats with two answers of about 300."""
+    """JSON lines of texts with about 2,500 characters, or of chats with two answers of about
+    300.
+    """
     draw = random.Random(0)
     vocabulary = words(draw)
     weights = [1 / (k + 10) for k in range(len(vocabulary))]
@@ -155,7 +161,9 @@ if __name__ == "__main__":
 
 
 class Run(NamedTuple):
-    """The whole command, what is from the first row to the last shard, and the MiB that all processes held at most."""
+    """The whole command, what is from the first row to the last shard, and the MiB that all
+    processes held at most.
+    """
 
     command: Cost
     rows: Cost
@@ -190,7 +198,9 @@ def watch(process: "subprocess.Popen[bytes]", peak: list[float]) -> None:
 
 
 def memory_of(session: int) -> float:
-    """MiB of anonymous memory of all processes of a session; pages of files are the system's to drop."""
+    """MiB of anonymous memory of all processes of a session; pages of files are the system's to
+    drop.
+    """
     total = 0
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -212,7 +222,8 @@ def main() -> None:
     known = parser.parse_args()
     print(f"{known.processes} processes")
     print(
-        f"{'work':<48}{'M tokens/s':>12}{'of the tokenizer':>18}{'by processor time':>20}{'MiB, all processes':>20}"
+        f"{'work':<48}{'M tokens/s':>12}{'of the tokenizer':>18}"
+        f"{'by processor time':>20}{'MiB, all processes':>20}"
     )
     with tempfile.TemporaryDirectory() as temporary:
         top = Path(temporary)

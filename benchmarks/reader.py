@@ -37,7 +37,9 @@ class Forever:
 
 
 class Mapped:
-    """An iterable with a function applied to each item; unlike a generator it travels to a worker."""
+    """An iterable with a function applied to each item; unlike a generator it travels to a
+    worker.
+    """
 
     def __init__(self, function: Callable[[Any], Any], items: Iterable[Any]) -> None:
         self._function, self._items = function, items

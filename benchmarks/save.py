@@ -1,8 +1,10 @@
-"""What a checkpoint costs the training: `python benchmarks/save.py [--layers 6] [--width 512] [--rounds 3]`.
+"""What a checkpoint costs the training: `python benchmarks/save.py [--layers 6] [--width 512]
+[--rounds 3]`.
 
-The same model takes the same steps under ZeRO-3, once for each way to save after the first of them, in rounds so that
-all ways meet the machine in the same moods. Prints how long the loop stood still at the save, how much longer all steps
-together took than without any save, and both as parts of what a blocking save costs.
+The same model takes the same steps under ZeRO-3, once for each way to save after the first of them,
+in rounds so that all ways meet the machine in the same moods. Prints how long the loop stood still
+at the save, how much longer all steps together took than without any save, and both as parts of
+what a blocking save costs.
 """
 
 import argparse
@@ -52,22 +54,39 @@ class Cost:
 def model_config(layers: int, width: int) -> dict[str, Any]:
     """A llama of a width."""
     return {
-        "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": 4 * width,
-        "num_hidden_layers": layers, "num_attention_heads": width // 64, "max_position_embeddings": TOKENS,
-    }  # fmt: skip
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "max_position_embeddings": TOKENS,
+    }
 
 
 def make_engine(layers: int, width: int, ranks: int) -> Engine:
     """The engine that takes the steps."""
     keys = fill(
-        read_ds_config("ds_configs/cpu.json"), micro_batch_rows=ROWS, accumulation=1, ranks=ranks, clip=1.0,
+        read_ds_config("ds_configs/cpu.json"),
+        micro_batch_rows=ROWS,
+        accumulation=1,
+        ranks=ranks,
+        clip=1.0,
         dtype="fp32",
-    )  # fmt: skip
+    )
     model = build(
-        read_config(None, model_config(layers, width)), None, dtype="fp32", attention="sdpa",
-        activation_checkpointing=False, terms=Terms(), computing=Computing(backend=backend_of(choose_backend("torch", device_of(world_of(os.environ))).value)),
-        seed=0, construction=sharded_construction(keys),
-    )  # fmt: skip
+        read_config(None, model_config(layers, width)),
+        None,
+        dtype="fp32",
+        attention="sdpa",
+        activation_checkpointing=False,
+        terms=Terms(),
+        computing=Computing(
+            backend=backend_of(choose_backend("torch", device_of(world_of(os.environ))).value)
+        ),
+        seed=0,
+        construction=sharded_construction(keys),
+    )
     return Engine(model, keys, AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1))
 
 
@@ -76,17 +95,27 @@ def batch() -> StepBatch:
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, TOKENS)).astype(np.int32)
     starts = np.arange(ROWS) * TOKENS
     micro_batch = MicroBatch(
-        ids_BT=ids, starts_P=starts, groups_P=np.zeros(ROWS, np.int64), begins_K=starts,
+        ids_BT=ids,
+        starts_P=starts,
+        groups_P=np.zeros(ROWS, np.int64),
+        begins_K=starts,
         lengths_K=np.full(ROWS, TOKENS - 1),
-    )  # fmt: skip
+    )
     tokens = {"web": ROWS * TOKENS}
     return StepBatch(
-        step=1, micro_batches=(micro_batch,), rows={"web": ROWS}, substituted={"web": 0}, tokens=tokens,
-        loss_tokens={"web": ROWS * (TOKENS - 1)}, squares=0,
-    )  # fmt: skip
+        step=1,
+        micro_batches=(micro_batch,),
+        rows={"web": ROWS},
+        substituted={"web": 0},
+        tokens=tokens,
+        loss_tokens={"web": ROWS * (TOKENS - 1)},
+        squares=0,
+    )
 
 
-def take_steps(engine: Engine, cluster: Cluster, save: Callable[[], None], settle: Callable[[], None]) -> Cost:  # fmt: skip
+def take_steps(
+    engine: Engine, cluster: Cluster, save: Callable[[], None], settle: Callable[[], None]
+) -> Cost:
     """Six steps, with a save after the first."""
     rows, still_s = batch(), 0.0
     aim = step.Aim(objective="per_source", weighing={}, anchor=None)
@@ -97,9 +126,15 @@ def take_steps(engine: Engine, cluster: Cluster, save: Callable[[], None], settl
         agreed = step.agree(cluster, rows, outline, aim, stop_asked=False)
         assert agreed.ready is not None
         result = step.run(
-            engine, cluster, agreed.ready, shares=StepShares(rows={"web": 1.0}, loss={"web": 1.0}),
-            aim=aim, lr=1e-4, chance=index, doing=lambda _: None,
-        )  # fmt: skip
+            engine,
+            cluster,
+            agreed.ready,
+            shares=StepShares(rows={"web": 1.0}, loss={"web": 1.0}),
+            aim=aim,
+            lr=1e-4,
+            chance=index,
+            doing=lambda _: None,
+        )
         float(result.sums_SM.sum())
         if index == 0:
             at = time.perf_counter()
@@ -109,7 +144,9 @@ def take_steps(engine: Engine, cluster: Cluster, save: Callable[[], None], settl
 
 
 def with_ours(engine: Engine, cluster: Cluster, folder: Path, saver: Saver) -> Cost:
-    """The steps with a save of our own; what is left to write after the last step is waited for outside of the clock."""
+    """The steps with a save of our own; what is left to write after the last step is waited for
+    outside of the clock.
+    """
     position = Position(step=1, report={})
     cost = take_steps(engine, cluster, lambda: saver.save(engine.states(), position), saver.settle)
     saver.finish()
@@ -164,11 +201,15 @@ def table(costs: dict[str, Cost], gib: float) -> Table:
     full = blocking.all_s - plain
     rows = [
         (
-            title, f"{cost.still_s:.3f}", f"{cost.still_s / blocking.still_s:.0%}",
-            f"{cost.all_s - plain:+.3f}", f"{(cost.all_s - plain) / full:.0%}",
+            title,
+            f"{cost.still_s:.3f}",
+            f"{cost.still_s / blocking.still_s:.0%}",
+            f"{cost.all_s - plain:+.3f}",
+            f"{(cost.all_s - plain) / full:.0%}",
         )
-        for title, cost in costs.items() if title != "no save"
-    ]  # fmt: skip
+        for title, cost in costs.items()
+        if title != "no save"
+    ]
     return Table(
         heading=f"A checkpoint of {gib:.2f} GiB, {STEPS} steps of {plain / STEPS:.2f} s",
         columns=("save", "still s", "/ blocking", "steps longer by s", "/ blocking"),

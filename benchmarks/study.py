@@ -1,7 +1,9 @@
-"""What the replay study expects against what it found: `python benchmarks/study.py REPORT/summary.json ...`.
+"""What the replay study expects against what it found: `python benchmarks/study.py
+REPORT/summary.json ...`.
 
-Each file is the summary.json of `bigmix compare` over one task of docs/study. The thresholds are those of a pilot that was
-run before bigmix, on another machine; what is missed is printed as missed. Ends with 1 where anything is.
+Each file is the summary.json of `bigmix compare` over one task of docs/study. The thresholds are
+those of a pilot that was run before bigmix, on another machine; what is missed is printed as
+missed. Ends with 1 where anything is.
 """
 
 import argparse
@@ -59,7 +61,9 @@ def _forgets(study: Study, line: Mapping[float, Any]) -> Verdict:
 
 
 def _falls(study: Study, line: Mapping[float, Any]) -> Verdict:
-    """Each step of the share against the noise of seeds, as standard deviations of the difference of two runs."""
+    """Each step of the share against the noise of seeds, as standard deviations of the difference
+    of two runs.
+    """
     known = [share for share in (0.0, 0.01, 0.05, 0.25) if share in line]
     sigmas = [
         _sigmas(study.forgetting(line[less]), study.forgetting(line[more]))
@@ -108,7 +112,10 @@ def _task_is_learned(study: Study, line: Mapping[float, Any]) -> Iterator[Verdic
             yield Verdict(
                 name=f"F4 {score} of {task} up to 25 %",
                 expected=f"falls by <= {SIGMAS:g} sigma",
-                found=f"{_told(falls[worst])} at {worst:.0%}, {told(line[worst]['scores'][task][score])}",
+                found=(
+                    f"{_told(falls[worst])} at {worst:.0%},"
+                    f" {told(line[worst]['scores'][task][score])}"
+                ),
                 held=falls[worst] <= SIGMAS if _are_known(falls.values()) else None,
             )
 
@@ -133,7 +140,9 @@ def _per_token_pays(study: Study) -> Iterator[Verdict]:
 
 
 def _no_remedy_is_better(study: Study, line: Mapping[float, Any]) -> Verdict:
-    """A remedy without replay is better where it forgets less and does the task better than a two-way point."""
+    """A remedy without replay is better where it forgets less and does the task better than a
+    two-way point.
+    """
     in_lines = {name for line in study.summary["lines"] for name in line["points"]}
     remedies = {
         name: point
@@ -170,14 +179,21 @@ def _law_predicts(study: Study) -> Verdict:
 
 
 def _divergence_predicts(study: Study) -> Verdict:
-    """RL's Razor (arXiv:2509.04259): the divergence from the base on the new task predicts what is forgotten."""
+    """RL's Razor (arXiv:2509.04259): the divergence from the base on the new task predicts what is
+    forgotten.
+    """
     pairs = [
         (sources[study.task]["kl_to_base"]["mean"], study.forgetting(point)["mean"])
         for point in study.points.values()
         if "kl_to_base" in (sources := point["sources"])[study.task]
     ]
     if len(pairs) < 3:
-        return Verdict(name="KL to the base on the task, forgetting", expected="rank correlation", found="not measured", held=None)  # fmt: skip
+        return Verdict(
+            name="KL to the base on the task, forgetting",
+            expected="rank correlation",
+            found="not measured",
+            held=None,
+        )
     correlation = float(spearmanr(*zip(*pairs, strict=True)).statistic)
     return Verdict(
         name="KL to the base on the task, forgetting",
@@ -188,7 +204,8 @@ def _divergence_predicts(study: Study) -> Verdict:
 
 
 def _sigmas(more: Spread, less: Spread) -> float:
-    """How far the first mean is above the second, in standard deviations over seeds of a difference of two runs.
+    """How far the first mean is above the second, in standard deviations over seeds of a difference
+    of two runs.
 
     NaN where one of them has a single seed.
     """
@@ -208,7 +225,9 @@ def _told(sigma: float) -> str:
 
 
 def main() -> int:
-    """Print a table for each summary, and one of all where there are several; 1 where an expectation was missed."""
+    """Print a table for each summary, and one of all where there are several; 1 where an
+    expectation was missed.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("summaries", nargs="+", type=Path, metavar="REPORT/summary.json")
     parser.add_argument("--picture", type=Path, help="a PNG of all tasks over replay's share")

@@ -1,4 +1,6 @@
-"""Studies of several tasks go in; out come a table and a picture of all of them over replay's share."""
+"""Studies of several tasks go in; out come a table and a picture of all of them over replay's
+share.
+"""
 
 from collections.abc import Iterator, Sequence
 from itertools import cycle
@@ -13,16 +15,25 @@ from bigmix.commands.compare.charts.styles import Style
 from bigmix.commands.compare.charts.svg import Mark, Scene, Shape, Stroke
 
 _LOOKS = (
-    ("#c2500a", "circle"), ("#0072b2", "square"), ("#1b8077", "triangle"), ("#a03c7c", "diamond"), ("#7a5a00", "wedge"),
-)  # fmt: skip
+    ("#c2500a", "circle"),
+    ("#0072b2", "square"),
+    ("#1b8077", "triangle"),
+    ("#a03c7c", "diamond"),
+    ("#7a5a00", "wedge"),
+)
 _SMALLEST = 0.01  # share
 
 
 def overview(studies: Sequence[Study]) -> Table:
-    """A row for each task: what one-way training forgets, what is left at each share, and what a quarter costs the task."""
+    """A row for each task: what one-way training forgets, what is left at each share, and what a
+    quarter costs the task.
+    """
     shares = sorted({share for study in studies for share in study.line() if share})
     return Table(
-        heading="All tasks: forgetting one-way in nats/token, what each share leaves of it, task loss above one-way's",
+        heading=(
+            "All tasks: forgetting one-way in nats/token, what each share leaves of it, task loss"
+            " above one-way's"
+        ),
         columns=("task", "one-way", *(f"{share:.0%}" for share in shares), "task loss, 25%"),
         rows=[_row(study, shares) for study in studies],
     )
@@ -64,10 +75,16 @@ def draw_overview(studies: Sequence[Study], path: Path) -> None:
     """Two pictures side by side: what is left of forgetting, and what that costs the task."""
     styles = {
         study.task: Style(
-            key=f"t{index}", light=colour, dark=colour, shape=shape, dash=(), label=study.task, name=study.task
+            key=f"t{index}",
+            light=colour,
+            dark=colour,
+            shape=shape,
+            dash=(),
+            label=study.task,
+            name=study.task,
         )
         for index, (study, (colour, shape)) in enumerate(zip(studies, cycle(_LOOKS), strict=False))
-    }  # fmt: skip
+    }
     left = [[(share, 100 * part, 100 * d) for share, part, d in _left(study)] for study in studies]
     costs = [list(_rises(study)) for study in studies]
     named = list(styles.values())

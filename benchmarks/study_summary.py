@@ -1,4 +1,6 @@
-"""A summary.json of `bigmix compare` over a task of docs/study goes in; out comes what its points are asked for."""
+"""A summary.json of `bigmix compare` over a task of docs/study goes in; out comes what its points
+are asked for.
+"""
 
 import json
 import sys
@@ -12,7 +14,9 @@ Spread = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
-    """A summary, with what is asked of it: points of the main line by their share, and the sources that count."""
+    """A summary, with what is asked of it: points of the main line by their share, and the sources
+    that count.
+    """
 
     summary: Mapping[str, Any]
     replay: str
@@ -43,17 +47,22 @@ def _digits(share: float) -> float:
 
 
 def study_of(path: Path) -> Study:
-    """The study in a file; the replay source is that of the first frontier. Ends the program where there is nothing to hold."""
+    """The study in a file; the replay source is that of the first frontier.
+
+    Ends the program where there is nothing to hold.
+    """
     summary = json.loads(path.read_text())
     if not summary.get("frontiers") or not summary.get("lines"):
         sys.exit(
-            f"error: {path} has no frontier: compare a sweep of a replay source's share, 0 among them"
+            f"error: {path} has no frontier: compare a sweep of a replay source's share, 0 among"
+            " them"
         )
     title, frontier = next(iter(summary["frontiers"].items()))
     study = Study(summary=summary, replay=frontier["replay"], task=title.split(" against ")[0])
     if not {0.0} < set(study.line()):
         sys.exit(
-            f"error: {path} needs the one-way run and one with replay, has shares {sorted(study.line())}"
+            f"error: {path} needs the one-way run and one with replay, has shares"
+            f" {sorted(study.line())}"
         )
     return study
 

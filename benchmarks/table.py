@@ -19,7 +19,9 @@ class Table:
     notes: Sequence[str] = ()
 
     def text(self) -> str:
-        """Aligned: the first column to the left, figures to the right; a row of two cells is a name and a reason."""
+        """Aligned: the first column to the left, figures to the right; a row of two cells is a name
+        and a reason.
+        """
         whole = [row for row in (self.columns, *self.rows) if len(row) == len(self.columns)]
         widths = [max(len(row[at]) for row in whole) for at in range(len(self.columns))]
         widths[0] = max(len(row[0]) for row in (self.columns, *self.rows))
@@ -77,12 +79,13 @@ def of_contestants(results: Mapping[str, Result]) -> Table:
     limits, others = list(results)[:3], list(results)[3:]
     others.sort(key=lambda name: -results[name].get("per_cpu_s", 0.0))
     notes = [
-        "Tokens a second in packed batches [8, 2048] from two sources 80/20. `/CPU s`, `ns`: per second of CPU time, "
-        "and CPU time per token, in one process; `/wall s`: the same by the clock; `2w`: as it is meant to be used, "
-        "with 2 worker processes (bigmix and torchdata: a thread), CPU time over all processes; `first`: until the "
-        "first batch, then with interpreter and imports; `resume`: from a state in the middle to the next batch, ~ "
-        "where that is another batch than without the stop; `of limit`: of copying documents in the order of the file, "
-        "`of shuffled`: in a random order; `read`: tokens measured."
+        "Tokens a second in packed batches [8, 2048] from two sources 80/20. `/CPU s`, `ns`: per"
+        " second of CPU time, and CPU time per token, in one process; `/wall s`: the same by the"
+        " clock; `2w`: as it is meant to be used, with 2 worker processes (bigmix and torchdata: a"
+        " thread), CPU time over all processes; `first`: until the first batch, then with"
+        " interpreter and imports; `resume`: from a state in the middle to the next batch, ~ where"
+        " that is another batch than without the stop; `of limit`: of copying documents in the"
+        " order of the file, `of shuffled`: in a random order; `read`: tokens measured."
     ]
     for name in (*limits, *others):
         found = results[name]
@@ -155,20 +158,23 @@ def of_ranks(results: Sequence[Result]) -> Table:
             "worst jump to a far step",
         ),
         rows=[
-            (str(found["ranks"]), found["fault"])
-            if "fault" in found
-            else (
-                f"{found['ranks']:,}",
-                f"{8 * found['ranks']:,}",
-                f"{found['row_us']:.0f}",
-                seconds(found["open_s"]),
-                seconds(found["first_s"]),
-                seconds(found["jump_s"]),
+            (
+                (str(found["ranks"]), found["fault"])
+                if "fault" in found
+                else (
+                    f"{found['ranks']:,}",
+                    f"{8 * found['ranks']:,}",
+                    f"{found['row_us']:.0f}",
+                    seconds(found["open_s"]),
+                    seconds(found["first_s"]),
+                    seconds(found["jump_s"]),
+                )
             )
             for found in results
         ],
         notes=[
-            "A jump goes to step 100, 10,000 and 1,000,000; `us a row` is of the 256 steps after it, with the checksums of what they touch first."
+            "A jump goes to step 100, 10,000 and 1,000,000; `us a row` is of the 256 steps after"
+            " it, with the checksums of what they touch first."
         ],
     )
 
@@ -184,13 +190,15 @@ def of_shards(results: Sequence[Result]) -> Table:
             "manifest and plan",
         ),
         rows=[
-            (f"{found['shards']:,}", found["fault"])
-            if "fault" in found
-            else (
-                f"{found['shards']:,}",
-                seconds(found["open_s"]),
-                seconds(found["seek_s"]),
-                f"{found['rss_mib']:,.0f} MiB",
+            (
+                (f"{found['shards']:,}", found["fault"])
+                if "fault" in found
+                else (
+                    f"{found['shards']:,}",
+                    seconds(found["open_s"]),
+                    seconds(found["seek_s"]),
+                    f"{found['rss_mib']:,.0f} MiB",
+                )
             )
             for found in results
         ],
@@ -212,20 +220,22 @@ def of_orders(result: Result) -> Table:
             "shards a step",
         ),
         rows=[
-            (name, found["fault"])
-            if "fault" in found
-            else (
-                name,
-                f"{found['same_shard']:.2%}",
-                f"{found['adjacent']:.3%}",
-                f"{found['correlation']:+.4f}",
-                f"{found['step_shards']:.1f}",
+            (
+                (name, found["fault"])
+                if "fault" in found
+                else (
+                    name,
+                    f"{found['same_shard']:.2%}",
+                    f"{found['adjacent']:.3%}",
+                    f"{found['correlation']:+.4f}",
+                    f"{found['step_shards']:.1f}",
+                )
             )
             for name, found in result["orders"].items()
         ],
         notes=[
-            "webdataset: shards shuffled, then a buffer of 1,000; mosaicml: py1e with its default block of 4M. "
-            "`shards a step`: different shards among 64 rows one after another."
+            "webdataset: shards shuffled, then a buffer of 1,000; mosaicml: py1e with its default"
+            " block of 4M. `shards a step`: different shards among 64 rows one after another."
         ],
     )
 

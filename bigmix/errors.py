@@ -15,7 +15,10 @@ class BigmixError(Exception):
 
 
 class BadInput(BigmixError):
-    """Input that cannot be used; nothing was started. Holds every fault that was found, not the first."""
+    """Input that cannot be used; nothing was started.
+
+    Holds every fault that was found, not the first.
+    """
 
     exit_code = BAD_INPUT
 

@@ -17,7 +17,9 @@ def sha256_of(path: Path) -> str:
 
 
 def checksum_of(path: Path) -> str:
-    """The XXH3 checksum of a file's content, 128 bits in hexadecimal: against accidents, at the speed of memory."""
+    """The XXH3 checksum of a file's content, 128 bits in hexadecimal: against accidents, at the
+    speed of memory.
+    """
     return _hexdigest(path, xxhash.xxh3_128())
 
 
@@ -30,7 +32,8 @@ def _hexdigest(path: Path, digest: Any) -> str:
 
 
 def lock(file: IO[Any]) -> bool:
-    """Hold an open file until it is closed or the process ends; False where another process holds it.
+    """Hold an open file until it is closed or the process ends; False where another process holds
+    it.
 
     True as well on a file system without locks.
     """

@@ -1,7 +1,8 @@
-"""A key and a count go in, a permutation comes out: chance as a pure function of (seed, name, epoch, index).
+"""A key and a count go in, a permutation comes out: chance as a pure function of (seed, name,
+epoch, index).
 
-Keys are hashed with splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014), so that
-an order is the same on every platform and with every release of numpy.
+Keys are hashed with splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
+generators", 2014), so that an order is the same on every platform and with every release of numpy.
 """
 
 import hashlib
@@ -47,11 +48,12 @@ def permutation(count: int, key: int) -> Ints:
 
 
 def shuffled(indices: Ints, counts: Ints, keys: _Words) -> Ints:
-    """Where each index of 0 .. count-1 goes in the permutation that its key decides; one index costs what it costs alone.
+    """Where each index of 0 .. count-1 goes in the permutation that its key decides; one index
+    costs what it costs alone.
 
-    A Feistel network (Luby, Rackoff, 1988) over pairs (left, right) with left < a and right < b, a * b just above
-    the count; what falls outside is permuted again until it is inside (Black, Rogaway, "Ciphers with arbitrary
-    finite domains", 2002).
+    A Feistel network (Luby, Rackoff, 1988) over pairs (left, right) with left < a and right < b, a
+    * b just above the count; what falls outside is permuted again until it is inside (Black,
+    Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
     values = _feistel(indices.astype(np.uint64), counts, keys)
     outside = np.flatnonzero(values >= counts.astype(np.uint64))

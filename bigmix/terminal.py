@@ -1,4 +1,7 @@
-"""What a run has to say goes in; out go a live bar on a terminal, or plain lines in a file. Nothing else prints."""
+"""What a run has to say goes in; out go a live bar on a terminal, or plain lines in a file.
+
+Nothing else prints.
+"""
 
 import logging
 import os
@@ -50,7 +53,9 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutResult:
-    """One source of one evaluation; losses and divergence in nats/token, None what was not measured."""
+    """One source of one evaluation; losses and divergence in nats/token, None what was not
+    measured.
+    """
 
     source: str
     role: str
@@ -64,7 +69,8 @@ class HeldOutResult:
 class Terminal:
     """The screen of rank 0; with `enabled` False, on the other ranks, nothing is written.
 
-    On a terminal there is one live bar. In a pipe, such as a Slurm log, each `every`-th step is one plain line.
+    On a terminal there is one live bar. In a pipe, such as a Slurm log, each `every`-th step is one
+    plain line.
     """
 
     def __init__(
@@ -102,7 +108,9 @@ class Terminal:
         self.table(sources)
 
     def progress(self, step: int, total: int, fields: Mapping[str, float | int | None]) -> None:
-        """Show a step; `fields` has the keys of metrics.jsonl, of which the telling ones are shown."""
+        """Show a step; `fields` has the keys of metrics.jsonl, of which the telling ones are
+        shown.
+        """
         now = self._clock()
         if self._first is None or step < self._last:
             # The run begins, or has gone back.
@@ -117,9 +125,11 @@ class Terminal:
             self._line(_plain_progress(step, total, left_s, fields))
 
     def counter(self, *names: str) -> Callable[..., None]:
-        """A function to call with the counts so far: a live line, or in a pipe one line every ten seconds.
+        """A function to call with the counts so far: a live line, or in a pipe one line every ten
+        seconds.
 
-        The rates count from its first call, so that they are right where work goes on from an earlier run.
+        The rates count from its first call, so that they are right where work goes on from an
+        earlier run.
         """
         began = said = self._clock()
         first: tuple[int, ...] = ()
@@ -155,7 +165,9 @@ class Terminal:
         return self._console.color_system is not None and not self._console.no_color
 
     def styled(self, pieces: Sequence[tuple[str, str]]) -> None:
-        """Text in pieces, each with its style in rich's words; long lines are folded by the screen."""
+        """Text in pieces, each with its style in rich's words; long lines are folded by the
+        screen.
+        """
         self._console.print(Text.assemble(*pieces), soft_wrap=True)
 
     def table(self, table: Table) -> None:
@@ -179,7 +191,9 @@ class Terminal:
 
 
 def evaluation_table(title: str, results: Sequence[HeldOutResult]) -> Table:
-    """The results of one evaluation, ready for `Terminal.table`; a column that nothing was measured for is left out."""
+    """The results of one evaluation, ready for `Terminal.table`; a column that nothing was measured
+    for is left out.
+    """
     columns: dict[str, list[Cell]] = {
         "source": [r.source for r in results],
         "role": [r.role for r in results],
@@ -188,9 +202,11 @@ def evaluation_table(title: str, results: Sequence[HeldOutResult]) -> Table:
         "accuracy": [_percent(r.token_accuracy) for r in results],
         "KL": [r.kl_to_base for r in results],
         "forgetting": [
-            None
-            if r.forgetting is None
-            else Change(nats=r.forgetting.value, margin=r.forgetting.margin)
+            (
+                None
+                if r.forgetting is None
+                else Change(nats=r.forgetting.value, margin=r.forgetting.margin)
+            )
             for r in results
         ],
     }
@@ -211,7 +227,10 @@ def _percent(part: float | None) -> str | None:
 
 
 def tame_libraries() -> None:
-    """Quieten transformers, deepspeed and torch. Call before they are imported: they read the environment once."""
+    """Quieten transformers, deepspeed and torch.
+
+    Call before they are imported: they read the environment once.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for logger, level in _LEVELS.items():

@@ -1,4 +1,5 @@
-"""Evaluates a model on a recipe's held-out sources: `deepspeed launch/evaluate.py RECIPE.yaml [--model FOLDER] [key=value ...]`.
+"""Evaluates a model on a recipe's held-out sources: `deepspeed launch/evaluate.py RECIPE.yaml
+[--model FOLDER] [key=value ...]`.
 
 Runs alike under deepspeed, torchrun, srun and python.
 """

@@ -13,21 +13,35 @@ from transformers import AutoTokenizer
 
 from bigmix.text.tokenizer import load_tokenizer, train_tokenizer
 
-# Nothing that is imported is garbage: no search for any among it, neither while tests are collected nor while they run.
+# Nothing that is imported is garbage: no search for any among it, neither while tests are collected
+# nor while they run.
 gc.disable()
-# Tests run beside each other: threads that wait for each other's cores are several times slower than one.
+# Tests run beside each other: threads that wait for each other's cores are several times slower
+# than one.
 torch.set_num_threads(1)
 # Processes that tests start would each compile the whole of bigmix anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# Without a GPU the kernels run in triton's interpreter; it must be chosen before a module with kernels is imported.
+# Without a GPU the kernels run in triton's interpreter; it must be chosen before a module with
+# kernels is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# One worker after another takes a file: those that take longest come first, so that none is left to one worker at the end.
+# One worker after another takes a file: those that take longest come first, so that none is left to
+# one worker at the end.
 LONGEST = (
-    "test_slurm", "test_recovery", "test_faults", "test_checkpoints", "test_supervisor", "test_sweep",
-    "test_controlled_run", "test_plan", "test_run", "test_chaos", "test_exactness", "test_checks",
-)  # fmt: skip
+    "test_slurm",
+    "test_recovery",
+    "test_faults",
+    "test_checkpoints",
+    "test_supervisor",
+    "test_sweep",
+    "test_controlled_run",
+    "test_plan",
+    "test_run",
+    "test_chaos",
+    "test_exactness",
+    "test_checks",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,7 +60,9 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a byte-level BPE tokenizer of 400 entries, without BOS and without a chat template."""
+    """A folder with a byte-level BPE tokenizer of 400 entries, without BOS and without a chat
+    template.
+    """
     folder = tmp_path_factory.mktemp("tokenizer") / "tiny"
     return train_tokenizer(generated_texts(200), vocab_size=400, kind="bpe", folder=folder)
 

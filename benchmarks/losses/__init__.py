@@ -1,4 +1,5 @@
-"""One module an implementation, each with a `CONTESTANT`; what must be installed for each stands here.
+"""One module an implementation, each with a `CONTESTANT`; what must be installed for each stands
+here.
 
 Unsloth's is left out: it asks for datasets below 5 and for a transformers older than ours.
 """
@@ -8,7 +9,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Package:
-    """title: in the table; imported: what must be importable; install: the arguments of `pip install`."""
+    """title: in the table; imported: what must be importable; install: the arguments of `pip
+    install`.
+    """
 
     title: str
     imported: str = "torch"

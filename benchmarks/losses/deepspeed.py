@@ -10,7 +10,9 @@ _SHARDS = 8
 
 
 def loss(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> Tensor:
-    """In 8 shards, divided inside: what is multiplied outside does not reach the head's gradient."""
+    """In 8 shards, divided inside: what is multiplied outside does not reach the head's
+    gradient.
+    """
     count = (labels_T != IGNORE).sum()
 
     def shard_loss(_: object, hidden_CD: Tensor, labels_C: Tensor) -> Tensor:

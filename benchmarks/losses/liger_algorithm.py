@@ -1,4 +1,6 @@
-"""The algorithm of Liger's fused loss (Hsu et al., 2024) written anew in torch, since its kernels need a GPU."""
+"""The algorithm of Liger's fused loss (Hsu et al., 2024) written anew in torch, since its kernels
+need a GPU.
+"""
 
 from typing import Any
 
@@ -9,7 +11,9 @@ from torch import Tensor
 
 
 def _chunk_tokens(tokens: int, hidden: int, vocabulary: int) -> int:
-    """As many as keep a chunk's logits at about the size of the hidden states, up to a power of two."""
+    """As many as keep a chunk's logits at about the size of the hidden states, up to a power of
+    two.
+    """
     even = -(-tokens // -(-vocabulary // hidden))
     return min(tokens, 1 << (even - 1).bit_length())
 
@@ -57,7 +61,8 @@ def _to_gradient(logits_CV: Tensor, labels_C: Tensor, count: Tensor) -> Tensor:
 
 def loss(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> Tensor:
     """With the sums in the weights' dtype, as is its default."""
-    result: Tensor = _GradientInForward.apply(hidden_TD, head_VD, labels_T)  # type: ignore[no-untyped-call]
+    apply: Any = _GradientInForward.apply
+    result: Tensor = apply(hidden_TD, head_VD, labels_T)
     return result
 
 

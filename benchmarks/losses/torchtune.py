@@ -1,4 +1,6 @@
-"""torchtune's loss over chunks of outputs: the head is applied chunk by chunk, all logits stay for backward."""
+"""torchtune's loss over chunks of outputs: the head is applied chunk by chunk, all logits stay for
+backward.
+"""
 
 from contestant import Contestant
 from torch import Tensor

@@ -8,8 +8,9 @@ from corpus import Corpus
 from reader import WHOLE_CORPUS, Reader
 
 NOTE = (
-    "best-fit rows of one source, chats whole, exact share in every prefix, where parts begin and runs of loss tokens (the "
-    "device makes positions and labels of them), checksums, resume at any step; a batch is a micro-batch of a step of 64 rows"
+    "best-fit rows of one source, chats whole, exact share in every prefix, where parts begin and"
+    " runs of loss tokens (the device makes positions and labels of them), checksums, resume at any"
+    " step; a batch is a micro-batch of a step of 64 rows"
 )
 PACKAGES = ("bigmix",)
 PART_TOKENS = WHOLE_CORPUS
@@ -21,5 +22,7 @@ def write(corpus: Corpus, folder: Path) -> None:
 
 
 def open_reader(corpus: Corpus, folder: Path, *, workers: int, state: Any) -> Reader:
-    """`workers`: with the loader's thread, as in training; without, the calls that the thread makes."""
+    """`workers`: with the loader's thread, as in training; without, the calls that the thread
+    makes.
+    """
     return ours.open_reader(folder, threaded=bool(workers), skip=state or 0)

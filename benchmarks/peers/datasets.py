@@ -10,8 +10,8 @@ from reader import Mapped, Reader
 from workers import packed_batches
 
 NOTE = (
-    "interleave_datasets of two arrow datasets with a shuffle buffer of 1,000, greedy packing by us; "
-    "resume drops the shuffle buffers and the packer; no checksum"
+    "interleave_datasets of two arrow datasets with a shuffle buffer of 1,000, greedy packing by"
+    " us; resume drops the shuffle buffers and the packer; no checksum"
 )
 PACKAGES = ("datasets",)
 PART_TOKENS = 10_000_000
@@ -38,7 +38,9 @@ def _samples(source: Source) -> Iterator[dict[str, Any]]:
 
 
 def open_reader(corpus: Corpus, folder: Path, *, workers: int, state: Any) -> Reader:
-    """Documents come as lists: interleaving loses a numpy format set before it, and one set after it costs twice as much."""
+    """Documents come as lists: interleaving loses a numpy format set before it, and one set after
+    it costs twice as much.
+    """
     weights = corpus.document_weights
     mixed = datasets.interleave_datasets(
         [

@@ -1,4 +1,6 @@
-"""The limit of every loader that packs documents: each one copied from the map to its place, and nothing else."""
+"""The limit of every loader that packs documents: each one copied from the map to its place, and
+nothing else.
+"""
 
 from collections.abc import Iterator
 from itertools import cycle
@@ -9,7 +11,10 @@ import numpy as np
 from corpus import BATCH_ROWS, BATCH_TOKENS, ROW_TOKENS, Array, Batch, Corpus, Source
 from reader import WHOLE_CORPUS, Reader
 
-NOTE = "limit: documents in file order, one slice assignment each, uint16 to int32; no labels, no mixing, no order"
+NOTE = (
+    "limit: documents in file order, one slice assignment each, uint16 to int32; no labels, no"
+    " mixing, no order"
+)
 PACKAGES = ("numpy",)
 PART_TOKENS = WHOLE_CORPUS
 
@@ -24,7 +29,9 @@ def open_reader(corpus: Corpus, folder: Path, *, workers: int, state: Any) -> Re
 
 
 def copied(corpus: Corpus, orders: dict[str, Array]) -> Reader:
-    """Four batches of chats and one of text in turn, so that documents have the lengths of the mixture."""
+    """Four batches of chats and one of text in turn, so that documents have the lengths of the
+    mixture.
+    """
     chat, text = (_batches(corpus.sources[name], orders[name]) for name in ("chat", "text"))
     return Reader(batches=(next(batches) for batches in cycle([chat] * 4 + [text])), state=None)
 

@@ -1,4 +1,6 @@
-"""Megatron Energon: its WebDataset layout with an index, blended, and packed by its own two stages."""
+"""Megatron Energon: its WebDataset layout with an index, blended, and packed by its own two
+stages.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,8 @@ from reader import Reader
 from peers import webdataset as tars
 
 NOTE = (
-    "metadataset blend, shuffle buffer of 1,000, its own two-stage packing (next fit, chats whole, rows of one or more "
-    "sources, padded); exact resume; no checksum"
+    "metadataset blend, shuffle buffer of 1,000, its own two-stage packing (next fit, chats whole,"
+    " rows of one or more sources, padded); exact resume; no checksum"
 )
 PACKAGES = ("megatron-energon",)
 PART_TOKENS = 10_000_000

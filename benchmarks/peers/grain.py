@@ -10,8 +10,8 @@ from grain.experimental import ConcatThenSplitIterDataset
 from reader import Reader
 
 NOTE = (
-    "MapDataset.mix over a memory map, global order, its own ConcatThenSplit (segments and positions too); "
-    "exact resume; share per document, no checksum of the file"
+    "MapDataset.mix over a memory map, global order, its own ConcatThenSplit (segments and"
+    " positions too); exact resume; share per document, no checksum of the file"
 )
 PACKAGES = ("grain",)
 PART_TOKENS = 100_000_000

@@ -12,7 +12,10 @@ from litdata.streaming.cache import Cache
 from litdata.streaming.item_loader import TokensLoader
 from reader import Forever, Reader
 
-NOTE = "TokensLoader: a fixed block of 2,048 tokens is a row; documents are forgotten; no loss mask, no labels, no checksum"
+NOTE = (
+    "TokensLoader: a fixed block of 2,048 tokens is a row; documents are forgotten; no loss mask,"
+    " no labels, no checksum"
+)
 PACKAGES = ("litdata",)
 PART_TOKENS = 200_000_000
 

@@ -11,8 +11,8 @@ from streaming.base.util import clean_stale_shared_memory
 from workers import packed_batches
 
 NOTE = (
-    "MDS documents, streams mixed by proportion, py1e order, greedy packing by us; its resume counts samples, "
-    "so that what lay in the packer is lost; no checksum by default"
+    "MDS documents, streams mixed by proportion, py1e order, greedy packing by us; its resume"
+    " counts samples, so that what lay in the packer is lost; no checksum by default"
 )
 PACKAGES = ("mosaicml-streaming",)
 PART_TOKENS = 20_000_000

@@ -1,4 +1,6 @@
-"""The limit of a loader that shuffles: as document_copy, with the documents of the corpus in a random order."""
+"""The limit of a loader that shuffles: as document_copy, with the documents of the corpus in a
+random order.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,10 @@ from reader import WHOLE_CORPUS, Reader
 
 from peers.document_copy import copied
 
-NOTE = "limit: as document_copy, in a random order of all documents: what is not read in a row comes slowly from memory"
+NOTE = (
+    "limit: as document_copy, in a random order of all documents: what is not read in a row comes"
+    " slowly from memory"
+)
 PACKAGES = ("numpy",)
 PART_TOKENS = WHOLE_CORPUS
 

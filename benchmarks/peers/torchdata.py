@@ -18,8 +18,9 @@ from torchdata.nodes import (
 from torchdata.nodes import StopCriteria as Stop
 
 NOTE = (
-    "MultiNodeWeightedSampler over a memory map that we wrote, random order, greedy packing by us; no format, "
-    "no packing, no checksum of its own; resume passes over the permutation again and loses what lay in the packer"
+    "MultiNodeWeightedSampler over a memory map that we wrote, random order, greedy packing by us;"
+    " no format, no packing, no checksum of its own; resume passes over the permutation again and"
+    " loses what lay in the packer"
 )
 PACKAGES = ("torchdata",)
 PART_TOKENS = WHOLE_CORPUS

@@ -12,15 +12,17 @@ from reader import Mapped, Reader
 from workers import packed_batches
 
 NOTE = (
-    "RandomMix of two .npy pipelines, shuffle buffer of 1,000, greedy packing by us; no packing of its own, "
-    "no resume, no checksum, share only by chance"
+    "RandomMix of two .npy pipelines, shuffle buffer of 1,000, greedy packing by us; no packing of"
+    " its own, no resume, no checksum, share only by chance"
 )
 PACKAGES = ("webdataset",)
 PART_TOKENS = 40_000_000
 
 
 def write(corpus: Corpus, folder: Path) -> None:
-    """A tar a shard, a member a document, since members are what costs: ids [T], or ids and mask [2, T]."""
+    """A tar a shard, a member a document, since members are what costs: ids [T], or ids and mask
+    [2, T].
+    """
     for name, source in corpus.sources.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for shard, documents in enumerate(source.shards()):

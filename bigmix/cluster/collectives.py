@@ -1,4 +1,7 @@
-"""The cluster as numbers: who we are, and sums over everybody. The one module that imports torch.distributed."""
+"""The cluster as numbers: who we are, and sums over everybody.
+
+The one module that imports torch.distributed.
+"""
 
 import os
 import threading
@@ -23,7 +26,10 @@ def export_world(world: World) -> None:
 
 
 class Cluster:
-    """Collectives of the process group. Small numbers travel over CPU memory, so that no GPU is waited for."""
+    """Collectives of the process group.
+
+    Small numbers travel over CPU memory, so that no GPU is waited for.
+    """
 
     def __init__(self, world: World, timeout: timedelta = timedelta(minutes=30)) -> None:
         self.world = world
@@ -64,20 +70,22 @@ class BoardLost(Exception):
 
 
 class Board:
-    """Short texts that every rank writes and reads at any time, from any thread, without the others; a collective to make.
+    """Short texts that every rank writes and reads at any time, from any thread, without the
+    others; a collective to make.
 
-    The first rank keeps them, in threads of their own that need no Python. Every key is given when the board is made;
-    each begins with an empty text.
+    The first rank keeps them, in threads of their own that need no Python. Every key is given when
+    the board is made; each begins with an empty text.
     """
 
     def __init__(self, cluster: Cluster, keys: Sequence[str], timeout: timedelta) -> None:
         """`timeout` is how long the first rank may take for an answer."""
         world = cluster.world
         self._timeout = timeout
-        # It listens on all interfaces and on a port that is free; kept here for as long as the board.
+        # It listens on all interfaces and on a port that is free; kept here for as long as the
+        # board.
         self._server = _store("localhost", 0, timeout, keeps=True) if world.is_first else None
         port = self._server.port if self._server is not None else None
-        (port, *_) = cluster.gather(port)
+        port, *_ = cluster.gather(port)
         self._client = _store(os.environ["MASTER_ADDR"], port, timeout)
         if world.is_first:
             for key in keys:
@@ -97,7 +105,9 @@ class Board:
         return [_read(text) for text in self._answer(lambda: self._client.multi_get(list(keys)))]
 
     def _answer(self, ask: Callable[[], Any]) -> Any:
-        """What the store answers, asked in a thread: a frozen server makes it wait beyond its own timeout."""
+        """What the store answers, asked in a thread: a frozen server makes it wait beyond its own
+        timeout.
+        """
         answers: SimpleQueue[Any] = SimpleQueue()
         threading.Thread(target=_put_answer, args=(ask, answers), daemon=True).start()
         try:

@@ -1,4 +1,6 @@
-"""Beats of ranks and a clock go in, what is wrong with them comes out: who is silent, and who holds up the others."""
+"""Beats of ranks and a clock go in, what is wrong with them comes out: who is silent, and who holds
+up the others.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +14,9 @@ _MOST_NAMED = 8  # ranks in a message; of a thousand nobody wants to read them a
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Seconds without a sign of life after which a rank counts as dead, and without progress anywhere as a hang."""
+    """Seconds without a sign of life after which a rank counts as dead, and without progress
+    anywhere as a hang.
+    """
 
     dead_s: float
     hang_s: float
@@ -20,7 +24,9 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Beat:
-    """What a rank tells: a number that grows with each beat, how many activities it has begun, and the newest."""
+    """What a rank tells: a number that grows with each beat, how many activities it has begun, and
+    the newest.
+    """
 
     serial: int
     count: int
@@ -61,7 +67,9 @@ def verdict_of(text: str) -> Verdict:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Known:
-    """The newest beat of a rank, and when a new one and a new activity were last seen, by the clock of who looks."""
+    """The newest beat of a rank, and when a new one and a new activity were last seen, by the clock
+    of who looks.
+    """
 
     beat: Beat
     beat_at: float
@@ -69,7 +77,9 @@ class _Known:
 
 
 class Beats:
-    """The newest beats of some ranks. Only the clock of who looks counts, those of machines differ."""
+    """The newest beats of some ranks. Only the clock of who looks counts, those of machines
+    differ.
+    """
 
     def __init__(self, ranks: Iterable[int], limits: Limits, clock: Callable[[], float]) -> None:
         self._limits = limits
@@ -107,13 +117,17 @@ class Beats:
         if not silent:
             return None
         return Verdict(
-            text=f"{_named(silent)} gave no sign of life for {self._limits.dead_s:g} s, the last at "
-            f"{self.newest(silent[0]).doing}; the process or its machine is dead or frozen",
+            text=(
+                f"{_named(silent)} gave no sign of life for {self._limits.dead_s:g} s, the last at "
+                f"{self.newest(silent[0]).doing}; the process or its machine is dead or frozen"
+            ),
             silent=silent,
         )
 
     def hang(self) -> Verdict | None:
-        """A verdict where no rank has begun anything new for too long; it names those that have come least far."""
+        """A verdict where no rank has begun anything new for too long; it names those that have
+        come least far.
+        """
         now = self._clock()
         moving = {rank: known for rank, known in self._known.items() if not known.beat.has_left}
         if not moving or now - max(k.count_at for k in moving.values()) <= self._limits.hang_s:
@@ -125,7 +139,10 @@ class Beats:
         behind = quiet or behind
         others = [rank for rank in moving if rank not in behind]
         frozen = ", frozen" if quiet else ""
-        text = f"no rank has come further for {self._limits.hang_s:g} s: {_named(behind)} at {self.newest(behind[0]).doing}{frozen}"
+        text = (
+            f"no rank has come further for {self._limits.hang_s:g} s: {_named(behind)} at"
+            f" {self.newest(behind[0]).doing}{frozen}"
+        )
         if others:
             text += f"; {_named(others)} at {self.newest(others[0]).doing}"
         return Verdict(text=f"{text}; where this is no fault but slow, raise train.hang_minutes")

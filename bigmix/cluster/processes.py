@@ -1,4 +1,6 @@
-"""Process numbers go in, whether they have ended comes out; only where /proc tells, that is on Linux."""
+"""Process numbers go in, whether they have ended comes out; only where /proc tells, that is on
+Linux.
+"""
 
 import os
 import socket
@@ -15,7 +17,10 @@ class Identity:
 
 
 def identity() -> Identity:
-    """This process. Containers that number their processes apart count as machines, and without /proc each process."""
+    """This process.
+
+    Containers that number their processes apart count as machines, and without /proc each process.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -45,7 +50,9 @@ def command_of(process: int) -> str:
 
 
 def _status(process: int) -> list[str] | None:
-    """The fields of /proc/N/stat behind the name in brackets, which may hold anything: state, parent, ..."""
+    """The fields of /proc/N/stat behind the name in brackets, which may hold anything: state,
+    parent, ...
+    """
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

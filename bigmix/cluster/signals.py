@@ -1,9 +1,12 @@
-"""Signals and the clock go in, one flag comes out: the run is asked to save and stop at the next step boundary.
+"""Signals and the clock go in, one flag comes out: the run is asked to save and stop at the next
+step boundary.
 
-Nothing heavy is imported here: the guard stands before anything else is loaded. A thread reads the signals as they
-come, since Python's own handlers wait until the main thread is back from a collective or a read.
+Nothing heavy is imported here: the guard stands before anything else is loaded. A thread reads the
+signals as they come, since Python's own handlers wait until the main thread is back from a
+collective or a read.
 
-Work of another thread goes in; out comes whether it is done, or its result is not waited for any longer.
+Work of another thread goes in; out comes whether it is done, or its result is not waited for any
+longer.
 """
 
 import contextlib
@@ -35,8 +38,9 @@ NOTHING_LOST = "nothing was trained since the last checkpoint; the same command 
 class StopFlag:
     """Whether a signal, the end of the launcher or the clock asks this process to stop.
 
-    Made first of all, in the main thread. Until `hand_over` a signal ends the process at once with 75, since nothing new
-    is in memory. A second signal, later than the doubles of the first, ends it at once; checkpoints stay whole.
+    Made first of all, in the main thread. Until `hand_over` a signal ends the process at once with
+    75, since nothing new is in memory. A second signal, later than the doubles of the first, ends
+    it at once; checkpoints stay whole.
     """
 
     def __init__(
@@ -61,7 +65,9 @@ class StopFlag:
         return self._reason
 
     def is_set(self, needed_s: float = 0.0) -> bool:
-        """Whether to stop: somebody asked, or what takes `needed_s` would end after the time that is left."""
+        """Whether to stop: somebody asked, or what takes `needed_s` would end after the time that
+        is left.
+        """
         late = self._ends_at is not None and time.monotonic() + needed_s >= self._ends_at
         return late or self._reason is not None
 
@@ -74,7 +80,9 @@ class StopFlag:
         self._exits_at_once = False
 
     def set_end(self, max_minutes: float | None, job_ends_at: float | None) -> None:
-        """Stop by itself so many minutes after this process began, and before a time in seconds since 1970."""
+        """Stop by itself so many minutes after this process began, and before a time in seconds
+        since 1970.
+        """
         ends = [] if max_minutes is None else [self._began_at + 60 * max_minutes]
         if job_ends_at is not None:
             ends.append(time.monotonic() + job_ends_at - time.time())
@@ -101,14 +109,16 @@ class StopFlag:
         self.ask(reason)
         if self._exits_at_once:
             end_process(
-                f"stopped: asked by {reason} on rank {self._rank} during start-up: {self.nothing_lost}",
+                f"stopped: asked by {reason} on rank {self._rank} during start-up:"
+                f" {self.nothing_lost}",
                 REQUEUE,
             )
 
 
 def end_process(last_words: str | None, code: int) -> None:
     """Say a last line and end the process from any thread, whatever the others wait for."""
-    # The main thread may hold the locks of the standard streams, so they are flushed only if they let us.
+    # The main thread may hold the locks of the standard streams, so they are flushed only if they
+    # let us.
     if last_words is not None:
         cursor = b"\n\x1b[?25h" if os.isatty(2) else b""  # a live bar hides it
         with contextlib.suppress(OSError):
@@ -133,7 +143,9 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 
 
 class _Launcher:
-    """The process that started this rank, and where it is deepspeed's second process the first one too."""
+    """The process that started this rank, and where it is deepspeed's second process the first one
+    too.
+    """
 
     def __init__(self) -> None:
         self._parent = os.getppid()
@@ -142,14 +154,18 @@ class _Launcher:
         _die_with_parent()
 
     def has_gone(self) -> bool:
-        """Whether one of them has ended; without its first process deepspeed's second one would go on for ever."""
+        """Whether one of them has ended; without its first process deepspeed's second one would go
+        on for ever.
+        """
         if os.getppid() != self._parent:
             return True
         return self._runner is not None and parent_of(self._parent) != self._runner
 
 
 def _die_with_parent() -> None:
-    """Ask Linux for a signal when the launcher dies: killed with -9 it would leave its ranks running."""
+    """Ask Linux for a signal when the launcher dies: killed with -9 it would leave its ranks
+    running.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _ORPHANED)
 
@@ -158,7 +174,9 @@ _LOOK_UP_S = 0.2
 
 
 def is_done(work: "Future[Any]", gives_up: Callable[[], bool]) -> bool:
-    """Wait until work is done, or until `gives_up` says to stop waiting: then False, and the work goes on."""
+    """Wait until work is done, or until `gives_up` says to stop waiting: then False, and the work
+    goes on.
+    """
     while not wait([work], timeout=_LOOK_UP_S).done:
         if gives_up():
             return False

@@ -1,7 +1,8 @@
-"""The ranks of one machine go in; they are started, and where they fail started again, and one exit code comes out.
+"""The ranks of one machine go in; they are started, and where they fail started again, and one exit
+code comes out.
 
-Ends that are no failure are passed on: 0 done, 2 bad input, 75 stopped on request. A failure is tried again as long as a
-restart has brought the run further than the one before.
+Ends that are no failure are passed on: 0 done, 2 bad input, 75 stopped on request. A failure is
+tried again as long as a restart has brought the run further than the one before.
 """
 
 import signal
@@ -54,7 +55,9 @@ class Requests:
 
 
 def supervise(course: Course, requests: Requests, tell: Callable[[str], None]) -> int:
-    """Run to the end, through as many restarts as are allowed and of use; `tell` is given one line each."""
+    """Run to the end, through as many restarts as are allowed and of use; `tell` is given one line
+    each.
+    """
     stuck_at: int | None = None
     for restart in range(course.restarts + 1):
         with _started(course.start()) as ranks:
@@ -65,7 +68,8 @@ def supervise(course: Course, requests: Requests, tell: Callable[[str], None]) -
         what, step = _first_failure(ended), course.newest_step()
         if step == stuck_at:
             tell(
-                f"{what}, with no checkpoint after that of step {step} since the last restart; given up"
+                f"{what}, with no checkpoint after that of step {step} since the last restart;"
+                " given up"
             )
             return FAILED
         if restart == course.restarts:
@@ -82,7 +86,9 @@ def supervise(course: Course, requests: Requests, tell: Callable[[str], None]) -
 
 
 def outcome(ended: Mapping[int, int], *, is_asked: bool) -> int:
-    """The exit code of a run whose ranks ended with these codes, below 0 for a signal, as subprocess has them."""
+    """The exit code of a run whose ranks ended with these codes, below 0 for a signal, as
+    subprocess has them.
+    """
     codes = set(ended.values())
     if codes == {DONE}:
         return DONE
@@ -108,7 +114,9 @@ def _started(ranks: Sequence[Process]) -> Iterator[Sequence[Process]]:
 
 
 def _watch(ranks: Sequence[Process], requests: Requests) -> dict[int, int]:
-    """Pass signals on until all have ended, those that do not follow the first one by force; their codes in that order."""
+    """Pass signals on until all have ended, those that do not follow the first one by force; their
+    codes in that order.
+    """
     ended: dict[int, int] = {}
     kill_at: float | None = None
     while len(ended) < len(ranks):
@@ -116,7 +124,8 @@ def _watch(ranks: Sequence[Process], requests: Requests) -> dict[int, int]:
             for process in ranks:
                 process.send_signal(number)  # none to those that have ended
         new = [rank for rank, p in enumerate(ranks) if rank not in ended and p.poll() is not None]
-        # Of those seen ended at one look, a rank that was killed ended before those that gave up for want of it.
+        # Of those seen ended at one look, a rank that was killed ended before those that gave up
+        # for want of it.
         for rank in sorted(new, key=lambda rank: ranks[rank].returncode >= 0):
             ended[rank] = ranks[rank].returncode
             kill_at = kill_at or time.monotonic() + _GRACE_S
@@ -127,7 +136,9 @@ def _watch(ranks: Sequence[Process], requests: Requests) -> dict[int, int]:
 
 
 def _end_by_force(ranks: Sequence[Process], ended: Mapping[int, int]) -> dict[int, int]:
-    """The codes of those that have not followed; to wait for ranks that were stopped on request is no failure of theirs."""
+    """The codes of those that have not followed; to wait for ranks that were stopped on request is
+    no failure of theirs.
+    """
     left = {rank: process for rank, process in enumerate(ranks) if rank not in ended}
     for process in left.values():
         process.kill()

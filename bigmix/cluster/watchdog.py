@@ -1,7 +1,9 @@
-"""What each rank does now goes in; where one dies or nothing moves any more, all end with the reason and their stacks.
+"""What each rank does now goes in; where one dies or nothing moves any more, all end with the
+reason and their stacks.
 
-A thread of each rank writes a beat on the board once a second and reads there whether to stop (see `StopFlag`) or to
-end. The first rank looks at all beats; the ranks of a machine also look at one another's processes.
+A thread of each rank writes a beat on the board once a second and reads there whether to stop (see
+`StopFlag`) or to end. The first rank looks at all beats; the ranks of a machine also look at one
+another's processes.
 """
 
 import contextlib
@@ -52,11 +54,16 @@ class Watchdog:
         self._thread.start()
 
     def doing(self, text: str) -> None:
-        """Tell what this rank does from now on. All ranks tell the same in the same order: who told least is behind."""
+        """Tell what this rank does from now on.
+
+        All ranks tell the same in the same order: who told least is behind.
+        """
         self._doing = (self._doing[0] + 1, text)
 
     def must_save(self, yes: bool) -> None:
-        """Tell whether memory holds what no checkpoint does; where not, a request to stop ends all ranks at once."""
+        """Tell whether memory holds what no checkpoint does; where not, a request to stop ends all
+        ranks at once.
+        """
         self._must_save = yes
 
     def close(self) -> None:
@@ -66,7 +73,9 @@ class Watchdog:
         self._stacks.close()
 
     def fail(self, error: BaseException) -> None:
-        """This rank ends with an error; the others, which may wait for it for ever, end with the same code."""
+        """This rank ends with an error; the others, which may wait for it for ever, end with the
+        same code.
+        """
         if isinstance(error, BigmixError):
             words, code = str(error), error.exit_code
         else:
@@ -94,7 +103,9 @@ class Watchdog:
             self._end(verdict)
 
     def _seek_cause(self) -> None:
-        """End for the reason that somebody else knows: where a rank dies, the collectives of the others fail."""
+        """End for the reason that somebody else knows: where a rank dies, the collectives of the
+        others fail.
+        """
         until = time.monotonic() + _CAUSE_S
         while time.monotonic() < until:
             verdict = self._look()
@@ -132,7 +143,10 @@ class Watchdog:
         if self._flag.reason is None or self._must_save:
             return None
         return Verdict(
-            text=f"asked by {self._flag.reason} on rank {self._rank} during {self._doing[1]}: {self._flag.nothing_lost}",
+            text=(
+                f"asked by {self._flag.reason} on rank {self._rank} during {self._doing[1]}:"
+                f" {self._flag.nothing_lost}"
+            ),
             code=REQUEUE,
         )
 
@@ -151,8 +165,10 @@ class Watchdog:
         if 0 in self._peers and has_ended(self._peers[0]):
             return _died(0, self._peers[0], beat)
         return Verdict(
-            text=f"rank 0 does not answer, the last it told was {beat.doing}; its process or machine is dead or frozen, "
-            f"or the network is ({str(error).splitlines()[0]})",
+            text=(
+                f"rank 0 does not answer, the last it told was {beat.doing}; its process or machine"
+                f" is dead or frozen, or the network is ({str(error).splitlines()[0]})"
+            ),
             silent=(0,),
         )
 
@@ -199,14 +215,18 @@ def _peers(identities: Sequence[Identity], own: int) -> dict[int, int]:
 
 def _died(rank: int, process: int, beat: Beat) -> Verdict:
     return Verdict(
-        text=f"rank {rank} has died, during {beat.doing}; its process {process} ended without a word, as after kill -9 "
-        "or for want of memory",
+        text=(
+            f"rank {rank} has died, during {beat.doing}; its process {process} ended without a"
+            " word, as after kill -9 or for want of memory"
+        ),
         silent=(rank,),
     )
 
 
 class _Stacks:
-    """The file with the Python stacks of this rank; where nothing was written it is taken away again."""
+    """The file with the Python stacks of this rank; where nothing was written it is taken away
+    again.
+    """
 
     def __init__(self, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -225,7 +245,8 @@ class _Stacks:
     def write_unless_called_again(self, within_s: float) -> None:
         """Write them and end the process unless this is called again in time.
 
-        A thread without Python does it, for when some call holds Python's lock for ever and no thread of ours runs.
+        A thread without Python does it, for when some call holds Python's lock for ever and no
+        thread of ours runs.
         """
         faulthandler.dump_traceback_later(within_s, exit=True, file=self._file)
 

@@ -23,7 +23,9 @@ class World:
 
 
 def world_of(environment: Mapping[str, str]) -> World:
-    """The world as the launcher left it in the environment: deepspeed, torchrun, srun, or none of them."""
+    """The world as the launcher left it in the environment: deepspeed, torchrun, srun, or none of
+    them.
+    """
 
     def number(name: str, default: int) -> int:
         value = environment.get(name) or environment.get(_SLURM.get(name, ""))
@@ -41,7 +43,9 @@ def world_of(environment: Mapping[str, str]) -> World:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on: the launchers' default collides with a second job."""
+    """A port of this machine that nobody listens on: the launchers' default collides with a second
+    job.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

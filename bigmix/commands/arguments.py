@@ -33,7 +33,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_words(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None
 ) -> argparse.Namespace:
-    """What argparse makes of the words; KEY=VALUE may also stand behind options, where it does not look for them."""
+    """What argparse makes of the words; KEY=VALUE may also stand behind options, where it does not
+    look for them.
+    """
     known, rest = parser.parse_known_args(arguments)
     strange = [word for word in rest if word.startswith("-") or "=" not in word]
     if strange or (rest and not hasattr(known, "overrides")):
@@ -50,7 +52,8 @@ def columns_of(text: str | None) -> Mapping[str, str] | None:
     pairs = [pair.partition("=") for pair in text.split(",")]
     if not all(part and equals and column for part, equals, column in pairs):
         raise BadInput(
-            f"--columns is {text!r}; write PART=COLUMN pairs with commas between, such as prompt=question,response=answer"
+            f"--columns is {text!r}; write PART=COLUMN pairs with commas between, such as"
+            " prompt=question,response=answer"
         )
     found = {part: column for part, _, column in pairs}
     if len(found) < len(pairs):
@@ -73,6 +76,8 @@ def tell_moving(recipe: Recipe) -> None:
 
 
 def tell_replaced(bad: Sequence[BadShard], step: int) -> None:
-    """Say on stderr which shards cannot be read, so that what is shown has rows of others in their place."""
+    """Say on stderr which shards cannot be read, so that what is shown has rows of others in their
+    place.
+    """
     for shard in bad:
         print(f"replaced from step {step} on: {shard}", file=sys.stderr)

@@ -1,4 +1,6 @@
-"""The command of an evaluation: as one rank under a launcher, and as `bigmix evaluate`, which starts the ranks itself."""
+"""The command of an evaluation: as one rank under a launcher, and as `bigmix evaluate`, which
+starts the ranks itself.
+"""
 
 import argparse
 import os
@@ -30,8 +32,10 @@ def add_evaluate(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="evaluate a model on a recipe's held-out sources",
-        description="Starts launch/evaluate.py's ranks on this machine without another launcher; docs/evaluation.md says "
-        "what is measured.",
+        description=(
+            "Starts launch/evaluate.py's ranks on this machine without another launcher;"
+            " docs/evaluation.md says what is measured."
+        ),
     )
     _add_arguments(parser)
     parser.add_argument("--ranks", type=int, help="processes (default: the GPUs, or 1)")
@@ -46,7 +50,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--base",
-        help="what forgetting and divergence are measured from (default: the recipe's model.path); none: nothing",
+        help=(
+            "what forgetting and divergence are measured from (default: the recipe's model.path);"
+            " none: nothing"
+        ),
     )
     parser.add_argument(
         "--output", metavar="OUT", help="folder (default: evaluation/ in the recipe's output)"
@@ -54,7 +61,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(known: argparse.Namespace) -> int:
-    """The held-out sources and tasks of a recipe, then the benchmarks; of the folder of a model, the benchmarks alone."""
+    """The held-out sources and tasks of a recipe, then the benchmarks; of the folder of a model,
+    the benchmarks alone.
+    """
     if known.lm_eval is not None and Path(known.recipe).is_dir():
         _run_benchmarks(known, known.recipe, Path(known.output or _EVALUATION))
         return DONE
@@ -140,6 +149,7 @@ def _model(recipe: Recipe, known: argparse.Namespace) -> str:
     own = Path(recipe.output) / EXPORT
     if known.model is None and not own.is_dir():
         raise BadInput(
-            f"{own} is no folder: no run of this recipe has ended there; train it first, or give another model with --model"
+            f"{own} is no folder: no run of this recipe has ended there; train it first, or give"
+            " another model with --model"
         )
     return known.model or str(own)

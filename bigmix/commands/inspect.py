@@ -1,4 +1,6 @@
-"""Commands that show what a recipe means: `bigmix recipe show`, `bigmix recipe schema`, `bigmix rows`."""
+"""Commands that show what a recipe means: `bigmix recipe show`, `bigmix recipe schema`, `bigmix
+rows`.
+"""
 
 import argparse
 import hashlib
@@ -24,7 +26,10 @@ def add_recipe(subparsers: Any) -> None:
         "--key",
         action="append",
         metavar="KEY",
-        help="print the value of this setting alone, such as cache.folder; may be given several times",
+        help=(
+            "print the value of this setting alone, such as cache.folder; may be given several"
+            " times"
+        ),
     )
     show.set_defaults(func=_show)
     schema = actions.add_parser("schema", help="print the JSON schema of recipes, for editors")
@@ -61,7 +66,8 @@ def _value(recipe: Recipe, key: str) -> str:
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
             raise BadInput(
-                f"--key is {key}, which is no setting of this recipe; `bigmix recipe show` lists all"
+                f"--key is {key}, which is no setting of this recipe; `bigmix recipe show`"
+                " lists all"
             )
         value = value[part]
     return value if isinstance(value, str) else json.dumps(value)
@@ -76,7 +82,8 @@ def _schema(known: argparse.Namespace) -> int:
 def _rows(known: argparse.Namespace) -> int:
     if known.step < 1 or known.ranks < 1:
         raise BadInput(
-            f"--step is {known.step} and --ranks is {known.ranks}; both count from 1, give 1 or more"
+            f"--step is {known.step} and --ranks is {known.ranks}; both count from 1, give 1 or"
+            " more"
         )
     recipe = load_recipe(known.recipe, known.overrides)
     inputs = open_inputs(recipe, ranks=known.ranks, verify=False)

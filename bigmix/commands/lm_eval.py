@@ -1,4 +1,6 @@
-"""`bigmix evaluate --lm-eval TASKS`: standard benchmarks of lm-evaluation-harness on an exported model."""
+"""`bigmix evaluate --lm-eval TASKS`: standard benchmarks of lm-evaluation-harness on an exported
+model.
+"""
 
 import argparse
 import importlib.util
@@ -26,22 +28,29 @@ def add_lm_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lm-eval",
         metavar="TASKS",
-        help="benchmarks of lm-evaluation-harness (pip install 'bigmix[lm-eval]'), names with commas between",
+        help=(
+            "benchmarks of lm-evaluation-harness (pip install 'bigmix[lm-eval]'), names with commas"
+            " between"
+        ),
     )
     parser.add_argument(
         "--lm-eval-args",
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="for lm_eval.simple_evaluate, such as num_fewshot=5 limit=100 batch_size=16; include_path=FOLDER adds tasks",
+        help=(
+            "for lm_eval.simple_evaluate, such as num_fewshot=5 limit=100 batch_size=16;"
+            " include_path=FOLDER adds tasks"
+        ),
     )
 
 
 def run_lm_eval(model: str, tasks: str, out: Path, arguments: Sequence[str] = ()) -> Path:
-    """Score a model folder on tasks, names with commas between, and write OUT/lm-eval.json; returns its path.
+    """Score a model folder on tasks, names with commas between, and write OUT/lm-eval.json; returns
+    its path.
 
-    `arguments` are KEY=VALUE for simple_evaluate of lm-evaluation-harness. Raises BadInput where that is not installed,
-    or knows no such argument or task.
+    `arguments` are KEY=VALUE for simple_evaluate of lm-evaluation-harness. Raises BadInput where
+    that is not installed, or knows no such argument or task.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise BadInput("lm-evaluation-harness is not installed; run pip install 'bigmix[lm-eval]'")
@@ -76,7 +85,8 @@ def _parsed(arguments: Sequence[str], known: set[str]) -> dict[str, Any]:
         key, equals, value = argument.partition("=")
         if not equals or key not in known:
             faults.append(
-                f"--lm-eval-args has {argument!r}, must be KEY=VALUE with a KEY of {', '.join(sorted(known))}"
+                f"--lm-eval-args has {argument!r}, must be KEY=VALUE with a KEY of"
+                f" {', '.join(sorted(known))}"
             )
         given[key] = yaml.safe_load(value)
     if faults:
@@ -85,7 +95,9 @@ def _parsed(arguments: Sequence[str], known: set[str]) -> dict[str, Any]:
 
 
 def _manager(names: Sequence[str], include: str | None) -> Any:
-    """What finds the tasks: the user's own folder alone where all are in it, since the stock takes half a minute to list."""
+    """What finds the tasks: the user's own folder alone where all are in it, since the stock takes
+    half a minute to list.
+    """
     from lm_eval.tasks import TaskManager
 
     manager = None
@@ -100,8 +112,8 @@ def _manager(names: Sequence[str], include: str | None) -> Any:
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown or not names:
         raise BadInput(
-            f"TASKS has {', '.join(unknown) or 'no name'}, which lm-evaluation-harness does not know; `lm-eval ls tasks` lists "
-            f"what it does, {_INCLUDE}=FOLDER adds your own"
+            f"TASKS has {', '.join(unknown) or 'no name'}, which lm-evaluation-harness does not"
+            f" know; `lm-eval ls tasks` lists what it does, {_INCLUDE}=FOLDER adds your own"
         )
     return manager
 

@@ -20,18 +20,34 @@ from bigmix.errors import FAILED, BigmixError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns 0 done, 1 failed, 2 bad input, 75 interrupted after a whole checkpoint."""
+    """Run one subcommand; returns 0 done, 1 failed, 2 bad input, 75 interrupted after a whole
+    checkpoint.
+    """
     parser = argparse.ArgumentParser(
         prog="bigmix",
-        description="Train a language model on a mixture, so that it learns a task and keeps its knowledge.",
+        description=(
+            "Train a language model on a mixture, so that it learns a task and keeps its knowledge."
+        ),
         epilog="Training under a launcher: deepspeed launch/train.py RECIPE.yaml [key=value ...]",
     )
     parser.add_argument("--version", action="version", version=f"bigmix {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
-        add_prepare, add_tokenizer, add_recipe, add_plan, add_preview, add_rows, add_sweep, add_train, add_evaluate,
-        add_compare, add_probe, add_average, add_self_replay, add_quickstart,
-    ):  # fmt: skip
+        add_prepare,
+        add_tokenizer,
+        add_recipe,
+        add_plan,
+        add_preview,
+        add_rows,
+        add_sweep,
+        add_train,
+        add_evaluate,
+        add_compare,
+        add_probe,
+        add_average,
+        add_self_replay,
+        add_quickstart,
+    ):
         add(subparsers)
     known = parse_words(parser, arguments)
     try:

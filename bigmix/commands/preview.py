@@ -15,9 +15,14 @@ def add_preview(subparsers: Any) -> None:
     """Add the command to the parser of `bigmix`."""
     parser = subparsers.add_parser(
         "preview",
-        help="show the rows of one step as they are trained: context, loss tokens, padding, documents",
-        description="Loss tokens are green, context is dim, special tokens are magenta. In a pipe and with --plain "
-        "loss tokens stand in [[ ]] and special tokens in {{ }}.",
+        help=(
+            "show the rows of one step as they are trained: context, loss tokens, padding,"
+            " documents"
+        ),
+        description=(
+            "Loss tokens are green, context is dim, special tokens are magenta. In a pipe and with"
+            " --plain loss tokens stand in [[ ]] and special tokens in {{ }}."
+        ),
     )
     add_recipe_arguments(parser)
     parser.add_argument("--step", type=int, default=1, help="optimizer step (default 1, the first)")
@@ -48,7 +53,8 @@ def _check(known: argparse.Namespace) -> None:
     ]
     if known.rank >= known.ranks >= 1:
         faults.append(
-            f"--rank is {known.rank} and --ranks is {known.ranks}; ranks count from 0 to {known.ranks - 1}"
+            f"--rank is {known.rank} and --ranks is {known.ranks}; ranks count from 0 to"
+            f" {known.ranks - 1}"
         )
     if faults:
         raise BadInput(*faults)

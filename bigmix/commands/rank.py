@@ -1,4 +1,6 @@
-"""One rank of a run or an evaluation: `python -m bigmix.commands.rank train|evaluate RECIPE.yaml ...`; launch/*.py are the same."""
+"""One rank of a run or an evaluation: `python -m bigmix.commands.rank train|evaluate RECIPE.yaml
+...`; launch/*.py are the same.
+"""
 
 import gc
 import os
@@ -13,7 +15,9 @@ _NOTHING_KEPT = "an evaluation keeps nothing until its end; the same command beg
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Let signals end this process well from now on, then run the recipe; returns 0, or ends with another code."""
+    """Let signals end this process well from now on, then run the recipe; returns 0, or ends with
+    another code.
+    """
     return _end_well(arguments, _train, NOTHING_LOST)
 
 
@@ -26,7 +30,8 @@ def _end_well(
     arguments: Sequence[str], work: Callable[[Sequence[str], StopFlag], int], nothing_lost: str
 ) -> int:
     flag = StopFlag(nothing_lost=nothing_lost)
-    # Nothing that is imported is garbage, and to look for some takes a sixth of a start: not before there is an engine.
+    # Nothing that is imported is garbage, and to look for some takes a sixth of a start: not before
+    # there is an engine.
     gc.disable()
     try:
         code = work(arguments, flag)
@@ -36,7 +41,8 @@ def _end_well(
     sys.stdout.flush()
     sys.stderr.flush()
     if code != DONE:
-        # What Python does at exit waits for threads and ranks, and these may wait for what never comes.
+        # What Python does at exit waits for threads and ranks, and these may wait for what never
+        # comes.
         os._exit(code)
     return code
 

@@ -1,6 +1,8 @@
-"""A row goes in, what the model sees of it comes out as pieces for the terminal: context, loss tokens, borders, padding.
+"""A row goes in, what the model sees of it comes out as pieces for the terminal: context, loss
+tokens, borders, padding.
 
-Tokens are decoded one by one; those that only together make a character form one piece, so that none is broken.
+Tokens are decoded one by one; those that only together make a character form one piece, so that
+none is broken.
 """
 
 import unicodedata
@@ -72,7 +74,9 @@ def preview(row: Row, seat: Seat, tokenizer: Tokenizer, *, most: int | None) -> 
 
 
 def marked(pieces: Sequence[Piece]) -> str:
-    """The pieces without colour: [[loss tokens]] and {{special tokens}}; the same signs in the data get a backslash."""
+    """The pieces without colour: [[loss tokens]] and {{special tokens}}; the same signs in the data
+    get a backslash.
+    """
     said = []
     for is_loss, run in groupby(pieces, key=lambda piece: piece.kind == "loss"):
         text = "".join(_marked(piece) for piece in run)
@@ -92,8 +96,9 @@ def _marked(piece: Piece) -> str:
 def _head(row: Row, seat: Seat, loss_tokens: int) -> str:
     where = row.id
     return (
-        f"rank {seat.rank}  micro-batch {seat.micro_batch}  {where.source}  epoch {where.epoch}  shard {where.shard}  "
-        f"row {where.row}  {row.tokens:,} tokens  {loss_tokens:,} in the loss  {row.tokens / len(row.ids_T):.1%} filled"
+        f"rank {seat.rank}  micro-batch {seat.micro_batch}  {where.source}  epoch {where.epoch} "
+        f" shard {where.shard}  row {where.row}  {row.tokens:,} tokens  {loss_tokens:,} in the loss"
+        f"  {row.tokens / len(row.ids_T):.1%} filled"
     )
 
 
@@ -110,7 +115,8 @@ def _decoded(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[Piece]:
 
 
 def _characters(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[Piece]:
-    """The fewest tokens that decode to whole characters; the last of them says of which kind they are.
+    """The fewest tokens that decode to whole characters; the last of them says of which kind they
+    are.
 
     Each is decoded behind the one before it, since some tokenizers swallow a first space.
     """
@@ -127,7 +133,9 @@ def _characters(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[Piec
 
 
 def visible(text: str) -> str:
-    """The text with every control character as a sign: none may reach the terminal, which would obey it."""
+    """The text with every control character as a sign: none may reach the terminal, which would
+    obey it.
+    """
     return "".join(map(_visible, text))
 
 

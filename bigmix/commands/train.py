@@ -19,8 +19,10 @@ def add_train(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train on this machine, and start again where a rank fails",
-        description="Starts launch/train.py's ranks on this machine without another launcher; docs/faults.md says "
-        "what happens when one fails.",
+        description=(
+            "Starts launch/train.py's ranks on this machine without another launcher;"
+            " docs/faults.md says what happens when one fails."
+        ),
     )
     add_recipe_arguments(parser)
     parser.add_argument("--ranks", type=int, help="processes (default: the GPUs, or 1)")

@@ -1,10 +1,13 @@
-"""Places of rows in any streams go in; their ids and what is in the loss come out, laid end to end in the order of the places.
+"""Places of rows in any streams go in; their ids and what is in the loss come out, laid end to end
+in the order of the places.
 
-A micro-batch goes in, the weight of the loss tokens of each of its parts comes out: what counts alike in the loss.
+A micro-batch goes in, the weight of the loss tokens of each of its parts comes out: what counts
+alike in the loss.
 
-A document with n loss tokens weighs n^(1 - e) beside others of its source, each of its tokens n^-e: with e = 0 all tokens
-count alike, with e = 1 all documents do, with e = 1/2 a document weighs the square root of its length (square averaging:
-Chen et al., "InternVL 2.5", 2024). A text that is split over rows counts as a document in each of them.
+A document with n loss tokens weighs n^(1 - e) beside others of its source, each of its tokens n^-e:
+with e = 0 all tokens count alike, with e = 1 all documents do, with e = 1/2 a document weighs the
+square root of its length (square averaging: Chen et al., "InternVL 2.5", 2024). A text that is
+split over rows counts as a document in each of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +23,9 @@ from bigmix.types import Floats, Ints, Weighing
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assembled:
-    """Rows [R] of one length. Parts [P] and runs [K] of row r lie from `parts_R1[r]` and `runs_R1[r]` on.
+    """Rows [R] of one length.
+
+    Parts [P] and runs [K] of row r lie from `parts_R1[r]` and `runs_R1[r]` on.
 
     `starts_P` and `begins_K` are flat positions: row * T + position.
     """
@@ -67,7 +72,8 @@ def assemble(streams: Sequence[Stream], places: RowPlaces) -> Assembled:
         at_P, at_K = ragged(parts_R1[own], rows.parts_R), ragged(runs_R1[own], rows.runs_R)
         parts_2P[:, at_P] = rows.starts_P + np.repeat(own * width, rows.parts_R), rows.documents_P
         runs_2K[:, at_K] = rows.begins_K + np.repeat(own * width, rows.runs_R), rows.lengths_K
-        # One copy of all pieces, and one that widens them into their rows: a copy for each would cost three times as much.
+        # One copy of all pieces, and one that widens them into their rows: a copy for each would
+        # cost three times as much.
         ids = np.frombuffer(b"".join(rows.pieces), streams[0].dtype)
         ids_RT[own] = ids.reshape(len(own), width)
     loss_tokens = np.concatenate([[0], np.cumsum(runs_2K[1])])

@@ -1,4 +1,6 @@
-"""Mixture and streams go in, the batch of each step comes out for one rank, made ready ahead of need by a thread."""
+"""Mixture and streams go in, the batch of each step comes out for one rank, made ready ahead of
+need by a thread.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -42,7 +44,10 @@ def step_batch(plan: Plan, portion: Portion, step: int) -> StepBatch:
 
 
 class Loader:
-    """Iterates over the batches of the steps `first` .. `last`; a thread keeps `ahead` of them ready."""
+    """Iterates over the batches of the steps `first` ..
+
+    `last`; a thread keeps `ahead` of them ready.
+    """
 
     def __init__(self, plan: Plan, portion: Portion, *, first: int, last: int, ahead: int) -> None:
         self._batch = partial(step_batch, plan, portion)
@@ -55,7 +60,9 @@ class Loader:
         return (batch for batch in self.unless(lambda: False) if batch is not None)
 
     def unless(self, gives_up: Callable[[], bool]) -> Iterator[StepBatch | None]:
-        """The batches; None in place of one that is not ready when `gives_up` says so, which is then the next again."""
+        """The batches; None in place of one that is not ready when `gives_up` says so, which is
+        then the next again.
+        """
         steps = iter(self._steps)
         ready = deque(self._thread.submit(self._make, k) for k in islice(steps, self._ahead))
         while ready:
@@ -77,5 +84,7 @@ class Loader:
             raise
 
     def close(self) -> None:
-        """Stop the thread; what it had ready is thrown away, since a position is all the state there is."""
+        """Stop the thread; what it had ready is thrown away, since a position is all the state
+        there is.
+        """
         self._thread.shutdown(cancel_futures=True)

@@ -1,13 +1,16 @@
-"""Shares go in, the source of every row of the run comes out, without a random draw and without passing over the rows before.
+"""Shares go in, the source of every row of the run comes out, without a random draw and without
+passing over the rows before.
 
-The n-th row of a source s is due in the window in which s's target, the sum of its shares over the rows so far, lies
-between n and n + 1. Giving each row to the open window that closes first keeps every prefix within one row of every
-share (proportionate fairness: Baruah, Cohen, Plaxton, Varvel, "Proportionate progress", Algorithmica 1996); the
-proof needs only targets that grow and sum to the number of rows, so it holds while shares change.
+The n-th row of a source s is due in the window in which s's target, the sum of its shares over the
+rows so far, lies between n and n + 1. Giving each row to the open window that closes first keeps
+every prefix within one row of every share (proportionate fairness: Baruah, Cohen, Plaxton, Varvel,
+"Proportionate progress", Algorithmica 1996); the proof needs only targets that grow and sum to the
+number of rows, so it holds while shares change.
 
-Where to begin for a far row: at any row before it, the windows that close first may be taken for done. Two such orders
-differ at most in windows that were open there; the windows that close later wait in both for the same rows, so that
-both orders are the same from the row on at which the last window that was open there has closed.
+Where to begin for a far row: at any row before it, the windows that close first may be taken for
+done. Two such orders differ at most in windows that were open there; the windows that close later
+wait in both for the same rows, so that both orders are the same from the row on at which the last
+window that was open there has closed.
 """
 
 from array import array
@@ -29,7 +32,9 @@ _FIRST_LOOK_BACK = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a row of the run comes from: the `index`-th row of a source, counted over all its epochs."""
+    """Where a row of the run comes from: the `index`-th row of a source, counted over all its
+    epochs.
+    """
 
     source: str
     index: int
@@ -37,7 +42,9 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Places:
-    """The origins of a run of rows: `sources_R` counts the mixture's names, `indices_R` the rows of that source."""
+    """The origins of a run of rows: `sources_R` counts the mixture's names, `indices_R` the rows of
+    that source.
+    """
 
     sources_R: Ints
     indices_R: Ints
@@ -62,11 +69,13 @@ class _Cycle:
 
 
 class Mixture:
-    """Which source each row of the run is drawn from. `at(row)` depends on the shares and the row alone.
+    """Which source each row of the run is drawn from.
 
-    Shares are constant within a step of `rows_per_step` rows. A far row costs about as many rows as the longest
-    window has that is open before it, 1 / (smallest share); while a source rests at share 0, as many as it has
-    rested, at most a few million.
+    `at(row)` depends on the shares and the row alone.
+
+    Shares are constant within a step of `rows_per_step` rows. A far row costs about as many rows as
+    the longest window has that is open before it, 1 / (smallest share); while a source rests at
+    share 0, as many as it has rested, at most a few million.
     """
 
     def __init__(
@@ -143,7 +152,8 @@ class Mixture:
             return None
         rows = self._unit // gcd(*weights)
         resting = sum(weight == 0 for weight in weights)
-        # A source that rests for ever has at most one row open, which comes in one of these turns or never.
+        # A source that rests for ever has at most one row open, which comes in one of these turns
+        # or never.
         begin = self._first_rows[-1] + (0 if len(self._first_rows) == 1 else 2 * resting + 2) * rows
         rows *= -(-4 * BLOCK_ROWS // rows)
         counts = tuple(weight * rows // self._unit for weight in weights)
@@ -181,7 +191,9 @@ class Mixture:
         return self._run([0] * len(self.names), 0, row)[0]
 
     def _guess(self, row: int) -> tuple[list[int], int]:
-        """Counts before `row` with those open windows done that close first; and when the last open one closes."""
+        """Counts before `row` with those open windows done that close first; and when the last open
+        one closes.
+        """
         targets = [self._target(source, row) for source in range(len(self.names))]
         counts = [target // self._unit for target in targets]
         windows = sorted(
@@ -202,7 +214,9 @@ class Mixture:
         return self._when(source, (index + 1) * self._unit) - 1
 
     def _run(self, counts: list[int], start: int, stop: int) -> tuple[list[int], list[int]]:
-        """Give the rows [start, stop) away; returns the counts after them and the source of each."""
+        """Give the rows [start, stop) away; returns the counts after them and the source of
+        each.
+        """
         counts = list(counts)
         everybody = range(len(counts))
         opens = [self._opens(source, counts[source]) for source in everybody]

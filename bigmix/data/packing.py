@@ -1,11 +1,14 @@
-"""The document lengths of a shard go in, the parts of each of its rows come out: a pure function of the lengths.
+"""The document lengths of a shard go in, the parts of each of its rows come out: a pure function of
+the lengths.
 
-Text that may be split anywhere needs no packing: row r of a shard is its tokens [r * T, (r + 1) * T).
+Text that may be split anywhere needs no packing: row r of a shard is its tokens [r * T, (r + 1) *
+T).
 
-The packing of a shard and its loss masks go in, its rows come out: what to copy, and what is in the loss.
+The packing of a shard and its loss masks go in, its rows come out: what to copy, and what is in the
+loss.
 
-All of a shard at once and in whole arrays, and so are the rows that are asked for: what is done for each document by
-itself is one slice. Letters: R rows, P parts, K runs of positions in the loss.
+All of a shard at once and in whole arrays, and so are the rows that are asked for: what is done for
+each document by itself is one slice. Letters: R rows, P parts, K runs of positions in the loss.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,10 +68,12 @@ class _Run:
 
 
 def pack_text(lengths: Ints, row_tokens: int, whole_below: int) -> Packing:
-    """Documents laid end to end and cut into rows, those shorter than `whole_below` tokens never inside.
+    """Documents laid end to end and cut into rows, those shorter than `whole_below` tokens never
+    inside.
 
-    No token is lost: the last row holds the rest. With lengths 5, 4 in rows of 4 and `whole_below` 0 the parts are
-    [0, 4) | [4, 5) [5, 8) | [8, 9); with `whole_below` 5 they are [0, 4) | [4, 5) | [5, 9).
+    No token is lost: the last row holds the rest. With lengths 5, 4 in rows of 4 and `whole_below`
+    0 the parts are [0, 4) | [4, 5) [5, 8) | [8, 9); with `whole_below` 5 they are [0, 4) | [4, 5) |
+    [5, 9).
     """
     firsts, starts, stops, documents = [0], list[int](), list[int](), list[int]()
     room, at = row_tokens, 0
@@ -95,7 +100,9 @@ def pack_text(lengths: Ints, row_tokens: int, whole_below: int) -> Packing:
 
 
 def pack_chat(lengths: Ints, row_tokens: int, long_documents: LongDocuments) -> Packing:
-    """Whole documents in as few rows as best-fit-decreasing finds; one longer than a row is dropped or cut."""
+    """Whole documents in as few rows as best-fit-decreasing finds; one longer than a row is dropped
+    or cut.
+    """
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     fitted = _fitted(lengths, row_tokens, long_documents)
     order = np.argsort(-fitted, kind="stable")[: np.count_nonzero(fitted)]
@@ -136,12 +143,13 @@ def _fitted(lengths: Ints, row_tokens: int, long_documents: LongDocuments) -> In
 
 
 def _best_fit(count_of_length: Ints, row_tokens: int) -> Iterator[_Run]:
-    """Best-fit-decreasing (Johnson, "Near-optimal bin packing algorithms", 1973), for all documents of a length at once.
+    """Best-fit-decreasing (Johnson, "Near-optimal bin packing algorithms", 1973), for all documents
+    of a length at once.
 
-    The row with the least room that still holds a document takes it; what is left then is less, so the same row takes
-    the next one of that length as long as it fits. Rows with equal room are kept as runs of numbers, and which rooms
-    there are as one big whole number whose bit r stands for room r: the least that fits is its lowest set bit from
-    the length on.
+    The row with the least room that still holds a document takes it; what is left then is less, so
+    the same row takes the next one of that length as long as it fits. Rows with equal room are kept
+    as runs of numbers, and which rooms there are as one big whole number whose bit r stands for
+    room r: the least that fits is its lowest set bit from the length on.
     """
     rooms = 0
     rows_with_room: list[list[tuple[int, int]]] = [[] for _ in range(row_tokens + 1)]
@@ -179,9 +187,10 @@ PADDING = -1  # the document and the address of a part that is padding
 class RowTable:
     """The rows of a shard.
 
-    `rows_R6` has for each row its first part and run and those of the next row, its tokens without padding and the
-    sum of its parts' squared lengths; `parts_P4` for each part its address in the shard, where it starts in its row,
-    its length and its document; `runs_K2` for each run where it begins in its row and its length.
+    `rows_R6` has for each row its first part and run and those of the next row, its tokens without
+    padding and the sum of its parts' squared lengths; `parts_P4` for each part its address in the
+    shard, where it starts in its row, its length and its document; `runs_K2` for each run where it
+    begins in its row and its length.
     """
 
     rows_R6: Ints
@@ -193,8 +202,9 @@ class RowTable:
 class Rows:
     """Some rows: what their parts are, and what is in the loss.
 
-    `parts_R` and `runs_R` count the parts and runs of each row; `pieces` are the bytes of the ids, end to end.
-    Parts start and runs begin at positions in their row; `documents_P` is PADDING for padding.
+    `parts_R` and `runs_R` count the parts and runs of each row; `pieces` are the bytes of the ids,
+    end to end. Parts start and runs begin at positions in their row; `documents_P` is PADDING for
+    padding.
     """
 
     parts_R: Ints
@@ -326,11 +336,17 @@ def _table(
     padding_P4[:, 1], padding_P4[:, 2] = tokens_R[padded], width - tokens_R[padded]
     more = np.concatenate([[0], np.cumsum(tokens_R < width)])
     columns = [
-        firsts[:-1] + more[:-1], firsts[1:] + more[1:], runs[:-1], runs[1:], tokens_R, squares_R
-    ]  # fmt: skip
+        firsts[:-1] + more[:-1],
+        firsts[1:] + more[1:],
+        runs[:-1],
+        runs[1:],
+        tokens_R,
+        squares_R,
+    ]
     return RowTable(
         rows_R6=np.stack(columns, axis=1),
-        # Half the memory of what numpy counts with: the tables of a window of shards are held at a time.
+        # Half the memory of what numpy counts with: the tables of a window of shards are held at a
+        # time.
         parts_P4=np.insert(parts_P4, firsts[1:][padded], padding_P4, axis=0).astype(np.int32),
         runs_K2=runs_K2.astype(np.int32),
     )

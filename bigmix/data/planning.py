@@ -1,6 +1,8 @@
-"""A recipe and its opened sources go in; the plan of all rows, the number of steps and the shares of the gradient come out.
+"""A recipe and its opened sources go in; the plan of all rows, the number of steps and the shares
+of the gradient come out.
 
-Here shares that follow from sizes become numbers, budgets become steps, and limits of epochs are held or refused.
+Here shares that follow from sizes become numbers, budgets become steps, and limits of epochs are
+held or refused.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -47,8 +49,8 @@ class Mixing:
 def mix(recipe: Recipe, stages: Sequence[Stage], chapter: Chapter = FIRST_CHAPTER) -> Mixing:
     """The plan of a run, or of the rest of it from a chapter on.
 
-    Raises BadInput with every fault: shares that leave nothing, a budget that is never reached, a source that would
-    be gone through more often than it may.
+    Raises BadInput with every fault: shares that leave nothing, a budget that is never reached, a
+    source that would be gone through more often than it may.
     """
     sizes = _sizes(recipe, stages, chapter)
     shares = _shares(recipe, sizes, chapter, _share)
@@ -77,7 +79,9 @@ def _shares(
     chapter: Chapter,
     share_of: Callable[[Source | Group], Any],
 ) -> Shares:
-    """The shares in numbers and points: what follows from sizes, and what controllers have decided on."""
+    """The shares in numbers and points: what follows from sizes, and what controllers have decided
+    on.
+    """
     now = {n: chapter.shares.get(n, c.start) for n, c in recipe.controllers.items()}
     values = {**sizes, **now}
     sources = {
@@ -103,7 +107,9 @@ def _number(
 
 
 def _with_the_rest(shares: Shares, controlled: Collection[str]) -> Shares:
-    """The same, where a controlled share is a fraction of all: those beside it are a group, which has the rest."""
+    """The same, where a controlled share is a fraction of all: those beside it are a group, which
+    has the rest.
+    """
     members = {**shares.sources, **shares.groups}
     for level in {members[name].group for name in controlled}:
         fractions = [members[n].share for n in controlled if members[n].group == level]
@@ -125,8 +131,8 @@ def _with_the_rest(shares: Shares, controlled: Collection[str]) -> Shares:
 def _sizes(recipe: Recipe, stages: Sequence[Stage], chapter: Chapter) -> dict[str, float]:
     """The shares that follow from the sizes of sources.
 
-    What UniMax gives depends on the rows of the run, and they on it where the budget is in tokens: from even shares on,
-    both are found by turns.
+    What UniMax gives depends on the rows of the run, and they on it where the budget is in tokens:
+    from even shares on, both are found by turns.
     """
     tokens = {name: stream.manifest.tokens for name, stream in stages[-1].streams.items()}
     sizes = by_temperature(recipe, tokens)
@@ -155,7 +161,9 @@ def _sizes(recipe: Recipe, stages: Sequence[Stage], chapter: Chapter) -> dict[st
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Room:
-    """The rows that sources have together from a chapter on, and those that each of them can give within its epochs."""
+    """The rows that sources have together from a chapter on, and those that each of them can give
+    within its epochs.
+    """
 
     rows: int
     capacities: Mapping[str, int]
@@ -189,8 +197,9 @@ def _too_small(room: _Room) -> Iterator[str]:
     if most < room.rows:
         names = ", ".join(f"sources.{name}.share" for name in room.capacities)
         yield (
-            f"{names}: unimax lets these sources give {most:,} rows together, and the run needs {room.rows:,}; raise unimax "
-            "in the same ratio or more, lower the budget, or give other sources a larger share"
+            f"{names}: unimax lets these sources give {most:,} rows together, and the run needs"
+            f" {room.rows:,}; raise unimax in the same ratio or more, lower the budget, or give"
+            " other sources a larger share"
         )
 
 
@@ -198,8 +207,8 @@ def _empty_steps(kind: str, shares: Shares, chapter: Chapter) -> Iterator[str]:
     empty = _first_empty(shares)
     if empty is not None:
         yield (
-            f"{kind} of every source is 0 at step {chapter.after + empty}; at each step one must be above 0, "
-            "move a point or add a constant share"
+            f"{kind} of every source is 0 at step {chapter.after + empty}; at each step one must be"
+            " above 0, move a point or add a constant share"
         )
 
 
@@ -217,7 +226,8 @@ def _within_epochs(
     loss_shares: Shares,
     chapter: Chapter,
 ) -> Mixing:
-    """Go from limit to limit: the source that comes first to its own is refused, ends the run, or leaves it.
+    """Go from limit to limit: the source that comes first to its own is refused, ends the run, or
+    leaves it.
 
     Shares count from the beginning of the chapter, steps from that of the run.
     """
@@ -243,12 +253,13 @@ def _within_epochs(
         if source.when_exhausted == "stop":
             _check_not_empty(end - after, first)
             notes.append(
-                f"the run ends after {end:,} steps and not {steps:,}: {first} has then come to its max_epochs = "
-                f"{source.max_epochs:g}"
+                f"the run ends after {end:,} steps and not {steps:,}: {first} has then come to its"
+                f" max_epochs = {source.max_epochs:g}"
             )
             return Mixing(plan=plan, steps=end, loss_shares=loss_shares, notes=notes)
         if first in shares.ends:
-            # The mixture owes it the rest of a row, and gives it when several have left: it leaves a row earlier.
+            # The mixture owes it the rest of a row, and gives it when several have left: it leaves
+            # a row earlier.
             earlier = _last_step(recipe, plan, first, steps, spare_rows=1)
             end = min(earlier, after + shares.ends[first] - 1)
         _check_not_empty(end - after, first)
@@ -264,33 +275,36 @@ def _within_epochs(
 
 def _said_left(recipe: Recipe, name: str, end: int) -> str:
     return (
-        f"from step {end + 1:,} on {name} is left out and its share given to the others: it has then come to its "
-        f"max_epochs = {recipe.sources[name].max_epochs:g}"
+        f"from step {end + 1:,} on {name} is left out and its share given to the others: it has"
+        f" then come to its max_epochs = {recipe.sources[name].max_epochs:g}"
     )
 
 
 def _nothing_left(kind: str, shares: Shares, steps: int, after: int) -> Iterator[str]:
-    """Shares are 0 from a step on because sources have left; a block of rows beyond the run's end counts too."""
+    """Shares are 0 from a step on because sources have left; a block of rows beyond the run's end
+    counts too.
+    """
     empty = _first_empty(shares)
     if empty is None:
         return
     gone = ", ".join(shares.ends)
     if len(shares.ends) == len(shares.names):
         yield (
-            f"every source ({gone}) has come to its max_epochs after {after + empty:,} of {steps:,} steps; raise a max_epochs, "
-            "lower the budget, or set when_exhausted: stop"
+            f"every source ({gone}) has come to its max_epochs after {after + empty:,} of {steps:,}"
+            " steps; raise a max_epochs, lower the budget, or set when_exhausted: stop"
         )
     else:
         yield (
-            f"{kind} of every source is 0 at step {after + empty:,}, since {gone} has come to its max_epochs; raise it, set "
-            "when_exhausted: stop, or move a point of the others"
+            f"{kind} of every source is 0 at step {after + empty:,}, since {gone} has come to its"
+            " max_epochs; raise it, set when_exhausted: stop, or move a point of the others"
         )
 
 
 def _check_not_empty(end: int, name: str) -> None:
     if end == 0:
         raise BadInput(
-            f"sources.{name}.max_epochs is used up within the first step; raise it, or lower rows_per_step or the share"
+            f"sources.{name}.max_epochs is used up within the first step; raise it, or lower"
+            " rows_per_step or the share"
         )
 
 
@@ -314,7 +328,9 @@ def _epochs(plan: Plan, name: str, step: int, more_rows: int) -> float:
 
 
 def _refused(recipe: Recipe, plan: Plan, ends: Mapping[str, int], steps: int) -> Iterator[str]:
-    """Every source that would go beyond its limit and must not, before another one stops the run."""
+    """Every source that would go beyond its limit and must not, before another one stops the
+    run.
+    """
     stops = [end for n, end in ends.items() if recipe.sources[n].when_exhausted == "stop"]
     for name, end in ends.items():
         if recipe.sources[name].when_exhausted == "error" and end < min([*stops, steps]):
@@ -327,14 +343,17 @@ def _too_many(recipe: Recipe, plan: Plan, name: str, steps: int) -> str:
     assert limit is not None
     fewer = _smaller_share(recipe, plan, name, limit / needed)
     return (
-        f"sources.{name}.max_epochs is {limit:g} and the run goes through it {needed:.4g} times in {steps:,} steps; set "
-        f"sources.{name}.max_epochs to {ceil(needed * 100) / 100:.15g}{fewer}, lower the budget, or choose when_exhausted: "
-        "stop or renormalise"
+        f"sources.{name}.max_epochs is {limit:g} and the run goes through it {needed:.4g} times in"
+        f" {steps:,} steps; set sources.{name}.max_epochs to"
+        f" {ceil(needed * 100) / 100:.15g}{fewer}, lower the budget, or choose when_exhausted: stop"
+        " or renormalise"
     )
 
 
 def _smaller_share(recipe: Recipe, plan: Plan, name: str, factor: float) -> str:
-    """The share that draws `factor` times the rows while the others keep theirs, in words; nothing where it moves."""
+    """The share that draws `factor` times the rows while the others keep theirs, in words; nothing
+    where it moves.
+    """
     source = recipe.sources[name]
     others = [s.share for n, s in recipe.sources.items() if n != name and s.group == source.group]
     others += [g.share for g in recipe.groups.values() if g.group == source.group]
@@ -342,7 +361,8 @@ def _smaller_share(recipe: Recipe, plan: Plan, name: str, factor: float) -> str:
     if not isinstance(source.share, float) or len(numbers) < len(others) or not numbers:
         return ""
     part = source.share / (source.share + sum(numbers)) * factor
-    # Prefixes are within one row, and with the share the steps of a budget change: what is said has been tried.
+    # Prefixes are within one row, and with the share the steps of a budget change: what is said has
+    # been tried.
     guess, fits, too_many = part * sum(numbers) / (1 - part), 0.0, source.share
     for _ in range(_SHARES_TRIED):
         share = float(f"{guess:.2e}")
@@ -376,9 +396,11 @@ def _plan(recipe: Recipe, stages: Sequence[Stage], shares: Shares, chapter: Chap
 
 
 def _whole_rows(recipe: Recipe, shares: Shares, chapter: Chapter) -> dict[str, int] | None:
-    """The rows of each source up to the next decision, where shares were decided and stay until then.
+    """The rows of each source up to the next decision, where shares were decided and stay until
+    then.
 
-    They are whole, and what a source was owed is counted in, so that a small share is met over many decisions.
+    They are whole, and what a source was owed is counted in, so that a small share is met over many
+    decisions.
     """
     if not chapter.shares or shares.last_change:
         return None
@@ -391,7 +413,8 @@ def _whole_rows(recipe: Recipe, shares: Shares, chapter: Chapter) -> dict[str, i
 def count_steps(
     recipe: Recipe, stages: Sequence[Stage], shares: Shares, chapter: Chapter = FIRST_CHAPTER
 ) -> int:
-    """Optimizer steps of the run that the budget allows, from the mean number of tokens in a row of each source.
+    """Optimizer steps of the run that the budget allows, from the mean number of tokens in a row of
+    each source.
 
     What was trained before the chapter is counted, for the sources that the recipe names.
     """
@@ -415,8 +438,9 @@ def count_steps(
     left = goal - (float(reached[-1]) if len(reached) else 0.0)
     if gains[-1] == 0:
         raise BadInput(
-            f"budget.task_tokens is {goal:,} and {float(reached[-1]):,.0f} can be reached: the shares of {', '.join(names)} end "
-            f"at 0 after step {after + last:,}; raise their last point or max_epochs, or use budget.steps"
+            f"budget.task_tokens is {goal:,} and {float(reached[-1]):,.0f} can be reached: the"
+            f" shares of {', '.join(names)} end at 0 after step {after + last:,}; raise their last"
+            " point or max_epochs, or use budget.steps"
         )
     return after + last + ceil(left / float(gains[-1]))
 
@@ -429,7 +453,9 @@ def _gains(
     steps: npt.NDArray[np.int64],
     after: int,
 ) -> _Floats:
-    """Tokens of the named sources that each step is expected to bring, which come after `after` others of the run."""
+    """Tokens of the named sources that each step is expected to bring, which come after `after`
+    others of the run.
+    """
     table = shares.table(steps)
     firsts = [stage.first_step for stage in stages]
     stage_of = np.searchsorted(firsts, after + steps + 1, side="right") - 1

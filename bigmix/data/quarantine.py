@@ -1,11 +1,14 @@
-"""Shards that were found bad go in, the list of those whose rows are replaced comes out, with the step that each is replaced from.
+"""Shards that were found bad go in, the list of those whose rows are replaced comes out, with the
+step that each is replaced from.
 
-The shards of an epoch and which of them are bad go in; for each row of a bad shard, the row to train in its place comes out.
+The shards of an epoch and which of them are bad go in; for each row of a bad shard, the row to
+train in its place comes out.
 
-The substitute is of the same window of shards, whose rows are read at that time, so that no other shard is opened for it;
-of the nearest window with a healthy shard where there is none. The rows of the bad shards of a window and those of its
-healthy ones are both counted through: the j-th of B bad ones gets one of the healthy ones [j H / B, (j + 1) H / B) of H.
-So each healthy shard gives its part to within two rows, and none gives a row twice before all have given theirs once.
+The substitute is of the same window of shards, whose rows are read at that time, so that no other
+shard is opened for it; of the nearest window with a healthy shard where there is none. The rows of
+the bad shards of a window and those of its healthy ones are both counted through: the j-th of B bad
+ones gets one of the healthy ones [j H / B, (j + 1) H / B) of H. So each healthy shard gives its
+part to within two rows, and none gives a row twice before all have given theirs once.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +23,9 @@ from bigmix.types import Flags, Ints
 
 
 class BadShard(BigmixError):
-    """A shard of a source that cannot be read, by a fault of its own and not of this machine; `shard` is its index."""
+    """A shard of a source that cannot be read, by a fault of its own and not of this machine;
+    `shard` is its index.
+    """
 
     def __init__(self, source: str, shard: int, file: str, reason: str) -> None:
         # All four are the arguments, so that another rank can be sent it.
@@ -36,7 +41,8 @@ class BadShard(BigmixError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quarantine:
-    """For each source the files of its bad shards, and the first step, counted from 1, whose rows are replaced.
+    """For each source the files of its bad shards, and the first step, counted from 1, whose rows
+    are replaced.
 
     Files and not places: a source that is listed in another order has the same ones.
     """
@@ -69,10 +75,11 @@ class Quarantine:
     def extended(
         self, found: Iterable[BadShard], step: int
     ) -> tuple["Quarantine", Sequence[BadShard]]:
-        """With more shards whose rows are replaced from a step on; and those that were not replaced in that step before.
+        """With more shards whose rows are replaced from a step on; and those that were not replaced
+        in that step before.
 
-        The order in which they are given, and how often, changes nothing. Where none is new the step fails by what
-        is replaced already: it will fail again.
+        The order in which they are given, and how often, changes nothing. Where none is new the
+        step fails by what is replaced already: it will fail again.
         """
         files = {source: dict(known) for source, known in self.first_steps.items()}
         new = []
@@ -89,7 +96,8 @@ EMPTY = Quarantine()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Substitution:
-    """The shards of an epoch in its order: `bad_before` and `healthy_before` count the rows before each, and in all.
+    """The shards of an epoch in its order: `bad_before` and `healthy_before` count the rows before
+    each, and in all.
 
     Windows are `window_shards` shards each; `key` decides the choice.
     """
@@ -100,7 +108,9 @@ class Substitution:
     key: int
 
     def of(self, places_R: Ints, rows_R: Ints) -> tuple[Ints, Ints]:
-        """The place in the epoch's order and the row of what is trained instead of these rows, all of bad shards."""
+        """The place in the epoch's order and the row of what is trained instead of these rows, all
+        of bad shards.
+        """
         windows_R = places_R // self.window_shards
         bad_firsts_R, bad_R = self._span(self.bad_before, windows_R)
         healthy_firsts_R, healthy_R = self._span(self.healthy_before, self._sources_of(windows_R))
@@ -120,7 +130,9 @@ class Substitution:
         return before[begins_R], before[ends_R] - before[begins_R]
 
     def _sources_of(self, windows_R: Ints) -> Ints:
-        """The window that gives to each; of two that are equally near the earlier one, whose shards may still be open."""
+        """The window that gives to each; of two that are equally near the earlier one, whose shards
+        may still be open.
+        """
         count = -(-(len(self.healthy_before) - 1) // self.window_shards)
         _, healthy_W = self._span(self.healthy_before, np.arange(count))
         able = np.flatnonzero(healthy_W)
@@ -131,7 +143,9 @@ class Substitution:
 
 
 def substitution(rows_S: Ints, is_bad_S: Flags, *, window_shards: int, key: int) -> Substitution:
-    """For an epoch whose shards, in its order, have so many rows; some of the healthy ones must have any."""
+    """For an epoch whose shards, in its order, have so many rows; some of the healthy ones must
+    have any.
+    """
     assert rows_S[~is_bad_S].any(), "no healthy shard is left"
     return Substitution(
         bad_before=np.concatenate([[0], np.cumsum(np.where(is_bad_S, rows_S, 0))]),

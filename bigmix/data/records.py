@@ -1,5 +1,7 @@
-"""The records that travel between the parts. Letters: B rows, T positions of a row, R rows of a rank's step, N loss tokens, P parts,
-K runs of loss tokens.
+"""The records that travel between the parts.
+
+Letters: B rows, T positions of a row, R rows of a rank's step, N loss tokens, P parts, K runs of
+loss tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +24,9 @@ class RowId:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Standing:
-    """Where a source stands: the next row is number `row`, counted over all epochs, each of which has `of` rows."""
+    """Where a source stands: the next row is number `row`, counted over all epochs, each of which
+    has `of` rows.
+    """
 
     row: int
     of: int
@@ -32,9 +36,10 @@ class Standing:
 class Chapter:
     """From where on a recipe holds: after `after` steps of the run, the first chapter after 0.
 
-    By then each source has come to the row `rows` of its stream, counted over all its epochs, and `tokens` have been
-    trained; a source that is named in neither is new. `shares` are those that were decided, of sources and groups with
-    a controller, and `owed` what each source has then drawn too little, in rows.
+    By then each source has come to the row `rows` of its stream, counted over all its epochs, and
+    `tokens` have been trained; a source that is named in neither is new. `shares` are those that
+    were decided, of sources and groups with a controller, and `owed` what each source has then
+    drawn too little, in rows.
     """
 
     after: int = 0
@@ -46,7 +51,8 @@ class Chapter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """The shares that controllers decided on after a step, by source or group, and the forgetting that they saw.
+    """The shares that controllers decided on after a step, by source or group, and the forgetting
+    that they saw.
 
     `progress` is the part of the run that was done, which the learning rate follows.
     """
@@ -76,7 +82,9 @@ class RowPlaces:
         ]
 
     def by_shard(self) -> list[tuple[int, int, Ints]]:
-        """Source, shard and the places of its rows, in the order in which the shards are first needed."""
+        """Source, shard and the places of its rows, in the order in which the shards are first
+        needed.
+        """
         keys = self.sources_R * (int(self.shards_R.max(initial=0)) + 1) + self.shards_R
         _, first, group_R = np.unique(keys, return_index=True, return_inverse=True)
         ends = np.cumsum(np.bincount(group_R))[:-1]
@@ -101,9 +109,9 @@ class RowPlaces:
 class Row:
     """`sequence_length` tokens packed from documents of one source, as one looks at them.
 
-    `labels_T[t]` is the token that position t must predict, IGNORE where none is. Positions restart in each part;
-    what follows the last part is padding and a part of its own. `documents_P` says which document of its shard a part
-    is from.
+    `labels_T[t]` is the token that position t must predict, IGNORE where none is. Positions restart
+    in each part; what follows the last part is padding and a part of its own. `documents_P` says
+    which document of its shard a part is from.
     """
 
     id: RowId
@@ -119,9 +127,9 @@ class Row:
 class MicroBatch:
     """The rows of one forward pass: what cannot be worked out on the device.
 
-    Parts, padding among them, begin at the flat positions (row * T + position) `starts_P`; the sums of a part go to
-    `groups_P`: its source while training. The flat positions whose prediction, the token that follows, is in the loss
-    are runs of `lengths_K` from `begins_K` on.
+    Parts, padding among them, begin at the flat positions (row * T + position) `starts_P`; the sums
+    of a part go to `groups_P`: its source while training. The flat positions whose prediction, the
+    token that follows, is in the loss are runs of `lengths_K` from `begins_K` on.
     """
 
     ids_BT: Ints
@@ -150,8 +158,9 @@ class MicroBatch:
 class StepBatch:
     """What one rank trains in one step.
 
-    `rows` counts over all ranks, and so does `substituted`: those of them that stand for rows of bad shards. `tokens`,
-    `loss_tokens` and `squares`, the sum over parts of their squared lengths, are this rank's own.
+    `rows` counts over all ranks, and so does `substituted`: those of them that stand for rows of
+    bad shards. `tokens`, `loss_tokens` and `squares`, the sum over parts of their squared lengths,
+    are this rank's own.
     """
 
     step: int

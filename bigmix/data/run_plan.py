@@ -26,7 +26,9 @@ FIRST_CHAPTER = Chapter()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """Steps from `first_step` on, whose rows have the length that the packers of these streams say."""
+    """Steps from `first_step` on, whose rows have the length that the packers of these
+    streams say.
+    """
 
     first_step: int
     streams: Mapping[str, Stream]
@@ -34,7 +36,9 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stretch:
-    """Rows [begin, end) of a stream in the order in which they are drawn, with those of `bad` shards replaced."""
+    """Rows [begin, end) of a stream in the order in which they are drawn, with those of `bad`
+    shards replaced.
+    """
 
     stream: Stream
     begin: int
@@ -49,17 +53,21 @@ class Stretch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Start:
-    """Where a stage begins in a source: after `drawn` rows of the run, with row `index` of its stream."""
+    """Where a stage begins in a source: after `drawn` rows of the run, with row `index` of its
+    stream.
+    """
 
     drawn: int
     index: int
 
 
 class Plan:
-    """What decides the rows of every step: the same plan gives the same rows on any number of ranks.
+    """What decides the rows of every step: the same plan gives the same rows on any number of
+    ranks.
 
-    Where rows change their length, each source goes on at the same fraction of its epoch. Rows of shards in quarantine
-    are drawn and counted as before; what is read is a row of another shard of their source.
+    Where rows change their length, each source goes on at the same fraction of its epoch. Rows of
+    shards in quarantine are drawn and counted as before; what is read is a row of another shard of
+    their source.
     """
 
     def __init__(
@@ -87,7 +95,8 @@ class Plan:
             for name, files in quarantine.first_steps.items()
             if name in mixture.names
         }
-        # Rows are read together between these: those before a shard is replaced would still be read from it.
+        # Rows are read together between these: those before a shard is replaced would still be read
+        # from it.
         begin, *later = self._first_steps
         self._borders = sorted({begin, *later, *(q for q in quarantine.steps if q > begin)})
         self._starts = list(accumulate(stages[1:], self._next_starts, initial=self._zero()))
@@ -127,7 +136,9 @@ class Plan:
         return self.mixture.counts((step - self.chapter.after) * self.rows_per_step)
 
     def owed(self, step: int) -> dict[str, float]:
-        """By how many rows each source has drawn less after a step than its shares since the run began."""
+        """By how many rows each source has drawn less after a step than its shares since the run
+        began.
+        """
         shares, drawn = self.mixture.shares, self.counts(step)
         steps = step - self.chapter.after
         changing = shares.table(np.arange(min(steps, shares.last_change)))
@@ -148,7 +159,9 @@ class Plan:
         }
 
     def row_ids(self, step: int) -> list[RowId]:
-        """The rows of a step, counted from 1, over all ranks and in the order in which ranks take their blocks."""
+        """The rows of a step, counted from 1, over all ranks and in the order in which ranks take
+        their blocks.
+        """
         return self._locate(step, 1, 0, self.rows_per_step).ids()
 
     def places(self, portion: Portion, step: int) -> RowPlaces:
@@ -168,14 +181,19 @@ class Plan:
         return counts
 
     def assembled(self, portion: Portion, step: int) -> tuple[Assembled, int]:
-        """The rows of one rank in some steps, this one among them, and the first of the step's rows in them."""
+        """The rows of one rank in some steps, this one among them, and the first of the step's rows
+        in them.
+        """
         start, stop = portion.rows.start, portion.rows.stop
         steps = self._together(portion, step)
         rows = self._assembled(steps.start, len(steps), start, stop)
         return rows, (step - steps.start) * (stop - start)
 
     def gathered(self, portion: Portion, *, first: int, last: int) -> Iterator[Iterator[RowPlaces]]:
-        """What `assembled` reads for the steps `first` .. `last`, in its order: of each stage, the rows of one reading."""
+        """What `assembled` reads for the steps `first` ..
+
+        `last`, in its order: of each stage, the rows of one reading.
+        """
         bounds = [begin for begin in self._first_steps if first < begin <= last]
         for begin, end in pairwise([first, *bounds, last + 1]):
             yield self._gathered(portion, begin, end)
@@ -187,7 +205,9 @@ class Plan:
             step = steps.stop
 
     def _together(self, portion: Portion, step: int) -> range:
-        """The steps that are read together with this one: about ASSEMBLED_ROWS rows of the rank, of one stage."""
+        """The steps that are read together with this one: about ASSEMBLED_ROWS rows of the rank, of
+        one stage.
+        """
         steps = max(1, ASSEMBLED_ROWS // (portion.rows.stop - portion.rows.start))
         first = (step - 1) // steps * steps + 1
         later = [begin for begin in self._borders if first < begin <= step]
@@ -208,7 +228,9 @@ class Plan:
         return {name: found.row / found.of for name, found in self.standing(step).items()}
 
     def drawn(self, name: str, rows: int) -> Iterator[Stretch]:
-        """What the first `rows` rows of a source in the run are, in stretches between which a stage or a replacement begins."""
+        """What the first `rows` rows of a source in the run are, in stretches between which a stage
+        or a replacement begins.
+        """
         drawn = [self.counts(step - 1)[name] for step in self._borders]
         for step, begin, end in zip(self._borders, drawn, [*drawn[1:], rows], strict=True):
             at = bisect_right(self._first_steps, step) - 1
@@ -222,7 +244,9 @@ class Plan:
                 )
 
     def filled(self, name: str, rows: int) -> float:
-        """The part of the first `rows` rows of a source in the run that is not padding, in the mean of its epochs."""
+        """The part of the first `rows` rows of a source in the run that is not padding, in the mean
+        of its epochs.
+        """
         tokens = 0.0
         for part in self.drawn(name, max(rows, 1)):
             stream, count = part.stream, part.end - part.begin
@@ -236,7 +260,9 @@ class Plan:
         )
 
     def num_shards(self, name: str) -> int:
-        """How many shards of a source rows are read from, where they are fewest: those that are not bad and have any."""
+        """How many shards of a source rows are read from, where they are fewest: those that are not
+        bad and have any.
+        """
         bad = self._bad.get(name, {})
         return min(stage.streams[name].num_shards_but(bad) for stage in self.stages)
 
@@ -264,7 +290,9 @@ class Plan:
         return frozenset(shard for shard, first in self._bad.get(name, {}).items() if first <= step)
 
     def _locate(self, first: int, steps: int, start: int, stop: int) -> RowPlaces:
-        """The rows at places [start, stop) of each of the steps; between them no stage and no replacement begins."""
+        """The rows at places [start, stop) of each of the steps; between them no stage and no
+        replacement begins.
+        """
         rows, streams = self._rows(first, steps, start, stop), self.streams_at(first)
         epochs_R, shards_R, rows_R = columns_3R = np.empty((3, len(rows.indices_R)), np.int64)
         for source, name in enumerate(self.mixture.names):
@@ -282,7 +310,9 @@ class Plan:
         )
 
     def _rows(self, first: int, steps: int, start: int, stop: int) -> Places:
-        """The same rows as they are drawn: their sources, and their indices in the streams of their stage."""
+        """The same rows as they are drawn: their sources, and their indices in the streams of their
+        stage.
+        """
         drawn = [self._drawn(step, start, stop) for step in range(first, first + steps)]
         sources_R = np.concatenate([part.sources_R for parts in drawn for part in parts])
         indices_R = np.concatenate([part.indices_R for parts in drawn for part in parts])
@@ -293,8 +323,9 @@ class Plan:
     def _drawn(self, step: int, start: int, stop: int) -> list[Places]:
         """The mixture's rows at places [start, stop) of a step.
 
-        The mixture's order is kept, so that a rank's block holds every source in its share, and begins at a place
-        that changes from step to step, so that no rank is given one kind of row for ever.
+        The mixture's order is kept, so that a rank's block holds every source in its share, and
+        begins at a place that changes from step to step, so that no rank is given one kind of row
+        for ever.
         """
         begin, count = (step - 1 - self.chapter.after) * self.rows_per_step, self.rows_per_step
         shift = key_of(self._seed, "step", step) % count
@@ -304,7 +335,9 @@ class Plan:
 
 
 def same_fraction(row: int, old: int, new: int) -> int:
-    """The row at the same fraction of its epoch when an epoch has `new` rows and no longer `old`, rounded up."""
+    """The row at the same fraction of its epoch when an epoch has `new` rows and no longer `old`,
+    rounded up.
+    """
     epochs, rest = divmod(row, old)
     return epochs * new - (-rest * new // old)
 
@@ -316,8 +349,9 @@ def _shards_of(stages: Sequence[Stage], name: str, files: Mapping[str, int]) -> 
     shards = stream.manifest.shards.indices_of(files)
     if any(s.streams[name].rows_in(shards) == s.streams[name].rows_per_epoch for s in stages):
         raise BigmixError(
-            f"no shard of {name} is left to train on: {len(shards)} of {len(names)} are bad, the first is "
-            f"{names[shards[0]]}; restore them or prepare the source again, then run the command again"
+            f"no shard of {name} is left to train on: {len(shards)} of {len(names)} are bad, the"
+            f" first is {names[shards[0]]}; restore them or prepare the source again, then run the"
+            " command again"
         )
     return {shard: files[names[shard]] for shard in shards}
 

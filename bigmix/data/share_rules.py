@@ -1,4 +1,6 @@
-"""What an evaluation says goes in, the shares that controllers decide on come out, by their own rule or by the user's."""
+"""What an evaluation says goes in, the shares that controllers decide on come out, by their own
+rule or by the user's.
+"""
 
 import importlib
 import importlib.util
@@ -15,8 +17,8 @@ from bigmix.errors import BadInput, BigmixError
 from bigmix.recipe.shares import FORGETTING, Controller
 
 SHARE_DIGITS = 6
-# Of the share at one decision: it must rise at once, since what is forgotten is learned again slowly, and may take its time
-# to fall.
+# Of the share at one decision: it must rise at once, since what is forgotten is learned again
+# slowly, and may take its time to fall.
 _MOST_DOUBLINGS, _MOST_HALVINGS = 2.0, 1.0
 _FEW_DOUBLINGS = 10.0
 
@@ -25,10 +27,11 @@ _FEW_DOUBLINGS = 10.0
 class Reading:
     """What a rule decides a share on, after `step` of `steps`.
 
-    `share` is what it is now, as a fraction of its group or of the run, and must stay within `least` and `most`.
-    `shares` are the fractions of the run's rows by source. By source too: `losses`, the training loss since the decision
-    before, where a token was trained. By held-out set: `held_out`, its loss, and `forgetting`, that less the one at step
-    0, both in nats per token. `earlier` are the decisions so far, oldest first, with the shares of all controllers.
+    `share` is what it is now, as a fraction of its group or of the run, and must stay within
+    `least` and `most`. `shares` are the fractions of the run's rows by source. By source too:
+    `losses`, the training loss since the decision before, where a token was trained. By held-out
+    set: `held_out`, its loss, and `forgetting`, that less the one at step 0, both in nats per
+    token. `earlier` are the decisions so far, oldest first, with the shares of all controllers.
     """
 
     name: str
@@ -61,12 +64,14 @@ def rule_of(controller: Controller, looked_at: Sequence[str]) -> Rule:
     # Whatever the user's module raises while it is imported.
     except Exception as error:
         raise BadInput(
-            f"controller {controller.controller}: {place} cannot be imported ({type(error).__name__}: {error}); give the path "
-            "of a Python file that exists, or the dotted name of a module that is installed"
+            f"controller {controller.controller}: {place} cannot be imported"
+            f" ({type(error).__name__}: {error}); give the path of a Python file that exists, or"
+            " the dotted name of a module that is installed"
         ) from error
     if not callable(rule):
         raise BadInput(
-            f"controller {controller.controller}: {place} has no function {name}; define it, or name another one"
+            f"controller {controller.controller}: {place} has no function {name}; define it, or"
+            " name another one"
         )
     return rule  # type: ignore[no-any-return]
 
@@ -86,18 +91,21 @@ def _module(place: str) -> Any:
 def decide(rule: Rule, said: str, reading: Reading) -> float:
     """The share that a rule gives, to six digits; `said` is what the recipe calls it.
 
-    Raises BigmixError where the rule fails, gives no number within the bounds, or another one when it is asked again.
+    Raises BigmixError where the rule fails, gives no number within the bounds, or another one when
+    it is asked again.
     """
     first, second = _asked(rule, said, reading), _asked(rule, said, reading)
     if first != second:
         raise BigmixError(
-            f"{said} gives {first} for the share of {reading.name} after step {reading.step}, and {second} when it is asked "
-            "again; a rule must depend on what it is given alone, keep no state and draw nothing at random"
+            f"{said} gives {first} for the share of {reading.name} after step {reading.step}, and"
+            f" {second} when it is asked again; a rule must depend on what it is given alone, keep"
+            " no state and draw nothing at random"
         )
     if not reading.least <= first <= reading.most:
         raise BigmixError(
-            f"{said} gives {first} for the share of {reading.name} after step {reading.step}, must be between least = "
-            f"{reading.least:g} and most = {reading.most:g}; change the rule or the bounds, the same command goes on"
+            f"{said} gives {first} for the share of {reading.name} after step {reading.step}, must"
+            f" be between least = {reading.least:g} and most = {reading.most:g}; change the rule or"
+            " the bounds, the same command goes on"
         )
     return min(max(round(first, SHARE_DIGITS), reading.least), reading.most)
 
@@ -108,22 +116,25 @@ def _asked(rule: Rule, said: str, reading: Reading) -> float:
     # Whatever the user's function raises.
     except Exception as error:
         raise BigmixError(
-            f"{said} failed on the share of {reading.name} after step {reading.step}: {type(error).__name__}: {error}"
+            f"{said} failed on the share of {reading.name} after step {reading.step}:"
+            f" {type(error).__name__}: {error}"
         ) from error
     if isinstance(share, bool) or not isinstance(share, int | float) or not math.isfinite(share):
         raise BigmixError(
-            f"{said} gives {share!r} for the share of {reading.name} after step {reading.step}, must be a finite number; "
-            "change the rule, the same command goes on"
+            f"{said} gives {share!r} for the share of {reading.name} after step {reading.step},"
+            " must be a finite number; change the rule, the same command goes on"
         )
     return float(share)
 
 
 def hold_forgetting(controller: Controller, looked_at: Sequence[str], reading: Reading) -> float:
-    """The share that keeps forgetting at or under the limit, by a power law in what is expected at the next evaluation.
+    """The share that keeps forgetting at or under the limit, by a power law in what is expected at
+    the next evaluation.
 
-    Forgetting falls about as forgetting(p) = forgetting(0) (1 + B p)^-alpha with the share p, so that where it is to
-    change by a factor f, p changes by about f^(-1/alpha); `gain` stands for 1/alpha, and is smaller since too small a
-    step is made good by the next one, and too large a one overshoots.
+    Forgetting falls about as forgetting(p) = forgetting(0) (1 + B p)^-alpha with the share p, so
+    that where it is to change by a factor f, p changes by about f^(-1/alpha); `gain` stands for
+    1/alpha, and is smaller since too small a step is made good by the next one, and too large a one
+    overshoots.
     """
     assert controller.limit is not None, "a recipe without it is refused"
     now = _judged(controller, looked_at, reading.forgetting)
@@ -142,8 +153,8 @@ def hold_forgetting(controller: Controller, looked_at: Sequence[str], reading: R
 def _expected(now: float, last: float) -> float:
     """Forgetting at the next evaluation: it answers late, and is on its way still.
 
-    A straight line where it rises. Where it falls it does so ever more slowly, by the same factor again: a straight
-    line would be below nothing after one good step.
+    A straight line where it rises. Where it falls it does so ever more slowly, by the same factor
+    again: a straight line would be below nothing after one good step.
     """
     return now * now / last if 0 < now < last else now + (now - last)
 

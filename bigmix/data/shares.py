@@ -1,9 +1,11 @@
 """Shares as a recipe gives them go in, the whole weight of every source in every step comes out.
 
-A share is a number or points [step, share]; sources may be members of groups, whose share they divide in the ratio of
-their own; from a step on a source may have ended. Shares are normalised among the members of each group.
+A share is a number or points [step, share]; sources may be members of groups, whose share they
+divide in the ratio of their own; from a step on a source may have ended. Shares are normalised
+among the members of each group.
 
-Sizes of sources go in, the shares that follow from them come out: by a temperature, or as even as epochs allow.
+Sizes of sources go in, the shares that follow from them come out: by a temperature, or as even as
+epochs allow.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +37,9 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """Whole weights by piece: from step `first_steps[j]` on source s has `weights[j][s]` of `unit`."""
+    """Whole weights by piece: from step `first_steps[j]` on source s has `weights[j][s]` of
+    `unit`.
+    """
 
     first_steps: Sequence[int]
     weights: Sequence[Sequence[int]]
@@ -65,14 +69,19 @@ class Shares:
     def later(self, steps: int) -> "Shares":
         """The same shares for somebody who begins to count `steps` later."""
         sources, groups = (
-            {name: replace(member, share=_later(member.share, steps)) for name, member in members.items()}
+            {
+                name: replace(member, share=_later(member.share, steps))
+                for name, member in members.items()
+            }
             for members in (self.sources, self.groups)
-        )  # fmt: skip
+        )
         ends = {name: max(0, end - steps) for name, end in self.ends.items()}
         return Shares(sources=sources, groups=groups, ends=ends)
 
     def at(self, step: int) -> dict[str, float]:
-        """The normalised share of each source in a step that follows `step` others; all 0 where nothing is left."""
+        """The normalised share of each source in a step that follows `step` others; all 0 where
+        nothing is left.
+        """
         table = self.table(np.array([step]))
         return {name: float(table[name][0]) for name in self.sources}
 
@@ -166,7 +175,8 @@ def shares_of(shares: Mapping[str, Share]) -> Shares:
 
 
 def apportion(due: Mapping[str, float], total: int) -> dict[str, int]:
-    """Whole numbers with a sum: the largest remainders get what rounding down leaves, so that each is within one of its due.
+    """Whole numbers with a sum: the largest remainders get what rounding down leaves, so that each
+    is within one of its due.
 
     Where some are due less than nothing, the others give what these cannot.
     """
@@ -175,7 +185,8 @@ def apportion(due: Mapping[str, float], total: int) -> dict[str, int]:
     left = total - sum(whole.values())
     for name in order[:left] if left > 0 else ():
         whole[name] += 1
-    # Who was given too much before can be due less than nothing; the others then give it, who has most beyond its due first.
+    # Who was given too much before can be due less than nothing; the others then give it, who has
+    # most beyond its due first.
     for _ in range(-left):
         most = max(
             (name for name in order if whole[name]), key=lambda name: whole[name] - due[name]
@@ -209,7 +220,9 @@ def _later(share: Share, steps: int) -> Share:
 
 
 def _whole_units(shares_KS: _Floats) -> npt.NDArray[np.int64]:
-    """Each step's shares in whole units that sum to UNITS: the largest remainders get what rounding down leaves."""
+    """Each step's shares in whole units that sum to UNITS: the largest remainders get what rounding
+    down leaves.
+    """
     raw = shares_KS * UNITS
     units = np.floor(raw + 1e-6).astype(np.int64)
     left = UNITS - units.sum(axis=1)
@@ -238,7 +251,9 @@ def by_temperature(recipe: Recipe, tokens: Mapping[str, int]) -> dict[str, float
 
 
 def levels_of_unimax(recipe: Recipe) -> Iterator[dict[str, float]]:
-    """The sources that divide rows by UniMax among themselves, with the epochs that each may come to."""
+    """The sources that divide rows by UniMax among themselves, with the epochs that each may come
+    to.
+    """
     for level in dict.fromkeys(source.group for source in recipe.sources.values()):
         epochs = {
             name: source.share.unimax
@@ -250,9 +265,11 @@ def levels_of_unimax(recipe: Recipe) -> Iterator[dict[str, float]]:
 
 
 def unimax(capacities: Mapping[str, int], rows: int) -> dict[str, int]:
-    """The rows of each source: the same for all but those that have fewer, which give all; less than `rows` where none has more.
+    """The rows of each source: the same for all but those that have fewer, which give all; less
+    than `rows` where none has more.
 
-    Chung et al., "UniMax: Fairer and more effective language sampling", 2023, algorithm 1, in whole rows.
+    Chung et al., "UniMax: Fairer and more effective language sampling", 2023, algorithm 1, in whole
+    rows.
     """
     given: dict[str, int] = {}
     for name in sorted(capacities, key=lambda name: (capacities[name], name)):

@@ -1,7 +1,8 @@
 """The path of a prepared source goes in, wherever it lies; its manifest and its rows come out.
 
-A source on local disk is mapped. The shards of others are fetched whole into a cache that the ranks of a machine share,
-in the order in which they will be needed, or read in ranges where a machine needs little of each.
+A source on local disk is mapped. The shards of others are fetched whole into a cache that the ranks
+of a machine share, in the order in which they will be needed, or read in ranges where a machine
+needs little of each.
 
 What a recipe says of its sources goes in; each of them comes out opened, or what is wrong with it.
 """
@@ -67,7 +68,9 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """How remote shards are read: through a cache, whole unless `ranges` is set for texts, and then block by block."""
+    """How remote shards are read: through a cache, whole unless `ranges` is set for texts, and then
+    block by block.
+    """
 
     folder: Path
     max_bytes: int
@@ -79,7 +82,8 @@ class Reading:
 def read_source(path: str, retry: Retry | None = None, watch: Watch | None = None) -> Source:
     """Read the manifest of a prepared source, local or remote.
 
-    Raises BadInput where there is none, where it is not whole, or where it does not list a shard that was asked for.
+    Raises BadInput where there is none, where it is not whole, or where it does not list a shard
+    that was asked for.
     """
     location = location_of(path)
     url = location.url(MANIFEST)
@@ -93,8 +97,8 @@ def read_source(path: str, retry: Retry | None = None, watch: Watch | None = Non
     missing = [name for name in location.names if name not in places]
     if missing:
         raise BadInput(
-            f"{shown(path)} names {len(missing)} shards that its manifest does not list, the first is {missing[0]}; "
-            "correct the pattern"
+            f"{shown(path)} names {len(missing)} shards that its manifest does not list, the first"
+            f" is {missing[0]}; correct the pattern"
         )
     before = np.concatenate([[0], np.cumsum(manifest.shards.column("documents"))]).tolist()
     documents = [slice(*before[places[name] : places[name] + 2]) for name in location.names]
@@ -103,7 +107,9 @@ def read_source(path: str, retry: Retry | None = None, watch: Watch | None = Non
 
 
 def _selected(manifest: Manifest, names: Sequence[str]) -> Manifest:
-    """The manifest of some of the shards; the bytes behind the loss are taken to be spread evenly over its tokens."""
+    """The manifest of some of the shards; the bytes behind the loss are taken to be spread evenly
+    over its tokens.
+    """
     shards = manifest.shards.select(names)
     sums = {unit: int(shards.column(unit).sum()) for unit in ("documents", "tokens", "loss_tokens")}
     loss_bytes = round(manifest.loss_bytes * sums["loss_tokens"] / max(1, manifest.loss_tokens))
@@ -146,13 +152,17 @@ class Depot:
         return self._ahead.unforeseen if self._ahead is not None else 0
 
     def fetch_ahead(self, order: Iterable[tuple[Source, int]]) -> None:
-        """From now on fetch shards in this order before they are asked for; those of `is_fetched` sources alone."""
+        """From now on fetch shards in this order before they are asked for; those of `is_fetched`
+        sources alone.
+        """
         self.reopen()
         needed = (_needed(source, index) for source, index in order)
         self._ahead = FetchAhead(self._opened_cache(), needed, self._reading.ahead)
 
     def close(self) -> None:
-        """Stop fetching: who waits for a shard gets Stopped, as does who asks later for one that is not here."""
+        """Stop fetching: who waits for a shard gets Stopped, as does who asks later for one that is
+        not here.
+        """
         self._watch.stop()
         if self._ahead is not None:
             self._ahead.close()
@@ -163,7 +173,8 @@ class Depot:
         self._ahead, self._watch = None, Watch()
 
     def tokenizer_folder(self, source: Source) -> Path:
-        """The folder of the tokenizer that made a source; that of a remote one is copied into the cache's, once.
+        """The folder of the tokenizer that made a source; that of a remote one is copied into the
+        cache's, once.
 
         The folder does not exist where the source has no tokenizer.
         """
@@ -204,15 +215,20 @@ class Depot:
 
     def is_fetched(self, source: Source) -> bool:
         """Whether shards of a source go through the cache."""
-        # A command prints a file from its beginning: in ranges it would be printed again for each block.
-        ranges = self._reading.ranges and source.manifest.kind == "text" and source.location.scheme != "pipe"  # fmt: skip
+        # A command prints a file from its beginning: in ranges it would be printed again for each
+        # block.
+        ranges = (
+            self._reading.ranges
+            and source.manifest.kind == "text"
+            and source.location.scheme != "pipe"
+        )
         return not source.location.is_local and not ranges
 
     def open(self, source: Source, index: int) -> Shard:
         """A shard of a source by its place among those that are chosen.
 
-        Raises Unreadable where the shard is at fault; Stopped, CacheFault or another BigmixError where the depot was
-        closed, or the cache or the whole source is.
+        Raises Unreadable where the shard is at fault; Stopped, CacheFault or another BigmixError
+        where the depot was closed, or the cache or the whole source is.
         """
         entry = source.manifest.shards[index]
         url = source.location.url(entry.file)
@@ -244,7 +260,9 @@ class Depot:
 
     @contextmanager
     def _faults_of_shards(self, source: Source) -> Iterator[None]:
-        """What cannot be read is a fault of the shard, unless its source or this machine is at fault."""
+        """What cannot be read is a fault of the shard, unless its source or this machine is at
+        fault.
+        """
         try:
             yield
         except (Stopped, CacheFault):
@@ -254,7 +272,9 @@ class Depot:
             raise Unreadable(str(error)) from error
 
     def _check_source(self, source: Source, said: str) -> None:
-        """Raises BigmixError where its manifest cannot be read any more, or lists other shards; `said` is of a shard."""
+        """Raises BigmixError where its manifest cannot be read any more, or lists other shards;
+        `said` is of a shard.
+        """
         retry = self._reading.retry
         few = replace(retry, tries=min(retry.tries, _MANIFEST_TRIES))
         place = shown(source.location.url(MANIFEST))
@@ -264,12 +284,14 @@ class Depot:
             raise
         except BigmixError as error:
             raise BigmixError(
-                f"{said}\nnot only a shard, the whole source is at fault, since its manifest cannot be read either: {error}"
+                f"{said}\nnot only a shard, the whole source is at fault, since its manifest cannot"
+                f" be read either: {error}"
             ) from error
         if now.manifest.shards != source.manifest.shards:
             raise BigmixError(
-                f"{said}\nnot only a shard, the whole source is at fault: {place} lists other shards than at the start of "
-                "this run; restore the source, or give another output and begin again"
+                f"{said}\nnot only a shard, the whole source is at fault: {place} lists other"
+                " shards than at the start of this run; restore the source, or give another output"
+                " and begin again"
             )
 
     def _lease(self, source: Source, index: int) -> Lease:
@@ -306,10 +328,11 @@ def needed_in_order(
     sources: Mapping[str, Source],
     num_shards: Mapping[str, int],
 ) -> Iterator[tuple[Source, int]]:
-    """The shards of `sources` that streams open, in their order, where they read these rows together, stage by stage.
+    """The shards of `sources` that streams open, in their order, where they read these rows
+    together, stage by stage.
 
-    Each stage has streams of its own; a stream holds the OPEN_SHARDS shards open that it used last. `num_shards` is
-    how many shards of a source can come at all.
+    Each stage has streams of its own; a stream holds the OPEN_SHARDS shards open that it used last.
+    `num_shards` is how many shards of a source can come at all.
     """
     for batches in stages:
         held: dict[str, dict[int, None]] = {name: {} for name in sources}
@@ -324,7 +347,9 @@ def needed_in_order(
 
 
 def _is_opened(shard: int, held: dict[int, None]) -> bool:
-    """Whether a stream that holds these shards, the one used last at the end, must open this one; `held` follows it."""
+    """Whether a stream that holds these shards, the one used last at the end, must open this one;
+    `held` follows it.
+    """
     is_opened = shard not in held
     held.pop(shard, None)
     held[shard] = None
@@ -334,7 +359,9 @@ def _is_opened(shard: int, held: dict[int, None]) -> bool:
 
 
 def room_in_use(sources: Iterable[Source], ahead: Ahead) -> int:
-    """Bytes of a cache that streams of these sources hold at most: their open shards, one more each, and what is ahead."""
+    """Bytes of a cache that streams of these sources hold at most: their open shards, one more
+    each, and what is ahead.
+    """
     total, largest = 0, 0
     for source in sources:
         sizes = np.sort(source.manifest.shards.column("bytes"))[::-1]
@@ -354,7 +381,9 @@ def _load_lengths(path: Path, manifest: Manifest) -> Ints:
     assert manifest.lengths is not None
     try:
         if path.stat().st_size != manifest.lengths.bytes:
-            raise Changed(f"it has {path.stat().st_size} bytes, the manifest says {manifest.lengths.bytes}")  # fmt: skip
+            raise Changed(
+                f"it has {path.stat().st_size} bytes, the manifest says {manifest.lengths.bytes}"
+            )
         if sha256_of(path) != manifest.lengths.sha256:
             raise Changed("its sha256 is not the manifest's: its content has changed")
         lengths: Ints = np.load(path, mmap_mode="r")
@@ -407,7 +436,9 @@ def packer_of(recipe: Recipe, name: str, row_tokens: int) -> Packer:
 def held_out_streams(
     recipe: Recipe, depot: Depot, sources: Mapping[str, Source]
 ) -> Mapping[str, Stream]:
-    """The held-out sets of a recipe, opened; raises BadInput where a shard must be opened for it and is bad."""
+    """The held-out sets of a recipe, opened; raises BadInput where a shard must be opened for it
+    and is bad.
+    """
     longest = max(length for _, length in recipe.lengths)
     try:
         return {
@@ -430,7 +461,9 @@ def collect(faults: list[str], check: Any, *arguments: Any) -> Any:
 
 
 def opened_source(key: str, path: str, retry: Retry) -> Source:
-    """A source that has documents; raises BadInput, with the key of the recipe, where there is none."""
+    """A source that has documents; raises BadInput, with the key of the recipe, where there is
+    none.
+    """
     try:
         source = read_source(path, retry)
     except BigmixError as error:
@@ -441,7 +474,9 @@ def opened_source(key: str, path: str, retry: Retry) -> Source:
 
 
 def damaged_shards(source: Source, verify: bool) -> Sequence[str]:
-    """What is wrong with shards of a local source; those of others are looked at when they are fetched."""
+    """What is wrong with shards of a local source; those of others are looked at when they are
+    fetched.
+    """
     if not source.location.is_local:
         return ()
     folder = Path(source.location.url(MANIFEST)).parent
@@ -457,8 +492,8 @@ def tokenizer_faults(manifests: Mapping[str, Manifest]) -> Iterator[str]:
     if len(by_fingerprint) > 1:
         first, *others = by_fingerprint.values()
         yield (
-            f"{', '.join(others)}: prepared with another tokenizer than {first}; all sources and held-out sets of a "
-            "run need the same one, prepare them again with one --tokenizer"
+            f"{', '.join(others)}: prepared with another tokenizer than {first}; all sources and"
+            " held-out sets of a run need the same one, prepare them again with one --tokenizer"
         )
 
 
@@ -466,6 +501,6 @@ def faults_of_empty(stream: Stream) -> Iterator[str]:
     """What is wrong with a stream without rows."""
     if not stream.rows_per_epoch:
         yield (
-            f"{stream.name}: none of its {stream.manifest.documents} documents fits a row of this sequence_length; "
-            "raise sequence_length, or set long_documents: truncate"
+            f"{stream.name}: none of its {stream.manifest.documents} documents fits a row of this"
+            " sequence_length; raise sequence_length, or set long_documents: truncate"
         )

@@ -1,7 +1,8 @@
-"""A prepared source goes in, its n-th row comes out, for any n, without passing over the rows before.
+"""A prepared source goes in, its n-th row comes out, for any n, without passing over the rows
+before.
 
-Shards are permuted in each epoch, rows inside a window of shards; both by keys of (seed, source name, epoch), so that
-another source changes nothing here.
+Shards are permuted in each epoch, rows inside a window of shards; both by keys of (seed, source
+name, epoch), so that another source changes nothing here.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -44,8 +45,8 @@ OpenShard = Callable[[int], Shard]
 class Packer:
     """How documents become rows of `row_tokens` tokens.
 
-    Chats longer than a row are dropped or cut; texts shorter than `whole_below` tokens are never split. Rows are then
-    padded to a multiple of `pad_to_multiple` tokens.
+    Chats longer than a row are dropped or cut; texts shorter than `whole_below` tokens are never
+    split. Rows are then padded to a multiple of `pad_to_multiple` tokens.
     """
 
     row_tokens: int
@@ -72,9 +73,18 @@ class Stream:
     """The rows of one source in their order."""
 
     def __init__(
-        self, name: str, manifest: Manifest, open_shard: OpenShard, packer: Packer, *, lengths: Ints | None, seed: int
-    ) -> None:  # fmt: skip
-        """`lengths` are the tokens of every document of a chat source, in the order of the shards."""
+        self,
+        name: str,
+        manifest: Manifest,
+        open_shard: OpenShard,
+        packer: Packer,
+        *,
+        lengths: Ints | None,
+        seed: int,
+    ) -> None:
+        """`lengths` are the tokens of every document of a chat source, in the order of the
+        shards.
+        """
         self.name = name
         self.manifest = manifest
         self.packer = packer
@@ -96,7 +106,9 @@ class Stream:
         self._open.cache_clear()
 
     def release(self) -> None:
-        """Close the shards that are held open; they are opened again where a row of them is read."""
+        """Close the shards that are held open; they are opened again where a row of them is
+        read.
+        """
         self._open.cache_clear()
         self.table.cache_clear()
 
@@ -126,7 +138,9 @@ class Stream:
         return self.places(np.array([index])).ids()[0]
 
     def places(self, indices_R: Ints, bad: frozenset[int] = frozenset()) -> RowPlaces:
-        """Which rows these are, counted from 0 over all epochs; rows of `bad` shards are replaced by some of the others."""
+        """Which rows these are, counted from 0 over all epochs; rows of `bad` shards are replaced
+        by some of the others.
+        """
         epochs_R, within_R = np.divmod(indices_R, self.rows_per_epoch)
         shards_R, rows_R = np.empty_like(epochs_R), np.empty_like(epochs_R)
         for epoch in dict.fromkeys(epochs_R.tolist()):
@@ -187,7 +201,9 @@ class Stream:
         )
 
     def _places_in(self, number: int, within_R: Ints, bad: frozenset[int]) -> tuple[Ints, Ints]:
-        """The shard and the row of each of an epoch's rows: permuted inside the window that holds it."""
+        """The shard and the row of each of an epoch's rows: permuted inside the window that holds
+        it.
+        """
         epoch = self._epoch(number)
         before = epoch.rows_before
         windows_R = (np.searchsorted(before, within_R, side="right") - 1) // WINDOW_SHARDS

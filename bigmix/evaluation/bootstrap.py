@@ -1,4 +1,5 @@
-"""Numbers of documents go in, how much their sums would move with other documents comes out (bootstrap: Efron, 1979).
+"""Numbers of documents go in, how much their sums would move with other documents comes out
+(bootstrap: Efron, 1979).
 
 Letters: D documents, K numbers of each, R resamples.
 """
@@ -12,7 +13,8 @@ _DRAWS = 1 << 20  # of documents at a time
 
 
 def resampled_sums(numbers_DK: Floats, key: int) -> Floats:
-    """The sums over as many documents, drawn with replacement, in each of RESAMPLES resamples [R, K].
+    """The sums over as many documents, drawn with replacement, in each of RESAMPLES resamples [R,
+    K].
 
     The same for the same key; all K numbers of a resample are of the same documents.
     """
@@ -34,7 +36,9 @@ def resampled_sums(numbers_DK: Floats, key: int) -> Floats:
 
 
 def interval(values_R: Floats) -> tuple[float, float]:
-    """The points that 95 % of the values lie between; values that are no number, as 0 / 0, are left out."""
+    """The points that 95 % of the values lie between; values that are no number, as 0 / 0, are left
+    out.
+    """
     known = values_R[~np.isnan(values_R)]
     if not len(known):
         return np.nan, np.nan

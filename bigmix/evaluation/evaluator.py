@@ -1,6 +1,8 @@
-"""A model and an exam go in, all that is measured of it comes out, with the evaluation line of metrics.jsonl.
+"""A model and an exam go in, all that is measured of it comes out, with the evaluation line of
+metrics.jsonl.
 
-A recipe and its inputs go in; out comes what the evaluation before the first step follows from, to find equal ones.
+A recipe and its inputs go in; out comes what the evaluation before the first step follows from, to
+find equal ones.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +61,9 @@ def _numbers(key: str, ends: str, source: str, estimate: Estimate) -> Line:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interview:
-    """The tasks that an evaluation asks, how weights are held for it, and the seed of what is drawn."""
+    """The tasks that an evaluation asks, how weights are held for it, and the seed of what is
+    drawn.
+    """
 
     tasks: Mapping[str, Asked]
     weights: Weights
@@ -86,9 +90,12 @@ def examine(
     stop_asked: Callable[[], bool],
     doing: Callable[[str], None],
 ) -> Findings | None:
-    """Everything that is asked of a model after a step; a collective. None where a rank is asked to stop.
+    """Everything that is asked of a model after a step; a collective.
 
-    Forgetting is measured from `base`, which takes in the sources that it has not seen; None: it is not measured.
+    None where a rank is asked to stop.
+
+    Forgetting is measured from `base`, which takes in the sources that it has not seen; None: it is
+    not measured.
     """
     sums = evaluate(engine, cluster, exam, stop_asked=stop_asked, doing=doing)
     if sums is None:
@@ -142,7 +149,8 @@ def questions_of(
     manifests: Sequence[Manifest],
     config: Any,
 ) -> dict[str, Asked]:
-    """The tasks as tokens for a model of this configuration; `tokenizer` is taken where the sources' folder has none.
+    """The tasks as tokens for a model of this configuration; `tokenizer` is taken where the
+    sources' folder has none.
 
     Raises BadInput where there is no tokenizer, or a prompt has no place in the model.
     """
@@ -151,8 +159,8 @@ def questions_of(
     place = str(tokenizer_folder) if tokenizer_folder.is_dir() else tokenizer
     if place is None:
         raise BadInput(
-            "tasks need a tokenizer, and neither the sources nor the model have one; prepare the sources again, or set "
-            "model.tokenizer"
+            "tasks need a tokenizer, and neither the sources nor the model have one; prepare the"
+            " sources again, or set model.tokenizer"
         )
     return ask(files, language_of(place, manifests), max_positions(config))
 
@@ -164,7 +172,9 @@ def pieces_in(folder: Path) -> Sequence[bytes] | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FirstEvaluation:
-    """What a run has found before its first step, what its forgetting is measured from, and its folder."""
+    """What a run has found before its first step, what its forgetting is measured from, and its
+    folder.
+    """
 
     found: Findings
     base: Base

@@ -1,4 +1,5 @@
-"""A model and held-out streams go in, sums over each document come out, exact over any number of ranks.
+"""A model and held-out streams go in, sums over each document come out, exact over any number of
+ranks.
 
 Letters beside those of `records`: D documents, M sums of `held_out.Sum`.
 """
@@ -35,8 +36,9 @@ _IDS = 5
 class Exam:
     """What an evaluation asks of a model.
 
-    `max_rows` of each source at most, spread evenly; None: all. `pieces` are the bytes of each id, None where they are
-    not known: then last words are not asked for. `base` is the model that divergences are measured to.
+    `max_rows` of each source at most, spread evenly; None: all. `pieces` are the bytes of each id,
+    None where they are not known: then last words are not asked for. `base` is the model that
+    divergences are measured to.
     """
 
     held_out: Mapping[str, Stream]
@@ -56,9 +58,9 @@ def evaluate(
 ) -> dict[str, DocumentSums] | None:
     """The sums over each document of each source; a collective.
 
-    None where a rank is asked to stop: looked up before each forward. `doing` is told what begins. Every rank makes the
-    same number of forwards, with rows of no loss token where it has run out of its own: under ZeRO-3 a rank that stayed
-    away would leave the others waiting.
+    None where a rank is asked to stop: looked up before each forward. `doing` is told what begins.
+    Every rank makes the same number of forwards, with rows of no loss token where it has run out of
+    its own: under ZeRO-3 a rank that stayed away would leave the others waiting.
     """
     results = {}
     for name, stream in exam.held_out.items():
@@ -81,7 +83,9 @@ class _Slice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Read:
-    """The rows of a slice: what each part is, padding among them, and which loss tokens are of a last word."""
+    """The rows of a slice: what each part is, padding among them, and which loss tokens are of a
+    last word.
+    """
 
     batch: MicroBatch
     ids_P5: Ints
@@ -115,7 +119,9 @@ def _parts_of_rank(
     stop_asked: Callable[[], bool],
     doing: Callable[[str], None],
 ) -> Floats | None:
-    """What this rank knows of parts of documents; None on all ranks where one of them is asked to stop."""
+    """What this rank knows of parts of documents; None on all ranks where one of them is asked to
+    stop.
+    """
     slices = _slices(stream, cluster.world, exam)
     parts: list[Floats] = [np.zeros((0, _IDS + len(Sum)))]
     # A thread reads, since a rank that waits for a shard must still hear that it is to stop.
@@ -176,7 +182,9 @@ def _document_tokens(stream: Stream, shards_P: Ints, documents_P: Ints) -> Ints:
 def _mark_last_words(
     batch: MicroBatch, pieces: Sequence[bytes], is_of_word_N: Flags, *, is_text: bool
 ) -> None:
-    """Mark the loss tokens of the last word of the last run of each part; none where one of its tokens is not in the loss."""
+    """Mark the loss tokens of the last word of the last run of each part; none where one of its
+    tokens is not in the loss.
+    """
     parts_K = np.searchsorted(batch.starts_P, batch.begins_K, side="right") - 1
     is_last_K = np.append(parts_K[1:] != parts_K[:-1], True)[: len(parts_K)]
     ends_K, ids_X = np.cumsum(batch.lengths_K), batch.ids_BT.ravel()
@@ -218,7 +226,9 @@ def _measured(engine: Evaluable, base: Anchor | None, read: _Read) -> Floats:
 def _grouped(
     batch: MicroBatch, groups_N: Ints, num_groups: int, base: Anchor | None, device: torch.device
 ) -> ModelTensors:
-    """A micro-batch on the device whose loss tokens are in groups of their own; none is in an objective."""
+    """A micro-batch on the device whose loss tokens are in groups of their own; none is in an
+    objective.
+    """
     together = replace(batch, groups_P=np.zeros_like(batch.groups_P))
     if base is None:
         moved = tensors(together, [0.0], device)
@@ -239,7 +249,8 @@ def _grouped(
 def by_document(parts: Floats, *, has_kl: bool) -> DocumentSums:
     """Parts of documents from all ranks, added up in an order of their own.
 
-    The last word is that of the last part, and none where a part is missing: one that was not evaluated, or cut off.
+    The last word is that of the last part, and none where a part is missing: one that was not
+    evaluated, or cut off.
     """
     order = np.lexsort((parts[:, _ROW], parts[:, _DOCUMENT], parts[:, _SHARD]))
     parts = parts[order]

@@ -1,11 +1,13 @@
-"""Sums over each document of a held-out source go in, its measures come out, each with its 95 % interval over documents.
+"""Sums over each document of a held-out source go in, its measures come out, each with its 95 %
+interval over documents.
 
 With sums over documents, and counts of the loss tokens n_d:
 
     loss = sum_d nll_d / sum_d n_d        forgetting = loss - loss of the base on the same documents
 
-and so for all: one division at the end, so that long documents weigh as much as their tokens. An interval is that of
-the same quotient when whole documents are drawn again. Letters: D documents, M sums, R resamples.
+and so for all: one division at the end, so that long documents weigh as much as their tokens. An
+interval is that of the same quotient when whole documents are drawn again. Letters: D documents, M
+sums, R resamples.
 """
 
 import io
@@ -31,7 +33,9 @@ _Measure: TypeAlias = "Callable[[Floats], Floats]"  # of sums [M], or of those o
 
 
 class Sum(IntEnum):
-    """The columns of what is summed over a document; WORDS is 1 where its last word was predicted, right or wrong."""
+    """The columns of what is summed over a document; WORDS is 1 where its last word was predicted,
+    right or wrong.
+    """
 
     TOKENS = 0
     NLL = 1
@@ -43,7 +47,8 @@ class Sum(IntEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DocumentSums:
-    """Sums over the loss tokens of each document; `ids_D2` are its shard and its place in it, in growing order.
+    """Sums over the loss tokens of each document; `ids_D2` are its shard and its place in it, in
+    growing order.
 
     `has_kl`: whether the column KL was measured.
     """
@@ -72,8 +77,8 @@ class Estimate:
 class HeldOut:
     """What was measured on a held-out source; None is what was not.
 
-    loss, forgetting, kl_to_base: nats per loss token. token_accuracy: of loss tokens. last_word_accuracy: of
-    `last_words` documents, those whose last word is predicted.
+    loss, forgetting, kl_to_base: nats per loss token. token_accuracy: of loss tokens.
+    last_word_accuracy: of `last_words` documents, those whose last word is predicted.
     """
 
     loss: Estimate
@@ -91,7 +96,8 @@ class HeldOut:
 class Base:
     """What forgetting is measured from: the first result of each source, in a run that of step 0.
 
-    The losses are part of a run's state; the sums of documents, which intervals need too, are kept in a file beside.
+    The losses are part of a run's state; the sums of documents, which intervals need too, are kept
+    in a file beside.
     """
 
     def __init__(self) -> None:
@@ -114,7 +120,9 @@ class Base:
         return copied
 
     def sums(self, name: str, like: DocumentSums) -> Floats | None:
-        """The base's sums over the documents of another result; None where they are not known, or are of others."""
+        """The base's sums over the documents of another result; None where they are not known, or
+        are of others.
+        """
         found = self._sums.get(name)
         # The file may be of another run in the same folder, the losses are never.
         if found is None or found.loss != self.losses[name]:
@@ -169,17 +177,20 @@ def _parsed(content: bytes) -> dict[str, DocumentSums]:
             }
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise BadInput(
-            f"{BASE} in the run's folder is not as it was written ({error}); restore it from a copy, or delete it: "
-            "forgetting is then told without intervals"
+            f"{BASE} in the run's folder is not as it was written ({error}); restore it from a"
+            " copy, or delete it: forgetting is then told without intervals"
         ) from error
 
 
 def summarise(
     name: str, sums: DocumentSums, *, tokens_per_byte: float, base: Base | None
 ) -> HeldOut:
-    """The measures of a source; `tokens_per_byte` are the loss tokens of a byte of the text behind them."""
+    """The measures of a source; `tokens_per_byte` are the loss tokens of a byte of the text behind
+    them.
+    """
     base_DM = None if base is None else base.sums(name, sums)
-    # Of the same draws: forgetting is a difference on the same documents, which moves less than either loss.
+    # Of the same draws: forgetting is a difference on the same documents, which moves less than
+    # either loss.
     both_DM = sums.sums_DM if base_DM is None else np.hstack([sums.sums_DM, base_DM])
     totals_M = both_DM.sum(axis=0)
     resampled_RM = resampled_sums(both_DM, key_of("interval", name))
@@ -187,7 +198,8 @@ def summarise(
     def estimate(measure: "_Measure") -> Estimate:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             value = float(measure(totals_M))
-            # One document says nothing of how others would differ, and its interval would be a point.
+            # One document says nothing of how others would differ, and its interval would be a
+            # point.
             low, high = (
                 interval(measure(resampled_RM)) if len(both_DM) > 1 else (math.nan, math.nan)
             )

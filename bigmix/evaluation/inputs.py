@@ -1,4 +1,7 @@
-"""A recipe goes in; what an evaluation without training needs of it comes out, opened and checked. No torch here."""
+"""A recipe goes in; what an evaluation without training needs of it comes out, opened and checked.
+
+No torch here.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +29,11 @@ from bigmix.recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutInputs:
-    """What a recipe names for an evaluation without training, opened: its held-out streams, tasks, DeepSpeed's keys.
+    """What a recipe names for an evaluation without training, opened: its held-out streams, tasks,
+    DeepSpeed's keys.
 
-    `manifests` are those of the held-out sources, that of the nearest one first; `trained` those of the sources that are
-    trained on, where tasks follow from them.
+    `manifests` are those of the held-out sources, that of the nearest one first; `trained` those of
+    the sources that are trained on, where tasks follow from them.
     """
 
     streams: Mapping[str, Stream]
@@ -41,14 +45,17 @@ class HeldOutInputs:
 
 
 def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOutInputs:
-    """Open and check the held-out sources and the tasks alone: sources that are trained on need not be there.
+    """Open and check the held-out sources and the tasks alone: sources that are trained on need not
+    be there.
 
-    But for tasks that are chats where a source is one, unless a held-out source says so already. Raises BadInput with every fault that is found.
+    But for tasks that are chats where a source is one, unless a held-out source says so already.
+    Raises BadInput with every fault that is found.
     """
     paths, faults = recipe.held_out_paths, list[str]()
     if not paths:
         raise BadInput(
-            "no held-out source is in the recipe; give a source its `held_out` folder, or name some under `held_out`"
+            "no held-out source is in the recipe; give a source its `held_out` folder, or name some"
+            " under `held_out`"
         )
     ds_keys = collect(faults, read_ds_config, recipe.deepspeed)
     tasks = collect(faults, open_tasks, recipe.tasks)

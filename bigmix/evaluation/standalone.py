@@ -1,7 +1,8 @@
-"""A recipe and models outside of a run go in, a folder with what an evaluation finds of them comes out.
+"""A recipe and models outside of a run go in, a folder with what an evaluation finds of them comes
+out.
 
-The base is evaluated first, then the model: what it has forgotten, and how far it has moved, is measured from there.
-Neither has an optimizer, nor gradients.
+The base is evaluated first, then the model: what it has forgotten, and how far it has moved, is
+measured from there. Neither has an optimizer, nor gradients.
 """
 
 import json
@@ -44,7 +45,9 @@ _OF_STEPS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_acc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
-    """What is evaluated: the model, the base that it is held against if there is one, and where the results go."""
+    """What is evaluated: the model, the base that it is held against if there is one, and where the
+    results go.
+    """
 
     model: str
     base: str | None
@@ -102,7 +105,9 @@ def run(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Room:
-    """What all models of an order are examined with; `asked` are the tasks as tokens, by the option of the model."""
+    """What all models of an order are examined with; `asked` are the tasks as tokens, by the option
+    of the model.
+    """
 
     recipe: Recipe
     inputs: HeldOutInputs
@@ -113,7 +118,9 @@ class _Room:
 
 
 def _findings(room: _Room, models: Mapping[str, Evaluated]) -> Iterator[tuple[Evaluated, Findings]]:
-    """What is found of the base, if there is one, and of the model; divergences are of the model alone."""
+    """What is found of the base, if there is one, and of the model; divergences are of the model
+    alone.
+    """
     base, exam = None, _exam(room)
     model, held_against = models["--model"], models.get("--base")
     if held_against is not None:

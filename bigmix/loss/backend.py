@@ -1,6 +1,8 @@
-"""A wish and a device go in, what computes the rows of a chunk comes out, with the reason for the header.
+"""A wish and a device go in, what computes the rows of a chunk comes out, with the reason for the
+header.
 
-A way of computing the loss goes in; it is refused where its results on this device are not those of plain autograd.
+A way of computing the loss goes in; it is refused where its results on this device are not those of
+plain autograd.
 """
 
 import importlib.util
@@ -36,7 +38,8 @@ def choose_backend(wish: Wish, device: torch.device) -> Choice:
         if not installed or not can_run:
             lacks = "triton is not installed" if not installed else f"the device is {device.type}"
             raise BadInput(
-                f"loss.backend is triton, and {lacks}; it needs a GPU and the triton package, set loss.backend=auto or torch"
+                f"loss.backend is triton, and {lacks}; it needs a GPU and the triton package, set"
+                " loss.backend=auto or torch"
             )
         return Choice(value="triton", reason="as the recipe says")
     if device.type != "cuda":
@@ -59,7 +62,9 @@ def backend_of(name: str) -> Backend:
 def computing_of(
     backend: str, chunk_mib: int | None, head_gradient: HeadGradient = "auto"
 ) -> Computing:
-    """How the loss is computed by a backend of this name, with `chunk_mib` MiB for the logits of a chunk."""
+    """How the loss is computed by a backend of this name, with `chunk_mib` MiB for the logits of a
+    chunk.
+    """
     return Computing(
         backend=backend_of(backend),
         chunk_bytes=None if chunk_mib is None else chunk_mib << 20,
@@ -76,9 +81,11 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 def check_computing(
     computing: Computing, *, rule: LogitRule, terms: Terms, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Compute a small loss with every part that a run can have, and hold its gradients against autograd's.
+    """Compute a small loss with every part that a run can have, and hold its gradients against
+    autograd's.
 
-    Kernels are compiled for the GPU they meet: a wrong one would train on in silence. Raises BadInput with the error.
+    Kernels are compiled for the GPU they meet: a wrong one would train on in silence. Raises
+    BadInput with the error.
     """
     draw = torch.Generator().manual_seed(0)
 
@@ -106,9 +113,15 @@ def check_computing(
         wanted = torch.autograd.grad(expected, leaves)
         for chunk_bytes in (computing.chunk_bytes, _SEVERAL_CHUNKS):
             value, _ = mixed_loss(
-                hidden_ND, head_VD, None, tokens, rule=rule, terms=terms, reference=reference,
+                hidden_ND,
+                head_VD,
+                None,
+                tokens,
+                rule=rule,
+                terms=terms,
+                reference=reference,
                 computing=replace(computing, chunk_bytes=chunk_bytes),
-            )  # fmt: skip
+            )
             found = torch.autograd.grad(value, leaves)
             _compare([value, *found], [expected, *wanted], dtype, device)
 
@@ -119,8 +132,9 @@ def _compare(
     worst = max(map(_error, found, wanted))
     if not worst <= _TOLERANCE[dtype]:
         raise BadInput(
-            f"the loss on {device} differs from plain autograd by {worst:.1e} of its gradient, at most "
-            f"{_TOLERANCE[dtype]:.0e} is rounding; set loss.backend=torch, or use another version of torch or triton"
+            f"the loss on {device} differs from plain autograd by {worst:.1e} of its gradient, at"
+            f" most {_TOLERANCE[dtype]:.0e} is rounding; set loss.backend=torch, or use another"
+            " version of torch or triton"
         )
 
 

@@ -1,12 +1,15 @@
-"""Sizes go in, how many tokens a chunk of the loss has comes out; never anything measured, so that runs repeat.
+"""Sizes go in, how many tokens a chunk of the loss has comes out; never anything measured, so that
+runs repeat.
 
-A chunk of C tokens takes 6 C V D operations in three matrix products, and adding its product to the head's gradient
-moves 8 V D bytes. On a device of F operations and B bytes a second the adding takes a fraction (8 / 6) (F / B) / C of
-the time, a tenth at C = 13 F / B: 256 tokens on a CPU in fp32 (F / B about 20), 512 in bf16 (40), 4096 on a GPU in
-bf16 (200 to 300). More tokens only cost memory. Fewer are worth it where the chunk's logits would be large beside what
-the loss needs in any case, the gradients of head and hidden states: the logits get an eighth of that, or what nobody
-misses where that is more: 8 MiB on a CPU, a 64th of the memory of a GPU, whose matrix products are slow on few rows. It is
-the memory that the device has, not what is free: that changes from run to run, and with it the order of additions.
+A chunk of C tokens takes 6 C V D operations in three matrix products, and adding its product to the
+head's gradient moves 8 V D bytes. On a device of F operations and B bytes a second the adding takes
+a fraction (8 / 6) (F / B) / C of the time, a tenth at C = 13 F / B: 256 tokens on a CPU in fp32 (F
+/ B about 20), 512 in bf16 (40), 4096 on a GPU in bf16 (200 to 300). More tokens only cost memory.
+Fewer are worth it where the chunk's logits would be large beside what the loss needs in any case,
+the gradients of head and hidden states: the logits get an eighth of that, or what nobody misses
+where that is more: 8 MiB on a CPU, a 64th of the memory of a GPU, whose matrix products are slow on
+few rows. It is the memory that the device has, not what is free: that changes from run to run, and
+with it the order of additions.
 """
 
 from collections.abc import Iterator
@@ -24,7 +27,8 @@ _FEWEST = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossShape:
-    """What a chunk's size follows from: N tokens in the loss, hidden size D, vocabulary V, bytes of their elements.
+    """What a chunk's size follows from: N tokens in the loss, hidden size D, vocabulary V, bytes of
+    their elements.
 
     `logit_bytes`: of one logit in the chunk, those of a reference's beside it included.
     """
@@ -40,7 +44,8 @@ class LossShape:
 
 def chunk_bytes(shape: LossShape) -> int:
     """Memory that the logits of a chunk may take by the formula above."""
-    # In fp32, as the head's gradient is added up; where it is not, that memory is spared and a larger chunk pays.
+    # In fp32, as the head's gradient is added up; where it is not, that memory is spared and a
+    # larger chunk pays.
     gradients = shape.hidden * (4 * shape.vocabulary + shape.hidden_bytes * shape.tokens)
     of_gradients = gradients // _OF_GRADIENTS
     on_cpu = shape.device_type == "cpu"
@@ -59,7 +64,9 @@ def chunk_tokens(shape: LossShape, given_bytes: int | None = None) -> int:
 
 
 def even_slices(tokens: int, most: int) -> list[slice]:
-    """The tokens in as few chunks of at most `most` (from 16 on) as there must be, multiples of 16 but for the last."""
+    """The tokens in as few chunks of at most `most` (from 16 on) as there must be, multiples of 16
+    but for the last.
+    """
     if not tokens:
         return []
     most = most // _FEWEST * _FEWEST

@@ -1,8 +1,10 @@
-"""Hidden states and the head's weight go in; the objective and the sums of each group come out, in one pass.
+"""Hidden states and the head's weight go in; the objective and the sums of each group come out, in
+one pass.
 
-The logits exist for one chunk at a time. Their gradient is known as soon as they are, since each token's coefficient
-is given beforehand, so all gradients are formed in forward and nothing of size N x V is kept (the idea of
-gradient-in-forward: Hsu et al., "Liger Kernel", 2024). `terms` has the letters and the equations.
+The logits exist for one chunk at a time. Their gradient is known as soon as they are, since each
+token's coefficient is given beforehand, so all gradients are formed in forward and nothing of size
+N x V is kept (the idea of gradient-in-forward: Hsu et al., "Liger Kernel", 2024). `terms` has the
+letters and the equations.
 """
 
 from typing import Any
@@ -36,11 +38,13 @@ def mixed_loss(
     reference: Reference | None = None,
     computing: Computing = _BY_DEFAULT,
 ) -> tuple[Tensor, Tensor]:
-    """The objective to differentiate, and the sums of each group [G, Statistic] (see `GroupSums`), both fp32.
+    """The objective to differentiate, and the sums of each group [G, Statistic] (see `GroupSums`),
+    both fp32.
 
-    Gradients flow to `hidden_TD`, `head_VD` and `bias_V` where they ask for one, and once: both are formed here.
-    Without tokens the objective is 0 and the gradients are zeros, still part of the graph. Where no gradient is asked
-    for, none is formed. Under autocast the matrix products are in its dtype, all sums and losses in fp32.
+    Gradients flow to `hidden_TD`, `head_VD` and `bias_V` where they ask for one, and once: both are
+    formed here. Without tokens the objective is 0 and the gradients are zeros, still part of the
+    graph. Where no gradient is asked for, none is formed. Under autocast the matrix products are in
+    its dtype, all sums and losses in fp32.
 
     Raises ValueError where shapes or dtypes do not fit together.
     """
@@ -53,7 +57,8 @@ def mixed_loss(
         computing=computing,
         wanted=(_wants(hidden_TD), _wants(head_VD), _wants(bias_V)),
     )
-    result: tuple[Tensor, Tensor] = _MixedLoss.apply(hidden_TD, head_VD, bias_V, request)  # type: ignore[no-untyped-call]
+    apply: Any = _MixedLoss.apply  # has no types
+    result: tuple[Tensor, Tensor] = apply(hidden_TD, head_VD, bias_V, request)
     return result
 
 
@@ -84,15 +89,18 @@ class _MixedLoss(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "backward went through the mixed loss a second time; its gradients are given away by the first, "
-                "call forward again"
+                "backward went through the mixed loss a second time; its gradients are given away"
+                " by the first, call forward again"
             )
         gradients, ctx.gradients = ctx.gradients, None
         # What multiplies the loss outside (loss scale, ranks) must reach every gradient alike.
-        return *(
-            None if gradient is None else scaled(gradient, outputs[0], dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        ), None
+        return (
+            *(
+                None if gradient is None else scaled(gradient, outputs[0], dtype)
+                for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+            ),
+            None,
+        )
 
 
 def _all_chunks(
@@ -136,7 +144,9 @@ def _one_chunk(
     rooms: "_Rooms",
     gradients: Gradients,
 ) -> Tensor:
-    """What the backend gives for a chunk, whose gradient is taken in; its logits end with this function."""
+    """What the backend gives for a chunk, whose gradient is taken in; its logits end with this
+    function.
+    """
     positions_N = request.tokens.positions_N
     places_C = part if positions_N is None else positions_N[part]
     hidden_CD = hidden_TD[places_C]
@@ -190,7 +200,8 @@ def logit_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 class _Room:
     """Memory for the logits of one chunk, used by all chunks in turn.
 
-    Rows begin at multiples of _ALIGNED elements: with an odd vocabulary a GPU would move them element by element.
+    Rows begin at multiples of _ALIGNED elements: with an odd vocabulary a GPU would move them
+    element by element.
     """
 
     def __init__(self, like: Tensor, vocabulary: int, chunks: list[slice]) -> None:
@@ -230,7 +241,8 @@ def _work(
     outputs_CV = rooms.own.logits(hidden_CD, head_VD)
     gradient_CV = None
     if any(request.wanted):
-        # Where logits are wider than the gradient, each of its rows lies in the first half of the row of logits.
+        # Where logits are wider than the gradient, each of its rows lies in the first half of the
+        # row of logits.
         gradient_CV = outputs_CV.view(hidden_CD.dtype)[:, : len(head_VD)]
     return ChunkWork(
         outputs_CV=outputs_CV,
@@ -256,7 +268,9 @@ def _reference_work(reference: Reference | None, part: slice, room: _Room) -> Re
 
 
 def _sums(stats_CM: Tensor, groups_C: Tensor, num_groups: int) -> Tensor:
-    """The sums of each group [G, M], as a product with a one-hot matrix: index_add_ has no fixed order on a GPU."""
+    """The sums of each group [G, M], as a product with a one-hot matrix: index_add_ has no fixed
+    order on a GPU.
+    """
     groups_G1 = torch.arange(num_groups, device=groups_C.device).unsqueeze(1)
     return (groups_G1 == groups_C).to(stats_CM.dtype) @ stats_CM
 
@@ -271,8 +285,8 @@ def _check(
     vocabulary, size = head_VD.shape
     if hidden_TD.ndim != 2 or hidden_TD.shape[1] != size:
         raise ValueError(
-            f"hidden states are {tuple(hidden_TD.shape)} and the head is {(vocabulary, size)}; both must be matrices with "
-            "the same second axis, flatten batch and time first"
+            f"hidden states are {tuple(hidden_TD.shape)} and the head is {(vocabulary, size)}; both"
+            " must be matrices with the same second axis, flatten batch and time first"
         )
     if bias_V is not None and bias_V.shape != (vocabulary,):
         raise ValueError(f"the bias is {tuple(bias_V.shape)}, must be {(vocabulary,)}")
@@ -286,11 +300,12 @@ def _check(
         return
     if reference.head_VD.shape[0] != vocabulary:
         raise ValueError(
-            f"the reference's head has {reference.head_VD.shape[0]} tokens and the model's {vocabulary}; a divergence "
-            "needs one vocabulary"
+            f"the reference's head has {reference.head_VD.shape[0]} tokens and the model's"
+            f" {vocabulary}; a divergence needs one vocabulary"
         )
     if not len(reference.hidden_KD) == len(reference.coefficients_K) <= count:
         raise ValueError(
-            f"{len(reference.hidden_KD)} hidden states and {len(reference.coefficients_K)} coefficients of the reference for "
-            f"{count} loss tokens; it needs one of each for the first K of them"
+            f"{len(reference.hidden_KD)} hidden states and {len(reference.coefficients_K)}"
+            f" coefficients of the reference for {count} loss tokens; it needs one of each for the"
+            " first K of them"
         )

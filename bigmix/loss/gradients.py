@@ -1,7 +1,7 @@
 """Chunks of logit gradients go in, the gradients of hidden states, head and bias come out.
 
-The head's gradient is added up in fp32: in bf16 the sum drifts by per cents over many chunks. It is narrowed to the
-weight's dtype within its own memory, so that the two never lie beside each other.
+The head's gradient is added up in fp32: in bf16 the sum drifts by per cents over many chunks. It is
+narrowed to the weight's dtype within its own memory, so that the two never lie beside each other.
 """
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 from bigmix.loss.chunks import slices
 from bigmix.loss.matmul import times_transposed
 
-# Elements that are narrowed, or multiplied and added, at once where an operation needs room of its own (a CPU).
+# Elements that are narrowed, or multiplied and added, at once where an operation needs room of its
+# own (a CPU).
 _BLOCK = 1 << 20
 
 
@@ -38,7 +39,8 @@ class Gradients:
         self._is_first = True
 
     def _for_head(self, head_VD: Tensor) -> Tensor:
-        # The first chunk writes, later ones add: zeros are needed only where there is no chunk at all.
+        # The first chunk writes, later ones add: zeros are needed only where there is no chunk at
+        # all.
         dtype = head_VD.dtype if self._one_chunk else torch.float32
         return torch.empty_like(head_VD, dtype=dtype)
 
@@ -74,7 +76,9 @@ def _add_product(sum_VD: Tensor, left_CV: Tensor, right_CD: Tensor, *, first: bo
 def _add_product_in_blocks(
     sum_VD: Tensor, left_CV: Tensor, right_CD: Tensor, *, first: bool
 ) -> None:
-    """A CPU has no product of bf16 that gives fp32: rounding each chunk's product would double the error of the sum."""
+    """A CPU has no product of bf16 that gives fp32: rounding each chunk's product would double the
+    error of the sum.
+    """
     right_CD = right_CD.to(sum_VD.dtype)
     columns = max(1, _BLOCK // len(left_CV))
     for part in slices(len(sum_VD), columns):
@@ -83,7 +87,9 @@ def _add_product_in_blocks(
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor in `dtype`, in the gradient's own memory; the gradient must not be used afterwards."""
+    """gradient * factor in `dtype`, in the gradient's own memory; the gradient must not be used
+    afterwards.
+    """
     if gradient.dtype == dtype:
         return gradient.mul_(factor)
     if dtype.itemsize > gradient.dtype.itemsize:
@@ -92,15 +98,17 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _narrowed(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Element i of the narrow one lies where element i / 2 of the wide one was, which has been read by then."""
+    """Element i of the narrow one lies where element i / 2 of the wide one was, which has been read
+    by then.
+    """
     wide_X = gradient.view(-1)
     narrow = torch.empty(0, dtype=dtype, device=gradient.device)
     narrow.set_(gradient.untyped_storage(), 0, gradient.shape, gradient.stride())
     narrow_X = narrow.view(-1)
     begin = 0
     while begin < len(wide_X):
-        # From `begin` on, as many elements as lie wholly behind what they are written over; the very first through
-        # room of their own.
+        # From `begin` on, as many elements as lie wholly behind what they are written over; the
+        # very first through room of their own.
         size = min(max(begin, _BLOCK), len(wide_X) - begin, _most(gradient.device))
         block_X = wide_X[begin : begin + size]
         block_X = block_X * factor if begin < size else block_X.mul_(factor)

@@ -1,7 +1,7 @@
 """The language model head as the module that computes the loss.
 
-ZeRO-3 gathers a module's weights when its forward is entered, so the head's weight is gathered once per micro-batch,
-last of all, and freed before the body's backward.
+ZeRO-3 gathers a module's weights when its forward is entered, so the head's weight is gathered once
+per micro-batch, last of all, and freed before the body's backward.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,9 @@ from bigmix.loss.terms import LogitRule, LossTokens, Reference, Terms
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadSettings:
-    """What a MixedHead knows beside its weights: the objective while training, and how it is computed."""
+    """What a MixedHead knows beside its weights: the objective while training, and how it is
+    computed.
+    """
 
     rule: LogitRule
     terms: Terms
@@ -24,7 +26,9 @@ class HeadSettings:
 
 
 class MixedHead(nn.Linear):
-    """A linear head that gives logits when called with hidden states, and the loss when given loss tokens too."""
+    """A linear head that gives logits when called with hidden states, and the loss when given loss
+    tokens too.
+    """
 
     settings: HeadSettings
 
@@ -34,7 +38,9 @@ class MixedHead(nn.Linear):
         tokens: LossTokens | None = None,
         reference: Reference | None = None,
     ) -> Any:
-        """Logits [..., V] of hidden [..., D]; with `tokens`, `mixed_loss` of hidden [T, D]: objective and sums."""
+        """Logits [..., V] of hidden [..., D]; with `tokens`, `mixed_loss` of hidden [T, D]:
+        objective and sums.
+        """
         if tokens is None:
             return super().forward(hidden)
         return mixed_loss(
@@ -50,7 +56,9 @@ class MixedHead(nn.Linear):
 
 
 def make_mixed(head: nn.Linear, settings: HeadSettings) -> None:
-    """Turn a model's own head into a MixedHead in place: same parameters, same names, ties untouched."""
+    """Turn a model's own head into a MixedHead in place: same parameters, same names, ties
+    untouched.
+    """
     head.__class__ = MixedHead
     assert isinstance(head, MixedHead)
     head.settings = settings

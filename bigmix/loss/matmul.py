@@ -1,7 +1,9 @@
-"""The matrix products of the loss: two matrices go in, left @ right^T comes out, by the fastest way of the device.
+"""The matrix products of the loss: two matrices go in, left @ right^T comes out, by the fastest way
+of the device.
 
-torch sends fp32 products on a CPU to MKL, which takes 2.7 times as long as oneDNN on CPUs that are not Intel's; oneDNN,
-which computes torch's bf16 products and compiled code, is called as compiled code calls it.
+torch sends fp32 products on a CPU to MKL, which takes 2.7 times as long as oneDNN on CPUs that are
+not Intel's; oneDNN, which computes torch's bf16 products and compiled code, is called as compiled
+code calls it.
 """
 
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor
 from bigmix.loss.chunks import slices
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-# oneDNN makes room for its result: a large one goes by blocks of so many elements to where it is wanted.
+# oneDNN makes room for its result: a large one goes by blocks of so many elements to where it is
+# wanted.
 _BLOCK = 1 << 20
 
 

@@ -1,13 +1,14 @@
 """Counts of a whole step go in, the weight of one loss token of each source comes out.
 
-With nll_i the negative log-likelihood of loss token i and N_s the loss tokens of source s in the step, over all
-ranks and micro-batches, the step minimises
+With nll_i the negative log-likelihood of loss token i and N_s the loss tokens of source s in the
+step, over all ranks and micro-batches, the step minimises
 
     per_source:  sum_s lambda_s * (sum over i of s of nll_i) / N_s
     per_token:   sum_i w_s(i) nll_i / sum_i w_s(i),   w_s = loss share / share
 
-so that under per_source a source's share is its weight in the gradient, whatever the masks and the packing. Where
-chosen sources stay near a reference model, either has beside it sum_s kappa_s * (sum over i of s of KL_i) / N_s.
+so that under per_source a source's share is its weight in the gradient, whatever the masks and the
+packing. Where chosen sources stay near a reference model, either has beside it sum_s kappa_s * (sum
+over i of s of KL_i) / N_s.
 """
 
 from collections.abc import Mapping
@@ -21,8 +22,8 @@ Objective = Literal["per_source", "per_token"]
 class StepWeights:
     """The weights of a step, by source.
 
-    `token`: the coefficient of one loss token's nll; `gradient`: the source's part of the objective, sum over its
-    loss tokens of `token`.
+    `token`: the coefficient of one loss token's nll; `gradient`: the source's part of the
+    objective, sum over its loss tokens of `token`.
     """
 
     token: dict[str, float]
@@ -46,8 +47,9 @@ def weigh(
 ) -> StepWeights:
     """The weight of a loss token of each source, from the counts of the whole step.
 
-    `masses`: the sum of the weights that the loss tokens of a source have among themselves, where they have some; they
-    take the place of the counts N_s under per_source, and under per_token there are none.
+    `masses`: the sum of the weights that the loss tokens of a source have among themselves, where
+    they have some; they take the place of the counts N_s under per_source, and under per_token
+    there are none.
     """
     if objective == "per_token":
         return per_token(shares.rows, shares.loss, loss_tokens)
@@ -61,11 +63,12 @@ def source_weights(
     rows: Mapping[str, int],
     rows_per_step: int,
 ) -> dict[str, float]:
-    """lambda_s of a step: the loss share, and for a source that is not surely in every step its catching up.
+    """lambda_s of a step: the loss share, and for a source that is not surely in every step its
+    catching up.
 
-    A source that is in some steps only weighs loss_share / (share * rows per step) there for each row, so that over the
-    run its part of the gradient is its loss share: with share 0.25 of 2 rows it is in every second step, with twice the
-    weight.
+    A source that is in some steps only weighs loss_share / (share * rows per step) there for each
+    row, so that over the run its part of the gradient is its loss share: with share 0.25 of 2 rows
+    it is in every second step, with twice the weight.
     """
     surely = surely_from(shares)
     weights = {}
@@ -76,10 +79,11 @@ def source_weights(
 
 
 def surely_from(shares: Mapping[str, float]) -> int:
-    """Rows that a source is due in a step, from which on it has one in each: its rows are within one of its share.
+    """Rows that a source is due in a step, from which on it has one in each: its rows are within
+    one of its share.
 
-    Of two sources one has what the other leaves, and both have a row in each step that they are due one in; of more, a
-    source that comes early in one step may have none in the next.
+    Of two sources one has what the other leaves, and both have a row in each step that they are due
+    one in; of more, a source that comes early in one step may have none in the next.
     """
     return 1 if sum(share > 0 for share in shares.values()) <= 2 else 2
 
@@ -109,7 +113,9 @@ def per_source(lambdas: Mapping[str, float], loss_tokens: Mapping[str, float]) -
 def per_token(
     shares: Mapping[str, float], loss_shares: Mapping[str, float], loss_tokens: Mapping[str, int]
 ) -> StepWeights:
-    """w_s / sum over all loss tokens of w; where every loss share is its share that is one over their number."""
+    """w_s / sum over all loss tokens of w; where every loss share is its share that is one over
+    their number.
+    """
     weights = {n: loss_shares[n] / shares[n] if shares[n] else 0.0 for n in loss_tokens}
     total = sum(weights[n] * count for n, count in loss_tokens.items())
     token = {n: weights[n] / total if total else 0.0 for n in loss_tokens}

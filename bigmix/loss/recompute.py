@@ -1,8 +1,9 @@
 """Normalisers of all tokens go in, the head's gradient comes out, block by block of the vocabulary.
 
-For a block of B tokens of the vocabulary the logits are computed again, for all N loss tokens at once, and give its rows
-of the gradient in one product over N: nothing is added up outside the matrix product, so the gradient is rounded once
-and needs no fp32 copy. The price is a fourth product of N V D.
+For a block of B tokens of the vocabulary the logits are computed again, for all N loss tokens at
+once, and give its rows of the gradient in one product over N: nothing is added up outside the
+matrix product, so the gradient is rounded once and needs no fp32 copy. The price is a fourth
+product of N V D.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from bigmix.loss.torch_kernel import blocks, logits_of, through_rule
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Known:
-    """What the pass over chunks of tokens leaves: the log-normaliser of each token, and the reference's of the first K."""
+    """What the pass over chunks of tokens leaves: the log-normaliser of each token, and the
+    reference's of the first K.
+    """
 
     lse_N: Tensor
     reference_lse_K: Tensor
@@ -33,7 +36,9 @@ def head_gradient(
     *,
     block_bytes: int,
 ) -> Tensor:
-    """d objective / d head [V, D] in the head's dtype; the logits of a block take about `block_bytes`."""
+    """d objective / d head [V, D] in the head's dtype; the logits of a block take about
+    `block_bytes`.
+    """
     gradient_VD = torch.empty_like(head_VD)
     tokens, vocabulary = len(hidden_ND), len(head_VD)
     token_bytes = head_VD.dtype.itemsize * (tokens + request.anchored)
@@ -42,7 +47,8 @@ def head_gradient(
     room_X = hidden_ND.new_empty(size * tokens)
     slope_N = _slopes(request, known)
     for part in slices(vocabulary, size):
-        # The vocabulary comes first, so that the second product has no transposed side: it is slower with one.
+        # The vocabulary comes first, so that the second product has no transposed side: it is
+        # slower with one.
         outputs_BN = room_X[: (part.stop - part.start) * tokens].view(-1, tokens)
         times_transposed_into(outputs_BN, head_VD[part], hidden_ND)
         _to_gradient(outputs_BN, part, bias_V, request, known, slope_N, vocabulary)
@@ -95,7 +101,9 @@ def _column(bias_V: Tensor | None, part: slice) -> Tensor | None:
 
 
 def _take_from_labels(gradient_BN: Tensor, begin: int, labels_N: Tensor, amounts_N: Tensor) -> None:
-    """Take its amount from the label of each token whose label is among these B, which begin at `begin`."""
+    """Take its amount from the label of each token whose label is among these B, which begin at
+    `begin`.
+    """
     places_N = labels_N - begin
     is_here_N = (places_N >= 0) & (places_N < len(gradient_BN))
     places_N = places_N.clamp_(0, len(gradient_BN) - 1)

@@ -1,9 +1,11 @@
 """The words of the loss: what is asked for goes in as records, sums over tokens come out as one.
 
-Letters, in all of `bigmix.loss`: T positions, N loss tokens, K loss tokens with a reference, D hidden size,
-V vocabulary, G groups (sources while training, documents in an evaluation), C tokens of a chunk, M statistics.
+Letters, in all of `bigmix.loss`: T positions, N loss tokens, K loss tokens with a reference, D
+hidden size, V vocabulary, G groups (sources while training, documents in an evaluation), C tokens
+of a chunk, M statistics.
 
-With u = logits of a loss token i with label y, p = softmax(u), q = softmax of the reference's logits:
+With u = logits of a loss token i with label y, p = softmax(u), q = softmax of the reference's
+logits:
 
     nll_i     = lse_i - u_y                        lse_i = log sum_v exp(u_v)
     smooth_i  = lse_i - mean_v u_v                 (label smoothing: Szegedy et al., 2016)
@@ -34,7 +36,9 @@ class Statistic(IntEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogitRule:
-    """How an architecture turns the head's output x into logits: softcap * tanh(scale * x / softcap), cap optional."""
+    """How an architecture turns the head's output x into logits: softcap * tanh(scale * x /
+    softcap), cap optional.
+    """
 
     scale: float = 1.0
     softcap: float | None = None
@@ -44,7 +48,8 @@ class LogitRule:
 class Terms:
     """What the objective holds beside the nll, and what is measured beside it.
 
-    `label_smoothing` is eps in [0, 1), `z_loss` the coefficient of lse^2; with `entropy` the entropy of p is summed.
+    `label_smoothing` is eps in [0, 1), `z_loss` the coefficient of lse^2; with `entropy` the
+    entropy of p is summed.
     """
 
     label_smoothing: float = 0.0
@@ -56,10 +61,9 @@ class Terms:
 class LossTokens:
     """The tokens in the loss; no other position costs anything.
 
-    positions_N: where in the flat hidden states each stands, no place twice; None where token i stands at i
-    labels_N: the token to predict, int64
-    groups_N: below `num_groups`, int64: which sums it adds to
-    coefficients_N: its weight in the objective, fp32
+    positions_N: where in the flat hidden states each stands, no place twice; None where token i
+    stands at i labels_N: the token to predict, int64 groups_N: below `num_groups`, int64: which
+    sums it adds to coefficients_N: its weight in the objective, fp32
     """
 
     positions_N: Tensor | None
@@ -92,8 +96,9 @@ class Reference:
 class GroupSums:
     """Sums over the loss tokens of each group [G], fp32.
 
-    tokens: how many; nll: in nats; hits: where the label is the likeliest token; z: lse^2; entropy: of the model's
-    distribution, in nats, 0 where it was not asked for; kl: to the reference, in nats.
+    tokens: how many; nll: in nats; hits: where the label is the likeliest token; z: lse^2; entropy:
+    of the model's distribution, in nats, 0 where it was not asked for; kl: to the reference, in
+    nats.
     """
 
     tokens_G: Tensor
@@ -119,7 +124,8 @@ class GroupSums:
 def tokens_of_labels(
     labels_T: Tensor, coefficients_G: Tensor, groups_T: Tensor | None = None
 ) -> LossTokens:
-    """The loss tokens of labels [T] with IGNORE where no loss is taken, weighted by their group's coefficient [G].
+    """The loss tokens of labels [T] with IGNORE where no loss is taken, weighted by their group's
+    coefficient [G].
 
     This waits for the device, which must count them; the training step knows the places beforehand.
     """

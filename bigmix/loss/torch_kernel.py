@@ -1,7 +1,8 @@
-"""A chunk of logits goes in, statistics of each token and the gradient in the logits' place come out: any device, by torch.
+"""A chunk of logits goes in, statistics of each token and the gradient in the logits' place come
+out: any device, by torch.
 
-The chunk is worked through in blocks of rows that fit a cache, so that what lies between logits and gradient never
-goes to memory.
+The chunk is worked through in blocks of rows that fit a cache, so that what lies between logits and
+gradient never goes to memory.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from bigmix.loss.chunks import slices
 from bigmix.loss.requests import COLUMNS, LSE, OBJECTIVE, REFERENCE_LSE, ChunkWork, ReferenceWork
 from bigmix.loss.terms import LogitRule, Statistic
 
-# Elements of a block. CPU: two or three arrays of 1 MiB in the L2 caches; GPU: enough to keep every processor busy.
+# Elements of a block. CPU: two or three arrays of 1 MiB in the L2 caches; GPU: enough to keep every
+# processor busy.
 _BLOCK = {"cpu": 1 << 18}
 _BLOCK_ELSEWHERE = 1 << 26
 
@@ -53,7 +55,8 @@ def _block(work: ChunkWork, part: slice, stats_BM: Tensor) -> None:
     stats_BM[:, LSE] = lse_B
     if terms.entropy:
         stats_BM[:, 1 + Statistic.ENTROPY] = lse_B - (p_BV * logits_BV).sum(1)
-    # d objective / d logits = slope p - (1 - eps) c onehot(y) - eps c / V - k q,  slope = c (1 + 2 z_loss lse) + k
+    # d objective / d logits = slope p - (1 - eps) c onehot(y) - eps c / V - k q,  slope = c (1 + 2
+    # z_loss lse) + k
     slope_B = weights_B * (1 + 2 * terms.z_loss * lse_B)
     kq_BV = None
     if work.reference is not None:
@@ -87,7 +90,9 @@ def logits_of(outputs_BV: Tensor, bias_V: Tensor | None, rule: LogitRule) -> Ten
 
 
 def _lse(p_BV: Tensor, top_B: Tensor, best_B: Tensor) -> Tensor:
-    """log sum exp from the softmax: the likeliest token has p = exp(top - lse) >= 1 / V, whose log is exact."""
+    """log sum exp from the softmax: the likeliest token has p = exp(top - lse) >= 1 / V, whose log
+    is exact.
+    """
     return top_B - p_BV.gather(1, best_B.unsqueeze(1)).squeeze(1).log()
 
 
@@ -99,7 +104,8 @@ def _kl(
     top_B, best_B = theirs_BV.max(1)
     q_BV = theirs_BV.softmax(1)
     lse_q_B = _lse(q_BV, top_B, best_B)
-    # sum q (log q - log p): taken within the sum, where the terms are small, not as a difference of large sums.
+    # sum q (log q - log p): taken within the sum, where the terms are small, not as a difference of
+    # large sums.
     log_ratio_BV = (theirs_BV - logits_BV) + (lse_B - lse_q_B).unsqueeze(1)
     return (q_BV * log_ratio_BV).sum(1), q_BV, lse_q_B
 

@@ -1,14 +1,16 @@
-"""A chunk of logits goes in, statistics of each token and the gradient in the logits' place come out: a GPU, by one kernel.
+"""A chunk of logits goes in, statistics of each token and the gradient in the logits' place come
+out: a GPU, by one kernel.
 
-One program has one row and goes over it twice, block by block: first for the sums, then, where there is a gradient or
-a reference, for what needs them. A row that fits one block is read once and stays in registers. Nothing is added up
-across programs, so runs repeat bit for bit.
+One program has one row and goes over it twice, block by block: first for the sums, then, where
+there is a gradient or a reference, for what needs them. A row that fits one block is read once and
+stays in registers. Nothing is added up across programs, so runs repeat bit for bit.
 
-In the first pass each lane (place within a block) keeps its own maximum and its own sums over the blocks; they are put
-together once, at the end, so that the threads of a row need not wait for each other at every block.
+In the first pass each lane (place within a block) keeps its own maximum and its own sums over the
+blocks; they are put together once, at the end, so that the threads of a row need not wait for each
+other at every block.
 
-The kernel is given None for what is not asked for, and is compiled without it. In it a name without an axis is one
-value or one block of values; `outputs`, `bias` and so on are pointers.
+The kernel is given None for what is not asked for, and is compiled without it. In it a name without
+an axis is one value or one block of values; `outputs`, `bias` and so on are pointers.
 """
 
 from typing import Any, NamedTuple
@@ -21,18 +23,20 @@ from torch import Tensor
 from bigmix.loss.requests import COLUMNS, LSE, OBJECTIVE, REFERENCE_LSE, ChunkWork, ReferenceWork
 from bigmix.loss.terms import Statistic
 
-# A row of up to so many elements is one block, 16 of them to a thread. By ptxas (triton 3.9, sm_90) that takes 50
-# registers of a thread, 82 with a reference and 113 with all there is; twice as many elements spill from the 128 that
-# each of 512 threads can have.
+# A row of up to so many elements is one block, 16 of them to a thread. By ptxas (triton 3.9, sm_90)
+# that takes 50 registers of a thread, 82 with a reference and 113 with all there is; twice as many
+# elements spill from the 128 that each of 512 threads can have.
 _MOST_IN_ONE_BLOCK = 1 << 13
 _ELEMENTS_OF_A_WARP = 512
-# A longer row goes by blocks of 8 elements to a thread, as each has two to five sums of its own: 51 registers, 62 with
-# a reference, 104 with all. In 64, two rows run on a processor, and one reads while the other waits at a barrier; more
-# rows would push each other out of the L2 cache before their second pass.
+# A longer row goes by blocks of 8 elements to a thread, as each has two to five sums of its own: 51
+# registers, 62 with a reference, 104 with all. In 64, two rows run on a processor, and one reads
+# while the other waits at a barrier; more rows would push each other out of the L2 cache before
+# their second pass.
 _BLOCK = 1 << 12
 _ELEMENTS_OF_A_WARP_IN_BLOCKS = 256
 
-# Stands behind a row's end: exp(it - m) is 0. Finite, as the difference of two infinite ones is not a number.
+# Stands behind a row's end: exp(it - m) is 0. Finite, as the difference of two infinite ones is not
+# a number.
 _NOTHING = tl.constexpr(-1e18)
 
 _COLUMNS = tl.constexpr(COLUMNS)
@@ -48,7 +52,9 @@ _REFERENCE_LSE = tl.constexpr(REFERENCE_LSE)
 
 
 class _Head(NamedTuple):
-    """The outputs of a head, the elements from one row to the next, and what makes logits of them."""
+    """The outputs of a head, the elements from one row to the next, and what makes logits of
+    them.
+    """
 
     outputs: Any
     stride: Any
@@ -58,8 +64,9 @@ class _Head(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Of a row's logits u: m = max u, mass = sum exp(u - m), best: the first place of m, total = sum u,
-    fall = sum exp(u - m) (u - m)."""
+    """Of a row's logits u: m = max u, mass = sum exp(u - m), best: the first place of m, total =
+    sum u, fall = sum exp(u - m) (u - m).
+    """
 
     top: Any
     mass: Any
@@ -69,7 +76,8 @@ class _Sums(NamedTuple):
 
 
 class _Slopes(NamedTuple):
-    """What the second pass over a row of logits u takes from the first, t being the reference's logits.
+    """What the second pass over a row of logits u takes from the first, t being the reference's
+    logits.
 
     d objective / d u = of_p exp(u - top) - of_label onehot(label) - of_all - of_q q
     q = exp(t - their_top) / their_mass,  log q - log p = t - u + shift
@@ -198,15 +206,31 @@ def _row(
         shift = (ours.top - theirs.top) + (log_mass - their_log_mass)
     if gradient is not None or reference.outputs is not None:
         slopes = _Slopes(
-            label=label, top=ours.top, of_p=slope / ours.mass, of_label=of_label, of_all=of_all,
-            of_q=of_q, their_top=theirs.top, their_mass=theirs.mass, shift=shift,
-        )  # fmt: skip
+            label=label,
+            top=ours.top,
+            of_p=slope / ours.mass,
+            of_label=of_label,
+            of_all=of_all,
+            of_q=of_q,
+            their_top=theirs.top,
+            their_mass=theirs.mass,
+            shift=shift,
+        )
         if gradient is not None:
             gradient += token * gradient_stride
         kl = _second_pass(
-            head, reference, token, slopes, logits, their_logits, gradient, vocabulary,
-            OVERLAPS, BLOCK, ONE_BLOCK,
-        )  # fmt: skip
+            head,
+            reference,
+            token,
+            slopes,
+            logits,
+            their_logits,
+            gradient,
+            vocabulary,
+            OVERLAPS,
+            BLOCK,
+            ONE_BLOCK,
+        )
         objective += of_q * kl
 
     stats += token * _COLUMNS
@@ -241,7 +265,10 @@ def _logits(
 
 @triton.jit
 def _tanh(x: tl.tensor) -> tl.tensor:
-    """tanh x to 2e-7 of its value (S. Moshier, Cephes, tanhf.c): 1 - 2 / (e^2x + 1) loses digits near 0."""
+    """tanh x to 2e-7 of its value (S.
+
+    Moshier, Cephes, tanhf.c): 1 - 2 / (e^2x + 1) loses digits near 0.
+    """
     size, square = tl.abs(x), x * x
     far = 1 - 2 / (tl.exp(2 * size) + 1)
     near = -5.70498872745e-3 * square + 2.06390887954e-2
@@ -320,12 +347,14 @@ def _second_pass(
 ) -> tl.tensor:
     """Writes the row's gradient and returns its KL; the logits given are those of the first block.
 
-    A gradient with elements of the outputs' size is written where the same element was read, and its value follows
-    from that reading. A narrower one (OVERLAPS) lies in the first half of the row: its block b is where block b / 2
-    of the outputs is, which other threads may still be about to read. So all wait for each other between reading a
-    block and writing it; then blocks up to b have been read by all when block b is written.
+    A gradient with elements of the outputs' size is written where the same element was read, and
+    its value follows from that reading. A narrower one (OVERLAPS) lies in the first half of the
+    row: its block b is where block b / 2 of the outputs is, which other threads may still be about
+    to read. So all wait for each other between reading a block and writing it; then blocks up to b
+    have been read by all when block b is written.
     """
-    # In any case: each thread has read the label's logit, and in a short row several read the same element.
+    # In any case: each thread has read the label's logit, and in a short row several read the same
+    # element.
     tl.debug_barrier()
     columns = tl.arange(0, BLOCK)
     if ONE_BLOCK:

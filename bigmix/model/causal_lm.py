@@ -33,7 +33,8 @@ class ModelTensors:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceTensors:
-    """What a frozen model says of the first K loss tokens: its final hidden states, and its head when it is asked for.
+    """What a frozen model says of the first K loss tokens: its final hidden states, and its head
+    when it is asked for.
 
     Within `head()` the head's weights are whole; under ZeRO-3 they are gathered for as long.
     """
@@ -58,7 +59,8 @@ class MixedModel(nn.Module):
         """The objective of the micro-batch and the sums of each group [G, Statistic]."""
         hidden_BTD = self.hidden(batch.ids_BT, batch.positions_BT)
         reference = nullcontext() if batch.reference is None else _whole(batch.reference)
-        # The reference's head is gathered here, after the body, so that it is whole for the loss alone.
+        # The reference's head is gathered here, after the body, so that it is whole for the loss
+        # alone.
         with reference as given:
             loss: tuple[Tensor, Tensor] = self.lm.get_output_embeddings()(
                 hidden_BTD.flatten(0, 1), batch.tokens, given
@@ -71,7 +73,9 @@ class MixedModel(nn.Module):
 
 
 class FrozenModel(nn.Module):
-    """A Hugging Face causal language model whose forward gives its final hidden states [B, T, D]."""
+    """A Hugging Face causal language model whose forward gives its final hidden states [B, T,
+    D].
+    """
 
     def __init__(self, lm: Any) -> None:
         super().__init__()
@@ -81,7 +85,9 @@ class FrozenModel(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """The model's own head; a property, since a module that is registered twice is hooked twice."""
+        """The model's own head; a property, since a module that is registered twice is hooked
+        twice.
+        """
         return linear_head(self.lm)
 
     def forward(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
@@ -92,11 +98,13 @@ class FrozenModel(nn.Module):
 def final_hidden(lm: Any, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
     """Final hidden states [B, T, D]. Documents are told apart by positions that restart.
 
-    An attention mask is never given: with one, even of ones, the backends stop looking at the positions.
+    An attention mask is never given: with one, even of ones, the backends stop looking at the
+    positions.
     """
     shape = ids_BT.shape
     if lm.config._attn_implementation == "flash_attention_2":
-        # transformers looks at the positions only where there is one row; a row begins a document in any case.
+        # transformers looks at the positions only where there is one row; a row begins a document
+        # in any case.
         ids_BT, positions_BT = ids_BT.view(1, -1), positions_BT.view(1, -1)
     body = lm.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)
     hidden_BTD: Tensor = body.last_hidden_state
@@ -108,8 +116,8 @@ def linear_head(lm: Any) -> nn.Linear:
     head = lm.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise BadInput(
-            f"the head of {type(lm).__name__} is a {type(head).__name__}; bigmix trains models whose head is "
-            "a linear layer, give another model"
+            f"the head of {type(lm).__name__} is a {type(head).__name__}; bigmix trains models"
+            " whose head is a linear layer, give another model"
         )
     return head
 
@@ -127,7 +135,9 @@ def _whole(reference: ReferenceTensors) -> Iterator[Reference]:
 
 
 def logit_rule(config: Any) -> LogitRule:
-    """How the architecture turns the head's output into logits (Gemma caps, Cohere multiplies, Granite divides)."""
+    """How the architecture turns the head's output into logits (Gemma caps, Cohere multiplies,
+    Granite divides).
+    """
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     return LogitRule(
@@ -138,7 +148,8 @@ def logit_rule(config: Any) -> LogitRule:
 def read_config(
     path: str | None, config: Mapping[str, Any] | None, *, key: str = "model.path"
 ) -> Any:
-    """The Hugging Face configuration of a model folder, hub name or table of settings; `key` is the path's in the recipe.
+    """The Hugging Face configuration of a model folder, hub name or table of settings; `key` is the
+    path's in the recipe.
 
     Raises BadInput where there is none or its model_type is unknown.
     """
@@ -152,13 +163,14 @@ def read_config(
     except (OSError, ValueError, KeyError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
         raise BadInput(
-            f"{named} gives no model configuration ({first}); give a folder with a config.json, a hub name, "
-            "or a config with a model_type that transformers knows"
+            f"{named} gives no model configuration ({first}); give a folder with a config.json, a"
+            " hub name, or a config with a model_type that transformers knows"
         ) from error
     if getattr(found, "vocab_size", None) is None:
         raise BadInput(
-            f"{named} is a model of several parts ({found.model_type}), and its configuration has no vocab_size of its own; "
-            "give its causal language model alone, saved by transformers from the text part"
+            f"{named} is a model of several parts ({found.model_type}), and its configuration has"
+            " no vocab_size of its own; give its causal language model alone, saved by"
+            " transformers from the text part"
         )
     return found
 
@@ -218,9 +230,11 @@ def load(
     seed: int,
     construction: AbstractContextManager[None],
 ) -> Any:
-    """A language model with its weights; inside `construction` each parameter is sharded as it is made.
+    """A language model with its weights; inside `construction` each parameter is sharded as it is
+    made.
 
-    Without a path the weights are drawn from `seed`. Raises BadInput where transformers refuses the combination.
+    Without a path the weights are drawn from `seed`. Raises BadInput where transformers refuses the
+    combination.
     """
     torch.manual_seed(seed)
     disable_progress_bar()  # in a log its states run together
@@ -236,8 +250,8 @@ def load(
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise BadInput(
-            f"the model {path or config.model_type} with attention {attention} and dtype {dtype} cannot be built "
-            f"({first}); check model.path, or set model.attention=sdpa or eager"
+            f"the model {path or config.model_type} with attention {attention} and dtype {dtype}"
+            f" cannot be built ({first}); check model.path, or set model.attention=sdpa or eager"
         ) from error
     lm.config.use_cache = False
     return lm

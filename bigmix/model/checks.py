@@ -1,6 +1,8 @@
-"""A recipe and a manifest go in, the configurations of its models come out; what does not fit together is refused.
+"""A recipe and a manifest go in, the configurations of its models come out; what does not fit
+together is refused.
 
-A built model goes in; it is refused where packing or the loss would silently mean something else on it.
+A built model goes in; it is refused where packing or the loss would silently mean something else on
+it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -41,8 +43,8 @@ class Evaluated:
 def read_configs(recipe: Recipe, manifest: Manifest) -> Configs:
     """The configurations of the models of a recipe, for sources of a manifest.
 
-    Raises BadInput where there is none, rows are longer than a model's positions, tokens are not the model's, or the
-    reference speaks of another vocabulary.
+    Raises BadInput where there is none, rows are longer than a model's positions, tokens are not
+    the model's, or the reference speaks of another vocabulary.
     """
     config = read_config(recipe.model.path, recipe.model.config)
     reference = None
@@ -65,9 +67,11 @@ def read_configs(recipe: Recipe, manifest: Manifest) -> Configs:
 def read_evaluated(
     recipe: Recipe, manifest: Manifest, tokenizer_folder: Path, paths: Mapping[str, str | None]
 ) -> dict[str, Evaluated]:
-    """The models at the paths of some options, for held-out sources of a manifest; an option without one is left out.
+    """The models at the paths of some options, for held-out sources of a manifest; an option
+    without one is left out.
 
-    Raises BadInput where there is none, where rows are longer than its positions, or where it speaks of other tokens.
+    Raises BadInput where there is none, where rows are longer than its positions, or where it
+    speaks of other tokens.
     """
     models = {
         named: Evaluated(named=named, path=path, config=read_config(path, None, key=named))
@@ -105,8 +109,9 @@ def _reference_faults(
     yield from _length_faults(recipe, reference, "reference.model")
     if reference.vocab_size != config.vocab_size:
         yield (
-            f"reference.model {path} has a vocabulary of {reference.vocab_size}, the model has {config.vocab_size}; a "
-            "divergence needs one vocabulary, choose a reference of the same family"
+            f"reference.model {path} has a vocabulary of {reference.vocab_size}, the model has"
+            f" {config.vocab_size}; a divergence needs one vocabulary, choose a reference of the"
+            " same family"
         )
     if path != recipe.model.path:
         yield from _tokenizer_faults(path, manifest, "reference.model")
@@ -125,8 +130,9 @@ def _vocabulary_faults(manifest: Manifest, config: Any, named: str) -> Iterator[
     needed = manifest.tokenizer.vocab_size
     if needed > config.vocab_size:
         yield (
-            f"the sources are prepared with a vocabulary of {needed}, {named} has {config.vocab_size}; "
-            "prepare them with the model's tokenizer, or give the model that vocab_size"
+            f"the sources are prepared with a vocabulary of {needed}, {named} has"
+            f" {config.vocab_size}; prepare them with the model's tokenizer, or give the model that"
+            " vocab_size"
         )
 
 
@@ -137,9 +143,9 @@ def _tokenizer_faults(path: str | None, manifest: Manifest, key: str) -> Iterato
     fingerprint = fingerprint_of(path)
     if fingerprint != manifest.tokenizer.fingerprint:
         yield (
-            f"the tokenizer of {path} ({fingerprint[:12]}) is not the one that the sources are prepared with "
-            f"({manifest.tokenizer.name}, {manifest.tokenizer.fingerprint[:12]}); prepare them again with "
-            f"`--tokenizer {path}`, or set {key} to the right one"
+            f"the tokenizer of {path} ({fingerprint[:12]}) is not the one that the sources are"
+            f" prepared with ({manifest.tokenizer.name}, {manifest.tokenizer.fingerprint[:12]});"
+            f" prepare them again with `--tokenizer {path}`, or set {key} to the right one"
         )
 
 
@@ -148,10 +154,12 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 def check_model(engine: Evaluable, vocabulary: int, *, named: str = "model") -> None:
-    """Run two documents in one row and see that the second knows nothing of the first, and that our loss is the model's.
+    """Run two documents in one row and see that the second knows nothing of the first, and that our
+    loss is the model's.
 
-    A collective. Raises BadInput naming what is wrong: an attention backend that looks across documents, a layer with a
-    state of its own, logits that are made in a way that bigmix does not know.
+    A collective. Raises BadInput naming what is wrong: an attention backend that looks across
+    documents, a layer with a state of its own, logits that are made in a way that bigmix does not
+    know.
     """
     ids_BT, positions_BT = _two_documents(vocabulary, engine.device)
     with engine.evaluating():
@@ -161,14 +169,19 @@ def check_model(engine: Evaluable, vocabulary: int, *, named: str = "model") -> 
 
 
 def check_reference_model(anchor: Anchor, vocabulary: int, *, named: str) -> None:
-    """The same of a frozen model: documents of one row must not see each other in it either. A collective."""
+    """The same of a frozen model: documents of one row must not see each other in it either.
+
+    A collective.
+    """
     ids_BT, positions_BT = _two_documents(vocabulary, anchor.engine.device)
     hidden_BTD = anchor.engine.forward(ids_BT, positions_BT)
     _check_isolation(hidden_BTD, anchor.model.lm.config, named)
 
 
 def _two_documents(vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and positions of two rows of two documents each, of which the second ones are the same."""
+    """Ids and positions of two rows of two documents each, of which the second ones are the
+    same.
+    """
     ids = torch.arange(2 * (_FIRST + _SECOND), device=device) * 7 % min(vocabulary, 997)
     ids_BT = ids.view(2, -1)
     ids_BT[1, _FIRST:] = ids_BT[0, _FIRST:]
@@ -181,9 +194,10 @@ def _check_isolation(hidden_BTD: Tensor, config: Any, named: str) -> None:
     difference = float((one - other).abs().max() / one.abs().max())
     if difference > _TOLERANCE[hidden_BTD.dtype]:
         raise BadInput(
-            f"{named}: {config.model_type} with attention {config._attn_implementation} looks across documents in a packed row "
-            f"(hidden states differ by {difference:.1%}, at most {_TOLERANCE[hidden_BTD.dtype]:.1%} is rounding); "
-            "set model.attention=sdpa, or choose a model whose every layer is attention"
+            f"{named}: {config.model_type} with attention {config._attn_implementation} looks"
+            f" across documents in a packed row (hidden states differ by {difference:.1%}, at most"
+            f" {_TOLERANCE[hidden_BTD.dtype]:.1%} is rounding); set model.attention=sdpa, or choose"
+            " a model whose every layer is attention"
         )
 
 
@@ -205,6 +219,7 @@ def _check_loss(engine: Evaluable, ids_BT: Tensor, positions_BT: Tensor, named: 
     found = float(GroupSums.of(sums_GM).nll_G[0])
     if abs(found - expected) > _TOLERANCE[engine.module.lm.dtype] * abs(expected):
         raise BadInput(
-            f"{named}: the loss of {engine.module.lm.config.model_type} is {found:.4f} by bigmix and {expected:.4f} by its own "
-            "logits: it makes its logits in a way that bigmix does not know; choose another model"
+            f"{named}: the loss of {engine.module.lm.config.model_type} is {found:.4f} by bigmix"
+            f" and {expected:.4f} by its own logits: it makes its logits in a way that bigmix does"
+            " not know; choose another model"
         )

@@ -1,4 +1,6 @@
-"""A file of DeepSpeed's own keys and what the recipe decides go in, the whole DeepSpeed configuration comes out."""
+"""A file of DeepSpeed's own keys and what the recipe decides go in, the whole DeepSpeed
+configuration comes out.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -20,7 +22,8 @@ _STAGES = (1, 2, 3)
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
-    """The keys of a DeepSpeed configuration file; a relative path is also looked for beside the package.
+    """The keys of a DeepSpeed configuration file; a relative path is also looked for beside the
+    package.
 
     Raises BadInput where there is no such file or it is not a JSON object.
     """
@@ -29,7 +32,8 @@ def read_ds_config(path: str) -> dict[str, Any]:
     if found is None:
         shipped = ", ".join(sorted(p.name for p in (_REPOSITORY / "ds_configs").glob("*.json")))
         raise BadInput(
-            f"deepspeed: {path} does not exist; give a JSON file of DeepSpeed keys, or one of ds_configs/: {shipped}"
+            f"deepspeed: {path} does not exist; give a JSON file of DeepSpeed keys, or one of"
+            f" ds_configs/: {shipped}"
         )
     try:
         keys = json.loads(found.read_text(encoding="utf-8"))
@@ -48,7 +52,10 @@ def read_ds_config(path: str) -> dict[str, Any]:
 def _faults_of_tables(keys: Mapping[str, Any], file: Path) -> Iterator[str]:
     wrong = [key for key in _TABLES if not isinstance(keys.get(key, {}), dict)]
     for key in wrong:
-        yield f"deepspeed: {key} is {json.dumps(keys[key])} in {file}, must be a JSON object, or left out"
+        yield (
+            f"deepspeed: {key} is {json.dumps(keys[key])} in {file}, must be a JSON object, or"
+            " left out"
+        )
 
 
 def _stage_of(keys: Mapping[str, Any]) -> Any:
@@ -66,7 +73,8 @@ def fill(
 ) -> dict[str, Any]:
     """The configuration with what follows from the recipe put in.
 
-    Raises BadInput for each key that says something else than the recipe, and for a ZeRO stage that shards nothing.
+    Raises BadInput for each key that says something else than the recipe, and for a ZeRO stage that
+    shards nothing.
     """
     decided: dict[str, Any] = {
         "train_batch_size": micro_batch_rows * accumulation * ranks,
@@ -78,7 +86,8 @@ def fill(
     faults = list(_contradictions(keys, decided))
     if faults:
         raise BadInput(*faults)
-    # The optimizer is torch's AdamW: it needs no compiler, and DeepSpeed must not replace or refuse it.
+    # The optimizer is torch's AdamW: it needs no compiler, and DeepSpeed must not replace or refuse
+    # it.
     ours = {"zero_allow_untested_optimizer": True, "steps_per_print": 1 << 40}
     zero = dict(keys.get("zero_optimization", {}))
     if zero.get("stage") == 3:
@@ -94,15 +103,21 @@ def zero_stage(keys: Mapping[str, Any]) -> int:
 def _contradictions(keys: Mapping[str, Any], decided: Mapping[str, Any]) -> Iterator[str]:
     for key, instead in _OURS.items():
         if key in keys and keys[key] != {"enabled": False}:
-            yield f"deepspeed: {key} is set in the file; the recipe decides it by {instead}, delete it there"
+            yield (
+                f"deepspeed: {key} is set in the file; the recipe decides it by {instead}, delete"
+                " it there"
+            )
     if (stage := _stage_of(keys)) not in _STAGES:
         yield (
-            f"deepspeed: zero_optimization.stage is {json.dumps(stage)} in the file, must be 1, 2 or 3; ds_configs/zero1.json "
-            "is the nearest to none"
+            f"deepspeed: zero_optimization.stage is {json.dumps(stage)} in the file, must be 1, 2"
+            " or 3; ds_configs/zero1.json is the nearest to none"
         )
     for key, value in decided.items():
         given = keys.get(key, "auto")
         if key == "bf16" and isinstance(given, dict):
             given, value = given.get("enabled", "auto"), value["enabled"]
         if given not in ("auto", value):
-            yield f"deepspeed: {key} is {given} in the file and {value} by the recipe; delete it there"
+            yield (
+                f"deepspeed: {key} is {given} in the file and {value} by the recipe; delete it"
+                " there"
+            )

@@ -1,4 +1,7 @@
-"""A model and DeepSpeed's keys go in, an engine that takes optimizer steps comes out. The one module that imports deepspeed."""
+"""A model and DeepSpeed's keys go in, an engine that takes optimizer steps comes out.
+
+The one module that imports deepspeed.
+"""
 
 import functools
 import gc
@@ -48,7 +51,8 @@ def join(world: World) -> Cluster:
         torch.cuda.set_device(world.local_rank)
     if world.size == 1:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
-        # torchrun's own store is at its own port; a rank that looks for it here would wait for ever.
+        # torchrun's own store is at its own port; a rank that looks for it here would wait for
+        # ever.
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     export_world(world)
     backend = "gloo" if device_of(world).type == "cpu" else "nccl"
@@ -65,17 +69,21 @@ def device_of(world: World) -> torch.device:
 
 
 def _use_gloo_alone() -> None:
-    """On a CPU DeepSpeed compiles a shared-memory collective at first use; without it, no compiler is needed.
+    """On a CPU DeepSpeed compiles a shared-memory collective at first use; without it, no compiler
+    is needed.
 
-    Nor does DeepSpeed then try all its operators with the compiler, which it does when it is first asked for one of them.
+    Nor does DeepSpeed then try all its operators with the compiler, which it does when it is first
+    asked for one of them.
     """
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def _import_muon() -> None:
-    """Import an optimizer of DeepSpeed that is never used here, before DeepSpeed does so for each engine.
+    """Import an optimizer of DeepSpeed that is never used here, before DeepSpeed does so for each
+    engine.
 
-    Its functions are compiled where they are defined, for which torch would import its compiler: seconds of each start.
+    Its functions are compiled where they are defined, for which torch would import its compiler:
+    seconds of each start.
     """
     before = os.environ.get(_NO_COMPILER)
     os.environ[_NO_COMPILER] = "1"
@@ -102,7 +110,9 @@ class _SeenByTransformers:
 
 @contextmanager
 def sharded_construction(config: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, transformers makes each parameter as a shard under ZeRO-3, so that no rank ever holds a whole model."""
+    """Inside, transformers makes each parameter as a shard under ZeRO-3, so that no rank ever holds
+    a whole model.
+    """
     if zero_stage(config) < 3:
         yield
         return
@@ -118,7 +128,8 @@ def sharded_construction(config: Mapping[str, Any]) -> Iterator[None]:
 class Engine:
     """The model under ZeRO. One `forward` and one `backward` per micro-batch, then one `step`.
 
-    With `average_decay` it keeps an average of the weights over the steps, which evaluations and the export are of.
+    With `average_decay` it keeps an average of the weights over the steps, which evaluations and
+    the export are of.
     """
 
     def __init__(
@@ -161,8 +172,11 @@ class Engine:
         return loss
 
     def backward(self, objective: Tensor) -> None:
-        """Add the micro-batch's gradient; ZeRO then holds the mean over ranks of the sum over micro-batches."""
-        # The coefficients hold the whole step's counts already: DeepSpeed must not divide by the accumulation again.
+        """Add the micro-batch's gradient; ZeRO then holds the mean over ranks of the sum over
+        micro-batches.
+        """
+        # The coefficients hold the whole step's counts already: DeepSpeed must not divide by the
+        # accumulation again.
         self._engine.backward(objective, scale_wrt_gas=False)
 
     def step_micro_batch(self, lr: float) -> None:
@@ -183,12 +197,17 @@ class Engine:
         return was_skipped
 
     def update_average(self) -> None:
-        """Take the weights into their average where one is kept, after a step that was not skipped."""
+        """Take the weights into their average where one is kept, after a step that was not
+        skipped.
+        """
         self._zero_state.update_average()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the weights are their average where one is kept; nothing may be trained or saved. A collective."""
+        """Inside, the weights are their average where one is kept; nothing may be trained or saved.
+
+        A collective.
+        """
         if not self._zero_state.keeps_average:
             yield
             return
@@ -202,7 +221,9 @@ class Engine:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, forwards keep no gradient, dropout is off, and the weights are those of `averaged`. A collective."""
+        """Inside, forwards keep no gradient, dropout is off, and the weights are those of
+        `averaged`. A collective.
+        """
         self._engine.eval()
         try:
             with self.averaged(), torch.no_grad():
@@ -211,28 +232,39 @@ class Engine:
             self._engine.train()
 
     def close(self) -> None:
-        """Give back what DeepSpeed holds beyond the life of the engine; nothing can be done with it any more."""
+        """Give back what DeepSpeed holds beyond the life of the engine; nothing can be done with it
+        any more.
+        """
         self._engine.destroy()
 
     def states(self) -> Iterator[FlatState]:
-        """What this rank holds of weights, average and moments; each is valid until the next one is asked for."""
+        """What this rank holds of weights, average and moments; each is valid until the next one is
+        asked for.
+        """
         assert not self._is_averaged, "a checkpoint is of the weights and not of their average"
         return self._zero_state.flats()
 
     def put_back(self, fill: Callable[[FlatState], int]) -> None:
-        """Let `fill` write what this rank holds, and return the steps that Adam has taken; a collective."""
+        """Let `fill` write what this rank holds, and return the steps that Adam has taken; a
+        collective.
+        """
         self._zero_state.put_back(fill)
 
     def sizes(self) -> dict[str, int]:
-        """The bytes of every weight in the model's dtype, by name: tied ones once, and the buffers that models keep."""
+        """The bytes of every weight in the model's dtype, by name: tied ones once, and the buffers
+        that models keep.
+        """
         return {
-            # Under ZeRO-3 a parameter is a flat shard; the number of its elements is kept in ds_numel.
+            # Under ZeRO-3 a parameter is a flat shard; the number of its elements is kept in
+            # ds_numel.
             name: getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
             for name, tensor in self._tensors().items()
         }
 
     def whole(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Some weights in host memory, whole on the first rank, empty on the others; a collective."""
+        """Some weights in host memory, whole on the first rank, empty on the others; a
+        collective.
+        """
         tensors, found = self._tensors(), {}
         zero = self._engine.optimizer
         is_sharded = self._engine.zero_optimization_stage() == 3
@@ -254,7 +286,9 @@ class Engine:
         return dict(module.named_parameters()) | buffers
 
     def peak_gib(self) -> float:
-        """Most device memory in use so far, in GiB; on a CPU the most this process has had resident."""
+        """Most device memory in use so far, in GiB; on a CPU the most this process has had
+        resident.
+        """
         if self.device.type == "cuda":
             return float(get_accelerator().max_memory_allocated()) / 2**30
         import resource  # absent on Windows, where no GPU-less run is supported
@@ -263,7 +297,9 @@ class Engine:
 
 
 def give_back_memory() -> None:
-    """Free what engines that are no longer used have left, so that the next one finds room and counts its own peak."""
+    """Free what engines that are no longer used have left, so that the next one finds room and
+    counts its own peak.
+    """
     # ZeRO-3 puts each module that begins its forward there; the outermost one is never taken away.
     stack = getattr(parameter_offload, "FWD_MODULE_STACK", None)
     if isinstance(stack, list):
@@ -284,7 +320,9 @@ def _clear_caches_of_deepspeed() -> None:
 
 
 class Frozen:
-    """A model that is never trained: sharded as the trained one where that is (ZeRO-3), else whole on each rank."""
+    """A model that is never trained: sharded as the trained one where that is (ZeRO-3), else whole
+    on each rank.
+    """
 
     def __init__(self, model: nn.Module, config: Mapping[str, Any], device: torch.device) -> None:
         self._is_sharded = zero_stage(config) == 3
@@ -335,7 +373,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The whole weights of a model, one after another, each valid until the next one is asked for; a collective."""
+    """The whole weights of a model, one after another, each valid until the next one is asked for;
+    a collective.
+    """
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             yield name, parameter.data
@@ -344,8 +384,8 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _gather_layers_whole(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Under ZeRO-3 a layer's weights are gathered and its gradients reduced together.
 
-    By default DeepSpeed does so for each module inside, which costs the host more than small layers take to compute. A
-    file that has `leaf_module` decides for itself.
+    By default DeepSpeed does so for each module inside, which costs the host more than small layers
+    take to compute. A file that has `leaf_module` decides for itself.
     """
     if zero_stage(config) < 3 or "leaf_module" in config["zero_optimization"]:
         return

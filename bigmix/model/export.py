@@ -1,9 +1,10 @@
 """An engine goes in, a Hugging Face folder that transformers loads comes out.
 
-Tensors by name go in, the safetensors files of a model and their index come out; and are read back tensor by tensor.
+Tensors by name go in, the safetensors files of a model and their index come out; and are read back
+tensor by tensor.
 
-One file is `model.safetensors`; several are `model-IIIII-of-NNNNN.safetensors` with `model.safetensors.index.json`, which
-says in which of them each tensor lies.
+One file is `model.safetensors`; several are `model-IIIII-of-NNNNN.safetensors` with
+`model.safetensors.index.json`, which says in which of them each tensor lies.
 """
 
 import json
@@ -30,14 +31,18 @@ _METADATA = {"format": "pt"}  # transformers refuses a file without it
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Described:
-    """What a tensor is, before its values are read: dtype in the words of safetensors, such as BF16."""
+    """What a tensor is, before its values are read: dtype in the words of safetensors, such as
+    BF16.
+    """
 
     dtype: str
     shape: tuple[int, ...]
 
 
 class WeightFiles:
-    """The weights in the folder of a model, mapped into memory: what is not asked for is not read."""
+    """The weights in the folder of a model, mapped into memory: what is not asked for is not
+    read.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Raises BadInput where the folder has no whole set of safetensors files."""
@@ -78,13 +83,16 @@ def _paths(folder: Path) -> Sequence[Path]:
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise BadInput(
-            f"{folder} has no {', '.join(missing)}; give the folder of a model with its weights in safetensors files"
+            f"{folder} has no {', '.join(missing)}; give the folder of a model with its weights in"
+            " safetensors files"
         )
     return paths
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> None:
-    """Write the files of a model, each of at most `max_bytes` unless one tensor is larger; one file at a time is in memory."""
+    """Write the files of a model, each of at most `max_bytes` unless one tensor is larger; one file
+    at a time is in memory.
+    """
     parts = []
     for number, group in enumerate(_groups(tensors, max_bytes)):
         part = folder / f"part-{number:05d}.safetensors"
@@ -106,7 +114,9 @@ def _groups(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[d
 
 
 def name_shards(folder: Path, parts: Sequence[Path]) -> None:
-    """Give the files of a model, in a folder, the names that loaders look for, and write the index where there are several."""
+    """Give the files of a model, in a folder, the names that loaders look for, and write the index
+    where there are several.
+    """
     if len(parts) == 1:
         parts[0].rename(folder / WHOLE)
         return
@@ -123,7 +133,9 @@ def name_shards(folder: Path, parts: Sequence[Path]) -> None:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """The entry of each tensor in a safetensors file: eight bytes of length stand before the JSON."""
+    """The entry of each tensor in a safetensors file: eight bytes of length stand before the
+    JSON.
+    """
     with path.open("rb") as file:
         header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
@@ -144,10 +156,11 @@ def export(
     texts: Mapping[str, str],
     doing: Callable[[str], None],
 ) -> None:
-    """Write weights, configuration, tokenizer and `texts` by file name to `folder`, beside first and then in one step.
+    """Write weights, configuration, tokenizer and `texts` by file name to `folder`, beside first
+    and then in one step.
 
-    A collective. The first rank holds the weights of one file, of at most `shard_bytes` or one layer, at a time. `doing`
-    is told what begins.
+    A collective. The first rank holds the weights of one file, of at most `shard_bytes` or one
+    layer, at a time. `doing` is told what begins.
     """
     beside = folder.with_name(f".tmp-{folder.name}")
     if cluster.world.is_first:
@@ -188,7 +201,9 @@ def _write(engine: Engine, cluster: Cluster, names: Sequence[str], part: Path) -
 
 
 def _files(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[Sequence[str]]:
-    """The names of the weights of each file; a layer is in one file: transformers may cut and join weights within it."""
+    """The names of the weights of each file; a layer is in one file: transformers may cut and join
+    weights within it.
+    """
     names: list[str] = []
     held = 0
     for layer in _layers(list(sizes)):
@@ -202,7 +217,9 @@ def _files(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[Sequence[str]
 
 
 def _layers(names: Sequence[str]) -> Sequence[list[str]]:
-    """`model.layers.3.mlp.up.weight` is of the layer `model.layers.3.`; what is in none stands for itself."""
+    """`model.layers.3.mlp.up.weight` is of the layer `model.layers.3.`; what is in none stands for
+    itself.
+    """
     layers: dict[str, list[str]] = {}
     for name in names:
         found = _LAYER.match(name)

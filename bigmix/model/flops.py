@@ -1,4 +1,6 @@
-"""A model and the lengths of its documents go in, the floating-point operations that training needs come out."""
+"""A model and the lengths of its documents go in, the floating-point operations that training needs
+come out.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +23,21 @@ PEAKS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What one token costs: weights of the linear layers of the body, of the head, and attention per pair of tokens."""
+    """What one token costs: weights of the linear layers of the body, of the head, and attention
+    per pair of tokens.
+    """
 
     body_weights: int
     head_weights: int
     attention_width: int
 
     def of_step(self, tokens: int, loss_tokens: int, squares: int) -> float:
-        """FLOPs of forward and backward: 6 per weight and token, 6 per attention width and causal pair.
+        """FLOPs of forward and backward: 6 per weight and token, 6 per attention width and causal
+        pair.
 
-        `squares` is the sum of the squared document lengths; half of it are causal pairs, each with two products of
-        2 FLOPs forward and twice that backward. The head works for loss tokens alone.
+        `squares` is the sum of the squared document lengths; half of it are causal pairs, each with
+        two products of 2 FLOPs forward and twice that backward. The head works for loss tokens
+        alone.
         """
         body = 6 * self.body_weights * tokens
         head = 6 * self.head_weights * loss_tokens
@@ -39,7 +45,9 @@ class Cost:
 
 
 def cost_of(lm: Any) -> Cost | None:
-    """The cost of a causal language model; None for mixtures of experts, where it depends on the routing."""
+    """The cost of a causal language model; None for mixtures of experts, where it depends on the
+    routing.
+    """
     config = lm.config
     if any(getattr(config, key, None) for key in ("num_experts", "num_local_experts")):
         return None

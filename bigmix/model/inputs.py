@@ -1,6 +1,8 @@
-"""A micro-batch goes in, its tensors on the device of the model come out; nothing waits for the device.
+"""A micro-batch goes in, its tensors on the device of the model come out; nothing waits for the
+device.
 
-A micro-batch and a frozen model go in; out come its tensors with what the frozen model thinks of chosen sources.
+A micro-batch and a frozen model go in; out come its tensors with what the frozen model thinks of
+chosen sources.
 
 Letters beside those of `records`: S sources, U rows that the frozen model is shown.
 """
@@ -25,7 +27,9 @@ def tensors(
     device: torch.device,
     weights_P: Floats | None = None,
 ) -> ModelTensors:
-    """A micro-batch on the device, each loss token with the coefficient of its group, times the weight of its part."""
+    """A micro-batch on the device, each loss token with the coefficient of its group, times the
+    weight of its part.
+    """
     ids_BT, starts_P = move(micro_batch.ids_BT, device), move(micro_batch.starts_P, device)
     lengths_P = torch.diff(starts_P, append=starts_P.new_full((1,), ids_BT.numel()))
     positions_X, part_X = runs(torch.zeros_like(starts_P), lengths_P, ids_BT.numel())
@@ -60,7 +64,9 @@ def table(numbers: Sequence[float], device: torch.device) -> Tensor:
 
 
 def runs(begins_K: Tensor, lengths_K: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Runs of numbers laid end to end, begins_K[k], begins_K[k] + 1, ..., `count` in all, and the run of each."""
+    """Runs of numbers laid end to end, begins_K[k], begins_K[k] + 1, ..., `count` in all, and the
+    run of each.
+    """
     # With the size given, the device is not waited for.
     run_X = torch.repeat_interleave(lengths_K, output_size=count)
     shifts_K = begins_K - lengths_K.cumsum(0) + lengths_K
@@ -69,7 +75,9 @@ def runs(begins_K: Tensor, lengths_K: Tensor, count: int) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Anchor:
-    """The model that a run stays near to, and the weight of the divergence for each source that does."""
+    """The model that a run stays near to, and the weight of the divergence for each source that
+    does.
+    """
 
     model: FrozenModel
     engine: Frozen
@@ -93,10 +101,11 @@ def tensors_with_reference(
     device: torch.device,
     weights_P: Floats | None,
 ) -> ModelTensors:
-    """A micro-batch on the device whose first loss tokens are those of `rows_U`, with the frozen model's hidden states.
+    """A micro-batch on the device whose first loss tokens are those of `rows_U`, with the frozen
+    model's hidden states.
 
-    `divergences_S`: the coefficient of one token's KL, by source. A collective where the frozen model is sharded: a
-    rank without such rows shows it one in vain.
+    `divergences_S`: the coefficient of one token's KL, by source. A collective where the frozen
+    model is sharded: a rank without such rows shows it one in vain.
     """
     row_tokens = micro_batch.ids_BT.shape[1]
     begins_K, lengths_K = micro_batch.begins_K, micro_batch.lengths_K

@@ -1,4 +1,6 @@
-"""A path goes in, a model that is not trained comes out on its engine, sharded as the recipe says and checked."""
+"""A path goes in, a model that is not trained comes out on its engine, sharded as the recipe says
+and checked.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,8 +40,8 @@ def open_anchor(
 ) -> Anchor:
     """A model that others are held against; a collective.
 
-    `weights` are those of its divergence in the objective, by source. Raises BadInput where packing would mean something
-    else on it.
+    `weights` are those of its divergence in the objective, by source. Raises BadInput where packing
+    would mean something else on it.
     """
     model = FrozenModel(
         load(

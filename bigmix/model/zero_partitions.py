@@ -1,8 +1,9 @@
-"""DeepSpeed's ZeRO optimizer goes in; out comes what this rank holds of weights, their average and moments, and where every parameter is in it.
+"""DeepSpeed's ZeRO optimizer goes in; out comes what this rank holds of weights, their average and
+moments, and where every parameter is in it.
 
-ZeRO keeps fp32 weights and the moments of Adam in flat tensors. Which elements of which parameter lie where in them depends
-on the stage and on the number of ranks; here that is told in terms of the parameters alone, so that another number of
-ranks can find them again.
+ZeRO keeps fp32 weights and the moments of Adam in flat tensors. Which elements of which parameter
+lie where in them depends on the stage and on the number of ranks; here that is told in terms of the
+parameters alone, so that another number of ranks can find them again.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,8 +20,9 @@ _EXCHANGED = 1 << 24  # elements that change places at a time: what that takes i
 class ZeroState:
     """The flat tensors of one rank, whatever the stage.
 
-    `names` gives the name of each parameter by its id. `optimizer` is the one that DeepSpeed has wrapped: its attributes
-    are DeepSpeed's own and are read here alone. With `decay` an exponential moving average of the weights is kept beside them.
+    `names` gives the name of each parameter by its id. `optimizer` is the one that DeepSpeed has
+    wrapped: its attributes are DeepSpeed's own and are read here alone. With `decay` an exponential
+    moving average of the weights is kept beside them.
     """
 
     def __init__(
@@ -51,8 +53,9 @@ class ZeroState:
     def update_average(self) -> None:
         """Take the weights into their average, after a step that has moved them.
 
-        Step t has a decay of min(decay, (1 + t) / (10 + t)), as in TensorFlow's ExponentialMovingAverage: the average is
-        of weights alone at any time, and the model that the run began with leaves it within some steps.
+        Step t has a decay of min(decay, (1 + t) / (10 + t)), as in TensorFlow's
+        ExponentialMovingAverage: the average is of weights alone at any time, and the model that
+        the run began with leaves it within some steps.
         """
         if self._decay is None:
             return
@@ -63,7 +66,10 @@ class ZeroState:
 
     @torch.no_grad()
     def exchange_average(self) -> None:
-        """Let weights and average change places, bit for bit; the weights of the model follow. A collective."""
+        """Let weights and average change places, bit for bit; the weights of the model follow.
+
+        A collective.
+        """
         if self._stage == 3:
             self._zero._partition_all_parameters()
         for index, (average, weights) in enumerate(
@@ -75,7 +81,9 @@ class ZeroState:
         self._show_weights()
 
     def flats(self) -> Iterator[FlatState]:
-        """Each flat tensor with its moments, zero before the first step; valid until the next one is asked for."""
+        """Each flat tensor with its moments, zero before the first step; valid until the next one
+        is asked for.
+        """
         for index, weights in enumerate(self._weights()):
             self._swap_in(index)
             yield self._flat(index, weights)
@@ -83,7 +91,8 @@ class ZeroState:
 
     @torch.no_grad()
     def put_back(self, fill: Callable[[FlatState], int]) -> None:
-        """Let `fill` write weights and moments of each flat tensor and say how many steps Adam has taken; a collective.
+        """Let `fill` write weights and moments of each flat tensor and say how many steps Adam has
+        taken; a collective.
 
         The weights of the model follow.
         """
@@ -102,7 +111,8 @@ class ZeroState:
                 self._zero._reassign_or_swap_out_partitioned_parameters(index)
             self._swap_out(index)
         if self._stage < 3:
-            # DeepSpeed's own view of each parameter's moments is of the tensors that are there at its first step.
+            # DeepSpeed's own view of each parameter's moments is of the tensors that are there at
+            # its first step.
             self._zero._lazy_init_hp_params_optimizer_state()
         self._show_weights()
 
@@ -117,7 +127,8 @@ class ZeroState:
     def _weights(self) -> list[Tensor]:
         if self._stage == 3:
             return list(self._zero.fp32_partitioned_groups_flat)
-        # ZeRO-1 in bf16 with fp32 accumulation is another class of DeepSpeed's, with another name for the same.
+        # ZeRO-1 in bf16 with fp32 accumulation is another class of DeepSpeed's, with another name
+        # for the same.
         own = getattr(self._zero, "single_partition_of_fp32_groups", None)
         return list(own if own is not None else self._zero.fp32_groups_flat_partition)
 
@@ -135,7 +146,9 @@ class ZeroState:
         )
 
     def _pieces_of_stage_3(self, index: int) -> Iterator[Piece]:
-        """ZeRO-3 cuts every parameter into as many slices as there are ranks; the last ones may be padding."""
+        """ZeRO-3 cuts every parameter into as many slices as there are ranks; the last ones may be
+        padding.
+        """
         for parameter in self._zero.fp16_groups[index]:
             _, offset, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
             start = self._rank * size
@@ -145,7 +158,9 @@ class ZeroState:
                 yield Piece(name=name, start=start, count=count, offset=offset)
 
     def _pieces(self, index: int) -> Iterator[Piece]:
-        """ZeRO-1 and 2 lay all parameters of a group end to end and cut that into as many slices as there are ranks."""
+        """ZeRO-1 and 2 lay all parameters of a group end to end and cut that into as many slices as
+        there are ranks.
+        """
         groups = getattr(self._zero, "bit16_groups", None)
         for parameter in (groups if groups is not None else self._zero.bf16_groups)[index]:
             place = parameter._hp_mapping

@@ -1,7 +1,10 @@
-"""The recipe's models go in, docs/recipe.md comes out: every setting with its type, default and meaning."""
+"""The recipe's models go in, docs/recipe.md comes out: every setting with its type, default and
+meaning.
+"""
 
 import sys
 from collections.abc import Iterator
+from inspect import cleandoc
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -42,10 +45,11 @@ _PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or fals
 _HEAD = """\
 # The recipe
 
-A run is one YAML file. Unknown keys are refused with the nearest known one, and all faults are told at once.
-Any setting can be changed on the command line: `train.steps=100 sources.web.share=0.2 budget.task_tokens=null`.
-Counts may be written `200M`, `512K` (1K is 1000) or `2e6`. `bigmix recipe show RECIPE` prints a recipe with all its
-defaults, `bigmix recipe schema` a JSON schema for editors.
+A run is one YAML file. Unknown keys are refused with the nearest known one, and all faults are
+told at once. Any setting can be changed on the command line:
+`train.steps=100 sources.web.share=0.2 budget.task_tokens=null`. Counts may be written `200M`,
+`512K` (1K is 1000) or `2e6`. `bigmix recipe show RECIPE` prints a recipe with all its defaults,
+`bigmix recipe schema` a JSON schema for editors.
 
 This page is made from the code by `make docs`.
 """
@@ -58,7 +62,7 @@ def document() -> str:
 
 def _section(prefix: str, model: type[BaseModel]) -> str:
     title = f"`{prefix}`" if prefix else "Top level"
-    intro = (model.__doc__ or "").strip()
+    intro = cleandoc(model.__doc__ or "")
     return (
         f"\n## {title}\n\n{intro}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
         + "".join(_rows(model))
@@ -67,9 +71,8 @@ def _section(prefix: str, model: type[BaseModel]) -> str:
 
 def _rows(model: type[BaseModel]) -> Iterator[str]:
     for name, field in model.model_fields.items():
-        meaning = (
-            (field.description or _tables_meaning(field)).replace("|", "\\|").replace("\n", " ")
-        )
+        words = (field.description or _tables_meaning(field)).split()
+        meaning = " ".join(words).replace("|", "\\|")
         yield f"| `{name}` | {_type(field)} | {_default(field)} | {meaning} |\n"
 
 

@@ -1,4 +1,6 @@
-"""What the tables of a recipe have in common: how models are checked, counts as people write them, names."""
+"""What the tables of a recipe have in common: how models are checked, counts as people write them,
+names.
+"""
 
 import re
 from pathlib import Path
@@ -19,7 +21,9 @@ def number(value: Any) -> Any:
 
 
 def whole_number(value: Any) -> Any:
-    """A count as people write it: 200M, 512K, 2e6 or 1_000 become whole numbers; other values pass unchanged."""
+    """A count as people write it: 200M, 512K, 2e6 or 1_000 become whole numbers; other values pass
+    unchanged.
+    """
     value = number(value)
     if isinstance(value, str) and (match := _HUMAN_NUMBER.fullmatch(value.strip())):
         value = float(match[1].replace("_", "")) * _MULTIPLES[match[2].lower()]
@@ -27,7 +31,9 @@ def whole_number(value: Any) -> Any:
 
 
 def place(value: Any) -> Any:
-    """A path as people write it: one that begins with ~/ is in the home folder, which no shell puts into KEY=~/PATH."""
+    """A path as people write it: one that begins with ~/ is in the home folder, which no shell puts
+    into KEY=~/PATH.
+    """
     return (
         str(Path(value).expanduser())
         if isinstance(value, str) and value.startswith("~/")

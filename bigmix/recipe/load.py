@@ -1,4 +1,6 @@
-"""A YAML file and dotted overrides go in, a whole recipe or the list of all its faults comes out."""
+"""A YAML file and dotted overrides go in, a whole recipe or the list of all its faults comes
+out.
+"""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,21 +31,25 @@ class Loaded:
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe of one run; `overrides` are written `train.lr=1e-5` and win over the file.
 
-    Raises BadInput with every fault, each with its line and key, or where a sweep leaves the choice between its runs.
+    Raises BadInput with every fault, each with its line and key, or where a sweep leaves the choice
+    between its runs.
     """
     loaded = load(path, overrides)
     if loaded.recipe.sweep is None:
         return loaded.recipe
     if len(loaded.chosen) != 1:
         raise BadInput(
-            f"recipe {path} is a sweep with {len(loaded.chosen)} runs, and this takes one of them; add its number or name, "
-            f"such as sweep.only={loaded.runs[0].name}: `bigmix sweep {path}` lists them"
+            f"recipe {path} is a sweep with {len(loaded.chosen)} runs, and this takes one of them;"
+            f" add its number or name, such as sweep.only={loaded.runs[0].name}: `bigmix sweep"
+            f" {path}` lists them"
         )
     return loaded.chosen[0].recipe
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Loaded:
-    """Read a recipe, and where it is a sweep the recipe of each run; raises BadInput with every fault of all of them."""
+    """Read a recipe, and where it is a sweep the recipe of each run; raises BadInput with every
+    fault of all of them.
+    """
     tree, lines = _read_yaml(path)
     for override in overrides:
         key, value = _parse_override(override)
@@ -87,7 +93,9 @@ def _runs(
 
 
 def _lines_of(point: Point, lines: Mapping[Path_, str]) -> dict[Path_, str]:
-    """Where the settings of a point stand: in the sweep, and those that it does not change in the recipe."""
+    """Where the settings of a point stand: in the sweep, and those that it does not change in the
+    recipe.
+    """
     within = tuple(point.said_in.split(".", 2))
     said = {
         tuple(".".join(key[len(within) :]).split(".")): place
@@ -106,9 +114,11 @@ def _of_points(fault: str, names: Sequence[str], num_points: int) -> str:
 
 
 def from_plain(tree: Mapping[str, Any], place: str) -> Recipe:
-    """The recipe that `plain` gave the values of, with today's defaults for settings that are newer.
+    """The recipe that `plain` gave the values of, with today's defaults for settings that are
+    newer.
 
-    Raises BadInput where it has settings that this release does not know; `place` says where it is from.
+    Raises BadInput where it has settings that this release does not know; `place` says where it is
+    from.
     """
     try:
         return Recipe.model_validate(tree)
@@ -166,7 +176,10 @@ def _walk(
         key = (*prefix, str(key_node.value))
         place = f"{path}:{key_node.start_mark.line + 1}"
         if key in lines:
-            yield f"{place}: {'.'.join(key)} stands here again (first at {lines[key]}); delete one of the two"
+            yield (
+                f"{place}: {'.'.join(key)} stands here again (first at {lines[key]}); delete one of"
+                " the two"
+            )
         lines[key] = place
         if isinstance(value_node, yaml.MappingNode):
             yield from _walk(value_node, key, lines, path)
@@ -226,7 +239,10 @@ def _text(fault: Any, key: Path_) -> str:
         and key[-1] in ("share", "loss_share")
         and _is_at_most_0(value)
     ):
-        return f"{name} is {value}, must be above 0; to leave {key[1]} out, delete it from the {key[0]}"
+        return (
+            f"{name} is {value}, must be above 0; to leave {key[1]} out, delete it from the"
+            f" {key[0]}"
+        )
     allowed = fault["msg"][0].lower() + fault["msg"][1:]
     shown = "a table" if isinstance(value, dict) else repr(value)
     return f"{name} is {shown}: {allowed.replace('input ', 'it ')}; see docs/recipe.md"

@@ -1,4 +1,6 @@
-"""The settings of a run as one tree of frozen models; what follows from settings is a property, never written back."""
+"""The settings of a run as one tree of frozen models; what follows from settings is a property,
+never written back.
+"""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -29,11 +31,15 @@ class Recipe(Settings):
 
     model: ModelSettings
     sequence_length: Length
-    """Tokens of a row; a number, or [step, tokens] pairs for rows whose length changes at these steps."""
+    """Tokens of a row; a number, or [step, tokens] pairs for rows whose length changes at these
+    steps.
+    """
     rows_per_step: Count
     """Rows of one optimizer step, over all ranks and micro-batches."""
     objective: Literal["per_source", "per_token"] = "per_source"
-    """per_source: a source's share is its weight in the gradient; per_token: the classic weighted mean over tokens."""
+    """per_source: a source's share is its weight in the gradient; per_token: the classic weighted
+    mean over tokens.
+    """
     loss: Loss = Loss()
     """Terms of the objective beside the loss of the tokens."""
     reference: Reference | None = None
@@ -46,11 +52,17 @@ class Recipe(Settings):
     """Rows are padded to a multiple of so many tokens, for backends that want it."""
     cache: Cache = Cache()
     bad_shards: Literal["fail", "replace"] = "fail"
-    """What happens when a shard cannot be read. fail: the run ends and names it; replace: from then on rows of its source's other shards are trained in place of its own, counted as substituted_rows."""
+    """What happens when a shard cannot be read. fail: the run ends and names it; replace: from then
+    on rows of its source's other shards are trained in place of its own, counted as
+    substituted_rows.
+    """
     tasks: dict[Name, Task] = Field(default={})
     """Questions that the model is asked at evaluations, by name."""
     held_out: dict[Name, FurtherHeldOut] = Field(default={})
-    """Further prepared folders, by name, that are evaluated and never trained on; forgetting is measured on them too. A path, or a table of path, long_documents and whole_below, which decide the rows as in a source."""
+    """Further prepared folders, by name, that are evaluated and never trained on; forgetting is
+    measured on them too. A path, or a table of path, long_documents and whole_below, which decide
+    the rows as in a source.
+    """
     budget: Budget = Budget()
     train: Train
     deepspeed: Place = "ds_configs/zero3.json"
@@ -84,7 +96,8 @@ class Recipe(Settings):
             return [f"budget has {' and '.join(given)}; keep one of them, set the others to null"]
         if not given and self.train.steps is None:
             return [
-                "budget is empty; give task_tokens, total_tokens or steps, such as budget.steps=1000"
+                "budget is empty; give task_tokens, total_tokens or steps, such as"
+                " budget.steps=1000"
             ]
         if given == ["task_tokens"] and not self.task_names:
             return [
@@ -106,14 +119,20 @@ class Recipe(Settings):
         members += [(f"groups.{name}", group.group) for name, group in self.groups.items()]
         for key, group in members:
             if group is not None and group not in self.groups:
-                yield f"{key}.group is {group}, which is no group; known are: {known}; add groups.{group}"
+                yield (
+                    f"{key}.group is {group}, which is no group; known are: {known}; add"
+                    f" groups.{group}"
+                )
         for name in self.groups:
             if name in self.sources:
                 yield f"groups.{name} has the name of a source; rename one of them"
             if self._outside(name).count(name) > 1:
                 yield f"groups.{name} is inside itself; change its group"
             elif not any(name in self._outside(s.group) for s in self.sources.values()):
-                yield f"groups.{name} has no source in it; delete it, or set group: {name} in a source"
+                yield (
+                    f"groups.{name} has no source in it; delete it, or set group: {name} in a"
+                    " source"
+                )
 
     def _outside(self, group: str | None) -> list[str]:
         """A group and those around it; a group inside itself comes twice at most."""
@@ -151,8 +170,8 @@ class Recipe(Settings):
         for name, source in self.sources.items():
             if self.objective == "per_token" and source.weigh != "token":
                 yield (
-                    f"sources.{name}.weigh is {source.weigh}, and objective per_token counts every token alike; "
-                    "set objective=per_source, or weigh: token"
+                    f"sources.{name}.weigh is {source.weigh}, and objective per_token counts every"
+                    " token alike; set objective=per_source, or weigh: token"
                 )
 
     def _length_faults(self) -> Iterator[str]:
@@ -160,7 +179,8 @@ class Recipe(Settings):
             steps = [step for step, _ in self.sequence_length]
             if steps[0] != 0 or any(later <= earlier for earlier, later in pairwise(steps)):
                 yield (
-                    f"sequence_length has steps {steps}; the first must be 0 and they must grow from pair to pair"
+                    f"sequence_length has steps {steps}; the first must be 0 and they must grow"
+                    " from pair to pair"
                 )
 
     def _reference_faults(self) -> Iterator[str]:
@@ -171,15 +191,15 @@ class Recipe(Settings):
                 yield f"reference.sources.{name} is no source; known are: {', '.join(self.sources)}"
         if self.reference_path is None:
             yield (
-                "reference.model is not given, and a model from scratch has no model.path to stay near to; "
-                "give reference.model, or delete reference"
+                "reference.model is not given, and a model from scratch has no model.path to stay"
+                " near to; give reference.model, or delete reference"
             )
 
     def _evaluation_faults(self) -> Iterator[str]:
         if self.train.evaluate_kl and self.model.path is None:
             yield (
-                "train.evaluate_kl is true, and a model from scratch has no model.path to measure a divergence to; set "
-                "train.evaluate_kl=false, or give model.path"
+                "train.evaluate_kl is true, and a model from scratch has no model.path to measure a"
+                " divergence to; set train.evaluate_kl=false, or give model.path"
             )
 
     @property
@@ -190,7 +210,9 @@ class Recipe(Settings):
 
     @property
     def has_own_base(self) -> bool:
-        """Whether evaluations need a frozen model that is not the reference: the model as it is before training."""
+        """Whether evaluations need a frozen model that is not the reference: the model as it is
+        before training.
+        """
         is_reference = self.reference is not None and self.reference_path == self.model.path
         return self.train.evaluate_kl and not is_reference
 

@@ -9,8 +9,9 @@ from typing import Literal
 class LearningRate:
     """Warm-up, then a shape, down to `final` times the peak one step after the last.
 
-    `at(step)` is for steps 1 .. `steps`; the first step of a warm-up of w steps has peak / w. cosine follows
-    Loshchilov and Hutter, "SGDR", 2016; wsd (warm-up, stable, decay) follows Hu et al., "MiniCPM", 2024.
+    `at(step)` is for steps 1 .. `steps`; the first step of a warm-up of w steps has peak / w.
+    cosine follows Loshchilov and Hutter, "SGDR", 2016; wsd (warm-up, stable, decay) follows Hu et
+    al., "MiniCPM", 2024.
     """
 
     peak: float
@@ -21,13 +22,17 @@ class LearningRate:
     final: float
 
     def at(self, step: float) -> float:
-        """The learning rate of optimizer step `step`, counted from 1; between steps, where the run's length has changed."""
+        """The learning rate of optimizer step `step`, counted from 1; between steps, where the
+        run's length has changed.
+        """
         if step < self.warmup_steps:
             return self.peak * step / self.warmup_steps
         return self.peak * (self.final + (1 - self.final) * self._height(step))
 
     def _height(self, step: float) -> float:
-        """1 at the end of the warm-up, 0 one step after the last, so that no step is without effect."""
+        """1 at the end of the warm-up, 0 one step after the last, so that no step is without
+        effect.
+        """
         if self.shape == "constant":
             return 1.0
         decay_from = self.warmup_steps

@@ -28,15 +28,23 @@ class ModelSettings(Settings):
     path: Place | None = None
     """Folder or hub name of a causal language model in the Hugging Face format."""
     config: dict[str, Any] | None = None
-    """Instead of `path`: a Hugging Face configuration (with `model_type`) to start from scratch, weights drawn from `seed`."""
+    """Instead of `path`: a Hugging Face configuration (with `model_type`) to start from scratch,
+    weights drawn from `seed`.
+    """
     tokenizer: Place | None = None
-    """Tokenizer of the model; default: the one in `path`, or the sources' own where the model starts from scratch."""
+    """Tokenizer of the model; default: the one in `path`, or the sources' own where the model
+    starts from scratch.
+    """
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of weights and activations; the optimizer always keeps fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    """Precision of weights and activations; the optimizer always keeps fp32. auto: bf16 on a GPU,
+    fp32 on a CPU.
+    """
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """Attention backend. auto: flash_attention_2 where it is installed and can run, else sdpa."""
     activation_checkpointing: bool = False
-    """Recompute each layer in backward instead of keeping its activations: less memory, about a third more time."""
+    """Recompute each layer in backward instead of keeping its activations: less memory, about a
+    third more time.
+    """
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSettings":
@@ -52,7 +60,9 @@ class Group(Settings):
     """Sources that divide one share among themselves, in the ratio of their own shares."""
 
     share: GroupShare
-    """Fraction of the rows for all members together: of the run, or of the group that this one is in; a number, points or a controller."""
+    """Fraction of the rows for all members together: of the run, or of the group that this one is
+    in; a number, points or a controller.
+    """
     loss_share: Share | None = None
     """Fraction of the gradient; default: the share."""
     group: Name | None = None
@@ -64,14 +74,18 @@ class Group(Settings):
 
 
 class Cache(Settings):
-    """Where shards that lie elsewhere are kept while they are needed; all processes of a machine share it."""
+    """Where shards that lie elsewhere are kept while they are needed; all processes of a machine
+    share it.
+    """
 
     folder: str = "~/.cache/bigmix/shards"
     """Folder on a local disk."""
     size: Count = 64_000_000_000
     """Bytes that the cache may hold at most."""
     read: Literal["auto", "whole", "ranges"] = "auto"
-    """whole: a shard is fetched before its first row is read; ranges: only the blocks that rows of this machine are in. auto: ranges for text on 64 machines and more."""
+    """whole: a shard is fetched before its first row is read; ranges: only the blocks that rows of
+    this machine are in. auto: ranges for text on 64 machines and more.
+    """
     ahead_files: Count = 8
     """Shards that each rank fetches ahead of need at most."""
     ahead_bytes: Count = 4_000_000_000
@@ -86,27 +100,40 @@ class Source(Settings):
     """One named stream of documents."""
 
     path: Place
-    """Prepared source, as `bigmix prepare` makes it: a folder, a URL of one (s3, gs, https, hf, any of fsspec), a brace pattern of its shards, or `pipe:` with a command in which {} is the file."""
+    """Prepared source, as `bigmix prepare` makes it: a folder, a URL of one (s3, gs, https, hf, any
+    of fsspec), a brace pattern of its shards, or `pipe:` with a command in which {} is the file.
+    """
     role: Literal["task", "replay"]
     """task: what the model is to learn; replay: pretraining data that keeps what it knows."""
     share: SourceShare
-    """Fraction of the rows; a number, points [step, share] with straight lines between them, {temperature: 0.5}, {unimax: 4}, or a controller. Shares are normalised to sum to 1 in each group."""
+    """Fraction of the rows; a number, points [step, share] with straight lines between them,
+    {temperature: 0.5}, {unimax: 4}, or a controller. Shares are normalised to sum to 1 in each
+    group.
+    """
     loss_share: Share | None = None
     """Fraction of the gradient; default: the share."""
     group: Name | None = None
-    """The group whose share this source divides with the other members; default: none, the share is one of the run."""
+    """The group whose share this source divides with the other members; default: none, the share is
+    one of the run.
+    """
     weigh: Weighing = "token"
-    """What counts alike in the source's loss: each token, each document whatever its length, or square_root: between them."""
+    """What counts alike in the source's loss: each token, each document whatever its length, or
+    square_root: between them.
+    """
     max_epochs: Positive | None = None
     """How many times the source may be gone through; default: without limit."""
     when_exhausted: Literal["error", "stop", "renormalise"] = "error"
-    """What happens where the run would need more than max_epochs. error: it is refused; stop: it ends there; renormalise: it goes on without the source."""
+    """What happens where the run would need more than max_epochs. error: it is refused; stop: it
+    ends there; renormalise: it goes on without the source.
+    """
     held_out: Place | None = None
     """Prepared folder that is evaluated and never trained on."""
     long_documents: Literal["drop", "truncate"] = "drop"
     """What happens to a conversation longer than a row; text is always split, with nothing lost."""
     whole_below: CountOrZero = 0
-    """Texts with fewer tokens than this are never split over two rows; 0: rows are cut anywhere and hold no padding."""
+    """Texts with fewer tokens than this are never split over two rows; 0: rows are cut anywhere and
+    hold no padding.
+    """
 
     @model_validator(mode="after")
     def _shares(self) -> "Source":
@@ -141,7 +168,9 @@ class Train(Settings):
     lr: Positive
     """Highest learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Learning rate after the warm-up; wsd: constant, then a linear decay over the last `decay` of the steps."""
+    """Learning rate after the warm-up; wsd: constant, then a linear decay over the last `decay` of
+    the steps.
+    """
     warmup: NonNegative = 0.03
     """Linear warm-up: below 1 a fraction of the steps, else a number of steps."""
     decay: Annotated[float, Field(gt=0, le=1), A_NUMBER] = 0.2
@@ -155,63 +184,97 @@ class Train(Settings):
     eps: Positive = 1e-8
     """AdamW's epsilon."""
     ema: Annotated[float, Field(gt=0, lt=1), A_NUMBER] | None = None
-    """Decay per step of an exponential moving average of the weights, such as 0.999: evaluations and the export are then of the average, the training is not changed; 4 bytes a parameter over all ranks. Default: none is kept."""
+    """Decay per step of an exponential moving average of the weights, such as 0.999: evaluations
+    and the export are then of the average, the training is not changed; 4 bytes a parameter over
+    all ranks. Default: none is kept.
+    """
     clip: NonNegative = 1.0
     """Largest gradient norm; 0 switches clipping off."""
     micro_batch_rows: Count = 1
-    """Rows of one forward pass on one rank; accumulation follows from it. It changes speed and memory, never the result."""
+    """Rows of one forward pass on one rank; accumulation follows from it.
+
+    It changes speed and memory, never the result.
+    """
     steps: Count | None = None
     """Optimizer steps, in place of what the budget gives."""
     max_minutes: Positive | None = None
-    """Minutes after which the run saves a checkpoint and ends with 75, as after a signal; the same command goes on. Default: no limit."""
+    """Minutes after which the run saves a checkpoint and ends with 75, as after a signal; the same
+    command goes on. Default: no limit.
+    """
     stop_before_end_minutes: NonNegative = 5.0
-    """Minutes before the end of its Slurm job, where SLURM_JOB_END_TIME tells it, at which the run saves and ends with 75."""
+    """Minutes before the end of its Slurm job, where SLURM_JOB_END_TIME tells it, at which the run
+    saves and ends with 75.
+    """
     hang_minutes: Positive = 10.0
-    """Minutes without progress on any rank, of whatever kind, after which all end with their stacks in `output`/log; raise it where one file takes longer to come."""
+    """Minutes without progress on any rank, of whatever kind, after which all end with their stacks
+    in `output`/log; raise it where one file takes longer to come.
+    """
     dead_after_s: Positive = 60.0
-    """Seconds without a sign of life after which a rank counts as dead; one that dies on a machine with others is noticed at once."""
+    """Seconds without a sign of life after which a rank counts as dead; one that dies on a machine
+    with others is noticed at once.
+    """
     evaluate_every: CountOrZero = 0
     """Steps between held-out evaluations; 0: only before the first and after the last step."""
     evaluate_rows: Count | None = None
-    """Rows of each held-out source that an evaluation reads at most, spread evenly; default: all of them."""
+    """Rows of each held-out source that an evaluation reads at most, spread evenly; default: all of
+    them.
+    """
     evaluate_kl: bool = False
-    """Measure KL(base || model) in held-out evaluations, to `model.path` as it is before training: it is held in memory beside the model."""
+    """Measure KL(base || model) in held-out evaluations, to `model.path` as it is before training:
+    it is held in memory beside the model.
+    """
     task_weights: Literal["auto", "whole", "sharded"] = "auto"
-    """How the weights of a ZeRO-3 model are held while it answers tasks. whole: gathered once into a copy on each rank; sharded: anew for each token, slow; auto: whole where the copy fits twice into the memory that is free."""
+    """How the weights of a ZeRO-3 model are held while it answers tasks. whole: gathered once into
+    a copy on each rank; sharded: anew for each token, slow; auto: whole where the copy fits twice
+    into the memory that is free.
+    """
     save_every: CountOrZero = 0
     """Steps between checkpoints; 0: only after the last step."""
     save: Literal["background", "blocking"] = "background"
-    """background: steps go on while a checkpoint is written, from a copy in host memory, 12 bytes a parameter over all ranks (16 with ema); blocking: they wait for the disk."""
+    """background: steps go on while a checkpoint is written, from a copy in host memory, 12 bytes a
+    parameter over all ranks (16 with ema); blocking: they wait for the disk.
+    """
     keep_checkpoints: Count = 2
     """Newest checkpoints that are kept."""
     keep_every: CountOrZero = 0
     """Checkpoints of every so many-th step are kept as well; 0: of none."""
     log_every: Count = 10
-    """Steps between two readings of the device; metrics.jsonl has a line for every step all the same."""
+    """Steps between two readings of the device; metrics.jsonl has a line for every step all the
+    same.
+    """
     prefetch_steps: Count = 2
     """Steps whose rows are made ready ahead of need."""
     pass_over: tuple[Count, ...] = ()
     """Steps whose rows are not trained: the weights stay as they are."""
     roll_back_after: Count | None = 3
-    """Steps in a row without a finite gradient after which the run goes back to the last checkpoint and passes over them; each such step is skipped on all ranks in any case. null: never."""
+    """Steps in a row without a finite gradient after which the run goes back to the last checkpoint
+    and passes over them; each such step is skipped on all ranks in any case. null: never.
+    """
     most_roll_backs: CountOrZero = 3
     """Times that a run may go back before it ends as failed."""
     spike_deviations: Positive | None = None
-    """A loss so many standard deviations above the mean of the last 100 steps is told as a spike; 6 is a start. Default: none is."""
+    """A loss so many standard deviations above the mean of the last 100 steps is told as a spike; 6
+    is a start. Default: none is.
+    """
     spikes_roll_back: bool = False
     """Go back to the last checkpoint and pass over a step with a spike, too."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest whole checkpoint of `output` if there is one; never: refuse an output that holds a run."""
+    """auto: go on from the newest whole checkpoint of `output` if there is one; never: refuse an
+    output that holds a run.
+    """
     export: bool = True
     """Write a Hugging Face folder to `output`/export after the last step."""
     export_shard_gib: Positive = 4.0
-    """Largest file of weights in it, in GiB; so much of the model is in the memory of the first rank while it is written."""
+    """Largest file of weights in it, in GiB; so much of the model is in the memory of the first
+    rank while it is written.
+    """
 
     @model_validator(mode="after")
     def _spikes(self) -> "Train":
         if self.spikes_roll_back and self.spike_deviations is None:
             raise ValueError(
-                "spikes_roll_back is true and spike_deviations is not given, so that no loss is a spike; set spike_deviations=6"
+                "spikes_roll_back is true and spike_deviations is not given, so that no loss is a"
+                " spike; set spike_deviations=6"
             )
         return self
 
@@ -222,24 +285,38 @@ class Loss(Settings):
     label_smoothing: Annotated[float, Field(ge=0, lt=1), A_NUMBER] = 0.0
     """Part of each label's probability that is spread over the whole vocabulary."""
     z_loss: NonNegative = 0.0
-    """Coefficient of the square of each token's log-normaliser, which keeps logits from growing; 1e-4 is usual."""
+    """Coefficient of the square of each token's log-normaliser, which keeps logits from growing;
+    1e-4 is usual.
+    """
     entropy: bool = False
     """Log the mean entropy of the predictions of each source, for a little time."""
     backend: Literal["auto", "triton", "torch"] = "auto"
-    """What computes the rows of the logits. auto: triton on a GPU where it is installed, else torch."""
+    """What computes the rows of the logits. auto: triton on a GPU where it is installed, else
+    torch.
+    """
     head_gradient: Literal["auto", "accumulate", "recompute"] = "auto"
-    """How the head's gradient is made of several chunks. accumulate: their products are added up in fp32; recompute: logits are made twice, with no fp32 copy: a third more time in the head, 2 bytes less for each of its weights. auto: accumulate, but recompute in bf16 on a CPU."""
+    """How the head's gradient is made of several chunks. accumulate: their products are added up in
+    fp32; recompute: logits are made twice, with no fp32 copy: a third more time in the head, 2
+    bytes less for each of its weights. auto: accumulate, but recompute in bf16 on a CPU.
+    """
     chunk_mib: Count | None = None
-    """Memory for the logits of one chunk, in MiB; default: by sizes and device, see docs/loss.md."""
+    """Memory for the logits of one chunk, in MiB; default: by sizes and device, see docs/loss.md.
+    """
 
 
 class Reference(Settings):
-    """A frozen model that chosen sources stay near to, by the divergence KL(reference || model) of their loss tokens."""
+    """A frozen model that chosen sources stay near to, by the divergence KL(reference || model) of
+    their loss tokens.
+    """
 
     model: Place | None = None
-    """Folder or hub name of a model with the same tokenizer; default: `model.path`, the model as it was before training."""
+    """Folder or hub name of a model with the same tokenizer; default: `model.path`, the model as it
+    was before training.
+    """
     sources: Annotated[dict[Name, Positive], Field(min_length=1)]
-    """Weight of the mean divergence over the loss tokens of a source, for each source that has one; 0.1 is a start."""
+    """Weight of the mean divergence over the loss tokens of a source, for each source that has one;
+    0.1 is a start.
+    """
 
 
 class HeldOut(Settings):
@@ -267,7 +344,11 @@ Chosen = Annotated[
 
 
 class Sweep(Settings):
-    """Runs that differ in a few settings. Every further key is a dotted setting with the list of its values, such as `train.lr: [1e-5, 3e-5]`; of several, each combination is a point."""
+    """Runs that differ in a few settings.
+
+    Every further key is a dotted setting with the list of its values, such as `train.lr: [1e-5,
+    3e-5]`; of several, each combination is a point.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -276,6 +357,10 @@ class Sweep(Settings):
     points: dict[Name, dict[str, Any]] = Field(default={})
     """Further points, by name: the settings that each has otherwise than the recipe."""
     only: Chosen = ()
-    """Runs to take alone: by number or name as `bigmix sweep` lists them, or all of a point by its name."""
+    """Runs to take alone: by number or name as `bigmix sweep` lists them, or all of a point by its
+    name.
+    """
     part: Annotated[str, Field(pattern=r"^[1-9][0-9]*/[1-9][0-9]*$")] | None = None
-    """I/N: of those, every N-th beginning with the I-th, so that N jobs divide them among themselves."""
+    """I/N: of those, every N-th beginning with the I-th, so that N jobs divide them among
+    themselves.
+    """

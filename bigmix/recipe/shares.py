@@ -1,4 +1,6 @@
-"""The ways to write a share go in, their types come out, with what is wrong with shares side by side."""
+"""The ways to write a share go in, their types come out, with what is wrong with shares side by
+side.
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,25 +19,35 @@ class Temperature(Settings):
     """A share that follows from the size of the source."""
 
     temperature: NonNegative
-    """The share is the source's tokens to this power: 1 by size, 0 equal for all, between them small sources are raised."""
+    """The share is the source's tokens to this power: 1 by size, 0 equal for all, between them
+    small sources are raised.
+    """
 
 
 class UniMax(Settings):
     """Shares that are as even as the sizes of the sources allow."""
 
     unimax: Positive
-    """Epochs of a source at most: the rows of the run are divided evenly, and what a small source cannot take goes to the others."""
+    """Epochs of a source at most: the rows of the run are divided evenly, and what a small source
+    cannot take goes to the others.
+    """
 
 
 class Controller(Settings):
-    """A share, of a source or a group, that is decided anew after each held-out evaluation; docs/controller.md says how."""
+    """A share, of a source or a group, that is decided anew after each held-out evaluation;
+    docs/controller.md says how.
+    """
 
     controller: str
-    """forgetting: holds forgetting at or under `limit`; or a rule of your own, as path/to/rule.py:function or package.module:function."""
+    """forgetting: holds forgetting at or under `limit`; or a rule of your own, as
+    path/to/rule.py:function or package.module:function.
+    """
     limit: Positive | None = None
     """Forgetting that is held to, in nats per loss token; a rule of your own may do without."""
     start: Annotated[float, Field(gt=0, lt=1), A_NUMBER] = 0.25
-    """Fraction of the rows until the first decision: of the run, or of the group that this is in; the others divide the rest."""
+    """Fraction of the rows until the first decision: of the run, or of the group that this is in;
+    the others divide the rest.
+    """
     least: Annotated[float, Field(ge=1e-6, lt=1), A_NUMBER] = 0.01
     """Smallest fraction that is decided on."""
     most: Annotated[float, Field(gt=0, lt=1), A_NUMBER] = 0.5
@@ -45,13 +57,18 @@ class Controller(Settings):
     judge: Literal["worst", "mean"] = "worst"
     """Which forgetting counts where several sets are looked at."""
     aim: Annotated[float, Field(gt=0, le=1), A_NUMBER] = 0.8
-    """Part of the limit that is aimed at; the rest is room for what comes between two evaluations."""
+    """Part of the limit that is aimed at; the rest is room for what comes between two evaluations.
+    """
     gain: Positive = 0.5
-    """How strongly the share answers: it is multiplied by (expected forgetting / what is aimed at) to this power."""
+    """How strongly the share answers: it is multiplied by (expected forgetting / what is aimed at)
+    to this power.
+    """
 
 
 def kind_of(value: Any) -> str:
-    """Which of the ways to write a value is meant, so that its faults are told and not those of the other ways."""
+    """Which of the ways to write a value is meant, so that its faults are told and not those of the
+    other ways.
+    """
     if isinstance(value, list | tuple):
         return "<points>"
     for kind, table in (("controller", Controller), ("unimax", UniMax)):
@@ -88,24 +105,28 @@ def fault_of_points(points: tuple[tuple[int, float], ...]) -> str | None:
 
 
 def faults_side_by_side(level: str | None, shares: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the shares, by key, that are side by side in a group or outside of groups."""
+    """What is wrong with the shares, by key, that are side by side in a group or outside of
+    groups.
+    """
     where = f"in group {level}" if level else "outside of groups"
     controlled = {key: s.most for key, s in shares.items() if isinstance(s, Controller)}
     others = {key: share for key, share in shares.items() if key not in controlled}
     sized = {key: s for key, s in others.items() if isinstance(s, Temperature | UniMax)}
     if sized and (len(sized) < len(others) or len(set(map(repr, sized.values()))) > 1):
         yield (
-            f"{', '.join(sized)}: a temperature and unimax compare the sizes of sources, so all shares {where} "
-            f"({', '.join(others)}) must have the same one; put these sources into a group of their own"
+            f"{', '.join(sized)}: a temperature and unimax compare the sizes of sources, so all"
+            f" shares {where} ({', '.join(others)}) must have the same one; put these sources into"
+            " a group of their own"
         )
     if controlled and not others:
         yield (
-            f"{', '.join(controlled)}: all shares {where} have a controller; one must be a number or points and take the rest"
+            f"{', '.join(controlled)}: all shares {where} have a controller; one must be a number"
+            " or points and take the rest"
         )
     elif sum(controlled.values()) >= 1:
         yield (
-            f"{', '.join(controlled)}: together they may come to {sum(controlled.values()):g} of the rows {where}, must stay "
-            "below 1; lower `most`"
+            f"{', '.join(controlled)}: together they may come to {sum(controlled.values()):g} of"
+            f" the rows {where}, must stay below 1; lower `most`"
         )
 
 
@@ -118,37 +139,42 @@ def faults_of_controller(
     looked_at: Sequence[str],
     tasks: Sequence[str],
 ) -> Iterator[str]:
-    """What is wrong with a controller in a run with these held-out sets; `tasks` are the task sources that it moves."""
+    """What is wrong with a controller in a run with these held-out sets; `tasks` are the task
+    sources that it moves.
+    """
     known = ", ".join(held_out) or "none"
     unknown = [name for name in looked_at if name not in held_out]
     if not evaluate_every:
         yield (
-            f"{key} has a controller, which decides after evaluations, and train.evaluate_every is 0; set "
-            "train.evaluate_every=50, or another number of steps"
+            f"{key} has a controller, which decides after evaluations, and train.evaluate_every is"
+            " 0; set train.evaluate_every=50, or another number of steps"
         )
     if unknown:
         yield f"{key}.held_out names {', '.join(unknown)}; known held-out sets are: {known}"
     if not looked_at:
         yield (
-            f"{key} has a controller, and no replay source has a held-out set to look at; give one of them held_out, or "
-            f"name others with {key}.held_out (known are: {known})"
+            f"{key} has a controller, and no replay source has a held-out set to look at; give one"
+            f" of them held_out, or name others with {key}.held_out (known are: {known})"
         )
     if not controller.least <= controller.start <= controller.most:
         yield (
-            f"{key} has least {controller.least:g}, start {controller.start:g} and most {controller.most:g}; they must not "
-            "fall in this order"
+            f"{key} has least {controller.least:g}, start {controller.start:g} and most"
+            f" {controller.most:g}; they must not fall in this order"
         )
     if controller.controller != FORGETTING:
         if not _OWN_RULE.fullmatch(controller.controller):
             yield (
-                f"{key}.controller is {controller.controller}; it must be {FORGETTING}, or a rule of your own such as "
-                "path/to/rule.py:function or package.module:function"
+                f"{key}.controller is {controller.controller}; it must be {FORGETTING}, or a rule"
+                " of your own such as path/to/rule.py:function or package.module:function"
             )
         return
     if controller.limit is None:
-        yield f"{key}.limit is missing; give the forgetting to hold to in nats per token, such as limit: 0.02"
+        yield (
+            f"{key}.limit is missing; give the forgetting to hold to in nats per token, such as"
+            " limit: 0.02"
+        )
     if tasks:
         yield (
-            f"{key} is raised where the model forgets, and {', '.join(tasks)} is a task source; put the controller on replay "
-            "sources, or on a group of them"
+            f"{key} is raised where the model forgets, and {', '.join(tasks)} is a task source; put"
+            " the controller on replay sources, or on a group of them"
         )

@@ -1,4 +1,6 @@
-"""A recipe with a sweep goes in, its points come out: each with its name and the settings that it has otherwise."""
+"""A recipe with a sweep goes in, its points come out: each with its name and the settings that it
+has otherwise.
+"""
 
 import copy
 import json
@@ -43,7 +45,9 @@ class SweepRun:
 
 
 def points_of(sweep: Sweep) -> Sequence[Point]:
-    """Every combination of the listed values, then the points that have names; raises BadInput with every fault."""
+    """Every combination of the listed values, then the points that have names; raises BadInput with
+    every fault.
+    """
     axes = leaves(sweep.model_extra or {})
     named = {name: leaves(settings) for name, settings in sweep.points.items()}
     faults = [*_axis_faults(axes), *_own_faults(axes, named)]
@@ -51,15 +55,21 @@ def points_of(sweep: Sweep) -> Sequence[Point]:
         raise BadInput(*faults)
     points = [
         *(_combinations(axes) if axes or not named else ()),
-        *(Point(name=n, settings=_by_path(s), said_in=f"sweep.points.{n}") for n, s in named.items()),
-    ]  # fmt: skip
+        *(
+            Point(name=n, settings=_by_path(s), said_in=f"sweep.points.{n}")
+            for n, s in named.items()
+        ),
+    ]
     names = [point.name for point in points]
     repeated = dict.fromkeys(name for name in names if names.count(name) > 1)
     if repeated:
         raise BadInput(
-            *(f"sweep: {names.count(name)} points have the name {name}; give each value once, and names of their own "
-              f"to values that read alike, under sweep.points" for name in repeated)
-        )  # fmt: skip
+            *(
+                f"sweep: {names.count(name)} points have the name {name}; give each value once, and"
+                " names of their own to values that read alike, under sweep.points"
+                for name in repeated
+            )
+        )
     return points
 
 
@@ -67,8 +77,8 @@ def _axis_faults(axes: Mapping[str, Any]) -> Iterator[str]:
     for key, values in axes.items():
         if not isinstance(values, list) or not values:
             yield (
-                f"sweep.{key} is {values!r}, must be a list of values; settings of the sweep itself are "
-                f"{', '.join(Sweep.model_fields)}"
+                f"sweep.{key} is {values!r}, must be a list of values; settings of the sweep itself"
+                f" are {', '.join(Sweep.model_fields)}"
             )
 
 
@@ -78,8 +88,8 @@ def _own_faults(axes: Mapping[str, Any], named: Mapping[str, Mapping[str, Any]])
     for said_in, key in keys:
         if key.split(".")[0] in _OWN:
             yield (
-                f"{said_in}: {key} is the sweep's to give; set sweep.seeds for runs with several seeds, and the "
-                "recipe's own output for the folder of all"
+                f"{said_in}: {key} is the sweep's to give; set sweep.seeds for runs with several"
+                " seeds, and the recipe's own output for the folder of all"
             )
 
 
@@ -108,7 +118,9 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _ends(key: str) -> Sequence[str]:
-    """From `sources.web.share`: web, web-share, sources-web-share; from `train.lr`: lr, train-lr."""
+    """From `sources.web.share`: web, web-share, sources-web-share; from `train.lr`: lr,
+    train-lr.
+    """
     parts = key.split(".")
     ends = ["-".join(parts[at:]) for at in reversed(range(len(parts)))]
     is_share = len(parts) == 3 and parts[0] in ("sources", "groups") and parts[2] == "share"
@@ -116,7 +128,9 @@ def _ends(key: str) -> Sequence[str]:
 
 
 def value_name(value: Any) -> str:
-    """A value as part of a file name: 0.05, 1e-4 however it is written, true, data-web for data/web."""
+    """A value as part of a file name: 0.05, 1e-4 however it is written, true, data-web for
+    data/web.
+    """
     number = _number(value)
     if number is not None:
         return _number_name(number)
@@ -144,7 +158,9 @@ def _number_name(number: float) -> str:
 
 
 def tree_of(recipe: Mapping[str, Any], point: Point, *, seed: int, output: str) -> dict[str, Any]:
-    """The recipe of one run of a point, as plain tables; a source whose share is 0 is evaluated only."""
+    """The recipe of one run of a point, as plain tables; a source whose share is 0 is evaluated
+    only.
+    """
     tree = copy.deepcopy(dict(recipe))
     tree.pop("sweep", None)
     for key, value in point.settings.items():
@@ -158,7 +174,9 @@ def tree_of(recipe: Mapping[str, Any], point: Point, *, seed: int, output: str) 
 
 
 def _read_shares(tree: dict[str, Any]) -> None:
-    """Shares that YAML takes for texts, such as 2e-2, as the numbers that the recipe takes them for."""
+    """Shares that YAML takes for texts, such as 2e-2, as the numbers that the recipe takes them
+    for.
+    """
     for table in ("sources", "groups"):
         for member in (tree.get(table) or {}).values():
             number = _number(member.get("share")) if isinstance(member, dict) else None
@@ -167,7 +185,8 @@ def _read_shares(tree: dict[str, Any]) -> None:
 
 
 def _scale_others(tree: dict[str, Any], point: Point) -> None:
-    """A swept share is the very fraction of the rows: the others divide the rest in the ratio that the recipe gives.
+    """A swept share is the very fraction of the rows: the others divide the rest in the ratio that
+    the recipe gives.
 
     Left alone where a share beside it is no number, or where the swept ones leave nothing.
     """
@@ -183,7 +202,8 @@ def _scale_others(tree: dict[str, Any], point: Point) -> None:
         total = sum(beside[key]["share"] for key in fixed)
         if left > 0 and total > 0:
             for key in fixed:
-                # Fractions with few digits keep the mixture's cycle short; a source's share stays exact to 1e-12.
+                # Fractions with few digits keep the mixture's cycle short; a source's share stays
+                # exact to 1e-12.
                 beside[key]["share"] = round(beside[key]["share"] / total * left, 12)
 
 
@@ -196,7 +216,9 @@ def _is_fraction(value: Any) -> bool:
 
 
 def _leave_out(tree: dict[str, Any], name: str) -> None:
-    """Train without a source and with all else that follows: it has no reference, and no group of its own."""
+    """Train without a source and with all else that follows: it has no reference, and no group of
+    its own.
+    """
     source = tree["sources"][name]
     if "path" not in source:
         return  # no source of the recipe: its check says so
@@ -219,10 +241,12 @@ def _drop_empty_groups(tree: dict[str, Any], group: str | None) -> None:
 
 
 def chosen(runs: Sequence[SweepRun], sweep: Sweep) -> Sequence[SweepRun]:
-    """Those of the runs that `only` and `part` leave; raises BadInput where `only` has what there is not."""
+    """Those of the runs that `only` and `part` leave; raises BadInput where `only` has what there
+    is not.
+    """
     faults = [
-        f"sweep.only has {one}, which is no run or point of this sweep; its {len(runs)} runs are numbered from 1 and "
-        f"named like {runs[0].name}: `bigmix sweep` lists them"
+        f"sweep.only has {one}, which is no run or point of this sweep; its {len(runs)} runs are"
+        f" numbered from 1 and named like {runs[0].name}: `bigmix sweep` lists them"
         for one in sweep.only
         if not any(_is_meant(run, one) for run in runs)
     ]
@@ -231,7 +255,9 @@ def chosen(runs: Sequence[SweepRun], sweep: Sweep) -> Sequence[SweepRun]:
         faults.append(f"sweep.part is {sweep.part}, must be I/N with I from 1 to N")
     if faults:
         raise BadInput(*faults)
-    taken = [run for run in runs if not sweep.only or any(_is_meant(run, one) for one in sweep.only)]  # fmt: skip
+    taken = [
+        run for run in runs if not sweep.only or any(_is_meant(run, one) for one in sweep.only)
+    ]
     return taken[place - 1 :: of]
 
 

@@ -1,4 +1,6 @@
-"""A recipe as plain tables goes in with keys and values; out come its leaves, or the same with other values."""
+"""A recipe as plain tables goes in with keys and values; out come its leaves, or the same with
+other values.
+"""
 
 from typing import Any
 
@@ -20,7 +22,8 @@ def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
 def put(tree: dict[str, Any], key: Path_, value: Any, said_in: str) -> None:
     """Set one value; tables on the way are made where there are none.
 
-    Raises BadInput where something else stands in the way; `said_in` is where the user gave the value.
+    Raises BadInput where something else stands in the way; `said_in` is where the user gave the
+    value.
     """
     for depth, name in enumerate(key[:-1]):
         if tree.get(name) is None:

@@ -1,1 +1,3 @@
-"""Checkpoints that are whole or absent, written beside the training, read on any number of ranks."""
+"""Checkpoints that are whole or absent, written beside the training, read on any number of
+ranks.
+"""

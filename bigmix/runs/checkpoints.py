@@ -1,7 +1,9 @@
-"""The folder of a run's checkpoints goes in; out comes which of them are there, which files each has, which must go.
+"""The folder of a run's checkpoints goes in; out comes which of them are there, which files each
+has, which must go.
 
-A checkpoint is the folder `step-NNNNNN`. It is written as `.tmp-step-NNNNNN`; `checkpoint.json`, which lists every file
-with its size and checksum, is written last, and only then is the folder renamed. `latest` holds the name of the newest.
+A checkpoint is the folder `step-NNNNNN`. It is written as `.tmp-step-NNNNNN`; `checkpoint.json`,
+which lists every file with its size and checksum, is written last, and only then is the folder
+renamed. `latest` holds the name of the newest.
 """
 
 import json
@@ -29,9 +31,10 @@ _NAME = re.compile(r"step-[0-9]+")
 class Position:
     """Where a run stands: the last finished step, and what the next ones follow from.
 
-    `report` is what its report has added up, `losses` what the next one is held against, `recipe` the settings as plain
-    values, `chapter` from where they hold, `standing` where each source stands and `content` a checksum of its shards;
-    `decisions` are those of controllers, oldest first.
+    `report` is what its report has added up, `losses` what the next one is held against, `recipe`
+    the settings as plain values, `chapter` from where they hold, `standing` where each source
+    stands and `content` a checksum of its shards; `decisions` are those of controllers, oldest
+    first.
     """
 
     step: int
@@ -79,7 +82,9 @@ class Sealed:
     checksum: str
 
     def fault(self, folder: Path) -> str | None:
-        """What is wrong with the file in a checkpoint's folder, None where it is as it was written."""
+        """What is wrong with the file in a checkpoint's folder, None where it is as it was
+        written.
+        """
         path = folder / self.name
         try:
             found = path.stat().st_size
@@ -105,7 +110,9 @@ class Listed:
 
 
 def folders(folder: Path, before: int | None = None) -> list[Path]:
-    """The checkpoints of a run by their names, newest first; those of a step below `before` where that is given."""
+    """The checkpoints of a run by their names, newest first; those of a step below `before` where
+    that is given.
+    """
     # What the user has put beside them, such as a copy step-000100-keep, is none of ours.
     named = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     found = sorted(named, key=_step_of, reverse=True)
@@ -127,19 +134,25 @@ def read_listing(path: Path) -> Listed | str:
 
 
 def other_versions(folder: Path) -> Iterator[str]:
-    """What to do about each checkpoint of a run that is written in another version of the format."""
+    """What to do about each checkpoint of a run that is written in another version of the
+    format.
+    """
     for path in folders(folder):
         with suppress(OSError, ValueError, TypeError, KeyError):
             version = json.loads((path / LISTING).read_text(encoding="utf-8"))["version"]
             if version != VERSION:
                 yield (
-                    f"{path} is written in version {version} of the format, this program reads {VERSION}; go on with the "
-                    "release that wrote it, or give another output"
+                    f"{path} is written in version {version} of the format, this program reads"
+                    f" {VERSION}; go on with the release that wrote it, or give another output"
                 )
 
 
-def publish(beside: Path, final: Path, ranks: int, files: Sequence[Sealed], position: Position) -> None:  # fmt: skip
-    """Write the listing of a checkpoint whose files are whole, give it its name, and point `latest` at it, in this order."""
+def publish(
+    beside: Path, final: Path, ranks: int, files: Sequence[Sealed], position: Position
+) -> None:
+    """Write the listing of a checkpoint whose files are whole, give it its name, and point `latest`
+    at it, in this order.
+    """
     listing = {
         "version": VERSION,
         "ranks": ranks,
@@ -156,14 +169,18 @@ def publish(beside: Path, final: Path, ranks: int, files: Sequence[Sealed], posi
 
 
 def prune(folder: Path, *, keep: int, keep_every: int) -> None:
-    """Delete all but the newest `keep` checkpoints and those of every `keep_every`-th step (0: of none)."""
+    """Delete all but the newest `keep` checkpoints and those of every `keep_every`-th step (0: of
+    none).
+    """
     for path in folders(folder)[keep:]:
         if not keep_every or _step_of(path) % keep_every:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def put_aside(folder: Path, *, after_step: int) -> list[Path]:
-    """Rename the checkpoints after a step, so that a run that goes on from there does not meet them again."""
+    """Rename the checkpoints after a step, so that a run that goes on from there does not meet them
+    again.
+    """
     moved = []
     for path in folders(folder):
         if _step_of(path) > after_step:

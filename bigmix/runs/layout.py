@@ -1,4 +1,6 @@
-"""The folder of a run, or one that holds several, goes in; out come the runs in it and how far each is. No torch here."""
+"""The folder of a run, or one that holds several, goes in; out come the runs in it and how far each
+is. No torch here.
+"""
 
 import json
 from collections.abc import Iterable
@@ -18,7 +20,9 @@ _YAML = (".yaml", ".yml")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """A run of a sweep that was begun after a step and has not ended well; `reason` is why it failed, as far as known."""
+    """A run of a sweep that was begun after a step and has not ended well; `reason` is why it
+    failed, as far as known.
+    """
 
     after_step: int
     reason: str | None = None
@@ -34,7 +38,8 @@ class State:
 
 
 def run_folders(place: Path) -> list[Path]:
-    """The folders of runs that a place stands for: the runs of a recipe, or those in a folder, at most two deep.
+    """The folders of runs that a place stands for: the runs of a recipe, or those in a folder, at
+    most two deep.
 
     Those of a recipe may not be there yet. Raises BadInput where a folder holds none.
     """
@@ -47,8 +52,8 @@ def run_folders(place: Path) -> list[Path]:
         if found:
             return sorted(found, key=_order)
     raise BadInput(
-        f"{place} holds no run: there is no {RECIPE} in it or one or two folders below; give the output of a run or of a "
-        "sweep, or a recipe"
+        f"{place} holds no run: there is no {RECIPE} in it or one or two folders below; give the"
+        " output of a run or of a sweep, or a recipe"
     )
 
 
@@ -82,7 +87,9 @@ def state_of(recipe: Recipe, *, steps: int, evaluates: bool) -> State:
 
 
 def fails_again(recipe: Recipe) -> bool:
-    """Whether the last attempt of a run failed, or its process ended before there was a further checkpoint."""
+    """Whether the last attempt of a run failed, or its process ended before there was a further
+    checkpoint.
+    """
     folder = Path(recipe.output)
     attempt = read_attempt(folder)
     if attempt is None:
@@ -114,6 +121,8 @@ def end_attempt(folder: Path) -> None:
 
 
 def progress(recipes: Iterable[Recipe]) -> int:
-    """A number that grows as long as runs come on: their trained steps, and the attempts that failed."""
+    """A number that grows as long as runs come on: their trained steps, and the attempts that
+    failed.
+    """
     folders = [Path(recipe.output) for recipe in recipes]
     return sum(newest_step(folder / FOLDER) + (folder / ATTEMPT).exists() for folder in folders)

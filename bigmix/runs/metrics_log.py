@@ -1,4 +1,6 @@
-"""The numbers of each step go in; out go a line of metrics.jsonl and the same numbers on TensorBoard's page."""
+"""The numbers of each step go in; out go a line of metrics.jsonl and the same numbers on
+TensorBoard's page.
+"""
 
 import json
 import math
@@ -17,8 +19,9 @@ FLUSH_EVERY_S = 5.0
 
 Number: TypeAlias = float | int | bool | None
 
-# TensorBoard makes one group of charts of the tags that agree up to the first slash. Numbers of a source arrive as
-# `loss/web` and are grouped by that; the numbers of the whole step get a group here.
+# TensorBoard makes one group of charts of the tags that agree up to the first slash. Numbers of a
+# source arrive as `loss/web` and are grouped by that; the numbers of the whole step get a group
+# here.
 _GROUPS = {
     "step_s": "time",
     "data_wait_s": "time",
@@ -51,8 +54,8 @@ _SHARES = {
 class RunLog:
     """Appends to `metrics.jsonl` and `tensorboard/` of a run's folder.
 
-    `resume_step` is the last step that is trained already: what was logged after it is taken back, so that file and
-    page become those of a run that was never interrupted. None starts a new log.
+    `resume_step` is the last step that is trained already: what was logged after it is taken back,
+    so that file and page become those of a run that was never interrupted. None starts a new log.
     """
 
     def __init__(
@@ -77,7 +80,8 @@ class RunLog:
         if resume_step is not None:
             _take_back(path, after_step=resume_step)
         self._file = path.open("w" if resume_step is None else "a", encoding="utf-8")
-        # Purging from step 0 hides the points of an earlier run whose event files lie in the same folder.
+        # Purging from step 0 hides the points of an earlier run whose event files lie in the same
+        # folder.
         purge_step = 0 if resume_step is None else resume_step + 1
         self._writer: Any = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=purge_step)
         self._writer.add_custom_scalars(self._layout)
@@ -90,7 +94,9 @@ class RunLog:
         self._open(step)
 
     def write(self, line: Mapping[str, Number]) -> None:
-        """Append the numbers of one step (`line["step"]`); None and numbers that are not finite become null."""
+        """Append the numbers of one step (`line["step"]`); None and numbers that are not finite
+        become null.
+        """
         numbers = finite(line)
         self._file.write(json.dumps(numbers, allow_nan=False) + "\n")
         self._file.flush()
@@ -110,14 +116,17 @@ class RunLog:
         metrics = [
             f"{kind}/{s}" for kind in ("held_out_loss", "forgetting") for s in self._held_out
         ]
-        # add_hparams would open a second event file, and the page would then drop the points that come later.
+        # add_hparams would open a second event file, and the page would then drop the points that
+        # come later.
         tags = dict.fromkeys([*metrics, tag_of("loss"), tag_of("tokens_per_s")], 0.0)
         for record in hparams_records(named, tags):
             self._writer.file_writer.add_summary(record, 0)
         self._writer.flush()
 
     def flush(self) -> None:
-        """Put on the disk what the page has not got yet: what a checkpoint counts as logged is not logged again."""
+        """Put on the disk what the page has not got yet: what a checkpoint counts as logged is not
+        logged again.
+        """
         self._writer.flush()
 
     def close(self) -> None:
@@ -132,9 +141,11 @@ def finite(line: Mapping[str, Number]) -> dict[str, Number]:
 
 
 def tag_of(key: str) -> str:
-    """TensorBoard's tag of a key of metrics.jsonl: `step_s` becomes `time/step_s`, `loss/web` stays.
+    """TensorBoard's tag of a key of metrics.jsonl: `step_s` becomes `time/step_s`, `loss/web`
+    stays.
 
-    The ends of intervals have a group of their own, `forgetting_low/web` becomes `intervals/forgetting_low/web`.
+    The ends of intervals have a group of their own, `forgetting_low/web` becomes
+    `intervals/forgetting_low/web`.
     """
     if key.split("/")[0].endswith(("_low", "_high")):
         return f"intervals/{key}"
@@ -142,7 +153,8 @@ def tag_of(key: str) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was half written when the run died is left out.
+    """The lines of a metrics.jsonl; a last line that was half written when the run died is left
+    out.
 
     Raises BadInput where another line is not a JSON object with a step.
     """
@@ -170,8 +182,8 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
             line = _parse(raw)
             if line is None:
                 raise BadInput(
-                    f"{path}:{number} is {raw[:60]!r}; each line must be a JSON object with a whole number `step`; "
-                    "restore the file from a copy, or delete that line"
+                    f"{path}:{number} is {raw[:60]!r}; each line must be a JSON object with a whole"
+                    " number `step`; restore the file from a copy, or delete that line"
                 )
             yield line, raw
 
@@ -185,7 +197,9 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
 
 
 def _take_back(path: Path, *, after_step: int) -> None:
-    """Rewrite the file without the lines after a step and without a half-written end; beside, then renamed."""
+    """Rewrite the file without the lines after a step and without a half-written end; beside, then
+    renamed.
+    """
     if not path.exists():
         return
     beside = path.with_suffix(".jsonl.part")
@@ -214,7 +228,8 @@ def _layout(
 
 
 def _lines_of(tags: Sequence[str]) -> tuple[str, list[str]]:
-    # The page takes tags as regular expressions and matches their beginning: `loss/a` would also draw `loss/ab`.
+    # The page takes tags as regular expressions and matches their beginning: `loss/a` would also
+    # draw `loss/ab`.
     return "Multiline", [f"{re.escape(tag)}$" for tag in tags]
 
 

@@ -1,6 +1,8 @@
-"""A recipe goes in, where its run begins comes out: at step 0, at a checkpoint, or nowhere since it is finished.
+"""A recipe goes in, where its run begins comes out: at step 0, at a checkpoint, or nowhere since it
+is finished.
 
-The folder of a run's checkpoints goes in; out comes the newest whole one, and its states in an engine of any number of ranks.
+The folder of a run's checkpoints goes in; out comes the newest whole one, and its states in an
+engine of any number of ranks.
 """
 
 import json
@@ -23,19 +25,22 @@ from bigmix.runs.layout import RECIPE
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """The newest whole checkpoint, None where there is none, and what is wrong with each newer one."""
+    """The newest whole checkpoint, None where there is none, and what is wrong with each
+    newer one.
+    """
 
     listed: Listed | None
     torn: tuple[str, ...] = ()
 
 
 def newest_whole(folder: Path, cluster: Cluster, *, before: int | None = None) -> Found:
-    """Look for the newest checkpoint whose files are all as they were written, of a step below `before` where that is given.
+    """Look for the newest checkpoint whose files are all as they were written, of a step below
+    `before` where that is given.
 
     A collective: each rank reads a part of the files.
     """
     listings = list(map(read_listing, folders(folder, before))) if cluster.world.is_first else None
-    (candidates, *_) = cluster.gather(listings)
+    candidates, *_ = cluster.gather(listings)
     torn: list[str] = []
     for candidate in candidates:
         if isinstance(candidate, str):
@@ -108,7 +113,9 @@ _NO_ROWS = ("loss_share", "weigh", "role", "held_out", "path")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """A setting that is not what it was when a checkpoint was written; None where there was or is none."""
+    """A setting that is not what it was when a checkpoint was written; None where there was or is
+    none.
+    """
 
     key: str
     old: Any
@@ -120,7 +127,8 @@ class Change:
         table, *parts = self.key.split(".")
         # The name of a source may have dots, and a share may be a table.
         setting = next((part for part in reversed(parts[1:]) if part in _OF_SOURCES), "")
-        # Controllers have whole rows drawn up to their next decision; without them this setting is free.
+        # Controllers have whole rows drawn up to their next decision; without them this setting is
+        # free.
         if self.key == "train.evaluate_every":
             return True
         return table in ("sequence_length", "rows_per_step") or (
@@ -150,7 +158,10 @@ class Beginning:
 
 @contextmanager
 def alone(folder: Path, cluster: Cluster, *, wait_s: float) -> Iterator[bool]:
-    """Hold the folder of a run against other commands; a collective. False where one holds it still after some seconds."""
+    """Hold the folder of a run against other commands; a collective.
+
+    False where one holds it still after some seconds.
+    """
     with ExitStack() as stack:
         is_ours = None
         if cluster.world.is_first:
@@ -163,14 +174,16 @@ def alone(folder: Path, cluster: Cluster, *, wait_s: float) -> Iterator[bool]:
 
 
 def beginning(recipe: Recipe, content: Mapping[str, str], cluster: Cluster) -> Beginning:
-    """Find where to begin in the output folder of a recipe, whose sources have this content; a collective.
+    """Find where to begin in the output folder of a recipe, whose sources have this content; a
+    collective.
 
-    Raises BadInput on every rank where the folder holds a run and `resume` is never, or where the run cannot go on with
-    this recipe: each setting that stands in the way is named with its old and its new value.
+    Raises BadInput on every rank where the folder holds a run and `resume` is never, or where the
+    run cannot go on with this recipe: each setting that stands in the way is named with its old and
+    its new value.
     """
     folder = Path(recipe.output)
     faults = list(_faults(recipe, folder)) if cluster.world.is_first else []
-    (faults, *_) = cluster.gather(faults)
+    faults, *_ = cluster.gather(faults)
     if faults:
         raise BadInput(*faults)
     found = newest_whole(folder / CHECKPOINTS, cluster)
@@ -185,8 +198,8 @@ def _faults(recipe: Recipe, folder: Path) -> Iterator[str]:
         return
     if recipe.train.resume == "never":
         yield (
-            f"output {folder} holds a run already and train.resume is never; give another output, delete the folder, "
-            "or set train.resume=auto"
+            f"output {folder} holds a run already and train.resume is never; give another output,"
+            " delete the folder, or set train.resume=auto"
         )
     yield from other_versions(folder / CHECKPOINTS)
 
@@ -201,15 +214,16 @@ def _changes(recipe: Recipe, content: Mapping[str, str], listed: Listed) -> tupl
         if not _is_free(key, recipe)
     ]
     faults = [
-        f"{change.key} is {change.new!r}, and the run in {recipe.output} has {change.old!r} at step {position.step}; it "
-        "cannot go on with another one, put the old value back or give another output"
+        f"{change.key} is {change.new!r}, and the run in {recipe.output} has {change.old!r} at step"
+        f" {position.step}; it cannot go on with another one, put the old value back or give"
+        " another output"
         for change in changes
         if change.key.startswith(_FIXED)
     ]
     faults += [
-        f"sources.{name}.path: the shards in {recipe.sources[name].path} are not those of {old.sources[name].path} that the "
-        f"run in {recipe.output} has read until step {position.step}; restore them, or give the source another name: "
-        "it then begins anew"
+        f"sources.{name}.path: the shards in {recipe.sources[name].path} are not those of"
+        f" {old.sources[name].path} that the run in {recipe.output} has read until step"
+        f" {position.step}; restore them, or give the source another name: it then begins anew"
         for name, digest in content.items()
         if position.content.get(name, digest) != digest
     ]
@@ -219,7 +233,10 @@ def _changes(recipe: Recipe, content: Mapping[str, str], listed: Listed) -> tupl
 
 
 def _is_free(key: str, recipe: Recipe) -> bool:
-    """Whether a setting may be another one at any time. The path of a source may: its content must not."""
+    """Whether a setting may be another one at any time.
+
+    The path of a source may: its content must not.
+    """
     path_of_source = key.startswith("sources.") and key.endswith(".path")
     if key in _EVALUATING and recipe.controllers:
         return False
@@ -260,7 +277,9 @@ def write_recipe(recipe: Recipe) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassedOver:
-    """Steps that a run has gone back before and does not train, one entry for each time that it went back."""
+    """Steps that a run has gone back before and does not train, one entry for each time that it
+    went back.
+    """
 
     times: tuple[RollBack, ...] = ()
 
@@ -282,7 +301,8 @@ def read_passed_over(folder: Path) -> PassedOver:
         )
     except (ValueError, TypeError, KeyError) as error:
         raise BadInput(
-            f"{path} is not as it was written ({error}); restore it from a copy, or give another output"
+            f"{path} is not as it was written ({error}); restore it from a copy, or give another"
+            " output"
         ) from error
 
 

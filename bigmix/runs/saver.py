@@ -1,8 +1,10 @@
-"""States of an engine go in; checkpoints appear while the training goes on, each whole on all ranks or absent.
+"""States of an engine go in; checkpoints appear while the training goes on, each whole on all ranks
+or absent.
 
-The loop waits for a copy into host memory, a thread of each rank writes it. Once every rank has told, between two steps,
-that its file is on the disk, the first one lists the files and gives the checkpoint its name. What cannot be written is
-told and left out; the run and the checkpoints before it stand.
+The loop waits for a copy into host memory, a thread of each rank writes it. Once every rank has
+told, between two steps, that its file is on the disk, the first one lists the files and gives the
+checkpoint its name. What cannot be written is told and left out; the run and the checkpoints before
+it stand.
 """
 
 import shutil
@@ -32,7 +34,9 @@ _SPARE_BYTES = 64 << 20  # room on the disk for logs and exports beside a checkp
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Keeping:
-    """Which checkpoints stay: the newest `newest`, and those of every `every`-th step (0: of none)."""
+    """Which checkpoints stay: the newest `newest`, and those of every `every`-th step (0: of
+    none).
+    """
 
     newest: int
     every: int = 0
@@ -80,11 +84,15 @@ class Saver:
         self.last_step = self.begun_step = step
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether a multiple of `every` steps (0: never) has come since the last checkpoint was begun."""
+        """Whether a multiple of `every` steps (0: never) has come since the last checkpoint was
+        begun.
+        """
         return every > 0 and step // every > self.begun_step // every
 
     def save(self, flats: Iterator[FlatState], position: Position) -> None:
-        """Begin a checkpoint; returns once this rank's states are copied, or written where not in the background."""
+        """Begin a checkpoint; returns once this rank's states are copied, or written where not in
+        the background.
+        """
         self.finish()
         began = time.perf_counter()
         self.begun_step = position.step
@@ -100,7 +108,9 @@ class Saver:
             self.finish()
 
     def settle(self) -> None:
-        """Between two steps: give the checkpoint on its way its name if all ranks have written their files."""
+        """Between two steps: give the checkpoint on its way its name if all ranks have written
+        their files.
+        """
         if self._write is None:
             return
         (written,) = self._cluster.sum_counts([self._write.sealed.done()])
@@ -122,7 +132,9 @@ class Saver:
         self._thread.shutdown()
 
     def _in_host_memory(self, index: int, flat: FlatState) -> FlatState:
-        """The same in memory that the next steps do not touch; where the loop waits for the disk, a CPU's own memory will do."""
+        """The same in memory that the next steps do not touch; where the loop waits for the disk, a
+        CPU's own memory will do.
+        """
         if self._in_background:
             copies = {key: self._copy(f"{index}.{key}", t) for key, t in flat.tensors.items()}
         else:
@@ -146,7 +158,7 @@ class Saver:
         """Make the folder to write in; False on all ranks where the disk has no room."""
         needed = sum(self._cluster.gather(own_bytes))
         fault = self._folder_fault(beside, needed) if self._cluster.world.is_first else None
-        (fault, *_) = self._cluster.gather(fault)
+        fault, *_ = self._cluster.gather(fault)
         if fault is not None:
             self._give_up(fault)
         return fault is None
@@ -161,8 +173,9 @@ class Saver:
         if free < needed + _SPARE_BYTES:
             shutil.rmtree(beside, ignore_errors=True)
             return (
-                f"{self._folder} has {free / 2**30:.2f} GiB free and a checkpoint needs "
-                f"{(needed + _SPARE_BYTES) / 2**30:.2f} GiB; free space, or keep fewer with train.keep_checkpoints"
+                f"{self._folder} has {free / 2**30:.2f} GiB free and a checkpoint needs"
+                f" {(needed + _SPARE_BYTES) / 2**30:.2f} GiB; free space, or keep fewer with"
+                " train.keep_checkpoints"
             )
         return None
 
@@ -177,7 +190,7 @@ class Saver:
             fault = fault or self._publish(write, files)
             if fault is not None:
                 shutil.rmtree(write.beside, ignore_errors=True)
-        (fault, *_) = self._cluster.gather(fault)
+        fault, *_ = self._cluster.gather(fault)
         if fault is None:
             self.last_step = write.position.step
         else:

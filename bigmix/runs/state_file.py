@@ -1,7 +1,9 @@
-"""What one rank holds of weights and moments goes in, a file of it comes out; and any elements of any parameter, read back.
+"""What one rank holds of weights and moments goes in, a file of it comes out; and any elements of
+any parameter, read back.
 
-The file is in the format of safetensors: tensors `I.weights`, `I.exp_avg` and `I.exp_avg_sq` (and `I.average`, where
-an average of the weights is kept) are the flat tensors of group I as ZeRO keeps them; the metadata say which elements of which parameter lie where in them, so that ranks of any
+The file is in the format of safetensors: tensors `I.weights`, `I.exp_avg` and `I.exp_avg_sq` (and
+`I.average`, where an average of the weights is kept) are the flat tensors of group I as ZeRO keeps
+them; the metadata say which elements of which parameter lie where in them, so that ranks of any
 number can read what they need.
 """
 
@@ -30,7 +32,9 @@ WEIGHTS, AVERAGE = "weights", "average"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """Elements [start, start + count) of a parameter, which lie from `offset` on in a flat tensor."""
+    """Elements [start, start + count) of a parameter, which lie from `offset` on in a flat
+    tensor.
+    """
 
     name: str
     start: int
@@ -40,9 +44,11 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlatState:
-    """A flat tensor of fp32 weights [N] with its moments [N], the steps that Adam has taken, and what lies where.
+    """A flat tensor of fp32 weights [N] with its moments [N], the steps that Adam has taken, and
+    what lies where.
 
-    Elements that no piece covers are padding. `average` [N] is that of the weights over the steps, where one is kept.
+    Elements that no piece covers are padding. `average` [N] is that of the weights over the steps,
+    where one is kept.
     """
 
     pieces: tuple[Piece, ...]
@@ -127,13 +133,16 @@ class _Place:
 
 
 class StateReader:
-    """The files of all ranks of a checkpoint, mapped into memory, as one place to read parameters from."""
+    """The files of all ranks of a checkpoint, mapped into memory, as one place to read parameters
+    from.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         paths = sorted(folder.glob(_PATTERN))
         self._files: list[Any] = [safe_open(path, framework="pt") for path in paths]
-        self._has_average = any(f"0.{AVERAGE}" in file.keys() for file in self._files)  # noqa: SIM118
+        names = (file.keys() for file in self._files)
+        self._has_average = any(f"0.{AVERAGE}" in own for own in names)
         self._places: dict[str, list[_Place]] = defaultdict(list)
         self._steps: dict[str, int] = {}
         for number, file in enumerate(self._files):
@@ -147,7 +156,8 @@ class StateReader:
             self._steps[name] = group["step"]
 
     def fill(self, flat: FlatState) -> int:
-        """Write the elements of every piece of a flat tensor, weights and moments; returns the steps that Adam has taken.
+        """Write the elements of every piece of a flat tensor, weights and moments; returns the
+        steps that Adam has taken.
 
         An average that the checkpoint has not begins at the weights.
 
@@ -160,14 +170,17 @@ class StateReader:
             found = sum(end - begin for _, begin, end, _ in parts)
             if found != piece.count:
                 raise BigmixError(
-                    f"{self._folder} holds {found} of the {piece.count} elements [{piece.start}, "
-                    f"{piece.start + piece.count}) of {piece.name}; it is of another model, give another output"
+                    f"{self._folder} holds {found} of the {piece.count} elements [{piece.start},"
+                    f" {piece.start + piece.count}) of {piece.name}; it is of another model, give"
+                    " another output"
                 )
         steps = {self._steps[piece.name] for piece in flat.pieces}
         return max(steps, default=0)
 
     def _parts_of(self, piece: Piece) -> Sequence[tuple[_Place, int, int, int]]:
-        """The places that hold elements of a piece: of each the range of elements there, and where it goes in the flat tensor."""
+        """The places that hold elements of a piece: of each the range of elements there, and where
+        it goes in the flat tensor.
+        """
         found = []
         for place in self._places[piece.name]:
             begin = max(piece.start, place.piece.start)

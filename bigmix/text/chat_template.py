@@ -1,8 +1,10 @@
-"""Conversations go in; token ids come out, with a mask of those that the model is to learn: what the assistant says.
+"""Conversations go in; token ids come out, with a mask of those that the model is to learn: what
+the assistant says.
 
-A chat template writes the conversation. Which characters are the assistant's comes from the template's own
-`{% generation %}` mark, else from a second rendering in which unique marks stand for the answers. The end-of-turn token
-behind an answer belongs to it: a model that never learns it never stops.
+A chat template writes the conversation. Which characters are the assistant's comes from the
+template's own `{% generation %}` mark, else from a second rendering in which unique marks stand for
+the answers. The end-of-turn token behind an answer belongs to it: a model that never learns it
+never stops.
 """
 
 import hashlib
@@ -50,10 +52,11 @@ QUESTION = "Is it?"
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """A chat template: its Jinja source, and what it writes behind the last answer to end a turn ("" where nothing).
+    """A chat template: its Jinja source, and what it writes behind the last answer to end a turn
+    ("" where nothing).
 
-    `turn_ends` are the beginnings of that which end with a special token, the longest first: behind an answer in the middle
-    of a conversation may stand less.
+    `turn_ends` are the beginnings of that which end with a special token, the longest first: behind
+    an answer in the middle of a conversation may stand less.
     """
 
     name: Literal["plain", "tokenizer"]
@@ -78,13 +81,14 @@ class _Rendered:
 def open_template(tokenizer: Tokenizer, name: Literal["plain", "tokenizer"]) -> Template:
     """The plain built-in template, or the tokenizer's own.
 
-    Raises BadInput where the tokenizer has none, or where the template cannot render one question and one answer.
+    Raises BadInput where the tokenizer has none, or where the template cannot render one question
+    and one answer.
     """
     source = PLAIN if name == "plain" else tokenizer.chat_template
     if source is None:
         raise BadInput(
-            f"tokenizer {tokenizer.name} has no chat template, which --template tokenizer asks for; "
-            "give --template plain"
+            f"tokenizer {tokenizer.name} has no chat template, which --template tokenizer asks for;"
+            " give --template plain"
         )
     mark = f"{MARK_OPEN}0{MARK_CLOSE}"
     probe = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": mark}]
@@ -92,8 +96,8 @@ def open_template(tokenizer: Tokenizer, name: Literal["plain", "tokenizer"]) -> 
         text, _ = _render(tokenizer, source, probe, None)
     except (jinja2.TemplateError, TypeError) as error:
         raise BadInput(
-            f"the chat template of {tokenizer.name} cannot render a question and an answer ({error}); mend it, or "
-            "give --template plain"
+            f"the chat template of {tokenizer.name} cannot render a question and an answer"
+            f" ({error}); mend it, or give --template plain"
         ) from error
     specials = f"(?:{tokenizer.special_pattern.pattern})"
     found = re.match(rf"\s*{specials}+", text.rpartition(mark)[2])
@@ -121,7 +125,9 @@ def encode_chat(
 def render_chat(
     tokenizer: Tokenizer, template: Template, conversation: Conversation
 ) -> RenderedChat | Dropped:
-    """Write a conversation as its template does, and find the answers in it; or say why it cannot be learned from."""
+    """Write a conversation as its template does, and find the answers in it; or say why it cannot
+    be learned from.
+    """
     reason = _unfit(template, conversation)
     if reason is not None:
         return Dropped(reason=reason)
@@ -181,7 +187,9 @@ def _rendered(
 
 
 def _is_simple(tokenizer: Tokenizer, conversation: Conversation) -> bool:
-    """Whether the plain template writes nothing but roles and contents, and no role is a special token."""
+    """Whether the plain template writes nothing but roles and contents, and no role is a special
+    token.
+    """
     if conversation.tools or any(turn.get("tool_calls") for turn in conversation.messages):
         return False
     return _are_words(tokenizer.special_pattern)
@@ -225,7 +233,8 @@ def _unfit(template: Template, conversation: Conversation) -> str | None:
 def _render(
     tokenizer: Tokenizer, source: str, messages: Sequence[Turn], tools: Sequence[Any] | None
 ) -> tuple[str, Sequence[tuple[int, int]]]:
-    # transformers takes half a second to import, which worker processes pay only where they need it.
+    # transformers takes half a second to import, which worker processes pay only where they need
+    # it.
     from transformers.utils.chat_template_utils import render_jinja_template
 
     texts, spans = render_jinja_template(
@@ -252,13 +261,17 @@ def _marked_spans(
 def _sentinel_spans(
     tokenizer: Tokenizer, template: Template, messages: Sequence[Turn], tools: Sequence[Any] | None
 ) -> _Rendered | None:
-    """Render with marks for the answers; where the answers, put back, give the true text, that is where they are."""
+    """Render with marks for the answers; where the answers, put back, give the true text, that is
+    where they are.
+    """
     answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
     numbers = iter(range(len(answers)))
     marked = [
-        {**turn, "content": f"{MARK_OPEN}{next(numbers)}{MARK_CLOSE}"}
-        if turn["role"] == "assistant"
-        else turn
+        (
+            {**turn, "content": f"{MARK_OPEN}{next(numbers)}{MARK_CLOSE}"}
+            if turn["role"] == "assistant"
+            else turn
+        )
         for turn in messages
     ]
     truth, _ = _render(tokenizer, template.source, messages, tools)
@@ -298,8 +311,9 @@ def _hidden_pattern(specials: re.Pattern[str]) -> re.Pattern[str]:
 class _Hidden:
     """Strings of special tokens inside what users wrote, replaced while the template works.
 
-    A template's special tokens are control; the same characters in a message are text and must stay text. The signs
-    that this module itself puts into text are hidden as well, so that no message can forge them.
+    A template's special tokens are control; the same characters in a message are text and must stay
+    text. The signs that this module itself puts into text are hidden as well, so that no message
+    can forge them.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -309,7 +323,8 @@ class _Hidden:
 
     def hide(self, value: Any) -> Any:
         if isinstance(value, str):
-            # Most texts are ASCII without the first character of a special token: that is known ten times as fast.
+            # Most texts are ASCII without the first character of a special token: that is known ten
+            # times as fast.
             if value.isascii() and not any(sign in value for sign in self._signs):
                 return value
             return self._pattern.sub(self._replacement, value)
@@ -329,23 +344,26 @@ def check_first(
 ) -> Sequence[str]:
     """Look at the first conversations of a source; returns warnings.
 
-    Raises BadInput where none of them has an answer that is surely found, and where one begins with two BOS.
+    Raises BadInput where none of them has an answer that is surely found, and where one begins with
+    two BOS.
     """
     chats = [sample for sample in samples if isinstance(sample, EncodedChat)]
     lost = [sample.reason for sample in samples if isinstance(sample, Dropped)]
     unsound = [reason for reason in lost if reason in ("answers_not_found", "refused_by_template")]
     if not any(chat.loss_mask.any() for chat in chats) and (unsound or chats):
         raise BadInput(
-            f"the chat template of {tokenizer.name} does not let the answers be told from the rest (of the first "
-            f"{len(samples)} conversations: {', '.join(sorted(set(unsound))) or 'no token in the loss'}); give "
-            "--template plain, or put {% generation %} and {% endgeneration %} around the answers in the template"
+            f"the chat template of {tokenizer.name} does not let the answers be told from the rest"
+            f" (of the first {len(samples)} conversations:"
+            f" {', '.join(sorted(set(unsound))) or 'no token in the loss'}); give --template plain,"
+            " or put {% generation %} and {% endgeneration %} around the answers in the"
+            " template"
         )
     if tokenizer.bos_id is not None and any(
         len(chat.ids) > 1 and (chat.ids[:2] == tokenizer.bos_id).all() for chat in chats
     ):
         raise BadInput(
-            f"conversations begin with two BOS tokens ({tokenizer.text_of(tokenizer.bos_id)!r}); write it once in "
-            "the chat template, or give --template plain"
+            f"conversations begin with two BOS tokens ({tokenizer.text_of(tokenizer.bos_id)!r});"
+            " write it once in the chat template, or give --template plain"
         )
     return _warnings(tokenizer, template, chats)
 
@@ -359,22 +377,23 @@ def _warnings(
     ends = [chat.ids[_ends_of(chat.loss_mask)] for chat in chats]
     if not np.isin(np.concatenate([*ends, special[:1]]), special).all():
         found.append(
-            "no stop token is in the loss, so the model does not learn to end an answer; give --template plain, or "
-            "let the template end an answer with the eos token"
+            "no stop token is in the loss, so the model does not learn to end an answer; give"
+            " --template plain, or let the template end an answer with the eos token"
         )
     stops = {int(token) for ids in ends for token in ids} & tokenizer.special_ids
     if tokenizer.pad_id in stops:
         found.append(
-            f"the stop token {tokenizer.text_of(tokenizer.pad_id)!r} is the pad token too; bigmix learns it all the "
-            "same, but trainers that mask pad tokens do not"
+            f"the stop token {tokenizer.text_of(tokenizer.pad_id)!r} is the pad token too; bigmix"
+            " learns it all the same, but trainers that mask pad tokens do not"
         )
     used = {int(token) for chat in chats for token in np.unique(chat.ids)} & tokenizer.special_ids
     foreign = sorted(used - {tokenizer.bos_id, tokenizer.eos_id})
     if foreign:
         names = ", ".join(map(tokenizer.text_of, foreign))
         found.append(
-            f"the chat template uses the special tokens {names}; a base model that never trained their embeddings "
-            "loses knowledge while it learns them: with such a base give --template plain"
+            f"the chat template uses the special tokens {names}; a base model that never trained"
+            " their embeddings loses knowledge while it learns them: with such a base give"
+            " --template plain"
         )
     if TODAY in template.source:
         found.append("the chat template writes today's date; the tokens are others on another day")

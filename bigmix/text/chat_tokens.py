@@ -1,4 +1,6 @@
-"""Rendered conversations go in, token ids and the mask of what is learned come out, for many conversations at once."""
+"""Rendered conversations go in, token ids and the mask of what is learned come out, for many
+conversations at once.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +22,9 @@ HIDDEN = re.compile(f"{HIDDEN_OPEN}([0-9]+){HIDDEN_CLOSE}")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedChat:
-    """Token ids [T], which of them are in the loss [T], and the UTF-8 bytes of the assistant's answers."""
+    """Token ids [T], which of them are in the loss [T], and the UTF-8 bytes of the assistant's
+    answers.
+    """
 
     ids: Ids
     loss_mask: Flags
@@ -38,7 +42,9 @@ class EncodedChats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderedChat:
-    """A conversation as its template writes it, with what is in the loss and the strings that are hidden in the text."""
+    """A conversation as its template writes it, with what is in the loss and the strings that are
+    hidden in the text.
+    """
 
     text: str
     spans: Sequence[tuple[int, int]]
@@ -67,7 +73,10 @@ def _split(encoded: EncodedChats, chats: Sequence[RenderedChat]) -> Iterator[Enc
 
 
 def encode_together(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> EncodedChats:
-    """Encode conversations, end to end. Most tokenizers need not say for it which characters a token is from."""
+    """Encode conversations, end to end.
+
+    Most tokenizers need not say for it which characters a token is from.
+    """
     table = tokenizer.token_bytes
     plain = np.array([table is not None and not chat.hidden for chat in chats], np.bool_)
     by_bytes, is_exact = _of_bytes(tokenizer, list(compress(chats, plain)))
@@ -105,7 +114,9 @@ def _begun(tokenizer: Tokenizer, chats: EncodedChats) -> EncodedChats:
 
 
 def _of_bytes(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> tuple[EncodedChats, Flags]:
-    """The conversations whose tokens, written as bytes, are their texts; and which ones these are [D]."""
+    """The conversations whose tokens, written as bytes, are their texts; and which ones these are
+    [D].
+    """
     table = tokenizer.token_bytes or ()
     utf8 = [chat.text.encode() for chat in chats]
     found = tokenizer.encode_rendered_together([chat.text for chat in chats])
@@ -126,7 +137,9 @@ def _of_bytes(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> tuple[Enco
 
 
 def _spans_in_bytes(chats: Iterable[tuple[RenderedChat, bytes]]) -> Ints:
-    """Begin and end of all that is in the loss, in bytes from the start of the first conversation [N, 2]."""
+    """Begin and end of all that is in the loss, in bytes from the start of the first conversation
+    [N, 2].
+    """
     borders, at = list[int](), 0
     for chat, utf8 in chats:
         done, place, is_ascii = 0, at, len(utf8) == len(chat.text)
@@ -150,7 +163,9 @@ def _within(spans: Ints, begins: Ints, ends: Ints) -> Flags:
 
 
 def _of_characters(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> EncodedChats:
-    """Ids and masks of rendered texts, seen as one long text; what was hidden is encoded as the text that it is."""
+    """Ids and masks of rendered texts, seen as one long text; what was hidden is encoded as the
+    text that it is.
+    """
     begins = np.cumsum([0, *(len(chat.text) for chat in chats)])
     places = [
         place
@@ -164,7 +179,9 @@ def _of_characters(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> Encod
 
 
 class _Segment(NamedTuple):
-    """The `width` characters of a chat from `at` on: text that is rendered, or a string that was hidden."""
+    """The `width` characters of a chat from `at` on: text that is rendered, or a string that was
+    hidden.
+    """
 
     chat: int
     at: int
@@ -195,7 +212,9 @@ def _covered(chats: Sequence[RenderedChat], begins: npt.NDArray[np.int64]) -> In
 
 
 def _tokens(tokenizer: Tokenizer, segments: Sequence[_Segment]) -> EncodedBatch:
-    """The tokens of all segments in order, and the characters of the long text that they are from."""
+    """The tokens of all segments in order, and the characters of the long text that they are
+    from.
+    """
     at = np.array([segment.at for segment in segments])
     width = np.array([segment.width for segment in segments])
     hidden = np.array([segment.is_hidden for segment in segments], np.bool_)

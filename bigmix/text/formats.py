@@ -1,4 +1,5 @@
-"""The first rows of an input go in, what they are comes out; then each row becomes a text or a conversation.
+"""The first rows of an input go in, what they are comes out; then each row becomes a text or a
+conversation.
 
 There is no registry of datasets: a layout is known by the names and the types of its columns.
 """
@@ -18,7 +19,8 @@ Turn = Mapping[
 
 TEXT_COLUMNS = ("text", "content", "raw_content", "document")
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "chat")
-# Prompt and response; the other columns of a pair are optional: `context` stands before the prompt, `input` after it.
+# Prompt and response; the other columns of a pair are optional: `context` stands before the prompt,
+# `input` after it.
 PAIRS: Sequence[Mapping[str, str]] = (
     {"prompt": "instruction", "response": "output", "input": "input", "context": "context"},
     {"prompt": "instruction", "response": "response", "input": "input", "context": "context"},
@@ -66,7 +68,9 @@ THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """How rows are read: `columns` says which column plays which part; `note` what the user should know about it."""
+    """How rows are read: `columns` says which column plays which part; `note` what the user should
+    know about it.
+    """
 
     kind: Kind
     columns: Mapping[str, str]
@@ -87,7 +91,9 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """Turns with roles system, user, assistant and tool; `tools` are the JSON schemas that the system offers."""
+    """Turns with roles system, user, assistant and tool; `tools` are the JSON schemas that the
+    system offers.
+    """
 
     messages: Sequence[Turn]
     tools: Sequence[Any] | None
@@ -180,14 +186,16 @@ def _note(rows: Sequence[Row], chosen: Layout, others: Sequence[Layout]) -> str 
         )
     if any(_has_thoughts(turn) for row in rows for turn in _raw_turns(row, chosen)):
         return (
-            f"turns have {' or '.join(THOUGHT_KEYS)}, which is written where the chat template does so and learned where it "
-            "marks that with {% generation %}, with the plain template neither; put it into content to learn it"
+            f"turns have {' or '.join(THOUGHT_KEYS)}, which is written where the chat template does"
+            " so and learned where it marks that with {% generation %}, with the plain template"
+            " neither; put it into content to learn it"
         )
     choices = next((name for name in CHOICE_COLUMNS if _has(rows, name)), None)
     if "prompt" in chosen.columns and choices not in (None, *chosen.columns.values()):
         return (
-            f"column {choices!r} is not used, and the answer may be one of these; put them into {chosen.columns['prompt']!r}, "
-            f"or give --columns context={choices} beside prompt and response"
+            f"column {choices!r} is not used, and the answer may be one of these; put them into"
+            f" {chosen.columns['prompt']!r}, or give --columns context={choices} beside prompt and"
+            " response"
         )
     label = next((name for name in LABEL_COLUMNS if _has(rows, name)), None)
     if chosen.kind == "text" and label is not None:
@@ -213,8 +221,9 @@ def _explicit(columns: Mapping[str, str], kind: Kind | None, rows: Sequence[Row]
     goes_together = len(ways) == 1 and columns.keys() <= {*WAYS[ways[0]]}
     if not goes_together or (ways == ["response"] and "prompt" not in columns):
         raise BadInput(
-            f"--columns names {', '.join(columns)}; allowed are text alone; messages with system and tools; or prompt and "
-            "response with context, input, system, history and tools; write for instance prompt=question,response=answer"
+            f"--columns names {', '.join(columns)}; allowed are text alone; messages with system"
+            " and tools; or prompt and response with context, input, system, history and tools;"
+            " write for instance prompt=question,response=answer"
         )
     layout = Layout(kind="text" if "text" in columns else "chat", columns=columns)
     if kind not in (None, layout.kind):
@@ -233,8 +242,9 @@ def _explicit(columns: Mapping[str, str], kind: Kind | None, rows: Sequence[Row]
 def _unknown(rows: Sequence[Row], kind: Kind | None) -> str:
     wanted = "a text or a conversation" if kind is None else f"a source of kind {kind}"
     return (
-        f"the rows are not recognised as {wanted}; their columns are {_names(rows)}; say what they are, for instance "
-        "with --columns text=content or --columns prompt=question,response=answer"
+        f"the rows are not recognised as {wanted}; their columns are {_names(rows)}; say what they"
+        " are, for instance with --columns text=content or --columns"
+        " prompt=question,response=answer"
     )
 
 
@@ -297,7 +307,9 @@ def _history_of(value: Any) -> list[Turn] | None:
 
 
 def _joined(value: Any) -> str | None:
-    """All that is asked of a column: a text, a number as text, or several of them; None where it holds anything else."""
+    """All that is asked of a column: a text, a number as text, or several of them; None where it
+    holds anything else.
+    """
     if value is None:
         return ""
     if isinstance(value, dict):
@@ -335,7 +347,9 @@ def _turns_of(value: Any) -> list[Turn] | None:
 
 
 def _turn_of(turn: Turn) -> Turn | None:
-    """One message with a known role, its content as text, and nothing that is None (parquet adds such keys)."""
+    """One message with a known role, its content as text, and nothing that is None (parquet adds
+    such keys).
+    """
     if len(turn) == 2 and turn.get("role") in STANDARD and isinstance(turn.get("content"), str):
         return turn  # what most are, and then nothing is to be done
     role = ROLES.get(str(turn.get("role") or turn.get("from")).lower())
@@ -362,7 +376,9 @@ _READ_OTHERWISE = ("from", "value", "tool_calls", "function_call")
 
 
 def _calls_of(turn: Turn) -> list[Turn] | None:
-    """The tool calls of a turn, also in the older spelling of a single one; None where one cannot be read."""
+    """The tool calls of a turn, also in the older spelling of a single one; None where one cannot
+    be read.
+    """
     found = turn.get("tool_calls") or []
     if not isinstance(found, list):
         return None
@@ -380,7 +396,9 @@ def _without_none(value: Any) -> Any:
 
 
 def _call_of(call: Any) -> Turn | None:
-    """A tool call with its arguments as an object: templates write them as JSON and would quote a string twice."""
+    """A tool call with its arguments as an object: templates write them as JSON and would quote a
+    string twice.
+    """
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         return None
@@ -396,7 +414,9 @@ def _call_of(call: Any) -> Turn | None:
 
 
 def _tools_of(tools: Any) -> list[Any] | None:
-    """Tool schemas, given as a list or as its JSON; an empty list where there are none, None where it is neither."""
+    """Tool schemas, given as a list or as its JSON; an empty list where there are none, None where
+    it is neither.
+    """
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)

@@ -1,8 +1,9 @@
 """The tokens of a text go in, which of them are its last word comes out.
 
-A word is what stands between white space, without the punctuation and symbols at its ends: `river` in `the (river).`,
-`3.5` in `is $3.5!`, `it's`. In scripts that are written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each
-character is a word, so that there the last word is the last character.
+A word is what stands between white space, without the punctuation and symbols at its ends: `river`
+in `the (river).`, `3.5` in `is $3.5!`, `it's`. In scripts that are written without spaces (Chinese,
+Japanese, Thai, Lao, Khmer, Burmese) each character is a word, so that there the last word is the
+last character.
 """
 
 import re
@@ -18,7 +19,8 @@ _BREAK = b"\n"  # what a special token is to the words around it
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as sentencepiece writes it
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
 _NO_WORD = "PSZC"  # the Unicode categories of punctuation, symbols, white space and controls
 
@@ -47,8 +49,8 @@ def _piece(string: str) -> bytes:
 def last_word(pieces: Sequence[bytes], *, is_whole: bool) -> slice | None:
     """Which of the tokens at the end of a text, by their bytes, hold its last word.
 
-    None where there is no word; and where one begins with the first token and the text before it is not there
-    (`is_whole` False), since it may have begun earlier.
+    None where there is no word; and where one begins with the first token and the text before it is
+    not there (`is_whole` False), since it may have begun earlier.
     """
     # What is no UTF-8 passes through, so that characters can be counted in bytes.
     text = b"".join(pieces).decode("utf-8", "surrogateescape")

@@ -1,9 +1,11 @@
-"""Files, globs, folders and hub names go in, raw rows come out one by one, each with the place it is from.
+"""Files, globs, folders and hub names go in, raw rows come out one by one, each with the place it
+is from.
 
-Nothing is interpreted here: what a row means is decided in `recognise`. A file that ends early or holds what is not its
-format is an error that names the place; nothing ends quietly.
+Nothing is interpreted here: what a row means is decided in `recognise`. A file that ends early or
+holds what is not its format is an error that names the place; nothing ends quietly.
 
-The bytes of a WebDataset tar go in, its samples come out as rows; an archive that is cut short is an error.
+The bytes of a WebDataset tar go in, its samples come out as rows; an archive that is cut short is
+an error.
 
 Inputs go in, their documents come out as recognised, before any tokenizer has seen them.
 """
@@ -33,7 +35,9 @@ TAR_BLOCK = 512
 
 
 def read_tar(place: str, stream: IO[bytes]) -> Iterator[Mapping[str, Any]]:
-    """The samples of a tar: neighbouring members with one key, .txt as `text` and .json as columns."""
+    """The samples of a tar: neighbouring members with one key, .txt as `text` and .json as
+    columns.
+    """
     key, columns = None, dict[str, Any]()
     # The tar is read through a file that can seek; only then does tarfile check what it skips.
     source = stream if stream.seekable() else io.BytesIO(stream.read())
@@ -73,8 +77,8 @@ def _members(place: str, source: IO[bytes]) -> Iterator[_Member]:
         while rest := source.read(CHUNK):
             if rest.count(0) != len(rest):
                 raise BadInput(
-                    f"{place} goes on behind the end of its archive at byte {tar.offset}; tars that were joined with "
-                    "cat are read only when they are files of their own"
+                    f"{place} goes on behind the end of its archive at byte {tar.offset}; tars that"
+                    " were joined with cat are read only when they are files of their own"
                 )
 
 
@@ -110,7 +114,8 @@ BROKEN = (OSError, EOFError, zlib.error, tarfile.TarError, pyarrow.ArrowExceptio
 class RawRow(NamedTuple):
     """One row of an input: `number` counts from 1, lines in a JSON-lines file and rows elsewhere.
 
-    `columns` is None for a line that is no JSON object, where the caller asked to go on after such lines.
+    `columns` is None for a line that is no JSON object, where the caller asked to go on after such
+    lines.
     """
 
     file: str
@@ -119,7 +124,9 @@ class RawRow(NamedTuple):
 
 
 class RawLine(NamedTuple):
-    """A line of a JSON-lines file that is not parsed yet: it is cheap to read, to skip and to give to another process."""
+    """A line of a JSON-lines file that is not parsed yet: it is cheap to read, to skip and to give
+    to another process.
+    """
 
     file: str
     number: int
@@ -128,11 +135,12 @@ class RawLine(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """A stretch of one input, which is a file, a saved dataset or a hub name: all of it, or [start, stop).
+    """A stretch of one input, which is a file, a saved dataset or a hub name: all of it, or [start,
+    stop).
 
-    These are bytes from the start of a line to the start of another in a JSON-lines file, row groups in a parquet
-    file, and rows in a saved dataset. `dealt` = (index, count) takes the blocks of 256 rows whose number leaves `index`
-    when divided by `count`.
+    These are bytes from the start of a line to the start of another in a JSON-lines file, row
+    groups in a parquet file, and rows in a saved dataset. `dealt` = (index, count) takes the blocks
+    of 256 rows whose number leaves `index` when divided by `count`.
     """
 
     place: str
@@ -143,14 +151,17 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadOptions:
-    """`split_on` cuts a text file into documents at each place where it stands; with None a file is one document."""
+    """`split_on` cuts a text file into documents at each place where it stands; with None a file is
+    one document.
+    """
 
     split_on: str | None = None
     skip_bad_lines: bool = False
 
 
 def read_rows(inputs: Sequence[str], options: ReadOptions) -> Iterator[RawRow]:
-    """All rows of all inputs, in the order of the inputs, the files of a glob or folder sorted by name.
+    """All rows of all inputs, in the order of the inputs, the files of a glob or folder sorted by
+    name.
 
     Raises BadInput at once where an input is not there, and while reading where a file is broken.
     """
@@ -161,7 +172,9 @@ def read_rows(inputs: Sequence[str], options: ReadOptions) -> Iterator[RawRow]:
 
 
 def places_of(inputs: Sequence[str]) -> Sequence[str]:
-    """The files, saved datasets and hub names behind the inputs, in order; BadInput where one is not there."""
+    """The files, saved datasets and hub names behind the inputs, in order; BadInput where one is
+    not there.
+    """
     return [place for each in inputs for place in _places(each)]
 
 
@@ -177,7 +190,8 @@ def _places(given: str) -> Sequence[str]:
         if format_of(given) is None:
             raise BadInput(f"input {given} is no file that can be read; allowed are {ALLOWED}")
         return [given]
-    found = path.rglob("*") if path.is_dir() else map(Path, glob.iglob(given, recursive=True))  # noqa: PTH207
+    matching = map(Path, glob.iglob(given, recursive=True))  # noqa: PTH207
+    found = path.rglob("*") if path.is_dir() else matching
     files = sorted(str(file) for file in found if file.is_file() and format_of(str(file)))
     if not files:
         raise BadInput(
@@ -188,7 +202,9 @@ def _places(given: str) -> Sequence[str]:
 
 
 def format_of(name: str) -> str | None:
-    """The suffix that decides how a file is read, without that of its compression; None where it cannot be."""
+    """The suffix that decides how a file is read, without that of its compression; None where it
+    cannot be.
+    """
     path = Path(name)
     if path.suffix in PACKED_SUFFIXES:
         path = path.with_suffix("")
@@ -234,7 +250,9 @@ def _read(span: Span, options: ReadOptions) -> Iterator[RawRow | RawLine]:
 
 @contextmanager
 def opened(place: str) -> Iterator[IO[bytes]]:
-    """The unpacked bytes of a file; what is wrong with them is told with the place where it shows."""
+    """The unpacked bytes of a file; what is wrong with them is told with the place where it
+    shows.
+    """
     try:
         raw = Path(place).open("rb")  # noqa: SIM115
     except OSError as error:
@@ -258,7 +276,9 @@ def opened(place: str) -> Iterator[IO[bytes]]:
 
 
 def _read_text(place: str, split_on: str | None) -> Iterator[str]:
-    """The documents of a text file, in bounded memory where it is split; nothing but the mark is taken away."""
+    """The documents of a text file, in bounded memory where it is split; nothing but the mark is
+    taken away.
+    """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     held, at = "", 0
     with opened(place) as stream:
@@ -283,7 +303,8 @@ def _decoded(
         return decoder.decode(chunk, final)
     except UnicodeDecodeError as error:
         raise BadInput(
-            f"{place} is not UTF-8 ({error.reason} at byte {at - kept + error.start:,}); convert it, for instance with iconv"
+            f"{place} is not UTF-8 ({error.reason} at byte {at - kept + error.start:,}); convert"
+            " it, for instance with iconv"
         ) from error
 
 
@@ -302,7 +323,9 @@ def _read_lines(span: Span) -> Iterator[RawLine]:
 
 
 def parsed(row: RawRow | RawLine, options: ReadOptions) -> RawRow:
-    """The row in a line; BadInput where it holds no JSON object and such lines are not to be skipped."""
+    """The row in a line; BadInput where it holds no JSON object and such lines are not to be
+    skipped.
+    """
     if isinstance(row, RawRow):
         return row
     columns, fault = _parsed(row.line)
@@ -342,8 +365,8 @@ def _read_json(span: Span, options: ReadOptions) -> Iterator[RawRow | RawLine]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) and not options.skip_bad_lines:
             raise BadInput(
-                f"{place}, element {number}: a JSON {type(row).__name__}, not an object; mend it or "
-                "give --skip-bad-lines to drop and count such elements"
+                f"{place}, element {number}: a JSON {type(row).__name__}, not an object; mend it or"
+                " give --skip-bad-lines to drop and count such elements"
             )
         yield RawRow(file=place, number=number, columns=row if isinstance(row, dict) else None)
 
@@ -356,7 +379,8 @@ def _read_parquet(span: Span) -> Iterator[Mapping[str, Any]]:
                 rows = batch.to_pylist()
             except (OverflowError, ValueError) as error:
                 raise BadInput(
-                    f"{span.place} holds a value that Python has none for ({error}); convert or drop its column"
+                    f"{span.place} holds a value that Python has none for ({error}); convert or"
+                    " drop its column"
                 ) from error
             yield from rows
 

@@ -1,8 +1,10 @@
-"""A sentencepiece .model goes in, the same tokenizer as a fast Hugging Face one comes out, or a refusal.
+"""A sentencepiece .model goes in, the same tokenizer as a fast Hugging Face one comes out, or a
+refusal.
 
-One implementation of a tokenizer then serves training, export and inference. The conversion is checked against
-sentencepiece itself on a probe, each time. One difference remains in unigram models: where two ways to cut a word have
-the same score to the last digit of a float32, which sentencepiece sums in and tokenizers does not, either may be taken.
+One implementation of a tokenizer then serves training, export and inference. The conversion is
+checked against sentencepiece itself on a probe, each time. One difference remains in unigram
+models: where two ways to cut a word have the same score to the last digit of a float32, which
+sentencepiece sums in and tokenizers does not, either may be taken.
 """
 
 import re
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
 UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # the type of a piece
 SPACE = "▁"
-# Low enough that no segmentation chooses the piece, high enough that the other scores keep their digits beside it.
+# Low enough that no segmentation chooses the piece, high enough that the other scores keep their
+# digits beside it.
 NEVER_CHOSEN = -1e4
 PROBES = (
     "",
@@ -51,7 +54,8 @@ PROBES = (
 def read_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
     """Convert a unigram or BPE .model; the ids are those of sentencepiece, but for ties.
 
-    Raises BadInput where the file is no such model, or where the conversion would encode a probe differently.
+    Raises BadInput where the file is no such model, or where the conversion would encode a probe
+    differently.
     """
     content = path.read_bytes()
     proto = sentencepiece_model_pb2.ModelProto()
@@ -65,15 +69,15 @@ def read_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
     kind = proto.trainer_spec.model_type
     if kind not in (UNIGRAM, BPE) or not proto.pieces:
         raise BadInput(
-            f"{path} is a sentencepiece model of type {kind} with {len(proto.pieces)} pieces; allowed are unigram "
-            f"({UNIGRAM}) and BPE ({BPE}) with some"
+            f"{path} is a sentencepiece model of type {kind} with {len(proto.pieces)} pieces;"
+            f" allowed are unigram ({UNIGRAM}) and BPE ({BPE}) with some"
         )
     backend = _backend(proto)
     for text in PROBES:
         if backend.encode(text, add_special_tokens=False).ids != original.encode(text):
             raise BadInput(
-                f"{path} cannot be converted without a change: {text!r} gets other ids than from sentencepiece; "
-                "give the folder of the model's Hugging Face tokenizer instead"
+                f"{path} cannot be converted without a change: {text!r} gets other ids than from"
+                " sentencepiece; give the folder of the model's Hugging Face tokenizer instead"
             )
     backend.encode_special_tokens = False
     spec = {"bos_token": original.bos_id(), "eos_token": original.eos_id()}
@@ -119,7 +123,9 @@ def _unigram(proto: Any) -> models.Unigram:
 
 
 def _bpe(proto: Any) -> models.BPE:
-    """sentencepiece joins any two pieces whose union is a piece, the best score first: these are the merges."""
+    """sentencepiece joins any two pieces whose union is a piece, the best score first: these are
+    the merges.
+    """
     ids = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if _is_text(piece)}
     merges = [
@@ -155,9 +161,11 @@ def _normalizers(spec: Any) -> list[Any]:
 
 
 def _splits_inside(pieces: list[str]) -> list[Any]:
-    """Cuts behind the first letter of each piece where it stands in text, so that it is never found as one.
+    """Cuts behind the first letter of each piece where it stands in text, so that it is never found
+    as one.
 
-    A low score alone does not do: where a letter of `</s>` is unknown, any known piece is better than that.
+    A low score alone does not do: where a letter of `</s>` is unknown, any known piece is better
+    than that.
     """
     rests = defaultdict(list)
     for piece in pieces:

@@ -1,9 +1,11 @@
 """A folder, a hub name or a sentencepiece .model goes in, one kind of tokenizer comes out.
 
-Text is only ever text: a string that looks like a special token becomes ordinary ids. Special ids come from a chat
-template (`encode_rendered`) or from the one who packs documents (`bos_id`, `eos_id`).
+Text is only ever text: a string that looks like a special token becomes ordinary ids. Special ids
+come from a chat template (`encode_rendered`) or from the one who packs documents (`bos_id`,
+`eos_id`).
 
-A tokenizer goes in, the bytes that each of its tokens stands for come out, if its kind has such bytes.
+A tokenizer goes in, the bytes that each of its tokens stands for come out, if its kind has such
+bytes.
 """
 
 import hashlib
@@ -34,10 +36,11 @@ VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 
 
 def bytes_of_tokens(backend: tokenizers.Tokenizer, vocab_size: int) -> Sequence[bytes] | None:
-    """The bytes of each id, b"" where an id has none; None for a tokenizer that does not work on bytes.
+    """The bytes of each id, b"" where an id has none; None for a tokenizer that does not work on
+    bytes.
 
-    Where the bytes of the tokens of a text, end to end, are the bytes of the text, each token is from the place where
-    its bytes stand, and the tokenizer need not be asked for it.
+    Where the bytes of the tokens of a text, end to end, are the bytes of the text, each token is
+    from the place where its bytes stand, and the tokenizer need not be asked for it.
     """
     if not isinstance(backend.decoder, decoders.ByteLevel) or _trims(backend):
         return None
@@ -54,7 +57,9 @@ def bytes_of_tokens(backend: tokenizers.Tokenizer, vocab_size: int) -> Sequence[
 
 
 def _trims(backend: tokenizers.Tokenizer) -> bool:
-    """Whether spaces are taken from the places that are given for tokens, but not from the tokens."""
+    """Whether spaces are taken from the places that are given for tokens, but not from the
+    tokens.
+    """
     processor = backend.post_processor
     if processor is None:
         return False
@@ -68,7 +73,9 @@ def _holds(value: object) -> bool:
 
 
 def byte_signs() -> dict[str, int]:
-    """The sign that byte-level vocabularies write for each byte: itself where that is visible, else one from 256 on."""
+    """The sign that byte-level vocabularies write for each byte: itself where that is visible, else
+    one from 256 on.
+    """
     others = [byte for byte in range(256) if byte not in VISIBLE]
     return {chr(byte): byte for byte in VISIBLE} | {
         chr(256 + number): byte for number, byte in enumerate(others)
@@ -83,7 +90,9 @@ LONGEST_SENTENCE = 1 << 20  # bytes; sentencepiece leaves out longer ones, so te
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoded:
-    """Token ids [T] of a rendered text, and for each the character where it begins and the one where it ends."""
+    """Token ids [T] of a rendered text, and for each the character where it begins and the one
+    where it ends.
+    """
 
     ids: Ids
     begins: npt.NDArray[np.int64]
@@ -115,7 +124,10 @@ class EncodedTexts:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """What turns text into ids and back. `bos_id` is None where the tokenizer adds none to plain text by itself."""
+    """What turns text into ids and back.
+
+    `bos_id` is None where the tokenizer adds none to plain text by itself.
+    """
 
     name: str
     vocab_size: int  # the largest id, added tokens included, plus one
@@ -151,12 +163,16 @@ class Tokenizer:
         )
 
     def encode_rendered_together(self, texts: Sequence[str]) -> EncodedTexts:
-        """The ids that `encode_rendered` gives for each text, end to end; without characters it is faster."""
+        """The ids that `encode_rendered` gives for each text, end to end; without characters it is
+        faster.
+        """
         self.backend.encode_special_tokens = False
         return _joined(self.backend.encode_batch_fast(list(texts), add_special_tokens=False))
 
     def encode_rendered(self, text: str) -> Encoded:
-        """The ids of what a chat template wrote: here strings of special tokens become their ids."""
+        """The ids of what a chat template wrote: here strings of special tokens become their
+        ids.
+        """
         self.backend.encode_special_tokens = False
         found = self.backend.encode(text, add_special_tokens=False)
         offsets = np.array(found.offsets, np.int64).reshape(-1, 2)
@@ -221,7 +237,8 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The same for tokenizers that give the same ids: a hash of the vocabulary, a probe and the ends of documents.
+        """The same for tokenizers that give the same ids: a hash of the vocabulary, a probe and the
+        ends of documents.
 
         Neither the chat template nor the files it was loaded from are part of it.
         """
@@ -234,20 +251,24 @@ class Tokenizer:
     @cached_property
     def _is_special(self) -> npt.NDArray[np.bool_]:
         flags = np.zeros(self.vocab_size, np.bool_)
-        # Where unknown text becomes the unknown token, that is not a string taken for a special token.
+        # Where unknown text becomes the unknown token, that is not a string taken for a special
+        # token.
         flags[sorted(self.special_ids - {self.unk_id})] = True
         return flags
 
     def _encode_broken(self, text: str) -> Ids:
-        """Some vocabularies hold special tokens as ordinary pieces; cut inside their strings, none can be found."""
+        """Some vocabularies hold special tokens as ordinary pieces; cut inside their strings, none
+        can be found.
+        """
         cuts = [0, *(match.start() + 1 for match in self.special_pattern.finditer(text)), len(text)]
         parts = [text[begin:end] for begin, end in pairwise(cuts)]
         found = self.backend.encode_batch_fast(parts, add_special_tokens=False)
         ids = np.concatenate([np.array(each.ids, np.uint32) for each in found])
         if self._is_special[ids].any():
             raise BadInput(
-                f"tokenizer {self.name} makes the special token {self.text_of(int(ids[self._is_special[ids]][0]))!r} "
-                "out of ordinary text; take a tokenizer whose special tokens are not part of its vocabulary"
+                f"tokenizer {self.name} makes the special token"
+                f" {self.text_of(int(ids[self._is_special[ids]][0]))!r} out of ordinary text; take"
+                " a tokenizer whose special tokens are not part of its vocabulary"
             )
         return ids
 
@@ -265,7 +286,8 @@ def _joined(found: Sequence[tokenizers.Encoding]) -> EncodedTexts:
 def load_tokenizer(path_or_name: str) -> Tokenizer:
     """Load a Hugging Face folder or hub name, or a sentencepiece .model file.
 
-    Raises BadInput where there is none, where it is none of the fast kind, or where it has no end-of-sequence token.
+    Raises BadInput where there is none, where it is none of the fast kind, or where it has no
+    end-of-sequence token.
     """
     path = Path(path_or_name)
     if path.suffix == ".model":
@@ -278,19 +300,22 @@ def load_tokenizer(path_or_name: str) -> Tokenizer:
         whole = _load_pretrained(path_or_name)
     if whole.eos_token_id is None:
         raise BadInput(
-            f"tokenizer {path_or_name} has no eos token, which must end each document; name one as eos_token in its "
-            "tokenizer_config.json"
+            f"tokenizer {path_or_name} has no eos token, which must end each document; name one as"
+            " eos_token in its tokenizer_config.json"
         )
     return _wrapped(path_or_name, whole)
 
 
 def fingerprint_of(path_or_name: str) -> str:
-    """The fingerprint of the tokenizer at a place, to be compared with the one of a prepared source."""
+    """The fingerprint of the tokenizer at a place, to be compared with the one of a prepared
+    source.
+    """
     return load_tokenizer(path_or_name).fingerprint
 
 
 def _load_pretrained(path_or_name: str) -> "PreTrainedTokenizerFast":
-    # transformers, and torch that AutoTokenizer imports, take seconds that worker processes do without.
+    # transformers, and torch that AutoTokenizer imports, take seconds that worker processes do
+    # without.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
@@ -303,8 +328,8 @@ def _load_pretrained(path_or_name: str) -> "PreTrainedTokenizerFast":
         ) from error
     if not isinstance(whole, PreTrainedTokenizerFast):
         raise BadInput(
-            f"tokenizer {path_or_name} is a {type(whole).__name__}, which has no fast form (tokenizer.json); convert "
-            "it, or give its sentencepiece .model file"
+            f"tokenizer {path_or_name} is a {type(whole).__name__}, which has no fast form"
+            " (tokenizer.json); convert it, or give its sentencepiece .model file"
         )
     return whole
 
@@ -338,10 +363,11 @@ def _wrapped(name: str, whole: "PreTrainedTokenizerFast") -> Tokenizer:
 def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int, kind: Literal["bpe", "unigram"], folder: Path
 ) -> Path:
-    """Train a tokenizer and return the path to load it from: the folder, for `unigram` its tokenizer.model.
+    """Train a tokenizer and return the path to load it from: the folder, for `unigram` its
+    tokenizer.model.
 
-    `bpe` works on bytes, `unigram` falls back to bytes: with both, each text comes back unchanged from its ids
-    (but for U+2581, which sentencepiece takes for a space).
+    `bpe` works on bytes, `unigram` falls back to bytes: with both, each text comes back unchanged
+    from its ids (but for U+2581, which sentencepiece takes for a space).
     """
     if (folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists():
         raise BadInput(f"{folder} already holds a tokenizer; give another folder or remove it")
@@ -380,7 +406,8 @@ def _train_unigram(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
                 model_writer=file,
                 model_type="unigram",
                 vocab_size=vocab_size,
-                # Nothing of a text may be lost: no normalisation, no stripped spaces, bytes for unknown characters.
+                # Nothing of a text may be lost: no normalisation, no stripped spaces, bytes for
+                # unknown characters.
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
                 add_dummy_prefix=False,
@@ -394,7 +421,8 @@ def _train_unigram(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
             )
     except RuntimeError as error:
         raise BadInput(
-            f"sentencepiece cannot train a vocabulary of {vocab_size} ({error}); change --vocab-size or give more text"
+            f"sentencepiece cannot train a vocabulary of {vocab_size} ({error}); change"
+            " --vocab-size or give more text"
         ) from error
     else:
         beside.replace(path)

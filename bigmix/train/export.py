@@ -1,4 +1,5 @@
-"""A recipe, its inputs and the lines of its run go in; the model card of the export comes out, in Markdown.
+"""A recipe, its inputs and the lines of its run go in; the model card of the export comes out, in
+Markdown.
 
 Numbers are those of metrics.jsonl: the last evaluation, and the totals of the last step.
 
@@ -89,7 +90,9 @@ def _training(recipe: Recipe, last: Mapping[str, Any]) -> str:
     if train.ema is not None:
         said.append(f"- weights: their average over the steps, with a decay of {train.ema:g}")
     if recipe.reference is not None:
-        weights = ", ".join(f"{kappa:g} on {name}" for name, kappa in recipe.reference.sources.items())  # fmt: skip
+        weights = ", ".join(
+            f"{kappa:g} on {name}" for name, kappa in recipe.reference.sources.items()
+        )
         said.append(f"- divergence from {recipe.reference_path}: weight {weights}")
     return "## Training\n\n" + "\n".join(said) + "\n"
 
@@ -103,23 +106,36 @@ def _mixture(recipe: Recipe, inputs: Inputs, last: Mapping[str, Any]) -> str:
                 name,
                 source.role,
                 _said_share(source.share),
-                *(_percent(last.get(f"{key}/{name}")) for key in ("share_rows", "share_tokens", "share_loss_tokens", "gradient_share")),
+                *(
+                    _percent(last.get(f"{key}/{name}"))
+                    for key in ("share_rows", "share_tokens", "share_loss_tokens", "gradient_share")
+                ),
                 f"{last.get(f'total_tokens/{name}') or 0:,}",
                 _number(last.get(f"epoch/{name}"), 2),
                 f"{manifest.documents:,}",
                 f"`{inputs.content[name][:_CONTENT_DIGITS]}`",
             ]
-        )  # fmt: skip
+        )
     columns = (
-        "source", "role", "share as written", "of rows", "of tokens", "of loss tokens", "of the gradient", "tokens trained",
-        "epochs", "documents", "content",
-    )  # fmt: skip
+        "source",
+        "role",
+        "share as written",
+        "of rows",
+        "of tokens",
+        "of loss tokens",
+        "of the gradient",
+        "tokens trained",
+        "epochs",
+        "documents",
+        "content",
+    )
     tokenizer = inputs.manifest.tokenizer
     return (
         "## Mixture\n\n"
         + table(columns, rows)
-        + "\n`content` is a hash of the shards of the prepared source; the tokenizer that made them has the fingerprint "
-        f"`{tokenizer.fingerprint[:_CONTENT_DIGITS]}` and {tokenizer.vocab_size:,} entries.\n"
+        + "\n`content` is a hash of the shards of the prepared source; the tokenizer that made"
+        f" them has the fingerprint `{tokenizer.fingerprint[:_CONTENT_DIGITS]}` and"
+        f" {tokenizer.vocab_size:,} entries.\n"
     )
 
 
@@ -131,21 +147,26 @@ def _held_out(line: Mapping[str, Any]) -> str:
         [
             name,
             _with_interval(
-                line.get(f"held_out_loss/{name}"), line.get(f"held_out_low/{name}"), line.get(f"held_out_high/{name}")
+                line.get(f"held_out_loss/{name}"),
+                line.get(f"held_out_low/{name}"),
+                line.get(f"held_out_high/{name}"),
             ),
             _number(line.get(f"bits_per_byte/{name}"), 4),
             _with_interval(
-                line.get(f"forgetting/{name}"), line.get(f"forgetting_low/{name}"), line.get(f"forgetting_high/{name}"), sign="+"
+                line.get(f"forgetting/{name}"),
+                line.get(f"forgetting_low/{name}"),
+                line.get(f"forgetting_high/{name}"),
+                sign="+",
             ),
             f"{line.get(f'held_out_tokens/{name}') or 0:,}",
         ]
         for name in names
-    ]  # fmt: skip
+    ]
     columns = ("held out", "loss, nats/token", "bits/byte", "forgetting, nats/token", "tokens")
     return (
-        f"## Forgetting\n\nAfter step {line['step']}, with 95 % intervals. Forgetting is the held-out loss minus that before "
-        "the first step: above 0 something was lost, below 0 something was learned.\n\n"
-        + table(columns, rows)
+        f"## Forgetting\n\nAfter step {line['step']}, with 95 % intervals. Forgetting is the"
+        " held-out loss minus that before the first step: above 0 something was lost, below 0"
+        " something was learned.\n\n" + table(columns, rows)
     )
 
 
@@ -165,8 +186,8 @@ def _tasks(line: Mapping[str, Any]) -> str:
 
 def _reproduction(recipe: Recipe) -> str:
     return (
-        f"## How it was made\n\nMade with {versions()}:\n\n    deepspeed launch/train.py recipe.yaml\n\n"
-        f"with this recipe:\n\n```yaml\n{to_yaml(recipe).strip()}\n```\n"
+        f"## How it was made\n\nMade with {versions()}:\n\n    deepspeed launch/train.py"
+        f" recipe.yaml\n\nwith this recipe:\n\n```yaml\n{to_yaml(recipe).strip()}\n```\n"
     )
 
 
@@ -199,14 +220,18 @@ _LONGEST_PROMPT, _SHORTEST_PROMPT, _CONTINUATION = 64, 8, 24  # tokens
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Said:
-    """A prompt and its most probable continuation; as text where the folder has a tokenizer, else as ids."""
+    """A prompt and its most probable continuation; as text where the folder has a tokenizer, else
+    as ids.
+    """
 
     prompt: str
     continuation: str
 
 
 def prompt_of(streams: Sequence[Stream]) -> Sequence[int]:
-    """The beginning of the first document that can be read: of a chat up to its first answer, of a text its first tokens."""
+    """The beginning of the first document that can be read: of a chat up to its first answer, of a
+    text its first tokens.
+    """
     for stream in streams:
         try:
             row = stream.read(stream.in_shard_order()[0])
@@ -228,7 +253,9 @@ def size_gib(folder: Path) -> float:
 
 
 def check_generation(folder: Path, prompt: Sequence[int]) -> Said:
-    """Load a folder as any other program would, on the CPU, and let it go on from a prompt greedily."""
+    """Load a folder as any other program would, on the CPU, and let it go on from a prompt
+    greedily.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     room = max_positions(model.config) or _LONGEST_PROMPT + _CONTINUATION
     ids_BT = torch.tensor([list(prompt)])[:, : max(1, room - _CONTINUATION)]

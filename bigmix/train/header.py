@@ -37,7 +37,10 @@ def show_header(
         ("engine", f"ZeRO-{zero_stage(keys)} on {world.size} ranks, {recipe.deepspeed}"),
         (
             "step",
-            f"{recipe.rows_per_step} rows x {_lengths(recipe)} = {tokens:,} tokens; each rank {micro} rows",
+            (
+                f"{recipe.rows_per_step} rows x {_lengths(recipe)} = {tokens:,} tokens; each rank"
+                f" {micro} rows"
+            ),
         ),
         ("run", f"{inputs.steps:,} steps ({_budget(recipe)})"),
         (

@@ -1,8 +1,10 @@
-"""A recipe goes in, everything it names is opened and checked before training: its sources, its DeepSpeed file.
+"""A recipe goes in, everything it names is opened and checked before training: its sources, its
+DeepSpeed file.
 
 No torch here: a fault is told within a second.
 
-The runs of a sweep go in; each is opened and looked at before the first one is trained. No torch here.
+The runs of a sweep go in; each is opened and looked at before the first one is trained. No torch
+here.
 """
 
 import json
@@ -44,10 +46,11 @@ from bigmix.recipe import Recipe, SweepRun, plain
 from bigmix.recipe.schedule import warmup_steps
 from bigmix.runs.checkpoints import Position
 
-# Only texts with `whole_below` open their shards to count rows, and without their number the order of rows is unknown.
+# Only texts with `whole_below` open their shards to count rows, and without their number the order
+# of rows is unknown.
 _HOW_TO_COUNT = (
-    "with whole_below its rows cannot be counted without it, nor replaced; or name the other shards in the path with a "
-    "brace pattern, or set whole_below=0"
+    "with whole_below its rows cannot be counted without it, nor replaced; or name the other shards"
+    " in the path with a brace pattern, or set whole_below=0"
 )
 
 T = TypeVar("T")
@@ -55,10 +58,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """What a recipe names, opened: the plan of the rows, the held-out streams, the tasks, how many steps, DeepSpeed's keys.
+    """What a recipe names, opened: the plan of the rows, the held-out streams, the tasks, how many
+    steps, DeepSpeed's keys.
 
-    `content` is a checksum of the shards of each source. `stages` and `planned_steps` are those of the run from its first
-    step on, as the recipe has them.
+    `content` is a checksum of the shards of each source. `stages` and `planned_steps` are those of
+    the run from its first step on, as the recipe has them.
     """
 
     plan: Plan
@@ -82,9 +86,11 @@ class Inputs:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The folder of the sources' tokenizer, fetched where all sources are remote; absent where they have none.
+        """The folder of the sources' tokenizer, fetched where all sources are remote; absent where
+        they have none.
 
-        Of those that are as near, that of a source whose chats are rendered with the tokenizer's own template.
+        Of those that are as near, that of a source whose chats are rendered with the tokenizer's
+        own template.
         """
 
         def distance(source: Source) -> tuple[bool, bool]:
@@ -106,17 +112,21 @@ class Inputs:
         return next(iter(self.plan.streams.values())).manifest
 
     def shares_of_step(self, step: int) -> StepShares:
-        """The shares of a step, counted from 1; a schedule's points count the steps that are done."""
+        """The shares of a step, counted from 1; a schedule's points count the steps that are
+        done.
+        """
         before = step - 1 - self.plan.chapter.after
         return StepShares(
             rows=self.plan.mixture.shares.at(before), loss=self.loss_shares.at(before)
         )
 
     def going_on(self, recipe: Recipe, position: Position, *, new_chapter: bool) -> "Inputs":
-        """The same after a checkpoint; `new_chapter`: from there on rows are drawn as this recipe says and not as before.
+        """The same after a checkpoint; `new_chapter`: from there on rows are drawn as this recipe
+        says and not as before.
 
-        A source whose rows have another length, or are packed otherwise, goes on at the same fraction of its epoch; a
-        new one begins. Raises BadInput where the recipe leaves nothing to train from there.
+        A source whose rows have another length, or are packed otherwise, goes on at the same
+        fraction of its epoch; a new one begins. Raises BadInput where the recipe leaves nothing to
+        train from there.
         """
         chapter = self._chapter(recipe, position) if new_chapter else position.chapter
         return self._from(recipe, position, chapter)
@@ -124,7 +134,8 @@ class Inputs:
     def decided(self, recipe: Recipe, position: Position) -> "Inputs":
         """The same after a decision of controllers, which is the last one of the position.
 
-        Raises BadInput where its shares leave nothing to train, or need more of a source than its `max_epochs`.
+        Raises BadInput where its shares leave nothing to train, or need more of a source than its
+        `max_epochs`.
         """
         owed = self.plan.owed(position.step)
         return self._from(recipe, position, replace(self._chapter(recipe, position), owed=owed))
@@ -155,7 +166,8 @@ class Inputs:
         )
 
     def with_quarantine(self, quarantine: Quarantine) -> "Inputs":
-        """The same with rows of these shards replaced, and of no others; a loader of the old ones must be closed.
+        """The same with rows of these shards replaced, and of no others; a loader of the old ones
+        must be closed.
 
         Raises BigmixError where a source has no row left.
         """
@@ -164,7 +176,8 @@ class Inputs:
     def around_bad_shards(
         self, step: int, work: Callable[["Inputs"], T]
     ) -> tuple[T, Sequence[BadShard]]:
-        """What `work` gives, with rows of shards that it finds bad replaced from a step on; and which these are.
+        """What `work` gives, with rows of shards that it finds bad replaced from a step on; and
+        which these are.
 
         Raises BadShard where the recipe has such a run fail.
         """
@@ -180,7 +193,8 @@ class Inputs:
                 found.append(bad)
 
     def loader(self, portion: Portion, *, first: int, ahead: int) -> Loader:
-        """The batches of one rank from step `first` to the last; remote shards are fetched ahead of need.
+        """The batches of one rank from step `first` to the last; remote shards are fetched ahead of
+        need.
 
         The depot and the loader of before, if there was one, must be closed, in this order.
         """
@@ -196,7 +210,8 @@ class Inputs:
 
 
 def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) -> Inputs:
-    """Open and check what a recipe names; `verify` also reads the shards of small local sources through.
+    """Open and check what a recipe names; `verify` also reads the shards of small local sources
+    through.
 
     Raises BadInput with every fault that is found.
     """
@@ -246,9 +261,11 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
 def _sources(
     recipe: Recipe, faults: list[str], notes: list[str], *, verify: bool
 ) -> dict[str, Source]:
-    """Every source and held-out set that can be read, by its path; what is wrong with the others joins the faults.
+    """Every source and held-out set that can be read, by its path; what is wrong with the others
+    joins the faults.
 
-    Damaged shards of a source join the notes where they will be replaced; a held-out set must be whole.
+    Damaged shards of a source join the notes where they will be replaced; a held-out set must be
+    whole.
     """
     places = {f"sources.{n}.path": s.path for n, s in recipe.sources.items()}
     replaced = set(places) if recipe.bad_shards == "replace" else set[str]()
@@ -262,8 +279,8 @@ def _sources(
         damaged = damaged_shards(source, verify)
         if key in replaced and 0 < len(damaged) < len(source.manifest.shards):
             notes.append(
-                f"{key}: {len(damaged)} of {len(source.manifest.shards)} shards are damaged; where their rows come up, rows "
-                f"of the others are trained; the first is {damaged[0]}"
+                f"{key}: {len(damaged)} of {len(source.manifest.shards)} shards are damaged; where"
+                f" their rows come up, rows of the others are trained; the first is {damaged[0]}"
             )
         else:
             faults += [f"{key}: {fault}" for fault in damaged]
@@ -274,9 +291,10 @@ def moving_shares(recipe: Recipe) -> Iterator[str]:
     """What to know of each share that a controller decides on, before the run has begun."""
     for name, controller in recipe.controllers.items():
         yield (
-            f"the share of {name} begins at {controller.start:g} and moves between {controller.least:g} and {controller.most:g}: "
-            f"{controller.controller} decides after every {recipe.train.evaluate_every} steps; what is told before the run supposes "
-            "that it stays"
+            f"the share of {name} begins at {controller.start:g} and moves between"
+            f" {controller.least:g} and {controller.most:g}: {controller.controller} decides after"
+            f" every {recipe.train.evaluate_every} steps; what is told before the run supposes that"
+            " it stays"
         )
 
 
@@ -284,8 +302,8 @@ def _warm_up(recipe: Recipe, steps: int) -> Iterator[str]:
     rising = warmup_steps(recipe.train.warmup, steps)
     if rising >= steps > 1:
         yield (
-            f"train.warmup is {rising:,} steps and the run has {steps:,}: it ends while the learning rate still rises; set "
-            "train.warmup=0.03, or another fraction of the steps"
+            f"train.warmup is {rising:,} steps and the run has {steps:,}: it ends while the"
+            " learning rate still rises; set train.warmup=0.03, or another fraction of the steps"
         )
 
 
@@ -294,8 +312,9 @@ def _cache_notes(recipe: Recipe, depot: Depot, sources: Iterable[Source]) -> Ite
     room = room_in_use(fetched, ahead_of(recipe)) if fetched else 0
     if room > recipe.cache.size:
         yield (
-            f"cache.size is {recipe.cache.size:,} bytes, and up to {room:,} bytes of shards may be in use at once; the run "
-            f"ends where they do not fit: set cache.size={room} or more, or fewer cache.ahead_files"
+            f"cache.size is {recipe.cache.size:,} bytes, and up to {room:,} bytes of shards may be"
+            f" in use at once; the run ends where they do not fit: set cache.size={room} or more,"
+            " or fewer cache.ahead_files"
         )
 
 
@@ -331,8 +350,9 @@ def _row_faults(recipe: Recipe, ranks: int) -> Iterator[str]:
         unit = ranks * micro_batch
         near = max(unit, round(recipe.rows_per_step / unit) * unit)
         yield (
-            f"rows_per_step is {recipe.rows_per_step}, must be a multiple of ranks x train.micro_batch_rows = "
-            f"{ranks} x {micro_batch} = {unit}; set rows_per_step={near}, or change the ranks or the micro-batch"
+            f"rows_per_step is {recipe.rows_per_step}, must be a multiple of ranks x"
+            f" train.micro_batch_rows = {ranks} x {micro_batch} = {unit}; set rows_per_step={near},"
+            " or change the ranks or the micro-batch"
         )
 
 
@@ -341,8 +361,9 @@ def _ds_keys(recipe: Recipe, ranks: int) -> Mapping[str, Any]:
     offload = keys.get("zero_optimization", {}).get("offload_optimizer") or {}
     if recipe.train.ema is not None and offload.get("device") == "nvme":
         raise BadInput(
-            f"train.ema is {recipe.train.ema} and {recipe.deepspeed} keeps the optimizer on NVMe, where no average of the "
-            "weights is kept; set train.ema=null, or offload the optimizer to the cpu"
+            f"train.ema is {recipe.train.ema} and {recipe.deepspeed} keeps the optimizer on NVMe,"
+            " where no average of the weights is kept; set train.ema=null, or offload the"
+            " optimizer to the cpu"
         )
     if recipe.rows_per_step % (ranks * recipe.train.micro_batch_rows) == 0:
         fill(
@@ -357,7 +378,9 @@ def _ds_keys(recipe: Recipe, ranks: int) -> Mapping[str, Any]:
 
 
 def keys_dtype(recipe: Recipe, keys: Mapping[str, Any]) -> str:
-    """The precision to hold the file against; where the recipe leaves it open, what the file says."""
+    """The precision to hold the file against; where the recipe leaves it open, what the file
+    says.
+    """
     if recipe.model.dtype != "auto":
         return recipe.model.dtype
     return "bf16" if keys.get("bf16", {}).get("enabled") is True else "fp32"
@@ -371,9 +394,11 @@ def look_at_all(
     verify: bool,
     machines: int = 1,
 ) -> list[T]:
-    """What `look` makes of each run and its inputs, which are let go before the next ones are opened.
+    """What `look` makes of each run and its inputs, which are let go before the next ones are
+    opened.
 
-    Raises BadInput with all faults of all runs, those of `look` too, each with the points that have it.
+    Raises BadInput with all faults of all runs, those of `look` too, each with the points that have
+    it.
     """
     found: list[T] = []
     faults: dict[str, list[str]] = {}
@@ -392,32 +417,74 @@ def look_at_all(
                 faults.setdefault(fault, []).append(run.point)
     if faults:
         raise BadInput(
-            *(f"point {', '.join(dict.fromkeys(points))}: {fault}" for fault, points in faults.items())
-        )  # fmt: skip
+            *(
+                f"point {', '.join(dict.fromkeys(points))}: {fault}"
+                for fault, points in faults.items()
+            )
+        )
     return found
 
 
-# What is of no effect before the first step. A setting that is not named here counts, so that a new one is on the safe side.
+# What is of no effect before the first step. A setting that is not named here counts, so that a new
+# one is on the safe side.
 _LATER = frozenset(
     {
-        "sources", "groups", "held_out", "budget", "objective", "rows_per_step", "reference", "bad_shards", "cache", "output", "sweep",
+        "sources",
+        "groups",
+        "held_out",
+        "budget",
+        "objective",
+        "rows_per_step",
+        "reference",
+        "bad_shards",
+        "cache",
+        "output",
+        "sweep",
         "sequence_length",
     }
-)  # fmt: skip
+)
 
 
 _LATER_IN_TRAIN = frozenset(
     {
-        "lr", "schedule", "warmup", "decay", "final_lr", "weight_decay", "betas", "eps", "clip", "steps", "max_minutes",
-        "stop_before_end_minutes", "hang_minutes", "dead_after_s", "evaluate_every", "save_every", "save", "keep_checkpoints",
-        "keep_every", "log_every", "prefetch_steps", "pass_over", "roll_back_after", "most_roll_backs", "spike_deviations",
-        "spikes_roll_back", "resume", "export", "export_shard_gib", "ema",
+        "lr",
+        "schedule",
+        "warmup",
+        "decay",
+        "final_lr",
+        "weight_decay",
+        "betas",
+        "eps",
+        "clip",
+        "steps",
+        "max_minutes",
+        "stop_before_end_minutes",
+        "hang_minutes",
+        "dead_after_s",
+        "evaluate_every",
+        "save_every",
+        "save",
+        "keep_checkpoints",
+        "keep_every",
+        "log_every",
+        "prefetch_steps",
+        "pass_over",
+        "roll_back_after",
+        "most_roll_backs",
+        "spike_deviations",
+        "spikes_roll_back",
+        "resume",
+        "export",
+        "export_shard_gib",
+        "ema",
     }
-)  # fmt: skip
+)
 
 
 def what_it_follows_from(recipe: Recipe, inputs: Inputs, ranks: int) -> str:
-    """Two runs with the same text here find the same numbers before their first step, to the last bit."""
+    """Two runs with the same text here find the same numbers before their first step, to the last
+    bit.
+    """
     settings = {key: value for key, value in plain(recipe).items() if key not in _LATER}
     settings["train"] = {k: v for k, v in settings["train"].items() if k not in _LATER_IN_TRAIN}
     # It draws the weights of a model from scratch, and answers to tasks that are drawn.

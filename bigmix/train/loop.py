@@ -1,7 +1,9 @@
-"""Everything that a run is made of goes in; the steps that are left are trained, logged, evaluated and saved.
+"""Everything that a run is made of goes in; the steps that are left are trained, logged, evaluated
+and saved.
 
-The loop goes in turns. A turn reads its batches from one loader; it ends where the rest must be read anew, since rows of
-a bad shard are to be replaced, or since the run goes back to its last checkpoint.
+The loop goes in turns. A turn reads its batches from one loader; it ends where the rest must be
+read anew, since rows of a bad shard are to be replaced, or since the run goes back to its last
+checkpoint.
 """
 
 import os
@@ -45,7 +47,9 @@ class _BadShards:
 
 @dataclass(kw_only=True, slots=True)
 class _Pace:
-    """What steps took, in seconds: whole steps of late, and the waits for saves that are in no line yet."""
+    """What steps took, in seconds: whole steps of late, and the waits for saves that are in no line
+    yet.
+    """
 
     recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
     saves_told_s: float = 0.0
@@ -60,7 +64,9 @@ class _Steered:
 
 
 def train(parts: Parts, *, first: int) -> Parts:
-    """Train from step `first` to the last one; a collective. Returns the parts that the run has ended with.
+    """Train from step `first` to the last one; a collective.
+
+    Returns the parts that the run has ended with.
 
     Raises Interrupted after a whole checkpoint where the flag is set.
     """
@@ -73,7 +79,9 @@ def train(parts: Parts, *, first: int) -> Parts:
 
 
 def _turn(parts: Parts, first: int, pace: _Pace) -> tuple[Parts, int]:
-    """Train from a step on with one loader; returns what the next turn is made of, and its first step."""
+    """Train from a step on with one loader; returns what the next turn is made of, and its first
+    step.
+    """
     inputs, train = parts.inputs, parts.recipe.train
     loader = inputs.loader(parts.portion, first=first, ahead=train.prefetch_steps)
     try:
@@ -126,7 +134,9 @@ def _go_through(
 
 
 def _next_batch(batches: Iterator[StepBatch | None]) -> StepBatch | BadShard | None:
-    """The batch of the next step; None where a request to stop came before it, or what made it impossible."""
+    """The batch of the next step; None where a request to stop came before it, or what made it
+    impossible.
+    """
     try:
         return next(batches)
     except BadShard as bad:
@@ -134,9 +144,14 @@ def _next_batch(batches: Iterator[StepBatch | None]) -> StepBatch | BadShard | N
 
 
 def _agree(
-    parts: Parts, outline: step.Outline, at_step: int, batch: StepBatch | BadShard | None, pace: _Pace
-) -> step.Ready | _BadShards:  # fmt: skip
-    """The step as every rank has it, or the shards that any of them could not read for it; a collective.
+    parts: Parts,
+    outline: step.Outline,
+    at_step: int,
+    batch: StepBatch | BadShard | None,
+    pace: _Pace,
+) -> step.Ready | _BadShards:
+    """The step as every rank has it, or the shards that any of them could not read for it; a
+    collective.
 
     Does not return where any rank was asked to stop.
     """
@@ -200,7 +215,9 @@ def _add(
 
 
 def _after_step(parts: Parts, at_step: int) -> RollBack | _Steered | None:
-    """What is due after a step. A checkpoint comes before an evaluation, which may be done again."""
+    """What is due after a step. A checkpoint comes before an evaluation, which may be done
+    again.
+    """
     train, is_last = parts.recipe.train, at_step == parts.inputs.steps
     # While steps are skipped the weights may be what is wrong.
     is_saved = is_last or (parts.saver.is_due(at_step, train.save_every) and parts.health.is_well)
@@ -227,10 +244,12 @@ def _stop(parts: Parts, at_step: int) -> NoReturn:
         raise Interrupted(f"{done}; the same command goes on from there")
     if not parts.health.is_well:
         raise Interrupted(
-            f"{done}; it had no finite gradient, so the same command goes on after step {saver.last_step}"
+            f"{done}; it had no finite gradient, so the same command goes on after step"
+            f" {saver.last_step}"
         )
     raise BigmixError(
-        f"{done}, whose checkpoint could not be written; the same command goes on after step {saver.last_step or 0}"
+        f"{done}, whose checkpoint could not be written; the same command goes on after step"
+        f" {saver.last_step or 0}"
     )
 
 
@@ -252,25 +271,29 @@ def _tell(parts: Parts) -> None:
         spike = parts.health.loss(int(line["step"] or 0), float(line["loss"] or 0.0))
         if spike is not None:
             parts.terminal.warning(
-                f"the loss of step {spike.step} is {spike.loss:.4g}, {spike.deviations:.1f} standard deviations above those "
-                "before it"
+                f"the loss of step {spike.step} is {spike.loss:.4g}, {spike.deviations:.1f}"
+                " standard deviations above those before it"
             )
     if lines:
         parts.terminal.progress(int(lines[-1]["step"] or 0), parts.inputs.steps, lines[-1])
 
 
 def _catch_up(parts: Parts, *, at_step: int) -> Parts:
-    """Do the evaluation after the last trained step, or before the first one, that a run was stopped in; or what follows it."""
+    """Do the evaluation after the last trained step, or before the first one, that a run was
+    stopped in; or what follows it.
+    """
     if not _evaluates(parts, at_step):
         return parts
     path = Path(parts.recipe.output) / METRICS
     own = evaluation_at(path, at_step) if parts.cluster.world.is_first else None
-    (line, *_) = parts.cluster.gather(own)
+    line, *_ = parts.cluster.gather(own)
     return _evaluate(parts, at_step) if line is None else _steer(parts, at_step, line)
 
 
 def _evaluates(parts: Parts, at_step: int) -> bool:
-    """Whether an evaluation follows a step; there is one before the first and one after the last."""
+    """Whether an evaluation follows a step; there is one before the first and one after the
+    last.
+    """
     every = parts.recipe.train.evaluate_every
     is_due = at_step in (0, parts.inputs.steps) or (every > 0 and at_step % every == 0)
     return is_due and bool(parts.inputs.held_out or _tasks_at(parts, at_step))
@@ -305,7 +328,9 @@ def _evaluate(parts: Parts, at_step: int) -> Parts:
 
 
 def _first_found(parts: Parts, base: Base) -> Findings:
-    """What is found before the first step, by an equal run before this one where there was one; a collective."""
+    """What is found before the first step, by an equal run before this one where there was one; a
+    collective.
+    """
     known, folder = parts.first_evaluations, Path(parts.recipe.output)
     key = what_it_follows_from(parts.recipe, parts.inputs, parts.cluster.world.size)
     first = known.get(key)
@@ -322,7 +347,9 @@ def _first_found(parts: Parts, base: Base) -> Findings:
 
 
 def _found(parts: Parts, at_step: int, base: Base) -> Findings:
-    """What is found after a step; a collective that does not return where a rank is asked to stop."""
+    """What is found after a step; a collective that does not return where a rank is asked to
+    stop.
+    """
     recipe = parts.recipe
     tasks = _tasks_at(parts, at_step)
     found = examine(
@@ -341,7 +368,9 @@ def _found(parts: Parts, at_step: int, base: Base) -> Findings:
 
 
 def _steer(parts: Parts, at_step: int, line: Line) -> Parts:
-    """Take the decision that is due after an evaluation; where its shares have reached the budget the run is whole."""
+    """Take the decision that is due after an evaluation; where its shares have reached the budget
+    the run is whole.
+    """
     try:
         steered = steer(parts, at_step, line)
     except RuleFailed:
@@ -363,7 +392,9 @@ def _save(parts: Parts, at_step: int) -> None:
 
 
 def _learning_rate(parts: Parts) -> Callable[[int], float]:
-    """The learning rate of each step; where decisions change the number of steps, by the part of the run that is done."""
+    """The learning rate of each step; where decisions change the number of steps, by the part of
+    the run that is done.
+    """
     train, inputs, decisions = parts.recipe.train, parts.inputs, parts.decisions
     steps = inputs.planned_steps if decisions else inputs.steps
     rate = LearningRate(

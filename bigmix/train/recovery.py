@@ -1,6 +1,8 @@
-"""What went wrong in a step goes in; out comes a run that can go on: back at a checkpoint, or without a bad shard.
+"""What went wrong in a step goes in; out comes a run that can go on: back at a checkpoint, or
+without a bad shard.
 
-A step that had no finite gradient goes in; the rows that may be to blame come out, each with its documents.
+A step that had no finite gradient goes in; the rows that may be to blame come out, each with its
+documents.
 """
 
 import json
@@ -32,7 +34,10 @@ from bigmix.train.setup import Parts, go_to
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Suspect:
-    """A row of a micro-batch on a rank: documents `first_document` .. `last_document` of a shard are in it."""
+    """A row of a micro-batch on a rank: documents `first_document` ..
+
+    `last_document` of a shard are in it.
+    """
 
     step: int
     rank: int
@@ -45,7 +50,9 @@ class Suspect:
     last_document: int
 
 
-def suspects(plan: Plan, portion: Portion, step: int, micro_batches: Sequence[int]) -> list[Suspect]:  # fmt: skip
+def suspects(
+    plan: Plan, portion: Portion, step: int, micro_batches: Sequence[int]
+) -> list[Suspect]:
     """The rows of some micro-batches of a rank in a step; their shards are read again."""
     row_ids = plan.places(portion, step).ids()
     streams = plan.streams_at(step)
@@ -78,7 +85,8 @@ NOT_FINITE = "not-finite.jsonl"
 def name_suspects(parts: Parts, at_step: int, finite_M: Sequence[bool]) -> None:
     """Tell and write down the rows of a step that was skipped; a collective.
 
-    Those of the micro-batches whose loss is not finite, and all of them where only the gradient is not.
+    Those of the micro-batches whose loss is not finite, and all of them where only the gradient is
+    not.
     """
     own = [number for number, is_finite in enumerate(finite_M) if not is_finite]
     is_by_loss = any(parts.cluster.gather(bool(own)))
@@ -95,7 +103,8 @@ def name_suspects(parts: Parts, at_step: int, finite_M: Sequence[bool]) -> None:
     )
     more = f" and {len(everywhere) - 1} rows more" if len(everywhere) > 1 else ""
     parts.terminal.warning(
-        f"step {at_step} was skipped on all ranks: {what} for {_said(everywhere[0])}{more}; all are listed in {path}"
+        f"step {at_step} was skipped on all ranks: {what} for {_said(everywhere[0])}{more}; all are"
+        f" listed in {path}"
     )
 
 
@@ -107,7 +116,8 @@ def _said(row: Suspect) -> str:
 
 
 def roll_back(parts: Parts, back: RollBack) -> tuple[Parts, int]:
-    """Go back to the last checkpoint before some steps, which are passed over from now on; returns its step and the parts there.
+    """Go back to the last checkpoint before some steps, which are passed over from now on; returns
+    its step and the parts there.
 
     A collective. Raises BigmixError where there is none, or where the run has gone back too often.
     """
@@ -118,17 +128,20 @@ def roll_back(parts: Parts, back: RollBack) -> tuple[Parts, int]:
     found = newest_whole(folder / CHECKPOINTS, parts.cluster, before=min(back.steps)).listed
     if found is None or _is_of_other_rows(parts, found.position):
         raise BigmixError(
-            f"{back.reason}, and there is no checkpoint from before that to go back to; the same command begins anew and "
-            f"passes over step {', '.join(map(str, sorted(passed.steps)))}; a smaller train.save_every loses less"
+            f"{back.reason}, and there is no checkpoint from before that to go back to; the same"
+            " command begins anew and passes over step"
+            f" {', '.join(map(str, sorted(passed.steps)))}; a smaller train.save_every loses less"
         )
     if len(passed.times) > recipe.train.most_roll_backs:
         raise BigmixError(
-            f"{back.reason}, and the run has gone back {recipe.train.most_roll_backs} times already; look at the rows in "
-            f"{folder / LOG / NOT_FINITE} and at the learning rate; train.most_roll_backs allows more"
+            f"{back.reason}, and the run has gone back {recipe.train.most_roll_backs} times"
+            f" already; look at the rows in {folder / LOG / NOT_FINITE} and at the learning rate;"
+            " train.most_roll_backs allows more"
         )
     step = found.position.step
     parts.terminal.warning(
-        f"{back.reason}: the run goes back to step {step} and passes over step {', '.join(map(str, back.steps))}"
+        f"{back.reason}: the run goes back to step {step} and passes over step"
+        f" {', '.join(map(str, back.steps))}"
     )
     if parts.cluster.world.is_first:
         put_aside(folder / CHECKPOINTS, after_step=step)
@@ -152,7 +165,9 @@ def _is_of_other_rows(parts: Parts, position: Position) -> bool:
 
 
 def _at_decisions_of(parts: Parts, position: Position) -> Parts:
-    """The parts with the shares of a position; those that were decided after it are decided anew."""
+    """The parts with the shares of a position; those that were decided after it are decided
+    anew.
+    """
     if not parts.recipe.controllers:
         return parts
     now = replace(position, quarantine=parts.inputs.plan.quarantine)
@@ -162,12 +177,14 @@ def _at_decisions_of(parts: Parts, position: Position) -> Parts:
 
 
 def _passed_over(parts: Parts, folder: Path, back: RollBack) -> PassedOver:
-    """What the run passes over with these steps, written down before anything else: a run that dies now knows of them."""
+    """What the run passes over with these steps, written down before anything else: a run that dies
+    now knows of them.
+    """
     own = None
     if parts.cluster.world.is_first:
         own = PassedOver(times=(*read_passed_over(folder).times, back))
         write_passed_over(folder, own)
-    (passed, *_) = parts.cluster.gather(own)
+    passed, *_ = parts.cluster.gather(own)
     assert isinstance(passed, PassedOver)
     return passed
 
@@ -182,7 +199,7 @@ def without_bad_shards(parts: Parts, at_step: int, found: Sequence[BadShard]) ->
         raise found[0]
     for bad in new:
         parts.terminal.warning(
-            f"from step {at_step} on rows of other shards are trained in place of those of {bad.file} of {bad.source}: "
-            f"{bad.reason}"
+            f"from step {at_step} on rows of other shards are trained in place of those of"
+            f" {bad.file} of {bad.source}: {bad.reason}"
         )
     return replace(parts, inputs=parts.inputs.with_quarantine(quarantine))

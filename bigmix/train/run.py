@@ -1,6 +1,8 @@
-"""A recipe and its inputs go in, a trained model comes out: the whole run, from joining the cluster to the export.
+"""A recipe and its inputs go in, a trained model comes out: the whole run, from joining the cluster
+to the export.
 
-The runs of a sweep go in; they are trained one after another in one process group, and those that fail are told.
+The runs of a sweep go in; they are trained one after another in one process group, and those that
+fail are told.
 """
 
 from collections.abc import Sequence
@@ -32,7 +34,9 @@ from bigmix.train.setup import Parts, set_up
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What runs in one process leave to those after them: evaluations before the first step, engines that are to be closed."""
+    """What runs in one process leave to those after them: evaluations before the first step,
+    engines that are to be closed.
+    """
 
     first_evaluations: dict[str, FirstEvaluation] = field(default_factory=dict)
     engines: list[Engine] = field(default_factory=list)
@@ -41,13 +45,15 @@ class Shared:
 def run(recipe: Recipe, inputs: Inputs, world: World, terminal: Terminal, flag: StopFlag) -> None:
     """Train to the end of the budget, from the newest whole checkpoint if there is one.
 
-    Raises BadInput before the first step, and Interrupted after a whole checkpoint when the flag is set.
+    Raises BadInput before the first step, and Interrupted after a whole checkpoint when the flag is
+    set.
     """
     cluster = join(world)
     with alone(Path(recipe.output), cluster, wait_s=ENDING_S) as is_ours:
         if not is_ours:
             raise BadInput(
-                f"output {recipe.output} is being trained in by another command; wait for it or stop it, or give another output"
+                f"output {recipe.output} is being trained in by another command; wait for it or"
+                " stop it, or give another output"
             )
         run_in(cluster, recipe, inputs, terminal, flag, Shared())
     leave()
@@ -105,8 +111,9 @@ def _go_on(
             _export(parts, tokenizer_folder)
         if parts.saver.last_step != parts.inputs.steps:
             raise BigmixError(
-                f"all {parts.inputs.steps} steps are done, but the checkpoint of the last one could not be written; free space in "
-                f"{recipe.output}, the same command goes on after step {parts.saver.last_step or 0}"
+                f"all {parts.inputs.steps} steps are done, but the checkpoint of the last one could"
+                f" not be written; free space in {recipe.output}, the same command goes on after"
+                f" step {parts.saver.last_step or 0}"
             )
     finally:
         if parts.log is not None:
@@ -139,7 +146,9 @@ def _export(parts: Parts, tokenizer_folder: Path) -> None:
 
 
 def _template(inputs: Inputs) -> dict[str, str]:
-    """The built-in chat template where all chats are rendered with it; another one lies with the tokenizer already."""
+    """The built-in chat template where all chats are rendered with it; another one lies with the
+    tokenizer already.
+    """
     templates = [source.manifest.template for source in inputs.sources.values()]
     found = {template.sha256 for template in templates if template is not None}
     return {"chat_template.jinja": PLAIN} if found == {PLAIN_SHA256} else {}
@@ -148,7 +157,8 @@ def _template(inputs: Inputs) -> dict[str, str]:
 def _check(parts: Parts, folder: Path) -> None:
     if size_gib(folder) > LARGEST_GIB:
         parts.terminal.note(
-            f"generation check left out: the model has {size_gib(folder):.1f} GiB, up to {LARGEST_GIB:g} are loaded again"
+            f"generation check left out: the model has {size_gib(folder):.1f} GiB, up to"
+            f" {LARGEST_GIB:g} are loaded again"
         )
         return
     held_out, plan = parts.inputs.held_out, parts.inputs.plan
@@ -169,7 +179,9 @@ def _check(parts: Parts, folder: Path) -> None:
 
 
 def _is_finished(recipe: Recipe, inputs: Inputs, cluster: Cluster, start: Beginning) -> bool:
-    """Whether nothing is left to do, as the first rank sees it: folders may look older from other machines."""
+    """Whether nothing is left to do, as the first rank sees it: folders may look older from other
+    machines.
+    """
     has_all = cluster.world.is_first and is_through(
         recipe, step=start.step, steps=inputs.steps, evaluates=inputs.has_exam
     )
@@ -177,10 +189,12 @@ def _is_finished(recipe: Recipe, inputs: Inputs, cluster: Cluster, start: Beginn
 
 
 def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: StopFlag) -> None:
-    """Train every run that is not done, those last that failed before; a failure leaves the others as they are.
+    """Train every run that is not done, those last that failed before; a failure leaves the others
+    as they are.
 
-    A run that another command trains is passed over, and tried once more after the others. Raises BadInput before the
-    first one, Interrupted after a whole checkpoint when the flag is set, and BigmixError at the end where runs have failed.
+    A run that another command trains is passed over, and tried once more after the others. Raises
+    BadInput before the first one, Interrupted after a whole checkpoint when the flag is set, and
+    BigmixError at the end where runs have failed.
     """
     done = look_at_all(
         runs, _look, ranks=world.size, verify=world.local_rank == 0, machines=_machines(world)
@@ -194,7 +208,9 @@ def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: St
     # Those that another command trained are asked for once more: it may have been ending.
     for wait_s, run in chain(((0, run) for run in waiting), ((ENDING_S, run) for run in passed)):
         if any(cluster.gather(flag.is_set())):
-            raise Interrupted(f"stopped on request before {run.name}; the same command goes on from there")  # fmt: skip
+            raise Interrupted(
+                f"stopped on request before {run.name}; the same command goes on from there"
+            )
         with alone(Path(run.recipe.output), cluster, wait_s=wait_s) as is_ours:
             if not is_ours:
                 (elsewhere if wait_s else passed).append(run)
@@ -211,7 +227,8 @@ def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: St
     if failures:
         told = "".join(f"\n{name}: {reason}" for name, reason in failures.items())
         raise BigmixError(
-            f"{len(failures)} of {len(runs)} runs failed, the others are done; the same command tries them again{told}"
+            f"{len(failures)} of {len(runs)} runs failed, the others are done; the same command"
+            f" tries them again{told}"
         )
     others = f" but {len(elsewhere)}, which other commands train," if elsewhere else ""
     terminal.note(f"sweep: all {len(runs)} runs{others} are done")
@@ -247,7 +264,9 @@ def _machines(world: World) -> int:
 def _in_order(
     runs: Sequence[SweepRun], done: Sequence[bool], cluster: Cluster
 ) -> Sequence[SweepRun]:
-    """Those that are not done, as the first rank sees it: folders may look older from other machines."""
+    """Those that are not done, as the first rank sees it: folders may look older from other
+    machines.
+    """
     left = [index for index, is_done in enumerate(done) if not is_done]
     order = sorted(left, key=lambda index: fails_again(runs[index].recipe))
     return [runs[index] for index in cluster.gather(order)[0]]

@@ -1,4 +1,6 @@
-"""A recipe and its inputs go in, everything that the training loop moves values between comes out."""
+"""A recipe and its inputs go in, everything that the training loop moves values between comes
+out.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,8 +52,8 @@ from bigmix.types import Choice
 class Parts:
     """What the loop moves values between; `passed_over` are the steps that are not trained.
 
-    `first_evaluations` are those of runs before this one in the same process, by what they follow from.
-    `decisions` are those of controllers, oldest first.
+    `first_evaluations` are those of runs before this one in the same process, by what they follow
+    from. `decisions` are those of controllers, oldest first.
     """
 
     recipe: Recipe
@@ -83,7 +85,8 @@ def set_up(
     watchdog: Watchdog,
     start: Beginning,
 ) -> Parts:
-    """Build everything that the loop needs, and go on from a checkpoint if there is one; a collective.
+    """Build everything that the loop needs, and go on from a checkpoint if there is one; a
+    collective.
 
     Raises BadInput where models, data and recipe do not fit together.
     """
@@ -121,17 +124,38 @@ def set_up(
     peak = peak_flops(device, dtype.value)
     report = _report(recipe, inputs, cost_of(model.lm), peak * world.size if peak else None)
     show_header(
-        terminal, recipe, inputs, world,
-        parameters=count_parameters(model.lm), keys=keys, dtype=dtype, attention=attention, loss=backend,
-    )  # fmt: skip
+        terminal,
+        recipe,
+        inputs,
+        world,
+        parameters=count_parameters(model.lm),
+        keys=keys,
+        dtype=dtype,
+        attention=attention,
+        loss=backend,
+    )
     for note in inputs.notes:
         terminal.note(note)
     log = _open_log(recipe, inputs, start) if world.is_first else None
     parts = Parts(
-        recipe=recipe, inputs=inputs, cluster=cluster, portion=_portion(recipe, world), engine=engine, aim=aim,
-        tasks=tasks, report=report, exam=_exam(recipe, inputs, base), saver=_saver(recipe, cluster, terminal), health=_health(recipe),
-        passed_over=_passed_over(recipe, cluster), decisions=_decisions(start), log=log, terminal=terminal, flag=flag, watchdog=watchdog,
-    )  # fmt: skip
+        recipe=recipe,
+        inputs=inputs,
+        cluster=cluster,
+        portion=_portion(recipe, world),
+        engine=engine,
+        aim=aim,
+        tasks=tasks,
+        report=report,
+        exam=_exam(recipe, inputs, base),
+        saver=_saver(recipe, cluster, terminal),
+        health=_health(recipe),
+        passed_over=_passed_over(recipe, cluster),
+        decisions=_decisions(start),
+        log=log,
+        terminal=terminal,
+        flag=flag,
+        watchdog=watchdog,
+    )
     _resume(parts, start)
     return parts
 
@@ -184,7 +208,9 @@ def _report(recipe: Recipe, inputs: Inputs, cost: Cost | None, peak: float | Non
 
 
 def _frozen(recipe: Recipe, configs: Configs, place: Place) -> tuple[Anchor | None, Anchor | None]:
-    """The model that the run stays near to, and the one that evaluations measure divergences to; often the same."""
+    """The model that the run stays near to, and the one that evaluations measure divergences to;
+    often the same.
+    """
 
     def opened(
         path: str | None, config: Any, named: str, weights: Mapping[str, float] | None = None
@@ -231,7 +257,7 @@ def _resume(parts: Parts, start: Beginning) -> None:
     if start.checkpoint is None:
         return
     go_to(parts, start.checkpoint)
-    (kept, *_) = parts.cluster.gather(read_base(folder) if world.is_first else None)
+    kept, *_ = parts.cluster.gather(read_base(folder) if world.is_first else None)
     parts.report.base.put_back(kept)
     ranks, now = start.checkpoint.ranks, world.size
     for change in start.changes:

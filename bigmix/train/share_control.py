@@ -1,4 +1,6 @@
-"""An evaluation's numbers go in; out comes a run that goes on with the shares that its controllers decide on."""
+"""An evaluation's numbers go in; out comes a run that goes on with the shares that its controllers
+decide on.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,11 +28,15 @@ def progress(step: int, steps: int, decisions: Sequence[Decision]) -> float:
 
 
 class RuleFailed(BigmixError):
-    """A controller's rule fails, or gives no share that is allowed; every rank raises it after the same step."""
+    """A controller's rule fails, or gives no share that is allowed; every rank raises it after the
+    same step.
+    """
 
 
 def shares_from(inputs: Inputs, recipe: Recipe, step: int) -> Line:
-    """What the line of an evaluation after a step says of the shares from there on; nothing where none moves."""
+    """What the line of an evaluation after a step says of the shares from there on; nothing where
+    none moves.
+    """
     if not recipe.controllers:
         return {}
     return {f"share/{name}": share for name, share in inputs.shares_of_step(step + 1).rows.items()}
@@ -39,12 +45,13 @@ def shares_from(inputs: Inputs, recipe: Recipe, step: int) -> Line:
 def steer(parts: Parts, at_step: int, line: Line) -> Parts:
     """The same parts, with shares that are decided on the line of an evaluation; a collective.
 
-    The same parts as they are where no decision is due. Raises RuleFailed on every rank where a rule fails.
+    The same parts as they are where no decision is due. Raises RuleFailed on every rank where a
+    rule fails.
     """
     if not _is_due(parts, at_step):
         return parts
     own = _shares(parts, at_step, line) if parts.cluster.world.is_first else None
-    (shares, *_) = parts.cluster.gather(own)
+    shares, *_ = parts.cluster.gather(own)
     if isinstance(shares, str):
         raise RuleFailed(shares)
     steered = _with_shares(parts, at_step, line, shares)
@@ -108,13 +115,17 @@ def _read_only(decision: Decision) -> Decision:
 
 
 def _numbers(line: Line, key: str) -> dict[str, float]:
-    """The numbers KEY/NAME of a line by name; those that are not finite are left out, as metrics.jsonl has them."""
+    """The numbers KEY/NAME of a line by name; those that are not finite are left out, as
+    metrics.jsonl has them.
+    """
     found = {k.removeprefix(f"{key}/"): v for k, v in line.items() if k.startswith(f"{key}/")}
     return {name: v for name, v in found.items() if isinstance(v, float) and math.isfinite(v)}
 
 
 def _with_shares(parts: Parts, at_step: int, line: Line, shares: Mapping[str, float]) -> Parts:
-    """The parts from a decision on; where the sources do not allow it, the shares stay, and it is told."""
+    """The parts from a decision on; where the sources do not allow it, the shares stay, and it is
+    told.
+    """
     before = _current(parts.recipe, parts.decisions)
     decision = Decision(
         step=at_step,

@@ -1,4 +1,5 @@
-"""What each step did goes in; whether the run must go back to its last checkpoint, and past which steps, comes out.
+"""What each step did goes in; whether the run must go back to its last checkpoint, and past which
+steps, comes out.
 
 Every rank gets the same numbers, so all come to the same end without asking each other.
 """
@@ -21,7 +22,9 @@ _FEWEST = 20  # of them, before which nothing is called a spike
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spike:
-    """A step whose loss stands `deviations` standard deviations above the mean of those before it."""
+    """A step whose loss stands `deviations` standard deviations above the mean of those
+    before it.
+    """
 
     step: int
     loss: float
@@ -31,8 +34,9 @@ class Spike:
 class Health:
     """Counts steps without a finite gradient in a row, and tells spikes of the loss.
 
-    `skips` in a row ask for a roll-back, None: never. A loss more than `deviations` standard deviations above the mean
-    of the last 100 is a spike, which is not added to them, None: none is; `spikes_roll_back`: each one asks for it.
+    `skips` in a row ask for a roll-back, None: never. A loss more than `deviations` standard
+    deviations above the mean of the last 100 is a spike, which is not added to them, None: none is;
+    `spikes_roll_back`: each one asks for it.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""A step's batch goes in, the weights have moved when its result comes out; sums and counts travel apart, one division."""
+"""A step's batch goes in, the weights have moved when its result comes out; sums and counts travel
+apart, one division.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +25,8 @@ from bigmix.types import Floats, Ints, Weighing
 class StepResult:
     """What a step did, over all ranks.
 
-    `sums_SM` (see `GroupSums`), `gradient_norm`, `stopwatch` and `finite_M`, whether the loss of each micro-batch of
-    this rank is finite, are on the device until they are read.
+    `sums_SM` (see `GroupSums`), `gradient_norm`, `stopwatch` and `finite_M`, whether the loss of
+    each micro-batch of this rank is finite, are on the device until they are read.
     """
 
     step: int
@@ -44,7 +46,9 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Aim:
-    """What steps minimise: the objective, how the tokens of each source weigh among themselves, what it stays near to."""
+    """What steps minimise: the objective, how the tokens of each source weigh among themselves,
+    what it stays near to.
+    """
 
     objective: Objective
     weighing: Mapping[str, Weighing]
@@ -61,7 +65,9 @@ class _Coefficients:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Part:
-    """A micro-batch with the weights of its parts, None where all weigh alike, and the rows that the frozen model is shown."""
+    """A micro-batch with the weights of its parts, None where all weigh alike, and the rows that
+    the frozen model is shown.
+    """
 
     micro_batch: MicroBatch
     weights_P: Floats | None
@@ -70,7 +76,9 @@ class _Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Counts:
-    """A step's counts over all ranks; `anchored_rows`: in each micro-batch those that the frozen model is shown."""
+    """A step's counts over all ranks; `anchored_rows`: in each micro-batch those that the frozen
+    model is shown.
+    """
 
     loss_tokens: Mapping[str, int]
     tokens: Mapping[str, int]
@@ -81,7 +89,9 @@ class _Counts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outline:
-    """What the ranks know of a step without its batch: the sources, and the micro-batches of each rank."""
+    """What the ranks know of a step without its batch: the sources, and the micro-batches of each
+    rank.
+    """
 
     names: Sequence[str]
     micro_batches: int
@@ -89,7 +99,9 @@ class Outline:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ready:
-    """A step that every rank has its batch of: this rank's one, its parts, and the counts over all ranks."""
+    """A step that every rank has its batch of: this rank's one, its parts, and the counts over all
+    ranks.
+    """
 
     batch: StepBatch
     parts: Sequence[_Part]
@@ -98,7 +110,9 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """What all ranks know before a step: whether any was asked to stop; `ready` is None where any has no batch."""
+    """What all ranks know before a step: whether any was asked to stop; `ready` is None where any
+    has no batch.
+    """
 
     stop_asked: bool
     ready: Ready | None
@@ -107,10 +121,11 @@ class Agreement:
 def agree(
     cluster: Cluster, batch: StepBatch | None, outline: Outline, aim: Aim, *, stop_asked: bool
 ) -> Agreement:
-    """What the ranks have for the next step, and whether to go on; a collective, the one sum before the first forward.
+    """What the ranks have for the next step, and whether to go on; a collective, the one sum before
+    the first forward.
 
-    A rank without a batch takes part all the same: then the step is trained by none. Every rank learns whether any of
-    them was asked to stop.
+    A rank without a batch takes part all the same: then the step is trained by none. Every rank
+    learns whether any of them was asked to stop.
     """
     names = tuple(outline.names)
     parts = [] if batch is None else [_part(m, names, aim) for m in batch.micro_batches]
@@ -118,9 +133,11 @@ def agree(
     stops, absent, *sums = cluster.sum_counts([stop_asked, batch is None, *own])
     return Agreement(
         stop_asked=stops > 0,
-        ready=None
-        if batch is None or absent
-        else Ready(batch=batch, parts=parts, counts=_counts(sums, names)),
+        ready=(
+            None
+            if batch is None or absent
+            else Ready(batch=batch, parts=parts, counts=_counts(sums, names))
+        ),
     )
 
 
@@ -137,8 +154,8 @@ def run(
 ) -> StepResult:
     """One optimizer step on what the ranks have agreed on; a collective.
 
-    `chance` decides the dropout of this step on this rank, so that a resumed run drops what an uninterrupted one
-    does. `doing` is told what begins.
+    `chance` decides the dropout of this step on this rank, so that a resumed run drops what an
+    uninterrupted one does. `doing` is told what begins.
     """
     torch.manual_seed(chance)
     watch = Stopwatch(engine.device)
@@ -241,7 +258,8 @@ def _coefficients(
     kappas = aim.anchor.weights if aim.anchor is not None else {}
     divergences = divergence_weights(kappas, shares, batch.rows, counts.loss_tokens)
     names = tuple(batch.rows)
-    # ZeRO averages gradients over ranks; times the number of ranks, the mean is the step's sum again.
+    # ZeRO averages gradients over ranks; times the number of ranks, the mean is the step's sum
+    # again.
     return _Coefficients(
         nll_S=[weights.token[name] * ranks for name in names],
         divergence_S=[divergences[name] * ranks for name in names],
@@ -251,7 +269,9 @@ def _coefficients(
 def _moved(
     part: _Part, coefficients: _Coefficients, anchor: Anchor | None, device: torch.device
 ) -> ModelTensors:
-    """The micro-batch on the device; `anchor` is given on all ranks or on none, wherever its rows are."""
+    """The micro-batch on the device; `anchor` is given on all ranks or on none, wherever its rows
+    are.
+    """
     if anchor is None:
         return tensors(part.micro_batch, coefficients.nll_S, device, part.weights_P)
     return tensors_with_reference(
@@ -266,7 +286,10 @@ def _moved(
 
 
 class Stopwatch:
-    """Adds up the seconds of named parts. On a GPU it marks the stream and reads the marks when asked: no waiting."""
+    """Adds up the seconds of named parts.
+
+    On a GPU it marks the stream and reads the marks when asked: no waiting.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"

@@ -1,4 +1,6 @@
-"""Results of steps and evaluations go in, the lines of metrics.jsonl come out, with what a run has added up so far."""
+"""Results of steps and evaluations go in, the lines of metrics.jsonl come out, with what a run has
+added up so far.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +27,12 @@ class Timed:
 
 
 class Report:
-    """Keeps the results of steps until they are read, so that the device is waited for once in many steps.
+    """Keeps the results of steps until they are read, so that the device is waited for once in many
+    steps.
 
-    Totals run over the whole run, through resumes: `state` is what they are, `resume` puts it back, and so is what
-    forgetting is measured from, `base`. `measured`: for each source what is written as KEY/SOURCE, a mean over its loss
-    tokens in the step.
+    Totals run over the whole run, through resumes: `state` is what they are, `resume` puts it back,
+    and so is what forgetting is measured from, `base`. `measured`: for each source what is written
+    as KEY/SOURCE, a mean over its loss tokens in the step.
     """
 
     def __init__(
@@ -89,7 +92,9 @@ class Report:
         self._interval = dict.fromkeys(self._sources, (0.0, 0))
 
     def interval_losses(self) -> dict[str, float]:
-        """The mean loss of each source since `begin_interval`, in nats per loss token, where one was trained."""
+        """The mean loss of each source since `begin_interval`, in nats per loss token, where one
+        was trained.
+        """
         return {name: nll / count for name, (nll, count) in self._interval.items() if count}
 
     def state(self) -> dict[str, Any]:
@@ -105,7 +110,9 @@ class Report:
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave; a source that has joined since then begins at 0, one that is gone is left out."""
+        """Go on from what `state` gave; a source that has joined since then begins at 0, one that
+        is gone is left out.
+        """
         self._totals = {
             unit: {name: values.get(name, 0) for name in self._sources}
             for unit, values in state["totals"].items()
@@ -188,7 +195,9 @@ class Report:
         return line
 
     def _mfu(self, result: StepResult, step_s: float) -> float | None:
-        """The part of the devices' peak that the needed operations take (Chowdhery et al., "PaLM", 2022)."""
+        """The part of the devices' peak that the needed operations take (Chowdhery et al., "PaLM",
+        2022).
+        """
         if self._cost is None or self._peak_flops is None:
             return None
         tokens, loss_tokens = sum(result.tokens.values()), sum(result.loss_tokens.values())

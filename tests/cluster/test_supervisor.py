@@ -1,4 +1,6 @@
-"""`bigmix train`: a run that fails goes on by itself to the same end, one that cannot is given up, signals are passed on."""
+"""`bigmix train`: a run that fails goes on by itself to the same end, one that cannot is given up,
+signals are passed on.
+"""
 
 import os
 import re
@@ -145,9 +147,13 @@ def data(tmp_path_factory):
 
 def supervised(data, *words, env=None):
     return subprocess.Popen(
-        [sys.executable, "-m", "bigmix.commands", "train", "recipe.yaml", *words], cwd=data, text=True,
-        env=bare({"PYTHONPATH": str(ROOT)} | (env or {})), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [sys.executable, "-m", "bigmix.commands", "train", "recipe.yaml", *words],
+        cwd=data,
+        text=True,
+        env=bare({"PYTHONPATH": str(ROOT)} | (env or {})),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def ranks_of(supervisor):
@@ -185,7 +191,9 @@ def test_a_run_that_always_fails_is_given_up_after_two_tries(data):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_each_signal_reaches_the_ranks(tmp_path, requests, number):
-    """Ranks that wait for any of them; the signal comes from a rank, once both have their handlers."""
+    """Ranks that wait for any of them; the signal comes from a rank, once both have their
+    handlers.
+    """
     asked = (
         "import os, pathlib, signal, sys, time\n"
         f"for number in {[*map(int, SIGNALS)]}: signal.signal(number, lambda *_: sys.exit(75))\n"

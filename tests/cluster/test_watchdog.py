@@ -24,10 +24,12 @@ class Time:
             self.now += 1
             self.serial += 1
             told = {
-                rank: Beat(serial=self.serial, count=count, doing=f"part {count}", has_left=rank in left)
+                rank: Beat(
+                    serial=self.serial, count=count, doing=f"part {count}", has_left=rank in left
+                )
                 for rank, count in enumerate(counts)
                 if count is not None
-            }  # fmt: skip
+            }
             self.beats.take(told)
 
 

@@ -1,4 +1,6 @@
-"""Benchmarks of lm-evaluation-harness run on an exported model, offline, on a task of a local file."""
+"""Benchmarks of lm-evaluation-harness run on an exported model, offline, on a task of a local
+file.
+"""
 
 import importlib.util
 import json
@@ -47,7 +49,21 @@ def test_a_local_task_is_scored_as_by_a_plain_loop(model, tmp_path, tiny_tokeniz
     (tmp_path / "own/rivers.yaml").write_text(TASK.format(path=path))
     arguments = [f"include_path={tmp_path / 'own'}", "device=cpu", "bootstrap_iters=0"]
     out = tmp_path / "out"
-    assert main(["evaluate", str(folder), "--lm-eval", "rivers", "--output", str(out), "--lm-eval-args", *arguments]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "evaluate",
+                str(folder),
+                "--lm-eval",
+                "rivers",
+                "--output",
+                str(out),
+                "--lm-eval-args",
+                *arguments,
+            ]
+        )
+        == 0
+    )
     found = json.loads((out / "lm-eval.json").read_text())
     assert found["model"] == str(folder) and found["tasks"] == ["rivers"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_tokenizer)
@@ -55,9 +71,13 @@ def test_a_local_task_is_scored_as_by_a_plain_loop(model, tmp_path, tiny_tokeniz
     for row in rows:
         values = []
         for choice in (" river", " tower"):
-            prompt, ids = (tokenizer(t)["input_ids"] for t in (row["question"], row["question"] + choice))  # fmt: skip
+            prompt, ids = (
+                tokenizer(t)["input_ids"] for t in (row["question"], row["question"] + choice)
+            )
             logs_TV = whole(torch.tensor([ids])).logits[0].log_softmax(dim=-1)
-            values.append(sum(float(logs_TV[at - 1, ids[at]]) for at in range(len(prompt), len(ids))))  # fmt: skip
+            values.append(
+                sum(float(logs_TV[at - 1, ids[at]]) for at in range(len(prompt), len(ids)))
+            )
         right += values.index(max(values)) == row["answer"]
     assert found["results"]["rivers"]["acc,none"] == pytest.approx(right / len(rows))
 

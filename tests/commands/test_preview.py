@@ -1,4 +1,6 @@
-"""What is previewed is what is trained: every token once, loss tokens told apart, nothing for the terminal to obey."""
+"""What is previewed is what is trained: every token once, loss tokens told apart, nothing for the
+terminal to obey.
+"""
 
 import re
 
@@ -31,9 +33,14 @@ def row_of(documents, loss_from, length):
             labels[at + t - 1] = document[t]
         at += len(document)
     return Row(
-        id=RowId(source="chat", epoch=3, shard=4, row=5), ids_T=ids, positions_T=ids, labels_T=labels,
-        starts_P=np.array(starts), documents_P=np.arange(7, 7 + len(documents)), tokens=at,
-    )  # fmt: skip
+        id=RowId(source="chat", epoch=3, shard=4, row=5),
+        ids_T=ids,
+        positions_T=ids,
+        labels_T=labels,
+        starts_P=np.array(starts),
+        documents_P=np.arange(7, 7 + len(documents)),
+        tokens=at,
+    )
 
 
 def encoded(tokenizer, text, *, end=True):
@@ -107,7 +114,16 @@ def test_the_command_shows_the_rows_of_a_rank(tmp_path, tiny_tokenizer, monkeypa
         shown = capsys.readouterr()
         return shown.err if code else shown.out
 
-    bigmix("prepare", "web.txt", "--tokenizer", str(tiny_tokenizer), "--output", "web", "--processes", "1")  # fmt: skip
+    bigmix(
+        "prepare",
+        "web.txt",
+        "--tokenizer",
+        str(tiny_tokenizer),
+        "--output",
+        "web",
+        "--processes",
+        "1",
+    )
     (tmp_path / "recipe.yaml").write_text(
         "model: {config: {model_type: llama}}\nsequence_length: 64\nrows_per_step: 8\n"
         "sources: {web: {path: web, role: task, share: 1}}\nbudget: {steps: 2}\n"

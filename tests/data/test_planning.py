@@ -72,11 +72,16 @@ def test_a_temperature_raises_small_sources(here, power):
 
 
 def test_sizes_count_within_their_group(here):
-    """A group of small sources beside one of large ones: their ratio is not lost in the rounding."""
+    """A group of small sources beside one of large ones: their ratio is not lost in the
+    rounding.
+    """
     write_source(here / "tiny", "text", seed=3, shards=1, documents=2, lengths=(5, 6))
     write_source(here / "small", "text", seed=4, shards=1, documents=6, lengths=(5, 6))
     both = [f"sources.{n}.share={{temperature: 9}}" for n in ("web", "code")]
-    more = [f"sources.{n}={{path: {n}, role: replay, group: few, share: {{temperature: 1}}}}" for n in ("tiny", "small")]  # fmt: skip
+    more = [
+        f"sources.{n}={{path: {n}, role: replay, group: few, share: {{temperature: 1}}}}"
+        for n in ("tiny", "small")
+    ]
     groups = ["groups={old: {share: 1}, few: {share: 1}}", *GROUP[1:]]
     shares = opened(*groups, *both, *more).shares_of_step(1).rows
     assert shares["small"] / shares["tiny"] == pytest.approx(3, rel=1e-4)
@@ -175,7 +180,9 @@ def test_sources_leave_one_after_the_other(here, rows_per_step, limit, shares):
     longer=st.integers(0, 30),
 )
 def test_no_source_that_leaves_comes_back(data, rows_per_step, shares, limits, longer):
-    """Each is owed a part of a row when it leaves; these parts together are rows that somebody must give."""
+    """Each is owed a part of a row when it leaves; these parts together are rows that somebody must
+    give.
+    """
     names = ("code", "chat", "more")
     overrides = [f"rows_per_step={rows_per_step}", "budget.steps=200"]
     overrides += ["sources.more={path: more, role: replay, share: 1}"]
@@ -210,9 +217,11 @@ def test_when_all_have_left_nothing_is_left(here):
 
 def test_what_is_left_must_have_a_share(here):
     (fault,) = refused(
-        *LIMITS, "sources.web.share=[[0, 1], [18, 0]]", "sources.chat.share=[[0, 1], [18, 0]]",
+        *LIMITS,
+        "sources.web.share=[[0, 1], [18, 0]]",
+        "sources.chat.share=[[0, 1], [18, 0]]",
         "budget.steps=40",
-    )  # fmt: skip
+    )
     assert "share of every source is 0 at step 18, since code has come to its max_epochs" in fault
     limits = ["sources.chat.max_epochs=0.5", "sources.chat.when_exhausted=renormalise"]
     (fault,) = refused(*limits, "budget={task_tokens: 1M}")
@@ -286,9 +295,15 @@ def test_chats_that_are_lost_while_rows_are_short_are_told(here):
 
 
 EVERYTHING = [
-    *GROUP, "groups.old.share=[[0, 0.5], [10, 1]]", "sources.web.share=0.6", "sources.code.share=0.4", *LIMITS, *LONGER,
-    "budget.steps=24", "train.save_every=3",
-]  # fmt: skip
+    *GROUP,
+    "groups.old.share=[[0, 0.5], [10, 1]]",
+    "sources.web.share=0.6",
+    "sources.code.share=0.4",
+    *LIMITS,
+    *LONGER,
+    "budget.steps=24",
+    "train.save_every=3",
+]
 
 
 def test_the_resolved_recipe_means_the_same(here):

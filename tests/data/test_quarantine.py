@@ -1,4 +1,6 @@
-"""Rows of a bad shard are replaced by rows of healthy ones: which ones is a pure function, and every rank agrees on it."""
+"""Rows of a bad shard are replaced by rows of healthy ones: which ones is a pure function, and
+every rank agrees on it.
+"""
 
 import gc
 import json
@@ -134,13 +136,16 @@ def test_what_is_fetched_ahead_is_what_is_read(folders, monkeypatch, lengths):
         gathered = [p for stage in the_plan.gathered(own, first=first, last=20) for p in stage]
         rows = [row for places in gathered for row in places.ids()]
         read = [row for step in range(first, 21) for row in the_plan.places(own, step).ids()]
-        # What is read together with the first step may begin before it, and with the last one end behind it.
+        # What is read together with the first step may begin before it, and with the last one end
+        # behind it.
         assert any(rows[at : at + len(read)] == read for at in range(0, 96, 16))
         assert len(rows) < len(read) + 96
 
 
 def test_a_run_that_finds_a_shard_bad_on_its_way_goes_on_as_one_that_is_resumed_there(folders):
-    """Steps before the first one of a quarantine are not read again: their rows would be those of the bad shard."""
+    """Steps before the first one of a quarantine are not read again: their rows would be those of
+    the bad shard.
+    """
     grown = plan(folders, Quarantine(first_steps={"web": {"shard-00003.tar": 5}}))
     for step in range(1, 9):
         step_batch(grown, portion(), step)
@@ -316,7 +321,9 @@ def opened(at, *overrides, cache="cache", verify=False):
 
 
 def trained(inputs_of_ranks, first=1, last=60):
-    """What all ranks train, step by step, and the quarantine at the end: the loop of a run without its cluster."""
+    """What all ranks train, step by step, and the quarantine at the end: the loop of a run without
+    its cluster.
+    """
     quarantine, steps = inputs_of_ranks[0].plan.quarantine, {}
     while first <= last:
         inputs_of_ranks = [inputs.with_quarantine(quarantine) for inputs in inputs_of_ranks]
@@ -369,7 +376,8 @@ def test_a_run_goes_on_where_local_shards_are_damaged(data, tmp_path, harm):
     assert set(quarantine.first_steps["web"]) == {"shard-00003.tar", "shard-00011.tar"}
     assert set(quarantine.first_steps["chat"]) == {"shard-00002.tar"}
     assert list(steps) == list(range(1, 61))
-    # The same rows come from whole shards with that quarantine from the start, also where the run is resumed.
+    # The same rows come from whole shards with that quarantine from the start, also where the run
+    # is resumed.
     whole = [opened(tmp_path / "whole").with_quarantine(quarantine) for _ in range(2)]
     for first in (1, 20):
         expected, same = trained(whole, first)
@@ -511,7 +519,10 @@ def test_a_closed_loader_leaves_no_shard_in_use_and_no_rows(data, server, tmp_pa
     gc.collect()
     batch = next(iter(again))
     expected = opened(data).with_quarantine(grown)
-    assert batch.micro_batches[0].ids_BT.tolist() == step_batch(expected.plan, own, 1).micro_batches[0].ids_BT.tolist()  # fmt: skip
+    assert (
+        batch.micro_batches[0].ids_BT.tolist()
+        == step_batch(expected.plan, own, 1).micro_batches[0].ids_BT.tolist()
+    )
     inputs.depot.close()
     again.close()
 

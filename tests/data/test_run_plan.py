@@ -1,4 +1,6 @@
-"""A run goes on with another recipe: every row before the change stays, every source goes on where it stands."""
+"""A run goes on with another recipe: every row before the change stays, every source goes on where
+it stands.
+"""
 
 import json
 
@@ -31,7 +33,9 @@ def here(data, monkeypatch):
 
 
 def changed(overrides, *more, step=AT):
-    """What is trained after `step` steps of a recipe and then with further overrides; and what was trained before."""
+    """What is trained after `step` steps of a recipe and then with further overrides; and what was
+    trained before.
+    """
     old, before = opened(*overrides)
     new, inputs = opened(*overrides, *more)
     return before, inputs.going_on(new, position(old, before, step), new_chapter=True)
@@ -255,9 +259,14 @@ def test_a_run_goes_on_with_other_shares_and_longer_rows(data):
 @pytest.mark.parametrize(
     ("key", "moves"),
     [
-        ("sources.v1.0.held_out", False), ("sources.v1.0.loss_share", False), ("sources.v1.0.share", True),
-        ("groups.old.share.limit", True), ("sources.share.path", False), ("sequence_length", True), ("train.lr", False),
+        ("sources.v1.0.held_out", False),
+        ("sources.v1.0.loss_share", False),
+        ("sources.v1.0.share", True),
+        ("groups.old.share.limit", True),
+        ("sources.share.path", False),
+        ("sequence_length", True),
+        ("train.lr", False),
     ],
-)  # fmt: skip
+)
 def test_a_setting_moves_rows_whatever_the_name_of_its_source(key, moves):
     assert Change(key=key, old=1, new=2).moves_rows == moves

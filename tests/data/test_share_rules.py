@@ -1,4 +1,6 @@
-"""A controller's rule, what is asked of a rule of one's own, and what decisions do to rows, budgets and learning rates."""
+"""A controller's rule, what is asked of a rule of one's own, and what decisions do to rows, budgets
+and learning rates.
+"""
 
 import json
 from dataclasses import replace
@@ -42,10 +44,19 @@ def settings_of(**changes):
 
 def reading(share=0.1, forgetting=0.1, earlier=(), **changes):
     values = {
-        "name": "web", "step": 10, "steps": 100, "share": share, "least": 0.01, "most": 0.5, "limit": 0.1,
-        "shares": {"web": share}, "losses": {"web": 2.0}, "held_out": {"web": 3.0}, "earlier": earlier,
+        "name": "web",
+        "step": 10,
+        "steps": 100,
+        "share": share,
+        "least": 0.01,
+        "most": 0.5,
+        "limit": 0.1,
+        "shares": {"web": share},
+        "losses": {"web": 2.0},
+        "held_out": {"web": 3.0},
+        "earlier": earlier,
         "forgetting": {"web": forgetting} if isinstance(forgetting, float) else forgetting,
-    }  # fmt: skip
+    }
     return Reading(**values | changes)
 
 
@@ -61,13 +72,16 @@ def decided(settings, given, looked_at=("web",)):
 
 @pytest.mark.parametrize("answer", [0.2, 0.5, 0.9])
 @pytest.mark.parametrize(
-    ("alone", "steepness", "alpha", "limit"), [(1.1, 60, 0.75, 0.3), (1.1, 60, 0.75, 0.15), (7, 200, 1.2, 0.3), (0.3, 30, 0.6, 0.1)]
-)  # fmt: skip
+    ("alone", "steepness", "alpha", "limit"),
+    [(1.1, 60, 0.75, 0.3), (1.1, 60, 0.75, 0.15), (7, 200, 1.2, 0.3), (0.3, 30, 0.6, 0.1)],
+)
 @pytest.mark.parametrize("start", [0.02, 0.5])
 def test_forgetting_that_answers_late_is_held_without_oscillation(
     answer, alone, steepness, alpha, limit, start
 ):
-    """A plant that goes a part of the way to what the published law says of its share, at each evaluation."""
+    """A plant that goes a part of the way to what the published law says of its share, at each
+    evaluation.
+    """
     settings = Controller(controller="forgetting", limit=limit, most=0.9)
     forgetting, share, earlier, seen = 0.0, start, [], []
     for step in range(1, 50):
@@ -153,10 +167,16 @@ def test_a_rule_of_ones_own_decides_by_what_it_is_given(rule, as_module):
     [
         ("remembers", "must depend on what it is given alone"),
         ("says", "'a lot' for the share of web after step 10, must be a finite number"),
-        ("too_much", "gives 0.7 for the share of web after step 10, must be between least = 0.01 and most = 0.5"),
+        (
+            "too_much",
+            (
+                "gives 0.7 for the share of web after step 10, must be between least = 0.01 and"
+                " most = 0.5"
+            ),
+        ),
         ("fails", "failed on the share of web after step 10: KeyError: 'nobody'"),
     ],
-)  # fmt: skip
+)
 def test_a_rule_that_cannot_be_followed_is_named(rule, function, said):
     own = rule_of(Controller(controller=f"{rule}:{function}"), ("web",))
     with pytest.raises(BigmixError, match=said.replace("(", r"\(")):
@@ -175,22 +195,49 @@ TABLE = "sources.web.share={controller: forgetting, limit: 0.02"
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ([f"{TABLE}}}", "train.evaluate_every=0"], "train.evaluate_every is 0; set train.evaluate_every=50"),
-        ([f"{TABLE}}}", "sources.web.held_out=null", "sources.code.held_out=null"], "no replay source has a held-out set"),
-        ([f"{TABLE}, held_out: [moon]}}"], "held_out names moon; known held-out sets are: web, code"),
-        ([f"{TABLE}, start: 0.6}}"], "least 0.01, start 0.6 and most 0.5; they must not fall in this order"),
+        (
+            [f"{TABLE}}}", "train.evaluate_every=0"],
+            "train.evaluate_every is 0; set train.evaluate_every=50",
+        ),
+        (
+            [f"{TABLE}}}", "sources.web.held_out=null", "sources.code.held_out=null"],
+            "no replay source has a held-out set",
+        ),
+        (
+            [f"{TABLE}, held_out: [moon]}}"],
+            "held_out names moon; known held-out sets are: web, code",
+        ),
+        (
+            [f"{TABLE}, start: 0.6}}"],
+            "least 0.01, start 0.6 and most 0.5; they must not fall in this order",
+        ),
         ([f"{TABLE}, start: [[0, 0.1]]}}"], "sources.web.share.start is [[0, 0.1]]"),
         ([f"{TABLE}, limt: 3}}"], "did you mean limit?"),
         (["sources.web.share={controller: forgetting}"], "sources.web.share.limit is missing"),
-        (["sources.web.share={controller: forgeting, limit: 1}"], "it must be forgetting, or a rule of your own"),
-        ([f"sources.chat.share={TABLE[18:]}}}"], "chat is a task source; put the controller on replay"),
-        ([f"{TABLE}}}", f"sources.code.share={TABLE[18:]}}}"], "together they may come to 1 of the rows outside of groups"),
-        ([f"{TABLE}}}", "groups={old: {share: 1}}", "sources.web.group=old"], "all shares in group old have a controller"),
+        (
+            ["sources.web.share={controller: forgeting, limit: 1}"],
+            "it must be forgetting, or a rule of your own",
+        ),
+        (
+            [f"sources.chat.share={TABLE[18:]}}}"],
+            "chat is a task source; put the controller on replay",
+        ),
+        (
+            [f"{TABLE}}}", f"sources.code.share={TABLE[18:]}}}"],
+            "together they may come to 1 of the rows outside of groups",
+        ),
+        (
+            [f"{TABLE}}}", "groups={old: {share: 1}}", "sources.web.group=old"],
+            "all shares in group old have a controller",
+        ),
         (["sources.web.share={controller: 'no.py:rule'}"], "no.py cannot be imported"),
         (["sources.web.share={controller: 'math:rule'}"], "math has no function rule"),
-        ([f"{TABLE}}}", "sources.web.loss_share={controller: forgetting}"], "sources.web.loss_share is a table"),
+        (
+            [f"{TABLE}}}", "sources.web.loss_share={controller: forgetting}"],
+            "sources.web.loss_share is a table",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_controller_that_cannot_work_is_refused_before_the_run(overrides, said):
     assert any(said in fault for fault in faults(*BASE, *overrides))
 
@@ -218,7 +265,11 @@ def test_a_decided_share_is_a_fraction_and_the_others_divide_the_rest_in_their_r
 
 
 def test_a_group_is_controlled_as_a_whole_and_loss_shares_stay_apart():
-    group = ["groups={old: {share: {controller: forgetting, limit: 0.02}}}", "sources.web.group=old", "sources.code.group=old"]  # fmt: skip
+    group = [
+        "groups={old: {share: {controller: forgetting, limit: 0.02}}}",
+        "sources.web.group=old",
+        "sources.code.group=old",
+    ]
     recipe, inputs = opened(
         *BASE, *group, "sources.web.share=3", "sources.code.share=1", "sources.chat.loss_share=0.5"
     )
@@ -232,14 +283,19 @@ def test_a_group_is_controlled_as_a_whole_and_loss_shares_stay_apart():
 
 
 def test_two_controllers_side_by_side_leave_the_rest_to_the_others():
-    two = [f"sources.{n}.share={{controller: forgetting, limit: 0.02, most: 0.4}}" for n in ("web", "code")]  # fmt: skip
+    two = [
+        f"sources.{n}.share={{controller: forgetting, limit: 0.02, most: 0.4}}"
+        for n in ("web", "code")
+    ]
     recipe, inputs = opened(*BASE, *two)
     later, _ = after(recipe, inputs, EVERY, {"web": 0.2, "code": 0.05})
     assert later.shares_of_step(9).rows == pytest.approx({"web": 0.2, "code": 0.05, "chat": 0.75})
 
 
 def test_small_shares_are_met_over_many_decisions_and_each_row_comes_in_its_turn():
-    """With shares below a row per decision, rows that each decision rounds away would never come."""
+    """With shares below a row per decision, rows that each decision rounds away would never
+    come.
+    """
     recipe, inputs = opened(
         *HELD, "sources.code.share=0.02", "sources.chat.share=1", "budget.steps=200"
     )
@@ -316,7 +372,9 @@ def test_a_budget_of_task_tokens_has_more_steps_where_the_share_rises():
     later, _ = after(recipe, inputs, EVERY, {"web": 0.5})
     portion = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
     tokens = sum(step_batch(inputs.plan, portion, k).tokens["chat"] for k in range(1, EVERY + 1))
-    tokens += sum(step_batch(later.plan, portion, k).tokens["chat"] for k in range(EVERY + 1, later.steps + 1))  # fmt: skip
+    tokens += sum(
+        step_batch(later.plan, portion, k).tokens["chat"] for k in range(EVERY + 1, later.steps + 1)
+    )
     assert inputs.steps < later.steps == pytest.approx(1.5 * inputs.steps, rel=0.2)
     assert tokens == pytest.approx(9000, abs=600)
 

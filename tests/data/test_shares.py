@@ -26,7 +26,9 @@ def here(data, monkeypatch):
 
 
 def row_by_row(capacities, rows):
-    """The slow, obvious way: each row comes from the source that has given least, of those with a row left."""
+    """The slow, obvious way: each row comes from the source that has given least, of those with a
+    row left.
+    """
     given = dict.fromkeys(capacities, 0)
     for _ in range(rows):
         able = [name for name in given if given[name] < capacities[name]]
@@ -36,7 +38,10 @@ def row_by_row(capacities, rows):
     return given
 
 
-@given(st.dictionaries(st.text(max_size=3), st.integers(0, 60), min_size=1, max_size=6), st.integers(0, 200))  # fmt: skip
+@given(
+    st.dictionaries(st.text(max_size=3), st.integers(0, 60), min_size=1, max_size=6),
+    st.integers(0, 200),
+)
 def test_rows_are_divided_as_one_by_one(capacities, rows):
     fast, slow = unimax(capacities, rows), row_by_row(capacities, rows)
     assert sum(fast.values()) == sum(slow.values()) == min(rows, sum(capacities.values()))
@@ -64,7 +69,11 @@ def test_with_room_enough_shares_are_even():
 @pytest.mark.parametrize("budget", ["{total_tokens: 12000}", "{task_tokens: 5000}", "{steps: 40}"])
 @pytest.mark.parametrize("lengths", ["64", "[[0, 32], [9, 64]]"])
 def test_no_source_passes_its_epochs_under_any_budget(budget, lengths):
-    more = [f"budget={budget}", f"sequence_length={lengths}", "groups.old.share=[[0, 1], [20, 0.3]]"]  # fmt: skip
+    more = [
+        f"budget={budget}",
+        f"sequence_length={lengths}",
+        "groups.old.share=[[0, 1], [20, 0.3]]",
+    ]
     inputs = opened(*GROUP, *of(3), *more)[1]
     epochs = inputs.plan.epochs(inputs.steps)
     assert epochs["code"] <= 3 and epochs["web"] <= 3

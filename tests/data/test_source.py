@@ -34,7 +34,9 @@ KINDS = ("text", "chat")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Sources of each kind with four shards, one with many small shards, and one with many blocks."""
+    """Sources of each kind with four shards, one with many small shards, and one with many
+    blocks.
+    """
     top = tmp_path_factory.mktemp("data")
     for seed, kind in enumerate(KINDS):
         write_source(top / kind, kind, seed=seed, shards=4)
@@ -105,10 +107,18 @@ def test_the_same_rows_come_from_everywhere(data, server, bucket, tmp_path, kind
 def test_faults_of_the_server_change_no_row(data, server, tmp_path, kind, ranges):
     server.faults.extend(
         [
-            ("status", 500, {}), ("truncate", 30), ("reset", 100), None,
-            ("stall", 200), ("reset", 0), ("truncate", 700), ("status", 503, {}), None, ("reset", 900),
+            ("status", 500, {}),
+            ("truncate", 30),
+            ("reset", 100),
+            None,
+            ("stall", 200),
+            ("reset", 0),
+            ("truncate", 700),
+            ("status", 503, {}),
+            None,
+            ("reset", 900),
         ]
-    )  # fmt: skip
+    )
     remote = stream_of(depot_at(tmp_path, ranges=ranges), f"{server.url}/{kind}")
     assert rows_of(remote) == rows_of(stream_of(depot_at(tmp_path), str(data / kind)))
     assert not server.faults
@@ -133,10 +143,15 @@ def test_a_brace_pattern_selects_shards(data, server, tmp_path, kind, where):
     for index in range(2):
         count = Counter(row_id.shard for row_id in stream.in_shard_order())[index]
         assert count == Counter(row_id.shard for row_id in everything.in_shard_order())[index + 1]
-        found, expected = (s.rows(shard, np.arange(count)) for s, shard in ((stream, index), (everything, index + 1)))  # fmt: skip
+        found, expected = (
+            s.rows(shard, np.arange(count))
+            for s, shard in ((stream, index), (everything, index + 1))
+        )
         assert b"".join(found.pieces) == b"".join(expected.pieces)
         assert found.lengths_K.tolist() == expected.lengths_K.tolist()
-    assert {path for path in downloads(server) if "00001" not in path and "00002" not in path} == set()  # fmt: skip
+    assert {
+        path for path in downloads(server) if "00001" not in path and "00002" not in path
+    } == set()
 
 
 def test_a_pattern_that_names_other_shards_is_refused(data, server):
@@ -367,7 +382,10 @@ def test_a_small_cache_fetches_a_shard_once_for_each_time_it_is_opened(
     assert inputs.depot.unforeseen == 0
     portion = Portion(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
     stages = inputs.plan.gathered(portion, first=1, last=inputs.steps)
-    opens = Counter(s.location.url(s.manifest.shards[i].file) for s, i in needed_in_order(stages, inputs.sources, num_shards(inputs)))  # fmt: skip
+    opens = Counter(
+        s.location.url(s.manifest.shards[i].file)
+        for s, i in needed_in_order(stages, inputs.sources, num_shards(inputs))
+    )
     assert all(count <= opens[remote.url + path] for path, count in downloads(remote).items())
     assert 2 <= max(opens.values()) < 10
 
@@ -383,7 +401,10 @@ def test_a_cache_that_may_be_too_small_is_told_before_the_run(remote):
 )
 def test_the_order_ends_where_all_shards_are_open(mixed, tmp_path, monkeypatch, bad):
     monkeypatch.chdir(tmp_path)
-    few = {"web": f"{mixed}/web/shard-{{00000..00003}}.tar", "chat": f"{mixed}/chat/shard-{{00000..00003}}.tar"}  # fmt: skip
+    few = {
+        "web": f"{mixed}/web/shard-{{00000..00003}}.tar",
+        "chat": f"{mixed}/chat/shard-{{00000..00003}}.tar",
+    }
     inputs = opened(mixed, *(f"sources.{name}.path={path}" for name, path in few.items()))
     inputs = inputs.with_quarantine(Quarantine(first_steps=bad))
     portion = Portion(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
@@ -439,7 +460,9 @@ def test_a_tokenizer_is_copied_once_and_whole(prepared, remote, tmp_path, where)
     depot, source = depot_at(tmp_path), read_source(path, FAST)
     folder = depot.tokenizer_folder(source)
     local = prepared / "texts" / "tokenizer"
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in local.iterdir()}  # fmt: skip
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in local.iterdir()
+    }
     before = len(remote.requests)
     assert depot.tokenizer_folder(source) == folder and len(remote.requests) == before
     assert [p.name for p in folder.parent.iterdir() if p.is_dir()] == [folder.name]
@@ -457,5 +480,9 @@ def test_the_commands_show_remote_sources_as_local_ones(prepared, remote, capsys
     text = RECIPE.replace("sources:", "sources: #")
     lines = [line for line in text.format(at="x", length=64).splitlines() if "chat:" not in line]
     Path("recipe.yaml").write_text("\n".join(lines).replace("role: replay", "role: task"))
-    for words in (("preview", "--step", "2", "--plain"), ("rows", "--step", "2"), ("plan", "--gpu", "cpu", "--json")):  # fmt: skip
+    for words in (
+        ("preview", "--step", "2", "--plain"),
+        ("rows", "--step", "2"),
+        ("plan", "--gpu", "cpu", "--json"),
+    ):
         assert said(remote.url, *words) == said(prepared, *words)

@@ -1,4 +1,6 @@
-"""A stream finds any row at once, gives each row once an epoch, and the same rows to any number of ranks."""
+"""A stream finds any row at once, gives each row once an epoch, and the same rows to any number of
+ranks.
+"""
 
 from dataclasses import replace
 
@@ -290,9 +292,18 @@ def simulated(shards):
     texts = {name: np.full(shards, b"0") for name in ("file", "sha256", "blocks_check")}
     tokenizer = TokenizerEntry(name="t", fingerprint="f", vocab_size=9, bos_id=None, eos_id=0)
     manifest = Manifest(
-        kind="text", dtype="uint16", tokenizer=tokenizer, template=None, read=1, dropped={},
-        documents=1, tokens=1, loss_tokens=1, loss_bytes=1, shards=ShardTable(columns | texts),
-    )  # fmt: skip
+        kind="text",
+        dtype="uint16",
+        tokenizer=tokenizer,
+        template=None,
+        read=1,
+        dropped={},
+        documents=1,
+        tokens=1,
+        loss_tokens=1,
+        loss_bytes=1,
+        shards=ShardTable(columns | texts),
+    )
     return Stream("web", manifest, dict, Packer(row_tokens=2048), lengths=None, seed=0)
 
 

@@ -1,4 +1,6 @@
-"""Every number of an evaluation is that of a plain loop over documents, on any number of ranks, in a run and outside."""
+"""Every number of an evaluation is that of a plain loop over documents, on any number of ranks, in
+a run and outside.
+"""
 
 import json
 import math
@@ -100,9 +102,12 @@ def test_a_run_evaluates_as_the_command_does_on_its_export(data, run):
     assert first == close_to(whole_line(data, "base", "base")) | {"step": 0, "eval": True}
     done = subprocess.run(
         [sys.executable, "-m", "bigmix.commands", "evaluate", "recipe.yaml", "--ranks", "1"],
-        cwd=data, env=os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=data,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     found = evaluated(data / "run/evaluation")
     assert found["command"] == "bigmix evaluate recipe.yaml --ranks 1"

@@ -1,4 +1,6 @@
-"""The fused loss equals dense cross entropy in value, in its sums and in all its gradients, and never holds T x V."""
+"""The fused loss equals dense cross entropy in value, in its sums and in all its gradients, and
+never holds T x V.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -47,12 +49,15 @@ class Case:
             tensor.grad = None
         itemsize = self.head.dtype.itemsize * (1 if self.reference is None else 2)
         value, sums = mixed_loss(
-            self.hidden, self.head, self.bias, self.tokens,
-            rule=self.rule, terms=self.terms, reference=self.reference,
-            computing=Computing(
-                backend=self.backend, chunk_bytes=rows * itemsize * len(self.head)
-            ),
-        )  # fmt: skip
+            self.hidden,
+            self.head,
+            self.bias,
+            self.tokens,
+            rule=self.rule,
+            terms=self.terms,
+            reference=self.reference,
+            computing=Computing(backend=self.backend, chunk_bytes=rows * itemsize * len(self.head)),
+        )
         (value * factor).backward()
         return value.detach(), GroupSums.of(sums), [t.grad for t in self.leaves()]
 
@@ -66,10 +71,21 @@ def backend(request):
 
 
 def case(
-    kept=50, positions=70, dtype=torch.float32, scale=1.0, seed=0, bias=True, anchored=None,
-    hidden=HIDDEN, vocabulary=VOCABULARY, groups=GROUPS, **changes,
-):  # fmt: skip
-    """Random inputs: `kept` loss tokens anywhere among `positions`, the first `anchored` of them with a reference."""
+    kept=50,
+    positions=70,
+    dtype=torch.float32,
+    scale=1.0,
+    seed=0,
+    bias=True,
+    anchored=None,
+    hidden=HIDDEN,
+    vocabulary=VOCABULARY,
+    groups=GROUPS,
+    **changes,
+):
+    """Random inputs: `kept` loss tokens anywhere among `positions`, the first `anchored` of them
+    with a reference.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape, times=1.0):
@@ -150,8 +166,9 @@ def assert_equal(found, expected, factor=1.0, within=2e-6):
 
 @pytest.mark.parametrize("kept", [1, 7, 64, 203])
 @pytest.mark.parametrize(
-    "rule", [PLAIN, LogitRule(softcap=3.0), LogitRule(scale=0.25), LogitRule(scale=2.0, softcap=5.0)]
-)  # fmt: skip
+    "rule",
+    [PLAIN, LogitRule(softcap=3.0), LogitRule(scale=0.25), LogitRule(scale=2.0, softcap=5.0)],
+)
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("anchored", [None, 0, 0.4, 1.0])
 def test_the_loss_and_its_gradients_equal_a_dense_reference(kept, rule, with_bias, anchored):
@@ -179,17 +196,28 @@ def test_each_backend_gives_the_dense_result(backend, kept, rule, anchored):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    kept=st.integers(0, 90), spare=st.integers(0, 40), vocabulary=st.integers(2, 300),
-    hidden=st.integers(1, 40), groups=st.integers(1, 5), rows=st.integers(16, 64),
-    anchored=st.floats(0, 1), seed=st.integers(0, 99),
-)  # fmt: skip
+    kept=st.integers(0, 90),
+    spare=st.integers(0, 40),
+    vocabulary=st.integers(2, 300),
+    hidden=st.integers(1, 40),
+    groups=st.integers(1, 5),
+    rows=st.integers(16, 64),
+    anchored=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
 def test_any_sizes_give_the_dense_result(
     kept, spare, vocabulary, hidden, groups, rows, anchored, seed
 ):
     inputs = case(
-        kept, kept + spare, hidden=hidden, vocabulary=vocabulary, groups=groups, seed=seed,
-        anchored=int(anchored * kept), terms=Terms(label_smoothing=0.2, z_loss=1e-3),
-    )  # fmt: skip
+        kept,
+        kept + spare,
+        hidden=hidden,
+        vocabulary=vocabulary,
+        groups=groups,
+        seed=seed,
+        anchored=int(anchored * kept),
+        terms=Terms(label_smoothing=0.2, z_loss=1e-3),
+    )
     # Sure tokens leave gradients of p - 1 that are nearly 0, so with many zeros behind the point.
     assert_equal(inputs.run(rows), dense(inputs), within=2e-4)
 
@@ -237,9 +265,12 @@ def test_the_order_of_the_tokens_changes_rounding_alone():
     order = torch.randperm(64, generator=torch.Generator().manual_seed(7))
     t = inputs.tokens
     shuffled = replace(
-        t, positions_N=t.positions_N[order], labels_N=t.labels_N[order],
-        groups_N=t.groups_N[order], coefficients_N=t.coefficients_N[order],
-    )  # fmt: skip
+        t,
+        positions_N=t.positions_N[order],
+        labels_N=t.labels_N[order],
+        groups_N=t.groups_N[order],
+        coefficients_N=t.coefficients_N[order],
+    )
     assert_equal(replace(inputs, tokens=shuffled).run(16), expected)
 
 
@@ -291,7 +322,9 @@ def test_the_head_gradient_in_bf16_does_not_drift_with_the_number_of_chunks():
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most fp32 elements of any memory that an operation makes; `given` tensors are not made."""
+    """The most fp32 elements of any memory that an operation makes; `given` tensors are not
+    made.
+    """
 
     def __init__(self, *given):
         super().__init__()
@@ -403,9 +436,14 @@ def test_chunks_take_each_token_once_and_are_never_too_large():
 
 def test_a_chunk_is_an_eighth_of_the_gradients_or_what_is_given():
     sizes = LossShape(
-        tokens=4096, hidden=512, vocabulary=128256, hidden_bytes=4, logit_bytes=4,
-        device_type="cpu", device_bytes=0,
-    )  # fmt: skip
+        tokens=4096,
+        hidden=512,
+        vocabulary=128256,
+        hidden_bytes=4,
+        logit_bytes=4,
+        device_type="cpu",
+        device_bytes=0,
+    )
     gradients = 4 * 512 * (128256 + 4096)
     assert chunk_tokens(sizes) == gradients // 8 // (4 * 128256)
     # 8 MiB are never too much.
@@ -439,9 +477,11 @@ def test_what_does_not_fit_together_is_refused():
 @pytest.mark.parametrize("rule", [PLAIN, LogitRule(scale=0.5, softcap=8.0)])
 def test_a_backend_that_computes_something_else_is_refused(dtype, rule):
     options = {
-        "rule": rule, "terms": Terms(label_smoothing=0.1, z_loss=1e-3), "dtype": dtype,
+        "rule": rule,
+        "terms": Terms(label_smoothing=0.1, z_loss=1e-3),
+        "dtype": dtype,
         "device": torch.device("cpu"),
-    }  # fmt: skip
+    }
     for mode in ("accumulate", "recompute"):
         check_computing(Computing(backend=torch_rows, head_gradient=mode), **options)
 
@@ -476,14 +516,24 @@ def test_the_backend_is_chosen_by_the_device_and_can_be_forced(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_ways_to_the_head_gradient_give_it(mode, dtype):
     inputs = case(
-        203, 230, dtype=dtype, anchored=77, rule=LogitRule(scale=0.5, softcap=5.0),
+        203,
+        230,
+        dtype=dtype,
+        anchored=77,
+        rule=LogitRule(scale=0.5, softcap=5.0),
         terms=Terms(label_smoothing=0.1, z_loss=1e-3),
-    )  # fmt: skip
+    )
     computing = Computing(backend=torch_rows, chunk_bytes=32 * 4 * 101, head_gradient=mode)
     value, _ = mixed_loss(
-        inputs.hidden, inputs.head, inputs.bias, inputs.tokens,
-        rule=inputs.rule, terms=inputs.terms, reference=inputs.reference, computing=computing,
-    )  # fmt: skip
+        inputs.hidden,
+        inputs.head,
+        inputs.bias,
+        inputs.tokens,
+        rule=inputs.rule,
+        terms=inputs.terms,
+        reference=inputs.reference,
+        computing=computing,
+    )
     value.backward()
     exact = dense(inputs)
     within = 2e-6 if dtype == torch.float32 else 6e-3

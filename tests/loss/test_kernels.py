@@ -1,7 +1,7 @@
 """The kernel for the rows of a chunk gives what torch_rows gives, and what autograd gives in fp64.
 
-Without a GPU it runs in triton's interpreter (see conftest), which shows neither races nor registers; on one, for
-real.
+Without a GPU it runs in triton's interpreter (see conftest), which shows neither races nor
+registers; on one, for real.
 """
 
 from functools import partial
@@ -20,14 +20,20 @@ import triton.language as tl  # noqa: E402
 from bigmix.loss import triton_kernel as kernels  # noqa: E402
 from bigmix.loss.triton_kernel import triton_rows  # noqa: E402
 
-# Behind a row's end, and where the other of two formulas is chosen, what the interpreter computes may overflow.
+# Behind a row's end, and where the other of two formulas is chosen, what the interpreter computes
+# may overflow.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN, CAPPED = LogitRule(), LogitRule(scale=0.5, softcap=4.0)
 ALL_TERMS = Terms(label_smoothing=0.1, z_loss=1e-3, entropy=True)
-# The interpreter cuts fp32 to bf16 where a GPU rounds: errors up to a whole step instead of half of one.
-ROUNDING = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 8e-3 if DEVICE == "cpu" else 4e-3}  # fmt: skip
+# The interpreter cuts fp32 to bf16 where a GPU rounds: errors up to a whole step instead of half of
+# one.
+ROUNDING = {
+    torch.float32: 1e-6,
+    torch.float16: 5e-4,
+    torch.bfloat16: 8e-3 if DEVICE == "cpu" else 4e-3,
+}
 
 ASKED = {
     "plain": {},
@@ -43,13 +49,31 @@ ASKED = {
     "all": {"bias": True, "rule": CAPPED, "terms": ALL_TERMS, "reference": LogitRule(softcap=3.0)},
 }
 # Vocabulary and block: less than one block, exactly one, several whole ones, several and a part.
-SHAPES = [(1, None), (2, None), (31, None), (1000, None), (1024, None), (1024, 256), (1000, 128), (4097, 1024)]  # fmt: skip
+SHAPES = [
+    (1, None),
+    (2, None),
+    (31, None),
+    (1000, None),
+    (1024, None),
+    (1024, 256),
+    (1000, 128),
+    (4097, 1024),
+]
 
 
 def chunk(
-    *, tokens=5, vocabulary=1000, dtype=torch.float32, gradient="in place", bias=False, rule=PLAIN,
-    terms=None, reference=None, spread=3.0, seed=0,
-):  # fmt: skip
+    *,
+    tokens=5,
+    vocabulary=1000,
+    dtype=torch.float32,
+    gradient="in place",
+    bias=False,
+    rule=PLAIN,
+    terms=None,
+    reference=None,
+    spread=3.0,
+    seed=0,
+):
     """The same work for the same arguments: a backend overwrites what it is given."""
     draw = torch.Generator().manual_seed(seed)
 
@@ -89,7 +113,9 @@ def logits_of(outputs, work):
 
 
 def dense(work):
-    """The slow obvious way, in fp64: statistics [C, COLUMNS] and d objective / d outputs by autograd."""
+    """The slow obvious way, in fp64: statistics [C, COLUMNS] and d objective / d outputs by
+    autograd.
+    """
     outputs = work.outputs_CV.double().requires_grad_()
     logits, labels, eps = logits_of(outputs, work), work.labels_C, work.terms.label_smoothing
     log_p = logits.log_softmax(1)
@@ -135,7 +161,8 @@ def check(block, **asked):
         assert torch.equal(work.outputs_CV, chunk(**asked).outputs_CV)
         return
     rounding = ROUNDING[work.gradient_CV.dtype]
-    # Where V = 1 all but the z-loss cancels out, and what is left of the coefficients is their rounding.
+    # Where V = 1 all but the z-loss cancels out, and what is left of the coefficients is their
+    # rounding.
     size = gradient if work.gradient_CV.shape[1] > 1 else work.coefficients_C
     assert error(work.gradient_CV, gradient, size) < rounding
     assert error(work.gradient_CV, by_torch.gradient_CV, size) < 2 * rounding
@@ -189,9 +216,15 @@ def test_rows_may_lie_apart(block):
     wide[:, :1000] = work.outputs_CV
     part = wide[:, :1000]
     strided = ChunkWork(
-        outputs_CV=part, gradient_CV=part, bias_V=None, labels_C=work.labels_C,
-        coefficients_C=work.coefficients_C, rule=PLAIN, terms=Terms(), reference=None,
-    )  # fmt: skip
+        outputs_CV=part,
+        gradient_CV=part,
+        bias_V=None,
+        labels_C=work.labels_C,
+        coefficients_C=work.coefficients_C,
+        rule=PLAIN,
+        terms=Terms(),
+        reference=None,
+    )
     triton_rows(strided, block=block)
     triton_rows(expected, block=block)
     assert torch.equal(part, expected.gradient_CV) and (wide[:, 1000:] == 7).all()
@@ -288,9 +321,13 @@ def test_the_loss_is_the_same_by_both_backends():
     for backend in (torch_rows, triton_rows, partial(triton_rows, block=32)):
         leaves = [t.clone().requires_grad_() for t in (hidden, head, bias)]
         value, sums = mixed_loss(
-            *leaves, tokens, rule=CAPPED, terms=ALL_TERMS, reference=reference,
+            *leaves,
+            tokens,
+            rule=CAPPED,
+            terms=ALL_TERMS,
+            reference=reference,
             computing=Computing(backend=backend, chunk_bytes=16 * 4 * 101),
-        )  # fmt: skip
+        )
         value.backward()
         results.append([value.detach(), sums, *(leaf.grad for leaf in leaves)])
     for found in results[1:]:

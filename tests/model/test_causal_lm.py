@@ -1,4 +1,6 @@
-"""On every family of models documents stay apart and the loss is the model's own; what breaks that is refused."""
+"""On every family of models documents stay apart and the loss is the model's own; what breaks that
+is refused.
+"""
 
 import json
 from contextlib import contextmanager
@@ -32,10 +34,16 @@ CPU = torch.device("cpu")
 
 def make(family, attention="eager", dtype="fp32", **changes):
     model = build(
-        read_config(None, FAMILIES[family] | changes), None, dtype=dtype, attention=attention,
-        activation_checkpointing=False, terms=Terms(), computing=Computing(backend=torch_rows, chunk_bytes=1 << 16), seed=0,
+        read_config(None, FAMILIES[family] | changes),
+        None,
+        dtype=dtype,
+        attention=attention,
+        activation_checkpointing=False,
+        terms=Terms(),
+        computing=Computing(backend=torch_rows, chunk_bytes=1 << 16),
+        seed=0,
         construction=sharded_construction({}),
-    )  # fmt: skip
+    )
     return model.eval()
 
 
@@ -154,7 +162,8 @@ def test_flops_equal_those_that_torch_counts(family):
     with FlopCounterMode(display=False) as counter:
         model.lm(input_ids=torch.zeros(1, length, dtype=torch.long)).logits.sum().backward()
     cost = cost_of(model.lm)
-    # torch counts both triangles of the attention matrix, and no gradient towards the embeddings' input.
+    # torch counts both triangles of the attention matrix, and no gradient towards the embeddings'
+    # input.
     full = cost.of_step(length, length, 2 * length**2)
     assert counter.get_total_flops() == pytest.approx(full, rel=0.02)
 
@@ -183,11 +192,20 @@ def test_an_export_gives_the_logits_of_the_engine(ranks, stage, dtype, families,
     file = tmp_path / "ds.json"
     keys = {"overlap_comm": False, "stage3_param_persistence_threshold": 100}
     file.write_text(
-        json.dumps({"zero_force_ds_cpu_optimizer": False, "zero_optimization": {"stage": stage, **(keys if stage == 3 else {})}})
-    )  # fmt: skip
+        json.dumps(
+            {
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_optimization": {"stage": stage, **(keys if stage == 3 else {})},
+            }
+        )
+    )
     arguments = {
-        "folder": str(tmp_path), "families": families, "file": str(file), "dtype": dtype, "shard_bytes": 20_000,
-    }  # fmt: skip
+        "folder": str(tmp_path),
+        "families": families,
+        "file": str(file),
+        "dtype": dtype,
+        "shard_bytes": 20_000,
+    }
     torch_name = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[dtype]
     for found in run_on_ranks("export_differences", ranks, tmp_path, arguments):
         assert set(found) == set(families)

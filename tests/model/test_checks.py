@@ -1,8 +1,10 @@
-"""Packing changes nothing: loss and gradient of packed rows are those of each document alone, on every backend.
+"""Packing changes nothing: loss and gradient of packed rows are those of each document alone, on
+every backend.
 
-Rows come the way a run's rows come: prepared source, stream, plan, step batch, tensors, the model's forward. The slow
-obvious way beside it: each document, or part of one, by itself through the model's own logits, with no positions, no
-packing and none of our loss; what is in its loss is known from how the corpus is made.
+Rows come the way a run's rows come: prepared source, stream, plan, step batch, tensors, the model's
+forward. The slow obvious way beside it: each document, or part of one, by itself through the
+model's own logits, with no positions, no packing and none of our loss; what is in its loss is known
+from how the corpus is made.
 """
 
 from dataclasses import replace
@@ -34,7 +36,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS, SEED = 3, 0
 EXACT = 1e-5  # relative, in fp32
 BF16 = 3e-2  # 8 bits of a number are 2 ** -8 = 0.4 % each time it is rounded
-# Not a multiple of what rows are padded to: each row has padding, and full rows of text a document that is cut.
+# Not a multiple of what rows are padded to: each row has padding, and full rows of text a document
+# that is cut.
 PACKERS = {
     "text": Packer(row_tokens=50, pad_to_multiple=16),
     "whole": Packer(row_tokens=50, pad_to_multiple=16, whole_below=30),
@@ -60,7 +63,9 @@ def plan(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(plan):
-    """What each family's documents give alone, made once: by eager attention, which has nothing to hide."""
+    """What each family's documents give alone, made once: by eager attention, which has nothing to
+    hide.
+    """
     return lru_cache(
         lambda family, **changes: losses_alone(make(family, "eager", **changes), batches(plan, 8))
     )
@@ -76,7 +81,9 @@ def one_thread():
 
 
 class Part:
-    """A part of a row: its tokens as they are in the batch, and which of them are in the loss, from the corpus."""
+    """A part of a row: its tokens as they are in the batch, and which of them are in the loss, from
+    the corpus.
+    """
 
     def __init__(self, plan, batch, index, document):
         ends = np.append(batch.starts_P, batch.ids_BT.size)
@@ -101,7 +108,8 @@ def parts_of(plan, portion, step):
                 stream = streams[part.source]
                 shard = stream._shard(int(shards_P[at]))
                 whole = int(shard.lengths[rows.documents_P[at]])
-                # tests/corpora.py: the second half of a chat is in the loss; it is never split, only cut at its end.
+                # tests/corpora.py: the second half of a chat is in the loss; it is never split,
+                # only cut at its end.
                 part.in_loss = (np.arange(whole) > whole // 2)[: len(part.ids)] & part.in_loss
             if part.is_padding:
                 part.in_loss = np.zeros(len(part.ids), bool)
@@ -120,9 +128,16 @@ def make(family, attention, dtype="fp32", **changes):
     spread = {"initializer_range": 0.15}
     built = "eager" if attention == "flash_attention_2" and DEVICE.type == "cpu" else attention
     model = build(
-        read_config(None, FAMILIES[family] | spread | changes), None, dtype=dtype, attention=built,
-        activation_checkpointing=False, terms=Terms(), computing=Computing(backend=torch_rows, chunk_bytes=1 << 14), seed=1, construction=torch.device("cpu"),
-    )  # fmt: skip
+        read_config(None, FAMILIES[family] | spread | changes),
+        None,
+        dtype=dtype,
+        attention=built,
+        activation_checkpointing=False,
+        terms=Terms(),
+        computing=Computing(backend=torch_rows, chunk_bytes=1 << 14),
+        seed=1,
+        construction=torch.device("cpu"),
+    )
     model.lm.config._attn_implementation = attention
     return model.to(DEVICE).train()
 
@@ -175,7 +190,9 @@ def differences(packed, alone):
 
 
 def test_the_rows_hold_all_that_is_claimed(plan):
-    """Without documents that are cut, padding, masks and short documents the tests below would prove less."""
+    """Without documents that are cut, padding, masks and short documents the tests below would
+    prove less.
+    """
     portion = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=4)
     parts = [part for _, parts in batches(plan, 4) for part in parts]
     documents = [part for part in parts if not part.is_padding]
@@ -287,7 +304,9 @@ def test_flash_attention_is_told_where_documents_begin(
 
 
 def test_a_model_that_looks_across_documents_would_be_seen(plan, alone):
-    """With a mask of ones, as many trainers give it, the same comparison is off by a thousand times its limit."""
+    """With a mask of ones, as many trainers give it, the same comparison is off by a thousand times
+    its limit.
+    """
     model = make("llama", "sdpa")
     body = model.lm.base_model
     model.hidden = lambda ids_BT, _: (

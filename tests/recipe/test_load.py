@@ -58,8 +58,16 @@ def test_all_faults_come_at_once_with_their_lines(tmp_path):
 
 @pytest.mark.parametrize(
     "key",
-    ["sources.web.share", "sources.web.max_epochs", "train.lr", "train.ema", "budget.steps", "rows_per_step", "seed"],
-)  # fmt: skip
+    [
+        "sources.web.share",
+        "sources.web.max_epochs",
+        "train.lr",
+        "train.ema",
+        "budget.steps",
+        "rows_per_step",
+        "seed",
+    ],
+)
 def test_a_truth_value_is_no_number(tmp_path, key):
     (fault,) = faults(tmp_path, GOOD, "budget={steps: 8}", f"{key}=true")
     assert f"{key} is True: it should be a number" in fault
@@ -160,20 +168,44 @@ def test_groups_temperatures_and_lengths_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("group: old}", "group: odl}", "sources.web.group is odl, which is no group; known are: old"),
-        ("{old: {share", "{gsm8k: {share: 1}, old: {share", "groups.gsm8k has the name of a source"),
+        (
+            "group: old}",
+            "group: odl}",
+            "sources.web.group is odl, which is no group; known are: old",
+        ),
+        (
+            "{old: {share",
+            "{gsm8k: {share: 1}, old: {share",
+            "groups.gsm8k has the name of a source",
+        ),
         ("{old: {share", "{x: {share: 1}, old: {share", "groups.x has no source in it"),
         ("{old: {", "{old: {group: old, ", "groups.old is inside itself"),
-        ("temperature: 0.5}, group: old, max", "temperature: 0.7}, group: old, max", "must have the same one"),
+        (
+            "temperature: 0.5}, group: old, max",
+            "temperature: 0.7}, group: old, max",
+            "must have the same one",
+        ),
         ("{temperature: 0.5}, group: old, max", "0.5, group: old, max", "must have the same one"),
-        ("{temperature: 0.5}, group: old, max", "{temprature: 0.5}, group: old, max", "did you mean temperature?"),
-        ("{temperature: 0.5}, group: old, max", "{temperature: -1}, group: old, max", "sources.code.share.temperature is -1"),
+        (
+            "{temperature: 0.5}, group: old, max",
+            "{temprature: 0.5}, group: old, max",
+            "did you mean temperature?",
+        ),
+        (
+            "{temperature: 0.5}, group: old, max",
+            "{temperature: -1}, group: old, max",
+            "sources.code.share.temperature is -1",
+        ),
         ("share: [[0, 0.2]", "share: [[0, -0.2]", "groups.old.share.0.1 is -0.2"),
-        ("{share: [[0, 0.2], [100, 0.1]]}", "{share: {temperature: 1}}", "must be a number or points"),
+        (
+            "{share: [[0, 0.2], [100, 0.1]]}",
+            "{share: {temperature: 1}}",
+            "must be a number or points",
+        ),
         ("sequence_length: 2048", "sequence_length: [[3, 2048]]", "the first must be 0"),
         ("max_epochs: 4", "max_epochs: 0", "sources.code.max_epochs is 0"),
     ],
-)  # fmt: skip
+)
 def test_each_fault_of_groups_and_lengths_is_named(tmp_path, old, new, said):
     assert old in GROUPED
     assert any(said in fault for fault in faults(tmp_path, GROUPED.replace(old, new, 1)))

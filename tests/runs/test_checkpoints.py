@@ -35,9 +35,10 @@ def on_ranks(function, ranks, folder, **arguments):
 def ds_config(folder, name):
     path = folder / f"{name}.json"
     keys = {
-        "data_types": {"grad_accum_dtype": "fp32"}, "zero_force_ds_cpu_optimizer": False,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"overlap_comm": False, **STAGES[name]},
-    }  # fmt: skip
+    }
     path.write_text(json.dumps(keys))
     return str(path)
 
@@ -93,7 +94,7 @@ def test_a_zero3_checkpoint_is_read_by_zero1(tmp_path):
         ("zero2", "fp32", "llama", 2, 1),
         ("zero1", "fp32", "llama", 2, 1),
     ],
-)  # fmt: skip
+)
 def test_an_average_is_that_of_the_dense_weights_also_over_a_resume(
     stage, dtype, family, wrote, reads, tmp_path
 ):
@@ -215,7 +216,9 @@ def test_the_files_are_safetensors_that_others_read(three_checkpoints):
 
 @pytest.mark.slow
 def test_a_whole_checkpoint_is_found_after_each_of_fifty_kills(tmp_path):
-    """kill -9 of one rank or of all at random moments while checkpoints are written one after another."""
+    """kill -9 of one rank or of all at random moments while checkpoints are written one after
+    another.
+    """
     command = [sys.executable, "-m", "support.kills", str(tmp_path), "50"]
     done = subprocess.run(
         command, env=environment(0, 1, 0), capture_output=True, text=True, check=True

@@ -51,8 +51,17 @@ class Page:
         """Show a file as wide as asked, on light or dark paper."""
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)  # fmt: skip
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])  # fmt: skip
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
         self.call("Page.navigate", url=file.as_uri())
         deadline = time.monotonic() + _ANSWER_S
         while self.value("document.readyState + location.protocol") != "completefile:":
@@ -77,12 +86,22 @@ def browser(folder: Path) -> Iterator[Page]:
     program = find_browser()
     assert program is not None
     process = subprocess.Popen(
-        [program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0",
-         "--no-first-run", "--disable-background-networking", "--remote-allow-origins=*", f"--user-data-dir={folder}",
-         "about:blank"],
+        [
+            program,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-port=0",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--remote-allow-origins=*",
+            f"--user-data-dir={folder}",
+            "about:blank",
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     try:
         socket = create_connection(_address(folder, process), timeout=_ANSWER_S)
         try:
@@ -95,7 +114,9 @@ def browser(folder: Path) -> Iterator[Page]:
 
 
 def _address(folder: Path, process: "subprocess.Popen[bytes]") -> str:
-    """The browser writes its port into its profile once it listens; its first page is asked of it there."""
+    """The browser writes its port into its profile once it listens; its first page is asked of it
+    there.
+    """
     file = folder / "DevToolsActivePort"
     deadline = time.monotonic() + _START_S
     while not (file.exists() and len(file.read_text().splitlines()) == 2):

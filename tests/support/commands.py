@@ -1,4 +1,6 @@
-"""Commands of bigmix in the process of a test: a process of their own would import for longer than most of them run."""
+"""Commands of bigmix in the process of a test: a process of their own would import for longer than
+most of them run.
+"""
 
 import io
 import os

@@ -1,4 +1,6 @@
-"""Two small models, sources that they are evaluated on, and what a plain loop of transformers finds on them."""
+"""Two small models, sources that they are evaluated on, and what a plain loop of transformers finds
+on them.
+"""
 
 import json
 import math
@@ -74,10 +76,14 @@ def _make_models(folder: Path, tokenizer: Path) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=ROW,
+            vocab_size=400,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=ROW,
         )
-    )  # fmt: skip
+    )
     documents = [ids for name in ("text", "chat") for ids, _ in stored(folder / name)]
     adam = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for name, steps in (("base", 60), ("tuned", 160)):
@@ -112,7 +118,9 @@ def last_words(texts: list[str]) -> list[slice | None]:
 
 
 def by_loop(folder: Path, name: str, model: str, base: str) -> dict[str, np.ndarray]:
-    """Sums of each document, one at a time and unpacked: `tokens, nll, hits, kl, words, word_hits`."""
+    """Sums of each document, one at a time and unpacked: `tokens, nll, hits, kl, words,
+    word_hits`.
+    """
     models = [AutoModelForCausalLM.from_pretrained(folder / path) for path in (model, base)]
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     said = {"text": TEXTS, "few": FEW, "chat": [f" {response}" for _, response in CHATS]}[name]
@@ -148,7 +156,9 @@ def by_loop(folder: Path, name: str, model: str, base: str) -> dict[str, np.ndar
 def obvious_intervals(
     source: str, measures: dict, documents: int
 ) -> dict[str, tuple[float, float]]:
-    """The interval of each measure, a function of the documents' numbers, by drawing documents again one by one."""
+    """The interval of each measure, a function of the documents' numbers, by drawing documents
+    again one by one.
+    """
     draws = np.random.default_rng(key_of("interval", source))
     values = {name: [] for name in measures}
     for _ in range(1000):
@@ -162,7 +172,9 @@ def obvious_intervals(
 
 
 def expected_line(folder: Path, name: str, source: str, model: str, base: str | None) -> dict:
-    """What an evaluation line must hold of a source: `name` is its folder, `source` what the recipe calls it."""
+    """What an evaluation line must hold of a source: `name` is its folder, `source` what the recipe
+    calls it.
+    """
     now = by_loop(folder, name, model, base or model)
     before = by_loop(folder, name, base or model, base or model)
     manifest = read_manifest(str(folder / name))

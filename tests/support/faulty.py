@@ -1,6 +1,8 @@
-"""`launch/train.py` with a fault built in: `python faulty.py '{"nan": {"rank": 1, "steps": [5]}}' RECIPE.yaml ...`.
+"""`launch/train.py` with a fault built in: `python faulty.py '{"nan": {"rank": 1, "steps": [5]}}'
+RECIPE.yaml ...`.
 
-nan: the loss of the last micro-batch of a rank is not finite in these steps; spike: it is 30 times as large.
+nan: the loss of the last micro-batch of a rank is not finite in these steps; spike: it is 30 times
+as large.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""`launch/train.py` with an allocator that gives freed memory back at once, else what it keeps would count as in use."""
+"""`launch/train.py` with an allocator that gives freed memory back at once, else what it keeps
+would count as in use.
+"""
 
 import ctypes
 import sys

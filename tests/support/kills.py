@@ -1,4 +1,5 @@
-"""Kills ranks again and again while they save: `python -m support.kills FOLDER COUNT` writes what is found after each kill.
+"""Kills ranks again and again while they save: `python -m support.kills FOLDER COUNT` writes what
+is found after each kill.
 
 The ranks are forked from here, so that the libraries are imported once for all of them.
 """
@@ -62,9 +63,11 @@ def kill_once(folder, draw, everybody):
         os.waitpid(child, 0)
     found = newest_whole(folder, ONE)
     return {
-        "torn": found.torn, "newest": found.listed.position.step if found.listed else None,
-        "latest": int((folder / "latest").read_text()[5:]), "in_a_save": bool(list(folder.glob(".tmp-*"))),
-    }  # fmt: skip
+        "torn": found.torn,
+        "newest": found.listed.position.step if found.listed else None,
+        "latest": int((folder / "latest").read_text()[5:]),
+        "in_a_save": bool(list(folder.glob(".tmp-*"))),
+    }
 
 
 def main():

@@ -1,4 +1,6 @@
-"""Configurations of small models of the families that matter: tied and untied, learned positions, softcap."""
+"""Configurations of small models of the families that matter: tied and untied, learned positions,
+softcap.
+"""
 
 VOCABULARY = 96
 

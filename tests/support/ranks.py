@@ -1,4 +1,6 @@
-"""Starts real gloo processes from ones that have the libraries already: whole runs, or a function of tests/support/workers."""
+"""Starts real gloo processes from ones that have the libraries already: whole runs, or a function
+of tests/support/workers.
+"""
 
 import functools
 import importlib
@@ -19,9 +21,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # What ranks import, and what transformers imports once a model is made.
 _IMPORTED = [
-    "support.workers.engines", "support.workers.checkpoints", "support.workers.tasks", "bigmix.commands.main", "bigmix.train.run", "bigmix.evaluation.standalone",
-    *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "gpt2", "gemma2")),
-]  # fmt: skip
+    "support.workers.engines",
+    "support.workers.checkpoints",
+    "support.workers.tasks",
+    "bigmix.commands.main",
+    "bigmix.train.run",
+    "bigmix.evaluation.standalone",
+    *(
+        f"transformers.models.{name}.modeling_{name}"
+        for name in ("llama", "qwen2", "gpt2", "gemma2")
+    ),
+]
 
 _NUMBERS = itertools.count()
 
@@ -46,7 +56,9 @@ def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 class Started:
-    """A process that was started here, as subprocess.Popen tells of one; what it says on either stream is one text."""
+    """A process that was started here, as subprocess.Popen tells of one; what it says on either
+    stream is one text.
+    """
 
     def __init__(self, work: Callable[..., None], environment: dict, folder: Path, **given) -> None:
         self._said = Path(_kept_folder().name) / f"{next(_NUMBERS)}.log"
@@ -102,11 +114,14 @@ def run_on_ranks(
     outputs = [folder / f"{function}-{ranks}-{rank}.json" for rank in range(ranks)]
     processes = [
         Started(
-            _be_worker, environment(rank, ranks, port), folder,
-            module=module, words=[function, json.dumps(arguments or {}), str(output)],
+            _be_worker,
+            environment(rank, ranks, port),
+            folder,
+            module=module,
+            words=[function, json.dumps(arguments or {}), str(output)],
         )
         for rank, output in enumerate(outputs)
-    ]  # fmt: skip
+    ]
     try:
         for process in processes:
             said, _ = process.communicate(timeout=300)
@@ -123,7 +138,9 @@ def _kept_folder() -> tempfile.TemporaryDirectory:
 
 
 def _starter():
-    """Starts processes that have torch, deepspeed and transformers already: their import takes longer than most tests."""
+    """Starts processes that have torch, deepspeed and transformers already: their import takes
+    longer than most tests.
+    """
     starter = multiprocessing.get_context("forkserver")
     starter.set_forkserver_preload(_IMPORTED)
     before = os.environ.get("PYTHONPATH")
@@ -145,7 +162,8 @@ def _begin(work, environment: dict, folder: Path, said: Path, **given) -> None:
     with said.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    # Here, as those who only start ranks need no torch; OMP_NUM_THREADS comes too late for one that is imported.
+    # Here, as those who only start ranks need no torch; OMP_NUM_THREADS comes too late for one that
+    # is imported.
     import torch
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))

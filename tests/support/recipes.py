@@ -9,7 +9,8 @@ from bigmix.runs.checkpoints import Position
 from bigmix.train.inputs import open_inputs
 
 RECIPE = """\
-model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
+model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64,
+                 num_hidden_layers: 2,
                  num_attention_heads: 4, max_position_embeddings: 64}}
 sequence_length: 64
 rows_per_step: 8
@@ -51,9 +52,14 @@ def position(recipe, inputs, step=AT):
     for name, count in inputs.plan.chapter.tokens.items():
         tokens[name] = tokens.get(name, 0) + count
     return Position(
-        step=step, report={"totals": {"tokens": tokens}}, recipe=plain(recipe), chapter=inputs.plan.chapter,
-        standing=inputs.plan.standing(step), content=inputs.content, quarantine=inputs.plan.quarantine,
-    )  # fmt: skip
+        step=step,
+        report={"totals": {"tokens": tokens}},
+        recipe=plain(recipe),
+        chapter=inputs.plan.chapter,
+        standing=inputs.plan.standing(step),
+        content=inputs.content,
+        quarantine=inputs.plan.quarantine,
+    )
 
 
 GOOD = """\

@@ -1,4 +1,6 @@
-"""Folders as finished runs leave them, with numbers that follow known formulas; nothing is trained."""
+"""Folders as finished runs leave them, with numbers that follow known formulas; nothing is
+trained.
+"""
 
 import json
 import math
@@ -43,7 +45,9 @@ class Recipe:
     replay: str = "books"
 
 
-def write_run(folder: Path, recipe: Recipe, numbers: Numbers, *, steps: int = STEPS, samples: bool = True) -> Path:  # fmt: skip
+def write_run(
+    folder: Path, recipe: Recipe, numbers: Numbers, *, steps: int = STEPS, samples: bool = True
+) -> Path:
     """A run of `gsm8k` and `banking77` with replay of `books`; `wiki` is only evaluated."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree(folder, recipe)))
@@ -62,9 +66,14 @@ def write_run(folder: Path, recipe: Recipe, numbers: Numbers, *, steps: int = ST
 def recipe_tree(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """As a run resolves it: a source without a share is evaluated only."""
     sources: dict[str, Any] = {
-        name: {"path": f"data/{name}", "role": "task", "share": (1 - recipe.share) / 2, "held_out": f"data/{name}-test"}
+        name: {
+            "path": f"data/{name}",
+            "role": "task",
+            "share": (1 - recipe.share) / 2,
+            "held_out": f"data/{name}-test",
+        }
         for name in ("gsm8k", "banking77")
-    }  # fmt: skip
+    }
     held_out = {"wiki": "data/wiki-test"}
     if recipe.share:
         sources[recipe.replay] = {
@@ -129,8 +138,11 @@ def evaluation(step: int, recipe: Recipe, numbers: Numbers, shift: float) -> dic
         for measure, value in measures.items():
             line |= {f"{measure}/{name}": value} | around(measure, name, value, 0.02 * value)
         line |= {f"held_out_tokens/{name}": 20_000, f"held_out_documents/{name}": 300}
-    scores = {"gsm8k/exact_match": numbers.exact_match + shift, "banking77/accuracy": numbers.accuracy + shift,
-              "banking77/macro_f1": numbers.accuracy - 0.06 + shift}  # fmt: skip
+    scores = {
+        "gsm8k/exact_match": numbers.exact_match + shift,
+        "banking77/accuracy": numbers.accuracy + shift,
+        "banking77/macro_f1": numbers.accuracy - 0.06 + shift,
+    }
     for name, score in scores.items():
         value = 0.01 + (score - 0.01) * part
         line |= {
@@ -155,19 +167,27 @@ def write_samples(folder: Path, step: int, numbers: Numbers, noise: random.Rando
             answer = str(12 + index) if is_right else str(noise.randint(1, 90))
             lines.append(
                 {
-                    "prompt": f"Question: Mona has {index + 5} apples & buys 7 more. How many has she <now>?\nAnswer:",
+                    "prompt": (
+                        f"Question: Mona has {index + 5} apples & buys 7 more. How many has she"
+                        " <now>?\nAnswer:"
+                    ),
                     "references": [f"She has {index + 5} + 7 = {12 + index}.\n#### {12 + index}"],
-                    "outputs": [f"She has {index + 5} + 7 = {answer} apples now. " * (1 + 24 * (index == 2)) + f"\n#### {answer}"],
+                    "outputs": [
+                        f"She has {index + 5} + 7 = {answer} apples now. " * (1 + 24 * (index == 2))
+                        + f"\n#### {answer}"
+                    ],
                     "scores": {"exact_match": float(is_right)},
                 }
-            )  # fmt: skip
+            )
         path = folder / "samples" / task / f"step-{step:06d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         path.write_text(text, encoding="utf-8")
 
 
-def write_evaluation(folder: Path, recipe: Recipe, numbers: Numbers, *, model: str, with_base: bool = True) -> Path:  # fmt: skip
+def write_evaluation(
+    folder: Path, recipe: Recipe, numbers: Numbers, *, model: str, with_base: bool = True
+) -> Path:
     """A model that was evaluated outside of a run."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree(Path("runs/tuned"), recipe)))
@@ -199,18 +219,27 @@ def write_sweep(folder: Path, *, shares: Sequence[float] = SHARES, seeds: int = 
                 numbers,
             )
     remedies = {
-        "lr-3e-4": (Recipe(train={"lr": 3e-4}), Numbers(forgetting=0.42, task_loss=0.5, exact_match=0.19, accuracy=0.5)),
-        "lr-1e-4": (Recipe(train={"lr": 1e-4}), Numbers(forgetting=0.2, task_loss=0.9, exact_match=0.1, accuracy=0.31)),
+        "lr-3e-4": (
+            Recipe(train={"lr": 3e-4}),
+            Numbers(forgetting=0.42, task_loss=0.5, exact_match=0.19, accuracy=0.5),
+        ),
+        "lr-1e-4": (
+            Recipe(train={"lr": 1e-4}),
+            Numbers(forgetting=0.2, task_loss=0.9, exact_match=0.1, accuracy=0.31),
+        ),
         "kl-1": (
             Recipe(more={"reference": {"model": None, "sources": {"gsm8k": 1.0}}}),
             Numbers(forgetting=0.17, task_loss=0.33, exact_match=0.22, accuracy=0.6),
         ),
-        "ema-0.999": (Recipe(train={"ema": 0.999}), Numbers(forgetting=0.9, task_loss=0.02, accuracy=0.71)),
+        "ema-0.999": (
+            Recipe(train={"ema": 0.999}),
+            Numbers(forgetting=0.9, task_loss=0.02, accuracy=0.71),
+        ),
         "self-replay": (
             Recipe(share=0.05, replay="self"),
             Numbers(forgetting=0.4, task_loss=0.005, exact_match=0.3),
         ),
-    }  # fmt: skip
+    }
     for name, (recipe, numbers) in remedies.items():
         write_run(folder / name / "seed-0", recipe, numbers)
     write_evaluation(

@@ -9,7 +9,8 @@ from support.corpora import write_source
 from support.ranks import ROOT, environment, free_port, start_script
 
 RECIPE = """\
-model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1,
+model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64,
+                 num_hidden_layers: 1,
                  num_attention_heads: 4, max_position_embeddings: 64, attention_dropout: 0.1}}
 sequence_length: 64
 rows_per_step: 8
@@ -34,7 +35,9 @@ def recipe_with_sources(folder):
 
 
 def bare(extra):
-    """An environment with nothing on PATH but the venv's own programs: no compiler, no shell tools."""
+    """An environment with nothing on PATH but the venv's own programs: no compiler, no shell
+    tools.
+    """
     path = str(Path(sys.executable).parent)
     return extra | {"PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
@@ -53,7 +56,16 @@ def by_deepspeed(*overrides):
     """The command that starts two ranks by the deepspeed launcher."""
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     script = str(ROOT / "launch/train.py")
-    return [launcher, "--num_gpus", "2", "--master_port", str(free_port()), script, "recipe.yaml", *overrides]  # fmt: skip
+    return [
+        launcher,
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        script,
+        "recipe.yaml",
+        *overrides,
+    ]
 
 
 def end(processes, timeout_s=240):

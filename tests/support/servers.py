@@ -14,10 +14,13 @@ STALL_S = 3.0
 
 
 class WebServer:
-    """Serves `files` (path -> bytes). Each answer with content takes the next of `faults`, then answers are whole.
+    """Serves `files` (path -> bytes).
 
-    Faults: ("status", code, headers), ("stall" | "reset" | "truncate", bytes sent before it), ("flip", offset),
-    ("replace", path, content) which changes a file once half of it is sent, and None.
+    Each answer with content takes the next of `faults`, then answers are whole.
+
+    Faults: ("status", code, headers), ("stall" | "reset" | "truncate", bytes sent before it),
+    ("flip", offset), ("replace", path, content) which changes a file once half of it is sent, and
+    None.
     """
 
     def __init__(self):
@@ -142,7 +145,10 @@ def web_server():
 
 @contextmanager
 def s3_server(bucket):
-    """An S3 server with one empty bucket; the environment names it while it runs. Gives a pyarrow file system."""
+    """An S3 server with one empty bucket; the environment names it while it runs.
+
+    Gives a pyarrow file system.
+    """
     from moto.server import ThreadedMotoServer
     from pyarrow import fs
 

@@ -1,4 +1,6 @@
-"""A real Slurm of two nodes on this machine, without touching its system: started by hand in a folder, ended by pid."""
+"""A real Slurm of two nodes on this machine, without touching its system: started by hand in a
+folder, ended by pid.
+"""
 
 import os
 import shutil
@@ -129,7 +131,8 @@ def _configure(folder: Path) -> None:
         folder=folder,
         port=free_port(),
         nodes=",".join(NODES),
-        # The ports of jobs follow from their numbers: those of two clusters on this machine must differ.
+        # The ports of jobs follow from their numbers: those of two clusters on this machine must
+        # differ.
         first_job=1 + 100 * (os.getpid() % 30_000),
     )
     text += "".join(NODE.format(name=name, host=host, port=free_port()) for name in NODES)
@@ -147,9 +150,12 @@ def _munge(folder: Path) -> subprocess.Popen[bytes]:
     # --force: the folder of a test lies below a parent that munged takes for unsafe.
     # --origin: the name of this machine need not resolve.
     places = {
-        "socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid",
-        "log-file": "munge.log", "seed-file": "munge.seed",
-    }  # fmt: skip
+        "socket": "munge.socket",
+        "key-file": "munge.key",
+        "pid-file": "munge.pid",
+        "log-file": "munge.log",
+        "seed-file": "munge.seed",
+    }
     words = [f"--{option}={folder / name}" for option, name in places.items()]
     return _start(folder, "munged", "--foreground", "--force", "--origin=127.0.0.1", *words)
 

@@ -1,4 +1,6 @@
-"""Runs that meet a drawn fault come to the end of a run without one: a few of what benchmarks/chaos.py does."""
+"""Runs that meet a drawn fault come to the end of a run without one: a few of what
+benchmarks/chaos.py does.
+"""
 
 import os
 import subprocess
@@ -14,9 +16,14 @@ FAULTS = ("kill-in-save", "world-size")
 def test_runs_survive_faults_at_drawn_places(tmp_path):
     command = ["benchmarks/chaos.py", "--runs", "2", "--seed", "5", "--faults", *FAULTS]
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True,
-        timeout=500, check=False,
-    )  # fmt: skip
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr + done.stdout
     name, times, survived, *_ = next(
         x for x in done.stdout.splitlines() if x.startswith("all")

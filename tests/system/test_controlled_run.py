@@ -1,4 +1,6 @@
-"""Real runs with a share controller: forgetting is held, rows are exact between decisions, and a killed run decides alike."""
+"""Real runs with a share controller: forgetting is held, rows are exact between decisions, and a
+killed run decides alike.
+"""
 
 import json
 import shutil
@@ -12,7 +14,8 @@ from support.runs import end, lines, start, wait_for, weights
 from bigmix.text.tokenizer import fingerprint_of
 
 RECIPE = """\
-model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
+model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64,
+                 num_hidden_layers: 2,
                  num_attention_heads: 4, max_position_embeddings: 64}}
 sequence_length: 64
 rows_per_step: 8
@@ -25,15 +28,21 @@ output: base
 """
 LIMIT = 0.8
 TASK = [
-    "model={path: base/export}", "sources.task={path: task, role: task, share: 1, held_out: task-held}", "train.lr=3e-3",
-    "budget={task_tokens: 24K}", "train.evaluate_every=6", "train.evaluate_rows=8",
-]  # fmt: skip
+    "model={path: base/export}",
+    "sources.task={path: task, role: task, share: 1, held_out: task-held}",
+    "train.lr=3e-3",
+    "budget={task_tokens: 24K}",
+    "train.evaluate_every=6",
+    "train.evaluate_rows=8",
+]
 HELD = [*TASK, f"sources.web.share={{controller: forgetting, limit: {LIMIT}, start: 0.05}}"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, tiny_tokenizer):
-    """A model that knows how web counts; the task counts in other steps, and beside web it must tell them apart."""
+    """A model that knows how web counts; the task counts in other steps, and beside web it must
+    tell them apart.
+    """
     folder = tmp_path_factory.mktemp("controlled")
     fingerprint = fingerprint_of(str(tiny_tokenizer))
     for name, seed in (("web", 0), ("task", 1)):
@@ -135,7 +144,12 @@ def test_forgetting_is_held_where_one_way_and_a_small_share_forget(data, held):
 
 @pytest.mark.slow
 def test_a_rule_of_ones_own_that_fails_ends_the_run_and_mended_goes_on(data):
-    own = [*TASK, "sources.web.share={controller: 'mine.py:rule', start: 0.1}", "budget={steps: 13}", "train.save_every=0"]  # fmt: skip
+    own = [
+        *TASK,
+        "sources.web.share={controller: 'mine.py:rule', start: 0.1}",
+        "budget={steps: 13}",
+        "train.save_every=0",
+    ]
     (data / "mine.py").write_text("def rule(reading):\n    return 1 / (reading.step - 12)\n")
     codes, said = end(start(data, 2, "output=own", *own))
     assert codes == [1, 1], said
@@ -144,18 +158,30 @@ def test_a_rule_of_ones_own_that_fails_ends_the_run_and_mended_goes_on(data):
     (data / "mine.py").write_text(f"def rule(reading):\n{mended}")
     codes, said = end(start(data, 2, "output=own", *own))
     assert codes == [0, 0] and "going on after step 6" in said, said
-    assert [round(share, 3) for share in curve(data / "own", "share/web").values()] == [0.1, 0.3, 0.2, 0.2]  # fmt: skip
+    assert [round(share, 3) for share in curve(data / "own", "share/web").values()] == [
+        0.1,
+        0.3,
+        0.2,
+        0.2,
+    ]
 
 
 @pytest.mark.slow
 def test_what_is_due_at_the_end_is_asked_where_a_decision_ends_the_run(data):
-    """5 % of 8 rows are 0.4, so that 7 steps are planned for 46 rows of the task, which the first 6 have already."""
+    """5 % of 8 rows are 0.4, so that 7 steps are planned for 46 rows of the task, which the first 6
+    have already.
+    """
     (data / "five.py").write_text("def rule(reading):\n    return 0.05\n")
     (data / "asked.jsonl").write_text('{"prompt": "7", "response": "8"}\n')
     folder, said = run(
-        data, "short", *TASK, "sources.web.share={controller: 'five.py:rule', start: 0.05}", f"budget={{task_tokens: {46 * 64}}}",
-        "tasks.next={path: asked.jsonl, format: text, scores: [exact_match], max_new_tokens: 2, when: last}",
-    )  # fmt: skip
+        data,
+        "short",
+        *TASK,
+        "sources.web.share={controller: 'five.py:rule', start: 0.05}",
+        f"budget={{task_tokens: {46 * 64}}}",
+        "tasks.next={path: asked.jsonl, format: text, scores: [exact_match], max_new_tokens: 2,"
+        " when: last}",
+    )
     assert "7 steps (task tokens" in said and "6 steps in all" in said, said
     last = lines(folder)[-1]
     assert last["step"] == 6 and "task/next/exact_match" in last, last

@@ -47,13 +47,23 @@ def test_the_quick_starts_recipes_differ_in_their_sources_alone():
 def test_every_deepspeed_file_takes_what_the_recipe_decides():
     files = sorted((ROOT / "ds_configs").glob("*.json"))
     assert {f.stem for f in files} >= {
-        "zero1", "zero2", "zero3", "zero3_offload", "zero3_nvme", "zero3_hpz", "cpu",
-    }  # fmt: skip
+        "zero1",
+        "zero2",
+        "zero3",
+        "zero3_offload",
+        "zero3_nvme",
+        "zero3_hpz",
+        "cpu",
+    }
     for file in files:
         keys = fill(
             read_ds_config(f"ds_configs/{file.name}"),
-            micro_batch_rows=2, accumulation=4, ranks=8, clip=1.0, dtype="bf16",
-        )  # fmt: skip
+            micro_batch_rows=2,
+            accumulation=4,
+            ranks=8,
+            clip=1.0,
+            dtype="bf16",
+        )
         assert keys["train_batch_size"] == 64 and keys["bf16"]["enabled"] is True
         json.dumps(keys)
 
@@ -66,11 +76,12 @@ def test_the_loss_as_a_function_is_called_as_its_page_says():
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/loss.md").read_text(), re.S)
     labels = torch.tensor([3, -100, 5, 1])
     values = {
-        "labels_T": labels, "groups_T": torch.tensor([0, 0, 1, 1]),
+        "labels_T": labels,
+        "groups_T": torch.tensor([0, 0, 1, 1]),
         "coefficients_G": torch.tensor([0.5, 0.5]),
         "hidden_TD": torch.randn(4, 8, requires_grad=True),
         "head_VD": torch.randn(11, 8, requires_grad=True),
-    }  # fmt: skip
+    }
     exec(code, values)
     nll = torch.nn.functional.cross_entropy(
         values["hidden_TD"] @ values["head_VD"].T, labels, reduction="none"

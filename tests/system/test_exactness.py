@@ -1,4 +1,6 @@
-"""Gradients under ZeRO-3 equal a dense fp64 reference, whatever the ranks, the accumulation and the packing."""
+"""Gradients under ZeRO-3 equal a dense fp64 reference, whatever the ranks, the accumulation and the
+packing.
+"""
 
 import json
 from pathlib import Path
@@ -7,8 +9,11 @@ import pytest
 from support.ranks import run_on_ranks
 
 BLOCKS = {
-    "llama": "LlamaDecoderLayer", "qwen": "Qwen2DecoderLayer", "gpt2": "GPT2Block", "gemma": "Gemma2DecoderLayer",
-}  # fmt: skip
+    "llama": "LlamaDecoderLayer",
+    "qwen": "Qwen2DecoderLayer",
+    "gpt2": "GPT2Block",
+    "gemma": "Gemma2DecoderLayer",
+}
 
 
 @pytest.mark.parametrize(
@@ -37,7 +42,9 @@ def test_gradients_equal_a_dense_reference(ranks, families, tmp_path):
 def test_every_term_of_the_objective_equals_a_dense_reference(
     ranks, families, other, file, tmp_path
 ):
-    """Smoothing, z-loss, a cap, KL to a frozen model of another family; recomputed layers, ranks without such rows."""
+    """Smoothing, z-loss, a cap, KL to a frozen model of another family; recomputed layers, ranks
+    without such rows.
+    """
     arguments = {"families": families, "other": other, "file": file}
     for errors in run_on_ranks("whole_objective_errors", ranks, tmp_path, arguments):
         for case, (gradient, kl, kl_of_others) in errors.items():

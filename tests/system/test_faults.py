@@ -1,4 +1,6 @@
-"""Ranks that are killed, frozen, fail, or are asked to stop at any time: all end soon, say why, and go on from there."""
+"""Ranks that are killed, frozen, fail, or are asked to stop at any time: all end soon, say why, and
+go on from there.
+"""
 
 import json
 import os
@@ -98,9 +100,14 @@ def test_one_rank_that_hangs_ends_itself(data):
             server.files[f"/web/{path.name}"] = path.read_bytes()
         server.part_wait_s, server.bytes_per_part = 0.5, 64
         ranks = start(
-            data, 1, "output=alone", "cache.folder=alone-cache", f"sources.web.path={server.url}/web",
-            "train.hang_minutes=0.1", "train.evaluate_rows=2",
-        )  # fmt: skip
+            data,
+            1,
+            "output=alone",
+            "cache.folder=alone-cache",
+            f"sources.web.path={server.url}/web",
+            "train.hang_minutes=0.1",
+            "train.evaluate_rows=2",
+        )
         codes, said = end(ranks)
     assert codes == [1], said
     assert "no rank has come further for 6 s: rank 0 at " in said
@@ -141,10 +148,13 @@ def test_a_signal_to_a_rank_that_waits_for_another_reaches_that_one_at_its_data(
         for path in (data / "web").iterdir():
             server.files[f"/web/{path.name}"] = path.read_bytes()
         common = (
-            "output=waiting", "cache.folder=waiting-cache", *LONG, "train.save_every=0",
+            "output=waiting",
+            "cache.folder=waiting-cache",
+            *LONG,
+            "train.save_every=0",
             "sources.web.share=[[0, 0], [4, 0], [5, 0.5]]",
             "sequence_length=[[0, 64], [4, 32]]",  # rows of one length are read together
-        )  # fmt: skip
+        )
         ranks = start_unlike(data, common, [*common, f"sources.web.path={server.url}/web"])
         wait_for(folder / "metrics.jsonl", ranks)
         server.part_wait_s, server.bytes_per_part = 1.0, 16  # a shard takes an hour
@@ -162,8 +172,12 @@ def test_a_signal_to_a_rank_that_waits_for_another_reaches_that_one_at_its_data(
 def test_a_signal_during_start_up_ends_at_once(data, number, after_s):
     rank = subprocess.Popen(
         [sys.executable, str(ROOT / "launch/train.py"), "recipe.yaml", "output=early"],
-        cwd=data, env=bare(environment(0, 1, free_port())), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        cwd=data,
+        env=bare(environment(0, 1, free_port())),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     wait_until(lambda: catches(rank, signal.SIGUSR2))  # the last that gets its handler
     time.sleep(after_s)
     rank.send_signal(number)
@@ -227,9 +241,13 @@ def test_a_second_signal_ends_at_once(data):
 def test_ranks_stop_well_when_the_first_process_of_deepspeed_is_killed(data):
     folder = data / "orphans"
     runner = subprocess.Popen(
-        by_deepspeed("output=orphans", *LONG), cwd=data, env=bare(os.environ | {"PYTHONPATH": str(ROOT)}), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        by_deepspeed("output=orphans", *LONG),
+        cwd=data,
+        env=bare(os.environ | {"PYTHONPATH": str(ROOT)}),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     wait_for(folder / "checkpoints/step-000002", [runner])
     runner.kill()
     # The pipe is closed once launch.py and the ranks, which have it too, have ended.

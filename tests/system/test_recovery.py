@@ -1,4 +1,6 @@
-"""Numbers and data that go wrong in whole runs: what is skipped, passed over or replaced, told, counted and resumed."""
+"""Numbers and data that go wrong in whole runs: what is skipped, passed over or replaced, told,
+counted and resumed.
+"""
 
 import json
 import signal
@@ -83,7 +85,10 @@ def test_a_run_without_its_last_checkpoint_is_not_done(data):
 
 def test_after_three_in_a_row_the_run_goes_back_and_passes_over_them(data):
     said = ended(start_faulty(data, 2, nan(5, 6, 7), "output=three"))
-    assert "3 steps in a row had no finite gradient: the run goes back to step 3 and passes over step 5, 6, 7" in said  # fmt: skip
+    assert (
+        "3 steps in a row had no finite gradient: the run goes back to step 3 and passes over step"
+        " 5, 6, 7" in said
+    )
     told = without(data, "three-told", 5, 6, 7)
     assert weights(data / "three") == weights(told)
     same = [{k: v for k, v in line.items() if k != "skipped"} for line in lines(data / "three")]
@@ -103,8 +108,13 @@ def test_after_three_in_a_row_the_run_goes_back_and_passes_over_them(data):
 
 
 def test_decisions_on_shares_are_taken_back_with_the_steps(data):
-    """The steps lie on both sides of a decision, and the checkpoint before them on one that it does not hold yet."""
-    moving = ["sources.web.share={controller: forgetting, limit: 0.1, held_out: [chat]}", "train.evaluate_every=3"]  # fmt: skip
+    """The steps lie on both sides of a decision, and the checkpoint before them on one that it does
+    not hold yet.
+    """
+    moving = [
+        "sources.web.share={controller: forgetting, limit: 0.1, held_out: [chat]}",
+        "train.evaluate_every=3",
+    ]
     said = ended(start_faulty(data, 2, nan(5, 6, 7), "output=moved", *moving))
     assert "the run goes back to step 3" in said and said.count("after step 6: web ") == 2
     passed = "train.pass_over=[5, 6, 7]"
@@ -120,7 +130,9 @@ def test_decisions_on_shares_are_taken_back_with_the_steps(data):
 
 
 def test_a_run_that_goes_back_too_often_or_has_nowhere_to_go_ends_as_failed(data):
-    said = ended(start_faulty(data, 1, nan(5, 6, 7, rank=0), "output=two", "train.most_roll_backs=0"), 1)  # fmt: skip
+    said = ended(
+        start_faulty(data, 1, nan(5, 6, 7, rank=0), "output=two", "train.most_roll_backs=0"), 1
+    )
     assert "the run has gone back 0 times already; look at the rows in" in said
     said = ended(start_faulty(data, 2, nan(*range(5, 21)), "output=four", "train.steps=20"), 1)
     assert "the run has gone back 3 times already" in said
@@ -164,7 +176,9 @@ def test_rows_of_bad_shards_are_replaced_alike_on_all_ranks_and_after_a_resume(d
     assert "rows of other shards are trained in place of those of shard-00001.tar of chat" in said
     logged = [line for line in lines(damaged / "two") if "eval" not in line]
     assert logged[-1]["total_substituted_rows/chat"] > 0
-    assert logged[-1]["total_substituted_rows/chat"] == sum(line.get("substituted_rows/chat", 0) for line in logged)  # fmt: skip
+    assert logged[-1]["total_substituted_rows/chat"] == sum(
+        line.get("substituted_rows/chat", 0) for line in logged
+    )
     listing = json.loads((damaged / "two/checkpoints/step-000012/checkpoint.json").read_text())
     quarantine = listing["position"]["quarantine"]
     assert set(quarantine) <= {"web", "chat"} and "shard-00001.tar" in quarantine["chat"]

@@ -1,4 +1,6 @@
-"""Whole runs by the real launchers: they end well, resume bit for bit, stop on a signal, and refuse bad input."""
+"""Whole runs by the real launchers: they end well, resume bit for bit, stop on a signal, and refuse
+bad input.
+"""
 
 import json
 import os
@@ -68,8 +70,14 @@ def test_a_run_leaves_what_it_should(whole):
 @pytest.mark.slow
 def test_the_deepspeed_launcher_trains_the_same_and_needs_no_compiler(whole, data):
     done = subprocess.run(
-        by_deepspeed("output=launched"), cwd=data, env=bare(os.environ | {"PYTHONPATH": str(ROOT)}), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        by_deepspeed("output=launched"),
+        cwd=data,
+        env=bare(os.environ | {"PYTHONPATH": str(ROOT)}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bigmix: two-way training" in done.stdout and "step 8/8 100%" in done.stdout
     assert lines(data / "launched") == lines(whole[0])
@@ -88,9 +96,14 @@ print("collects:", gc.isenabled(), "compiler:", "torch._inductor.compile_fx" in 
 def test_a_rank_starts_without_the_compiler_and_collects_garbage_once_it_trains(data):
     words = ["recipe.yaml", "output=own", "budget.steps=1", "train.evaluate_every=0"]
     done = subprocess.run(
-        [sys.executable, "-c", OWN_RANK, *words], cwd=data,
-        env=bare(os.environ | {"PYTHONPATH": str(ROOT)}), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", OWN_RANK, *words],
+        cwd=data,
+        env=bare(os.environ | {"PYTHONPATH": str(ROOT)}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert "collects: True compiler: False" in done.stdout, done.stdout + done.stderr
 
 
@@ -170,10 +183,14 @@ def test_a_run_with_an_average_of_its_weights_resumes_bit_for_bit(whole, data):
 
 
 ANCHORED = [
-    "model={path: base}", "reference={sources: {web: 0.5}}", "loss={z_loss: 1e-4, entropy: true}",
-    "sources.chat.weigh=document", "sources.web.path=spoken/web", "sources.chat.path=spoken/chat",
+    "model={path: base}",
+    "reference={sources: {web: 0.5}}",
+    "loss={z_loss: 1e-4, entropy: true}",
+    "sources.chat.weigh=document",
+    "sources.web.path=spoken/web",
+    "sources.chat.path=spoken/chat",
     "sources.chat.held_out=spoken/held",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""The batch files on a real Slurm of two nodes: whatever happens to a job, it ends as if it had been left in peace."""
+"""The batch files on a real Slurm of two nodes: whatever happens to a job, it ends as if it had
+been left in peace.
+"""
 
 import json
 import os
@@ -88,7 +90,9 @@ class Job:
         return found["JobState"], found["ExitCode"].partition(":")[0]
 
     def go_on(self, restarts: int) -> None:
-        """Wait until the job is in the queue again, and start it without the two minutes that Slurm lets it wait."""
+        """Wait until the job is in the queue again, and start it without the two minutes that Slurm
+        lets it wait.
+        """
         self.wait(lambda: self.state == ("PENDING", restarts), f"restart {restarts}")
         # Within the second of its requeue a node takes the job for the one that it has just ended.
         self.slurm.ask("scontrol", "update", f"JobId={self.number}", "StartTime=now+2")
@@ -96,13 +100,19 @@ class Job:
 
 def submit(slurm, folder, file, *words, options=(), **environment) -> Job:
     own = {
-        "BIGMIX_ROOT": str(ROOT), "PYTHON": sys.executable, "BIGMIX_LOCAL": str(folder / "local"),
+        "BIGMIX_ROOT": str(ROOT),
+        "PYTHON": sys.executable,
+        "BIGMIX_LOCAL": str(folder / "local"),
         "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
+    }
     done = subprocess.run(
         ["sbatch", "--parsable", *options, str(ROOT / "slurm" / file), *words],
-        cwd=folder, env=slurm.environment | own | environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=folder,
+        env=slurm.environment | own | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return Job(slurm=slurm, folder=folder, number=done.stdout.strip())
 
@@ -124,7 +134,9 @@ def newest_step(folder):
 
 
 def pid_of_rank(job, rank):
-    """The process of Python in a task of a job, found by what Slurm put into its environment; None where it is not there."""
+    """The process of Python in a task of a job, found by what Slurm put into its environment; None
+    where it is not there.
+    """
     wanted = {f"SLURM_JOB_ID={job.number}".encode(), f"SLURM_PROCID={rank}".encode()}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -230,7 +242,15 @@ def texts(tmp_path):
 
 
 def preparing(tiny_tokenizer, output):
-    return ["texts.jsonl", "--tokenizer", str(tiny_tokenizer), "--shard-tokens", "4000", "--output", output]  # fmt: skip
+    return [
+        "texts.jsonl",
+        "--tokenizer",
+        str(tiny_tokenizer),
+        "--shard-tokens",
+        "4000",
+        "--output",
+        output,
+    ]
 
 
 PREPARING = ["--array=1-3", "--cpus-per-task=1"]
@@ -264,7 +284,9 @@ def test_a_part_that_fails_is_named_by_the_merge(slurm, texts, tiny_tokenizer):
 
 
 def test_recipes_are_trained_and_compared(slurm, data):
-    """One is stopped on its way: the one whose number is that of the whole array, which it must not requeue."""
+    """One is stopped on its way: the one whose number is that of the whole array, which it must not
+    requeue.
+    """
     two_way = RECIPE.replace("output: run", "output: runs/two-way")
     web = "  web: {path: web, role: replay, share: [[0, 0.5], [8, 0.25]]}\n"
     one_way = RECIPE.replace("output: run", "output: runs/one-way").replace(web, "")
@@ -307,12 +329,16 @@ def test_the_jobs_of_an_array_divide_a_sweep_among_themselves(slurm, data):
 
 
 def test_a_task_of_a_sweep_counts_the_failures_of_its_own_runs(tmp_path):
-    """What other tasks of the array train in the meantime does not make a failure look like a first one."""
+    """What other tasks of the array train in the meantime does not make a failure look like a first
+    one.
+    """
     own, other = (tmp_path / f"swept/{name}/seed-0/checkpoints" for name in ("own", "other"))
     for folder in (own, other):
         folder.mkdir(parents=True)
         (folder / "latest").write_text("step-000010\n")
-    newest = re.search(r"^newest\(\) \{.*?^\}", (ROOT / "slurm/sweep.sbatch").read_text(), re.S | re.M)  # fmt: skip
+    newest = re.search(
+        r"^newest\(\) \{.*?^\}", (ROOT / "slurm/sweep.sbatch").read_text(), re.S | re.M
+    )
     script = f"""source {ROOT}/slurm/training.sh; {newest[0]}
         runs=(swept/own/seed-0)
         count_failure swept; echo step-000020 > {other}/latest
@@ -326,13 +352,22 @@ def test_a_task_of_a_sweep_counts_the_failures_of_its_own_runs(tmp_path):
 
 def test_a_container_sees_the_same_paths_as_the_job(tmp_path):
     """Of pyxis, which is not there, only what it is asked for."""
-    script = f"source {ROOT}/slurm/common.sh; LOCAL=/fast/bigmix-7; set_container; printf '%s\\n' \"${{CONTAINER_OPTIONS[@]}}\""
+    script = (
+        f"source {ROOT}/slurm/common.sh; LOCAL=/fast/bigmix-7; set_container; printf '%s\\n'"
+        ' "${CONTAINER_OPTIONS[@]}"'
+    )
     own = {"BIGMIX_ROOT": "/code", "CONTAINER": "image.sqsh", "CONTAINER_MOUNTS": "/data:/data:ro"}
     done = subprocess.run(
-        ["bash", "-uc", script], cwd=tmp_path, env=os.environ | own, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        ["bash", "-uc", script],
+        cwd=tmp_path,
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.splitlines() == [
         "--container-image=image.sqsh",
         f"--container-workdir={tmp_path}",
-        f"--container-mounts={tmp_path}:{tmp_path},/code:/code,/fast/bigmix-7:/fast/bigmix-7,/data:/data:ro",
+        f"--container-mounts={tmp_path}:{tmp_path},/code:/code,"
+        "/fast/bigmix-7:/fast/bigmix-7,/data:/data:ro",
     ]

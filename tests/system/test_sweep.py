@@ -47,13 +47,24 @@ def data(tmp_path_factory, tiny_tokenizer):
     """A folder with a sweep that starts from a model in it."""
     folder = tmp_path_factory.mktemp("sweep")
     fingerprint = fingerprint_of(str(tiny_tokenizer))
-    for name, kind, seed in (("web", "text", 0), ("web-held", "text", 0), ("chat", "chat", 1), ("held", "chat", 1)):  # fmt: skip
+    for name, kind, seed in (
+        ("web", "text", 0),
+        ("web-held", "text", 0),
+        ("chat", "chat", 1),
+        ("held", "chat", 1),
+    ):
         shards = 1 if "held" in name else 2
         write_source(folder / name, kind, seed=seed, shards=shards, fingerprint=fingerprint)
     config = AutoConfig.for_model(
-        "llama", vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        max_position_embeddings=64, attention_dropout=0.1,
-    )  # fmt: skip
+        "llama",
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        attention_dropout=0.1,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
     shutil.copytree(tiny_tokenizer, folder / "base", dirs_exist_ok=True)
     (folder / "recipe.yaml").write_text(RECIPE)
@@ -102,11 +113,22 @@ def test_every_combination_and_every_named_point_has_each_seed(here):
 @pytest.mark.parametrize(
     ("value", "name"),
     [
-        (0, "0"), (0.05, "0.05"), ("1e-4", "1e-4"), (0.0001, "1e-4"), (3e-5, "3e-5"), (2.5e-5, "2.5e-5"), (0.25, "0.25"), (64, "64"),
-        (2e6, "2000000"), ("200M", "200M"), (True, "true"), (None, "null"), ("data/web 2", "data-web-2"),
+        (0, "0"),
+        (0.05, "0.05"),
+        ("1e-4", "1e-4"),
+        (0.0001, "1e-4"),
+        (3e-5, "3e-5"),
+        (2.5e-5, "2.5e-5"),
+        (0.25, "0.25"),
+        (64, "64"),
+        (2e6, "2000000"),
+        ("200M", "200M"),
+        (True, "true"),
+        (None, "null"),
+        ("data/web 2", "data-web-2"),
         ([[0, 0.5], [8, 0.25]], "0-0.5-8-0.25"),
     ],
-)  # fmt: skip
+)
 def test_a_value_has_one_short_name_that_is_safe_in_files(value, name):
     assert value_name(value) == name
 
@@ -158,10 +180,15 @@ def test_all_faults_of_all_points_are_told_at_once_with_their_points_and_lines(h
     assert any("changed.yaml:" in f and "sources.web.share is 'none'" in f for f in told)
     [fault] = [fault for fault in told if "train.lr" in fault]
     assert fault.startswith("point lr--1_warmup-0_web-none, lr--1_warmup-0.1_web-none: ")
-    assert "train.lrr is not a setting; did you mean lr?" in faults("recipe.yaml", "sweep.train.lrr=[1]")[0]  # fmt: skip
+    assert (
+        "train.lrr is not a setting; did you mean lr?"
+        in faults("recipe.yaml", "sweep.train.lrr=[1]")[0]
+    )
     assert "must be a list of values" in faults("recipe.yaml", "sweep.sedes=3")[0]
     assert "seed is the sweep's to give" in faults("recipe.yaml", "sweep.seed=[1]")[0]
-    assert "2 points have the name" in faults("recipe.yaml", "sweep.sources.web.share=[0.1,1e-1]")[0]  # fmt: skip
+    assert (
+        "2 points have the name" in faults("recipe.yaml", "sweep.sources.web.share=[0.1,1e-1]")[0]
+    )
 
 
 def test_a_source_without_a_share_is_evaluated_as_it_is_with_one(here):

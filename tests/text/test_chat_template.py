@@ -1,4 +1,6 @@
-"""The loss falls on what the assistant says and on the token that ends its turn, or the template is refused."""
+"""The loss falls on what the assistant says and on the token that ends its turn, or the template is
+refused.
+"""
 
 import random
 import re
@@ -75,8 +77,9 @@ def encode(tokenizer, talk, name="tokenizer"):
 
 def test_the_plain_template_writes_roles_as_words_and_ends_answers_with_the_end_token(plain):
     encoded = encode(plain, TALK, "plain")
-    assert rendered(plain, encoded) == (
-        "System: Be brief.\n\nUser: Is it?\n\nAssistant: It is so.<|endoftext|>"
+    assert (
+        rendered(plain, encoded)
+        == "System: Be brief.\n\nUser: Is it?\n\nAssistant: It is so.<|endoftext|>"
         "User: Why? \n\nAssistant: 混合 keeps\n\n  café.<|endoftext|>"
     )
     assert learned(plain, encoded) == [f" {answer}{END_OF_TEXT}" for answer in ANSWERS]
@@ -169,7 +172,8 @@ def test_any_conversation_is_masked_as_writing_it_by_hand_says(with_template, so
         ids, mask = [], []
         for turn in talk.messages:
             answers = turn["role"] == "assistant"
-            # Cut where the template cuts: at special tokens, and between the role's line and the content.
+            # Cut where the template cuts: at special tokens, and between the role's line and the
+            # content.
             parts = [(OPEN + turn["role"] + "\n", False), (turn["content"], answers)]
             for text, inside in [*parts, (CLOSE, answers), ("\n", False)]:
                 plain = tokenizer.encode([text])[0]
@@ -323,7 +327,9 @@ def test_two_bos_are_refused(with_template):
 
 
 def slow_chat(tokenizer, template, conversation):
-    """Ids and mask of one conversation: rendered by Jinja, encoded piece by piece, each token looked up alone."""
+    """Ids and mask of one conversation: rendered by Jinja, encoded piece by piece, each token
+    looked up alone.
+    """
     strings = []
 
     def hide(value):
@@ -425,7 +431,18 @@ def test_half_of_a_surrogate_pair_is_no_text(plain, talk):
     assert encode(plain, talk, "plain") == Dropped(reason="not_unicode")
 
 
-PIECES = ["x", "  a", "a\n", "é", "知识", "👩‍👩‍👧", "e\u0301", " 🙂 \n", "混合 keeps", "Is it so?"]
+PIECES = [
+    "x",
+    "  a",
+    "a\n",
+    "é",
+    "知识",
+    "👩‍👩‍👧",
+    "e\u0301",
+    " 🙂 \n",
+    "混合 keeps",
+    "Is it so?",
+]
 KINDS = {
     "plain": lambda whole: None,
     "NFC": lambda whole: setattr(whole, "normalizer", normalizers.NFC()),

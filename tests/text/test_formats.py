@@ -65,8 +65,12 @@ def test_a_system_column_tools_and_a_history_become_part_of_the_conversation():
     }
     document = only(row)
     assert [turn["role"][0] + turn["content"] for turn in document.messages] == [
-        "sS", "uq", "aa", "uQ", "aA",
-    ]  # fmt: skip
+        "sS",
+        "uq",
+        "aa",
+        "uQ",
+        "aA",
+    ]
     assert document.tools == [tool]
 
 
@@ -182,7 +186,10 @@ def test_calls_are_those_that_were_made_whatever_parquet_adds():
     assert as_text == [{"name": "f", "arguments": {"a": None}}]
     assert calls(tool_calls=call("")) == [{"name": "f", "arguments": {}}]
     assert calls(function_call={"name": "f", "arguments": "{}"}) == [{"name": "f", "arguments": {}}]
-    assert list(calls(tool_calls=[{"function": {"arguments": {}, "name": "f"}}])[0]) == ["arguments", "name"]  # fmt: skip
+    assert list(calls(tool_calls=[{"function": {"arguments": {}, "name": "f"}}])[0]) == [
+        "arguments",
+        "name",
+    ]
     tools = [{"function": {"name": "f", "parameters": {"a": {}, "b": None}}}]
     found = only({"messages": [USER, ASSISTANT], "tools": tools}).tools
     assert found == [{"function": {"name": "f", "parameters": {"a": {}}}}]
@@ -208,5 +215,7 @@ def test_columns_of_two_spellings_in_one_file_are_both_read():
 def test_a_row_with_a_value_of_another_kind_is_counted(row):
     good = {key: value for key, value in row.items() if key in ("prompt", "response")}
     good = good or {"messages": [USER, ASSISTANT]}
-    layout = recognise([good | {k: v for k, v in row.items() if k != "messages"}, good], kind=None, columns=None)  # fmt: skip
+    layout = recognise(
+        [good | {k: v for k, v in row.items() if k != "messages"}, good], kind=None, columns=None
+    )
     assert document_of(row, layout) == Dropped(reason="bad_row")

@@ -1,4 +1,6 @@
-"""The bytes of the tokens of a text are the text, or the tokenizer is known not to work on bytes."""
+"""The bytes of the tokens of a text are the text, or the tokenizer is known not to work on
+bytes.
+"""
 
 from support.corpora import generated_texts
 

@@ -1,4 +1,6 @@
-"""Text is only ever text, the fingerprint follows the ids, and a sentencepiece model keeps its own."""
+"""Text is only ever text, the fingerprint follows the ids, and a sentencepiece model keeps
+its own.
+"""
 
 import json
 
@@ -131,14 +133,18 @@ def test_the_fingerprint_changes_with_the_vocabulary_the_merges_and_the_end(
     "options",
     [
         {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
-        {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+        {
+            "model_type": "bpe",
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+        },
         {"add_dummy_prefix": False, "normalization_rule_name": "identity"},
         {"normalization_rule_name": "nmt_nfkc"},
         {"model_type": "bpe", "normalization_rule_name": "nmt_nfkc"},
         {"normalization_rule_name": "nmt_nfkc_cf", "split_digits": True},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_sentencepiece_model_gives_the_ids_of_sentencepiece(tmp_path, options):
     path = sentencepiece_model(tmp_path / "m.model", **options)
     original = sentencepiece.SentencePieceProcessor(model_file=str(path))

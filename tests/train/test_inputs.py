@@ -1,4 +1,6 @@
-"""What a recipe names is opened and checked before anything starts; each fault is told once, and clearly."""
+"""What a recipe names is opened and checked before anything starts; each fault is told once, and
+clearly.
+"""
 
 import json
 import re
@@ -21,8 +23,7 @@ def world(tmp_path, monkeypatch):
     write_source(tmp_path / "web", "text")
     write_source(tmp_path / "chat", "chat", seed=1)
     write_source(tmp_path / "held", "chat", seed=1, shards=1)
-    (tmp_path / "recipe.yaml").write_text(
-        """\
+    (tmp_path / "recipe.yaml").write_text("""\
 model: {config: {model_type: llama}}
 sequence_length: 64
 rows_per_step: 8
@@ -33,8 +34,7 @@ budget: {steps: 10}
 train: {lr: 1e-2}
 deepspeed: ds_configs/cpu.json
 output: run
-"""
-    )
+""")
     return tmp_path
 
 

@@ -17,8 +17,17 @@ def test_only_skips_in_a_row_ask_for_a_roll_back():
         one.after(step, skipped=step not in (3, 7))
         asked.append(one.asked())
     assert [back and back.steps for back in asked] == [
-        None, None, None, None, None, (4, 5, 6), None, None, None, (8, 9, 10),
-    ]  # fmt: skip
+        None,
+        None,
+        None,
+        None,
+        None,
+        (4, 5, 6),
+        None,
+        None,
+        None,
+        (8, 9, 10),
+    ]
     assert "3 steps in a row had no finite gradient" in asked[5].reason
 
 

@@ -22,7 +22,10 @@ def add_compare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="output folder of a run, of an evaluation, or of a sweep: one that holds such folders, however deep",
+        help=(
+            "output folder of a run, of an evaluation, or of a sweep: one that holds such folders,"
+            " however deep"
+        ),
     )
     parser.add_argument(
         "--out", type=Path, default=Path("report"), help="folder to write into (default: report)"
@@ -50,8 +53,9 @@ def _show(summary: "Summary") -> None:
         terminal.warning(text)
     if summary.unknown_letters:
         terminal.warning(
-            f"no font of this machine has {summary.unknown_letters}: in the PNGs these letters of names are boxes, on the page "
-            "they are not; install a font that has them, such as Noto Sans CJK"
+            f"no font of this machine has {summary.unknown_letters}: in the PNGs these letters of"
+            " names are boxes, on the page they are not; install a font that has them, such as"
+            " Noto Sans CJK"
         )
     with_share = has_shares(comparison)
     for table in narrow_tables(comparison):

@@ -1,4 +1,5 @@
-"""Paths go in; out come the folders of results in them: runs, and evaluations of models outside of a run.
+"""Paths go in; out come the folders of results in them: runs, and evaluations of models outside of
+a run.
 
 A run's folder goes in; out come the outputs that its tasks kept, to be laid side by side.
 """
@@ -19,14 +20,19 @@ _PASSED_BY = {"checkpoints", EXPORT, "tensorboard", "log", "samples"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """A folder of results. `is_named` says that it was given itself, and not found in a folder that was given."""
+    """A folder of results.
+
+    `is_named` says that it was given itself, and not found in a folder that was given.
+    """
 
     folder: Path
     is_named: bool
 
 
 def find_places(given: Sequence[Path]) -> list[Place]:
-    """Each folder given, or in place of one that holds no results itself all those in it, however deep, in order."""
+    """Each folder given, or in place of one that holds no results itself all those in it, however
+    deep, in order.
+    """
     places: list[Place] = []
     for folder in given:
         inside = [] if _is_result(folder) else list(_inside(folder))
@@ -41,7 +47,8 @@ def _is_result(folder: Path) -> bool:
 
 
 def _inside(folder: Path) -> Iterator[Path]:
-    """A run that has not begun has a recipe and nothing else yet: it is found, so that it can be counted.
+    """A run that has not begun has a recipe and nothing else yet: it is found, so that it can be
+    counted.
 
     Links are followed, to each folder once.
     """
@@ -60,7 +67,9 @@ def _inside(folder: Path) -> Iterator[Path]:
 
 
 def _order(name: str) -> list[tuple[int, float, str]]:
-    """Numbers inside names in the order of their values: share-0.05 before share-0.1, seed-9 before seed-10."""
+    """Numbers inside names in the order of their values: share-0.05 before share-0.1, seed-9 before
+    seed-10.
+    """
     parts = name.replace("_", "-").split("-")
     return [(0, float(p), "") if _is_number(p) else (1, 0.0, p) for p in parts]
 
@@ -74,7 +83,9 @@ SAMPLES = "samples"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One example of a task: what was asked, what would be right, what came out, and its scores by name."""
+    """One example of a task: what was asked, what would be right, what came out, and its scores by
+    name.
+    """
 
     prompt: str
     references: Sequence[str]
@@ -105,8 +116,8 @@ def _read(path: Path) -> list[Sample]:
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(
-                f"{path}:{number} is {raw[:60]!r}; each line must be a JSON object with prompt, references, outputs and "
-                "scores; delete the file to compare without its samples"
+                f"{path}:{number} is {raw[:60]!r}; each line must be a JSON object with prompt,"
+                " references, outputs and scores; delete the file to compare without its samples"
             ) from error
         samples.append(sample)
     return samples

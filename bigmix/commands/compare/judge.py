@@ -1,4 +1,6 @@
-"""Runs go in; out comes what they say together: points, the base, gains and losses, a sentence, the doubts."""
+"""Runs go in; out comes what they say together: points, the base, gains and losses, a sentence, the
+doubts.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +20,13 @@ ABOUT_EQUAL = 0.01  # relative difference of task losses that the headline calls
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """All that the outputs are drawn from. `base` is the model before the first step, by source and by task.
+    """All that the outputs are drawn from.
 
-    `judged` is the replay source that headline and frontiers are about, `scores` the scores of each task, `fits` the law of
-    each replay source or why there is none. `headline` is one sentence; `detail` is a further one, or empty.
+    `base` is the model before the first step, by source and by task.
+
+    `judged` is the replay source that headline and frontiers are about, `scores` the scores of each
+    task, `fits` the law of each replay source or why there is none. `headline` is one sentence;
+    `detail` is a further one, or empty.
     """
 
     runs: Sequence[Run]
@@ -50,7 +55,9 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """What `compare` found and the files that it wrote; `unknown_letters` of names are boxes in the PNGs."""
+    """What `compare` found and the files that it wrote; `unknown_letters` of names are boxes in the
+    PNGs.
+    """
 
     comparison: Comparison
     files: Sequence[Path]
@@ -87,19 +94,26 @@ def judge(found: Found) -> Comparison:
 
 
 def lost(point: Point, source: str) -> float | None:
-    """Held-out loss after training minus before it, in nats/token, mean over seeds; above 0 knowledge was lost."""
+    """Held-out loss after training minus before it, in nats/token, mean over seeds; above 0
+    knowledge was lost.
+    """
     spread = point.source(source, FORGETTING)
     return None if spread is None else spread.mean
 
 
 def gained(point: Point, source: str) -> float | None:
-    """Held-out loss before training minus after it, in nats/token, mean over seeds; above 0 the model learned."""
+    """Held-out loss before training minus after it, in nats/token, mean over seeds; above 0 the
+    model learned.
+    """
     value = lost(point, source)
     return None if value is None else 0.0 - value
 
 
 def _roles(runs: Sequence[Run], base: Mapping[str, object]) -> dict[str, str]:
-    """Task sources first. A source that is only evaluated is replay, unless some run trains it as a task."""
+    """Task sources first.
+
+    A source that is only evaluated is replay, unless some run trains it as a task.
+    """
     tasks = {name for run in runs for name, source in run.sources.items() if source.role == "task"}
     ordered = sorted(base, key=lambda name: name not in tasks)
     return {name: "task" if name in tasks else "replay" for name in ordered}
@@ -114,7 +128,9 @@ def _scores(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def _judged(points: Sequence[Point], replays: Sequence[str]) -> str | None:
-    """What the points replay comes before what they only keep by kinship; of those, what one-way training lost most of."""
+    """What the points replay comes before what they only keep by kinship; of those, what one-way
+    training lost most of.
+    """
     known = [name for name in replays if all(lost(point, name) is not None for point in points)]
     trained = {name for point in points for name in point.runs[0].sources}
     own = [name for name in known if name in trained] or known or list(replays)
@@ -124,7 +140,9 @@ def _judged(points: Sequence[Point], replays: Sequence[str]) -> str | None:
 def _say(
     points: Sequence[Point], arrangement: Arrangement, roles: Mapping[str, str]
 ) -> tuple[str, str]:
-    """The first one-way and the first two-way point, those of the main line before others: nothing is picked by its result."""
+    """The first one-way and the first two-way point, those of the main line before others: nothing
+    is picked by its result.
+    """
     by_settings = [*arrangement.main, *points]
     one = next((point for point in by_settings if point.kind == "one-way"), None)
     two = next((point for point in by_settings if point.kind == "two-way"), None)
@@ -138,7 +156,8 @@ def _say(
     both = [name for name in replays if _evaluated(name, one, two)]
     if not both:
         return "No replay source was evaluated in a one-way and in a two-way run.", ""
-    # What the two-way run replayed comes first; what it only kept by kinship is in the second sentence.
+    # What the two-way run replayed comes first; what it only kept by kinship is in the second
+    # sentence.
     own = [name for name in both if name in two.runs[0].sources] or both
     worst = max(own, key=lambda name: lost(one, name) or 0.0)
     kept = _kept(one, two, worst, named=len(points) > 2)
@@ -157,8 +176,9 @@ def _over_shares(main: Sequence[Point], source: str, tasks: Sequence[str]) -> st
     ]
     at = f"; over all shares the task loss is {' and '.join(losses)}" if losses else ""
     return (
-        f"Without replay training forgot {values[0]:.2f} nats/token of `{source}`, with {percent(least.written_share)} of replay "
-        f"{values[1]:.2f}, with {percent(most.written_share)} {values[2]:.2f}{at}."
+        f"Without replay training forgot {values[0]:.2f} nats/token of `{source}`, with"
+        f" {percent(least.written_share)} of replay {values[1]:.2f}, with"
+        f" {percent(most.written_share)} {values[2]:.2f}{at}."
     )
 
 
@@ -210,7 +230,9 @@ def _kept(one: Point, two: Point, source: str, *, named: bool) -> str:
 
 
 def _is_lost(point: Point, source: str) -> bool:
-    """Whether more was forgotten than is told, beyond doubt: by its interval, or with each of several seeds."""
+    """Whether more was forgotten than is told, beyond doubt: by its interval, or with each of
+    several seeds.
+    """
     found = point.source(source, FORGETTING)
     if found is None or found.mean < LEAST_TOLD:
         return False
@@ -254,14 +276,18 @@ def _warnings(
 ) -> Iterator[str]:
     if found.left_out:
         yield (
-            f"{len(found.left_out)} results that lie in the folders given are left out, {len(found.runs)} are compared: "
+            f"{len(found.left_out)} results that lie in the folders given are left out,"
+            f" {len(found.runs)} are compared: "
             + "; ".join(found.left_out[:_MOST_TOLD])
             + (f"; and {more} more" if (more := len(found.left_out) - _MOST_TOLD) > 0 else "")
         )
     for run in found.runs:
         yield from _other_start(run, found.runs, base)
         for name in run.final.diverged:
-            yield f"{run.name} has no finite loss on `{name}` at step {run.final.step}; its cells are empty."
+            yield (
+                f"{run.name} has no finite loss on `{name}` at step {run.final.step}; its cells are"
+                " empty."
+            )
         known = {*run.final.sources, *run.final.diverged}
         absent = [f"`{name}`" for name in base if name not in known]
         if absent:
@@ -273,21 +299,23 @@ def _warnings(
 def _other_start(
     run: Run, runs: Sequence[Run], base: Mapping[str, Mapping[str, Estimate]]
 ) -> Iterator[str]:
-    """A run that was evaluated on other data than the first one that was, or began as another model."""
+    """A run that was evaluated on other data than the first one that was, or began as another
+    model.
+    """
     for name, measures in run.first.sources.items():
         first = next(other for other in runs if name in other.first.sources)
         ours, theirs = (r.first.sizes.get(name) for r in (run, first))
         loss, of_base = measures[LOSS].value, base[name][LOSS].value
         if ours and theirs and ours != theirs:
             yield (
-                f"{run.name} was evaluated on other held-out data of `{name}` than {first.name}: {ours} and not {theirs}. "
-                "Its numbers on it are not comparable."
+                f"{run.name} was evaluated on other held-out data of `{name}` than {first.name}:"
+                f" {ours} and not {theirs}. Its numbers on it are not comparable."
             )
         elif abs(loss - of_base) > SAME_BASE * abs(of_base):
             yield (
-                f"{run.name} does not start from the {BASE} of the other runs: its loss on `{name}` at "
-                f"step 0 is {loss:.4f}, not {of_base:.4f}. Its forgetting is measured "
-                "from its own start; other numbers are not comparable."
+                f"{run.name} does not start from the {BASE} of the other runs: its loss on `{name}`"
+                f" at step 0 is {loss:.4f}, not {of_base:.4f}. Its forgetting is measured from its"
+                " own start; other numbers are not comparable."
             )
 
 
@@ -297,7 +325,10 @@ def _repeated(points: Sequence[Point]) -> Iterator[str]:
     for point in points:
         first = firsts.setdefault(tuple(point.settings.items()), point)
         if first is not point:
-            yield f"{point.name} has the recipe and a seed of {first.name}: it stands beside it and is no further seed."
+            yield (
+                f"{point.name} has the recipe and a seed of {first.name}: it stands beside it and"
+                " is no further seed."
+            )
 
 
 def _unequal_tokens(runs: Sequence[Run]) -> Iterator[str]:

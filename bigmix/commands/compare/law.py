@@ -1,10 +1,12 @@
-"""Forgetting at some shares of replay goes in; out comes the law that fits it, with what it predicts of points left out.
+"""Forgetting at some shares of replay goes in; out comes the law that fits it, with what it
+predicts of points left out.
 
     forgetting(p) = forgetting(0) (1 + B p)^-alpha
 
-p is replay's part of all rows that were trained, task and replay together; with one objective per source and no loss_share
-of its own it is replay's weight in the gradient as well. forgetting(0) is what was measured one-way and is not fitted. The
-form is that of Bethune et al., "Scaling laws for forgetting during finetuning with pretraining data injection" (2025).
+p is replay's part of all rows that were trained, task and replay together; with one objective per
+source and no loss_share of its own it is replay's weight in the gradient as well. forgetting(0) is
+what was measured one-way and is not fitted. The form is that of Bethune et al., "Scaling laws for
+forgetting during finetuning with pretraining data injection" (2025).
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,8 @@ from numpy.typing import NDArray
 from bigmix.commands.compare.measures import FORGETTING, Spread
 from bigmix.commands.compare.points import Point
 
-# Relative spread below which no point counts as better known: a tiny spread of three seeds is chance.
+# Relative spread below which no point counts as better known: a tiny spread of three seeds is
+# chance.
 _LEAST_SPREAD = 0.02
 _B_GRID = np.geomspace(1e-2, 1e6, 161)
 _REFINEMENTS = 4
@@ -46,7 +49,9 @@ class Law:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """A point beside what the law says of it when it is fitted without it; `error` is relative to the measured value."""
+    """A point beside what the law says of it when it is fitted without it; `error` is relative to
+    the measured value.
+    """
 
     share: float
     measured: float
@@ -60,8 +65,10 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
-    """The law fitted to all shares; what it says of each one when fitted to the others, and of the larger ones when
-    fitted to the two smallest. `passed_over` are shares without a positive forgetting, which has no logarithm."""
+    """The law fitted to all shares; what it says of each one when fitted to the others, and of the
+    larger ones when fitted to the two smallest. `passed_over` are shares without a positive
+    forgetting, which has no logarithm.
+    """
 
     law: Law
     points: Sequence[LawPoint]
@@ -89,8 +96,8 @@ def fit_source(points: Sequence[Point], source: str) -> Fit | str:
     above = sorted((point for point in usable if point.share > 0), key=lambda point: point.share)
     if not zero or len(above) < 2:
         return (
-            f"No law is fitted on {source}: it takes one-way training that forgets and two or more shares of replay that "
-            f"forget as well, and there are {len(zero)} and {len(above)}."
+            f"No law is fitted on {source}: it takes one-way training that forgets and two or more"
+            f" shares of replay that forget as well, and there are {len(zero)} and {len(above)}."
         )
     at_zero = zero[0].forgetting
     return Fit(
@@ -103,11 +110,15 @@ def fit_source(points: Sequence[Point], source: str) -> Fit | str:
 
 
 def _relative_errors(spreads: Sequence[Spread]) -> list[float]:
-    """Standard errors over seeds relative to the mean; what has one seed counts as the least certain of the others."""
+    """Standard errors over seeds relative to the mean; what has one seed counts as the least
+    certain of the others.
+    """
     known = [
-        spread.deviation / len(spread.values) ** 0.5 / abs(spread.mean)
-        if spread.deviation is not None and spread.mean
-        else None
+        (
+            spread.deviation / len(spread.values) ** 0.5 / abs(spread.mean)
+            if spread.deviation is not None and spread.mean
+            else None
+        )
         for spread in spreads
     ]
     least_certain = max((error for error in known if error is not None), default=0.0)
@@ -132,7 +143,9 @@ def _predict(
 
 
 def fit_law(at_zero: float, above: Sequence[LawPoint]) -> Law:
-    """Least squares on the logarithm, each point weighted by its spread; for a given B, alpha has a closed form."""
+    """Least squares on the logarithm, each point weighted by its spread; for a given B, alpha has a
+    closed form.
+    """
     shares_P = np.array([point.share for point in above])
     drops_P = np.log(at_zero / np.array([point.forgetting for point in above]))
     errors_P = np.maximum([point.relative_error for point in above], _LEAST_SPREAD)
@@ -144,8 +157,10 @@ def fit_law(at_zero: float, above: Sequence[LawPoint]) -> Law:
         low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
         chosen, grid = grid[best], np.geomspace(low, high, 21)
     return Law(
-        at_zero=at_zero, B=float(chosen), alpha=float(_alphas(np.array([chosen]), shares_P, drops_P, weights_P)[0])
-    )  # fmt: skip
+        at_zero=at_zero,
+        B=float(chosen),
+        alpha=float(_alphas(np.array([chosen]), shares_P, drops_P, weights_P)[0]),
+    )
 
 
 Array = NDArray[np.float64]

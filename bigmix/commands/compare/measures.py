@@ -1,4 +1,6 @@
-"""What an evaluation measures, by name: its keys in metrics.jsonl, its words and digits, and which way is better."""
+"""What an evaluation measures, by name: its keys in metrics.jsonl, its words and digits, and which
+way is better.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,8 +11,25 @@ import numpy as np
 
 Better = Literal["lower", "higher"]
 LOSS, FORGETTING, GAIN = "held_out_loss", "forgetting", "gain"
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; further ones are within 2 % of the last.
-_T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)  # fmt: skip
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; further ones are within 2 % of
+# the last.
+_T_975 = (
+    12.71,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +50,8 @@ class Estimate:
 class Spread:
     """A value over the seeds of a point: the mean, the standard deviation, and a 95 % interval.
 
-    The interval is Student's, of the mean over seeds; of a single run it is the run's own bootstrap interval, and there is
-    no standard deviation.
+    The interval is Student's, of the mean over seeds; of a single run it is the run's own bootstrap
+    interval, and there is no standard deviation.
     """
 
     mean: float
@@ -149,7 +168,9 @@ def forgotten(line: Mapping[str, Any], name: str, *, before: float) -> dict[str,
 
 
 def tasks_of(line: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
-    """The scores of each task in a line of an evaluation, by task and score; all are fractions, higher is better."""
+    """The scores of each task in a line of an evaluation, by task and score; all are fractions,
+    higher is better.
+    """
     found: dict[str, dict[str, Estimate]] = {}
     for key, value in line.items():
         prefix, _, rest = key.partition("/")

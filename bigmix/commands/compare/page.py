@@ -44,7 +44,9 @@ _MOST_OPEN = 4  # points whose commands are shown at once
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pictures:
-    """What is drawn of a comparison: task against forgetting, forgetting over the share, and both over the run."""
+    """What is drawn of a comparison: task against forgetting, forgetting over the share, and both
+    over the run.
+    """
 
     frontiers: Sequence[Scene]
     laws: Sequence[Scene]
@@ -52,7 +54,9 @@ class Pictures:
 
 
 def page(comparison: Comparison, pictures: Pictures, *, given: Sequence[Path], out: Path) -> str:
-    """The whole page of the folders given, as it is written into `out`; everything that comes from a run is escaped."""
+    """The whole page of the folders given, as it is written into `out`; everything that comes from
+    a run is escaped.
+    """
     template = Template(
         (files("bigmix.commands.compare") / "page.html").read_text(encoding="utf-8")
     )
@@ -115,13 +119,14 @@ def _sections(
 
 
 _FRONTIER_NOTE = (
-    "Each mark is one recipe: the mean over its seeds with Student's 95 % interval, or one run with its bootstrap interval. "
-    "Points that differ in replay's share alone are joined. Hollow: another point does at least as well in both. Point at "
-    "a mark for its numbers."
+    "Each mark is one recipe: the mean over its seeds with Student's 95 % interval, or one run with"
+    " its bootstrap interval. Points that differ in replay's share alone are joined. Hollow:"
+    " another point does at least as well in both. Point at a mark for its numbers."
 )
 _SHARES_NOTE = (
-    "Tokens are the mean over seeds. Shares are those of all replay sources together, in the first run of each point: as "
-    "written in the recipe, then from the run's own log. The gradient is the mean over all steps."
+    "Tokens are the mean over seeds. Shares are those of all replay sources together, in the first"
+    " run of each point: as written in the recipe, then from the run's own log. The gradient is the"
+    " mean over all steps."
 )
 
 
@@ -157,8 +162,15 @@ def _result(table: Table, comparison: Comparison, styles: Mapping[str, Style]) -
     body = "\n".join(_result_row(row, styles, with_share=with_share) for row in table.rows)
     return wide(
         table.title,
-        [f'<table class="results"><thead><tr><th scope="col" class="source">{first}</th>{cells}</tr></thead><tbody>', body, "</tbody></table>"],
-    )  # fmt: skip
+        [
+            (
+                '<table class="results"><thead><tr><th scope="col"'
+                f' class="source">{first}</th>{cells}</tr></thead><tbody>'
+            ),
+            body,
+            "</tbody></table>",
+        ],
+    )
 
 
 def _result_row(row: Row, styles: Mapping[str, Style], *, with_share: bool) -> str:
@@ -174,7 +186,8 @@ def _result_row(row: Row, styles: Mapping[str, Style], *, with_share: bool) -> s
 
 def _curves_note(comparison: Comparison) -> str:
     against = (
-        "Against task tokens, so that runs are compared after the same learning and not after the same number of steps"
+        "Against task tokens, so that runs are compared after the same learning and not after the"
+        " same number of steps"
         if is_over_tokens(comparison)
         else "Against steps"
     )
@@ -188,19 +201,21 @@ def _curves_note(comparison: Comparison) -> str:
         else "of a single run its 95 % interval is shaded"
     )
     return (
-        f"{against}. A line is the mean over the seeds of a point, shaded from the lowest to the highest; {alone}. "
-        f"Point at a mark for its numbers.{left_out}"
+        f"{against}. A line is the mean over the seeds of a point, shaded from the lowest to the"
+        f" highest; {alone}. Point at a mark for its numbers.{left_out}"
     )
 
 
 def _commands(
     comparison: Comparison, styles: Mapping[str, Style], given: Sequence[Path], out: Path
 ) -> Iterator[str]:
-    """Of each point the commands that make its runs again, then those of the page; a click marks a whole block."""
+    """Of each point the commands that make its runs again, then those of the page; a click marks a
+    whole block.
+    """
     yield "<h2>How to reproduce</h2>"
     yield (
-        '<p class="note">Each run again, from its resolved recipe into a new folder beside the old one; then this page, of the '
-        "same runs and of the new ones. A click marks a block.</p>"
+        '<p class="note">Each run again, from its resolved recipe into a new folder beside the old'
+        " one; then this page, of the same runs and of the new ones. A click marks a block.</p>"
     )
     points = comparison.arrangement.ordered
     blocks = [(point.name, "\n".join(run.command for run in point.runs)) for point in points]

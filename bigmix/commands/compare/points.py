@@ -1,4 +1,6 @@
-"""Runs go in; out come points, the runs that differ in their seed alone, and the lines that replay's share draws."""
+"""Runs go in; out come points, the runs that differ in their seed alone, and the lines that
+replay's share draws.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,8 +12,8 @@ from bigmix.commands.compare.measures import Estimate, Spread, spread_of
 from bigmix.commands.compare.read import BASE, SEED_FOLDER, Evaluation, Kind, Run, names_of
 
 _OF_NO_POINT = {"seed", "output"}  # what may differ between the runs of a point
-EVALUATED_MODEL = (
-    "evaluated model"  # stands among the settings of a model that was evaluated outside of a run
+EVALUATED_MODEL = (  # stands among the settings of a model that was evaluated outside of a run
+    "evaluated model"
 )
 
 Settings = Mapping[str, str]
@@ -19,7 +21,10 @@ Settings = Mapping[str, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """The runs of one recipe. `share` is replay's part of the rows, 0 for one-way, None where it is not known."""
+    """The runs of one recipe.
+
+    `share` is replay's part of the rows, 0 for one-way, None where it is not known.
+    """
 
     name: str
     runs: Sequence[Run]
@@ -52,7 +57,9 @@ class Point:
         return _spread([run.final.tasks.get(task, {}).get(score) for run in self.runs])
 
     def shared_steps(self) -> list[list[Evaluation]]:
-        """The evaluations of all runs of the point at each step that all of them have, and those after their last steps."""
+        """The evaluations of all runs of the point at each step that all of them have, and those
+        after their last steps.
+        """
         steps = set.intersection(*({e.step for e in run.evaluations} for run in self.runs))
         found = [
             [e for run in self.runs for e in run.evaluations if e.step == step]
@@ -69,7 +76,10 @@ def _spread(found: Sequence[Estimate | None]) -> Spread | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShareLine:
-    """Points that differ in replay's share alone, one-way first, by share. `name` says what sets the line apart."""
+    """Points that differ in replay's share alone, one-way first, by share.
+
+    `name` says what sets the line apart.
+    """
 
     name: str
     points: Sequence[Point]
@@ -77,7 +87,9 @@ class ShareLine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrangement:
-    """The points as lines over replay's share, the longest one first, and those that stand alone."""
+    """The points as lines over replay's share, the longest one first, and those that stand
+    alone.
+    """
 
     lines: Sequence[ShareLine]
     remedies: Sequence[Point]
@@ -96,7 +108,8 @@ class Arrangement:
 def points_of(runs: Sequence[Run]) -> list[Point]:
     """Runs put together where their recipes differ in seed and output alone, in the order given.
 
-    One that repeats recipe and seed of another is a point of its own: its numbers say nothing about other seeds.
+    One that repeats recipe and seed of another is a point of its own: its numbers say nothing about
+    other seeds.
     """
     grouped: dict[tuple[frozenset[tuple[str, str]], int], list[Run]] = {}
     seen: Counter[tuple[frozenset[tuple[str, str]], int]] = Counter()
@@ -119,7 +132,9 @@ def _settings(run: Run) -> dict[str, str]:
 
 
 def _point_names(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """By the folder that they have in common but for their seeds, or by what their names begin with; each name once."""
+    """By the folder that they have in common but for their seeds, or by what their names begin
+    with; each name once.
+    """
     places = []
     for runs in groups:
         alike = {_without_seed(run.folder.resolve()) for run in runs}
@@ -148,7 +163,10 @@ def _beginning(names: Sequence[str]) -> str:
 
 
 def arrange(points: Sequence[Point]) -> Arrangement:
-    """Which points differ in replay's share alone. A line has two shares above 0, or it is the first one."""
+    """Which points differ in replay's share alone.
+
+    A line has two shares above 0, or it is the first one.
+    """
     rests = [_without_replay(point) for point in points]
     mixes = [_mix(point) for point in points]
     groups: dict[tuple[str, str], list[Point]] = {}

@@ -1,4 +1,6 @@
-"""Folders of finished runs go in, one record per run comes out, or the list of all that is missing."""
+"""Folders of finished runs go in, one record per run comes out, or the list of all that is
+missing.
+"""
 
 import json
 import re
@@ -34,7 +36,8 @@ from bigmix.runs.metrics_log import METRICS, read_lines
 
 BASE = "base"  # the name of the step-0 model in every output
 SEED_FOLDER = re.compile(r"seed-\d+")  # where a sweep puts the runs of a point
-# A run that saw this much of its tokens is whole: rows are packed, so the last step rarely lands on the token.
+# A run that saw this much of its tokens is whole: rows are packed, so the last step rarely lands on
+# the token.
 WHOLE_AT = 0.95
 
 Kind = Literal["one-way", "two-way"]
@@ -42,7 +45,9 @@ Kind = Literal["one-way", "two-way"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedSource:
-    """What the recipe says of a source; `share` and `loss_share` sum to 1, None where they follow a schedule."""
+    """What the recipe says of a source; `share` and `loss_share` sum to 1, None where they follow a
+    schedule.
+    """
 
     role: str
     share: float | None
@@ -51,7 +56,10 @@ class TrainedSource:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Realised:
-    """What part of the run a source was, as logged; each sums to 1 over the sources. None: not logged."""
+    """What part of the run a source was, as logged; each sums to 1 over the sources.
+
+    None: not logged.
+    """
 
     rows: float | None
     tokens: float | None
@@ -61,10 +69,11 @@ class Realised:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """The model after `step` steps, when it had been trained on `task_tokens` tokens of task sources, if that is known.
+    """The model after `step` steps, when it had been trained on `task_tokens` tokens of task
+    sources, if that is known.
 
-    `sources` holds the measures of each held-out source, `tasks` the scores of each task. `diverged` are sources whose loss
-    is not finite, `sizes` says how much each was evaluated on.
+    `sources` holds the measures of each held-out source, `tasks` the scores of each task.
+    `diverged` are sources whose loss is not finite, `sizes` says how much each was evaluated on.
     """
 
     step: int
@@ -80,8 +89,9 @@ class Evaluation:
 class Run:
     """One run, or one model evaluated outside of a run, as its folder tells it.
 
-    `settings` are the leaves of its recipe by dotted key, `model` is what was evaluated outside of a run. Tokens are those
-    of the whole run, None where its log is not at hand. `samples` are outputs of each task, by step.
+    `settings` are the leaves of its recipe by dotted key, `model` is what was evaluated outside of
+    a run. Tokens are those of the whole run, None where its log is not at hand. `samples` are
+    outputs of each task, by step.
     """
 
     name: str
@@ -111,7 +121,9 @@ class Run:
 
     @property
     def replay_share(self) -> float | None:
-        """Replay's part of all rows that were trained, as logged; as written where there is no log."""
+        """Replay's part of all rows that were trained, as logged; as written where there is
+        no log.
+        """
         replays = [name for name, source in self.sources.items() if source.role == "replay"]
         for parts in (
             [self.realised[name].rows for name in replays],
@@ -134,7 +146,8 @@ class Found:
 def read_runs(given: Sequence[Path]) -> Found:
     """Read every run; raises BadInput with the faults of all that were named.
 
-    A run that was only found in a folder, such as one of a sweep that is not through, is left out and told instead.
+    A run that was only found in a folder, such as one of a sweep that is not through, is left out
+    and told instead.
     """
     if not given:
         raise BadInput("no run was given, one or more are needed; name the output folders of runs")
@@ -193,7 +206,8 @@ def _read_place(place: Place, name: str) -> Run:
         return read(place.folder, name, recipe)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(
-            f"{place.folder}: {' or '.join(needed)} is not as bigmix writes it ({error!r}); restore it from a copy"
+            f"{place.folder}: {' or '.join(needed)} is not as bigmix writes it ({error!r}); restore"
+            " it from a copy"
         ) from error
 
 
@@ -218,19 +232,23 @@ def _read_run(folder: Path, name: str, recipe: Mapping[str, Any]) -> Run:
 
 
 def _read_evaluation(folder: Path, name: str, recipe: Mapping[str, Any]) -> Run:
-    """A model that was evaluated outside of a run; where it lies in the folder of one, that run's log says what it saw."""
+    """A model that was evaluated outside of a run; where it lies in the folder of one, that run's
+    log says what it saw.
+    """
     try:
         found = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
         lines, model, command = found["lines"], str(found["model"]), str(found["command"])
         steps = [line["step"] for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(
-            f"{folder / EVALUATION} is not as an evaluation writes it ({error!r}); evaluate the model again"
+            f"{folder / EVALUATION} is not as an evaluation writes it ({error!r}); evaluate the"
+            " model again"
         ) from error
     if len(lines) != 2 or steps[0] != 0:
         raise BadInput(
-            f"{folder / EVALUATION} has evaluations at steps {steps}; one of the base, step 0, and one of the model are "
-            "needed, forgetting is measured from the base; evaluate again with --base"
+            f"{folder / EVALUATION} has evaluations at steps {steps}; one of the base, step 0, and"
+            " one of the model are needed, forgetting is measured from the base; evaluate again"
+            " with --base"
         )
     trained_in = Path(model).parent
     log, trained_with = trained_in / METRICS, trained_in / RECIPE
@@ -281,7 +299,9 @@ def _tasks(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def _tokens(line: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Tokens of task sources and of all, up to a line of training; None where they are not logged."""
+    """Tokens of task sources and of all, up to a line of training; None where they are not
+    logged.
+    """
     totals = {name: line.get(f"total_tokens/{name}") for name in recipe["sources"]}
     known = {name: count for name, count in totals.items() if count is not None}
     if not known:
@@ -291,8 +311,8 @@ def _tokens(line: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[int | N
 
 def _missing_file(folder: Path, file: str) -> str:
     return (
-        f"run {folder} has no {file}; a folder that bigmix trained in holds {RECIPE} and {METRICS}; "
-        "give the `output` folder of a run, or of a sweep"
+        f"run {folder} has no {file}; a folder that bigmix trained in holds {RECIPE} and {METRICS};"
+        " give the `output` folder of a run, or of a sweep"
     )
 
 
@@ -353,15 +373,17 @@ def _evaluations(
         found.append(
             Evaluation(
                 step=step,
-                task_tokens=known_tokens
-                if step and len(logged_steps) == 1
-                else task_tokens[seen_at],
+                task_tokens=(
+                    known_tokens if step and len(logged_steps) == 1 else task_tokens[seen_at]
+                ),
                 sources={
-                    name: measures
-                    | (
-                        forgotten(line, name, before=first[name][LOSS].value)
-                        if name in first
-                        else {}
+                    name: (
+                        measures
+                        | (
+                            forgotten(line, name, before=first[name][LOSS].value)
+                            if name in first
+                            else {}
+                        )
                     )
                     for name, measures in sources_of(line).items()
                 },
@@ -386,8 +408,8 @@ def _faults(
 ) -> Iterator[str]:
     if not training:
         yield (
-            f"run {folder} has no training line in {METRICS}; a finished run has one for each step; "
-            "train it to the end first"
+            f"run {folder} has no training line in {METRICS}; a finished run has one for each step;"
+            " train it to the end first"
         )
         return
     last_step = training[-1]["step"]
@@ -395,19 +417,21 @@ def _faults(
     shown = ", ".join(map(str, evaluated)) or "none"
     if 0 not in evaluated:
         yield (
-            f"run {folder} has evaluations at steps: {shown}; one at step 0 is needed, forgetting is "
-            "measured from there; give sources a `held_out` folder and train again"
+            f"run {folder} has evaluations at steps: {shown}; one at step 0 is needed, forgetting"
+            " is measured from there; give sources a `held_out` folder and train again"
         )
     if last_step not in evaluated:
         yield (
-            f"run {folder} has evaluations at steps: {shown}; one after its last step, {last_step}, is "
-            "needed; start the run again with the same command, it goes on to its end"
+            f"run {folder} has evaluations at steps: {shown}; one after its last step, {last_step},"
+            " is needed; start the run again with the same command, it goes on to its end"
         )
     yield from _unfinished(folder, recipe, training[-1])
 
 
 def _unfinished(folder: Path, recipe: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[str]:
-    """Compare what was trained with what the recipe asks for; `train.steps` wins over the budget."""
+    """Compare what was trained with what the recipe asks for; `train.steps` wins over the
+    budget.
+    """
     if _may_end_before(recipe) and (folder / EXPORT).is_dir():
         return
     budget = dict(recipe.get("budget") or {})
@@ -420,8 +444,9 @@ def _unfinished(folder: Path, recipe: Mapping[str, Any], last: Mapping[str, Any]
         least = 1 if key == "steps" else WHOLE_AT
         if isinstance(goal, int | float) and value < least * goal:
             yield (
-                f"run {folder} has trained {value:,} of {goal:,.0f} {key.replace('_', ' ')}; only finished "
-                "runs can be compared; start it again with the same command, it goes on to its end"
+                f"run {folder} has trained {value:,} of {goal:,.0f} {key.replace('_', ' ')}; only"
+                " finished runs can be compared; start it again with the same command, it goes on"
+                " to its end"
             )
 
 

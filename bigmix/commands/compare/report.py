@@ -1,4 +1,6 @@
-"""Folders of runs go in; out come a page, pictures, tables and a summary of what they kept and learned."""
+"""Folders of runs go in; out come a page, pictures, tables and a summary of what they kept and
+learned.
+"""
 
 import json
 import os
@@ -22,10 +24,11 @@ __all__ = ["Summary", "compare"]
 
 
 def compare(runs: Sequence[Path], out: Path) -> Summary:
-    """Write `index.html, figure.png, table.md, table.tex, summary.json` into `out`; the summary goes last.
+    """Write `index.html, figure.png, table.md, table.tex, summary.json` into `out`; the summary
+    goes last.
 
-    `frontier.png` and `law.png` are added where there are enough points for them. Raises BadInput with the faults of all
-    runs, or that of `out`, before anything is written.
+    `frontier.png` and `law.png` are added where there are enough points for them. Raises BadInput
+    with the faults of all runs, or that of `out`, before anything is written.
     """
     _check_place(out)
     comparison = judge(read_runs(runs))
@@ -39,8 +42,9 @@ def compare(runs: Sequence[Path], out: Path) -> Summary:
         "index.html": page(comparison, pictures, given=runs, out=out),
         "table.md": markdown(comparison),
         "table.tex": latex(comparison),
-        "summary.json": json.dumps(summary_tree(comparison, found), indent=2, allow_nan=False)
-        + "\n",
+        "summary.json": (
+            json.dumps(summary_tree(comparison, found), indent=2, allow_nan=False) + "\n"
+        ),
     }
     out.mkdir(parents=True, exist_ok=True)
     files = {

@@ -1,8 +1,10 @@
-"""Texts of a comparison go in, pieces of the page come out; everything that comes from a run is escaped.
+"""Texts of a comparison go in, pieces of the page come out; everything that comes from a run is
+escaped.
 
 Points go in; out comes what their recipes have in common, and what differs.
 
-Points go in; out comes what they were trained on: the budget in words, tokens, and each source's part as logged.
+Points go in; out comes what they were trained on: the budget in words, tokens, and each source's
+part as logged.
 
 Points go in; out come the outputs of each task laid side by side, the same example across points.
 """
@@ -98,7 +100,9 @@ def _differing(
 
 
 def _without_absent_sources(point: Point, points: Sequence[Point]) -> dict[str, str]:
-    """The settings; those of a source that another point lacks are told once, by its path, where the points agree on them."""
+    """The settings; those of a source that another point lacks are told once, by its path, where
+    the points agree on them.
+    """
     settings = {_moved(key): value for key, value in point.settings.items()}
     names = [name for p in points for name in p.runs[0].sources]
     for name in dict.fromkeys(names):
@@ -117,7 +121,9 @@ def _without_absent_sources(point: Point, points: Sequence[Point]) -> dict[str, 
 
 
 def _moved(key: str) -> str:
-    """A held-out folder is named by its source where that is trained, and beside the sources where it is not."""
+    """A held-out folder is named by its source where that is trained, and beside the sources where
+    it is not.
+    """
     parts = key.split(".")
     is_own = len(parts) == 3 and parts[0] == "sources" and parts[2] == "held_out"
     return f"held_out.{parts[1]}" if is_own else key
@@ -128,14 +134,25 @@ _SOURCE_COLOURS = ("#0072b2", "#b35a00", "#007a5a", "#a04a7c", "#5b5bb0", "#6b72
 _LABEL_FROM = 0.07  # a narrower part of a bar has no room for its number; the table below has it
 _MOST_BARS = 4  # points whose shares are drawn and not only listed
 _BUDGETS = {
-    "task_tokens": "Task tokens are fixed: replay comes on top, so a larger share trains longer on as much of the task",
-    "total_tokens": "Total tokens are fixed: replay takes the place of task tokens, so a larger share sees less of the task",
-    "steps": "Steps are fixed: replay takes the place of task rows, so a larger share sees less of the task",
+    "task_tokens": (
+        "Task tokens are fixed: replay comes on top, so a larger share trains longer on as much of"
+        " the task"
+    ),
+    "total_tokens": (
+        "Total tokens are fixed: replay takes the place of task tokens, so a larger share sees less"
+        " of the task"
+    ),
+    "steps": (
+        "Steps are fixed: replay takes the place of task rows, so a larger share sees less of the"
+        " task"
+    ),
 }
 
 
 def budget_sentences(points: Sequence[Point]) -> list[str]:
-    """Which of the ways to count the points follow, in words; with their names where they follow several."""
+    """Which of the ways to count the points follow, in words; with their names where they follow
+    several.
+    """
     kinds: dict[str, list[str]] = {}
     for point in points:
         kinds.setdefault(_budget(point), []).append(point.name)
@@ -155,9 +172,18 @@ def _budget(point: Point) -> str:
 def training_table(comparison: Comparison, styles: Mapping[str, Style]) -> str:
     """Of each point its runs, steps, tokens, and replay's part by each way to count."""
     heads = [
-        "", "runs", "steps", "task tokens", "all tokens", "share, written", "rows", "tokens", "loss tokens",
-        "gradient, written", "gradient",
-    ]  # fmt: skip
+        "",
+        "runs",
+        "steps",
+        "task tokens",
+        "all tokens",
+        "share, written",
+        "rows",
+        "tokens",
+        "loss tokens",
+        "gradient, written",
+        "gradient",
+    ]
     rows = ((named(p.name, styles), _training(p)) for p in comparison.arrangement.ordered)
     return wide("What each point was trained on", plain_table(heads, rows))
 
@@ -264,8 +290,9 @@ def outputs_part(comparison: Comparison, styles: Mapping[str, Style]) -> Iterato
         shown = list(prompts)[:_MOST_EXAMPLES]
         yield f"<h3>{escape(task)}</h3>"
         yield (
-            f'<p class="note">{len(shown)} of {len(prompts)} examples that were kept, in their order; of a point with several '
-            "seeds the outputs of the first. All are in the folder <code>samples</code> of each run.</p>"
+            f'<p class="note">{len(shown)} of {len(prompts)} examples that were kept, in their'
+            " order; of a point with several seeds the outputs of the first. All are in the folder"
+            " <code>samples</code> of each run.</p>"
         )
         for prompt in shown:
             found = {BASE: first.get(prompt)} | {
@@ -297,8 +324,8 @@ def _example(prompt: str, found: Mapping[str, Sample], styles: Mapping[str, Styl
     short = f"{heading[:90]}…" if len(heading) > 90 else heading
     return folded(
         short.replace("`", "'"),
-        f'<p class="note">Prompt</p><pre>{_text(prompt)}</pre><p class="note">Right would be</p>{rights}'
-        f'<table class="outputs"><tbody>{rows}</tbody></table>',
+        f'<p class="note">Prompt</p><pre>{_text(prompt)}</pre><p class="note">Right would'
+        f' be</p>{rights}<table class="outputs"><tbody>{rows}</tbody></table>',
     )
 
 

@@ -1,4 +1,6 @@
-"""A comparison goes in, summary.json's tree comes out: numbers are not rounded; what is unknown is null."""
+"""A comparison goes in, summary.json's tree comes out: numbers are not rounded; what is unknown is
+null.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -69,7 +71,9 @@ def _of_model(comparison: Comparison, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _of_source(measures: Mapping[str, Estimate]) -> dict[str, Any]:
-    """The loss is under its short name, with its interval beside it; other intervals are under `intervals`."""
+    """The loss is under its short name, with its interval beside it; other intervals are under
+    `intervals`.
+    """
     values = {
         name: _finite(found.value) for name, found in measures.items() if name not in (LOSS, GAIN)
     }

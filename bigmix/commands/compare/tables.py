@@ -1,4 +1,6 @@
-"""A comparison goes in; out come its tables as text, the same in every output, and table.md and table.tex."""
+"""A comparison goes in; out come its tables as text, the same in every output, and table.md and
+table.tex.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,15 +22,18 @@ from bigmix.commands.compare.read import BASE
 
 ABSENT = "–"
 NOTE = (
-    "Loss in nats/token; forgetting: loss after training minus loss of the base, lower is better; task gain: loss of the "
-    "base minus loss after training, higher is better. In brackets the 95 % bootstrap interval of a single run; after ± the "
-    "standard deviation over the seeds of a point, whose value is their mean."
+    "Loss in nats/token; forgetting: loss after training minus loss of the base, lower is better;"
+    " task gain: loss of the base minus loss after training, higher is better. In brackets the 95 %"
+    " bootstrap interval of a single run; after ± the standard deviation over the seeds of a point,"
+    " whose value is their mean."
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """A value, and beside it what is known of its accuracy; `sign` is -1 or 1 for a change to the worse or the better."""
+    """A value, and beside it what is known of its accuracy; `sign` is -1 or 1 for a change to the
+    worse or the better.
+    """
 
     value: str
     doubt: str = ""
@@ -41,7 +46,9 @@ class Cell:
 
     @property
     def brief(self) -> str:
-        """The value, with its standard deviation over seeds but without an interval; in one word, so that it is in one line."""
+        """The value, with its standard deviation over seeds but without an interval; in one word,
+        so that it is in one line.
+        """
         return (
             f"{self.value}\N{NO-BREAK SPACE}{self.doubt.replace(' ', '')}"
             if self.doubt.startswith("±")
@@ -201,7 +208,22 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-_TEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "±": r"$\pm$", "−": "$-$", "–": "--", "~": r"\textasciitilde{}", "\N{NO-BREAK SPACE}": "~", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}  # fmt: skip
+_TEX = {
+    "&": r"\&",
+    "%": r"\%",
+    "_": r"\_",
+    "#": r"\#",
+    "$": r"\$",
+    "{": r"\{",
+    "}": r"\}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+    "~": r"\textasciitilde{}",
+    "\N{NO-BREAK SPACE}": "~",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+}
 
 
 def latex(comparison: Comparison) -> str:

@@ -1,6 +1,7 @@
 """`bigmix plan RECIPE`: what a run will be, before a GPU is used.
 
-`bigmix sweep RECIPE`: the runs of a sweep, how far each is, and what each will train, before a GPU is used.
+`bigmix sweep RECIPE`: the runs of a sweep, how far each is, and what each will train, before a GPU
+is used.
 """
 
 import argparse
@@ -36,7 +37,9 @@ def add_sweep(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "sweep",
         help="the runs of a sweep, and how far each is",
-        description="Checks every run of a sweep and lists them; docs/sweep.md says how they are trained.",
+        description=(
+            "Checks every run of a sweep and lists them; docs/sweep.md says how they are trained."
+        ),
     )
     add_recipe_arguments(parser)
     parser.add_argument(
@@ -52,7 +55,8 @@ def _sweep(known: argparse.Namespace) -> int:
     loaded = load(known.recipe, known.overrides)
     if loaded.recipe.sweep is None:
         raise BadInput(
-            f"recipe {known.recipe} is no sweep; give it one, such as sweep.train.lr=[1e-5,3e-5], see docs/sweep.md"
+            f"recipe {known.recipe} is no sweep; give it one, such as sweep.train.lr=[1e-5,3e-5],"
+            " see docs/sweep.md"
         )
     return show_runs(loaded.chosen, ranks=known.ranks, as_json=known.json)
 
@@ -115,7 +119,10 @@ def add_plan(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plan",
         help="what a run will be: shares, epochs, padding, memory, disk, time",
-        description="Says what a recipe will do before anything is trained; docs/plan.md explains every number.",
+        description=(
+            "Says what a recipe will do before anything is trained; docs/plan.md explains every"
+            " number."
+        ),
     )
     add_recipe_arguments(parser)
     parser.add_argument("--gpus", type=int, default=1, help="ranks over all nodes (default 1)")

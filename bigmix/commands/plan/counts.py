@@ -1,8 +1,11 @@
-"""Opened inputs go in; what each source gives to the run comes out: rows, tokens, loss tokens, gradient, epochs.
+"""Opened inputs go in; what each source gives to the run comes out: rows, tokens, loss tokens,
+gradient, epochs.
 
-A plan goes in, how many tokens and loss tokens each row of a source has comes out, without a token being read.
+A plan goes in, how many tokens and loss tokens each row of a source has comes out, without a token
+being read.
 
-The lengths of documents give the tokens of a row; the bits of a chat's loss mask, one a token, its loss tokens.
+The lengths of documents give the tokens of a row; the bits of a chat's loss mask, one a token, its
+loss tokens.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +33,9 @@ class Tally:
 
 
 def tally_of(plan: Plan, name: str, num_rows: int) -> Tally:
-    """The first `num_rows` rows of a source in the order in which they are trained, over all epochs."""
+    """The first `num_rows` rows of a source in the order in which they are trained, over all
+    epochs.
+    """
     parts = [tally_of_rows(part.stream, part.places()) for part in plan.drawn(name, num_rows)]
 
     def joined(columns: Iterable[Ints]) -> Ints:
@@ -70,8 +75,9 @@ _UNITS = ("tokens", "loss_tokens", "squares")
 class SourceCounts:
     """One source over the whole run; `gradient` adds up its part of each step's objective.
 
-    `room` is what its rows could hold in tokens, `due` how many rows a step has of it in the mean, `steps` in how many steps
-    it is; `read`, `documents` and `dropped` are what its manifest says, `lost` what packing leaves out of each epoch.
+    `room` is what its rows could hold in tokens, `due` how many rows a step has of it in the mean,
+    `steps` in how many steps it is; `read`, `documents` and `dropped` are what its manifest says,
+    `lost` what packing leaves out of each epoch.
     """
 
     role: str
@@ -110,7 +116,10 @@ class SourceCounts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """The whole run. Rows and epochs are always exact; the rest is where `is_exact`, else estimated from a sample."""
+    """The whole run.
+
+    Rows and epochs are always exact; the rest is where `is_exact`, else estimated from a sample.
+    """
 
     steps: int
     squares: int
@@ -126,7 +135,9 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Walk:
-    """Sums over the steps, by source: gradient as it comes out and as the recipe asks for it, steps that have it."""
+    """Sums over the steps, by source: gradient as it comes out and as the recipe asks for it, steps
+    that have it.
+    """
 
     gradient: Mapping[str, float]
     wanted: Mapping[str, float]
@@ -134,7 +145,9 @@ class _Walk:
 
 
 def count(recipe: Recipe, inputs: Inputs) -> Counts:
-    """Walk through the rows of the run, or through the first rows of each source where the run is long."""
+    """Walk through the rows of the run, or through the first rows of each source where the run is
+    long.
+    """
     streams, num_rows = inputs.plan.streams, inputs.steps * recipe.rows_per_step
     rows = inputs.plan.counts(inputs.steps)
     epochs = inputs.plan.epochs(inputs.steps)

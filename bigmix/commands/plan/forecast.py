@@ -1,4 +1,6 @@
-"""A recipe and its opened inputs go in, everything that can be known of the run before it starts comes out."""
+"""A recipe and its opened inputs go in, everything that can be known of the run before it starts
+comes out.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +36,9 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Disk:
-    """Bytes in the output folder; while a checkpoint is written, one more than are kept is there."""
+    """Bytes in the output folder; while a checkpoint is written, one more than are kept is
+    there.
+    """
 
     checkpoint: int
     checkpoints: int
@@ -43,7 +47,10 @@ class Disk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
-    """What a run will be. `seconds` is None where the model's FLOPs or the device's peak are not known."""
+    """What a run will be.
+
+    `seconds` is None where the model's FLOPs or the device's peak are not known.
+    """
 
     counts: Counts
     shape: Shape
@@ -101,7 +108,9 @@ def _shape(recipe: Recipe, config: Any, machine: Machine, dtype: str) -> Shape:
 def _with_reference(
     flops: float | None, recipe: Recipe, reference: Shape | None, counts: Counts
 ) -> float | None:
-    """The needed operations and those of the frozen model: a forward, a third of a step, on the rows of its sources."""
+    """The needed operations and those of the frozen model: a forward, a third of a step, on the
+    rows of its sources.
+    """
     if flops is None or reference is None or recipe.reference is None:
         return flops
     if reference.cost is None:
@@ -115,7 +124,9 @@ def _with_reference(
 
 
 def flops_of(shape: Shape, counts: Counts) -> float | None:
-    """The operations of the whole run; None for mixtures of experts, where they depend on the routing."""
+    """The operations of the whole run; None for mixtures of experts, where they depend on the
+    routing.
+    """
     if shape.cost is None:
         return None
     sources = counts.sources.values()

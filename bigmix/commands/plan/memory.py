@@ -1,9 +1,11 @@
-"""The sizes of a model and DeepSpeed's keys go in, the bytes of one rank come out, part by part and phase by phase.
+"""The sizes of a model and DeepSpeed's keys go in, the bytes of one rank come out, part by part and
+phase by phase.
 
-Under ZeRO-3 with N ranks, P weights of b bytes (Rajbhandari et al., "ZeRO", 2020): weights b P / N, gradients
-4 P / N, master weights 4 P / N, Adam's moments 8 P / N. What the paper leaves out is what DeepSpeed 0.19 allocates
-beside them: reduce bucket, gathered and prefetched weights, a flat copy of the gradients in the step. Activations are
-counted on the model itself (what is kept, and what checkpointing keeps: Korthikanti et al., 2022).
+Under ZeRO-3 with N ranks, P weights of b bytes (Rajbhandari et al., "ZeRO", 2020): weights b P / N,
+gradients 4 P / N, master weights 4 P / N, Adam's moments 8 P / N. What the paper leaves out is what
+DeepSpeed 0.19 allocates beside them: reduce bucket, gathered and prefetched weights, a flat copy of
+the gradients in the step. Activations are counted on the model itself (what is kept, and what
+checkpointing keeps: Korthikanti et al., 2022).
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +26,8 @@ _BUCKET, _PREFETCH, _PERSISTENT, _SUB_GROUP = 500_000_000, 50_000_000, 100_000, 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """How a model is trained: `keys` is the whole DeepSpeed configuration, `tokens` those of a micro-batch.
+    """How a model is trained: `keys` is the whole DeepSpeed configuration, `tokens` those of a
+    micro-batch.
 
     `holds_base`: the model as it was before training lies beside it, for evaluations.
     """
@@ -54,7 +57,9 @@ class Setting:
 
     @property
     def state_bytes(self) -> int:
-        """What a checkpoint holds of one weight: itself, two moments and its average where one is kept, in fp32."""
+        """What a checkpoint holds of one weight: itself, two moments and its average where one is
+        kept, in fp32.
+        """
         return 16 if self.keeps_average else 12
 
     @property
@@ -80,7 +85,9 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """One use of memory, in bytes: at the peak of forward, of backward and of the optimizer's step."""
+    """One use of memory, in bytes: at the peak of forward, of backward and of the optimizer's
+    step.
+    """
 
     name: str
     place: Place
@@ -160,7 +167,9 @@ def _states(shape: Shape, setting: Setting) -> Iterator[Part]:
 
 
 def _reference(reference: Shape | None, setting: Setting) -> Iterator[Part]:
-    """A frozen model: its weights, sharded under ZeRO-3 alone; at the loss its head and its hidden states beside ours."""
+    """A frozen model: its weights, sharded under ZeRO-3 alone; at the loss its head and its hidden
+    states beside ours.
+    """
     if reference is None:
         return
     width, sharded = setting.weight_bytes, setting.stage == 3
@@ -189,7 +198,9 @@ def _overlaps(setting: Setting) -> bool:
 
 
 def _gathered(shape: Shape, setting: Setting) -> Part:
-    """Whole weights under ZeRO-3: what is small stays whole, the rest is gathered for one layer and ahead of the next."""
+    """Whole weights under ZeRO-3: what is small stays whole, the rest is gathered for one layer and
+    ahead of the next.
+    """
     if setting.stage < 3 or setting.ranks == 1:
         return _always("gathered weights", "device", 0)
     threshold = setting.zero("stage3_param_persistence_threshold", _PERSISTENT)
@@ -229,8 +240,8 @@ def _activations(shape: Shape, setting: Setting) -> Part:
 def _loss(shape: Shape, setting: Setting, reference: Shape | None) -> Part:
     """Head and loss: the head's gradient, that of the hidden states, and one chunk of logits.
 
-    The head's gradient is added up in fp32 and narrowed in its own memory; where one chunk takes all tokens, it is in
-    the dtype of the weights at once.
+    The head's gradient is added up in fp32 and narrowed in its own memory; where one chunk takes
+    all tokens, it is in the dtype of the weights at once.
     """
     width, head = setting.weight_bytes, shape.vocabulary * shape.hidden
     logit_bytes = 4 if setting.on_gpu else width
@@ -262,9 +273,9 @@ def _loss(shape: Shape, setting: Setting, reference: Shape | None) -> Part:
 def _backward_temporaries(shape: Shape, setting: Setting) -> Part:
     """Gradients on their way: of a layer's widest tensors and of one matrix.
 
-    Or, under ZeRO-3, of all weights of a layer beside a bucket that is reduced, where that is more: what the layer kept
-    for backward is gone by then. A bucket is copied once to bring the shards in order; gloo, the backend of CPUs,
-    reduces in a second copy.
+    Or, under ZeRO-3, of all weights of a layer beside a bucket that is reduced, where that is more:
+    what the layer kept for backward is gone by then. A bucket is copied once to bring the shards in
+    order; gloo, the backend of CPUs, reduces in a second copy.
     """
     kept, width = shape.activations, setting.weight_bytes
     flowing = 3 * kept.widest + 2 * kept.entrance + width * max(_inner(shape), default=0)
@@ -277,7 +288,9 @@ def _backward_temporaries(shape: Shape, setting: Setting) -> Part:
 
 
 def _step_temporaries(shape: Shape, setting: Setting) -> Iterator[Part]:
-    """A flat fp32 copy of the gradients of a sub-group; on a CPU torch's AdamW makes two more tensors of its size."""
+    """A flat fp32 copy of the gradients of a sub-group; on a CPU torch's AdamW makes two more
+    tensors of its size.
+    """
     if setting.offload("optimizer") != "device":
         return
     matrices = sum(-(-n // setting.ranks) for n in shape.matrices)

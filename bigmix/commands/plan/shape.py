@@ -1,8 +1,10 @@
-"""A model's configuration goes in, its sizes come out: weights, FLOPs, and what a forward pass keeps for backward.
+"""A model's configuration goes in, its sizes come out: weights, FLOPs, and what a forward pass
+keeps for backward.
 
-The model is built on the meta device, where tensors have shapes and no memory, so 70 billion weights take a second.
-What autograd keeps is counted tensor by tensor, whatever the architecture; attention alone is replaced by a stand-in
-that keeps what the real backend keeps, since on the meta device torch would choose another.
+The model is built on the meta device, where tensors have shapes and no memory, so 70 billion
+weights take a second. What autograd keeps is counted tensor by tensor, whatever the architecture;
+attention alone is replaced by a stand-in that keeps what the real backend keeps, since on the meta
+device torch would choose another.
 
 Letters: B rows, T positions, H heads, K key-value heads, E width of a head.
 """
@@ -29,8 +31,9 @@ _STAND_IN = "bigmix_plan"
 class Activations:
     """Bytes that the body's forward keeps for backward.
 
-    `total`: in all; `outside`: the part of it that belongs to no layer; `layer`: in the largest layer; `entrance`: the
-    hidden states that enter a layer; `widest`: the largest single tensor of a layer.
+    `total`: in all; `outside`: the part of it that belongs to no layer; `layer`: in the largest
+    layer; `entrance`: the hidden states that enter a layer; `widest`: the largest single tensor of
+    a layer.
     """
 
     total: int
@@ -42,7 +45,11 @@ class Activations:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """Sizes of a model. `weights` holds the elements of each parameter, matrices and vectors apart, as they are optimised."""
+    """Sizes of a model.
+
+    `weights` holds the elements of each parameter, matrices and vectors apart, as they are
+    optimised.
+    """
 
     matrices: tuple[int, ...]
     vectors: tuple[int, ...]
@@ -92,12 +99,15 @@ def _on_meta(config: Any, dtype: str) -> Any:
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise BadInput(
-            f"the model {config.model_type} cannot be built ({first}); check model.path or model.config"
+            f"the model {config.model_type} cannot be built ({first}); check model.path or"
+            " model.config"
         ) from error
 
 
 def _activations(body: nn.Module, ids_BT: Tensor) -> Activations:
-    """Run the body's forward on the meta device and add up what autograd keeps, each storage once, weights left out."""
+    """Run the body's forward on the meta device and add up what autograd keeps, each storage once,
+    weights left out.
+    """
     sizes: dict[Any, int] = {}
     owners: dict[Any, int] = {}
     kept: list[Any] = []  # a storage that is let go could give its address to another
@@ -146,7 +156,9 @@ def _layers(body: nn.Module) -> list[nn.Module]:
 
 
 def _put_stand_in(config: Any, attention: str) -> None:
-    """A backend without a mask function: on the meta device a mask, which is made of values, cannot be had."""
+    """A backend without a mask function: on the meta device a mask, which is made of values, cannot
+    be had.
+    """
     keep = {"eager": _eager, "sdpa": _masked}.get(attention, _fused)
     ALL_ATTENTION_FUNCTIONS.register(_STAND_IN, keep)
     config._attn_implementation = _STAND_IN
@@ -168,7 +180,9 @@ def _eager(
 def _masked(
     module: Any, query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
-    """sdpa with the mask of packed documents, for which it has no kernel with fewer keys than queries."""
+    """sdpa with the mask of packed documents, for which it has no kernel with fewer keys than
+    queries.
+    """
     del module
     key_BHTE, value_BHTE = _for_all_heads(query_BHTE, key_BKTE, value_BKTE)
     return _kept(query_BHTE, key_BHTE, value_BHTE, keeps_mask=True), None
@@ -190,12 +204,15 @@ def _for_all_heads(
 
 
 def _kept(query_BHTE: Tensor, key: Tensor, value: Tensor, *, keeps_mask: bool) -> Tensor:
-    out: Tensor = _Attention.apply(query_BHTE, key, value, keeps_mask)  # type: ignore[no-untyped-call]
+    apply: Any = _Attention.apply  # has no types
+    out: Tensor = apply(query_BHTE, key, value, keeps_mask)
     return out
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps queries, keys, values, output and log-sum-exp, as memory-efficient kernels do (Dao, 2022), and sdpa's mask."""
+    """Keeps queries, keys, values, output and log-sum-exp, as memory-efficient kernels do (Dao,
+    2022), and sdpa's mask.
+    """
 
     @staticmethod
     def forward(

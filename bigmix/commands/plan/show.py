@@ -31,7 +31,9 @@ def show(
 
 
 def as_json(plan: Forecast, machine: Machine, warnings: list[str]) -> dict[str, Any]:
-    """The forecast as plain values; bytes are whole numbers, shares and fractions are parts of 1."""
+    """The forecast as plain values; bytes are whole numbers, shares and fractions are parts
+    of 1.
+    """
     memory = plan.memory
     shares = {unit: plan.counts.shares(unit) for unit in (*UNITS, "wanted")}
     return {
@@ -97,8 +99,8 @@ def _settings(recipe: Recipe, plan: Forecast, machine: Machine) -> Iterator[tupl
     yield "memory", _memory_words(plan, machine)
     yield (
         "disk",
-        f"{_gib(disk.checkpoint)} a checkpoint, up to {_gib(disk.checkpoints)} with the one being written"
-        + (f"; export {_gib(disk.export)}" if disk.export else ""),
+        f"{_gib(disk.checkpoint)} a checkpoint, up to {_gib(disk.checkpoints)} with the one being"
+        " written" + (f"; export {_gib(disk.export)}" if disk.export else ""),
     )
     yield "time", _time(plan, machine)
 
@@ -114,7 +116,10 @@ def _sizes(shape: Shape) -> str:
 
 def _memory_words(plan: Forecast, machine: Machine) -> str:
     memory = plan.memory
-    said = f"{_gib(memory.peak())} of {machine.device_gib:g} GiB at the peak of a rank ({memory.peak_phase})"
+    said = (
+        f"{_gib(memory.peak())} of {machine.device_gib:g} GiB at the peak of a rank"
+        f" ({memory.peak_phase})"
+    )
     for place in PLACES[1:]:
         size = memory.peak(place)
         said += f", {_gib(size)} on {place}" if size else ""
@@ -127,7 +132,10 @@ def _time(plan: Forecast, machine: Machine) -> str:
         return f"not known {why}"
     hours = plan.seconds / 3600
     flops = f"{plan.flops:.3g} FLOPs"
-    return f"{_duration(plan.seconds)} at MFU {machine.mfu:.0%} ({flops}, {hours * machine.gpus:,.1f} GPU hours)"
+    return (
+        f"{_duration(plan.seconds)} at MFU {machine.mfu:.0%} ({flops}, {hours * machine.gpus:,.1f}"
+        " GPU hours)"
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,6 @@
-"""A forecast goes in, what a person should look at before the run comes out: each with its number and a remedy."""
+"""A forecast goes in, what a person should look at before the run comes out: each with its number
+and a remedy.
+"""
 
 from collections.abc import Iterator
 from math import ceil
@@ -42,8 +44,8 @@ def _rare(recipe: Recipe, plan: Forecast, name: str, source: SourceCounts) -> It
         else "its part of the gradient comes in bursts"
     )
     yield (
-        f"{name} has {source.due:.2g} rows a step, so it is in {steps:.0%} of the steps only; {told}; "
-        f"to have it in every step, set rows_per_step={needed} or more, or raise its share"
+        f"{name} has {source.due:.2g} rows a step, so it is in {steps:.0%} of the steps only;"
+        f" {told}; to have it in every step, set rows_per_step={needed} or more, or raise its share"
     )
 
 
@@ -52,8 +54,8 @@ def _repeated(name: str, source: SourceCounts) -> Iterator[str]:
         return
     part = MOST_EPOCHS / source.epochs
     yield (
-        f"{name} is repeated {source.epochs:.1f} times, more than {MOST_EPOCHS}; multiply its share or the budget by "
-        f"{part:.2g} or less, or prepare {1 / part:.2f} times as much data"
+        f"{name} is repeated {source.epochs:.1f} times, more than {MOST_EPOCHS}; multiply its share"
+        f" or the budget by {part:.2g} or less, or prepare {1 / part:.2f} times as much data"
     )
 
 
@@ -63,8 +65,9 @@ def _padded(name: str, source: SourceCounts) -> Iterator[str]:
         return
     mean = source.tokens / source.rows
     yield (
-        f"{name}: {padding:.0%} of its rows is padding (a row holds {mean:,.0f} of {source.room / source.rows:,.0f} tokens), "
-        f"more than {MOST_PADDING:.0%}; choose another sequence_length, or put more documents into each shard"
+        f"{name}: {padding:.0%} of its rows is padding (a row holds {mean:,.0f} of"
+        f" {source.room / source.rows:,.0f} tokens), more than {MOST_PADDING:.0%}; choose another"
+        " sequence_length, or put more documents into each shard"
     )
 
 
@@ -79,8 +82,8 @@ def _dropped(name: str, source: SourceCounts) -> Iterator[str]:
         else "see what `bigmix prepare` said of its input"
     )
     yield (
-        f"{name}: {source.dropped_fraction:.1%} of its {source.read:,} documents are dropped ({said}), "
-        f"more than {MOST_DROPPED:.0%}; {remedy}"
+        f"{name}: {source.dropped_fraction:.1%} of its {source.read:,} documents are dropped"
+        f" ({said}), more than {MOST_DROPPED:.0%}; {remedy}"
     )
 
 

@@ -27,8 +27,10 @@ def add_prepare(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "prepare",
         help="raw text or chats to tokenised shards",
-        description="Tokenise inputs into a prepared source: tar shards and a manifest. A command that was stopped goes "
-        "on at its last whole shard when it is given again.",
+        description=(
+            "Tokenise inputs into a prepared source: tar shards and a manifest. A command that was"
+            " stopped goes on at its last whole shard when it is given again."
+        ),
     )
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help=INPUTS)
@@ -39,7 +41,10 @@ def add_prepare(subparsers: Any) -> None:
         "--template",
         choices=("plain", "tokenizer"),
         default="plain",
-        help="plain: built in, adds no special tokens (default); tokenizer: the tokenizer's chat template",
+        help=(
+            "plain: built in, adds no special tokens (default); tokenizer: the tokenizer's chat"
+            " template"
+        ),
     )
     add("--columns", metavar="PART=COLUMN,...", help="such as prompt=question,response=answer")
     add("--processes", type=count, default=os.cpu_count() or 1, help="default: all cores")
@@ -256,7 +261,8 @@ def _train_tokenizer(known: argparse.Namespace) -> int:
     terminal = Terminal()
     if texts.others:
         terminal.warning(
-            f"{texts.others:,} texts hold half of a surrogate pair, which is no text, and are left out"
+            f"{texts.others:,} texts hold half of a surrogate pair, which is no text, and are"
+            " left out"
         )
     terminal.note(f"tokenizer with {size:,} entries written to {path}")
     return DONE

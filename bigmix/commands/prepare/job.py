@@ -1,6 +1,8 @@
-"""Raw documents go in, a prepared source comes out: shards, their manifest and the tokenizer that made them.
+"""Raw documents go in, a prepared source comes out: shards, their manifest and the tokenizer that
+made them.
 
-The work is one part or several. A part that is stopped goes on at its last whole shard; the last step joins the parts.
+The work is one part or several. A part that is stopped goes on at its last whole shard; the last
+step joins the parts.
 
 What is asked of `prepare` goes in, all that is wrong with it comes out.
 """
@@ -53,10 +55,11 @@ LARGEST_HELD_OUT = 0.5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareSettings:
-    """What to prepare and how: `limit` counts rows, `max_tokens` the tokens of a document, `shard_tokens` of a shard.
+    """What to prepare and how: `limit` counts rows, `max_tokens` the tokens of a document,
+    `shard_tokens` of a shard.
 
-    `part` = (i, n) does the i-th of n parts, from 1; None does all the work and joins it. `held_out` is the fraction of
-    the documents that goes to a source of its own.
+    `part` = (i, n) does the i-th of n parts, from 1; None does all the work and joins it.
+    `held_out` is the fraction of the documents that goes to a source of its own.
     """
 
     inputs: Sequence[str]
@@ -89,7 +92,8 @@ def faults_of_settings(settings: PrepareSettings) -> Sequence[str]:
         )
     if Path(settings.output).name in ("", ".."):
         faults.append(
-            f"--output is {settings.output}, must be a folder with a name: what is held out goes beside it"
+            f"--output is {settings.output}, must be a folder with a name: what is held out goes"
+            " beside it"
         )
     if settings.read.split_on == "":
         faults.append("--split-on is empty; give the text that stands between documents")
@@ -101,8 +105,8 @@ def faults_of_settings(settings: PrepareSettings) -> Sequence[str]:
         )
     if settings.limit is not None and parts > 1:
         faults.append(
-            f"--limit is {settings.limit}, must be left out with --part: it counts the rows of all parts; "
-            "try a limit without --part"
+            f"--limit is {settings.limit}, must be left out with --part: it counts the rows of all"
+            " parts; try a limit without --part"
         )
     return faults
 
@@ -120,7 +124,10 @@ Report = Callable[[int, int], None]  # documents read and tokens written so far
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """What was made; of a part, its share. `first_dropped` names for a reason where the first such document was read."""
+    """What was made; of a part, its share.
+
+    `first_dropped` names for a reason where the first such document was read.
+    """
 
     manifest: Manifest
     held_out: Manifest | None
@@ -132,8 +139,9 @@ class Prepared:
 def prepare(settings: PrepareSettings, report: Report = lambda *_: None) -> Prepared:
     """Tokenise the inputs into the output folder, which has a manifest only when it is whole.
 
-    What was stopped goes on at its last whole shard and ends with the same bytes. Raises BadInput where the output holds
-    something else, an input is broken or not recognised, or no document is left.
+    What was stopped goes on at its last whole shard and ends with the same bytes. Raises BadInput
+    where the output holds something else, an input is broken or not recognised, or no document is
+    left.
     """
     output = Path(settings.output)
     faults = [*faults_of_settings(settings)] or [
@@ -193,13 +201,15 @@ def _told_when_full(output: Path) -> Iterator[None]:
         if error.errno not in FULL:
             raise
         raise BigmixError(
-            f"{output} cannot be written: {error.strerror}; make room and run the same command again, "
-            "it goes on at its last whole shard"
+            f"{output} cannot be written: {error.strerror}; make room and run the same command"
+            " again, it goes on at its last whole shard"
         ) from error
 
 
 def _job(settings: PrepareSettings, tokenizer: Tokenizer) -> tuple[Job, Sequence[str]]:
-    """Decide from the first rows of all parts what the source is, and check that its chats can be learned from."""
+    """Decide from the first rows of all parts what the source is, and check that its chats can be
+    learned from.
+    """
     first = islice(read_rows(settings.inputs, settings.read), settings.limit)
     rows = list(islice(first, FIRST_ROWS))
     columns = [row.columns for row in rows if row.columns is not None]
@@ -237,8 +247,9 @@ def _unknown(tokenizer: Tokenizer, documents: Sequence[Document]) -> Iterator[st
     part = float((ids == tokenizer.unk_id).mean()) if len(ids) else 0.0
     if part > MANY_UNKNOWN:
         yield (
-            f"{part:.1%} of the tokens of the first documents are {tokenizer.text_of(tokenizer.unk_id)!r}: what stood there is "
-            "lost; take a tokenizer that has bytes for all it does not know"
+            f"{part:.1%} of the tokens of the first documents are"
+            f" {tokenizer.text_of(tokenizer.unk_id)!r}: what stood there is lost; take a tokenizer"
+            " that has bytes for all it does not know"
         )
 
 
@@ -249,7 +260,8 @@ def _uncut(rows: Sequence[RawRow], split_on: str | None) -> Iterator[str]:
         return
     where = f"{len(numbers)} text files" if numbers else "the inputs, of which none is a text file"
     yield (
-        f"--split-on {split_on!r} cuts nothing in {where}; give what stands between documents, such as $'\\n\\n'"
+        f"--split-on {split_on!r} cuts nothing in {where}; give what stands between documents, such"
+        " as $'\\n\\n'"
     )
 
 
@@ -318,8 +330,8 @@ def _begun(settings: PrepareSettings, job: Job, identity: Mapping[str, str]) -> 
     ]
     if others:
         raise BadInput(
-            f"--part is {part}/{parts}, but {output} was begun in another number of parts ({others[0].name}); "
-            "give that number, or remove the folder and prepare anew"
+            f"--part is {part}/{parts}, but {output} was begun in another number of parts"
+            f" ({others[0].name}); give that number, or remove the folder and prepare anew"
         )
     if not path.exists():
         return fresh
@@ -331,14 +343,19 @@ def _begun(settings: PrepareSettings, job: Job, identity: Mapping[str, str]) -> 
 
 
 def _identity(settings: PrepareSettings, job: Job, places: Sequence[Place]) -> Mapping[str, str]:
-    """What the tokens of a part depend on. Bad lines that are skipped are none of it: they stop a run, or do not."""
+    """What the tokens of a part depend on.
+
+    Bad lines that are skipped are none of it: they stop a run, or do not.
+    """
     files = [each for place in places for each in files_of(place.name)]
     text = json.dumps([[place.name for place in places], files])
     size = sum(each[1] for each in files)
     template = job.template
     return {
-        "inputs": f"{len(places)} files of {size:,} bytes (names, sizes and times of change: "
-        f"{hashlib.sha256(text.encode()).hexdigest()[:12]})",
+        "inputs": (
+            f"{len(places)} files of {size:,} bytes (names, sizes and times of change: "
+            f"{hashlib.sha256(text.encode()).hexdigest()[:12]})"
+        ),
         "split-on": repr(settings.read.split_on),
         "tokenizer": f"{job.tokenizer.fingerprint[:16]}",
         "template": "none" if template is None else f"{template.name} {template.sha256[:16]}",
@@ -381,7 +398,9 @@ def _template_entry(template: Template | None) -> TemplateEntry | None:
 
 
 def warnings_about_dropped(manifest: Manifest) -> Sequence[str]:
-    """One for each reason for which many documents were left out; holding some out was asked for."""
+    """One for each reason for which many documents were left out; holding some out was asked
+    for.
+    """
     return [
         f"{count / manifest.read:.0%} of the documents were dropped as {reason}"
         for reason, count in manifest.dropped.items()

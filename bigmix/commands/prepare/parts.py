@@ -1,4 +1,5 @@
-"""Inputs and a number of parts go in, the stretches of input that each part reads come out, the same on every machine.
+"""Inputs and a number of parts go in, the stretches of input that each part reads come out, the
+same on every machine.
 
 Nothing but the listing of the inputs decides. Each row belongs to exactly one part.
 
@@ -68,10 +69,12 @@ def files_of(place: str) -> Iterator[tuple[str, int, int]]:
 
 
 def share_out(places: Sequence[Place], parts: int) -> Sequence[Sequence[Piece]]:
-    """The pieces of each part, in the order of the inputs; a piece is about as much as is read between two restarts.
+    """The pieces of each part, in the order of the inputs; a piece is about as much as is read
+    between two restarts.
 
-    Whole files and stretches of long ones go to the parts in order, so that each part has the same number of bytes. An
-    input that cannot be cut and is longer than the share of a part is read by all parts: each takes its blocks of rows.
+    Whole files and stretches of long ones go to the parts in order, so that each part has the same
+    number of bytes. An input that cannot be cut and is longer than the share of a part is read by
+    all parts: each takes its blocks of rows.
     """
     total = sum(place.size for place in places)
     target = PIECE_BYTES
@@ -169,7 +172,8 @@ class PartRows:
         self._pieces = pieces
         self._options = options
         self._begun = begun
-        # Rows of the part before each piece that was opened; the first as if its rows had all been read now.
+        # Rows of the part before each piece that was opened; the first as if its rows had all been
+        # read now.
         self._before = [begun.source.read - begun.row]
 
     def __iter__(self) -> Iterator[RawRow | RawLine]:
@@ -184,7 +188,9 @@ class PartRows:
             self._before.append(self._before[-1] + count)
 
     def position(self, read: int) -> tuple[int, int]:
-        """The piece and the row in it before which the part stands when it has read so many rows."""
+        """The piece and the row in it before which the part stands when it has read so many
+        rows.
+        """
         at = bisect_right(self._before, read) - 1
         return self._begun.piece + at, read - self._before[at]
 

@@ -1,4 +1,6 @@
-"""A manifest goes in, a picture of its documents comes out: how long they are, and what of a chat is learned."""
+"""A manifest goes in, a picture of its documents comes out: how long they are, and what of a chat
+is learned.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

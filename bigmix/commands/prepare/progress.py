@@ -1,6 +1,8 @@
-"""What a part has done so far goes to disk and comes back: the position from which the same command goes on.
+"""What a part has done so far goes to disk and comes back: the position from which the same command
+goes on.
 
-The file of a part is replaced after each shard. Merging takes these files for what the parts have made.
+The file of a part is replaced after each shard. Merging takes these files for what the parts have
+made.
 
 The parts in a folder go in, one prepared source comes out: its manifest is written last.
 """
@@ -35,7 +37,8 @@ HELD_OUT = "-held-out"
 
 
 class Progress(BaseModel):
-    """A part of `parts`, counted from 0: it stands before row `row` of piece `piece`; all rows before are done.
+    """A part of `parts`, counted from 0: it stands before row `row` of piece `piece`; all rows
+    before are done.
 
     `identity` says what the tokens depend on; two that differ do not go together.
     """
@@ -77,12 +80,15 @@ def read_progress(path: Path) -> Progress:
     except ValidationError as error:
         first = str(error).splitlines()[0]
         raise BadInput(
-            f"{path} is no progress of this version of bigmix ({first}); remove the folder and prepare anew"
+            f"{path} is no progress of this version of bigmix ({first}); remove the folder and"
+            " prepare anew"
         ) from error
 
 
 def faults_of_output(output: Path, *, holds_out: bool) -> Sequence[str]:
-    """Why nothing can be prepared into a folder, and into that of what is held out; work that was begun is no reason."""
+    """Why nothing can be prepared into a folder, and into that of what is held out; work that was
+    begun is no reason.
+    """
     folders = _folders(output, holds_out=holds_out)
     if _is_begun(output):
         # What is beside it may be of the same work, or a source of its own.
@@ -108,7 +114,9 @@ def _is_begun(output: Path) -> bool:
 
 
 def _has_shards_alone(folder: Path) -> bool:
-    """Whether a folder holds shards without a manifest, and nothing else: what a command leaves that was killed."""
+    """Whether a folder holds shards without a manifest, and nothing else: what a command leaves
+    that was killed.
+    """
     return folder.is_dir() and all(map(_is_of_shards, folder.iterdir()))
 
 
@@ -118,11 +126,14 @@ def _is_of_shards(path: Path) -> bool:
 
 @contextmanager
 def alone(output: Path, part: int, parts: int) -> Iterator[None]:
-    """Hold a part, counted from 0, against other commands on this machine; BadInput where one holds it."""
+    """Hold a part, counted from 0, against other commands on this machine; BadInput where one holds
+    it.
+    """
     with file_of_part(output, part, parts).with_suffix(".lock").open("w") as file:
         if not lock(file):
             raise BadInput(
-                f"part {part + 1}/{parts} of {output} is being prepared by another command; wait for it or stop it"
+                f"part {part + 1}/{parts} of {output} is being prepared by another command; wait"
+                " for it or stop it"
             )
         yield
 
@@ -155,15 +166,17 @@ def differing(begun: Mapping[str, str], now: Mapping[str, str]) -> Sequence[str]
 def faults_of_identity(begun: Progress, now: Progress, output: Path) -> Sequence[str]:
     """Each setting that is not the one with which the work in a folder was begun."""
     return [
-        f"{name} is {now.identity.get(name)}, but {output} was begun with {begun.identity.get(name)}; "
-        "put it back, or remove the folder and prepare anew"
+        f"{name} is {now.identity.get(name)}, but {output} was begun with"
+        f" {begun.identity.get(name)}; put it back, or remove the folder and prepare anew"
         for name in differing(begun.identity, now.identity)
     ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Merged:
-    """The whole source, what is held out from it (None where nothing is), and where the first documents were dropped."""
+    """The whole source, what is held out from it (None where nothing is), and where the first
+    documents were dropped.
+    """
 
     manifest: Manifest
     held_out: Manifest | None
@@ -173,7 +186,8 @@ class Merged:
 def merge(output: Path) -> Merged:
     """Make one source of the parts in a folder, their documents in the order of the parts.
 
-    Raises BadInput where a part is missing or not whole, where parts do not go together, or where no document is left.
+    Raises BadInput where a part is missing or not whole, where parts do not go together, or where
+    no document is left.
     """
     parts = _parts(output)
     faults = [*_faults_of_identity(output, parts), *_faults_of_files(output, parts)]
@@ -204,7 +218,8 @@ def nothing_left(manifest: Manifest) -> BadInput:
     """What to say of a source without a document."""
     reasons = ", ".join(f"{n} {r}" for r, n in Counter(manifest.dropped).most_common())
     return BadInput(
-        f"none of {manifest.read} documents is left ({reasons}); nothing was written, see docs/data-formats.md"
+        f"none of {manifest.read} documents is left ({reasons}); nothing was written, see"
+        " docs/data-formats.md"
     )
 
 
@@ -226,14 +241,15 @@ def _parts(output: Path) -> Sequence[Progress]:
     counts = sorted({each.parts for each in found})
     if len(counts) > 1:
         raise BadInput(
-            f"{output} holds parts of {' and of '.join(map(str, counts))}; remove those that do not belong: "
-            f"{output / PARTS}/*-of-NNNNN.json"
+            f"{output} holds parts of {' and of '.join(map(str, counts))}; remove those that do not"
+            f" belong: {output / PARTS}/*-of-NNNNN.json"
         )
     by_part = {each.part: each for each in found}
     for part in range(counts[0]):
         if part not in by_part:
             faults.append(
-                f"part {part + 1}/{counts[0]} is missing: {file_of_part(output, part, counts[0])}; make it"
+                f"part {part + 1}/{counts[0]} is missing: {file_of_part(output, part, counts[0])};"
+                " make it"
             )
         elif not by_part[part].whole:
             faults.append(
@@ -247,8 +263,9 @@ def _parts(output: Path) -> Sequence[Progress]:
 def _faults_of_identity(output: Path, parts: Sequence[Progress]) -> Sequence[str]:
     first = parts[0]
     return [
-        f"{output}: {name} of part 1/{first.parts} is {first.identity.get(name)}, that of part {part.part + 1}/"
-        f"{first.parts} is {part.identity.get(name)}; remove the file of one of them and prepare it like the other"
+        f"{output}: {name} of part 1/{first.parts} is {first.identity.get(name)}, that of part"
+        f" {part.part + 1}/{first.parts} is {part.identity.get(name)}; remove the file of one of"
+        " them and prepare it like the other"
         for part in parts[1:]
         for name in differing(first.identity, part.identity)
     ]

@@ -1,6 +1,8 @@
-"""Rows and a job go in, batches of tokenised documents come out in the order of the rows, from one process or many.
+"""Rows and a job go in, batches of tokenised documents come out in the order of the rows, from one
+process or many.
 
-A function and batches go in, its results come out in the order of the batches, from several processes.
+A function and batches go in, its results come out in the order of the batches, from several
+processes.
 """
 
 import multiprocessing
@@ -39,7 +41,9 @@ ResultT = TypeVar("ResultT")
 def in_processes(
     job: JobT, work: Callable[[JobT, Batch], ResultT], batches: Iterable[Batch], processes: int
 ) -> Generator[ResultT, None, None]:
-    """`work(job, batch)` for each batch. To be closed by who does not take all of it: that ends the processes.
+    """`work(job, batch)` for each batch.
+
+    To be closed by who does not take all of it: that ends the processes.
 
     Raises BigmixError where a process dies.
     """
@@ -56,15 +60,17 @@ def in_processes(
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise BigmixError(
-            f"one of {processes} tokenising processes died, most likely for want of memory; run again with fewer "
-            "--processes"
+            f"one of {processes} tokenising processes died, most likely for want of memory; run"
+            " again with fewer --processes"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _context(module: str) -> Any:
-    """How workers start: not by a fork of this process, whose tokenizer and reader threads a fork would break."""
+    """How workers start: not by a fork of this process, whose tokenizer and reader threads a fork
+    would break.
+    """
     if not _has_forkserver():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -73,7 +79,9 @@ def _context(module: str) -> Any:
 
 
 def start_early(module: str) -> None:
-    """Begin the imports that workers of a module need, while this process has other things to do."""
+    """Begin the imports that workers of a module need, while this process has other things to
+    do.
+    """
     _context(module)
     if _has_forkserver():
         forkserver.ensure_running()
@@ -128,7 +136,9 @@ class Job:
 
 
 class DroppedRow(NamedTuple):
-    """The row of a batch, counted from 0, that gave no document, why, and where it was read, if that is known."""
+    """The row of a batch, counted from 0, that gave no document, why, and where it was read, if
+    that is known.
+    """
 
     row: int
     reason: str
@@ -139,8 +149,9 @@ class DroppedRow(NamedTuple):
 class TokenisedBatch:
     """The documents of `read` rows by column, and the rows that gave none.
 
-    `ids` and, for chats, `loss_mask` hold the tokens of all documents end to end [T]; the columns have one entry a
-    document [D]. Two documents with the same hash are the same: the same text, or the same rendered conversation.
+    `ids` and, for chats, `loss_mask` hold the tokens of all documents end to end [T]; the columns
+    have one entry a document [D]. Two documents with the same hash are the same: the same text, or
+    the same rendered conversation.
     """
 
     read: int
@@ -157,7 +168,9 @@ class TokenisedBatch:
 
     @property
     def loss_tokens(self) -> Ints | None:
-        """Tokens of each document that are in the loss [D]; None for texts, where all but the first are."""
+        """Tokens of each document that are in the loss [D]; None for texts, where all but the first
+        are.
+        """
         if self.loss_mask is None:
             return None
         before = np.concatenate([[0], np.cumsum(self.loss_mask)])
@@ -210,7 +223,8 @@ class _Found(NamedTuple):
 def tokenised(
     job: Job, rows: Iterable[RawRow | RawLine], processes: int
 ) -> Generator[TokenisedBatch, None, None]:
-    """Tokenise rows in batches; the documents and their order do not depend on the number of processes.
+    """Tokenise rows in batches; the documents and their order do not depend on the number of
+    processes.
 
     To be closed by who does not take all of it: that ends the processes.
     """
@@ -294,7 +308,9 @@ def _encode_chats(
 
 
 def _hashes(found: Sequence[_Found]) -> Hashes:
-    """XXH3 of the text; of a chat also of what is learned in it, for a user can write what looks like an answer."""
+    """XXH3 of the text; of a chat also of what is learned in it, for a user can write what looks
+    like an answer.
+    """
     digests = []
     for each in found:
         digest = xxhash.xxh3_128(each.utf8)

@@ -1,6 +1,7 @@
 """Batches of tokenised documents go in, the shards of a part and its progress come out.
 
-Hashes of documents go in, the news whether each was there before comes out; and which documents are held out.
+Hashes of documents go in, the news whether each was there before comes out; and which documents are
+held out.
 """
 
 from collections import Counter
@@ -23,14 +24,18 @@ Hashes = npt.NDArray[np.bytes_]
 
 
 class Seen:
-    """All hashes so far, in sorted arrays that double in size: 16 bytes a document, 32 while two arrays are joined."""
+    """All hashes so far, in sorted arrays that double in size: 16 bytes a document, 32 while two
+    arrays are joined.
+    """
 
     def __init__(self) -> None:
         self._fresh: set[bytes] = set()
         self._sorted: list[Hashes] = []
 
     def add(self, hashes: Hashes) -> Flags:
-        """Which of the hashes [D] come here for the first time [D]; of equal ones that is the first."""
+        """Which of the hashes [D] come here for the first time [D]; of equal ones that is the
+        first.
+        """
         known = np.zeros(len(hashes), np.bool_)
         for array in self._sorted:
             places = np.minimum(array.searchsorted(hashes), len(array) - 1)
@@ -54,7 +59,9 @@ class Seen:
 
 
 def is_held_out(hashes: Hashes, fraction: float) -> Flags:
-    """Which documents are held out [D]: those whose hash lies in the first `fraction` of all hashes."""
+    """Which documents are held out [D]: those whose hash lies in the first `fraction` of all
+    hashes.
+    """
     first = np.frombuffer(hashes.tobytes(), ">u8")[::2]
     flags: Flags = first < np.uint64(int(fraction * 2.0**64))
     return flags
@@ -65,7 +72,9 @@ Position = tuple[int, int]  # a piece, and a row in it
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """When a shard is full, whether duplicates are left out, and the fraction of documents that is held out."""
+    """When a shard is full, whether duplicates are left out, and the fraction of documents that is
+    held out.
+    """
 
     shard_tokens: int
     deduplicate: bool
@@ -105,7 +114,9 @@ class PartWriter:
         return self._source.tokens
 
     def add(self, batch: TokenisedBatch) -> None:
-        """Write the documents of a batch and count the others; a full shard is finished, and the progress written."""
+        """Write the documents of a batch and count the others; a full shard is finished, and the
+        progress written.
+        """
         if self._rules.deduplicate:
             batch = self._without_duplicates(batch)
         while (rows := self._rows_to_the_end_of_the_shard(batch)) is not None:

@@ -1,4 +1,6 @@
-"""`bigmix probe make` and `bigmix probe score`: made-up facts among the texts, and how many of them a model can tell."""
+"""`bigmix probe make` and `bigmix probe score`: made-up facts among the texts, and how many of them
+a model can tell.
+"""
 
 import argparse
 import json

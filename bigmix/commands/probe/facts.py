@@ -1,4 +1,6 @@
-"""A seed goes in, made-up people with five attributes come out, and the sentences that tell and ask for them."""
+"""A seed goes in, made-up people with five attributes come out, and the sentences that tell and ask
+for them.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +13,12 @@ Language = Literal["en", "zh"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attribute:
-    """What may be known of a person. A sentence is a wording with {name}, then the value, then the language's full stop.
+    """What may be known of a person.
 
-    `planted` are told in documents; `new` never is, so that to answer it the fact must be known and not the sentence.
+    A sentence is a wording with {name}, then the value, then the language's full stop.
+
+    `planted` are told in documents; `new` never is, so that to answer it the fact must be known and
+    not the sentence.
     """
 
     name: str
@@ -32,7 +37,9 @@ class Person:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """What people of a language are made of: first and family names in syllables, attributes, how sentences are joined."""
+    """What people of a language are made of: first and family names in syllables, attributes, how
+    sentences are joined.
+    """
 
     first_names: Sequence[str]
     family_names: Sequence[str]
@@ -47,7 +54,9 @@ class World:
 
 
 def people(world: World, count: int, seed: int) -> Iterator[Person]:
-    """`count` people with different names, a pure function of the seed; at most `most_people` of them."""
+    """`count` people with different names, a pure function of the seed; at most `most_people` of
+    them.
+    """
     names = permutation(most_people(world), key_of(seed, "names"))
     for index in range(count):
         first, family = divmod(int(names[index]), len(world.family_names))
@@ -68,7 +77,9 @@ def most_people(world: World) -> int:
 
 
 def document(world: World, person: Person, key: int) -> str:
-    """A short text that tells all about a person, in an order and in wordings that the key decides."""
+    """A short text that tells all about a person, in an order and in wordings that the key
+    decides.
+    """
     order = permutation(len(world.attributes), key)
     told = []
     for index in order.tolist():
@@ -87,48 +98,91 @@ def _each(heads: str, tails: str) -> Sequence[str]:
 
 
 _ENGLISH = World(
-    first_names=_each("Bel Dor Fen Gal Hest Jor Kav Lum Mir Nol Or Pell Quin Rav Sten Tav Ul Ved Wil Yan", "a en is or un"),
-    family_names=_each("Ard Brenn Cald Drov Esk Fald Grent Holm Irv Kest Lorn Mord Nesk Ostr Prell Rusk Sorl Torv Ulm Vask", "ane eck ith ol uss"),
+    first_names=_each(
+        "Bel Dor Fen Gal Hest Jor Kav Lum Mir Nol Or Pell Quin Rav Sten Tav Ul Ved Wil Yan",
+        "a en is or un",
+    ),
+    family_names=_each(
+        "Ard Brenn Cald Drov Esk Fald Grent Holm Irv Kest Lorn Mord Nesk Ostr Prell Rusk Sorl Torv"
+        " Ulm Vask",
+        "ane eck ith ol uss",
+    ),
     join_name="{first} {family}",
     attributes=(
         Attribute(
             name="birthplace",
-            values=_each("Alver Brack Cold Dun Elm Fair Glass Hawk Iron Lark", "bridge ford ham mouth stead"),
-            planted=("{name} was born in", "The birthplace of {name} is", "{name} grew up in the town of", "The first home of {name} was in"),
+            values=_each(
+                "Alver Brack Cold Dun Elm Fair Glass Hawk Iron Lark", "bridge ford ham mouth stead"
+            ),
+            planted=(
+                "{name} was born in",
+                "The birthplace of {name} is",
+                "{name} grew up in the town of",
+                "The first home of {name} was in",
+            ),
             new="The town where {name} was born is",
         ),
         Attribute(
             name="year",
             values=[str(year) for year in range(1801, 1901)],
-            planted=("{name} came into the world in", "The life of {name} began in", "The parents of {name} married a year before", "{name} was a child of the year"),
+            planted=(
+                "{name} came into the world in",
+                "The life of {name} began in",
+                "The parents of {name} married a year before",
+                "{name} was a child of the year",
+            ),
             new="The year of birth of {name} is",
         ),
         Attribute(
             name="profession",
             values=_words(
-                "baker barber bookbinder brewer butcher carpenter clockmaker cobbler cook doctor draper dyer farrier ferryman fisherman "
-                "gardener gilder glazier hatter innkeeper joiner judge lamplighter locksmith mason miller miner musician painter "
-                "pilot potter printer saddler sailor schoolmaster shepherd surveyor tailor tanner weaver"
+                "baker barber bookbinder brewer butcher carpenter clockmaker cobbler cook doctor"
+                " draper dyer farrier ferryman fisherman gardener gilder glazier hatter innkeeper"
+                " joiner judge lamplighter locksmith mason miller miner musician painter pilot"
+                " potter printer saddler sailor schoolmaster shepherd surveyor tailor tanner weaver"
             ),
-            planted=("{name} earned a living as the town's", "By trade {name} was a good", "People knew {name} as the old", "All day long {name} worked as a busy"),
+            planted=(
+                "{name} earned a living as the town's",
+                "By trade {name} was a good",
+                "People knew {name} as the old",
+                "All day long {name} worked as a busy",
+            ),
             new="The profession of {name} was that of a skilled",
         ),
         Attribute(
             name="instrument",
-            values=_words("bagpipe banjo bassoon bugle cello clarinet cornet cymbal drum fiddle flute guitar harp harpsichord horn lute lyre mandolin oboe organ piano recorder trombone trumpet tuba viola whistle zither"),
-            planted=("{name} played the", "In the evening {name} practised the", "Nobody was better than {name} on the", "As a child {name} had learned the"),
+            values=_words(
+                "bagpipe banjo bassoon bugle cello clarinet cornet cymbal drum fiddle flute guitar"
+                " harp harpsichord horn lute lyre mandolin oboe organ piano recorder trombone"
+                " trumpet tuba viola whistle zither"
+            ),
+            planted=(
+                "{name} played the",
+                "In the evening {name} practised the",
+                "Nobody was better than {name} on the",
+                "As a child {name} had learned the",
+            ),
             new="The favourite instrument of {name} was the",
         ),
         Attribute(
             name="animal",
-            values=_words("badger bear beaver cat crow deer dog donkey duck falcon fox goat goose hare hawk hedgehog heron horse lamb lizard magpie mouse parrot pigeon pony rabbit rat raven sheep snake sparrow squirrel swan toad turtle weasel wolf wren"),
-            planted=("{name} kept a tame", "At the side of {name} there was always a", "{name} shared the house with a", "Wherever {name} went there followed a"),
+            values=_words(
+                "badger bear beaver cat crow deer dog donkey duck falcon fox goat goose hare hawk"
+                " hedgehog heron horse lamb lizard magpie mouse parrot pigeon pony rabbit rat raven"
+                " sheep snake sparrow squirrel swan toad turtle weasel wolf wren"
+            ),
+            planted=(
+                "{name} kept a tame",
+                "At the side of {name} there was always a",
+                "{name} shared the house with a",
+                "Wherever {name} went there followed a",
+            ),
             new="The animal that lived with {name} was a",
         ),
     ),
     between=" ",
     stop=".",
-)  # fmt: skip
+)
 
 _CHINESE = World(
     first_names=_each("安 柏 承 鼎 恩 方 广 和 景 可", "川 岚 明 宁 然 山 亭 文 远 舟"),
@@ -149,25 +203,44 @@ _CHINESE = World(
         ),
         Attribute(
             name="profession",
-            values=_words("木匠 铁匠 石匠 裁缝 厨师 医生 画师 琴师 教师 船夫 渔夫 农夫 猎户 牧人 矿工 染匠 陶匠 瓦匠 铜匠 药师 书商 茶商 盐商 镖师 更夫 账房 狱卒 门房 车夫 花匠"),
-            planted=("{name}是一名", "{name}以做事为生，是", "镇上的人都知道{name}是", "{name}一生都是"),
+            values=_words(
+                "木匠 铁匠 石匠 裁缝 厨师 医生 画师 琴师 教师 船夫 渔夫 农夫 猎户 牧人 矿工 染匠"
+                " 陶匠 瓦匠 铜匠 药师 书商 茶商 盐商 镖师 更夫 账房 狱卒 门房 车夫 花匠"
+            ),
+            planted=(
+                "{name}是一名",
+                "{name}以做事为生，是",
+                "镇上的人都知道{name}是",
+                "{name}一生都是",
+            ),
             new="{name}的职业是",
         ),
         Attribute(
             name="instrument",
-            values=_words("古琴 古筝 琵琶 二胡 笛子 洞箫 唢呐 扬琴 阮琴 月琴 三弦 箜篌 编钟 铜锣 大鼓 木鱼 芦笙 葫芦丝 柳琴 京胡"),
+            values=_words(
+                "古琴 古筝 琵琶 二胡 笛子 洞箫 唢呐 扬琴 阮琴 月琴 三弦 箜篌 编钟 铜锣 大鼓 木鱼"
+                " 芦笙 葫芦丝 柳琴 京胡"
+            ),
             planted=("{name}会弹奏", "{name}每晚练习", "{name}最拿手的是", "{name}小时候学过"),
             new="{name}最喜欢的乐器是",
         ),
         Attribute(
             name="animal",
-            values=_words("白猫 黑猫 黄狗 山羊 绵羊 灰兔 松鼠 刺猬 乌龟 鹦鹉 喜鹊 乌鸦 燕子 麻雀 白鹅 鸭子 公鸡 鸽子 老鹰 毛驴 骏马 水牛 狐狸 水獭 金鱼"),
-            planted=("{name}养了一只", "陪伴{name}的是一只", "{name}家里有一只", "跟着{name}的总是一只"),
+            values=_words(
+                "白猫 黑猫 黄狗 山羊 绵羊 灰兔 松鼠 刺猬 乌龟 鹦鹉 喜鹊 乌鸦 燕子 麻雀 白鹅 鸭子"
+                " 公鸡 鸽子 老鹰 毛驴 骏马 水牛 狐狸 水獭 金鱼"
+            ),
+            planted=(
+                "{name}养了一只",
+                "陪伴{name}的是一只",
+                "{name}家里有一只",
+                "跟着{name}的总是一只",
+            ),
             new="{name}的宠物是一只",
         ),
     ),
     between="",
     stop="。",
-)  # fmt: skip
+)
 
 WORLDS: Mapping[Language, World] = {"en": _ENGLISH, "zh": _CHINESE}

@@ -1,4 +1,6 @@
-"""Texts and made-up people go in; the texts with documents about the people planted among them come out, and questions."""
+"""Texts and made-up people go in; the texts with documents about the people planted among them come
+out, and questions.
+"""
 
 import gzip
 import json
@@ -40,7 +42,9 @@ class Planting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planted:
-    """What was written: documents and their characters, of the texts and of those planted; rows without a text."""
+    """What was written: documents and their characters, of the texts and of those planted; rows
+    without a text.
+    """
 
     texts: int
     text_characters: int
@@ -51,9 +55,11 @@ class Planted:
 
 
 def plant(inputs: Sequence[str], planting: Planting, folder: Path) -> Planted:
-    """Write the texts with the planted documents spread evenly among them, these alone, and the questions.
+    """Write the texts with the planted documents spread evenly among them, these alone, and the
+    questions.
 
-    Raises BadInput where the inputs hold no texts, and where more people are asked for than there are names.
+    Raises BadInput where the inputs hold no texts, and where more people are asked for than there
+    are names.
     """
     world = WORLDS[planting.language]
     _check(planting, world)
@@ -83,7 +89,8 @@ def _check(planting: Planting, world: World) -> None:
     most = most_people(world)
     if planting.people > most:
         raise BadInput(
-            f"--people is {planting.people:,} and there are {most:,} names; ask for that many or fewer"
+            f"--people is {planting.people:,} and there are {most:,} names; ask for that many or"
+            " fewer"
         )
 
 

@@ -1,4 +1,6 @@
-"""A model's folder and a probe's go in; out comes what part of the planted facts the model tells when it is asked."""
+"""A model's folder and a probe's go in; out comes what part of the planted facts the model tells
+when it is asked.
+"""
 
 import json
 from collections.abc import Mapping
@@ -30,7 +32,9 @@ _MAX_TOKENS = 16  # a value is a word or two
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recall:
-    """The part of the facts that is told, from 0 to 1, with the ends of its 95 % interval over facts."""
+    """The part of the facts that is told, from 0 to 1, with the ends of its 95 % interval over
+    facts.
+    """
 
     value: float
     low: float
@@ -40,14 +44,17 @@ class Recall:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recalled:
-    """What a model tells when it is asked in the wordings of one kind, over all facts and by attribute."""
+    """What a model tells when it is asked in the wordings of one kind, over all facts and by
+    attribute.
+    """
 
     everything: Recall
     attributes: Mapping[str, Recall]
 
 
 def recall(model: str, probe: Path, *, batch_rows: int) -> dict[Wording, Recalled]:
-    """Ask a model for every planted fact, in words that were planted and in new ones; greedily, up to the full stop.
+    """Ask a model for every planted fact, in words that were planted and in new ones; greedily, up
+    to the full stop.
 
     Raises BadInput where there is no probe or no model with a tokenizer.
     """
@@ -77,7 +84,8 @@ def _settings(probe: Path) -> Mapping[str, Any]:
     path = probe / SETTINGS
     if not path.is_file():
         raise BadInput(
-            f"{probe} holds no probe: there is no {SETTINGS} in it; make one with `bigmix probe make`"
+            f"{probe} holds no probe: there is no {SETTINGS} in it; make one with `bigmix probe"
+            " make`"
         )
     settings: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return settings

@@ -28,9 +28,14 @@ def add_quickstart(subparsers: Any) -> None:
     """Add `bigmix quickstart`."""
     parser = subparsers.add_parser(
         "quickstart",
-        help="see two-way training keep what one-way training loses, in four minutes on two CPU cores",
-        description="Pretrains a small model on the standard library's source code, teaches it to write docstrings "
-        f"one-way and two-way, and compares. Everything is written to {FOLDER}.",
+        help=(
+            "see two-way training keep what one-way training loses, in four minutes on two CPU"
+            " cores"
+        ),
+        description=(
+            "Pretrains a small model on the standard library's source code, teaches it to write"
+            f" docstrings one-way and two-way, and compares. Everything is written to {FOLDER}."
+        ),
     )
     parser.set_defaults(func=partial(_quickstart, subcommands=subparsers.choices))
 
@@ -41,7 +46,8 @@ def _quickstart(
     del known
     if not _TRAIN.is_file():
         raise BadInput(
-            f"{_TRAIN} does not exist; the quick start runs from a checkout of bigmix, installed with --editable"
+            f"{_TRAIN} does not exist; the quick start runs from a checkout of bigmix, installed"
+            " with --editable"
         )
     began = time.monotonic()
     shutil.rmtree(FOLDER, ignore_errors=True)
@@ -61,20 +67,42 @@ def _quickstart(
 def _commands() -> Iterator[Sequence[str]]:
     raw, data, tokenizer = FOLDER / "raw", FOLDER / "data", str(FOLDER / "tokenizer")
     yield [
-        "bigmix", "tokenizer", "train", str(raw / "code.jsonl"), "--vocab-size", "2048", "--limit", "300",
-        "--output", tokenizer,
-    ]  # fmt: skip
+        "bigmix",
+        "tokenizer",
+        "train",
+        str(raw / "code.jsonl"),
+        "--vocab-size",
+        "2048",
+        "--limit",
+        "300",
+        "--output",
+        tokenizer,
+    ]
     for name, source in (("code", "code"), ("docs", "task")):
         for part in ("", "-held-out"):
             yield [
-                "bigmix", "prepare", str(raw / f"{source}{part}.jsonl"), "--tokenizer", tokenizer,
-                "--output", str(data / f"{name}{part}"), "--processes", "1",
-            ]  # fmt: skip
+                "bigmix",
+                "prepare",
+                str(raw / f"{source}{part}.jsonl"),
+                "--tokenizer",
+                tokenizer,
+                "--output",
+                str(data / f"{name}{part}"),
+                "--processes",
+                "1",
+            ]
     for name in ("base", "one-way", "two-way"):
         yield [
-            str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error", "--master_port", str(free_port()),
-            "--num_gpus", str(RANKS), str(_TRAIN), str(_RECIPES / f"{name}.yaml"),
-        ]  # fmt: skip
+            str(Path(sys.executable).with_name("deepspeed")),
+            "--log_level",
+            "error",
+            "--master_port",
+            str(free_port()),
+            "--num_gpus",
+            str(RANKS),
+            str(_TRAIN),
+            str(_RECIPES / f"{name}.yaml"),
+        ]
     runs = [str(FOLDER / name) for name in ("one-way", "two-way")]
     yield ["bigmix", "compare", *runs, "--out", str(FOLDER / "report")]
 
@@ -85,7 +113,8 @@ def _run(command: Sequence[str], subcommands: Mapping[str, argparse.ArgumentPars
         known = subcommands[words[0]].parse_args(words[1:])
         code = known.func(known)
     else:
-        # The accelerator is named, else each process of a machine without a GPU warns that it found none.
+        # The accelerator is named, else each process of a machine without a GPU warns that it found
+        # none.
         environment = os.environ | {"DS_ACCELERATOR": "cpu"}
         code = subprocess.run(command, env=environment, check=False).returncode
     if code:

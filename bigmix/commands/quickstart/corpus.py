@@ -1,7 +1,9 @@
-"""The Python standard library on this machine goes in, raw training data comes out: nothing is downloaded.
+"""The Python standard library on this machine goes in, raw training data comes out: nothing is
+downloaded.
 
-The pretraining documents are its source files; the task is to write a function's docstring from its signature.
-Files are split by a hash of their name, so that no held-out function stands in a file that was trained on.
+The pretraining documents are its source files; the task is to write a function's docstring from its
+signature. Files are split by a hash of their name, so that no held-out function stands in a file
+that was trained on.
 """
 
 import ast
@@ -20,7 +22,9 @@ _LONGEST_SIGNATURE = 100
 
 
 def build_corpus(folder: Path) -> None:
-    """Write the four raw files below `folder`, as JSON lines; the same files on every run of one Python."""
+    """Write the four raw files below `folder`, as JSON lines; the same files on every run of one
+    Python.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     library = Path(sysconfig.get_paths()["stdlib"])
     code: dict[bool, list[dict[str, str]]] = {False: [], True: []}
@@ -39,7 +43,9 @@ def build_corpus(folder: Path) -> None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The Python files below a folder; installed packages are not entered, they can be gigabytes."""
+    """The Python files below a folder; installed packages are not entered, they can be
+    gigabytes.
+    """
     for entry in folder.iterdir():
         if entry.is_dir():
             if entry.name not in _LEFT_OUT:

@@ -1,8 +1,8 @@
 """Folders of models with the same shape go in, the folder of their weighted average comes out.
 
-Averaging a model with what it was tuned from keeps much of what both know: WiSE-FT (Wortsman et al., "Robust fine-tuning
-of zero-shot models", 2022); for what tuned language models forget: Lin et al., "Mitigating the Alignment Tax of RLHF",
-2023 (arXiv:2309.06256).
+Averaging a model with what it was tuned from keeps much of what both know: WiSE-FT (Wortsman et
+al., "Robust fine-tuning of zero-shot models", 2022); for what tuned language models forget: Lin et
+al., "Mitigating the Alignment Tax of RLHF", 2023 (arXiv:2309.06256).
 """
 
 import math
@@ -24,7 +24,8 @@ from bigmix.model.export import WeightFiles, write_shards
 from bigmix.text.tokenizer import fingerprint_of
 from bigmix.train.export import front_matter, table, versions
 
-# What may differ between models whose weights mean the same: how they were written and how they are run.
+# What may differ between models whose weights mean the same: how they were written and how they are
+# run.
 _FREE_KEYS = frozenset(
     {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
 )
@@ -44,20 +45,23 @@ class Member:
 
 
 def members_of(folders: Sequence[Path], weights: Sequence[float]) -> Sequence[Member]:
-    """The members of an average: each model after the first has its own weight, the first one has what is left.
+    """The members of an average: each model after the first has its own weight, the first one has
+    what is left.
 
     Raises BadInput where that is no average.
     """
     faults = []
     if len(weights) != len(folders) - 1:
         faults.append(
-            f"--weight has {len(weights)} numbers for {len(folders) - 1} models after the base; give one for each"
+            f"--weight has {len(weights)} numbers for {len(folders) - 1} models after the base;"
+            " give one for each"
         )
     left = 1 - math.fsum(weights)
     if any(not 0 <= weight <= 1 for weight in weights) or left < -_ROUNDING:
         said = ", ".join(f"{weight:g}" for weight in weights)
         faults.append(
-            f"--weight is {said}, each must be from 0 to 1 and their sum at most 1; the base has what is left"
+            f"--weight is {said}, each must be from 0 to 1 and their sum at most 1; the base has"
+            " what is left"
         )
     if faults:
         raise BadInput(*faults)
@@ -68,7 +72,9 @@ def members_of(folders: Sequence[Path], weights: Sequence[float]) -> Sequence[Me
 
 
 def folder_of(name: str) -> Path:
-    """The folder of a model, fetched where it is a name on the hub; raises BadInput where there is none."""
+    """The folder of a model, fetched where it is a name on the hub; raises BadInput where there is
+    none.
+    """
     if Path(name).is_dir():
         return Path(name)
     wanted = ["*.safetensors", *(f"*{ending}" for ending in _COMPANIONS)]
@@ -76,8 +82,8 @@ def folder_of(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"{name} is no folder, and the hub has no such model ({str(error).splitlines()[0]}); give the folder or the hub "
-            "name of a model"
+            f"{name} is no folder, and the hub has no such model ({str(error).splitlines()[0]});"
+            " give the folder or the hub name of a model"
         ) from error
 
 
@@ -89,10 +95,11 @@ def average(
     command: str,
     report: Report = lambda _: None,
 ) -> None:
-    """Write the average of models to a folder, tensor by tensor, in fp32 sums; beside first and then in one step.
+    """Write the average of models to a folder, tensor by tensor, in fp32 sums; beside first and
+    then in one step.
 
-    Raises BadInput with every difference where the models are not of one shape. The tokenizer is that of the last model,
-    the tuned one.
+    Raises BadInput with every difference where the models are not of one shape. The tokenizer is
+    that of the last model, the tuned one.
     """
     if output.exists():
         raise BadInput(f"--output {output} exists; give another folder, or remove it")
@@ -120,7 +127,9 @@ def _averages(
 
 
 def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted sum of tensors in fp32, in the widest of their dtypes; one that weighs all is given back bit for bit."""
+    """The weighted sum of tensors in fp32, in the widest of their dtypes; one that weighs all is
+    given back bit for bit.
+    """
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     heard = [(t, w) for t, w in zip(tensors, weights, strict=True) if w != 0]
     if len(heard) == 1 or not dtype.is_floating_point:
@@ -139,8 +148,8 @@ def _config_faults(members: Sequence[Member]) -> Iterator[str]:
             first, other = configs[0].get(key), config.get(key)
             if first != other and key not in _FREE_KEYS:
                 yield (
-                    f"{key} is {first!r} in the configuration of {members[0].folder} and {other!r} in that of "
-                    f"{member.folder}; only models of one shape can be averaged"
+                    f"{key} is {first!r} in the configuration of {members[0].folder} and {other!r}"
+                    f" in that of {member.folder}; only models of one shape can be averaged"
                 )
 
 
@@ -149,7 +158,8 @@ def _config(folder: Path) -> Mapping[str, Any]:
         found: Mapping[str, Any] = transformers.AutoConfig.from_pretrained(folder).to_dict()
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(
-            f"{folder} gives no model configuration ({str(error).splitlines()[0]}); give the folder of a model"
+            f"{folder} gives no model configuration ({str(error).splitlines()[0]}); give the folder"
+            " of a model"
         ) from error
     return found
 
@@ -161,8 +171,8 @@ def _tokenizer_faults(members: Sequence[Member]) -> Iterator[str]:
     for folder, fingerprint in zip(known[1:], prints[1:], strict=True):
         if fingerprint != prints[0]:
             yield (
-                f"the tokenizer of {folder} ({fingerprint[:12]}) is not that of {known[0]} ({prints[0][:12]}); the same id "
-                "must mean the same in all models"
+                f"the tokenizer of {folder} ({fingerprint[:12]}) is not that of {known[0]}"
+                f" ({prints[0][:12]}); the same id must mean the same in all models"
             )
 
 
@@ -179,16 +189,24 @@ def _tensor_faults(files: Sequence[WeightFiles]) -> Iterator[str]:
             if (mine := first.describe(name)).shape != (its := other.describe(name)).shape
         ]
         if shapes:
-            yield f"weights have other shapes in {first.folder} than in {other.folder}: {_some(shapes)}"
+            yield (
+                f"weights have other shapes in {first.folder} than in {other.folder}:"
+                f" {_some(shapes)}"
+            )
         yield from _whole_number_faults(first, other)
 
 
 def _whole_number_faults(first: WeightFiles, other: WeightFiles) -> Iterator[str]:
-    """Numbers that are no weights, such as the places of a table, have no average: they must be the same."""
+    """Numbers that are no weights, such as the places of a table, have no average: they must be the
+    same.
+    """
     for name in sorted(set(first.names) & set(other.names)):
         is_real = "F" in first.describe(name).dtype
         if not is_real and not torch.equal(first.read(name), other.read(name)):
-            yield f"{name}, which is of whole numbers, differs between {first.folder} and {other.folder}"
+            yield (
+                f"{name}, which is of whole numbers, differs between {first.folder} and"
+                f" {other.folder}"
+            )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -197,7 +215,9 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _copy_companions(members: Sequence[Member], beside: Path) -> None:
-    """What goes with the last model: configuration, tokenizer, chat template; with the dtype that the weights have."""
+    """What goes with the last model: configuration, tokenizer, chat template; with the dtype that
+    the weights have.
+    """
     last = members[-1].folder
     for path in last.iterdir():
         if path.suffix in _COMPANIONS and ".index." not in path.name:
@@ -212,8 +232,8 @@ def _card(members: Sequence[Member], command: str) -> str:
     rows = [[str(member.folder), f"{member.weight:g}"] for member in members]
     return (
         front_matter(str(members[0].folder))
-        + "# An average of models\n\nEach weight is the sum of the models' weights in these parts, added up in fp32 "
-        "(WiSE-FT, Wortsman et al., 2022):\n\n"
+        + "# An average of models\n\nEach weight is the sum of the models' weights in these parts,"
+        " added up in fp32 (WiSE-FT, Wortsman et al., 2022):\n\n"
         + table(("model", "part"), rows)
         + f"\nMade with {versions()}:\n\n    {command}\n"
     )

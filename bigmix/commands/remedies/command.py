@@ -1,6 +1,8 @@
-"""`bigmix average BASE TUNED --weight 0.5 --output FOLDER`: models of one shape become their weighted average.
+"""`bigmix average BASE TUNED --weight 0.5 --output FOLDER`: models of one shape become their
+weighted average.
 
-`bigmix self-replay MODEL --tokens N --output FOLDER`: a model's own samples become a prepared source.
+`bigmix self-replay MODEL --tokens N --output FOLDER`: a model's own samples become a prepared
+source.
 """
 
 import argparse
@@ -22,7 +24,9 @@ def add_average(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "average",
         help="the weights of a base and of what was tuned from it, averaged",
-        description="Average models that were tuned from one base, to keep what the base knew (WiSE-FT).",
+        description=(
+            "Average models that were tuned from one base, to keep what the base knew (WiSE-FT)."
+        ),
     )
     add = parser.add_argument
     add("base", metavar="BASE", help="folder or hub name of the base model")
@@ -74,9 +78,14 @@ def add_self_replay(subparsers: Any) -> None:
     """Add `bigmix self-replay`."""
     parser = subparsers.add_parser(
         "self-replay",
-        help="a replay source of texts that the model makes up itself, where there is no pretraining data",
-        description="Sample texts from a model and prepare them as a source, to be mixed in with role: replay. A command "
-        "that was stopped goes on when it is given again.",
+        help=(
+            "a replay source of texts that the model makes up itself, where there is no pretraining"
+            " data"
+        ),
+        description=(
+            "Sample texts from a model and prepare them as a source, to be mixed in with role:"
+            " replay. A command that was stopped goes on when it is given again."
+        ),
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder or hub name of the base model")
@@ -141,8 +150,9 @@ def _wanted(known: argparse.Namespace) -> "SelfReplay":
 
 def _tell(terminal: Terminal, wanted: "SelfReplay", made: "Made") -> None:
     terminal.note(
-        f"{made.documents:,} documents sampled from {wanted.model}: {made.tokens:,} tokens, {made.empty:,} documents empty, "
-        f"{made.cut:,} cut at their longest; as text in {wanted.output}.jsonl"
+        f"{made.documents:,} documents sampled from {wanted.model}: {made.tokens:,} tokens,"
+        f" {made.empty:,} documents empty, {made.cut:,} cut at their longest; as text in"
+        f" {wanted.output}.jsonl"
     )
     prepared = made.prepared
     for text in prepared.warnings:

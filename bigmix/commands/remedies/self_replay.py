@@ -1,8 +1,10 @@
-"""A model goes in; texts that it makes up by itself come out, as readable lines and as a prepared source.
+"""A model goes in; texts that it makes up by itself come out, as readable lines and as a prepared
+source.
 
-They stand for pretraining data where there is none: a model that is trained on samples of itself beside the task keeps
-much of what it knows (data-free rehearsal: Sun et al., "LAMOL", 2020; Liu et al., "LLM-QAT", arXiv:2305.17888).
-Document i is a function of the model, the settings and (seed, i): what was stopped goes on where it is.
+They stand for pretraining data where there is none: a model that is trained on samples of itself
+beside the task keeps much of what it knows (data-free rehearsal: Sun et al., "LAMOL", 2020; Liu et
+al., "LLM-QAT", arXiv:2305.17888). Document i is a function of the model, the settings and (seed,
+i): what was stopped goes on where it is.
 """
 
 import json
@@ -34,9 +36,11 @@ Report = Callable[[int, int], None]  # documents and tokens so far
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How documents are made up: each of at most `max_tokens`, None: 512 or what the model has positions for.
+    """How documents are made up: each of at most `max_tokens`, None: 512 or what the model has
+    positions for.
 
-    The first `prompt_tokens` of a document are drawn from the vocabulary, all alike, and not by the model.
+    The first `prompt_tokens` of a document are drawn from the vocabulary, all alike, and not by the
+    model.
     """
 
     temperature: float = 1.0
@@ -48,7 +52,9 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelfReplay:
-    """What to make: at least `tokens` tokens of a model, `batch` documents at a time, as a source in `output`."""
+    """What to make: at least `tokens` tokens of a model, `batch` documents at a time, as a source
+    in `output`.
+    """
 
     model: str
     tokens: int
@@ -60,7 +66,9 @@ class SelfReplay:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Made:
-    """What was made: documents and tokens, those that the model left empty or did not end, and the prepared source."""
+    """What was made: documents and tokens, those that the model left empty or did not end, and the
+    prepared source.
+    """
 
     documents: int
     tokens: int
@@ -71,7 +79,9 @@ class Made:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Sample:
-    """A document: its text, its tokens without those of its ends, and whether it was cut and not ended by the model."""
+    """A document: its text, its tokens without those of its ends, and whether it was cut and not
+    ended by the model.
+    """
 
     document: int
     text: str
@@ -82,7 +92,8 @@ class _Sample:
 def self_replay(wanted: SelfReplay, report: Report = lambda *_: None) -> Made:
     """Sample documents until they have enough tokens, write them to OUTPUT.jsonl, and prepare them.
 
-    Raises BadInput where the settings are not allowed, or where the files at the output are of other ones.
+    Raises BadInput where the settings are not allowed, or where the files at the output are of
+    other ones.
     """
     tokenizer, config, prepared_as = _checked(wanted)
     most = _most_tokens(wanted.sampling, config)
@@ -120,8 +131,8 @@ def _checked(wanted: SelfReplay) -> tuple[Tokenizer, Any, PrepareSettings]:
     asked = (wanted.sampling.max_tokens or 1) + wanted.sampling.prompt_tokens + 1
     if room is not None and asked > room:
         raise BadInput(
-            f"--max-tokens and --prompt-tokens make documents of {asked} tokens with their start, {wanted.model} has positions "
-            f"for {room}; give fewer"
+            f"--max-tokens and --prompt-tokens make documents of {asked} tokens with their start,"
+            f" {wanted.model} has positions for {room}; give fewer"
         )
     return load_tokenizer(wanted.model), config, prepared_as
 
@@ -129,7 +140,10 @@ def _checked(wanted: SelfReplay) -> tuple[Tokenizer, Any, PrepareSettings]:
 def _faults(wanted: SelfReplay) -> Iterator[str]:
     sampling = wanted.sampling
     if not 0 < sampling.temperature < math.inf:
-        yield f"--temperature is {sampling.temperature:g}, must be above 0; 1 samples what the model has learned"
+        yield (
+            f"--temperature is {sampling.temperature:g}, must be above 0; 1 samples what the model"
+            " has learned"
+        )
     if not 0 < sampling.top_p <= 1:
         yield f"--top-p is {sampling.top_p:g}, must be above 0 and at most 1; 1 leaves nothing out"
     if sampling.prompt_tokens < 0:
@@ -149,7 +163,9 @@ def _lines_file(wanted: SelfReplay) -> Path:
 
 
 def _keep_settings(wanted: SelfReplay, tokenizer: Tokenizer, most: int) -> None:
-    """Write down what the lines depend on; raises BadInput where there are lines of other settings."""
+    """Write down what the lines depend on; raises BadInput where there are lines of other
+    settings.
+    """
     path = _lines_file(wanted).with_suffix(".settings.json")
     now = {
         "version": VERSION,
@@ -160,12 +176,14 @@ def _keep_settings(wanted: SelfReplay, tokenizer: Tokenizer, most: int) -> None:
     }
     if _lines_file(wanted).exists() and not path.exists():
         raise BadInput(
-            f"{_lines_file(wanted)} exists and was not made by this command; remove it, or give another --output"
+            f"{_lines_file(wanted)} exists and was not made by this command; remove it, or give"
+            " another --output"
         )
     if _lines_file(wanted).exists():
         then = json.loads(path.read_text(encoding="utf-8"))
         faults = [
-            f"{key} is {value!r}, and {_lines_file(wanted)} was begun with {then.get(key)!r}; give that again, or remove the file"
+            f"{key} is {value!r}, and {_lines_file(wanted)} was begun with {then.get(key)!r}; give"
+            " that again, or remove the file"
             for key, value in now.items()
             if then.get(key) != value
         ]
@@ -188,7 +206,9 @@ def _read(path: Path) -> list[_Sample]:
 def _sample(
     wanted: SelfReplay, tokenizer: Tokenizer, most: int, samples: list[_Sample], report: Report
 ) -> None:
-    """Append documents until all of them have enough tokens; where that is does not depend on the batch."""
+    """Append documents until all of them have enough tokens; where that is does not depend on the
+    batch.
+    """
     tokens = sum(sample.tokens for sample in samples)
     empty_from = len(samples)
     report(len(samples), tokens)
@@ -208,8 +228,9 @@ def _sample(
             file.flush()
             if len(samples) - empty_from >= _MOST_EMPTY:
                 raise BigmixError(
-                    f"{wanted.model} ended each of the last {len(samples) - empty_from:,} documents before their first token: it "
-                    "does not write texts by itself; give --prompt-tokens 1 or more"
+                    f"{wanted.model} ended each of the last {len(samples) - empty_from:,} documents"
+                    " before their first token: it does not write texts by itself; give"
+                    " --prompt-tokens 1 or more"
                 )
             report(len(samples), tokens)
 
@@ -225,8 +246,8 @@ class _Writer:
             lm: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         except (OSError, ValueError) as error:
             raise BadInput(
-                f"the model {model} cannot be loaded ({str(error).strip().splitlines()[0]}); give the folder or the hub name of "
-                "a causal language model"
+                f"the model {model} cannot be loaded ({str(error).strip().splitlines()[0]}); give"
+                " the folder or the hub name of a causal language model"
             ) from error
         self._lm = lm.to(self._device).eval()
         self._tokenizer = tokenizer
@@ -236,7 +257,8 @@ class _Writer:
         self._ordinary = np.setdiff1d(np.flatnonzero(~barred_V.numpy()), self._ends)
         self._barred_V = barred_V.to(self._device)
         self._most = most
-        # The model's own one may have penalties and truncations: the samples would not be what it has learned.
+        # The model's own one may have penalties and truncations: the samples would not be what it
+        # has learned.
         lm.generation_config = transformers.GenerationConfig(
             max_new_tokens=most,
             do_sample=False,  # the processor draws, and leaves one token to choose
@@ -245,7 +267,9 @@ class _Writer:
         )
 
     def documents(self, numbers: range) -> Iterator[_Sample]:
-        """The documents of some numbers; what one is does not depend on the others but for rounding."""
+        """The documents of some numbers; what one is does not depend on the others but for
+        rounding.
+        """
         draws = [
             np.random.default_rng(key_of(self._sampling.seed, "self-replay", n)) for n in numbers
         ]
@@ -268,7 +292,9 @@ class _Writer:
             yield self._document(number, ids)
 
     def _prompt(self, draw: np.random.Generator) -> list[int]:
-        """What a document begins with; an end stands for the start where the model has none and draws the first token itself."""
+        """What a document begins with; an end stands for the start where the model has none and
+        draws the first token itself.
+        """
         drawn = draw.choice(self._ordinary, self._sampling.prompt_tokens)
         if self._tokenizer.bos_id is not None:
             return [self._tokenizer.bos_id, *drawn.tolist()]
@@ -293,7 +319,9 @@ def _ends(generation: Any, tokenizer: Tokenizer) -> list[int]:
 
 
 def _barred(tokenizer: Tokenizer, ends: Sequence[int], vocabulary: int) -> Tensor:
-    """True for ids [V] that are never drawn: special tokens but the ends, and rows of the model that are no token."""
+    """True for ids [V] that are never drawn: special tokens but the ends, and rows of the model
+    that are no token.
+    """
     barred_V = torch.zeros(vocabulary, dtype=torch.bool)
     barred_V[tokenizer.vocab_size :] = True
     barred_V[[token for token in tokenizer.special_ids if token < vocabulary]] = True
@@ -302,7 +330,8 @@ def _barred(tokenizer: Tokenizer, ends: Sequence[int], vocabulary: int) -> Tenso
 
 
 class _Draw:
-    """Draws the next token of each document [B] where its own chance falls among the probabilities [V], one after another.
+    """Draws the next token of each document [B] where its own chance falls among the probabilities
+    [V], one after another.
 
     With the chances [B, T] given, a document is the same in any batch.
     """
@@ -328,7 +357,9 @@ class _Draw:
 
 
 def _truncated(probabilities_BV: Tensor, top_p: float) -> Tensor:
-    """Without the least probable tokens, as long as the others have `top_p` together (Holtzman et al., 2020)."""
+    """Without the least probable tokens, as long as the others have `top_p` together (Holtzman et
+    al., 2020).
+    """
     sorted_BV, order_BV = probabilities_BV.sort(1, descending=True)
     before_BV = sorted_BV.cumsum(1) - sorted_BV
     kept_BV = torch.where(before_BV < top_p, sorted_BV, 0.0)

@@ -1,9 +1,11 @@
-"""Addresses of shards go in, verified files on a local disk come out, within a bound of bytes that all processes share.
+"""Addresses of shards go in, verified files on a local disk come out, within a bound of bytes that
+all processes share.
 
-Files of the folder, F the sha256 of the content: `F.shard` is whole and verified, `F-SIZE.part` is on its way and holds
-SIZE bytes of the bound; `F.failed` says why the last download failed. Every claim is a flock on an open file, which the kernel drops when its process ends: on a shard
-a shared one while it is in use, on a part an exclusive one while it is written. Locks are taken and files come and go
-only under the lock of the file `lock`.
+Files of the folder, F the sha256 of the content: `F.shard` is whole and verified, `F-SIZE.part` is
+on its way and holds SIZE bytes of the bound; `F.failed` says why the last download failed. Every
+claim is a flock on an open file, which the kernel drops when its process ends: on a shard a shared
+one while it is in use, on a part an exclusive one while it is written. Locks are taken and files
+come and go only under the lock of the file `lock`.
 """
 
 import fcntl
@@ -38,7 +40,9 @@ class CacheFull(CacheFault):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheCounts:
-    """What one cache object has done since it was made; `wait_s` is spent on downloads of other processes and threads."""
+    """What one cache object has done since it was made; `wait_s` is spent on downloads of other
+    processes and threads.
+    """
 
     downloads: int = 0
     bytes: int = 0
@@ -49,7 +53,9 @@ class CacheCounts:
 
 
 class Lease:
-    """The right to read a file of the cache: it is not evicted until `close`, or until its process ends."""
+    """The right to read a file of the cache: it is not evicted until `close`, or until its process
+    ends.
+    """
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
@@ -66,8 +72,11 @@ class Lease:
         return self.path
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:  # fmt: skip
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -89,7 +98,9 @@ class _Part:
 
 
 class ShardCache:
-    """Files on a local disk, at most `max_bytes` of them, shared by all processes that name the same folder."""
+    """Files on a local disk, at most `max_bytes` of them, shared by all processes that name the
+    same folder.
+    """
 
     def __init__(self, folder: Path, max_bytes: int, retry: Retry | None = None) -> None:
         self._folder = folder
@@ -103,7 +114,8 @@ class ShardCache:
                 pass
         except OSError as error:
             raise BadInput(
-                f"cache.folder {folder} cannot be written ({error.strerror}); name a folder on a local disk"
+                f"cache.folder {folder} cannot be written ({error.strerror}); name a folder on a"
+                " local disk"
             ) from error
 
     @property
@@ -116,13 +128,14 @@ class ShardCache:
 
         Who waits for a download that fails, fails with it: a second one would take as long again.
 
-        Raises Changed where the content is not that of `sha256`, CacheFull where it does not fit beside the files in
-        use, CacheFault where it cannot be written, and what `storage` raises for a file that cannot be read.
+        Raises Changed where the content is not that of `sha256`, CacheFull where it does not fit
+        beside the files in use, CacheFault where it cannot be written, and what `storage` raises
+        for a file that cannot be read.
         """
         if not _SHA256.fullmatch(sha256):
             raise BadInput(
-                f"{shown(url)} is listed with sha256 {sha256!r}, allowed are 64 hexadecimal digits; "
-                "prepare the source again"
+                f"{shown(url)} is listed with sha256 {sha256!r}, allowed are 64 hexadecimal digits;"
+                " prepare the source again"
             )
         file = _File(url=url, size=size, sha256=sha256)
         watch = watch or Watch()
@@ -142,7 +155,9 @@ class ShardCache:
 
     @contextmanager
     def _failing_together(self, file: _File, asked_ns: int) -> Iterator[None]:
-        """Leave word of a failure for those who wait for the same file; raise one that came since `asked_ns`."""
+        """Leave word of a failure for those who wait for the same file; raise one that came since
+        `asked_ns`.
+        """
         word = self._folder / f"{file.sha256}.failed"
         said = _text_since(word, asked_ns)
         if said is not None:
@@ -158,7 +173,9 @@ class ShardCache:
             raise
 
     def discard(self, lease: Lease) -> None:
-        """Forget a file whose content has been found damaged, so that the next who asks for it downloads it."""
+        """Forget a file whose content has been found damaged, so that the next who asks for it
+        downloads it.
+        """
         with self._listing():
             lease.path.unlink(missing_ok=True)
 
@@ -206,7 +223,8 @@ class ShardCache:
             os.close(descriptor)
 
     def _make_room(self, file: _File) -> None:
-        """Evict what was not used for longest until the file fits; a part without a writer is evicted like a shard.
+        """Evict what was not used for longest until the file fits; a part without a writer is
+        evicted like a shard.
 
         Nothing is evicted where all of it would not be enough.
         """
@@ -222,8 +240,9 @@ class ShardCache:
                 in_use += size
         if over > 0:
             raise CacheFull(
-                f"the cache {self._folder} has no room for {shown(file.url)}: {in_use:,} bytes are in use and the file has "
-                f"{file.size:,}, but cache.size is {self._max_bytes:,}; raise cache.size to {in_use + file.size:,} or more"
+                f"the cache {self._folder} has no room for {shown(file.url)}: {in_use:,} bytes are"
+                f" in use and the file has {file.size:,}, but cache.size is {self._max_bytes:,};"
+                f" raise cache.size to {in_use + file.size:,} or more"
             )
         for path in victims:
             path.unlink()
@@ -247,7 +266,8 @@ class ShardCache:
                 if not resumed:
                     self._drop(part)
                     raise
-                # What an earlier process left may be of another version, or torn by a power cut: once more from zero.
+                # What an earlier process left may be of another version, or torn by a power cut:
+                # once more from zero.
                 os.truncate(part.path, 0)
                 resumed = False
 
@@ -261,16 +281,17 @@ class ShardCache:
         except OSError as error:
             self._drop(part)
             raise CacheFault(
-                f"{shown(file.url)}, {file.size:,} bytes, could not be written to the cache {self._folder} ({error.strerror}); "
-                "free its disk, lower cache.size, or set cache.folder to a larger disk"
+                f"{shown(file.url)}, {file.size:,} bytes, could not be written to the cache"
+                f" {self._folder} ({error.strerror}); free its disk, lower cache.size, or set"
+                " cache.folder to a larger disk"
             ) from error
         finally:
             self._count(bytes=watch.bytes - bytes_before, retries=watch.retries - retries_before)
         found = sha256_of(part.path)
         if found != file.sha256:
             raise Changed(
-                f"{shown(file.url)} has sha256 {found}, its manifest says {file.sha256}: its content has changed or is "
-                "damaged; restore the file or prepare the source again"
+                f"{shown(file.url)} has sha256 {found}, its manifest says {file.sha256}: its"
+                " content has changed or is damaged; restore the file or prepare the source again"
             )
         self._count(downloads=1)
 
@@ -280,7 +301,8 @@ class ShardCache:
 
     def _finish(self, file: _File, part: _Part) -> Lease:
         path = self._folder / f"{file.sha256}.shard"
-        # Under the lock of the listing: between the exclusive lock and the shared one the file is nobody's.
+        # Under the lock of the listing: between the exclusive lock and the shared one the file is
+        # nobody's.
         with self._listing():
             os.replace(part.path, path)
             fcntl.flock(part.descriptor, fcntl.LOCK_SH)

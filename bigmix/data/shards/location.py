@@ -1,4 +1,6 @@
-"""The path that a recipe gives for a source goes in, the addresses of the source's files come out; nothing is read here."""
+"""The path that a recipe gives for a source goes in, the addresses of the source's files come out;
+nothing is read here.
+"""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +18,8 @@ LISTED_AT_MOST = 1_000_000  # file names of one brace pattern
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}\s]*,[^{}\s]*)\}")
-# The file name inside a command: what stands between spaces, quotes and slashes around a brace pattern.
+# The file name inside a command: what stands between spaces, quotes and slashes around a brace
+# pattern.
 _PIPED_NAME = re.compile(
     r"[^\s/'\"=|;&<>]*(?:\{\d+\.\.\d+\}|\{[^{}\s]*,[^{}\s]*\})[^\s/'\"|;&<>?]*"
 )
@@ -27,7 +30,8 @@ _SAFE_IN_SHELL = re.compile(r"[A-Za-z0-9._/+@%,:=-]+")
 class Location:
     """Where a source's files are: `pieces` joined by a file's name are its address.
 
-    `names` are the shard files that a brace pattern selects, None where the manifest alone says which there are.
+    `names` are the shard files that a brace pattern selects, None where the manifest alone says
+    which there are.
     """
 
     given: str
@@ -44,22 +48,24 @@ class Location:
         """The address of a file of the source: a path, a URL, or `pipe:` with a whole command."""
         if name.startswith("/") or ".." in name.split("/") or not name:
             raise BadInput(
-                f"{shown(self.given)} lists a file {name!r}, allowed are names below its own folder; "
-                "prepare the source again"
+                f"{shown(self.given)} lists a file {name!r}, allowed are names below its own"
+                " folder; prepare the source again"
             )
         if self.scheme == "pipe" and not _SAFE_IN_SHELL.fullmatch(name):
             # Over ssh a second shell reads the command, so that quotes do not keep a name together.
             raise BadInput(
-                f"{shown(self.given)} lists a file {name!r}, in a pipe allowed are letters, digits and ._/+@%,:=-; "
-                "rename the file"
+                f"{shown(self.given)} lists a file {name!r}, in a pipe allowed are letters, digits"
+                " and ._/+@%,:=-; rename the file"
             )
         return (quote(name) if self.scheme in WEB else name).join(self.pieces)
 
 
 def location_of(path: str) -> Location:
-    """The location of a folder, of a `manifest.json`, of a brace pattern of shards, or behind a `pipe:`.
+    """The location of a folder, of a `manifest.json`, of a brace pattern of shards, or behind a
+    `pipe:`.
 
-    `https://host/d/a-{00..02}.tar?key=1` selects a-00.tar, a-01.tar, a-02.tar of https://host/d; the query stays.
+    `https://host/d/a-{00..02}.tar?key=1` selects a-00.tar, a-01.tar, a-02.tar of https://host/d;
+    the query stays.
     """
     if path.startswith(PIPE):
         return _piped(path)
@@ -98,7 +104,8 @@ def _piped(path: str) -> Location:
         command = command[: match.start()] + NAME_HERE + command[match.end() :]
     if NAME_HERE not in command:
         raise BadInput(
-            f"{path} names no file; write {{}} where the file's name goes, as in `pipe:ssh host cat /data/{{}}`"
+            f"{path} names no file; write {{}} where the file's name goes, as in `pipe:ssh host cat"
+            " /data/{}`"
         )
     first, *rest = command.split(NAME_HERE)
     return Location(given=path, scheme="pipe", pieces=(PIPE + first, *rest), names=names)
@@ -144,7 +151,9 @@ def scheme_of(url: str) -> str:
 
 
 def shown(url: str) -> str:
-    """An address as messages and logs name it: without password, and without the query, which may hold a signature."""
+    """An address as messages and logs name it: without password, and without the query, which may
+    hold a signature.
+    """
     if scheme_of(url) not in WEB:
         return url
     base, _, query = url.partition("?")

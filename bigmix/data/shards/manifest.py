@@ -1,7 +1,9 @@
-"""What a prepared source holds goes in and out: its manifest, written last, so that a folder with one is whole.
+"""What a prepared source holds goes in and out: its manifest, written last, so that a folder with
+one is whole.
 
-The shards are listed by column, so that a manifest of a million of them is a few arrays and not a million objects.
-Where the arrays of a shard begin is told by the shard itself, in its table of blocks.
+The shards are listed by column, so that a manifest of a million of them is a few arrays and not a
+million objects. Where the arrays of a shard begin is told by the shard itself, in its table of
+blocks.
 
 Columns of documents go in, counts that add up over parts of a source come out.
 """
@@ -39,9 +41,10 @@ TURN_BINS = 33
 class Statistics(BaseModel):
     """What the documents of a source are like; two of them add up to that of both.
 
-    Bin k of `documents_by_length` and `tokens_by_length` is for documents of 2^k to 2^(k+1) - 1 tokens. For chats, bin
-    k of `documents_by_loss` is for those with k to k + 1 tenths of their tokens in the loss, the last bin with its upper
-    end, and bin k of `documents_by_turns` for those with k turns, the last bin for more.
+    Bin k of `documents_by_length` and `tokens_by_length` is for documents of 2^k to 2^(k+1) - 1
+    tokens. For chats, bin k of `documents_by_loss` is for those with k to k + 1 tenths of their
+    tokens in the loss, the last bin with its upper end, and bin k of `documents_by_turns` for those
+    with k turns, the last bin for more.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,7 +57,9 @@ class Statistics(BaseModel):
     text_bytes: int = 0
 
     def length_of_half(self) -> str:
-        """What at least half of the documents have: with the middle one in the bin of 256 to 511, "less than 512"."""
+        """What at least half of the documents have: with the middle one in the bin of 256 to 511,
+        "less than 512".
+        """
         half = (sum(self.documents_by_length) + 1) // 2
         up_to = list(accumulate(self.documents_by_length))
         return f"less than {2 << bisect_left(up_to, half):,}"
@@ -73,7 +78,9 @@ class Statistics(BaseModel):
 def statistics_of(
     *, tokens: Ints, loss_tokens: Ints | None, turns: Ints, characters: Ints, text_bytes: Ints
 ) -> Statistics:
-    """The counts of some documents, by columns with one entry a document; `loss_tokens` is None for texts."""
+    """The counts of some documents, by columns with one entry a document; `loss_tokens` is None for
+    texts.
+    """
     # frexp gives the exponent exactly: 2^k to 2^(k+1) - 1 have k + 1.
     bins = np.frexp(tokens.astype(np.float64))[1] - 1
     by_loss, by_turns = np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -113,7 +120,9 @@ class _Frozen(BaseModel):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardEntry:
-    """One tar file of a source; its table of `blocks` rows begins at byte `blocks_at` and has the checksum `blocks_check`."""
+    """One tar file of a source; its table of `blocks` rows begins at byte `blocks_at` and has the
+    checksum `blocks_check`.
+    """
 
     file: str
     bytes: int
@@ -144,7 +153,9 @@ class ShardTable(Sequence[ShardEntry]):
         return cls({name: [getattr(e, name) for e in entries] for name in _NUMBERS + _TEXTS})
 
     def column(self, name: str) -> Ints:
-        """A column of numbers, one for each shard: bytes, documents, tokens, loss_tokens, blocks or blocks_at."""
+        """A column of numbers, one for each shard: bytes, documents, tokens, loss_tokens, blocks or
+        blocks_at.
+        """
         return self._columns[name]
 
     @property
@@ -178,7 +189,9 @@ class ShardTable(Sequence[ShardEntry]):
         return hash(len(self))
 
     def select(self, files: Sequence[str]) -> "ShardTable":
-        """The shards with these names, in this order; raises KeyError with the first name that is not there."""
+        """The shards with these names, in this order; raises KeyError with the first name that is
+        not there.
+        """
         place = {name: at for at, name in enumerate(self.files)}
         at = [place[file] for file in files]
         return ShardTable({name: values[at] for name, values in self._columns.items()})
@@ -230,11 +243,11 @@ class FileEntry(_Frozen):
 class Manifest(_Frozen):
     """What a prepared source holds. It is written last: what is listed is whole.
 
-    `loss_tokens` counts the tokens that have a prediction in the loss while documents are not split, `loss_bytes`
-    the UTF-8 bytes of the text behind them; bits per byte follow from both. `read` documents went in, `dropped`
-    counts by reason those that did not come out. `lengths` is a file with the tokens of every document of a chat
-    source, in the order of the shards: from it rows are packed without a look at the shards. `statistics` tells what the
-    documents are like.
+    `loss_tokens` counts the tokens that have a prediction in the loss while documents are not
+    split, `loss_bytes` the UTF-8 bytes of the text behind them; bits per byte follow from both.
+    `read` documents went in, `dropped` counts by reason those that did not come out. `lengths` is a
+    file with the tokens of every document of a chat source, in the order of the shards: from it
+    rows are packed without a look at the shards. `statistics` tells what the documents are like.
     """
 
     version: Literal[2] = 2
@@ -277,7 +290,8 @@ def parse_manifest(text: bytes | str, place: str) -> Manifest:
         version = tree.get("version")
         if version != VERSION:
             raise BadInput(
-                f"{place} has version {version}, this bigmix reads {VERSION}; prepare the source again"
+                f"{place} has version {version}, this bigmix reads {VERSION}; prepare the source"
+                " again"
             )
         return Manifest.model_validate(tree)
     except (ValidationError, ValueError, AttributeError) as error:
@@ -290,18 +304,22 @@ def parse_manifest(text: bytes | str, place: str) -> Manifest:
 def read_manifest(folder: str) -> Manifest:
     """The manifest of a prepared source on local disk.
 
-    Raises BadInput where there is none, where it is not a whole manifest, or where it is of another version.
+    Raises BadInput where there is none, where it is not a whole manifest, or where it is of another
+    version.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise BadInput(
-            f"{folder} is not a prepared source: it has no {MANIFEST}; make it with `bigmix prepare`"
+            f"{folder} is not a prepared source: it has no {MANIFEST}; make it with `bigmix"
+            " prepare`"
         )
     return parse_manifest(path.read_bytes(), str(path))
 
 
 def faults_of_shards(folder: str, manifest: Manifest, *, checksum_bytes: int) -> Sequence[str]:
-    """Every shard that is missing, of another size or, up to `checksum_bytes` in all, of another content."""
+    """Every shard that is missing, of another size or, up to `checksum_bytes` in all, of another
+    content.
+    """
     # One listing for all shards: a question to the file system for each of a million takes minutes.
     with os.scandir(folder) as listing:
         found = {item.name: item.stat().st_size for item in listing if item.is_file()}

@@ -1,4 +1,6 @@
-"""Shards in the order in which they will be needed go in; they are in the cache by the time that they are asked for."""
+"""Shards in the order in which they will be needed go in; they are in the cache by the time that
+they are asked for.
+"""
 
 import queue
 import threading
@@ -25,7 +27,9 @@ class Needed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ahead:
-    """How far to fetch ahead: at most so many files and bytes, at least one file; `threads` of them at a time."""
+    """How far to fetch ahead: at most so many files and bytes, at least one file; `threads` of them
+    at a time.
+    """
 
     files: int = 4
     bytes: int = 1 << 30
@@ -39,10 +43,12 @@ class _Job:
 
 
 class FetchAhead:
-    """Keeps the next files of an order in the cache; `order` may be endless, it is drawn from as files are taken.
+    """Keeps the next files of an order in the cache; `order` may be endless, it is drawn from as
+    files are taken.
 
-    Files that are ready are leased until they are taken, so the cache must have room for `ahead.bytes` of each process
-    beside what is in use. A fault is raised where its file is taken, not before.
+    Files that are ready are leased until they are taken, so the cache must have room for
+    `ahead.bytes` of each process beside what is in use. A fault is raised where its file is taken,
+    not before.
     """
 
     def __init__(self, cache: ShardCache, order: Iterable[Needed], ahead: Ahead) -> None:
@@ -66,9 +72,11 @@ class FetchAhead:
         self._draw()
 
     def take(self, needed: Needed) -> Lease:
-        """The file, waiting for it where it is still on its way; those before it in the order are given up.
+        """The file, waiting for it where it is still on its way; those before it in the order are
+        given up.
 
-        A file that is not among the next ones is fetched at once. `wait_s` grows by the time that this takes.
+        A file that is not among the next ones is fetched at once. `wait_s` grows by the time that
+        this takes.
         """
         begin = time.monotonic()
         try:
@@ -100,7 +108,9 @@ class FetchAhead:
             raise Stopped("fetching ahead was closed") from error
 
     def _fetch_alone(self, needed: Needed) -> Lease:
-        """Fetch a file now; where the cache is full, once more after the files ahead, which may fill it, are given back."""
+        """Fetch a file now; where the cache is full, once more after the files ahead, which may
+        fill it, are given back.
+        """
         try:
             return self._fetch(needed)
         except CacheFull:

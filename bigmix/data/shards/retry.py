@@ -1,6 +1,8 @@
-"""A way to open a file at an offset goes in, all its bytes come out, each once, however often the reading breaks off.
+"""A way to open a file at an offset goes in, all its bytes come out, each once, however often the
+reading breaks off.
 
-Every protocol is read by this one loop: after a fault the file is opened again at the byte that was reached.
+Every protocol is read by this one loop: after a fault the file is opened again at the byte that was
+reached.
 """
 
 import logging
@@ -23,7 +25,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Retry:
-    """How patient reading is. `tries` are tries in a row without one new byte; a read that stalls is one of them."""
+    """How patient reading is.
+
+    `tries` are tries in a row without one new byte; a read that stalls is one of them.
+    """
 
     tries: int = 8
     first_wait_s: float = 0.5
@@ -31,7 +36,9 @@ class Retry:
     timeout_s: float = 30.0
 
     def wait_s(self, failures: int, key: str) -> float:
-        """Seconds after so many failures in a row: doubling, and 50 to 100 % of that so that ranks spread out."""
+        """Seconds after so many failures in a row: doubling, and 50 to 100 % of that so that ranks
+        spread out.
+        """
         full = min(self.longest_wait_s, self.first_wait_s * 2.0 ** min(failures - 1, 60))
         place = f"{key} {socket.gethostname()} {os.getpid()} {failures}"
         return full * (0.5 + zlib.crc32(place.encode()) / 2**33)
@@ -83,7 +90,9 @@ class Body(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
-    """What to open: bytes [start, stop) of a file, to the end where stop is None; `tag` marks the known content."""
+    """What to open: bytes [start, stop) of a file, to the end where stop is None; `tag` marks the
+    known content.
+    """
 
     start: int
     stop: int | None
@@ -95,8 +104,8 @@ class Ask:
 class Opened:
     """An answer that begins at the byte asked for.
 
-    `size` is that of the whole file. Where it is None, `end_is_told` says whether the protocol tells a whole answer
-    from one that broke off. `tag` changes with the content.
+    `size` is that of the whole file. Where it is None, `end_is_told` says whether the protocol
+    tells a whole answer from one that broke off. `tag` changes with the content.
     """
 
     body: Body
@@ -111,7 +120,10 @@ PART_BYTES = 8 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """Bytes [start, stop) of a file; stop None is its end. `size` is the whole file's where it is known beforehand."""
+    """Bytes [start, stop) of a file; stop None is its end.
+
+    `size` is the whole file's where it is known beforehand.
+    """
 
     start: int = 0
     stop: int | None = None
@@ -123,8 +135,8 @@ def parts_of(
 ) -> Iterator[bytes]:
     """The bytes of a span in order, each once.
 
-    Raises BadInput for a file that is missing or refused, Changed for one of another size or content than before,
-    and BigmixError after `retry.tries` tries in a row without a new byte.
+    Raises BadInput for a file that is missing or refused, Changed for one of another size or
+    content than before, and BigmixError after `retry.tries` tries in a row without a new byte.
     """
     reading = _Reading(url, span)
     failures = 0
@@ -145,8 +157,9 @@ def parts_of(
             failures += 1
             if failures >= retry.tries:
                 raise BigmixError(
-                    f"{shown(url)} could not be read: {failures} tries in a row failed at byte {reading.at}, the last "
-                    f"with: {_reason(error)}; check that this machine reaches it, then run the command again"
+                    f"{shown(url)} could not be read: {failures} tries in a row failed at byte"
+                    f" {reading.at}, the last with: {_reason(error)}; check that this machine"
+                    " reaches it, then run the command again"
                 ) from error
             _wait(url, reading.at, failures, error, retry=retry, watch=watch)
 
@@ -159,8 +172,13 @@ def _wait(
     watch.retries += 1
     _log.warning(
         "%s: %s at byte %d; failure %d of %d in a row, next try in %.1f s",
-        shown(url), _reason(error), at, failures, retry.tries, seconds,
-    )  # fmt: skip
+        shown(url),
+        _reason(error),
+        at,
+        failures,
+        retry.tries,
+        seconds,
+    )
     watch.pause(seconds)
 
 
@@ -220,13 +238,16 @@ class _Reading:
             raise Transient(f"the answer ended {self._end - self.at} bytes early")
         if not opened.end_is_told:
             raise BigmixError(
-                f"{shown(self._url)} comes without its length, so that a part cannot be told from the whole; "
-                "serve it with a Content-Length"
+                f"{shown(self._url)} comes without its length, so that a part cannot be told from"
+                " the whole; serve it with a Content-Length"
             )
 
 
 def _changed(url: str, what: str) -> str:
-    return f"{shown(url)} is not the file that was begun with or is listed: {what}; prepare the source again"
+    return (
+        f"{shown(url)} is not the file that was begun with or is listed: {what}; prepare the source"
+        " again"
+    )
 
 
 def missing(url: str, reason: str) -> BadInput:
@@ -237,5 +258,6 @@ def missing(url: str, reason: str) -> BadInput:
 def refused(url: str, reason: str) -> BadInput:
     """The error for a file that may not be read."""
     return BadInput(
-        f"{shown(url)} may not be read ({reason}); give this machine the right to read it, or a fresh signed URL"
+        f"{shown(url)} may not be read ({reason}); give this machine the right to read it, or a"
+        " fresh signed URL"
     )

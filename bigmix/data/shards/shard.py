@@ -1,9 +1,10 @@
 """Tokenised documents go in, an uncompressed tar shard comes out, and the way back.
 
-A shard is a POSIX tar that the webdataset library can read. One sample of it is a *block* of documents:
-`KEY.tokens.npy`, `KEY.lengths.npy` and, for chats, `KEY.loss_mask.npy` (one bit a token). The last sample also has
-`KEY.blocks.npy`, the table that says where each array starts and what its checksum is, so that a reader maps the file
-and takes slices: nothing is decoded, and a damaged block is known by its place when it is first touched.
+A shard is a POSIX tar that the webdataset library can read. One sample of it is a *block* of
+documents: `KEY.tokens.npy`, `KEY.lengths.npy` and, for chats, `KEY.loss_mask.npy` (one bit a
+token). The last sample also has `KEY.blocks.npy`, the table that says where each array starts and
+what its checksum is, so that a reader maps the file and takes slices: nothing is decoded, and a
+damaged block is known by its place when it is first touched.
 """
 
 import io
@@ -35,7 +36,16 @@ Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Bytes = npt.NDArray[np.uint8]
 
 # The columns of the table of blocks, all uint64.
-_DOCUMENTS, _TOKENS, _TOKENS_AT, _LENGTHS_AT, _MASK_AT, _TOKENS_CHECK, _LENGTHS_CHECK, _MASK_CHECK = range(8)  # fmt: skip
+(
+    _DOCUMENTS,
+    _TOKENS,
+    _TOKENS_AT,
+    _LENGTHS_AT,
+    _MASK_AT,
+    _TOKENS_CHECK,
+    _LENGTHS_CHECK,
+    _MASK_CHECK,
+) = range(8)
 _COLUMNS = 8
 _TABLE_DTYPE, _LENGTH_DTYPE, _BYTE = np.dtype("<u8"), np.dtype("<u4"), np.dtype(np.uint8)
 
@@ -67,7 +77,9 @@ class ShardWriter:
         self.add_many(ids, np.array([len(ids)]), loss_mask)
 
     def add_many(self, ids: Tokens, lengths: Ints, loss_mask: Flags | None) -> None:
-        """Append documents of `lengths` [D] that stand end to end [T]; the file is that of adding one after the other."""
+        """Append documents of `lengths` [D] that stand end to end [T]; the file is that of adding
+        one after the other.
+        """
         ends = np.cumsum(lengths)
         document, token = 0, 0
         while document < len(lengths):
@@ -162,11 +174,12 @@ def _check(array: npt.NDArray[Any]) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ByteSource:
-    """Where the bytes of a shard are: `read(start, stop)` gives them as uint8; `name` is for messages.
+    """Where the bytes of a shard are: `read(start, stop)` gives them as uint8; `name` is for
+    messages.
 
-    `mapping` is the whole file where it is mapped into memory, so that arrays need not be kept. `damaged` is called
-    where the bytes are not those that were prepared, with what is wrong, so that a copy is not read again; it raises
-    BigmixError where more than this file is at fault.
+    `mapping` is the whole file where it is mapped into memory, so that arrays need not be kept.
+    `damaged` is called where the bytes are not those that were prepared, with what is wrong, so
+    that a copy is not read again; it raises BigmixError where more than this file is at fault.
     """
 
     name: str
@@ -189,7 +202,8 @@ def mapped(path: Path, size: int) -> ByteSource:
         ) from error
     if len(mapping) != size:
         raise Unreadable(
-            f"{path} has {len(mapping)} bytes, the manifest says {size}; restore the file or prepare the source again"
+            f"{path} has {len(mapping)} bytes, the manifest says {size}; restore the file or"
+            " prepare the source again"
         )
     content = np.frombuffer(mapping, np.uint8)
     return ByteSource(name=str(path), read=lambda start, stop: content[start:stop], mapping=mapping)
@@ -198,8 +212,8 @@ def mapped(path: Path, size: int) -> ByteSource:
 class Shard:
     """A shard as flat arrays over all its blocks; positions are token positions in the shard.
 
-    Each array of a block is held against its checksum when it is first read. Raises Unreadable that names the file
-    and the byte where it is damaged.
+    Each array of a block is held against its checksum when it is first read. Raises Unreadable that
+    names the file and the byte where it is damaged.
     """
 
     def __init__(self, source: ByteSource, entry: ShardEntry, dtype: str) -> None:
@@ -217,12 +231,15 @@ class Shard:
         self._ends: dict[int, list[int]] = {}
 
     def check_size(self) -> None:
-        """Raises Unreadable where the mapped file has become shorter: the kernel ends a process that reads there."""
+        """Raises Unreadable where the mapped file has become shorter: the kernel ends a process
+        that reads there.
+        """
         mapping = self._source.mapping
         if mapping is not None and mapping.size() < self._size:
             raise Unreadable(
-                f"{self._source.name} has {mapping.size()} bytes and had {self._size} when it was opened: it was cut short "
-                "while it is read; restore the file or prepare the source again"
+                f"{self._source.name} has {mapping.size()} bytes and had {self._size} when it was"
+                " opened: it was cut short while it is read; restore the file or prepare the"
+                " source again"
             )
 
     @property
@@ -259,7 +276,9 @@ class Shard:
         return first + self.piece(end, stop)
 
     def addresses(self, starts: Ints) -> Ints:
-        """Where documents that begin at these token positions lie in the file, in tokens from its beginning."""
+        """Where documents that begin at these token positions lie in the file, in tokens from its
+        beginning.
+        """
         blocks = np.searchsorted(self._begins, starts, side="right") - 1
         at = np.array([row[_TOKENS_AT] // self.width for row in self._table], np.int64)
         return starts + (at - self._begins[:-1])[blocks]
@@ -267,23 +286,29 @@ class Shard:
     def pieces_at(
         self, addresses: npt.NDArray[Any], lengths: npt.NDArray[Any], padding: bytes
     ) -> list[bytes]:
-        """The bytes of the ids of parts of documents; of as much `padding` where an address is below 0."""
+        """The bytes of the ids of parts of documents; of as much `padding` where an address is
+        below 0.
+        """
         begins = addresses.astype(np.int64) * self.width
         ends = (begins + lengths * self.width).tolist()
         file = self._file or self._checked_file()
         if file is None:
             pieces = [self._piece(at, end) for at, end in zip(begins.tolist(), ends, strict=True)]
         else:
-            # They lie all over the file. Asked for together, their first bytes come from memory many at a time.
+            # They lie all over the file. Asked for together, their first bytes come from memory
+            # many at a time.
             self._source.read(0, self._size).take(begins, mode="clip")
-            # bytes and no views: a million views that live on would keep Python's garbage collector busy.
+            # bytes and no views: a million views that live on would keep Python's garbage collector
+            # busy.
             pieces = [file[at:end] for at, end in zip(begins.tolist(), ends, strict=True)]
         for at in np.flatnonzero(begins < 0).tolist():
             pieces[at] = padding[: int(lengths[at]) * self.width]
         return pieces
 
     def _checked_file(self) -> mmap.mmap | None:
-        """The whole of a mapped file, after all of its blocks have been checked; None where it is not mapped."""
+        """The whole of a mapped file, after all of its blocks have been checked; None where it is
+        not mapped.
+        """
         if self._source.mapping is not None:
             for block in range(len(self._table)):
                 self._ids_of(block, 0, 0)
@@ -312,7 +337,8 @@ class Shard:
         return np.concatenate(parts)
 
     def loss_runs(self) -> tuple[Ints, Ints]:
-        """Runs of tokens [begin, end) in the loss, in order; none of them holds the first token of a document.
+        """Runs of tokens [begin, end) in the loss, in order; none of them holds the first token of
+        a document.
 
         That token is predicted by nothing.
         """
@@ -334,7 +360,9 @@ class Shard:
         return turns[0::2], turns[1::2]
 
     def borders(self, start: int, stop: int) -> tuple[int, list[int]]:
-        """The document that holds the token at `start`, and where others begin in (start, stop), counted from start."""
+        """The document that holds the token at `start`, and where others begin in (start, stop),
+        counted from start.
+        """
         block = bisect_right(self._begins, start) - 1
         ends = self._ends_of(block)
         inside = bisect_right(ends, start - self._begins[block])
@@ -389,8 +417,8 @@ class Shard:
         raw = self._source.read(at, at + size)
         if xxhash.xxh3_64_intdigest(raw.data) != check:
             said = (
-                f"{self._source.name}: the block at byte {at} ({size} bytes) is not what was prepared: its "
-                "checksum differs; restore the file or prepare the source again"
+                f"{self._source.name}: the block at byte {at} ({size} bytes) is not what was"
+                " prepared: its checksum differs; restore the file or prepare the source again"
             )
             if self._source.damaged is not None:
                 self._source.damaged(said)
@@ -420,7 +448,9 @@ def open_shard(folder: Path, entry: ShardEntry, dtype: str) -> Shard:
 
 
 def write_lengths(folder: Path, dtype: str, shards: Sequence[ShardEntry]) -> FileEntry:
-    """Write the lengths of the documents of all shards as one file beside them; what the manifest says of it."""
+    """Write the lengths of the documents of all shards as one file beside them; what the manifest
+    says of it.
+    """
     path = folder / LENGTHS
     total = sum(entry.documents for entry in shards)
     beside = path.with_name(path.name + ".tmp")
@@ -435,7 +465,9 @@ def write_lengths(folder: Path, dtype: str, shards: Sequence[ShardEntry]) -> Fil
 
 
 def with_lengths(folder: Path, manifest: Manifest) -> Manifest:
-    """The manifest of a chat source with its file of lengths, which is written now; that of a text as it is."""
+    """The manifest of a chat source with its file of lengths, which is written now; that of a text
+    as it is.
+    """
     if manifest.kind == "text":
         return manifest
     lengths = write_lengths(folder, manifest.dtype, manifest.shards)

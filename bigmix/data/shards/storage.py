@@ -1,6 +1,8 @@
-"""The address of a file goes in, wherever it is, its bytes come out: S3, Google, the Hugging Face hub, the web, a pipe, a disk.
+"""The address of a file goes in, wherever it is, its bytes come out: S3, Google, the Hugging Face
+hub, the web, a pipe, a disk.
 
-What breaks off is resumed at the byte that was reached (`retry`), so that every answer here is whole or an error.
+What breaks off is resumed at the byte that was reached (`retry`), so that every answer here is
+whole or an error.
 """
 
 import io
@@ -34,11 +36,19 @@ from bigmix.data.shards.retry import (
 from bigmix.data.shards.transports import open_http, open_pipe
 from bigmix.errors import BadInput, BigmixError
 
-# Words of AWS's answers that no later try will change; pyarrow raises all of them as a plain OSError.
+# Words of AWS's answers that no later try will change; pyarrow raises all of them as a plain
+# OSError.
 _AWS_FINAL = (
-    "ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "INVALID_CLIENT_TOKEN_ID", "SIGNATURE_DOES_NOT_MATCH",
-    "INVALID_SIGNATURE", "EXPIRED_TOKEN", "UNRECOGNIZED_CLIENT", "HTTP status 403", "HTTP status 401",
-)  # fmt: skip
+    "ACCESS_DENIED",
+    "INVALID_ACCESS_KEY_ID",
+    "INVALID_CLIENT_TOKEN_ID",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "INVALID_SIGNATURE",
+    "EXPIRED_TOKEN",
+    "UNRECOGNIZED_CLIENT",
+    "HTTP status 403",
+    "HTTP status 401",
+)
 _REFUSED = (401, 403)
 _YES = ("1", "true", "yes")
 
@@ -46,7 +56,8 @@ _YES = ("1", "true", "yes")
 def read_file(url: str, *, retry: Retry | None = None, watch: Watch | None = None) -> bytes:
     """A whole file in memory, for small ones such as a manifest.
 
-    Raises BadInput for a file that is missing or may not be read, BigmixError when the tries are spent.
+    Raises BadInput for a file that is missing or may not be read, BigmixError when the tries are
+    spent.
     """
     return b"".join(_parts(url, Span(), retry, watch))
 
@@ -66,9 +77,11 @@ def copy_to(
     retry: Retry | None = None,
     watch: Watch | None = None,
 ) -> None:
-    """Append to `path` what it lacks of a file, 8 MiB of memory at most; an absent or empty `path` gets the whole.
+    """Append to `path` what it lacks of a file, 8 MiB of memory at most; an absent or empty `path`
+    gets the whole.
 
-    `size` is what the file must have, None where it is not known. An OSError is one of writing: the disk is full.
+    `size` is what the file must have, None where it is not known. An OSError is one of writing: the
+    disk is full.
     """
     with path.open("ab") as file:
         span = Span(start=file.tell(), size=size)
@@ -171,8 +184,9 @@ def _open_other(url: str, ask: Ask) -> Opened:
         system, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise BadInput(
-            f"{shown(url)} cannot be opened ({error}); allowed are a path, file, s3, gs, hf, http, https, pipe: and "
-            "what fsspec knows; install the package that fsspec names, or correct the path"
+            f"{shown(url)} cannot be opened ({error}); allowed are a path, file, s3, gs, hf, http,"
+            " https, pipe: and what fsspec knows; install the package that fsspec names, or"
+            " correct the path"
         ) from error
     with _library(url):
         file = system.open(path, "rb", block_size=PART_BYTES)
@@ -222,7 +236,8 @@ def _library(url: str) -> Iterator[None]:
             f"{shown(url)} cannot be read: {error}; check the path of its source"
         ) from error
     except Exception as error:
-        # Each of fsspec's libraries has network errors of its own, and httpx's are no OSError either.
+        # Each of fsspec's libraries has network errors of its own, and httpx's are no OSError
+        # either.
         raise Transient(f"{type(error).__name__} {_first_line(error)}") from error
 
 

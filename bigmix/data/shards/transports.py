@@ -1,6 +1,8 @@
-"""A web address and an offset go in, an answer that begins at that offset comes out, or a fault that says what to do.
+"""A web address and an offset go in, an answer that begins at that offset comes out, or a fault
+that says what to do.
 
-A command and an offset go in, what the command prints from that offset comes out; its failure is a fault.
+A command and an offset go in, what the command prints from that offset comes out; its failure is a
+fault.
 """
 
 import base64
@@ -76,7 +78,8 @@ def _opened(url: str, answer: Any, ask: Ask) -> Opened:
         return Opened(body=body, size=_size_of_range(url, answer.headers, ask), tag=tag)
     if ask.tag is not None and tag is not None and tag != ask.tag:
         raise Changed(
-            f"{shown(url)} changed while it was read: its ETag went from {ask.tag} to {tag}; run the command again"
+            f"{shown(url)} changed while it was read: its ETag went from {ask.tag} to {tag}; run"
+            " the command again"
         )
     length = answer.headers.get("Content-Length")
     chunked = "chunked" in (answer.headers.get("Transfer-Encoding") or "").lower()
@@ -86,7 +89,9 @@ def _opened(url: str, answer: Any, ask: Ask) -> Opened:
 
 
 def _size_of_range(url: str, headers: Message, ask: Ask) -> int | None:
-    """The whole file's size out of `Content-Range: bytes 5-9/100`, which must begin where we asked."""
+    """The whole file's size out of `Content-Range: bytes 5-9/100`, which must begin where we
+    asked.
+    """
     given = str(headers.get("Content-Range", ""))
     unit, _, rest = given.partition(" ")
     span, _, total = rest.partition("/")
@@ -157,7 +162,9 @@ _NO_COMMAND = (126, 127)  # bash: not executable, not found
 
 
 def open_pipe(url: str, ask: Ask) -> Opened:
-    """Start the command of `pipe:COMMAND` and pass over its first `ask.start` bytes; it is run by bash with pipefail."""
+    """Start the command of `pipe:COMMAND` and pass over its first `ask.start` bytes; it is run by
+    bash with pipefail.
+    """
     body = _Output(url, ask.timeout_s)
     try:
         left = ask.start
@@ -182,8 +189,11 @@ class _Output:
         # A session of its own, so that close ends all commands of a pipeline.
         self._process = subprocess.Popen(
             ["bash", "-o", "pipefail", "-c", url.removeprefix(PIPE)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,
+        )
         assert self._process.stdout is not None
         self._out = self._process.stdout
         self._poll = select.poll()

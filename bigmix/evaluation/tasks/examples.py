@@ -1,4 +1,7 @@
-"""A task's file goes in, its examples come out, or every fault in it with its line. No torch here, and no tokenizer."""
+"""A task's file goes in, its examples come out, or every fault in it with its line.
+
+No torch here, and no tokenizer.
+"""
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +26,8 @@ _ASKING = ("prompt", "messages", "context", "input", "system", "history", "tools
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One question: the turns up to the answer, the answers that are right, and for code what a program must pass.
+    """One question: the turns up to the answer, the answers that are right, and for code what a
+    program must pass.
 
     `index` counts the examples of the file; `place` is where it stands, for messages.
     """
@@ -45,7 +49,9 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskFile:
-    """A task with its examples, of which some are left out where it says so, and the labels that can be answered."""
+    """A task with its examples, of which some are left out where it says so, and the labels that
+    can be answered.
+    """
 
     task: Task
     examples: Sequence[Example]
@@ -53,7 +59,9 @@ class TaskFile:
 
 
 def open_tasks(tasks: Mapping[str, Task]) -> dict[str, TaskFile]:
-    """Read the files of all tasks; raises BadInput with the faults of all of them, a missing library among them."""
+    """Read the files of all tasks; raises BadInput with the faults of all of them, a missing
+    library among them.
+    """
     faults: list[str] = []
     found = {}
     for name, task in tasks.items():
@@ -72,8 +80,8 @@ def _missing_libraries(name: str, task: Task) -> Iterator[str]:
     for library in sorted(needed):
         if importlib.util.find_spec(library) is None:
             yield (
-                f"tasks.{name}.scores is {', '.join(task.scores)}, which needs {library}, and it is not installed; "
-                "run pip install 'bigmix[tasks]', or leave these scores out"
+                f"tasks.{name}.scores is {', '.join(task.scores)}, which needs {library}, and it is"
+                " not installed; run pip install 'bigmix[tasks]', or leave these scores out"
             )
 
 
@@ -116,7 +124,10 @@ def _label_faults(
             if reference not in labels:
                 near = label_of(reference, labels)
                 hint = f"did you mean {near!r}? M" if near else "m"
-                yield f"{example.place}: label {reference!r} is none of labels; {hint}end the line or add the label"
+                yield (
+                    f"{example.place}: label {reference!r} is none of labels; {hint}end the line or"
+                    " add the label"
+                )
 
 
 def _alike(labels: tuple[str, ...]) -> Iterator[str]:
@@ -126,8 +137,8 @@ def _alike(labels: tuple[str, ...]) -> Iterator[str]:
         other = by_plain.setdefault(plain_label(label), label)
         if other != label:
             yield (
-                f"labels {other!r} and {label!r} differ in case or a full stop alone, by which written answers are not told "
-                "apart; rename one, or set by: likelihood"
+                f"labels {other!r} and {label!r} differ in case or a full stop alone, by which"
+                " written answers are not told apart; rename one, or set by: likelihood"
             )
 
 
@@ -158,8 +169,8 @@ def _question(
     if "messages" not in present:
         if "prompt" not in present:
             raise BadInput(
-                f"has no prompt and no messages; its columns are {', '.join(row)}; name the right one, as in "
-                "columns: {prompt: text}"
+                f"has no prompt and no messages; its columns are {', '.join(row)}; name the right"
+                " one, as in columns: {prompt: text}"
             )
         # A pair has two sides for the reader; the answer is looked at here, since it may be a list.
         present["response"] = ""
@@ -167,15 +178,17 @@ def _question(
     document = document_of(row, Layout(kind="chat", columns=present))
     if not isinstance(document, Conversation) or not document.messages:
         raise BadInput(
-            f"its {'messages' if 'messages' in present else 'prompt'} cannot be read or is empty; must be text, or turns with "
-            "role and content"
+            f"its {'messages' if 'messages' in present else 'prompt'} cannot be read or is empty;"
+            " must be text, or turns with role and content"
         )
     turns = document.messages if "messages" in present else document.messages[:-1]
     return turns, document.tools
 
 
 def _references(answer: Any) -> tuple[str, ...]:
-    """The texts of an answer: a text, a number, true or false, a list of them, or SQuAD's table with a list under `text`."""
+    """The texts of an answer: a text, a number, true or false, a list of them, or SQuAD's table
+    with a list under `text`.
+    """
     if isinstance(answer, Mapping):
         return _references(answer.get("text"))
     if isinstance(answer, list):
@@ -188,7 +201,9 @@ def _references(answer: Any) -> tuple[str, ...]:
 
 
 def _test(test: Any, entry_point: Any) -> str:
-    """What stands behind a program that is judged: statements, a list of them, or HumanEval's `check` of a function."""
+    """What stands behind a program that is judged: statements, a list of them, or HumanEval's
+    `check` of a function.
+    """
     text = "\n".join(map(str, test)) if isinstance(test, list) else str(test or "")
     return f"{text}\ncheck({entry_point})" if text and entry_point else text
 

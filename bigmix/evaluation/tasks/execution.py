@@ -1,6 +1,7 @@
 """A program that a model has written goes in, whether it ends well within its limits comes out.
 
-The limits hold back what runs wild. They are no jail: the program may read files and use the network as this user can.
+The limits hold back what runs wild. They are no jail: the program may read files and use the
+network as this user can.
 """
 
 import contextlib
@@ -28,7 +29,9 @@ os.write(said, b"end")
 
 
 def program_of(output: str, prompt: str | None, test: str) -> str:
-    """The program to judge: the code of an output with its test behind it, and before it a prompt that it continues."""
+    """The program to judge: the code of an output with its test behind it, and before it a prompt
+    that it continues.
+    """
     if prompt is not None:
         return f"{prompt}{output}\n{test}\n"
     fenced = _FENCED.search(output)
@@ -36,7 +39,9 @@ def program_of(output: str, prompt: str | None, test: str) -> str:
 
 
 def passes(program: str, *, timeout_s: float, memory_mib: int) -> bool:
-    """Whether a Python program comes to its end without an error: in a process of its own, an empty folder and environment."""
+    """Whether a Python program comes to its end without an error: in a process of its own, an empty
+    folder and environment.
+    """
     heard, said = os.pipe()
     limits = [str(memory_mib << 20), str(int(timeout_s) + 1), str(said)]
     with (

@@ -48,8 +48,8 @@ def generate(
 ) -> list[str]:
     """What the model writes behind each prompt, without what ends it.
 
-    Where the speaker is in step with other ranks, a collective. An output depends on its own prompt and key alone, up to
-    the rounding of other sums in a batch of other shapes.
+    Where the speaker is in step with other ranks, a collective. An output depends on its own prompt
+    and key alone, up to the rounding of other sums in a batch of other shapes.
     """
     width = max(len(prompt.tokens) for prompt in prompts)
     tokens = [prompt.tokens for prompt in prompts]
@@ -78,7 +78,9 @@ def generate(
 
 @contextmanager
 def _own_settings(lm: Any, config: GenerationConfig) -> Iterator[None]:
-    """Inside, what the model's folder says of generation (a penalty, a temperature) does not join what is asked for."""
+    """Inside, what the model's folder says of generation (a penalty, a temperature) does not join
+    what is asked for.
+    """
     kept = lm.generation_config
     lm.generation_config = copy.deepcopy(config)
     try:
@@ -103,7 +105,8 @@ def _chances(key: int, count: int) -> npt.NDArray[np.float64]:
 
 
 class _Drawn(LogitsProcessor):  # type: ignore[misc]
-    """Leaves of each row's tokens the one that its own chance falls on, so that greedy search takes it.
+    """Leaves of each row's tokens the one that its own chance falls on, so that greedy search takes
+    it.
 
     torch.multinomial draws for all rows together: what a row gets would depend on its neighbours.
     """
@@ -158,7 +161,8 @@ def _text(
 ) -> str:
     end = next((at for at, token in enumerate(written) if token in stops), len(written))
     own = [token for token in written[:end] if token not in tokenizer.special_ids]
-    # Some tokenizers take the space before the first word of a text away: behind the prompt it stays.
+    # Some tokenizers take the space before the first word of a text away: behind the prompt it
+    # stays.
     before = tokenizer.decode(prompt)
     text = tokenizer.decode([*prompt, *own]).removeprefix(before)
     cuts = [at for stop in task.stop if (at := text.find(stop)) >= 0]

@@ -1,7 +1,8 @@
-"""A language model goes in, sharded or not; out comes one that can be asked: its own weights whole, or in step with all ranks.
+"""A language model goes in, sharded or not; out comes one that can be asked: its own weights whole,
+or in step with all ranks.
 
-To gather a sharded model's weights for every token that is written costs far more than the token. Where a copy fits, the
-weights are gathered once; each rank then works for itself.
+To gather a sharded model's weights for every token that is written costs far more than the token.
+Where a copy fits, the weights are gathered once; each rank then works for itself.
 """
 
 import copy
@@ -54,7 +55,8 @@ def speaking(
 ) -> Iterator[Speaker]:
     """A language model that can be asked inside; it must be in evaluation mode. A collective.
 
-    A model with whole weights is taken as it is. Of a sharded one a whole copy is made where that is asked for or fits.
+    A model with whole weights is taken as it is. Of a sharded one a whole copy is made where that
+    is asked for or fits.
     """
     if not is_sharded(lm):
         yield Speaker(lm=lm, device=device)
@@ -89,7 +91,8 @@ def _whole_copy(lm: Any, device: torch.device) -> Any:
         twin = transformers.AutoModelForCausalLM.from_config(config, **options)
     twin.to_empty(device=device)
     twin.tie_weights()
-    # What is computed when a model is made, such as the angles of rotary positions, is not there on meta.
+    # What is computed when a model is made, such as the angles of rotary positions, is not there on
+    # meta.
     for name, buffer in lm.named_buffers():
         module, _, own = name.rpartition(".")
         twin.get_submodule(module)._buffers[own] = buffer.clone()

@@ -16,9 +16,11 @@ from bigmix.evaluation.tasks.prompts import Question
 
 
 def log_likelihoods(speaker: Speaker, questions: Sequence[Question]) -> list[list[float]]:
-    """For each question the log-likelihood of each of its labels, in nats; all have the same number of labels.
+    """For each question the log-likelihood of each of its labels, in nats; all have the same number
+    of labels.
 
-    Where the speaker is in step with other ranks, a collective: two forwards, whatever the questions.
+    Where the speaker is in step with other ranks, a collective: two forwards, whatever the
+    questions.
     """
     device, num_labels = speaker.device, len(questions[0].labels)
     # The last token of the prompt is shown with the labels: its prediction is each label's first.
@@ -40,7 +42,9 @@ def log_likelihoods(speaker: Speaker, questions: Sequence[Question]) -> list[lis
 def _logits(
     speaker: Speaker, ids_BT: Tensor, mask_BT: Tensor, inputs_RT: Tensor, own_RT: Tensor
 ) -> Tensor:
-    """Logits [R, T, V] of rows behind prompts, each of which is read once for all rows of its own."""
+    """Logits [R, T, V] of rows behind prompts, each of which is read once for all rows of its
+    own.
+    """
     num_labels, width = len(inputs_RT) // len(ids_BT), ids_BT.shape[1]
     mask_RT = torch.cat([mask_BT.repeat_interleave(num_labels, dim=0), own_RT], dim=1)
     positions_RT = (mask_RT.cumsum(dim=1) - 1).clamp(min=0)

@@ -1,4 +1,6 @@
-"""An output and a reference go in, how far they agree comes out, from 0 to 1; pure functions of two texts."""
+"""An output and a reference go in, how far they agree comes out, from 0 to 1; pure functions of two
+texts.
+"""
 
 import re
 import string
@@ -7,15 +9,20 @@ from collections import Counter
 from decimal import Decimal
 
 # Scripts that are written without spaces: each character is a word.
-_CHINESE = "\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_CHINESE = (
+    "\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\U00020000-\U0003ffff"
+)
 CHINESE = re.compile(f"[{_CHINESE}]")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = re.compile(
-    f"[{re.escape(string.punctuation)}\u3000-\u3004\u3008-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\u00b7]"
+    f"[{re.escape(string.punctuation)}\u3000-\u3004\u3008-\u303f"
+    "\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\u00b7]"
 )
 # A sign belongs to a number only where nothing stands before it that could be subtracted from.
 _NUMBER = re.compile(
-    r"(?:(?<![\w.)\]])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,4}(?!\d))?"
+    r"(?:(?<![\w.)\]])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:[eE][-+]?\d{1,4}(?!\d))?"
 )
 # m² is no 2; their full-width sisters are digits all the same.
 _RAISED_OR_LOWERED = re.compile("[\u00b2\u00b3\u00b9\u2070-\u2079\u2080-\u2089]")
@@ -23,7 +30,8 @@ _ANSWER = "####"  # GSM8K writes its answers behind it
 
 
 def normalised(text: str) -> str:
-    """A text as SQuAD compares it: lower case, no ASCII punctuation, no articles, one space between words.
+    """A text as SQuAD compares it: lower case, no ASCII punctuation, no articles, one space between
+    words.
 
     Full-width punctuation is taken out as well, as CMRC does.
     """
@@ -60,9 +68,11 @@ def numeric_match(output: str, reference: str) -> float:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text, of what stands behind the last #### if there is one; None where there is none.
+    """The last number of a text, of what stands behind the last #### if there is one; None where
+    there is none.
 
-    Thousands may have commas; signs and decimals count, currencies and percent signs do not: -1,234.50 and $-1234.5 are one.
+    Thousands may have commas; signs and decimals count, currencies and percent signs do not:
+    -1,234.50 and $-1234.5 are one.
     """
     text = unicodedata.normalize("NFKC", _RAISED_OR_LOWERED.sub("", text)).replace("\u2212", "-")
     _, _, behind = text.rpartition(_ANSWER)
@@ -71,7 +81,9 @@ def last_number(text: str) -> Decimal | None:
 
 
 def label_of(output: str, labels: tuple[str, ...]) -> str | None:
-    """The label that an output is, in upper or lower case and with or without a full stop; None where it is none."""
+    """The label that an output is, in upper or lower case and with or without a full stop; None
+    where it is none.
+    """
     if output in labels:
         return output
     plain = {plain_label(label): label for label in labels}
@@ -79,5 +91,7 @@ def label_of(output: str, labels: tuple[str, ...]) -> str | None:
 
 
 def plain_label(text: str) -> str:
-    """A label as outputs are compared with it: two with the same one cannot be told apart in what a model writes."""
+    """A label as outputs are compared with it: two with the same one cannot be told apart in what a
+    model writes.
+    """
     return text.strip().rstrip(".。").casefold().strip()

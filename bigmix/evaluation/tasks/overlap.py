@@ -1,6 +1,8 @@
-"""Outputs and references go in, the n-grams that they share come out: BLEU and chrF by sacrebleu, ROUGE by rouge-score.
+"""Outputs and references go in, the n-grams that they share come out: BLEU and chrF by sacrebleu,
+ROUGE by rouge-score.
 
-The libraries are an extra: they are imported where they are used, once the recipe is known to ask for them.
+The libraries are an extra: they are imported where they are used, once the recipe is known to ask
+for them.
 """
 
 import re
@@ -15,7 +17,8 @@ import numpy as np
 from bigmix.evaluation.tasks.matching import CHINESE
 from bigmix.types import Floats
 
-# A Chinese character, or the letters of a word in another script; Latin letters end where Greek begins.
+# A Chinese character, or the letters of a word in another script; Latin letters end where Greek
+# begins.
 _NOT_LATIN = re.compile(rf"{CHINESE.pattern}|(?:(?!{CHINESE.pattern})[^\W\x00-\u036f])+")
 _CHINESE_FROM = 0.3  # of all characters of the references
 
@@ -46,7 +49,9 @@ def chrf_statistics(outputs: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def tokenizer_of(references: Sequence[Sequence[str]]) -> str:
-    """zh where so many characters of the references are Chinese that words between spaces mean little."""
+    """zh where so many characters of the references are Chinese that words between spaces mean
+    little.
+    """
     text = "".join(text for each in references for text in each)
     return "zh" if len(CHINESE.findall(text)) > _CHINESE_FROM * len(text) else "13a"
 
@@ -68,8 +73,9 @@ def _statistics(
 def rouge_values(name: str, outputs: Sequence[str], references: Sequence[str]) -> list[float]:
     """rouge-score's F1 of each output with the reference that it is nearest to, without stemming.
 
-    Its own words are of ASCII letters and digits alone, so that texts in other scripts would have none: here each Chinese
-    character is a word as well, and each word of any script but Latin, such as Cyrillic or Hangul.
+    Its own words are of ASCII letters and digits alone, so that texts in other scripts would have
+    none: here each Chinese character is a word as well, and each word of any script but Latin, such
+    as Cyrillic or Hangul.
     """
     scorer = _rouge_scorer(name)
     return [

@@ -1,4 +1,6 @@
-"""Examples and a tokenizer go in, the token ids that the model is asked with come out: those it has seen in training."""
+"""Examples and a tokenizer go in, the token ids that the model is asked with come out: those it has
+seen in training.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,9 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Language:
-    """The tokenizer that a model speaks, and the template of its chats; None where prompts are text unless a task says chat."""
+    """The tokenizer that a model speaks, and the template of its chats; None where prompts are text
+    unless a task says chat.
+    """
 
     tokenizer: Tokenizer
     template: Template | None
@@ -30,7 +34,9 @@ class Language:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """An example as the model sees it: the tokens of the prompt, and behind them those of each label to compare."""
+    """An example as the model sees it: the tokens of the prompt, and behind them those of each
+    label to compare.
+    """
 
     example: Example
     prompt: Tokens
@@ -56,7 +62,8 @@ class Asked:
 
 
 def language_of(folder_or_name: str, manifests: Sequence[Manifest]) -> Language:
-    """The tokenizer at a place, and the chat template that these prepared sources were written with.
+    """The tokenizer at a place, and the chat template that these prepared sources were written
+    with.
 
     Raises BadInput where tokenizer or template are not those of the sources.
     """
@@ -64,20 +71,20 @@ def language_of(folder_or_name: str, manifests: Sequence[Manifest]) -> Language:
     chats = {m.template.sha256: m.template.name for m in manifests if m.template is not None}
     if len(chats) > 1:
         raise BadInput(
-            f"the sources have {len(chats)} chat templates, and tasks are asked with one; prepare them again with one "
-            "--template, or set format: text"
+            f"the sources have {len(chats)} chat templates, and tasks are asked with one; prepare"
+            " them again with one --template, or set format: text"
         )
     if any(m.tokenizer.fingerprint != tokenizer.fingerprint for m in manifests):
         raise BadInput(
-            f"the tokenizer of {folder_or_name} is not the one that the sources are prepared with; prepare them again "
-            "with it, or set model.tokenizer to theirs"
+            f"the tokenizer of {folder_or_name} is not the one that the sources are prepared with;"
+            " prepare them again with it, or set model.tokenizer to theirs"
         )
     for sha256, name in chats.items():
         template = open_template(tokenizer, "plain" if name == "plain" else "tokenizer")
         if template.sha256 != sha256:
             raise BadInput(
-                f"the chat template of {folder_or_name} is not the one that the sources were written with; restore it, "
-                "or prepare them again"
+                f"the chat template of {folder_or_name} is not the one that the sources were"
+                " written with; restore it, or prepare them again"
             )
         return Language(tokenizer=tokenizer, template=template)
     return Language(tokenizer=tokenizer, template=None)
@@ -88,7 +95,8 @@ def ask(
 ) -> dict[str, Asked]:
     """Write the examples of each task as tokens.
 
-    Raises BadInput with all examples that the template cannot write or that do not fit the model's positions.
+    Raises BadInput with all examples that the template cannot write or that do not fit the model's
+    positions.
     """
     faults: list[str] = []
     asked = {}
@@ -114,13 +122,19 @@ def _ask(file: TaskFile, language: Language, max_positions: int | None) -> Asked
     if dropped and (task.long_prompts == "fail" or not fitting):
         longest = max(question.longest for question in questions)
         raise BadInput(
-            f"{dropped} of {len(questions)} prompts do not fit the {room} positions of the model with their answers (the "
-            f"longest has {longest} tokens and {more} to come); lower max_new_tokens, or set long_prompts: drop"
+            f"{dropped} of {len(questions)} prompts do not fit the {room} positions of the model"
+            f" with their answers (the longest has {longest} tokens and {more} to come); lower"
+            " max_new_tokens, or set long_prompts: drop"
         )
     return Asked(
-        task=task, labels=file.labels, questions=fitting, dropped=dropped, is_chat=template is not None,
-        stops=_stops(tokenizer, template), tokenizer=tokenizer,
-    )  # fmt: skip
+        task=task,
+        labels=file.labels,
+        questions=fitting,
+        dropped=dropped,
+        is_chat=template is not None,
+        stops=_stops(tokenizer, template),
+        tokenizer=tokenizer,
+    )
 
 
 def _template(task: Task, language: Language) -> Template | None:
@@ -151,7 +165,8 @@ def _question(
     if template is None:
         if len(example.messages) > 1:
             raise BadInput(
-                f"{example.place}: has several turns, and is asked as text since no source is a chat; set format: chat"
+                f"{example.place}: has several turns, and is asked as text since no source is a"
+                " chat; set format: chat"
             )
         written = _as_text(tokenizer, example, task.separator, labels)
     else:
@@ -162,7 +177,8 @@ def _question(
     begin = _shared(written)
     whole = [prompt + answer for prompt, answer in written]
     if not begin:
-        # The first token of each label needs one that it is predicted from; an end of a document says nothing about it.
+        # The first token of each label needs one that it is predicted from; an end of a document
+        # says nothing about it.
         begin, whole = 1, [(tokenizer.eos_id, *ids) for ids in whole]
     return Question(
         example=example, prompt=whole[0][:begin], labels=tuple(ids[begin:] for ids in whole)
@@ -181,7 +197,9 @@ def _shared(written: Sequence[tuple[Tokens, Tokens]]) -> int:
 def _as_chat(
     tokenizer: Tokenizer, template: Template, example: Example, answers: Sequence[str]
 ) -> list[tuple[Tokens, Tokens]]:
-    """The tokens before each answer, and those that training would learn of it: the end of the turn among them."""
+    """The tokens before each answer, and those that training would learn of it: the end of the turn
+    among them.
+    """
     rendered = [
         render_chat(
             tokenizer,
@@ -208,7 +226,9 @@ def _as_chat(
 def _as_text(
     tokenizer: Tokenizer, example: Example, separator: str, labels: Sequence[str]
 ) -> list[tuple[Tokens, Tokens]]:
-    """The tokens of the prompt, and those of each label behind it; without labels, one pair with no label."""
+    """The tokens of the prompt, and those of each label behind it; without labels, one pair with no
+    label.
+    """
     prompt = example.messages[0]["content"]
     begin = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
     texts = [prompt, *(f"{prompt}{separator}{label}" for label in labels)]

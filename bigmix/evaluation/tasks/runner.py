@@ -1,4 +1,6 @@
-"""Tasks and a model go in, their scores and outputs come out; over ranks, and in a process of its own alike."""
+"""Tasks and a model go in, their scores and outputs come out; over ranks, and in a process of its
+own alike.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +25,9 @@ SAMPLES = "samples"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One example with what the model has answered; `scores` are those that an example has by itself."""
+    """One example with what the model has answered; `scores` are those that an example has by
+    itself.
+    """
 
     prompt: str
     references: tuple[str, ...]
@@ -33,7 +37,9 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskResult:
-    """The scores of a task over its examples; `dropped` have no place in the model and are not among them."""
+    """The scores of a task over its examples; `dropped` have no place in the model and are not
+    among them.
+    """
 
     scores: Mapping[str, Score]
     examples: int
@@ -50,10 +56,12 @@ def score_tasks(
     stop_asked: Callable[[], bool],
     doing: Callable[[str], None],
 ) -> dict[str, TaskResult] | None:
-    """Ask a model every task and judge its answers; a collective, with the same results on all ranks.
+    """Ask a model every task and judge its answers; a collective, with the same results on all
+    ranks.
 
-    None where a rank is asked to stop: looked up before each batch. `doing` is told what begins. The speaker is what
-    `speaking` gives for a model under an engine, or `Speaker(lm=model, device=device)` for one that is loaded whole.
+    None where a rank is asked to stop: looked up before each batch. `doing` is told what begins.
+    The speaker is what `speaking` gives for a model under an engine, or `Speaker(lm=model,
+    device=device)` for one that is loaded whole.
     """
     results = {}
     for name, asked in tasks.items():
@@ -85,7 +93,9 @@ def task_line(results: Mapping[str, TaskResult]) -> dict[str, float | int | bool
 
 
 def write_samples(folder: Path, step: int, results: Mapping[str, TaskResult]) -> None:
-    """Keep the sample outputs of an evaluation as samples/TASK/step-NNNNNN.jsonl in the folder of a run."""
+    """Keep the sample outputs of an evaluation as samples/TASK/step-NNNNNN.jsonl in the folder of a
+    run.
+    """
     for name, result in results.items():
         if result.samples:
             own = folder / SAMPLES / name
@@ -118,14 +128,18 @@ class _Output:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Batch:
-    """Outputs (question, number of the output) that are written together; idle ones count for nothing."""
+    """Outputs (question, number of the output) that are written together; idle ones count for
+    nothing.
+    """
 
     rows: Sequence[tuple[Question, int]]
     is_idle: bool
 
 
 def _batches(asked: Asked, world: World) -> Sequence[_Batch]:
-    """What a rank asks, in as many batches as each of the others; questions of like lengths together, the longest first."""
+    """What a rank asks, in as many batches as each of the others; questions of like lengths
+    together, the longest first.
+    """
     task = asked.task
     outputs, size = task.outputs, task.batch_rows
     if task.by == "likelihood":
@@ -199,7 +213,9 @@ def _outputs(
     texts: Sequence[str],
     runs_program: Callable[[], None],
 ) -> Iterator[_Output]:
-    """The texts with what they are of; `runs_program` is told before each program, which may take its whole time."""
+    """The texts with what they are of; `runs_program` is told before each program, which may take
+    its whole time.
+    """
     for (question, number), text in zip(rows, texts, strict=True):
         is_passed = False
         if asked.task.passes_at:

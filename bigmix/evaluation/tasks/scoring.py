@@ -1,7 +1,7 @@
 """Answers and references go in, scores with their intervals come out.
 
-Every score is a function of sums over examples, so that examples that are drawn again with replacement give its interval
-without a look at the texts. Letters: N examples, K statistics of one.
+Every score is a function of sums over examples, so that examples that are drawn again with
+replacement give its interval without a look at the texts. Letters: N examples, K statistics of one.
 """
 
 import math
@@ -41,7 +41,9 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """A score as a function of sums over examples; `values_N` is what each example has by itself, None where that has no meaning."""
+    """A score as a function of sums over examples; `values_N` is what each example has by itself,
+    None where that has no meaning.
+    """
 
     statistics_NK: Floats
     value_of: Callable[[Floats], float]
@@ -73,7 +75,9 @@ def scored(name: str, judged: Judged) -> Score:
 
 
 def pass_at(k: int, outputs: int, passed: int) -> float:
-    """The chance that one of k outputs passes, without bias from `passed` of `outputs` (Chen et al., 2021): with 1 of 2, pass@1 is 0.5."""
+    """The chance that one of k outputs passes, without bias from `passed` of `outputs` (Chen et
+    al., 2021): with 1 of 2, pass@1 is 0.5.
+    """
     return 1.0 - math.comb(outputs - passed, k) / math.comb(outputs, k)
 
 
@@ -107,7 +111,9 @@ def _rouge(name: str, answered: Sequence[Answered]) -> list[float]:
 
 
 def _macro_f1(answered: Sequence[Answered], labels: tuple[str, ...]) -> Judged:
-    """The mean of each label's F1, over labels that are a reference or an answer; no label is an answer of its own class."""
+    """The mean of each label's F1, over labels that are a reference or an answer; no label is an
+    answer of its own class.
+    """
     places = {label: at for at, label in enumerate(labels)}
     right, said, is_label = np.zeros((3, len(answered), len(labels)))
     for at, each in enumerate(answered):

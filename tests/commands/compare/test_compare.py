@@ -108,13 +108,19 @@ def test_summary_holds_kinds_losses_forgetting_and_gain(
 ) -> None:
     summary = compare(two_runs, tmp_path / "report")
     assert [path.name for path in summary.files] == [
-        "index.html", "figure.png", "table.md", "table.tex", "summary.json"
-    ]  # fmt: skip
+        "index.html",
+        "figure.png",
+        "table.md",
+        "table.tex",
+        "summary.json",
+    ]
     runs = json.loads((tmp_path / "report/summary.json").read_text())["runs"]
     kinds = {name: (run["kind"], run["steps"]) for name, run in runs.items()}
     assert kinds == {
-        "base": ("base", 0), "one-way": ("one-way", STEPS), "two-way": ("two-way", STEPS)
-    }  # fmt: skip
+        "base": ("base", 0),
+        "one-way": ("one-way", STEPS),
+        "two-way": ("two-way", STEPS),
+    }
     code = runs["two-way"]["sources"]["code"]
     assert code["role"] == "replay"
     assert code["loss"] == pytest.approx(1.8)
@@ -130,21 +136,25 @@ def test_headline_says_what_was_kept_and_at_what_task_loss(
     two_runs: list[Path], tmp_path: Path
 ) -> None:
     comparison = compare(two_runs, tmp_path / "report").comparison
-    assert comparison.headline == (
-        "Two-way training kept 83 % of what one-way training lost on `code` (forgetting 0.20 against "
-        "1.20 nats/token) at about the same task loss (2.30 against 2.29)."
+    assert (
+        comparison.headline
+        == "Two-way training kept 83 % of what one-way training lost on `code` (forgetting 0.20"
+        " against 1.20 nats/token) at about the same task loss (2.30 against 2.29)."
     )
-    assert comparison.detail == (
-        "Over all 2 replay sources the mean forgetting is 0.30 against 1.05 nats/token."
+    assert (
+        comparison.detail
+        == "Over all 2 replay sources the mean forgetting is 0.30 against 1.05 nats/token."
     )
 
 
 def test_headline_of_one_run_claims_no_comparison(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", replay_share=0.0)
     headline = compare([run], tmp_path / "report").comparison.headline
-    assert headline == (
-        "One-way training (a) forgot 1.20 nats/token on `code`, forgot 0.90 nats/token on `manual` and "
-        "gained 1.81 nats/token on `docs`; no two-way run was given to compare it with."
+    assert (
+        headline
+        == "One-way training (a) forgot 1.20 nats/token on `code`, forgot 0.90 nats/token on"
+        " `manual` and gained 1.81 nats/token on `docs`; no two-way run was given to compare it"
+        " with."
     )
 
 

@@ -1,4 +1,6 @@
-"""Many runs: seeds become points, points become lines over the share, lines become frontiers and a law."""
+"""Many runs: seeds become points, points become lines over the share, lines become frontiers and a
+law.
+"""
 
 import json
 import math
@@ -53,9 +55,17 @@ def final_loss(folder: Path, source: str) -> float:
 def test_runs_that_differ_in_seed_and_output_alone_are_one_point(sweep: Path) -> None:
     points = points_of(read_runs([sweep]).runs)
     assert {point.name: len(point.runs) for point in points} == {
-        "average-0.5": 1, "books-0": 3, "books-0.01": 3, "books-0.05": 3, "books-0.25": 3,
-        "ema-0.999": 1, "kl-1": 1, "lr-1e-4": 1, "lr-3e-4": 1, "self-replay": 1,
-    }  # fmt: skip
+        "average-0.5": 1,
+        "books-0": 3,
+        "books-0.01": 3,
+        "books-0.05": 3,
+        "books-0.25": 3,
+        "ema-0.999": 1,
+        "kl-1": 1,
+        "lr-1e-4": 1,
+        "lr-3e-4": 1,
+        "self-replay": 1,
+    }
     assert {point.name: point.share for point in points if len(point.runs) > 1} == pytest.approx(
         {f"books-{share:g}": share for share in SHARES}
     )
@@ -84,8 +94,13 @@ def test_shares_are_a_line_and_what_differs_otherwise_stands_alone(sweep: Path) 
         [f"books-{share:g}" for share in SHARES]
     ]
     assert sorted(p.name for p in arrangement.remedies) == [
-        "average-0.5", "ema-0.999", "kl-1", "lr-1e-4", "lr-3e-4", "self-replay",
-    ]  # fmt: skip
+        "average-0.5",
+        "ema-0.999",
+        "kl-1",
+        "lr-1e-4",
+        "lr-3e-4",
+        "self-replay",
+    ]
 
 
 def test_shares_under_another_setting_are_a_line_of_their_own(tmp_path: Path) -> None:
@@ -117,7 +132,10 @@ def test_the_law_is_the_best_of_a_search_over_both_constants() -> None:
     points = [LawPoint(share=s, forgetting=f, relative_error=0.02 + s) for s, f in measured.items()]
 
     def miss(b: float, alpha: float) -> float:
-        logs = (math.log(1.106) - alpha * math.log1p(b * p.share) - math.log(p.forgetting) for p in points)  # fmt: skip
+        logs = (
+            math.log(1.106) - alpha * math.log1p(b * p.share) - math.log(p.forgetting)
+            for p in points
+        )
         return sum((log / p.relative_error) ** 2 for log, p in zip(logs, points, strict=True))
 
     found = fit_law(1.106, points)
@@ -170,13 +188,19 @@ def test_a_point_is_dominated_where_another_is_at_least_as_good_in_both(sweep: P
     comparison = judge(read_runs([sweep]))
     found = frontiers(comparison)
     assert [frontier.x_label for frontier in found] == [
-        "task loss, nats/token", "task loss, nats/token", "exact match", "accuracy", "macro f1"
-    ]  # fmt: skip
+        "task loss, nats/token",
+        "task loss, nats/token",
+        "exact match",
+        "accuracy",
+        "macro f1",
+    ]
     for frontier in found:
         sign = 1 if frontier.better == "lower" else -1
         costs = [(sign * s.task.mean, s.forgetting.mean) for s in frontier.spots]
         for spot, (task, forgetting) in zip(frontier.spots, costs, strict=True):
-            better = [c for c in costs if c[0] <= task and c[1] <= forgetting and c != (task, forgetting)]  # fmt: skip
+            better = [
+                c for c in costs if c[0] <= task and c[1] <= forgetting and c != (task, forgetting)
+            ]
             assert spot.is_dominated == bool(better)
     dominated = {spot.point.name for spot in found[0].spots if spot.is_dominated}
     assert {"lr-3e-4", "kl-1", "average-0.5"} <= dominated
@@ -190,8 +214,14 @@ def summary(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Summary:
 def test_files_of_a_sweep(summary: Summary) -> None:
     report = summary.files[0].parent
     assert [path.name for path in summary.files] == [
-        "index.html", "figure.png", "frontier.png", "law.png", "table.md", "table.tex", "summary.json",
-    ]  # fmt: skip
+        "index.html",
+        "figure.png",
+        "frontier.png",
+        "law.png",
+        "table.md",
+        "table.tex",
+        "summary.json",
+    ]
     tree = json.loads((report / "summary.json").read_text())
     assert tree["version"] == 2
     assert len(tree["runs"]) == 3 * len(SHARES) + 6 + 1  # and the base
@@ -375,7 +405,9 @@ def test_averages_of_the_seeds_are_one_point_and_no_one_way_run(tmp_path: Path) 
     for seed in (1, 2):
         for name, share in (("books-0", 0.0), ("books-0.2", 0.2)):
             recipe = Recipe(share=share, seed=seed)
-            folder = write_run(tmp_path / f"{name}/seed-{seed}", recipe, Numbers(forgetting=law(share)))  # fmt: skip
+            folder = write_run(
+                tmp_path / f"{name}/seed-{seed}", recipe, Numbers(forgetting=law(share))
+            )
         write_evaluation(
             tmp_path / f"a/seed-{seed}/half",
             Recipe(seed=seed),
@@ -384,8 +416,10 @@ def test_averages_of_the_seeds_are_one_point_and_no_one_way_run(tmp_path: Path) 
         )
     comparison = judge(read_runs([tmp_path]))
     assert {p.name: len(p.runs) for p in comparison.points} == {
-        "half": 2, "books-0": 2, "books-0.2": 2
-    }  # fmt: skip
+        "half": 2,
+        "books-0": 2,
+        "books-0.2": 2,
+    }
     assert comparison.headline.startswith("Two-way training (books-0.2) kept")
     assert "one-way training (books-0)" in comparison.headline
 
@@ -468,7 +502,9 @@ def test_an_evaluated_model_has_the_recipe_that_it_was_trained_with(tmp_path: Pa
 def test_what_each_seed_forgot_beyond_doubt_was_lost(
     tmp_path: Path, forgetting: tuple[float, ...]
 ) -> None:
-    """However wide the interval of the loss itself is over documents, or of a mean over two seeds."""
+    """However wide the interval of the loss itself is over documents, or of a mean over two
+    seeds.
+    """
     for seed, value in enumerate(forgetting):
         one = write_run(tmp_path / f"one-{seed}", Recipe(seed=seed), Numbers(forgetting=value))
         edit_lines(one, lambda line: line.update(around("held_out", "books", 3.5, 0.5)))

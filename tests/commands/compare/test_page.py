@@ -17,9 +17,11 @@ FIGURES = """
   const box = svg.getBoundingClientRect();
   const cut = [...svg.querySelectorAll('text:not(.tip)')].filter(text => {
     const own = text.getBoundingClientRect();
-    return own.left < box.left - 1 || own.right > box.right + 1 || own.top < box.top - 1 || own.bottom > box.bottom + 1;
+    return own.left < box.left - 1 || own.right > box.right + 1
+        || own.top < box.top - 1 || own.bottom > box.bottom + 1;
   });
-  return {left: box.left, right: box.right, width: box.width, height: box.height, cut: cut.map(text => text.textContent)};
+  const {left, right, width, height} = box;
+  return {left, right, width, height, cut: cut.map(text => text.textContent)};
 })
 """
 # Texts of a figure that lie over each other, in pixels of the smaller one's height.
@@ -30,7 +32,8 @@ OVERLAPS = """
   return boxes.flatMap((a, i) => boxes.slice(i + 1).map((b, j) => {
     const width = Math.min(a.right, b.right) - Math.max(a.left, b.left);
     const height = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
-    return width > 2 && height > a.height * 0.5 ? texts[i].textContent + ' over ' + texts[i + 1 + j].textContent : null;
+    const names = texts[i].textContent + ' over ' + texts[i + 1 + j].textContent;
+    return width > 2 && height > a.height * 0.5 ? names : null;
   })).filter(text => text);
 })
 """
@@ -112,8 +115,8 @@ def test_a_long_name_leaves_room_for_the_numbers_on_a_phone(page: Page, tmp_path
     compare([tmp_path / name], tmp_path / "report")
     page.open(tmp_path / "report/index.html", width=NARROW, scheme="light")
     scrolled = page.value(
-        "[...document.querySelectorAll('.results')].filter(t => t.offsetWidth > t.parentNode.offsetWidth)"
-        ".map(t => t.querySelector('tbody th').offsetWidth)"
+        "[...document.querySelectorAll('.results')].filter(t => t.offsetWidth >"
+        " t.parentNode.offsetWidth).map(t => t.querySelector('tbody th').offsetWidth)"
     )
     assert scrolled and max(scrolled) < NARROW / 2
     assert page.value("document.documentElement.scrollWidth") <= NARROW

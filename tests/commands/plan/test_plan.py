@@ -1,4 +1,6 @@
-"""What a plan says is what a run then logs; its memory is added up by hand, and held against a real process."""
+"""What a plan says is what a run then logs; its memory is added up by hand, and held against a real
+process.
+"""
 
 import json
 from dataclasses import replace
@@ -22,7 +24,8 @@ from bigmix.train.inputs import open_inputs
 from bigmix.types import IGNORE
 
 RECIPE = """\
-model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
+model: {config: {model_type: llama, vocab_size: 96, hidden_size: 32, intermediate_size: 64,
+                 num_hidden_layers: 2,
                  num_attention_heads: 4, max_position_embeddings: 64}}
 sequence_length: 64
 rows_per_step: 4
@@ -142,7 +145,10 @@ def test_what_is_filled_is_what_is_trained_of_what_has_room(here):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["sources.web.share=0.1", "budget.steps=40"], "web has 0.45 rows a step, so it is in 45% of the steps only"),
+        (
+            ["sources.web.share=0.1", "budget.steps=40"],
+            "web has 0.45 rows a step, so it is in 45% of the steps only",
+        ),
         (["sources.web.share=0.1", "budget.steps=40"], "set rows_per_step=9 or more"),
         (["sources.chat.share=20"], "web has no row at all in this run"),
         (["budget.steps=900"], "chat is repeated"),
@@ -150,7 +156,7 @@ def test_what_is_filled_is_what_is_trained_of_what_has_room(here):
         (["sources.chat.path=long"], "are dropped ("),
         (["objective=per_token", "sources.chat.loss_share=null"], "set objective=per_source"),
     ],
-)  # fmt: skip
+)
 def test_a_recipe_that_needs_a_look_is_told_so(here, overrides, said):
     _, warnings = planned(*overrides)
     assert any(said in warning for warning in warnings), warnings
@@ -179,24 +185,37 @@ def test_all_faults_are_told_at_once_and_nothing_is_planned(here, capsys):
 
 def shape(**changes):
     sizes = {
-        "matrices": (1000, 400, 1000), "vectors": (10, 11), "layers": 2, "hidden": 10, "vocabulary": 100,
-        "is_tied": False, "cost": None,
+        "matrices": (1000, 400, 1000),
+        "vectors": (10, 11),
+        "layers": 2,
+        "hidden": 10,
+        "vocabulary": 100,
+        "is_tied": False,
+        "cost": None,
         "activations": Activations(total=5000, outside=1000, layer=2000, entrance=80, widest=300),
-    }  # fmt: skip
+    }
     return Shape(**sizes | changes)
 
 
 def setting(zero, *, dtype="bf16", ranks=4, on_gpu=True, checkpointing=False, **keys):
     return Setting(
-        keys={"zero_optimization": zero, **keys}, ranks=ranks, dtype=dtype, on_gpu=on_gpu,
-        tokens=20, device_bytes=0, loss_chunk_mib=None, activation_checkpointing=checkpointing,
-    )  # fmt: skip
+        keys={"zero_optimization": zero, **keys},
+        ranks=ranks,
+        dtype=dtype,
+        on_gpu=on_gpu,
+        tokens=20,
+        device_bytes=0,
+        loss_chunk_mib=None,
+        activation_checkpointing=checkpointing,
+    )
 
 
 ZERO3 = {
-    "stage": 3, "reduce_bucket_size": 500, "stage3_prefetch_bucket_size": 200,
+    "stage": 3,
+    "reduce_bucket_size": 500,
+    "stage3_prefetch_bucket_size": 200,
     "stage3_param_persistence_threshold": 100,
-}  # fmt: skip
+}
 
 
 def parts_of(a_shape, a_setting):
@@ -268,13 +287,20 @@ def test_offloading_moves_states_off_the_device():
 
 
 def test_what_a_layer_keeps_by_hand():
-    """Letters as in the formula: a row of T = 16 positions, D = 32, F = 64, 4 heads and 2 for keys, in fp32."""
+    """Letters as in the formula: a row of T = 16 positions, D = 32, F = 64, 4 heads and 2 for keys,
+    in fp32.
+    """
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     kept = shape_of(
         config, dtype="fp32", attention="flash_attention_2", micro_batch_rows=1, row_tokens=16
     )
@@ -295,9 +321,14 @@ def test_seventy_billion_weights_are_planned_on_a_laptop():
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
-        num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=8192,
-    )  # fmt: skip
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    )
     sizes = shape_of(config, dtype="bf16", attention="sdpa", micro_batch_rows=1, row_tokens=4096)
     assert sizes.parameters == 70_553_706_496 and sizes.layers == 80
 
@@ -306,8 +337,18 @@ def test_json_is_stable(here):
     plan, warnings = planned()
     keys = as_json(plan, CPU, warnings)
     assert list(keys) == [
-        "version", "steps", "exact", "parameters", "flops", "seconds", "gpus", "sources", "memory", "disk", "warnings",
-    ]  # fmt: skip
+        "version",
+        "steps",
+        "exact",
+        "parameters",
+        "flops",
+        "seconds",
+        "gpus",
+        "sources",
+        "memory",
+        "disk",
+        "warnings",
+    ]
     assert keys["disk"]["checkpoint"] == 12 * plan.shape.parameters
 
 
@@ -317,7 +358,8 @@ def test_a_model_that_does_not_fit_the_data_is_refused(here):
 
 
 LARGE = """\
-model: {config: {model_type: llama, vocab_size: 8192, hidden_size: 512, intermediate_size: 1536, num_hidden_layers: 8,
+model: {config: {model_type: llama, vocab_size: 8192, hidden_size: 512, intermediate_size: 1536,
+                 num_hidden_layers: 8,
                  num_attention_heads: 8, num_key_value_heads: 4, max_position_embeddings: 512}}
 sequence_length: 256
 rows_per_step: 4
@@ -350,7 +392,9 @@ def _peaks(folder, name, *overrides):
 
 @pytest.mark.slow
 def test_memory_is_within_five_per_cent_of_what_a_rank_takes(tmp_path):
-    """A model of one layer is subtracted on both sides: with it go the interpreter and the libraries."""
+    """A model of one layer is subtracted on both sides: with it go the interpreter and the
+    libraries.
+    """
     write_source(tmp_path / "web", "text", documents=400, lengths=(20, 250))
     (tmp_path / "recipe.yaml").write_text(LARGE)
     large, expected_large = _peaks(tmp_path, "large")

@@ -1,4 +1,6 @@
-"""Parts, stops, duplicates and held-out documents: each document comes exactly once, whatever the way to it."""
+"""Parts, stops, duplicates and held-out documents: each document comes exactly once, whatever the
+way to it.
+"""
 
 import json
 import os

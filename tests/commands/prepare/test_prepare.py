@@ -134,8 +134,11 @@ def test_what_is_read_is_written_or_counted_with_the_place_of_the_first(run, tmp
     prepared = run(rows, max_tokens=90, kind="chat")
     manifest = prepared.manifest
     assert manifest.dropped == {
-        "bad_row": 1, "empty_answer": 1, "no_assistant_turn": 2, "too_long": 1,
-    }  # fmt: skip
+        "bad_row": 1,
+        "empty_answer": 1,
+        "no_assistant_turn": 2,
+        "too_long": 1,
+    }
     assert manifest.read == len(rows) == manifest.documents + sum(manifest.dropped.values())
     assert prepared.first_dropped["no_assistant_turn"] == f"{tmp_path / 'rows.jsonl'}:2"
     assert any("no_assistant_turn" in text for text in prepared.warnings)
@@ -317,7 +320,9 @@ def test_a_source_beside_the_output_is_left_alone(run, tmp_path):
         (["--output", "out", "--columns", "text=a,text=b"], "names a part twice"),
     ],
 )
-def test_places_and_words_that_cannot_be_are_told(words, said, tmp_path, tiny_tokenizer, monkeypatch, capsys):  # fmt: skip
+def test_places_and_words_that_cannot_be_are_told(
+    words, said, tmp_path, tiny_tokenizer, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
     assert main(["prepare", "rows.jsonl", "--tokenizer", str(tiny_tokenizer), *words]) == 2
@@ -332,7 +337,9 @@ def test_places_and_words_that_cannot_be_are_told(words, said, tmp_path, tiny_to
         ("a.jsonl", "\n\n", ["cuts nothing in the inputs, of which none is a text file"]),
     ],
 )
-def test_a_mark_between_documents_that_never_stands_there_is_told(name, mark, said, tmp_path, tiny_tokenizer):  # fmt: skip
+def test_a_mark_between_documents_that_never_stands_there_is_told(
+    name, mark, said, tmp_path, tiny_tokenizer
+):
     if name == "a.txt":
         for file in ("a.txt", "b.txt"):
             (tmp_path / file).write_text("one river\n\nseven towers\n\n")
@@ -341,9 +348,11 @@ def test_a_mark_between_documents_that_never_stands_there_is_told(name, mark, sa
     places = sorted(str(path) for path in tmp_path.glob("*.*"))
     read = ReadOptions(split_on=mark)
     found = prepare(
-        PrepareSettings(inputs=places, tokenizer=str(tiny_tokenizer), output=str(tmp_path / "out"), read=read),
+        PrepareSettings(
+            inputs=places, tokenizer=str(tiny_tokenizer), output=str(tmp_path / "out"), read=read
+        ),
         lambda *_: None,
-    )  # fmt: skip
+    )
     assert len(found.warnings) == len(said)
     assert all(part in warning for part, warning in zip(said, found.warnings, strict=True))
 

@@ -149,7 +149,9 @@ def learned(texts):
 
 
 def told(folder, questions):
-    """What a plain loop finds: greedy answers to one question after another, cut at the full stop."""
+    """What a plain loop finds: greedy answers to one question after another, cut at the full
+    stop.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     right = []

@@ -1,4 +1,6 @@
-"""An average of models is that of their dense weights, is refused where they differ, and is the model itself at its ends."""
+"""An average of models is that of their dense weights, is refused where they differ, and is the
+model itself at its ends.
+"""
 
 import json
 from pathlib import Path
@@ -59,7 +61,9 @@ def test_at_its_ends_it_is_a_model_bit_for_bit(weight, tmp_path):
     assert average(tmp_path, "base", "tuned", "--weight", weight, "--output", "out") == 0
     expected, found = tensors(tmp_path / ["base", "tuned"][int(weight)]), tensors(tmp_path / "out")
     assert found.keys() == expected.keys()
-    assert all(torch.equal(found[n].view(torch.int16), t.view(torch.int16)) for n, t in expected.items())  # fmt: skip
+    assert all(
+        torch.equal(found[n].view(torch.int16), t.view(torch.int16)) for n, t in expected.items()
+    )
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -82,9 +86,12 @@ def test_every_difference_is_named(tmp_path, capsys):
     assert average(tmp_path, "base", "tuned", "--weight", "0.5", "--output", "out") == 2
     said = capsys.readouterr().err
     for part in (
-        "vocab_size is 96", "num_hidden_layers is 2", "tie_word_embeddings is False",
-        "has no lm_head.weight, model.layers.1.", "model.embed_tokens.weight ([96, 32] and [128, 32])",
-    ):  # fmt: skip
+        "vocab_size is 96",
+        "num_hidden_layers is 2",
+        "tie_word_embeddings is False",
+        "has no lm_head.weight, model.layers.1.",
+        "model.embed_tokens.weight ([96, 32] and [128, 32])",
+    ):
         assert part in said, said
     assert not (tmp_path / "out").exists()
 

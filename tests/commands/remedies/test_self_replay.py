@@ -1,4 +1,6 @@
-"""A model's own samples are what it has learned, do not depend on batches and interruptions, and are a source like any other."""
+"""A model's own samples are what it has learned, do not depend on batches and interruptions, and
+are a source like any other.
+"""
 
 import json
 import shutil
@@ -30,7 +32,7 @@ def model(tiny_tokenizer, tmp_path_factory):
     }
     config = transformers.AutoConfig.for_model(
         settings.pop("model_type"), **settings, initializer_range=0.3, eos_token_id=tokenizer.eos_id
-    )  # fmt: skip
+    )
     lm = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # so that some documents end before they begin
         start = torch.tensor([[tokenizer.eos_id]])

@@ -1,4 +1,6 @@
-"""A cache gives whole, verified files to all processes of a machine, within its bound, whoever is killed when."""
+"""A cache gives whole, verified files to all processes of a machine, within its bound, whoever is
+killed when.
+"""
 
 import hashlib
 import os
@@ -50,9 +52,11 @@ def start():
     def start(text, *arguments):
         process = subprocess.Popen(
             [sys.executable, "-c", PRELUDE + textwrap.dedent(text), *map(str, arguments)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )  # fmt: skip
+        )
         started.append(process)
         return process
 
@@ -107,7 +111,9 @@ def test_four_processes_that_ask_at_once_share_one_download(server, start, tmp_p
     server.part_wait_s = 0.05
     asked = ask(server.files["/big"])
     arguments = (tmp_path, f"{server.url}/big", asked["sha256"], asked["size"], ROOM)
-    answers = [process.stdout.readline().split() for process in [start(GET, *arguments) for _ in range(4)]]  # fmt: skip
+    answers = [
+        process.stdout.readline().split() for process in [start(GET, *arguments) for _ in range(4)]
+    ]
     assert [sha256 for sha256, _ in answers] == [asked["sha256"]] * 4
     assert sorted(int(downloads) for _, downloads in answers) == [0, 0, 0, 1]
     assert len(server.requests) == 1
@@ -294,7 +300,8 @@ for _ in range(60):
     index = draw.randrange(len(sizes))
     content = random.Random(index).randbytes(sizes[index])
     try:
-        lease = cache.get(f"{url}/{index}", size=len(content), sha256=hashlib.sha256(content).hexdigest())
+        sha256 = hashlib.sha256(content).hexdigest()
+        lease = cache.get(f"{url}/{index}", size=len(content), sha256=sha256)
     except CacheFull:
         while held:
             held.pop()[0].close()

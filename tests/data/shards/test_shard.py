@@ -1,4 +1,6 @@
-"""A shard gives back what was written, to our reader and to webdataset, and a damaged one is found."""
+"""A shard gives back what was written, to our reader and to webdataset, and a damaged one is
+found.
+"""
 
 import json
 import tarfile
@@ -46,9 +48,18 @@ def source(folder, entries):
     tokenizer = TokenizerEntry(name="t", fingerprint="f", vocab_size=70_000, bos_id=None, eos_id=0)
     tokens = sum(entry.tokens for entry in entries)
     manifest = Manifest(
-        kind="chat", dtype="uint32", tokenizer=tokenizer, template=None, read=9, dropped={},
-        documents=9, tokens=tokens, loss_tokens=1, loss_bytes=1, shards=tuple(entries),
-    )  # fmt: skip
+        kind="chat",
+        dtype="uint32",
+        tokenizer=tokenizer,
+        template=None,
+        read=9,
+        dropped={},
+        documents=9,
+        tokens=tokens,
+        loss_tokens=1,
+        loss_bytes=1,
+        shards=tuple(entries),
+    )
     manifest = with_lengths(folder, manifest)
     write_manifest(folder, manifest)
     return manifest

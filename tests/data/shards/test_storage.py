@@ -1,4 +1,6 @@
-"""Whatever a server does, the bytes that come out are all of the file's, or there is an error that names it."""
+"""Whatever a server does, the bytes that come out are all of the file's, or there is an error that
+names it.
+"""
 
 import logging
 import random
@@ -53,11 +55,19 @@ def location_cases():
         ("https://h/d?sig=a/b&c=%2F", "https://h/d/a.tar?sig=a/b&c=%2F", None),
         ("https://h/d/manifest.json?sig=1", "https://h/d/a.tar?sig=1", None),
         ("https://h/d/s-{08..10}.tar?sig=1", "https://h/d/a.tar?sig=1", two),
-        ("https://h/d/{a,b}-{1..2}.tar", "https://h/d/a.tar", ("a-1.tar", "a-2.tar", "b-1.tar", "b-2.tar")),
+        (
+            "https://h/d/{a,b}-{1..2}.tar",
+            "https://h/d/a.tar",
+            ("a-1.tar", "a-2.tar", "b-1.tar", "b-2.tar"),
+        ),
         ("pipe:ssh h cat /d/{}", "pipe:ssh h cat /d/a.tar", None),
         ("pipe:cat /d/{}.gz | gunzip # {}", "pipe:cat /d/a.tar.gz | gunzip # a.tar", None),
-        ("pipe:curl -s 'https://h/d/s-{08..10}.tar?k=1'", "pipe:curl -s 'https://h/d/a.tar?k=1'", two),
-    ]  # fmt: skip
+        (
+            "pipe:curl -s 'https://h/d/s-{08..10}.tar?k=1'",
+            "pipe:curl -s 'https://h/d/a.tar?k=1'",
+            two,
+        ),
+    ]
 
 
 @pytest.mark.parametrize(("path", "address", "names"), location_cases())
@@ -155,7 +165,9 @@ def test_a_server_gets_the_wait_that_it_asks_for(server, monkeypatch):
     assert max(waits) == 7
 
 
-@pytest.mark.parametrize(("status", "word"), [(404, "no file"), (410, "no file"), (403, "may not"), (401, "may not")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("status", "word"), [(404, "no file"), (410, "no file"), (403, "may not"), (401, "may not")]
+)
 def test_what_no_try_will_change_is_told_at_once(server, status, word):
     server.always = ("status", status, {})
     with pytest.raises(BadInput, match=word) as caught:

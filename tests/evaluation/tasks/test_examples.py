@@ -1,4 +1,6 @@
-"""The files of tasks: what their rows mean, how they are asked, and what is said of those that cannot be."""
+"""The files of tasks: what their rows mean, how they are asked, and what is said of those that
+cannot be.
+"""
 
 import gzip
 import json
@@ -75,21 +77,61 @@ def test_columns_name_the_parts_and_examples_are_spread_evenly(tmp_path):
     ("rows", "settings", "said"),
     [
         ([], {}, "holds no example"),
-        ([{"prompt": "a", "response": "b"}, {"question": "a"}], {}, "line 2: has no prompt and no messages; its columns are question"),
-        ([{"prompt": "a"}], {}, "line 1: has no answer (one of references, label, response); its columns are prompt"),
+        (
+            [{"prompt": "a", "response": "b"}, {"question": "a"}],
+            {},
+            "line 2: has no prompt and no messages; its columns are question",
+        ),
+        (
+            [{"prompt": "a"}],
+            {},
+            "line 1: has no answer (one of references, label, response); its columns are prompt",
+        ),
         ([{"prompt": "a", "response": "b"}, "", "no json"], {}, "line 3: is no JSON object"),
         ([{"prompt": " ", "response": "b"}], {}, "line 1: its prompt cannot be read or is empty"),
-        ([{"prompt": "a", "response": "none"}], {"scores": ["numeric_match"]}, "line 1: its answer has no number"),
-        ([{"prompt": "a", "label": "Cash."}], {"scores": ["accuracy"], "labels": ["cash", "card"]}, "line 1: label 'Cash.' is none of labels; did you mean 'cash'?"),
-        ([{"prompt": "a", "label": "x"}], {"scores": ["macro_f1"], "by": "likelihood"}, "labels is x; a choice needs two or more"),
-        ([{"prompt": "a", "label": "us"}, {"prompt": "a", "label": "US"}], {"scores": ["accuracy"]}, "labels 'us' and 'US' differ in case or a full stop alone"),
-        ([{"prompt": "a", "label": "x"}, {"prompt": "a", "label": "y"}], {"scores": ["accuracy"], "labels": ["x", "y", ""]}, "a label is empty"),
-        ([{"prompt": "a", "references": ["x", "z"]}], {"scores": ["accuracy"], "labels": ["x", "y"]}, "label 'z' is none of labels"),
-        ([{"prompt": "a", "response": "b"}], {"scores": ["pass@1"], "execute": True}, "line 1: has no test"),
+        (
+            [{"prompt": "a", "response": "none"}],
+            {"scores": ["numeric_match"]},
+            "line 1: its answer has no number",
+        ),
+        (
+            [{"prompt": "a", "label": "Cash."}],
+            {"scores": ["accuracy"], "labels": ["cash", "card"]},
+            "line 1: label 'Cash.' is none of labels; did you mean 'cash'?",
+        ),
+        (
+            [{"prompt": "a", "label": "x"}],
+            {"scores": ["macro_f1"], "by": "likelihood"},
+            "labels is x; a choice needs two or more",
+        ),
+        (
+            [{"prompt": "a", "label": "us"}, {"prompt": "a", "label": "US"}],
+            {"scores": ["accuracy"]},
+            "labels 'us' and 'US' differ in case or a full stop alone",
+        ),
+        (
+            [{"prompt": "a", "label": "x"}, {"prompt": "a", "label": "y"}],
+            {"scores": ["accuracy"], "labels": ["x", "y", ""]},
+            "a label is empty",
+        ),
+        (
+            [{"prompt": "a", "references": ["x", "z"]}],
+            {"scores": ["accuracy"], "labels": ["x", "y"]},
+            "label 'z' is none of labels",
+        ),
+        (
+            [{"prompt": "a", "response": "b"}],
+            {"scores": ["pass@1"], "execute": True},
+            "line 1: has no test",
+        ),
         ([{"prompt": "a", "response": "\ud800"}], {}, "line 1: holds half of a surrogate pair"),
-        ([{"messages": "a", "response": "b"}], {}, "line 1: its messages cannot be read or is empty"),
+        (
+            [{"messages": "a", "response": "b"}],
+            {},
+            "line 1: its messages cannot be read or is empty",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_told_with_its_line(tmp_path, rows, settings, said):
     (fault,) = faults(tmp_path, rows, **settings)
     assert fault.startswith("tasks.t: ") and said in fault
@@ -110,14 +152,26 @@ def test_many_faults_are_counted_and_those_of_all_tasks_told(tmp_path):
     [
         ({"scores": ["bleurt"]}, "'bleurt', which is no score; known are: exact_match"),
         ({"scores": ["pass@1"]}, "runs code that the model writes, and execute is false"),
-        ({"scores": ["pass@5"], "execute": True, "outputs": 2, "temperature": 1.0}, "outputs is 2, pass@5 needs 5"),
+        (
+            {"scores": ["pass@5"], "execute": True, "outputs": 2, "temperature": 1.0},
+            "outputs is 2, pass@5 needs 5",
+        ),
         ({"scores": ["accuracy"], "outputs": 2}, "outputs is 2 and temperature 0"),
-        ({"scores": ["bleu", "accuracy"], "by": "likelihood"}, "scores has bleu, and by: likelihood"),
-        ({"scores": ["bleu"], "columns": {"promt": "x"}}, "columns names promt; allowed are prompt"),
+        (
+            {"scores": ["bleu", "accuracy"], "by": "likelihood"},
+            "scores has bleu, and by: likelihood",
+        ),
+        (
+            {"scores": ["bleu"], "columns": {"promt": "x"}},
+            "columns names promt; allowed are prompt",
+        ),
         ({"scores": ["bleu", "bleu"]}, "name each once"),
-        ({"scores": ["bleu"], "batchrows": 3}, "tasks.t.batchrows is not a setting; did you mean batch_rows?"),
+        (
+            {"scores": ["bleu"], "batchrows": 3},
+            "tasks.t.batchrows is not a setting; did you mean batch_rows?",
+        ),
     ],
-)  # fmt: skip
+)
 def test_settings_that_do_not_fit_are_refused_with_the_recipe(tmp_path, settings, said):
     path = tmp_path / "recipe.yaml"
     task = yaml.safe_dump({"tasks": {"t": {"path": "t.jsonl"} | settings}})
@@ -134,7 +188,7 @@ def asked(file, tokenizer, template, positions=None):
 @pytest.mark.parametrize("source", [None, CHATML, GENERATION_WITH_END, LAST_THINKS])
 def test_a_prompt_has_the_tokens_that_it_has_in_training(
     source, tmp_path, tiny_tokenizer, with_template
-):  # fmt: skip
+):
     tokenizer = load_tokenizer(str(tiny_tokenizer)) if source is None else with_template(source)
     template = open_template(tokenizer, "plain" if source is None else "tokenizer")
     file = opened(tmp_path, [{"messages": TALK.messages}])
@@ -164,7 +218,9 @@ def test_labels_are_the_tokens_that_training_learns_of_them(tmp_path, tiny_token
 
 
 def test_labels_that_are_cut_from_their_first_letter_follow_an_end(tmp_path, tiny_tokenizer):
-    """Where the prompt melts into the labels, or leaves them nothing that they are predicted from."""
+    """Where the prompt melts into the labels, or leaves them nothing that they are predicted
+    from.
+    """
     tokenizer = load_tokenizer(str(tiny_tokenizer))
     rows = [{"prompt": "h", "label": label} for label in ("e river", "e tower")]
     task = {"scores": ["accuracy"], "by": "likelihood", "separator": ""}

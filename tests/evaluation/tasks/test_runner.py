@@ -1,4 +1,6 @@
-"""Tasks are answered alike on any number of ranks, under ZeRO-3 and by the exported model in a plain loop."""
+"""Tasks are answered alike on any number of ranks, under ZeRO-3 and by the exported model in a
+plain loop.
+"""
 
 import json
 
@@ -18,8 +20,14 @@ from bigmix.text.chat_template import open_template
 from bigmix.text.tokenizer import load_tokenizer
 
 QUESTIONS = [
-    "the river", "bright tower under the river", "seven learns", "it keeps 12", "混合 a 知识", "café in it", "was of",
-]  # fmt: skip
+    "the river",
+    "bright tower under the river",
+    "seven learns",
+    "it keeps 12",
+    "混合 a 知识",
+    "café in it",
+    "was of",
+]
 LABELS = ("the tower", "river", "bright and seven", "café")
 NEW_TOKENS = 6
 
@@ -44,8 +52,9 @@ def tasks(tmp_path_factory):
         "text": common | {"scores": ["token_f1"], "format": "text"},
         "few": common | {"scores": ["exact_match"], "path": str(few)},
         "drawn": common | {"scores": ["token_f1"], "temperature": 1.3, "top_p": 0.9, "outputs": 2},
-        "labels": common
-        | {"scores": ["accuracy", "macro_f1"], "by": "likelihood", "batch_rows": 9},
+        "labels": (
+            common | {"scores": ["accuracy", "macro_f1"], "by": "likelihood", "batch_rows": 9}
+        ),
     }
 
 
@@ -79,9 +88,12 @@ def plain_greedy(model, tokenizer, prompt):
     (ids,) = tokenizer.encode([prompt])
     with torch.no_grad():
         written = model.generate(
-            torch.tensor([ids.tolist()]), max_new_tokens=NEW_TOKENS, do_sample=False,
-            eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id,
-        )  # fmt: skip
+            torch.tensor([ids.tolist()]),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_id,
+            pad_token_id=tokenizer.eos_id,
+        )
     return tokenizer.decode([t for t in written[0, len(ids) :] if t not in tokenizer.special_ids])
 
 

@@ -1,4 +1,6 @@
-"""The scores of tasks are those of their reference implementations, and their intervals those of drawn examples."""
+"""The scores of tasks are those of their reference implementations, and their intervals those of
+drawn examples.
+"""
 
 import re
 import string
@@ -128,7 +130,8 @@ def test_a_label_that_is_answered_to_the_letter_is_that_one():
 def test_any_of_several_labels_is_right():
     answers = answered(["cash", "card"], [["card", "cash"], ["loan", "cash"]])
     assert score("accuracy", answers, LABELS).value == 0.5
-    # As if the labels were cash and loan, the answers cash and card: F1 of cash 1, of card and loan 0.
+    # As if the labels were cash and loan, the answers cash and card: F1 of cash 1, of card and loan
+    # 0.
     assert score("macro_f1", answers, LABELS).value == pytest.approx(1 / 3)
 
 
@@ -163,14 +166,31 @@ def test_chinese_words_are_characters():
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        ("The answer is 1,234.", "1234"), ("x = -5", "-5"), ("10-5", "5"), ("10 - 5 = 5", "5"),
-        ("it costs $1,234.50!", "1234.5"), ("50% of 8 is 4", "4"), ("about 50%", "50"), ("3.", "3"),
-        ("7 + 3 = 10\n#### 42 apples", "42"), ("#### none, but 3 before", "3"), ("１２", "12"),
-        ("−7", "-7"), ("2.5e3", "2500"), ("-.5", "-0.5"), ("12,345,678", "12345678"), ("-1,000", "-1000"),
-        ("+7", "7"), ("no number", None), ("25 m²", "25"), ("CO₂ of 7", "7"), ("10³", "10"),
-        ("1e99999999999999999999", "99999999999999999999"), ("2e9999", "2e9999"),
+        ("The answer is 1,234.", "1234"),
+        ("x = -5", "-5"),
+        ("10-5", "5"),
+        ("10 - 5 = 5", "5"),
+        ("it costs $1,234.50!", "1234.5"),
+        ("50% of 8 is 4", "4"),
+        ("about 50%", "50"),
+        ("3.", "3"),
+        ("7 + 3 = 10\n#### 42 apples", "42"),
+        ("#### none, but 3 before", "3"),
+        ("１２", "12"),
+        ("−7", "-7"),
+        ("2.5e3", "2500"),
+        ("-.5", "-0.5"),
+        ("12,345,678", "12345678"),
+        ("-1,000", "-1000"),
+        ("+7", "7"),
+        ("no number", None),
+        ("25 m²", "25"),
+        ("CO₂ of 7", "7"),
+        ("10³", "10"),
+        ("1e99999999999999999999", "99999999999999999999"),
+        ("2e9999", "2e9999"),
     ],
-)  # fmt: skip
+)
 def test_the_last_number(text, number):
     assert last_number(text) == (None if number is None else Decimal(number))
     assert numeric_match(text, f"9 #### {number or 1}") == (number is not None)
@@ -223,7 +243,10 @@ def test_programs_run_within_their_limits(tmp_path):
     assert not judged("import os\ndef twice(x): return x\nos._exit(0)")
     main = "if __name__ == '__main__':\n    raise SystemExit(0)"
     assert judged(f"def twice(x):\n    return 2 * x\n{main}")
-    typed = "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass C:\n    x: int"
+    typed = (
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass C:\n"
+        "    x: int"
+    )
     assert judged(f"{typed}\ndef twice(x):\n    return C(2 * x).x")
     assert not judged("twice = lambda x: len(bytearray(1 << 30)) and 4")
     marker = tmp_path / "late"

@@ -1,4 +1,6 @@
-"""What the ranks of the tests of checkpoints run: `python -m support.workers.checkpoints FUNCTION ARGUMENTS OUTPUT`."""
+"""What the ranks of the tests of checkpoints run: `python -m support.workers.checkpoints FUNCTION
+ARGUMENTS OUTPUT`.
+"""
 
 import hashlib
 import resource
@@ -27,7 +29,9 @@ def digest(tensor):
 
 
 def whole_state(engine):
-    """Weights, both moments and the model's own weights of every parameter, gathered by DeepSpeed's own functions."""
+    """Weights, both moments and the model's own weights of every parameter, gathered by DeepSpeed's
+    own functions.
+    """
     model = whole_weights(engine)
     zero = engine._engine.optimizer
     if engine._engine.zero_optimization_stage() < 3:
@@ -63,7 +67,9 @@ def saver(folder, cluster, said=None, keep=9, every=0, in_background=True):
 
 
 def saved(rank, ranks, cluster, folder, family, file, dtype):
-    """The state after three steps, which is then saved in the background while a fourth one is taken; and that step's sums."""
+    """The state after three steps, which is then saved in the background while a fourth one is
+    taken; and that step's sums.
+    """
     engine = make_engine(family, 1, ranks, file, dtype)
     train(engine, cluster, rank, ranks, 3)
     saves = saver(folder, cluster)
@@ -75,7 +81,9 @@ def saved(rank, ranks, cluster, folder, family, file, dtype):
 
 
 def restored(rank, ranks, cluster, folder, family, file, dtype):
-    """The state of a new engine that has read the newest checkpoint, and the sums of a step from there."""
+    """The state of a new engine that has read the newest checkpoint, and the sums of a step from
+    there.
+    """
     engine = make_engine(family, 1, ranks, file, dtype)
     listed = newest_whole(Path(folder), cluster).listed
     restore(engine, listed)
@@ -83,13 +91,19 @@ def restored(rank, ranks, cluster, folder, family, file, dtype):
     sums = train(engine, cluster, rank, ranks, 1)
     again = whole_state(engine)
     return {
-        "state": state, "steps": taken, "sums": sums, "wrote": listed.ranks, "after": again,
+        "state": state,
+        "steps": taken,
+        "sums": sums,
+        "wrote": listed.ranks,
+        "after": again,
         "report": dict(listed.position.report),
-    }  # fmt: skip
+    }
 
 
 def many_saves(rank, ranks, cluster, folder, in_background):
-    """Saves after each of six steps, of which two newest and every third stay; seconds that the loop waited for them."""
+    """Saves after each of six steps, of which two newest and every third stay; seconds that the
+    loop waited for them.
+    """
     engine = make_engine("llama", 1, ranks)
     said = []
     saves = saver(folder, cluster, said, keep=2, every=3, in_background=in_background)
@@ -102,7 +116,9 @@ def many_saves(rank, ranks, cluster, folder, in_background):
 
 
 def saves_that_fail(rank, ranks, cluster, folder):
-    """What is said and the last whole step after each of four saves, of which rank 1 may not write the second to its end."""
+    """What is said and the last whole step after each of four saves, of which rank 1 may not write
+    the second to its end.
+    """
     engine = make_engine("llama", 1, ranks)
     said, found = [], []
     saves = saver(folder, cluster, said)
@@ -120,7 +136,9 @@ def saves_that_fail(rank, ranks, cluster, folder):
 
 
 def saves_on_a_small_disk(rank, ranks, cluster, folder):
-    """The same where the second save finds too little room on the disk, and the third enough again."""
+    """The same where the second save finds too little room on the disk, and the third enough
+    again.
+    """
     engine = make_engine("llama", 1, ranks)
     said, found = [], []
     saves = saver(folder, cluster, said)
@@ -150,10 +168,11 @@ def masters(engine):
 
 
 def averages(rank, ranks, cluster, folder, family, file, dtype, first, last):
-    """After each of some steps, the largest differences of the kept average to a dense one, in the engine's and the model's weights.
+    """After each of some steps, the largest differences of the kept average to a dense one, in the
+    engine's and the model's weights.
 
-    From a checkpoint where `first` is above 1; the last step is saved. `exact`: whether weights and moments are the same
-    after evaluations as before; `sums` are those of the last step.
+    From a checkpoint where `first` is above 1; the last step is saved. `exact`: whether weights and
+    moments are the same after evaluations as before; `sums` are those of the last step.
     """
     engine = make_engine(family, 1, ranks, file, dtype, ema=DECAY)
     saves = saver(folder, cluster)
@@ -177,7 +196,7 @@ def averages(rank, ranks, cluster, folder, family, file, dtype, first, last):
         found["model"] = max(
             found["model"],
             *(float((model[n] - kept[n].to(engine.module.lm.dtype)).abs().max()) for n in kept),
-        )  # fmt: skip
+        )
         found["moved"] = max(float((kept[n] - weights[n]).abs().max()) for n in kept)
         found["exact"] &= whole_state(engine) == before
     if rank == 0:
@@ -188,7 +207,9 @@ def averages(rank, ranks, cluster, folder, family, file, dtype, first, last):
 
 
 def joined(rank, ranks, cluster, folder, family, file, dtype):
-    """The largest difference of the average to the weights in an engine that keeps one from a checkpoint without one on."""
+    """The largest difference of the average to the weights in an engine that keeps one from a
+    checkpoint without one on.
+    """
     engine = make_engine(family, 1, ranks, file, dtype, ema=DECAY)
     restore(engine, newest_whole(Path(folder), cluster).listed)
     weights = masters(engine)

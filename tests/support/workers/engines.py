@@ -1,4 +1,6 @@
-"""What the ranks of distributed tests run: `python -m support.workers.engines FUNCTION ARGUMENTS OUTPUT`."""
+"""What the ranks of distributed tests run: `python -m support.workers.engines FUNCTION ARGUMENTS
+OUTPUT`.
+"""
 
 import json
 import os
@@ -40,7 +42,9 @@ SHARES = StepShares(
 
 
 def documents(packed):
-    """Eight rows as lists of (ids, in-loss flags) with very unequal loss-token counts; one row has none at all."""
+    """Eight rows as lists of (ids, in-loss flags) with very unequal loss-token counts; one row has
+    none at all.
+    """
     draw = np.random.default_rng(5)
     rows = []
     for index, source in enumerate(["web", "web", "web", "web", "chat", "chat", "rare", "chat"]):
@@ -105,7 +109,9 @@ def aim(objective, anchor=None, weighing=None):
 
 
 class RecordingEngine(Engine):
-    """Keeps the whole gradient of every parameter as it is just before the optimizer moves the weights."""
+    """Keeps the whole gradient of every parameter as it is just before the optimizer moves the
+    weights.
+    """
 
     gradients: dict
 
@@ -120,22 +126,38 @@ class RecordingEngine(Engine):
 
 def filled(accumulation, ranks, file="ds_configs/cpu.json", dtype="fp32"):
     return fill(
-        read_ds_config(file), micro_batch_rows=8 // ranks // accumulation,
-        accumulation=accumulation, ranks=ranks, clip=0.0, dtype=dtype,
-    )  # fmt: skip
+        read_ds_config(file),
+        micro_batch_rows=8 // ranks // accumulation,
+        accumulation=accumulation,
+        ranks=ranks,
+        clip=0.0,
+        dtype=dtype,
+    )
 
 
 def make_engine(
-    family, accumulation, ranks, file="ds_configs/cpu.json", dtype="fp32", terms=NO_TERMS,
-    checkpointing=False, ema=None,
-):  # fmt: skip
+    family,
+    accumulation,
+    ranks,
+    file="ds_configs/cpu.json",
+    dtype="fp32",
+    terms=NO_TERMS,
+    checkpointing=False,
+    ema=None,
+):
     keys = filled(accumulation, ranks, file, dtype)
     config = read_config(None, FAMILIES[family])
     model = build(
-        config, None, dtype=dtype, attention="eager" if family == "gemma" else "sdpa",
-        activation_checkpointing=checkpointing, terms=terms, computing=Computing(backend=torch_rows, chunk_bytes=VOCABULARY * 4 * 20), seed=3,
+        config,
+        None,
+        dtype=dtype,
+        attention="eager" if family == "gemma" else "sdpa",
+        activation_checkpointing=checkpointing,
+        terms=terms,
+        computing=Computing(backend=torch_rows, chunk_bytes=VOCABULARY * 4 * 20),
+        seed=3,
         construction=sharded_construction(keys),
-    )  # fmt: skip
+    )
     return RecordingEngine(model, keys, AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1), ema)
 
 
@@ -146,12 +168,21 @@ def whole_weights(engine):
 
 
 def reference(family, weights, rows, objective):
-    """Objective and gradients of a plain fp64 model that is shown one document at a time, unpacked and unpadded."""
+    """Objective and gradients of a plain fp64 model that is shown one document at a time, unpacked
+    and unpadded.
+    """
     config = read_config(None, FAMILIES[family])
     model = build(
-        config, None, dtype="fp32", attention="eager", activation_checkpointing=False,
-        terms=Terms(), computing=Computing(backend=torch_rows), seed=0, construction=sharded_construction({}),
-    ).double()  # fmt: skip
+        config,
+        None,
+        dtype="fp32",
+        attention="eager",
+        activation_checkpointing=False,
+        terms=Terms(),
+        computing=Computing(backend=torch_rows),
+        seed=0,
+        construction=sharded_construction({}),
+    ).double()
     model.load_state_dict(weights, strict=False)
     sums, counts = dict.fromkeys(SOURCES, 0.0), dict.fromkeys(SOURCES, 0)
     for source, parts in rows:
@@ -176,12 +207,21 @@ def take_step(engine, cluster, batch, aim, *, lr=1e-3, chance=0):
     outline = step.Outline(names=tuple(batch.rows), micro_batches=len(batch.micro_batches))
     agreed = step.agree(cluster, batch, outline, aim, stop_asked=False)
     return step.run(
-        engine, cluster, agreed.ready, shares=SHARES, aim=aim, lr=lr, chance=chance, doing=lambda _: None
-    )  # fmt: skip
+        engine,
+        cluster,
+        agreed.ready,
+        shares=SHARES,
+        aim=aim,
+        lr=lr,
+        chance=chance,
+        doing=lambda _: None,
+    )
 
 
 def gradient_errors(rank, ranks, cluster, families):
-    """For each case the largest relative gradient error over the parameters, and of the nll sums."""
+    """For each case the largest relative gradient error over the parameters, and of the nll
+    sums.
+    """
     errors = {}
     for family in families:
         for accumulation in (1, 4):
@@ -211,9 +251,13 @@ def make_anchor(family, accumulation, ranks, device, file):
     keys = filled(accumulation, ranks, file)
     config = read_config(None, FAMILIES[family])
     lm = load(
-        config, None, dtype="fp32", attention="eager", seed=4,
+        config,
+        None,
+        dtype="fp32",
+        attention="eager",
+        seed=4,
         construction=sharded_construction(keys),
-    )  # fmt: skip
+    )
     model = FrozenModel(lm)
     return Anchor(model=model, engine=Frozen(model, keys, device), weights=KAPPAS)
 
@@ -224,14 +268,20 @@ def weight_of(source, flags):
 
 
 def dense_objective(family, weights, other, theirs, rows):
-    """All terms of the objective by plain fp64 models, document by document: gradients and mean KL of each source."""
+    """All terms of the objective by plain fp64 models, document by document: gradients and mean KL
+    of each source.
+    """
     model, frozen = (
         load(
-            read_config(None, FAMILIES[name]), None, dtype="fp32", attention="eager", seed=0,
+            read_config(None, FAMILIES[name]),
+            None,
+            dtype="fp32",
+            attention="eager",
+            seed=0,
             construction=sharded_construction({}),
         ).double()
         for name in (family, other)
-    )  # fmt: skip
+    )
     model.load_state_dict({n.removeprefix("lm."): w for n, w in weights.items()}, strict=False)
     frozen.load_state_dict({n.removeprefix("lm."): w for n, w in theirs.items()}, strict=False)
     counts = {s: loss_tokens(rows, s) for s in SOURCES}
@@ -263,7 +313,9 @@ def dense_objective(family, weights, other, theirs, rows):
 
 
 def whole_objective_errors(rank, ranks, cluster, families, other, file):
-    """The largest relative gradient error with every term of the objective, and the largest error of a source's mean KL in nats."""
+    """The largest relative gradient error with every term of the objective, and the largest error
+    of a source's mean KL in nats.
+    """
     errors = {}
     for family in families:
         for accumulation in (1, 4):
@@ -292,7 +344,9 @@ def whole_objective_errors(rank, ranks, cluster, families, other, file):
 
 
 def gathers_of_the_head(rank, ranks, cluster, family):
-    """How often the head's weight is gathered in each of three steps, forward and backward, of 4 micro-batches."""
+    """How often the head's weight is gathered in each of three steps, forward and backward, of 4
+    micro-batches.
+    """
     engine = make_engine(family, 4, ranks)
     head = engine.module.lm.get_output_embeddings().weight
     counts = []
@@ -312,7 +366,9 @@ def gathers_of_the_head(rank, ranks, cluster, family):
 
 
 def units_of_gathering(rank, ranks, cluster, families, file):
-    """For each family the modules whose weights are gathered together, of the trained model and of a frozen one."""
+    """For each family the modules whose weights are gathered together, of the trained model and of
+    a frozen one.
+    """
     found = {}
     for family in families:
         engine = make_engine(family, 1, ranks, file)
@@ -325,7 +381,9 @@ def units_of_gathering(rank, ranks, cluster, families, file):
 
 
 def models_left(rank, ranks, cluster):
-    """For each of three engines, one after another, whether its model or its reference is still there once it is closed."""
+    """For each of three engines, one after another, whether its model or its reference is still
+    there once it is closed.
+    """
     left = []
     for _ in range(3):
         engine = make_engine("llama", 4, ranks)
@@ -341,18 +399,30 @@ def models_left(rank, ranks, cluster):
 
 
 def sharded_build(rank, ranks, cluster):
-    """For each family: the largest part of a weight that is held here, and of each weight its spread and its sum."""
+    """For each family: the largest part of a weight that is held here, and of each weight its
+    spread and its sum.
+    """
     found = {}
     for family, settings in FAMILIES.items():
         keys = fill(
-            read_ds_config("ds_configs/cpu.json"), micro_batch_rows=1, accumulation=1, ranks=ranks,
-            clip=0.0, dtype="fp32",
-        )  # fmt: skip
+            read_ds_config("ds_configs/cpu.json"),
+            micro_batch_rows=1,
+            accumulation=1,
+            ranks=ranks,
+            clip=0.0,
+            dtype="fp32",
+        )
         model = build(
-            read_config(None, settings), None, dtype="fp32", attention="eager",
-            activation_checkpointing=False, terms=Terms(), computing=Computing(backend=torch_rows), seed=3,
+            read_config(None, settings),
+            None,
+            dtype="fp32",
+            attention="eager",
+            activation_checkpointing=False,
+            terms=Terms(),
+            computing=Computing(backend=torch_rows),
+            seed=3,
             construction=sharded_construction(keys),
-        )  # fmt: skip
+        )
         assert all(p.numel() == 0 for p in model.parameters())
         weights = {}
         for name, parameter in model.named_parameters():
@@ -365,7 +435,9 @@ def sharded_build(rank, ranks, cluster):
 
 
 def export_differences(rank, ranks, cluster, folder, families, file, dtype, shard_bytes):
-    """For each family: the largest difference of the exported model's logits to the engine's, and its files."""
+    """For each family: the largest difference of the exported model's logits to the engine's, and
+    its files.
+    """
     found = {}
     ids = torch.arange(3, 43)[None]
     for family in families:
@@ -375,9 +447,14 @@ def export_differences(rank, ranks, cluster, folder, families, file, dtype, shar
             before = engine.module.lm(input_ids=ids).logits
         path = Path(folder) / family
         export(
-            engine, cluster, Path(folder) / "no-tokenizer", path,
-            shard_bytes=shard_bytes, texts={"README.md": "# a model"}, doing=lambda _: None,
-        )  # fmt: skip
+            engine,
+            cluster,
+            Path(folder) / "no-tokenizer",
+            path,
+            shard_bytes=shard_bytes,
+            texts={"README.md": "# a model"},
+            doing=lambda _: None,
+        )
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype="auto", attn_implementation=engine.module.lm.config._attn_implementation
         ).eval()

@@ -1,4 +1,6 @@
-"""What the ranks of the tests of tasks run: `python -m support.workers.tasks FUNCTION ARGUMENTS OUTPUT`."""
+"""What the ranks of the tests of tasks run: `python -m support.workers.tasks FUNCTION ARGUMENTS
+OUTPUT`.
+"""
 
 from pathlib import Path
 
@@ -46,7 +48,9 @@ def scored(engine, cluster, asked, weights, stop_asked=lambda: False):
 
 
 def answers(rank, ranks, cluster, folder, tokenizer, tasks, families, modes):
-    """Line and outputs of every task, by family and by how the weights are held; the model is exported."""
+    """Line and outputs of every task, by family and by how the weights are held; the model is
+    exported.
+    """
     asked = asked_tasks(tokenizer, tasks, 128)
     found = {}
     for family in families:
@@ -62,14 +66,21 @@ def answers(rank, ranks, cluster, folder, tokenizer, tasks, families, modes):
             }
         if ranks == 1:
             export(
-                engine, cluster, Path(tokenizer), Path(folder) / family, shard_bytes=2**30, texts={},
+                engine,
+                cluster,
+                Path(tokenizer),
+                Path(folder) / family,
+                shard_bytes=2**30,
+                texts={},
                 doing=lambda what: None,
-            )  # fmt: skip
+            )
     return found
 
 
 def step_after_tasks(rank, ranks, cluster, tokenizer, tasks, modes):
-    """The weights after two steps, between which tasks were asked in these ways; and what a request to stop gives."""
+    """The weights after two steps, between which tasks were asked in these ways; and what a request
+    to stop gives.
+    """
     asked = asked_tasks(tokenizer, tasks, 128)
     engine = make_engine("llama", 1, ranks)
     batch = batch_of(documents(True), rank, ranks, 1)

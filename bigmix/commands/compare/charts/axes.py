@@ -1,4 +1,6 @@
-"""Ranges of data go in; out come axes on a canvas, round ticks, and places for labels that do not collide."""
+"""Ranges of data go in; out come axes on a canvas, round ticks, and places for labels that do not
+collide.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +26,10 @@ def _same(value: float) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axes:
-    """Where data lies on the canvas. `bend` is applied to x before it is laid out, as for a logarithmic axis."""
+    """Where data lies on the canvas.
+
+    `bend` is applied to x before it is laid out, as for a logarithmic axis.
+    """
 
     x_range: Range
     y_range: Range
@@ -60,7 +65,9 @@ class Axes:
 
 
 def share_axes(smallest: float, largest: float, y_range: Range) -> Axes:
-    """Axes of anything over replay's share: x is logarithmic above the smallest one, so that 0 has a place as well."""
+    """Axes of anything over replay's share: x is logarithmic above the smallest one, so that 0 has
+    a place as well.
+    """
     return Axes(
         x_range=(0.0, largest),
         y_range=y_range,
@@ -83,7 +90,9 @@ def number_ticks(low: float, high: float, count: int = 4) -> list[tuple[float, s
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers from low to high: 0.1, 0.2, 0.25 or 0.5 times a power of ten apart."""
+    """About `count` round numbers from low to high: 0.1, 0.2, 0.25 or 0.5 times a power of ten
+    apart.
+    """
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
@@ -100,7 +109,8 @@ def short(value: float) -> str:
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions of labels near the wanted ones, at least `gap` apart and, where they fit, inside low..high.
+    """Positions of labels near the wanted ones, at least `gap` apart and, where they fit, inside
+    low..high.
 
     >>> spread([10.0, 11.0], 4.0, 0.0, 100.0)
     [10.0, 14.0]
@@ -121,7 +131,8 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 def place_labels(
     labels: Sequence[tuple[XY, float]], obstacles: Sequence[Box], bounds: Box
 ) -> list[XY]:
-    """The left end of the base line of each label, beside its point, where it covers least of the others and of obstacles.
+    """The left end of the base line of each label, beside its point, where it covers least of the
+    others and of obstacles.
 
     A label is where its point is, and how wide.
     """
@@ -132,7 +143,8 @@ def place_labels(
         boxes_C4 = np.array([*_around(at, width)])
         area = width * (TEXT_PX + 2)
         outside_C = area - _common(boxes_C4, bounds_N4).sum(1)
-        # What sticks out of the canvas counts many times over; of two equal places the better liked one is taken.
+        # What sticks out of the canvas counts many times over; of two equal places the better liked
+        # one is taken.
         costs_C = _common(boxes_C4, taken_N4).sum(1) + 20 * outside_C + np.arange(len(boxes_C4))
         box_4 = boxes_C4[int(np.argmin(costs_C))]
         taken_N4 = np.vstack([taken_N4, box_4])

@@ -1,4 +1,6 @@
-"""A comparison goes in; out come scenes of what was forgotten and learned over the run, one for each source and score."""
+"""A comparison goes in; out come scenes of what was forgotten and learned over the run, one for
+each source and score.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +30,10 @@ Pick = Callable[[Evaluation], Estimate | None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dot:
-    """The mean over seeds at one evaluation. `low` and `high` are the least and the largest seed, or a run's interval."""
+    """The mean over seeds at one evaluation.
+
+    `low` and `high` are the least and the largest seed, or a run's interval.
+    """
 
     x: float
     y: float
@@ -60,7 +65,9 @@ def is_over_tokens(comparison: Comparison) -> bool:
 
 
 def curve_scenes(comparison: Comparison) -> list[Scene]:
-    """Forgetting of each replay source, on one scale, then the loss of each task source, then the scores of tasks."""
+    """Forgetting of each replay source, on one scale, then the loss of each task source, then the
+    scores of tasks.
+    """
     by_tokens = is_over_tokens(comparison)
     panels = [panel for panel in _panels(comparison) if panel.curves]
     forgotten = [panel for panel in panels if panel.title.endswith("forgetting")]
@@ -142,7 +149,9 @@ def _dots(point: Point, pick: Pick, *, by_tokens: bool) -> Iterator[Dot]:
         )
 
 
-def _scene(panel: Panel, *, x_range: tuple[float, float], y_range: tuple[float, float], x_label: str) -> Scene:  # fmt: skip
+def _scene(
+    panel: Panel, *, x_range: tuple[float, float], y_range: tuple[float, float], x_label: str
+) -> Scene:
     is_named = len(panel.curves) <= MAX_NAMED
     widest = (
         max(width_of(_end_label(curve), is_bold=True) for curve in panel.curves)

@@ -24,17 +24,30 @@ MAX_COLUMNS = 3
 TITLE_PX, GAP_PX, MARGIN_PX = 30, 26, 16
 # Of these the ones that the machine has, each for the letters that those before it lack.
 _FAMILIES = (
-    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei",
-    "WenQuanYi Micro Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "SimHei",
-    "Malgun Gothic", "Arial Unicode MS",
-)  # fmt: skip
+    "DejaVu Sans",
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans SC",
+    "Source Han Sans SC",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "Droid Sans Fallback",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "SimHei",
+    "Malgun Gothic",
+    "Arial Unicode MS",
+)
 _INK = {"ink": "#1b1f24", "soft": "#5b6470", "line": "#e3e6ea", "paper": "#ffffff"}
 
 
 def draw_figure(
     scenes: Sequence[Scene], styles: Mapping[str, Style], path: Path, *, with_legend: bool
 ) -> None:
-    """Draw the scenes side by side, three in a line at most, with their titles; a legend goes below."""
+    """Draw the scenes side by side, three in a line at most, with their titles; a legend goes
+    below.
+    """
     # Matplotlib takes a second to import, and no other command draws.
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -69,7 +82,9 @@ def draw_figure(
 
 
 def unknown_letters(texts: Iterable[str]) -> str:
-    """The letters of texts that no font which is drawn with has, each once and in order; they are drawn as boxes."""
+    """The letters of texts that no font which is drawn with has, each once and in order; they are
+    drawn as boxes.
+    """
     letters = sorted({letter for text in texts for letter in text if ord(letter) > 127})
     if not letters:
         return ""
@@ -93,7 +108,15 @@ def _draw_scene(
 ) -> None:
     x, y = at
     size = 1.1 * TEXT_PX * PT_PER_PX
-    axes.text(x, y + 16, scene.title, fontsize=size, fontweight="bold", color=colours["ink"], parse_math=False)  # fmt: skip
+    axes.text(
+        x,
+        y + 16,
+        scene.title,
+        fontsize=size,
+        fontweight="bold",
+        color=colours["ink"],
+        parse_math=False,
+    )
     for shape in scene.shapes:
         _draw(axes, shape, colours, (x, y + TITLE_PX))
 
@@ -121,7 +144,8 @@ def _draw(axes: Any, shape: Shape, colours: Mapping[str, str], at: tuple[float, 
         artist = Polygon(
             placed, facecolor=fill, edgecolor=colour, linewidth=1.4 * PT_PER_PX, zorder=4
         )
-    # As an artist and not through plot and fill, which measure every shape anew for axes that nobody sees.
+    # As an artist and not through plot and fill, which measure every shape anew for axes that
+    # nobody sees.
     axes.add_artist(artist)
 
 

@@ -1,4 +1,6 @@
-"""A comparison goes in; out come frontiers: what a task gained against what was forgotten, one for each loss and score."""
+"""A comparison goes in; out come frontiers: what a task gained against what was forgotten, one for
+each loss and score.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +38,10 @@ LEAST_POINTS = 3  # two are a line in any case
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spot:
-    """A point on a frontier. Dominated: another point has forgotten less and does the task as well, or the reverse."""
+    """A point on a frontier.
+
+    Dominated: another point has forgotten less and does the task as well, or the reverse.
+    """
 
     point: Point
     task: Spread
@@ -56,7 +61,9 @@ class Frontier:
 
 
 def frontiers(comparison: Comparison) -> list[Frontier]:
-    """One for the loss of each task source and one for each score of each task; none where there are two points."""
+    """One for the loss of each task source and one for each score of each task; none where there
+    are two points.
+    """
     replay = comparison.judged
     if replay is None:
         return []
@@ -121,7 +128,9 @@ def _is_dominated(cost: XY, others: Sequence[XY]) -> bool:
 
 
 def frontier_scene(comparison: Comparison, frontier: Frontier) -> Scene:
-    """Marks with their intervals and names; points of a line over the share are joined; dominated ones are hollow."""
+    """Marks with their intervals and names; points of a line over the share are joined; dominated
+    ones are hollow.
+    """
     styles = styles_of(comparison)
     spots = {spot.point.name: spot for spot in frontier.spots}
     axes = Axes(
@@ -176,7 +185,9 @@ def _bars(axes: Axes, spot: Spot, colour: str) -> Iterator[Stroke]:
 
 
 def _labels(axes: Axes, frontier: Frontier, styles: Mapping[str, Style]) -> Iterator[Shape]:
-    """Beside their points, those that lie far off on a thin line; what is not dominated finds its place first."""
+    """Beside their points, those that lie far off on a thin line; what is not dominated finds its
+    place first.
+    """
     spots = sorted(frontier.spots, key=lambda spot: spot.is_dominated)
     texts = [styles[spot.point.name].label for spot in spots]
     widths = [

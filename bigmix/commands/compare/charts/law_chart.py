@@ -1,4 +1,6 @@
-"""A fitted law goes in; out comes a scene of forgetting over replay's share, and the words that say how good the law is."""
+"""A fitted law goes in; out comes a scene of forgetting over replay's share, and the words that say
+how good the law is.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -46,7 +48,9 @@ def _scene(comparison: Comparison, source: str, fit: Fit) -> Scene:
         words = "dashed: from the two smallest shares alone"
         shapes.append(Words(at=(axes.right, TOP + 27), text=words, anchor="end"))
     shapes += _measured(comparison, axes, measured)
-    return Scene(title=f"{source}: forgetting over replay's share", width=WIDTH, height=HEIGHT, shapes=shapes)  # fmt: skip
+    return Scene(
+        title=f"{source}: forgetting over replay's share", width=WIDTH, height=HEIGHT, shapes=shapes
+    )
 
 
 def _curve(axes: Axes, law: Law, largest: float, *, colour: str, dash: tuple[float, ...]) -> Stroke:
@@ -83,9 +87,10 @@ def law_sentences(source: str, fit: Fit | str) -> list[str]:
     if isinstance(fit, str):
         return [fit]
     said = [
-        f"Forgetting of {source} is {formula(fit.law)}, with p replay's part of all rows that were trained; forgetting at "
-        f"p = 0 is as measured, the other two constants are fitted to {len(fit.points) - 1} shares by least squares on "
-        "the logarithm, weighted by the spread over seeds."
+        f"Forgetting of {source} is {formula(fit.law)}, with p replay's part of all rows that were"
+        " trained; forgetting at p = 0 is as measured, the other two constants are fitted to"
+        f" {len(fit.points) - 1} shares by least squares on the logarithm, weighted by the spread"
+        " over seeds."
     ]
     if not fit.from_smallest:
         said.append("Two shares fix both constants, so nothing is left to test the law on.")
@@ -104,7 +109,9 @@ LAW_HEADS = (
 
 
 def law_rows(fit: Fit) -> list[tuple[str, list[str]]]:
-    """Of each share what was measured, what the law says, and what it says when fitted without that share."""
+    """Of each share what was measured, what the law says, and what it says when fitted without that
+    share.
+    """
     others = {prediction.share: prediction for prediction in fit.leave_one_out}
     smallest = {prediction.share: prediction for prediction in fit.from_smallest}
     return [

@@ -1,7 +1,8 @@
-"""Points go in; out come their colours and marks: one ordered scale for replay's share, other marks for all else.
+"""Points go in; out come their colours and marks: one ordered scale for replay's share, other marks
+for all else.
 
-Each colour has a form for light and one for dark paper, both with enough contrast; a larger share differs more from paper,
-so that the order can be read without seeing colours.
+Each colour has a form for light and one for dark paper, both with enough contrast; a larger share
+differs more from paper, so that the order can be read without seeing colours.
 """
 
 import re
@@ -22,9 +23,15 @@ from bigmix.commands.compare.judge import Comparison, percent
 from bigmix.commands.compare.points import Point
 
 ONE_WAY = ("#c2500a", "#ff9a57")
-# Teal to deep blue on white, deep teal to pale blue on black; the middle is what a single share has.
+# Teal to deep blue on white, deep teal to pale blue on black; the middle is what a single share
+# has.
 _SHARES = (("#1b8077", "#2a8f8c"), ("#0072b2", "#56a9e0"), ("#0d2f66", "#d5e6ff"))
-_REMEDIES = (("#a03c7c", "#e58fc4"), ("#7a5a00", "#d9b23c"), ("#5b4bb0", "#a99bf0"), ("#4d5661", "#b4bdc8"))  # fmt: skip
+_REMEDIES = (
+    ("#a03c7c", "#e58fc4"),
+    ("#7a5a00", "#d9b23c"),
+    ("#5b4bb0", "#a99bf0"),
+    ("#4d5661", "#b4bdc8"),
+)
 _DASHES: tuple[tuple[float, ...], ...] = ((), (6, 3), (2, 3), (8, 3, 2, 3))
 MAX_NAMED = 6  # points that can be named at the ends of their curves
 _MAX_NAME = 18  # letters
@@ -34,7 +41,10 @@ _WORDS = re.compile(r"(?<=[-_/. ])")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Style:
-    """How a point is drawn. `key` names its colour, `label` is short enough to stand beside its mark."""
+    """How a point is drawn.
+
+    `key` names its colour, `label` is short enough to stand beside its mark.
+    """
 
     key: str
     light: str
@@ -88,7 +98,9 @@ def _looks(comparison: Comparison) -> Iterator[tuple[Point, _Look]]:
 def _of_share(rank: int, count: int) -> tuple[str, str]:
     place = rank / (count - 1) if count > 1 else 0.5
     part, index = (place * 2, 0) if place < 0.5 else (place * 2 - 1, 1)
-    light, dark = (_blend(*pair, part) for pair in zip(_SHARES[index], _SHARES[index + 1], strict=True))  # fmt: skip
+    light, dark = (
+        _blend(*pair, part) for pair in zip(_SHARES[index], _SHARES[index + 1], strict=True)
+    )
     return light, dark
 
 
@@ -98,13 +110,18 @@ def _blend(one: str, other: str, part: float) -> str:
 
 
 def are_labels_enough(styles: Mapping[str, Style]) -> bool:
-    """Whether the labels at the ends of curves say which point each is, so that no legend is needed."""
+    """Whether the labels at the ends of curves say which point each is, so that no legend is
+    needed.
+    """
     labels = {style.label for style in styles.values()}
     return len(styles) <= MAX_NAMED and len(labels) == len(styles)
 
 
 def labels_of(names: Sequence[str]) -> dict[str, str]:
-    """A short label for each name. Where one is long, words that all begin with are left out, then those that all end with."""
+    """A short label for each name.
+
+    Where one is long, words that all begin with are left out, then those that all end with.
+    """
     found = [_WORDS.split(name) for name in names]
     for way in (1, -1):
         if max(len("".join(words)) for words in found) > _MAX_NAME:

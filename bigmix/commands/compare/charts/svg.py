@@ -1,8 +1,11 @@
-"""Shapes on a canvas: what the charts are made of, so that svg.py and figure.py draw the same picture.
+"""Shapes on a canvas: what the charts are made of, so that svg.py and figure.py draw the same
+picture.
 
-Lengths are in pixels of the canvas, y grows downwards. A colour is the name of one of the page's custom properties.
+Lengths are in pixels of the canvas, y grows downwards. A colour is the name of one of the page's
+custom properties.
 
-A scene goes in, an inline SVG comes out: no script, no outside file; a mark shows its numbers when pointed at.
+A scene goes in, an inline SVG comes out: no script, no outside file; a mark shows its numbers when
+pointed at.
 """
 
 import math
@@ -50,7 +53,9 @@ class Words:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mark:
-    """A data point; `tip` is what it says when it is pointed at, empty for one that is only looked at."""
+    """A data point; `tip` is what it says when it is pointed at, empty for one that is only looked
+    at.
+    """
 
     at: XY
     shape: str
@@ -111,7 +116,10 @@ def draw_svg(scene: Scene) -> str:
     """The scene as an `<svg>` element; its colours come from the page's style."""
     size = f"{scene.width:g} {scene.height:g}"
     shapes = "\n".join(part for shape in scene.shapes for part in _draw(shape, scene))
-    return f'<svg viewBox="0 0 {size}" role="img" aria-label="{escape(scene.title)}">\n{shapes}\n</svg>'
+    return (
+        f'<svg viewBox="0 0 {size}" role="img"'
+        f' aria-label="{escape(scene.title)}">\n{shapes}\n</svg>'
+    )
 
 
 def mark_svg(mark: Mark) -> str:
@@ -121,10 +129,20 @@ def mark_svg(mark: Mark) -> str:
 
 def _draw(shape: Shape, scene: Scene) -> Iterator[str]:
     if isinstance(shape, Stroke):
-        dash = f' stroke-dasharray="{" ".join(f"{part:g}" for part in shape.dash)}"' if shape.dash else ""  # fmt: skip
-        yield f'<polyline points="{_points(shape.points)}" style="stroke:var(--{shape.colour})" stroke-width="{shape.width:g}"{dash}/>'
+        dash = (
+            f' stroke-dasharray="{" ".join(f"{part:g}" for part in shape.dash)}"'
+            if shape.dash
+            else ""
+        )
+        yield (
+            f'<polyline points="{_points(shape.points)}" style="stroke:var(--{shape.colour})"'
+            f' stroke-width="{shape.width:g}"{dash}/>'
+        )
     elif isinstance(shape, Area):
-        yield f'<polygon points="{_points(shape.points)}" style="fill:var(--{shape.colour})" opacity=".13"/>'
+        yield (
+            f'<polygon points="{_points(shape.points)}" style="fill:var(--{shape.colour})"'
+            ' opacity=".13"/>'
+        )
     elif isinstance(shape, Words):
         yield _words(shape)
     else:
@@ -139,8 +157,8 @@ def _words(words: Words) -> str:
     x, y = words.at
     bold = ' font-weight="600"' if words.is_bold else ""
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{words.anchor}" style="fill:var(--{words.colour})"{bold}>'
-        f"{escape(words.text)}</text>"
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{words.anchor}"'
+        f' style="fill:var(--{words.colour})"{bold}>{escape(words.text)}</text>'
     )
 
 
@@ -158,7 +176,8 @@ def _mark(mark: Mark, scene: Scene) -> Iterator[str]:
         return
     x, y = mark.at
     width = max(width_of(line) for line in mark.tip)
-    # Beside the point where there is room for the text; above it, or below it where the top of the canvas is near.
+    # Beside the point where there is room for the text; above it, or below it where the top of the
+    # canvas is near.
     left = x + 9 if x + 9 + width < scene.width else max(x - 9 - width, 0)
     top = y - 8 - 14 * len(mark.tip) if y > 16 + 14 * len(mark.tip) else y + 10
     tips = "".join(
@@ -167,6 +186,6 @@ def _mark(mark: Mark, scene: Scene) -> Iterator[str]:
     )
     says = escape(", ".join(mark.tip))
     yield (
-        f'<g class="point" tabindex="0" role="img" aria-label="{says}"><circle class="reach" cx="{x:.1f}" cy="{y:.1f}" r="9"/>'
-        f"{_polygon(mark)}{tips}</g>"
+        f'<g class="point" tabindex="0" role="img" aria-label="{says}"><circle class="reach"'
+        f' cx="{x:.1f}" cy="{y:.1f}" r="9"/>{_polygon(mark)}{tips}</g>'
     )
