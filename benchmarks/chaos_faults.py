@@ -108,10 +108,10 @@ def hashes(ids_BT: Any) -> list[str]:
 def _note_rows(path: Path, at: _At) -> None:
     real = step.run
 
-    def run(engine: Any, cluster: Any, ready: Any, **settings: Any) -> Any:
+    def run(engine: Any, cluster: Any, ready: Any, *given: Any) -> Any:
         at.step = ready.batch.step
         at.before()
-        result = real(engine, cluster, ready, **settings)
+        result = real(engine, cluster, ready, *given)
         rows = [found for micro in ready.batch.micro_batches for found in hashes(micro.ids_BT)]
         line = {"at": time.monotonic(), "step": at.step, "rows": [] if result.skipped else rows}
         with path.open("a") as file:

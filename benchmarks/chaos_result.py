@@ -13,7 +13,7 @@ from typing import Any
 from chaos_data import STEPS
 from chaos_faults import NOTES, hashes
 
-from bigmix.data.run_plan import Plan
+from bigmix.data.run_plan import RunPlan
 from bigmix.recipe import load_recipe
 from bigmix.runs.checkpoints import FOLDER, Listed, read_listing
 from bigmix.train.inputs import Inputs, open_inputs
@@ -94,7 +94,7 @@ def inputs_of(data: Path, ranks: int) -> Inputs:
     return open_inputs(recipe, ranks=ranks, verify=False)
 
 
-def first_uses(plan: Plan) -> dict[str, int]:
+def first_uses(plan: RunPlan) -> dict[str, int]:
     """The step in which each shard is first read, by its path."""
     firsts: dict[str, int] = {}
     for step in range(1, STEPS + 1):
@@ -104,7 +104,7 @@ def first_uses(plan: Plan) -> dict[str, int]:
     return firsts
 
 
-def rows_of(plan: Plan) -> dict[int, Counter[str]]:
+def rows_of(plan: RunPlan) -> dict[int, Counter[str]]:
     """The rows of each step as the plan has them."""
     return {
         step: Counter(

@@ -1,6 +1,6 @@
 """All that the benchmarks use of bigmix's own interface."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from reader import Reader
 from bigmix.data.loader import Loader, step_batch
 from bigmix.data.mixture import Mixture
 from bigmix.data.records import Portion, RowPlaces, StepBatch
-from bigmix.data.run_plan import Plan, one_stage
+from bigmix.data.run_plan import RunPlan, Stage, one_stage
 from bigmix.data.shards.manifest import (
     Manifest,
     ShardEntry,
@@ -101,13 +101,13 @@ def make_stream(name: str, folder: Path) -> Stream:
     return Depot(reading).stream(name, source, Packer(row_tokens=ROW_TOKENS), seed=0)
 
 
-def make_plan(folder: Path, rows_per_step: int) -> Plan:
+def make_plan(folder: Path, rows_per_step: int) -> RunPlan:
     """The mixture of the corpus's prepared sources."""
     streams = {name: make_stream(name, folder / name) for name in SHARES}
-    return Plan(mixture=Mixture(SHARES, rows_per_step), stages=one_stage(streams), seed=0)
+    return _endless(Mixture(SHARES, rows_per_step), one_stage(streams))
 
 
-def simulated_plan(folder: Path) -> Plan:
+def simulated_plan(folder: Path) -> RunPlan:
     """A plan of one source of which only the manifest is there."""
     stream = Stream(
         "text",
@@ -118,7 +118,11 @@ def simulated_plan(folder: Path) -> Plan:
         seed=0,
     )
     mixture = Mixture({"text": 1.0}, ROWS_PER_STEP)
-    return Plan(mixture=mixture, stages=one_stage({"text": stream}), seed=0)
+    return _endless(mixture, one_stage({"text": stream}))
+
+
+def _endless(mixture: Mixture, stages: Sequence[Stage]) -> RunPlan:
+    return RunPlan(mixture=mixture, stages=stages, seed=0, steps=10**9, loss_shares=mixture.shares)
 
 
 def _no_shard(index: int) -> Shard:
@@ -153,7 +157,7 @@ def _as_batches(batch: StepBatch) -> Iterator[Batch]:
     return (Batch(part.ids_BT, part.lengths_K, round(each)) for part in batch.micro_batches)
 
 
-def rank_step(plan: Plan, ranks: int, rank: int) -> Callable[[int], StepBatch]:
+def rank_step(plan: RunPlan, ranks: int, rank: int) -> Callable[[int], StepBatch]:
     """What one rank does for a step: it has eight rows of it."""
     portion = Portion(
         rank=rank, ranks=ranks, rows_per_step=plan.rows_per_step, micro_batch_rows=BATCH_ROWS

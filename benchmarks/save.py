@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bigmix.cluster.collectives import Cluster, leave
 from bigmix.cluster.world import world_of
-from bigmix.data.records import MicroBatch, StepBatch
+from bigmix.data.records import MicroBatch, Portion, StepBatch
 from bigmix.loss.backend import backend_of, choose_backend
 from bigmix.loss.objective import StepShares
 from bigmix.loss.requests import Computing
@@ -118,23 +118,21 @@ def take_steps(
 ) -> Cost:
     """Six steps, with a save after the first."""
     rows, still_s = batch(), 0.0
-    aim = step.Aim(objective="per_source", weighing={}, anchor=None)
-    outline = step.Outline(names=["web"], micro_batches=1)
+    objective = step.TrainingObjective(
+        objective="per_source", weighing={"web": "token"}, reference=None
+    )
+    ranks = cluster.world.size
+    portion = Portion(
+        rank=cluster.world.rank, ranks=ranks, rows_per_step=ROWS * ranks, micro_batch_rows=ROWS
+    )
+    shares = StepShares(rows={"web": 1.0}, loss={"web": 1.0})
     began = time.perf_counter()
     for index in range(STEPS):
         settle()
-        agreed = step.agree(cluster, rows, outline, aim, stop_asked=False)
-        assert agreed.ready is not None
-        result = step.run(
-            engine,
-            cluster,
-            agreed.ready,
-            shares=StepShares(rows={"web": 1.0}, loss={"web": 1.0}),
-            aim=aim,
-            lr=1e-4,
-            chance=index,
-            doing=lambda _: None,
-        )
+        ready = step.sync(cluster, rows, objective, portion, stop=False).ready
+        assert ready is not None
+        settings = step.StepSettings(shares=shares, lr=1e-4, dropout_seed=index)
+        result = step.run(engine, cluster, ready, objective, settings, lambda _: None)
         float(result.sums_SM.sum())
         if index == 0:
             at = time.perf_counter()

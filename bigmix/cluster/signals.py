@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -113,6 +114,17 @@ class StopFlag:
                 f" {self.nothing_lost}",
                 REQUEUE,
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Activity:
+    """How long work reports what begins (to the watchdog), and learns that a stop was requested."""
+
+    begin: Callable[[str], None]
+    stop_requested: Callable[[], bool]
+
+
+UNWATCHED = Activity(begin=lambda _: None, stop_requested=lambda: False)
 
 
 def end_process(last_words: str | None, code: int) -> None:

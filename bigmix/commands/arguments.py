@@ -8,7 +8,7 @@ from bigmix.data.quarantine import BadShard
 from bigmix.errors import BadInput
 from bigmix.recipe import Recipe
 from bigmix.recipe.fields import whole_number
-from bigmix.train.inputs import Inputs, moving_shares
+from bigmix.train.inputs import RunInputs, moving_shares
 
 INPUTS = (
     ".txt, .jsonl(.gz/.zst), .parquet, WebDataset .tar, a glob or folder of them, a saved dataset, "
@@ -63,10 +63,10 @@ def columns_of(text: str | None) -> Mapping[str, str] | None:
     return found
 
 
-def check_step(step: int, inputs: Inputs) -> None:
+def check_step(step: int, inputs: RunInputs) -> None:
     """BadInput where a step is beyond the end of the run."""
-    if step > inputs.steps:
-        raise BadInput(f"--step is {step}, the run has {inputs.steps} steps; give one of them")
+    if step > inputs.plan.steps:
+        raise BadInput(f"--step is {step}, the run has {inputs.plan.steps} steps; give one of them")
 
 
 def tell_moving(recipe: Recipe) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 from bigmix.commands.arguments import add_recipe_arguments, check_step, tell_moving, tell_replaced
 from bigmix.data.records import Portion
-from bigmix.data.run_plan import Plan
+from bigmix.data.run_plan import RunPlan
 from bigmix.errors import DONE, BadInput
 from bigmix.recipe import Recipe, load, load_recipe, plain, to_yaml
-from bigmix.train.inputs import Inputs, open_inputs
+from bigmix.train.inputs import open_inputs
 
 
 def add_recipe(subparsers: Any) -> None:
@@ -91,11 +91,11 @@ def _rows(known: argparse.Namespace) -> int:
     if not recipe.controllers:
         check_step(known.step, inputs)
 
-    def lines(inputs: Inputs) -> list[str]:
+    def lines(plan: RunPlan) -> list[str]:
         return [
             line
             for rank in range(known.ranks)
-            for line in _lines(recipe, inputs.plan, known.step, rank, known.ranks)
+            for line in _lines(recipe, plan, known.step, rank, known.ranks)
         ]
 
     found, bad = inputs.around_bad_shards(known.step, lines)
@@ -105,7 +105,7 @@ def _rows(known: argparse.Namespace) -> int:
     return DONE
 
 
-def _lines(recipe: Recipe, plan: Plan, step: int, rank: int, ranks: int) -> Iterator[str]:
+def _lines(recipe: Recipe, plan: RunPlan, step: int, rank: int, ranks: int) -> Iterator[str]:
     size, streams = recipe.train.micro_batch_rows, plan.streams_at(step)
     portion = Portion(
         rank=rank, ranks=ranks, rows_per_step=recipe.rows_per_step, micro_batch_rows=size

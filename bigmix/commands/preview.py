@@ -5,10 +5,11 @@ from typing import Any
 
 from bigmix.commands.arguments import add_recipe_arguments, check_step, tell_moving, tell_replaced
 from bigmix.data.records import Portion, Row
+from bigmix.data.run_plan import RunPlan
 from bigmix.errors import DONE, BadInput
 from bigmix.recipe import Recipe, load_recipe
 from bigmix.terminal import Terminal, tame_libraries
-from bigmix.train.inputs import Inputs, open_inputs
+from bigmix.train.inputs import RunInputs, open_inputs
 
 
 def add_preview(subparsers: Any) -> None:
@@ -60,7 +61,7 @@ def _check(known: argparse.Namespace) -> None:
         raise BadInput(*faults)
 
 
-def _show(known: argparse.Namespace, recipe: Recipe, inputs: Inputs, terminal: Terminal) -> None:
+def _show(known: argparse.Namespace, recipe: Recipe, inputs: RunInputs, terminal: Terminal) -> None:
     # Tokenizers take seconds to import.
     from bigmix.commands.row_view import SHOWN_TOKENS, Seat, marked, preview
     from bigmix.text.tokenizer import load_tokenizer
@@ -74,9 +75,9 @@ def _show(known: argparse.Namespace, recipe: Recipe, inputs: Inputs, terminal: T
         micro_batch_rows=size,
     )
 
-    def read(inputs: Inputs) -> list[Row]:
-        streams = inputs.plan.streams_at(known.step)
-        own = inputs.plan.row_ids(known.step)[portion.rows]
+    def read(plan: RunPlan) -> list[Row]:
+        streams = plan.streams_at(known.step)
+        own = plan.row_ids(known.step)[portion.rows]
         return [streams[row_id.source].read(row_id) for row_id in own[: known.rows]]
 
     rows, bad = inputs.around_bad_shards(known.step, read)

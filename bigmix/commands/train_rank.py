@@ -9,7 +9,7 @@ from bigmix.cluster.world import World, world_of
 from bigmix.errors import BAD_INPUT, DONE, BadInput, BigmixError
 from bigmix.recipe import Recipe, SweepRun, load
 from bigmix.terminal import Terminal, tame_libraries
-from bigmix.train.inputs import Inputs, open_inputs
+from bigmix.train.inputs import RunInputs, open_inputs
 
 USAGE = "usage: deepspeed launch/train.py RECIPE.yaml [key=value ...]"
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str], flag: StopFlag) -> int:
         return error.exit_code
 
 
-def _run(recipe: Recipe, inputs: Inputs, world: World, flag: StopFlag) -> int:
+def _run(recipe: Recipe, inputs: RunInputs, world: World, flag: StopFlag) -> int:
     tame_libraries()
     # Seconds of imports, and only for a recipe that can run.
     from bigmix.train.run import run

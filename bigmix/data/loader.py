@@ -3,7 +3,7 @@ need by a thread.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -11,13 +11,15 @@ from itertools import islice
 import numpy as np
 
 from bigmix.cluster.signals import is_done
+from bigmix.data.quarantine import BadShard
 from bigmix.data.records import Portion, StepBatch
-from bigmix.data.run_plan import Plan
+from bigmix.data.run_plan import RunPlan
 from bigmix.data.shards.retry import Stopped
+from bigmix.data.source import Depot, Source, needed_in_order
 from bigmix.types import Ints
 
 
-def step_batch(plan: Plan, portion: Portion, step: int) -> StepBatch:
+def step_batch(plan: RunPlan, portion: Portion, step: int) -> StepBatch:
     """The rows of one rank in one step, as micro-batches."""
     rows, first = plan.assembled(portion, step)
     count, size = portion.rows.stop - portion.rows.start, portion.micro_batch_rows
@@ -49,7 +51,9 @@ class Loader:
     `last`; a thread keeps `ahead` of them ready.
     """
 
-    def __init__(self, plan: Plan, portion: Portion, *, first: int, last: int, ahead: int) -> None:
+    def __init__(
+        self, plan: RunPlan, portion: Portion, *, first: int, last: int, ahead: int
+    ) -> None:
         self._batch = partial(step_batch, plan, portion)
         self._steps = range(first, last + 1)
         self._ahead = ahead
@@ -88,3 +92,70 @@ class Loader:
         there is.
         """
         self._thread.shutdown(cancel_futures=True)
+
+
+class Batches:
+    """What one rank reads for the steps from `first` on, remote shards fetched ahead of need.
+
+    A shard that cannot be read comes out as a value in place of its batch, and None in place of a
+    batch that was not ready when `gives_up` said so. To be closed before the plan or the store are
+    used for something else; as a context manager it closes itself.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        sources: Mapping[str, Source],
+        store: Depot,
+        portion: Portion,
+        *,
+        first: int,
+        ahead: int,
+        gives_up: Callable[[], bool],
+    ) -> None:
+        self._store = store
+        self._loader = open_loader(plan, sources, store, portion, first=first, ahead=ahead)
+        self._batches = self._loader.unless(gives_up)
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __next__(self) -> StepBatch | BadShard | None:
+        try:
+            return next(self._batches)
+        except BadShard as bad:
+            return bad
+
+    def close(self) -> None:
+        """Stop reading and fetching."""
+        # First the store: the loader's thread may wait for a shard that never comes.
+        self._store.close()
+        self._loader.close()
+
+
+def open_loader(
+    plan: RunPlan,
+    sources: Mapping[str, Source],
+    store: Depot,
+    portion: Portion,
+    *,
+    first: int,
+    ahead: int,
+) -> Loader:
+    """The batches of one rank from step `first` to the last; remote shards are fetched ahead of
+    need.
+
+    The store and the loader of before, if there was one, must be closed, in this order.
+    """
+    # The order in which shards will be needed supposes that none is open.
+    plan.release()
+    store.reopen()
+    fetched = {name: source for name, source in sources.items() if store.is_fetched(source)}
+    if fetched:
+        stages = plan.gathered(portion, first=first, last=plan.steps)
+        num_shards = {name: plan.num_shards(name) for name in fetched}
+        store.fetch_ahead(needed_in_order(stages, fetched, num_shards))
+    return Loader(plan, portion, first=first, last=plan.steps, ahead=ahead)

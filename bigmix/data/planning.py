@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from bigmix.data.mixture import Mixture
 from bigmix.data.records import Chapter
-from bigmix.data.run_plan import FIRST_CHAPTER, Plan, Stage
+from bigmix.data.run_plan import FIRST_CHAPTER, RunPlan, Stage
 from bigmix.data.shares import (
     Member,
     Points,
@@ -36,17 +36,7 @@ _STEPS_TRIED = 20
 _Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Mixing:
-    """What is drawn for how long: `notes` say in words where a limit of epochs changed the run."""
-
-    plan: Plan
-    steps: int
-    loss_shares: Shares
-    notes: Sequence[str] = ()
-
-
-def mix(recipe: Recipe, stages: Sequence[Stage], chapter: Chapter = FIRST_CHAPTER) -> Mixing:
+def mix(recipe: Recipe, stages: Sequence[Stage], chapter: Chapter = FIRST_CHAPTER) -> RunPlan:
     """The plan of a run, or of the rest of it from a chapter on.
 
     Raises BadInput with every fault: shares that leave nothing, a budget that is never reached, a
@@ -225,7 +215,7 @@ def _within_epochs(
     shares: Shares,
     loss_shares: Shares,
     chapter: Chapter,
-) -> Mixing:
+) -> RunPlan:
     """Go from limit to limit: the source that comes first to its own is refused, ends the run, or
     leaves it.
 
@@ -233,8 +223,8 @@ def _within_epochs(
     """
     after = chapter.after
     while True:
-        plan = _plan(recipe, stages, shares, chapter)
         steps = count_steps(recipe, stages, shares, chapter)
+        plan = _plan(recipe, stages, shares, loss_shares, chapter, steps)
         ends = {
             n: end for n in recipe.sources if (end := _last_step(recipe, plan, n, steps)) < steps
         }
@@ -244,7 +234,7 @@ def _within_epochs(
             if after + end < steps
         ]
         if not ends:
-            return Mixing(plan=plan, steps=steps, loss_shares=loss_shares, notes=notes)
+            return plan.ending(steps, notes)
         # At one step, a stop comes before the others: none of them then goes beyond its limit.
         first = min(ends, key=lambda n: (ends[n], recipe.sources[n].when_exhausted != "stop"))
         end, source = ends[first], recipe.sources[first]
@@ -256,7 +246,7 @@ def _within_epochs(
                 f"the run ends after {end:,} steps and not {steps:,}: {first} has then come to its"
                 f" max_epochs = {source.max_epochs:g}"
             )
-            return Mixing(plan=plan, steps=end, loss_shares=loss_shares, notes=notes)
+            return plan.ending(end, notes)
         if first in shares.ends:
             # The mixture owes it the rest of a row, and gives it when several have left: it leaves
             # a row earlier.
@@ -308,7 +298,7 @@ def _check_not_empty(end: int, name: str) -> None:
         )
 
 
-def _last_step(recipe: Recipe, plan: Plan, name: str, steps: int, *, spare_rows: int = 0) -> int:
+def _last_step(recipe: Recipe, plan: RunPlan, name: str, steps: int, *, spare_rows: int = 0) -> int:
     """The last step after which a source is within its limit less `spare_rows`, at most `steps`."""
     limit = recipe.sources[name].max_epochs
     if limit is None or _epochs(plan, name, steps, spare_rows) <= limit:
@@ -323,11 +313,11 @@ def _last_step(recipe: Recipe, plan: Plan, name: str, steps: int, *, spare_rows:
     return within
 
 
-def _epochs(plan: Plan, name: str, step: int, more_rows: int) -> float:
+def _epochs(plan: RunPlan, name: str, step: int, more_rows: int) -> float:
     return plan.epochs(step)[name] + more_rows / plan.streams_at(step)[name].rows_per_epoch
 
 
-def _refused(recipe: Recipe, plan: Plan, ends: Mapping[str, int], steps: int) -> Iterator[str]:
+def _refused(recipe: Recipe, plan: RunPlan, ends: Mapping[str, int], steps: int) -> Iterator[str]:
     """Every source that would go beyond its limit and must not, before another one stops the
     run.
     """
@@ -337,7 +327,7 @@ def _refused(recipe: Recipe, plan: Plan, ends: Mapping[str, int], steps: int) ->
             yield _too_many(recipe, plan, name, steps)
 
 
-def _too_many(recipe: Recipe, plan: Plan, name: str, steps: int) -> str:
+def _too_many(recipe: Recipe, plan: RunPlan, name: str, steps: int) -> str:
     source = recipe.sources[name]
     needed, limit = plan.epochs(steps)[name], source.max_epochs
     assert limit is not None
@@ -350,7 +340,7 @@ def _too_many(recipe: Recipe, plan: Plan, name: str, steps: int) -> str:
     )
 
 
-def _smaller_share(recipe: Recipe, plan: Plan, name: str, factor: float) -> str:
+def _smaller_share(recipe: Recipe, plan: RunPlan, name: str, factor: float) -> str:
     """The share that draws `factor` times the rows while the others keep theirs, in words; nothing
     where it moves.
     """
@@ -374,7 +364,7 @@ def _smaller_share(recipe: Recipe, plan: Plan, name: str, factor: float) -> str:
     return f", or sources.{name}.share to {fits:.3g} or less" if fits else ""
 
 
-def _fits(recipe: Recipe, plan: Plan, name: str, share: float) -> bool:
+def _fits(recipe: Recipe, plan: RunPlan, name: str, share: float) -> bool:
     """Whether a source stays within its limit with this share."""
     sources = dict(recipe.sources)
     sources[name] = sources[name].model_copy(update={"share": share})
@@ -387,12 +377,26 @@ def _fits(recipe: Recipe, plan: Plan, name: str, share: float) -> bool:
     )
     shares = replace(shares, ends=ends)
     steps = count_steps(changed, stages, shares, chapter)
-    return _plan(changed, stages, shares, chapter).epochs(steps)[name] <= limit
+    fitting = _plan(changed, stages, shares, shares, chapter, steps)
+    return fitting.epochs(steps)[name] <= limit
 
 
-def _plan(recipe: Recipe, stages: Sequence[Stage], shares: Shares, chapter: Chapter) -> Plan:
-    mixture = Mixture(shares, recipe.rows_per_step, _whole_rows(recipe, shares, chapter))
-    return Plan(mixture=mixture, stages=stages, seed=recipe.seed, chapter=chapter)
+def _plan(
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    shares: Shares,
+    loss_shares: Shares,
+    chapter: Chapter,
+    steps: int,
+) -> RunPlan:
+    return RunPlan(
+        mixture=Mixture(shares, recipe.rows_per_step, _whole_rows(recipe, shares, chapter)),
+        stages=stages,
+        seed=recipe.seed,
+        steps=steps,
+        loss_shares=loss_shares,
+        chapter=chapter,
+    )
 
 
 def _whole_rows(recipe: Recipe, shares: Shares, chapter: Chapter) -> dict[str, int] | None:

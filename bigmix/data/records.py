@@ -186,3 +186,8 @@ class Portion:
         """This rank's block of the step's rows."""
         each = self.rows_per_step // self.ranks
         return slice(self.rank * each, (self.rank + 1) * each)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a step on each rank."""
+        return self.rows_per_step // (self.ranks * self.micro_batch_rows)

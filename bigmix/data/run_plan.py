@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +14,10 @@ from bigmix.data.mixture import Mixture, Places
 from bigmix.data.packing import Lost
 from bigmix.data.quarantine import EMPTY, Quarantine
 from bigmix.data.records import Chapter, Portion, RowId, RowPlaces, Standing
+from bigmix.data.shares import Shares
 from bigmix.data.stream import Stream
 from bigmix.errors import BigmixError
+from bigmix.loss.objective import StepShares
 from bigmix.seeding import key_of
 
 # Rows of a rank that are gathered together: a step at a time costs twice as much.
@@ -61,9 +64,9 @@ class _Start:
     index: int
 
 
-class Plan:
-    """What decides the rows of every step: the same plan gives the same rows on any number of
-    ranks.
+class RunPlan:
+    """What decides the rows of every step, the number of steps and the shares: the same plan gives
+    the same rows on any number of ranks.
 
     Where rows change their length, each source goes on at the same fraction of its epoch. Rows of
     shards in quarantine are drawn and counted as before; what is read is a row of another shard of
@@ -76,14 +79,22 @@ class Plan:
         mixture: Mixture,
         stages: Sequence[Stage],
         seed: int,
+        steps: int,
+        loss_shares: Shares,
         quarantine: Quarantine = EMPTY,
         chapter: Chapter = FIRST_CHAPTER,
+        notes: Sequence[str] = (),
     ) -> None:
-        """`mixture` counts from the first row of `chapter`, where the first of the stages begins.
+        """`mixture` and `loss_shares` count from the first row of `chapter`, where the first of the
+        stages begins; `steps` counts from the first step of the run.
 
-        Raises BigmixError where the quarantine leaves a source no row.
+        `notes` say in words where a limit of epochs changed the run. Raises BigmixError where the
+        quarantine leaves a source no row.
         """
         self.mixture = mixture
+        self.steps = steps
+        self.loss_shares = loss_shares
+        self.notes = notes
         self.rows_per_step = mixture.rows_per_step
         self.quarantine = quarantine
         self.chapter = chapter
@@ -102,18 +113,29 @@ class Plan:
         self._starts = list(accumulate(stages[1:], self._next_starts, initial=self._zero()))
         self._assembled = lru_cache(maxsize=2)(self._assemble)
 
-    def with_quarantine(self, quarantine: Quarantine) -> "Plan":
+    def with_quarantine(self, quarantine: Quarantine) -> "RunPlan":
         """The same plan with these shards replaced and no others.
 
         No other thread may read from the plan. Raises BigmixError where a source has no row left.
         """
-        return Plan(
-            mixture=self.mixture,
-            stages=self.stages,
-            seed=self._seed,
-            quarantine=quarantine,
-            chapter=self.chapter,
-        )
+        return self._changed(quarantine=quarantine)
+
+    def ending(self, steps: int, notes: Sequence[str]) -> "RunPlan":
+        """The same plan with another number of steps."""
+        return self._changed(steps=steps, notes=notes)
+
+    def _changed(self, **changes: Any) -> "RunPlan":
+        same: dict[str, Any] = {
+            "mixture": self.mixture,
+            "stages": self.stages,
+            "seed": self._seed,
+            "steps": self.steps,
+            "loss_shares": self.loss_shares,
+            "quarantine": self.quarantine,
+            "chapter": self.chapter,
+            "notes": self.notes,
+        }
+        return RunPlan(**(same | changes))
 
     def release(self) -> None:
         """Close all shards that are held open, and forget the rows that were gathered."""
@@ -130,6 +152,13 @@ class Plan:
     def streams_at(self, step: int) -> Mapping[str, Stream]:
         """The sources, with the rows of a step, counted from 1."""
         return self.stages[bisect_right(self._first_steps, step) - 1].streams
+
+    def shares_of_step(self, step: int) -> StepShares:
+        """The shares of a step, counted from 1; a schedule's points count the steps that are
+        done.
+        """
+        before = step - 1 - self.chapter.after
+        return StepShares(rows=self.mixture.shares.at(before), loss=self.loss_shares.at(before))
 
     def counts(self, step: int) -> dict[str, int]:
         """How many rows of each source the chapter has drawn after a step."""

@@ -5,12 +5,13 @@ A recipe and its inputs go in; out comes what the evaluation before the first st
 find equal ones.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bigmix.cluster.collectives import Cluster
+from bigmix.cluster.signals import Activity
 from bigmix.data.shards.manifest import Manifest
 from bigmix.errors import BadInput
 from bigmix.evaluation.forward import Exam, evaluate
@@ -60,17 +61,6 @@ def _numbers(key: str, ends: str, source: str, estimate: Estimate) -> Line:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Interview:
-    """The tasks that an evaluation asks, how weights are held for it, and the seed of what is
-    drawn.
-    """
-
-    tasks: Mapping[str, Asked]
-    weights: Weights
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Findings:
     """What an evaluation found; `line` has all of its numbers, under the keys of metrics.jsonl."""
 
@@ -79,67 +69,63 @@ class Findings:
     line: Line
 
 
-def examine(
-    engine: Evaluable,
-    cluster: Cluster,
-    exam: Exam,
-    interview: Interview,
-    *,
-    step: int,
-    base: Base | None,
-    stop_asked: Callable[[], bool],
-    doing: Callable[[str], None],
-) -> Findings | None:
-    """Everything that is asked of a model after a step; a collective.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluator:
+    """Evaluates one model on held-out sources and tasks, in a run or outside of one.
 
-    None where a rank is asked to stop.
-
-    Forgetting is measured from `base`, which takes in the sources that it has not seen; None: it is
-    not measured.
+    `weights` is how the weights are held while tasks are asked, `seed` that of answers that are
+    drawn.
     """
-    sums = evaluate(engine, cluster, exam, stop_asked=stop_asked, doing=doing)
-    if sums is None:
-        return None
-    held_out = {}
-    for name, of_documents in sums.items():
-        if base is not None:
-            base.take(name, of_documents)
-        manifest = exam.held_out[name].manifest
-        held_out[name] = summarise(
-            name,
-            of_documents,
-            tokens_per_byte=manifest.loss_tokens / max(manifest.loss_bytes, 1),
-            base=base,
-        )
-    tasks = _interviewed(engine, cluster, interview, stop_asked=stop_asked, doing=doing)
-    if tasks is None:
-        return None
-    line = {"step": step, "eval": True} | held_out_numbers(held_out) | task_line(tasks)
-    return Findings(held_out=held_out, tasks=tasks, line=line)
 
+    engine: Evaluable
+    cluster: Cluster
+    held_out: Exam
+    tasks: Mapping[str, Asked]
+    weights: Weights
+    seed: int
 
-def _interviewed(
-    engine: Evaluable,
-    cluster: Cluster,
-    interview: Interview,
-    *,
-    stop_asked: Callable[[], bool],
-    doing: Callable[[str], None],
-) -> dict[str, TaskResult] | None:
-    """The results of all tasks; None where a rank is asked to stop."""
-    if not interview.tasks:
-        return {}
-    doing("gathering the weights for tasks")
-    lm = engine.module.lm
-    with engine.evaluating(), speaking(lm, engine.device, cluster, interview.weights) as speaker:
-        return score_tasks(
-            speaker,
-            cluster,
-            interview.tasks,
-            seed=interview.seed,
-            stop_asked=stop_asked,
-            doing=doing,
-        )
+    def evaluate(
+        self, step: int, base: Base | None, activity: Activity, tasks: Collection[str] | None = None
+    ) -> Findings | None:
+        """Evaluate the model after a step; a collective. None where a stop was requested.
+
+        Forgetting is measured from `base`, which takes in the sources that it has not seen; None:
+        it is not measured. `tasks` are those that are asked, None: all.
+        """
+        sums = evaluate(self.engine, self.cluster, self.held_out, activity)
+        if sums is None:
+            return None
+        held_out = {}
+        for name, of_documents in sums.items():
+            if base is not None:
+                base.take(name, of_documents)
+            manifest = self.held_out.held_out[name].manifest
+            held_out[name] = summarise(
+                name,
+                of_documents,
+                tokens_per_byte=manifest.loss_tokens / max(manifest.loss_bytes, 1),
+                base=base,
+            )
+        asked = {n: task for n, task in self.tasks.items() if tasks is None or n in tasks}
+        results = self._task_results(asked, activity)
+        if results is None:
+            return None
+        line = {"step": step, "eval": True} | held_out_numbers(held_out) | task_line(results)
+        return Findings(held_out=held_out, tasks=results, line=line)
+
+    def _task_results(
+        self, tasks: Mapping[str, Asked], activity: Activity
+    ) -> dict[str, TaskResult] | None:
+        """The results of tasks; None where a stop was requested."""
+        if not tasks:
+            return {}
+        activity.begin("gathering the weights for tasks")
+        engine = self.engine
+        with (
+            engine.evaluating(),
+            speaking(engine.module.lm, engine.device, self.cluster, self.weights) as speaker,
+        ):
+            return score_tasks(speaker, self.cluster, tasks, seed=self.seed, activity=activity)
 
 
 def questions_of(

@@ -4,7 +4,7 @@ ranks.
 Letters beside those of `records`: D documents, M sums of `held_out.Sum`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bigmix.cluster.collectives import Cluster
-from bigmix.cluster.signals import is_done
+from bigmix.cluster.signals import Activity, is_done
 from bigmix.cluster.world import World
 from bigmix.data.batch import assemble
 from bigmix.data.packing import PADDING
@@ -52,19 +52,17 @@ def evaluate(
     engine: Evaluable,
     cluster: Cluster,
     exam: Exam,
-    *,
-    stop_asked: Callable[[], bool],
-    doing: Callable[[str], None],
+    activity: Activity,
 ) -> dict[str, DocumentSums] | None:
     """The sums over each document of each source; a collective.
 
-    None where a rank is asked to stop: looked up before each forward. `doing` is told what begins.
+    None where a stop was requested of any rank, which is looked up before each forward.
     Every rank makes the same number of forwards, with rows of no loss token where it has run out of
     its own: under ZeRO-3 a rank that stayed away would leave the others waiting.
     """
     results = {}
     for name, stream in exam.held_out.items():
-        parts = _parts_of_rank(engine, cluster, exam, stream, stop_asked=stop_asked, doing=doing)
+        parts = _parts_of_rank(engine, cluster, exam, stream, activity)
         if parts is None:
             return None
         everything = np.concatenate(cluster.gather(parts))
@@ -115,23 +113,24 @@ def _parts_of_rank(
     cluster: Cluster,
     exam: Exam,
     stream: Stream,
-    *,
-    stop_asked: Callable[[], bool],
-    doing: Callable[[str], None],
+    activity: Activity,
 ) -> Floats | None:
     """What this rank knows of parts of documents; None on all ranks where one of them is asked to
     stop.
     """
-    slices = _slices(stream, cluster.world, exam)
+    slices, stop = _slices(stream, cluster.world, exam), activity.stop_requested
     parts: list[Floats] = [np.zeros((0, _IDS + len(Sum)))]
     # A thread reads, since a rank that waits for a shard must still hear that it is to stop.
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evaluation")
     try:
         with engine.evaluating():
             for number, rows in enumerate(slices, 1):
-                doing(f"evaluation of {stream.name}, micro-batch {number} of {len(slices)}")
+                activity.begin(
+                    f"evaluation of {stream.name}, micro-batch {number} of {len(slices)}"
+                )
                 reading = reader.submit(_read, stream, rows, exam.pieces)
-                if any(cluster.sum_counts([not is_done(reading, stop_asked) or stop_asked()])):
+                stops = not is_done(reading, stop) or stop()
+                if any(cluster.sum_counts([stops])):
                     return None
                 parts.append(_measured(engine, exam.base, reading.result()))
     finally:

@@ -6,18 +6,18 @@ measured from there. Neither has an optimizer, nor gradients.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bigmix.cluster.collectives import Cluster, leave
 from bigmix.cluster.heartbeat import Limits
-from bigmix.cluster.signals import StopFlag
+from bigmix.cluster.signals import Activity, StopFlag
 from bigmix.cluster.watchdog import Watchdog
 from bigmix.cluster.world import World
 from bigmix.errors import Interrupted
-from bigmix.evaluation.evaluator import Findings, Interview, examine, pieces_in, questions_of
+from bigmix.evaluation.evaluator import Evaluator, Findings, pieces_in, questions_of
 from bigmix.evaluation.forward import Exam
 from bigmix.evaluation.held_out import Base
 from bigmix.evaluation.inputs import HeldOutInputs
@@ -84,7 +84,11 @@ def run(
     limits = Limits(dead_s=recipe.train.dead_after_s, hang_s=60 * recipe.train.hang_minutes)
     watchdog = Watchdog(cluster, flag, limits, order.output / LOG)
     room = _Room(
-        recipe=recipe, inputs=inputs, asked=asked, cluster=cluster, flag=flag, doing=watchdog.doing
+        recipe=recipe,
+        inputs=inputs,
+        asked=asked,
+        cluster=cluster,
+        activity=Activity(begin=watchdog.doing, stop_requested=flag.is_set),
     )
     try:
         lines = []
@@ -113,8 +117,7 @@ class _Room:
     inputs: HeldOutInputs
     asked: Mapping[str, Mapping[str, Asked]]
     cluster: Cluster
-    flag: StopFlag
-    doing: Callable[[str], None]
+    activity: Activity
 
 
 def _findings(room: _Room, models: Mapping[str, Evaluated]) -> Iterator[tuple[Evaluated, Findings]]:
@@ -162,21 +165,18 @@ def _place(room: _Room) -> Place:
 
 def _examined(room: _Room, model: Evaluated, exam: Exam, step: int, base: Base | None) -> Findings:
     recipe, place = room.recipe, _place(room)
-    room.doing(f"making {model.path}")
+    room.activity.begin(f"making {model.path}")
     backend = choose_backend(recipe.loss.backend, place.device).value
     computing = computing_of(backend, recipe.loss.chunk_mib)
-    found = examine(
-        open_evaluated(_origin(model), recipe, place, computing),
-        room.cluster,
-        exam,
-        Interview(
-            tasks=room.asked[model.named], weights=recipe.train.task_weights, seed=recipe.seed
-        ),
-        step=step,
-        base=base,
-        stop_asked=room.flag.is_set,
-        doing=room.doing,
+    evaluator = Evaluator(
+        engine=open_evaluated(_origin(model), recipe, place, computing),
+        cluster=room.cluster,
+        held_out=exam,
+        tasks=room.asked[model.named],
+        weights=recipe.train.task_weights,
+        seed=recipe.seed,
     )
+    found = evaluator.evaluate(step, base, room.activity)
     if found is None:
         raise Interrupted("stopped on request; the same command begins the evaluation again")
     return found

@@ -80,6 +80,7 @@ class RunLog:
         if resume_step is not None:
             _take_back(path, after_step=resume_step)
         self._file = path.open("w" if resume_step is None else "a", encoding="utf-8")
+        _wait_for_a_later_name(self._folder / TENSORBOARD)
         # Purging from step 0 hides the points of an earlier run whose event files lie in the same
         # folder.
         purge_step = 0 if resume_step is None else resume_step + 1
@@ -208,6 +209,18 @@ def _take_back(path: Path, *, after_step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait until an event file that is made now is named after those that are there.
+
+    TensorBoard reads the files in the order of their names, which hold the second; of two files of
+    one second the older one may come last, and what the newer one purges would be shown.
+    """
+    seconds = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*.*")]
+    newest = max((int(second) for second in seconds if second.isdigit()), default=0)
+    while newest == int(time.time()):
+        time.sleep(0.02)
 
 
 def _finite(value: Number) -> Number:

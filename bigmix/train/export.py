@@ -21,10 +21,15 @@ from bigmix import __version__
 from bigmix.data.stream import Stream
 from bigmix.errors import BigmixError
 from bigmix.model.causal_lm import max_positions
+from bigmix.model.export import export
 from bigmix.recipe import Recipe, to_yaml
 from bigmix.recipe.shares import SourceShare
+from bigmix.runs.layout import EXPORT
+from bigmix.runs.metrics_log import METRICS, read_lines
+from bigmix.text.chat_template import PLAIN, PLAIN_SHA256
 from bigmix.text.tokenizer import load_tokenizer
-from bigmix.train.inputs import Inputs
+from bigmix.train.inputs import RunInputs
+from bigmix.train.state import Run, TrainState
 from bigmix.types import IGNORE
 
 _LIBRARIES = ("torch", "transformers", "deepspeed", "safetensors")
@@ -32,7 +37,65 @@ _TASK = re.compile(r"task/(.+)/([^/]+)")
 _CONTENT_DIGITS = 16
 
 
-def model_card(recipe: Recipe, inputs: Inputs, lines: Sequence[Mapping[str, Any]]) -> str:
+def export_model(run: Run, state: TrainState, tokenizer_folder: Path) -> None:
+    """Write the model with its card, then load it and let it generate; a collective."""
+    recipe, inputs, is_first = run.recipe, run.inputs, run.cluster.world.is_first
+    folder = Path(recipe.output) / EXPORT
+    run.watchdog.doing(f"describing {folder}")
+    texts = {}
+    if is_first:
+        lines = read_lines(Path(recipe.output) / METRICS)
+        texts = {"README.md": model_card(recipe, inputs, lines), **_template(inputs)}
+    export(
+        run.engine,
+        run.cluster,
+        tokenizer_folder,
+        folder,
+        shard_bytes=int(recipe.train.export_shard_gib * 2**30),
+        texts=texts,
+        doing=run.watchdog.doing,
+    )
+    run.terminal.note(f"model written to {folder}")
+    if is_first:
+        run.watchdog.doing(f"loading {folder}")
+        _check(run, state, folder)
+    run.cluster.barrier()
+
+
+def _template(inputs: RunInputs) -> dict[str, str]:
+    """The built-in chat template where all chats are rendered with it; another one lies with the
+    tokenizer already.
+    """
+    templates = [source.manifest.template for source in inputs.sources.values()]
+    found = {template.sha256 for template in templates if template is not None}
+    return {"chat_template.jinja": PLAIN} if found == {PLAIN_SHA256} else {}
+
+
+def _check(run: Run, state: TrainState, folder: Path) -> None:
+    if size_gib(folder) > LARGEST_GIB:
+        run.terminal.note(
+            f"generation check left out: the model has {size_gib(folder):.1f} GiB, up to"
+            f" {LARGEST_GIB:g} are loaded again"
+        )
+        return
+    held_out, plan = run.inputs.held_out, state.plan
+    tasks = [name for name in run.recipe.task_names if name in held_out]
+    streams = [*(held_out[name] for name in tasks), *held_out.values(), *plan.streams.values()]
+    prompt = prompt_of(streams)
+    if not prompt:
+        run.terminal.note("generation check left out: no document can be read for a prompt")
+        return
+    try:
+        said = check_generation(folder, prompt)
+    except (OSError, ValueError, RuntimeError) as error:
+        run.terminal.warning(f"generation check: {folder} does not load and generate ({error})")
+        return
+    run.terminal.note(
+        f"generation check, from {folder} loaded anew: {said.prompt!r} -> {said.continuation!r}"
+    )
+
+
+def model_card(recipe: Recipe, inputs: RunInputs, lines: Sequence[Mapping[str, Any]]) -> str:
     """The card of a model that a recipe has trained; `lines` are those of its metrics.jsonl."""
     evaluations = [line for line in lines if line.get("eval")]
     steps = [line for line in lines if not line.get("eval")]
@@ -97,7 +160,7 @@ def _training(recipe: Recipe, last: Mapping[str, Any]) -> str:
     return "## Training\n\n" + "\n".join(said) + "\n"
 
 
-def _mixture(recipe: Recipe, inputs: Inputs, last: Mapping[str, Any]) -> str:
+def _mixture(recipe: Recipe, inputs: RunInputs, last: Mapping[str, Any]) -> str:
     rows = []
     for name, source in recipe.sources.items():
         manifest = inputs.sources[name].manifest

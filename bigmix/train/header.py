@@ -5,20 +5,21 @@ from typing import Any
 
 from bigmix.cluster.world import World
 from bigmix.data.packing import Lost
+from bigmix.data.run_plan import RunPlan
 from bigmix.model.ds_config import zero_stage
 from bigmix.recipe import Recipe
 from bigmix.terminal import Cell, Table, Terminal
-from bigmix.train.inputs import Inputs, accumulation
+from bigmix.train.inputs import accumulation
 from bigmix.types import Choice
 
 
 def show_header(
     terminal: Terminal,
     recipe: Recipe,
-    inputs: Inputs,
+    plan: RunPlan,
     world: World,
     *,
-    parameters: int,
+    num_parameters: int,
     keys: Mapping[str, Any],
     dtype: Choice,
     attention: Choice,
@@ -30,7 +31,7 @@ def show_header(
     tokens = recipe.rows_per_step * recipe.longest_row
     micro = f"{accumulation(recipe, world.size)} x {train.micro_batch_rows}"
     rows = [
-        ("model", f"{made}, {parameters:,} parameters"),
+        ("model", f"{made}, {num_parameters:,} parameters"),
         ("precision", f"{dtype.value} ({dtype.reason})"),
         ("attention", f"{attention.value} ({attention.reason})"),
         ("loss", _loss(recipe, loss)),
@@ -42,7 +43,7 @@ def show_header(
                 f" {micro} rows"
             ),
         ),
-        ("run", f"{inputs.steps:,} steps ({_budget(recipe)})"),
+        ("run", f"{plan.steps:,} steps ({_budget(recipe)})"),
         (
             "optimizer",
             f"AdamW, lr {train.lr:g}, {train.schedule}, warm-up {train.warmup:g}"
@@ -50,7 +51,7 @@ def show_header(
         ),
         ("output", f"{recipe.output}; tensorboard --logdir {recipe.output}"),
     ]
-    terminal.header(f"bigmix: {_way(recipe)} training", rows, _sources(recipe, inputs))
+    terminal.header(f"bigmix: {_way(recipe)} training", rows, _sources(recipe, plan))
 
 
 def _loss(recipe: Recipe, backend: Choice) -> str:
@@ -87,8 +88,8 @@ def _budget(recipe: Recipe) -> str:
     return f"{name.replace('_', ' ')} {value:,}"
 
 
-def _sources(recipe: Recipe, inputs: Inputs) -> Table:
-    counts = inputs.plan.counts(inputs.steps)
+def _sources(recipe: Recipe, plan: RunPlan) -> Table:
+    counts = plan.counts(plan.steps)
     return Table(
         title="sources",
         columns=(
@@ -102,20 +103,20 @@ def _sources(recipe: Recipe, inputs: Inputs) -> Table:
             "filled",
             "lost",
         ),
-        rows=[_source(recipe, inputs, name, counts[name]) for name in inputs.plan.streams],
+        rows=[_source(recipe, plan, name, counts[name]) for name in plan.streams],
     )
 
 
-def _source(recipe: Recipe, inputs: Inputs, name: str, rows: int) -> list[Cell]:
-    plan, stream = inputs.plan, inputs.plan.streams[name]
+def _source(recipe: Recipe, plan: RunPlan, name: str, rows: int) -> list[Cell]:
+    stream = plan.streams[name]
     return [
         name,
         recipe.sources[name].role,
         stream.manifest.kind,
-        f"{rows / max((inputs.steps - plan.chapter.after) * recipe.rows_per_step, 1):.1%}",
+        f"{rows / max((plan.steps - plan.chapter.after) * recipe.rows_per_step, 1):.1%}",
         stream.manifest.documents,
         rows,
-        f"{plan.epochs(inputs.steps)[name]:.2f}",
+        f"{plan.epochs(plan.steps)[name]:.2f}",
         f"{plan.filled(name, rows):.1%}",
         _said_lost(plan.lost(name)),
     ]

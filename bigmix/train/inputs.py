@@ -13,14 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bigmix.data.loader import Loader
 from bigmix.data.planning import mix
-from bigmix.data.quarantine import BadShard, Quarantine
-from bigmix.data.records import Chapter, Portion
-from bigmix.data.run_plan import Plan, Stage, same_fraction, stages_from
+from bigmix.data.quarantine import BadShard
+from bigmix.data.records import Chapter
+from bigmix.data.run_plan import RunPlan, Stage, same_fraction, stages_from
 from bigmix.data.shards.manifest import Manifest
 from bigmix.data.share_rules import rule_of
-from bigmix.data.shares import Shares
 from bigmix.data.source import (
     Depot,
     Source,
@@ -29,7 +27,6 @@ from bigmix.data.source import (
     damaged_shards,
     faults_of_empty,
     held_out_streams,
-    needed_in_order,
     opened_source,
     packer_of,
     reading_of,
@@ -40,7 +37,6 @@ from bigmix.data.source import (
 from bigmix.data.stream import Stream
 from bigmix.errors import BadInput
 from bigmix.evaluation.tasks.examples import TaskFile, open_tasks
-from bigmix.loss.objective import StepShares
 from bigmix.model.ds_config import fill, read_ds_config
 from bigmix.recipe import Recipe, SweepRun, plain
 from bigmix.recipe.schedule import warmup_steps
@@ -57,21 +53,17 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Inputs:
-    """What a recipe names, opened: the plan of the rows, the held-out streams, the tasks, how many
-    steps, DeepSpeed's keys.
+class RunInputs:
+    """What a recipe names, opened and checked: its sources, held-out sets, tasks and DeepSpeed's
+    keys.
 
-    `content` is a checksum of the shards of each source. `stages` and `planned_steps` are those of
-    the run from its first step on, as the recipe has them.
+    `plan` is that of a run that begins at its first step. `content` is a checksum of the shards of
+    each source.
     """
 
-    plan: Plan
-    stages: Sequence[Stage]
+    plan: RunPlan
     held_out: Mapping[str, Stream]
     tasks: Mapping[str, TaskFile]
-    steps: int
-    planned_steps: int
-    loss_shares: Shares
     notes: Sequence[str]
     ds_keys: Mapping[str, Any]
     sources: Mapping[str, Source]
@@ -111,17 +103,8 @@ class Inputs:
         """The manifest of the first source; all agree about the tokenizer."""
         return next(iter(self.plan.streams.values())).manifest
 
-    def shares_of_step(self, step: int) -> StepShares:
-        """The shares of a step, counted from 1; a schedule's points count the steps that are
-        done.
-        """
-        before = step - 1 - self.plan.chapter.after
-        return StepShares(
-            rows=self.plan.mixture.shares.at(before), loss=self.loss_shares.at(before)
-        )
-
-    def going_on(self, recipe: Recipe, position: Position, *, new_chapter: bool) -> "Inputs":
-        """The same after a checkpoint; `new_chapter`: from there on rows are drawn as this recipe
+    def resumed_plan(self, recipe: Recipe, position: Position, *, new_chapter: bool) -> RunPlan:
+        """The plan from a checkpoint on; `new_chapter`: from there on rows are drawn as this recipe
         says and not as before.
 
         A source whose rows have another length, or are packed otherwise, goes on at the same
@@ -129,20 +112,21 @@ class Inputs:
         train from there.
         """
         chapter = self._chapter(recipe, position) if new_chapter else position.chapter
-        return self._from(recipe, position, chapter)
+        return self._plan(recipe, position, chapter)
 
-    def decided(self, recipe: Recipe, position: Position) -> "Inputs":
-        """The same after a decision of controllers, which is the last one of the position.
+    def decided_plan(self, recipe: Recipe, plan: RunPlan, position: Position) -> RunPlan:
+        """The plan after a decision of controllers, which is the last one of the position; `plan`
+        is the one until there.
 
         Raises BadInput where its shares leave nothing to train, or need more of a source than its
         `max_epochs`.
         """
-        owed = self.plan.owed(position.step)
-        return self._from(recipe, position, replace(self._chapter(recipe, position), owed=owed))
+        owed = plan.owed(position.step)
+        return self._plan(recipe, position, replace(self._chapter(recipe, position), owed=owed))
 
     def _chapter(self, recipe: Recipe, position: Position) -> Chapter:
         """The chapter that begins at a position."""
-        streams = stages_from(self.stages, position.step)[0].streams
+        streams = stages_from(self.plan.stages, position.step)[0].streams
         decided = position.decisions[-1].shares if position.decisions else {}
         return Chapter(
             after=position.step,
@@ -155,61 +139,31 @@ class Inputs:
             shares={name: share for name, share in decided.items() if name in recipe.controllers},
         )
 
-    def _from(self, recipe: Recipe, position: Position, chapter: Chapter) -> "Inputs":
-        mixing = mix(recipe, stages_from(self.stages, chapter.after), chapter)
-        return replace(
-            self,
-            plan=mixing.plan.with_quarantine(position.quarantine),
-            steps=mixing.steps,
-            loss_shares=mixing.loss_shares,
-            notes=[*self.notes, *(note for note in mixing.notes if note not in self.notes)],
-        )
-
-    def with_quarantine(self, quarantine: Quarantine) -> "Inputs":
-        """The same with rows of these shards replaced, and of no others; a loader of the old ones
-        must be closed.
-
-        Raises BigmixError where a source has no row left.
-        """
-        return replace(self, plan=self.plan.with_quarantine(quarantine))
+    def _plan(self, recipe: Recipe, position: Position, chapter: Chapter) -> RunPlan:
+        plan = mix(recipe, stages_from(self.plan.stages, chapter.after), chapter)
+        return plan.with_quarantine(position.quarantine)
 
     def around_bad_shards(
-        self, step: int, work: Callable[["Inputs"], T]
+        self, step: int, work: Callable[[RunPlan], T]
     ) -> tuple[T, Sequence[BadShard]]:
         """What `work` gives, with rows of shards that it finds bad replaced from a step on; and
         which these are.
 
         Raises BadShard where the recipe has such a run fail.
         """
-        inputs, found = self, list[BadShard]()
+        plan, found = self.plan, list[BadShard]()
         while True:
             try:
-                return work(inputs), found
+                return work(plan), found
             except BadShard as bad:
-                quarantine, new = inputs.plan.quarantine.extended([bad], step)
+                quarantine, new = plan.quarantine.extended([bad], step)
                 if not (self.replaces_bad_shards and new):
                     raise
-                inputs = inputs.with_quarantine(quarantine)
+                plan = plan.with_quarantine(quarantine)
                 found.append(bad)
 
-    def loader(self, portion: Portion, *, first: int, ahead: int) -> Loader:
-        """The batches of one rank from step `first` to the last; remote shards are fetched ahead of
-        need.
 
-        The depot and the loader of before, if there was one, must be closed, in this order.
-        """
-        # The order in which shards will be needed supposes that none is open.
-        self.plan.release()
-        self.depot.reopen()
-        fetched = {n: source for n, source in self.sources.items() if self.depot.is_fetched(source)}
-        if fetched:
-            stages = self.plan.gathered(portion, first=first, last=self.steps)
-            num_shards = {name: self.plan.num_shards(name) for name in fetched}
-            self.depot.fetch_ahead(needed_in_order(stages, fetched, num_shards))
-        return Loader(self.plan, portion, first=first, last=self.steps, ahead=ahead)
-
-
-def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) -> Inputs:
+def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) -> RunInputs:
     """Open and check what a recipe names; `verify` also reads the shards of small local sources
     through.
 
@@ -233,21 +187,17 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
     if faults:
         raise BadInput(*faults)
     assert ds_keys is not None
-    mixing = mix(recipe, stages)
+    plan = mix(recipe, stages)
     own = {name: sources[source.path] for name, source in recipe.sources.items()}
-    return Inputs(
-        plan=mixing.plan,
-        stages=stages,
+    return RunInputs(
+        plan=plan,
         held_out=held_out,
         tasks=tasks,
-        steps=mixing.steps,
-        planned_steps=mixing.steps,
-        loss_shares=mixing.loss_shares,
         notes=[
             *notes,
             *moving_shares(recipe),
-            *_warm_up(recipe, mixing.steps),
-            *mixing.notes,
+            *_warm_up(recipe, plan.steps),
+            *plan.notes,
             *_cache_notes(recipe, depot, sources.values()),
         ],
         ds_keys=ds_keys,
@@ -388,7 +338,7 @@ def keys_dtype(recipe: Recipe, keys: Mapping[str, Any]) -> str:
 
 def look_at_all(
     runs: Sequence[SweepRun],
-    look: Callable[[SweepRun, Inputs], T],
+    look: Callable[[SweepRun, RunInputs], T],
     *,
     ranks: int,
     verify: bool,
@@ -481,7 +431,7 @@ _LATER_IN_TRAIN = frozenset(
 )
 
 
-def what_it_follows_from(recipe: Recipe, inputs: Inputs, ranks: int) -> str:
+def what_it_follows_from(recipe: Recipe, inputs: RunInputs, ranks: int) -> str:
     """Two runs with the same text here find the same numbers before their first step, to the last
     bit.
     """

@@ -15,7 +15,7 @@ import numpy as np
 from bigmix.data.packing import PADDING
 from bigmix.data.quarantine import BadShard
 from bigmix.data.records import Portion
-from bigmix.data.run_plan import Plan
+from bigmix.data.run_plan import RunPlan
 from bigmix.errors import BigmixError
 from bigmix.recipe import differences, from_plain
 from bigmix.runs.checkpoints import Position, put_aside
@@ -29,7 +29,9 @@ from bigmix.runs.resume import (
     read_passed_over,
     write_passed_over,
 )
-from bigmix.train.setup import Parts, go_to
+from bigmix.train.saving import save_finished
+from bigmix.train.state import Run, TrainState, restore
+from bigmix.train.step import StepResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +53,7 @@ class Suspect:
 
 
 def suspects(
-    plan: Plan, portion: Portion, step: int, micro_batches: Sequence[int]
+    plan: RunPlan, portion: Portion, step: int, micro_batches: Sequence[int]
 ) -> list[Suspect]:
     """The rows of some micro-batches of a rank in a step; their shards are read again."""
     row_ids = plan.places(portion, step).ids()
@@ -82,28 +84,37 @@ def suspects(
 NOT_FINITE = "not-finite.jsonl"
 
 
-def name_suspects(parts: Parts, at_step: int, finite_M: Sequence[bool]) -> None:
+def observe(run: Run, state: TrainState, result: StepResult) -> None:
+    """Take note of a step: where it was skipped since its gradient was not finite, say which rows
+    may be to blame; then a collective.
+    """
+    run.health.observe(result.step, skipped=result.skipped)
+    if result.skipped:
+        name_suspects(run, state, result.step, result.finite_M.tolist())
+
+
+def name_suspects(run: Run, state: TrainState, step: int, finite_M: Sequence[bool]) -> None:
     """Tell and write down the rows of a step that was skipped; a collective.
 
     Those of the micro-batches whose loss is not finite, and all of them where only the gradient is
     not.
     """
     own = [number for number, is_finite in enumerate(finite_M) if not is_finite]
-    is_by_loss = any(parts.cluster.gather(bool(own)))
+    is_by_loss = any(run.cluster.gather(bool(own)))
     blamed = own if is_by_loss else range(len(finite_M))
-    rows = suspects(parts.inputs.plan, parts.portion, at_step, blamed)
-    everywhere = [row for part in parts.cluster.gather(rows) for row in part]
-    if not parts.cluster.world.is_first:
+    rows = suspects(state.plan, run.portion, step, blamed)
+    everywhere = [row for part in run.cluster.gather(rows) for row in part]
+    if not run.cluster.world.is_first:
         return
-    path = Path(parts.recipe.output) / LOG / NOT_FINITE
+    path = Path(run.recipe.output) / LOG / NOT_FINITE
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(row)) + "\n" for row in everywhere)
     what = (
         "the loss is not finite" if is_by_loss else "the gradient is not finite, though the loss is"
     )
     more = f" and {len(everywhere) - 1} rows more" if len(everywhere) > 1 else ""
-    parts.terminal.warning(
-        f"step {at_step} was skipped on all ranks: {what} for {_said(everywhere[0])}{more}; all are"
+    run.terminal.warning(
+        f"step {step} was skipped on all ranks: {what} for {_said(everywhere[0])}{more}; all are"
         f" listed in {path}"
     )
 
@@ -115,18 +126,18 @@ def _said(row: Suspect) -> str:
     return f"row {row.row} of {row.shard} of {row.source} (documents {documents}; rank {row.rank})"
 
 
-def roll_back(parts: Parts, back: RollBack) -> tuple[Parts, int]:
-    """Go back to the last checkpoint before some steps, which are passed over from now on; returns
-    its step and the parts there.
+def roll_back(run: Run, state: TrainState, back: RollBack) -> TrainState:
+    """Go back to the last checkpoint before some steps, which are passed over from now on.
 
-    A collective. Raises BigmixError where there is none, or where the run has gone back too often.
+    A collective, while no loader is open. Raises BigmixError where there is none, or where the run
+    has gone back too often.
     """
-    parts.watchdog.doing("going back to a checkpoint")
-    parts.saver.finish()
-    recipe, folder = parts.recipe, Path(parts.recipe.output)
-    passed = _passed_over(parts, folder, back)
-    found = newest_whole(folder / CHECKPOINTS, parts.cluster, before=min(back.steps)).listed
-    if found is None or _is_of_other_rows(parts, found.position):
+    run.watchdog.doing("going back to a checkpoint")
+    run.saver.finish()
+    recipe, folder = run.recipe, Path(run.recipe.output)
+    passed = _passed_over(run, folder, back)
+    found = newest_whole(folder / CHECKPOINTS, run.cluster, before=min(back.steps)).listed
+    if found is None or _is_of_other_rows(run, state, found.position):
         raise BigmixError(
             f"{back.reason}, and there is no checkpoint from before that to go back to; the same"
             " command begins anew and passes over step"
@@ -139,67 +150,69 @@ def roll_back(parts: Parts, back: RollBack) -> tuple[Parts, int]:
             " train.most_roll_backs allows more"
         )
     step = found.position.step
-    parts.terminal.warning(
+    run.terminal.warning(
         f"{back.reason}: the run goes back to step {step} and passes over step"
         f" {', '.join(map(str, back.steps))}"
     )
-    if parts.cluster.world.is_first:
+    if run.cluster.world.is_first:
         put_aside(folder / CHECKPOINTS, after_step=step)
-    if parts.log is not None:
-        parts.log.go_back(step)
-    go_to(parts, found)
-    parts.passed_over.update(back.steps)
-    return _at_decisions_of(parts, found.position), step
+    run.metrics.go_back(step)
+    restore(run, found)
+    skipped = state.skipped_steps | frozenset(back.steps)
+    return _at_decisions_of(run, replace(state, step=step, skipped_steps=skipped), found.position)
 
 
-def _is_of_other_rows(parts: Parts, position: Position) -> bool:
+def _is_of_other_rows(run: Run, state: TrainState, position: Position) -> bool:
     """Whether a position is from before the recipe was changed, where its rows have no meaning."""
-    if position.step >= parts.inputs.plan.chapter.after:
+    if position.step >= state.plan.chapter.after:
         return False
     # Only decisions begin rows anew under the same recipe.
     old = from_plain(position.recipe, "a checkpoint")
-    return not parts.recipe.controllers or any(
+    return not run.recipe.controllers or any(
         Change(key=key, old=before, new=after).moves_rows
-        for key, before, after in differences(old, parts.recipe)
+        for key, before, after in differences(old, run.recipe)
     )
 
 
-def _at_decisions_of(parts: Parts, position: Position) -> Parts:
-    """The parts with the shares of a position; those that were decided after it are decided
-    anew.
-    """
-    if not parts.recipe.controllers:
-        return parts
-    now = replace(position, quarantine=parts.inputs.plan.quarantine)
-    inputs = parts.inputs.going_on(parts.recipe, now, new_chapter=False)
-    parts.report.follow(inputs.plan.epochs)
-    return replace(parts, inputs=inputs, decisions=position.decisions)
+def _at_decisions_of(run: Run, state: TrainState, position: Position) -> TrainState:
+    """The state with the shares of a position; what was decided after it is decided again."""
+    if not run.recipe.controllers:
+        return state
+    now = replace(position, quarantine=state.plan.quarantine)
+    plan = run.inputs.resumed_plan(run.recipe, now, new_chapter=False)
+    run.metrics.report.follow(plan.epochs)
+    return replace(state, plan=plan, decisions=tuple(position.decisions))
 
 
-def _passed_over(parts: Parts, folder: Path, back: RollBack) -> PassedOver:
+def _passed_over(run: Run, folder: Path, back: RollBack) -> PassedOver:
     """What the run passes over with these steps, written down before anything else: a run that dies
     now knows of them.
     """
     own = None
-    if parts.cluster.world.is_first:
+    if run.cluster.world.is_first:
         own = PassedOver(times=(*read_passed_over(folder).times, back))
         write_passed_over(folder, own)
-    passed, *_ = parts.cluster.gather(own)
+    passed, *_ = run.cluster.gather(own)
     assert isinstance(passed, PassedOver)
     return passed
 
 
-def without_bad_shards(parts: Parts, at_step: int, found: Sequence[BadShard]) -> Parts:
-    """The same parts, with rows of these shards replaced from a step on.
+def replace_shards(run: Run, state: TrainState, found: Sequence[BadShard]) -> TrainState:
+    """The state with rows of these shards replaced from the next step on; a collective, while no
+    loader is open.
 
-    Raises BigmixError where a source has no shard left, or where the shards were replaced already.
+    Raises BadShard, once everything trained so far is saved, where the recipe has such a run fail,
+    and where the shards were replaced already; BigmixError where a source has no shard left.
     """
-    quarantine, new = parts.inputs.plan.quarantine.extended(found, at_step)
+    if not run.inputs.replaces_bad_shards:
+        save_finished(run, state)
+        raise found[0]
+    quarantine, new = state.plan.quarantine.extended(found, state.step + 1)
     if not new:
         raise found[0]
     for bad in new:
-        parts.terminal.warning(
-            f"from step {at_step} on rows of other shards are trained in place of those of"
+        run.terminal.warning(
+            f"from step {state.step + 1} on rows of other shards are trained in place of those of"
             f" {bad.file} of {bad.source}: {bad.reason}"
         )
-    return replace(parts, inputs=parts.inputs.with_quarantine(quarantine))
+    return replace(state, plan=state.plan.with_quarantine(quarantine))

@@ -5,8 +5,9 @@ The runs of a sweep go in; they are trained one after another in one process gro
 fail are told.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -15,21 +16,20 @@ from bigmix.cluster.heartbeat import Limits
 from bigmix.cluster.signals import StopFlag
 from bigmix.cluster.watchdog import Watchdog
 from bigmix.cluster.world import World
+from bigmix.data.run_plan import RunPlan
 from bigmix.errors import BadInput, BigmixError, Interrupted
 from bigmix.evaluation.evaluator import FirstEvaluation
 from bigmix.model.checks import read_configs
 from bigmix.model.engine import Engine, give_back_memory, join
-from bigmix.model.export import export
 from bigmix.recipe import Recipe, SweepRun
-from bigmix.runs.layout import EXPORT, begin_attempt, end_attempt, fails_again, is_through, state_of
-from bigmix.runs.metrics_log import METRICS, read_lines
+from bigmix.runs.layout import begin_attempt, end_attempt, fails_again, is_through, state_of
 from bigmix.runs.resume import ENDING_S, LOG, Beginning, alone, beginning
 from bigmix.terminal import Terminal
-from bigmix.text.chat_template import PLAIN, PLAIN_SHA256
-from bigmix.train.export import LARGEST_GIB, check_generation, model_card, prompt_of, size_gib
-from bigmix.train.inputs import Inputs, look_at_all, open_inputs
+from bigmix.train.export import export_model
+from bigmix.train.inputs import RunInputs, look_at_all, open_inputs
 from bigmix.train.loop import train
-from bigmix.train.setup import Parts, set_up
+from bigmix.train.setup import RunContext, set_up
+from bigmix.train.state import Run, TrainState
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,13 @@ class Shared:
     engines that are to be closed.
     """
 
-    first_evaluations: dict[str, FirstEvaluation] = field(default_factory=dict)
+    baselines: dict[str, FirstEvaluation] = field(default_factory=dict)
     engines: list[Engine] = field(default_factory=list)
 
 
-def run(recipe: Recipe, inputs: Inputs, world: World, terminal: Terminal, flag: StopFlag) -> None:
+def run(
+    recipe: Recipe, inputs: RunInputs, world: World, terminal: Terminal, flag: StopFlag
+) -> None:
     """Train to the end of the budget, from the newest whole checkpoint if there is one.
 
     Raises BadInput before the first step, and Interrupted after a whole checkpoint when the flag is
@@ -62,16 +64,45 @@ def run(recipe: Recipe, inputs: Inputs, world: World, terminal: Terminal, flag: 
 def run_in(
     cluster: Cluster,
     recipe: Recipe,
-    inputs: Inputs,
+    inputs: RunInputs,
     terminal: Terminal,
     flag: StopFlag,
     shared: Shared,
 ) -> None:
-    """The same in a process group that is there and stays, with what runs before it have left."""
+    """Train in a process group that is there and stays, with what runs before it have left."""
+    with _watched(cluster, recipe, terminal, flag) as watchdog:
+        start = beginning(recipe, inputs.content, cluster)
+        plan = _plan_from(start, recipe, inputs)
+        if _is_finished(recipe, inputs, plan, cluster, start):
+            terminal.note(f"{recipe.output} is finished: all {plan.steps} steps are done")
+            return
+        # Now, so that a tokenizer that cannot be fetched is not found out at the end.
+        tokenizer_folder = inputs.tokenizer_folder if recipe.train.export else None
+        context = RunContext(
+            cluster=cluster,
+            terminal=terminal,
+            flag=flag,
+            watchdog=watchdog,
+            baselines=shared.baselines,
+        )
+        run, state = set_up(recipe, inputs, plan, start, context)
+        shared.engines.append(run.engine)
+        with closing(run.metrics):
+            state = train(run, state)
+            if tokenizer_folder is not None:
+                export_model(run, state, tokenizer_folder)
+            _check_saved(run, state)
+
+
+@contextmanager
+def _watched(
+    cluster: Cluster, recipe: Recipe, terminal: Terminal, flag: StopFlag
+) -> Iterator[Watchdog]:
+    """Inside, the ranks are watched; where one fails, all end. A collective."""
     limits = Limits(dead_s=recipe.train.dead_after_s, hang_s=60 * recipe.train.hang_minutes)
     watchdog = Watchdog(cluster, flag, limits, Path(recipe.output) / LOG)
     try:
-        _go_on(recipe, inputs, cluster, terminal, flag, watchdog, shared)
+        yield watchdog
     except BaseException as error:
         watchdog.fail(error)
         raise
@@ -80,112 +111,33 @@ def run_in(
     watchdog.close()
 
 
-def _go_on(
-    recipe: Recipe,
-    inputs: Inputs,
-    cluster: Cluster,
-    terminal: Terminal,
-    flag: StopFlag,
-    watchdog: Watchdog,
-    shared: Shared,
-) -> None:
-    """Do what a run has still to do; what is done already is left as it is."""
-    start = beginning(recipe, inputs.content, cluster)
-    if start.checkpoint is not None:
-        position = start.checkpoint.position
-        moves_rows = any(change.moves_rows for change in start.changes)
-        inputs = inputs.going_on(recipe, position, new_chapter=moves_rows)
-    if _is_finished(recipe, inputs, cluster, start):
-        terminal.note(f"{recipe.output} is finished: all {inputs.steps} steps are done")
-        return
-    # Now, so that a tokenizer that cannot be fetched is not found out at the end.
-    tokenizer_folder = inputs.tokenizer_folder if recipe.train.export else None
-    parts = replace(
-        set_up(recipe, inputs, cluster, terminal, flag, watchdog, start),
-        first_evaluations=shared.first_evaluations,
-    )
-    shared.engines.append(parts.engine)
-    try:
-        parts = train(parts, first=start.step + 1)
-        if tokenizer_folder is not None:
-            _export(parts, tokenizer_folder)
-        if parts.saver.last_step != parts.inputs.steps:
-            raise BigmixError(
-                f"all {parts.inputs.steps} steps are done, but the checkpoint of the last one could"
-                f" not be written; free space in {recipe.output}, the same command goes on after"
-                f" step {parts.saver.last_step or 0}"
-            )
-    finally:
-        if parts.log is not None:
-            parts.log.close()
+def _plan_from(start: Beginning, recipe: Recipe, inputs: RunInputs) -> RunPlan:
+    """The plan of the steps that are left."""
+    if start.checkpoint is None:
+        return inputs.plan
+    moves_rows = any(change.moves_rows for change in start.changes)
+    return inputs.resumed_plan(recipe, start.checkpoint.position, new_chapter=moves_rows)
 
 
-def _export(parts: Parts, tokenizer_folder: Path) -> None:
-    """Write the model with its card, and let what was written say something; a collective."""
-    recipe, inputs, is_first = parts.recipe, parts.inputs, parts.cluster.world.is_first
-    folder = Path(recipe.output) / EXPORT
-    parts.watchdog.doing(f"describing {folder}")
-    texts = {}
-    if is_first:
-        lines = read_lines(Path(recipe.output) / METRICS)
-        texts = {"README.md": model_card(recipe, inputs, lines), **_template(inputs)}
-    export(
-        parts.engine,
-        parts.cluster,
-        tokenizer_folder,
-        folder,
-        shard_bytes=int(recipe.train.export_shard_gib * 2**30),
-        texts=texts,
-        doing=parts.watchdog.doing,
-    )
-    parts.terminal.note(f"model written to {folder}")
-    if is_first:
-        parts.watchdog.doing(f"loading {folder}")
-        _check(parts, folder)
-    parts.cluster.barrier()
-
-
-def _template(inputs: Inputs) -> dict[str, str]:
-    """The built-in chat template where all chats are rendered with it; another one lies with the
-    tokenizer already.
-    """
-    templates = [source.manifest.template for source in inputs.sources.values()]
-    found = {template.sha256 for template in templates if template is not None}
-    return {"chat_template.jinja": PLAIN} if found == {PLAIN_SHA256} else {}
-
-
-def _check(parts: Parts, folder: Path) -> None:
-    if size_gib(folder) > LARGEST_GIB:
-        parts.terminal.note(
-            f"generation check left out: the model has {size_gib(folder):.1f} GiB, up to"
-            f" {LARGEST_GIB:g} are loaded again"
-        )
-        return
-    held_out, plan = parts.inputs.held_out, parts.inputs.plan
-    tasks = [name for name in parts.recipe.task_names if name in held_out]
-    streams = [*(held_out[name] for name in tasks), *held_out.values(), *plan.streams.values()]
-    prompt = prompt_of(streams)
-    if not prompt:
-        parts.terminal.note("generation check left out: no document can be read for a prompt")
-        return
-    try:
-        said = check_generation(folder, prompt)
-    except (OSError, ValueError, RuntimeError) as error:
-        parts.terminal.warning(f"generation check: {folder} does not load and generate ({error})")
-        return
-    parts.terminal.note(
-        f"generation check, from {folder} loaded anew: {said.prompt!r} -> {said.continuation!r}"
-    )
-
-
-def _is_finished(recipe: Recipe, inputs: Inputs, cluster: Cluster, start: Beginning) -> bool:
+def _is_finished(
+    recipe: Recipe, inputs: RunInputs, plan: RunPlan, cluster: Cluster, start: Beginning
+) -> bool:
     """Whether nothing is left to do, as the first rank sees it: folders may look older from other
     machines.
     """
     has_all = cluster.world.is_first and is_through(
-        recipe, step=start.step, steps=inputs.steps, evaluates=inputs.has_exam
+        recipe, step=start.step, steps=plan.steps, evaluates=inputs.has_exam
     )
     return bool(cluster.gather(has_all)[0])
+
+
+def _check_saved(run: Run, state: TrainState) -> None:
+    if run.saver.last_step != state.plan.steps:
+        raise BigmixError(
+            f"all {state.plan.steps} steps are done, but the checkpoint of the last one could not"
+            f" be written; free space in {run.recipe.output}, the same command goes on after step"
+            f" {run.saver.last_step or 0}"
+        )
 
 
 def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: StopFlag) -> None:
@@ -251,10 +203,10 @@ def _attempt(run: SweepRun, cluster: Cluster, flag: StopFlag, shared: Shared) ->
     return failure
 
 
-def _look(run: SweepRun, inputs: Inputs) -> bool:
+def _look(run: SweepRun, inputs: RunInputs) -> bool:
     """Whether a run is done; raises BadInput where its models do not fit."""
     read_configs(run.recipe, inputs.manifest)
-    return state_of(run.recipe, steps=inputs.steps, evaluates=inputs.has_exam).kind == "done"
+    return state_of(run.recipe, steps=inputs.plan.steps, evaluates=inputs.has_exam).kind == "done"
 
 
 def _machines(world: World) -> int:

@@ -2,17 +2,20 @@
 out.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.signals import StopFlag
 from bigmix.cluster.watchdog import Watchdog
 from bigmix.cluster.world import World
 from bigmix.data.records import Decision, Portion
-from bigmix.evaluation.evaluator import FirstEvaluation, pieces_in, questions_of
+from bigmix.data.run_plan import RunPlan
+from bigmix.evaluation.evaluator import Evaluator, FirstEvaluation, pieces_in, questions_of
 from bigmix.evaluation.forward import Exam
 from bigmix.evaluation.held_out import read_base
 from bigmix.evaluation.tasks.prompts import Asked
@@ -26,8 +29,8 @@ from bigmix.model.engine import AdamW, Engine, device_of, sharded_construction
 from bigmix.model.flops import Cost, cost_of, count_parameters, peak_flops
 from bigmix.model.inputs import Anchor
 from bigmix.model.loading import Origin, Place, open_anchor
-from bigmix.recipe import Recipe, plain, to_yaml
-from bigmix.runs.checkpoints import Listed, Position, put_aside
+from bigmix.recipe import Recipe, to_yaml
+from bigmix.runs.checkpoints import put_aside
 from bigmix.runs.metrics_log import RunLog
 from bigmix.runs.resume import (
     CHECKPOINTS,
@@ -41,60 +44,100 @@ from bigmix.runs.resume import (
 from bigmix.runs.saver import Keeping, Saver
 from bigmix.terminal import Terminal
 from bigmix.train.header import show_header
-from bigmix.train.inputs import Inputs, accumulation
-from bigmix.train.state import Health, restore
-from bigmix.train.step import Aim
-from bigmix.train.step_metrics import Report
+from bigmix.train.inputs import RunInputs, accumulation
+from bigmix.train.state import Run, TrainState, restore
+from bigmix.train.step import TrainingObjective
+from bigmix.train.step_metrics import Health, Report, RunMetrics, StepClock, ends_of
 from bigmix.types import Choice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Parts:
-    """What the loop moves values between; `passed_over` are the steps that are not trained.
+class RunContext:
+    """What a run is given by the process that it runs in.
 
-    `first_evaluations` are those of runs before this one in the same process, by what they follow
-    from. `decisions` are those of controllers, oldest first.
+    `baselines` are the evaluations before the first step of the runs before it in this process.
     """
 
-    recipe: Recipe
-    inputs: Inputs
     cluster: Cluster
-    portion: Portion
-    engine: Engine
-    aim: Aim
-    tasks: Mapping[str, Asked]
-    report: Report
-    exam: Exam
-    saver: Saver
-    health: Health
-    passed_over: set[int]
-    decisions: Sequence[Decision]
-    log: RunLog | None
     terminal: Terminal
     flag: StopFlag
     watchdog: Watchdog
-    first_evaluations: dict[str, FirstEvaluation] = field(default_factory=dict)
+    baselines: dict[str, FirstEvaluation]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _BuiltModel:
+    """The model in its engine, and what was chosen for it."""
+
+    engine: Engine
+    keys: Mapping[str, Any]
+    dtype: Choice
+    attention: Choice
+    backend: Choice
+    cost: Cost | None
+    num_parameters: int
 
 
 def set_up(
-    recipe: Recipe,
-    inputs: Inputs,
-    cluster: Cluster,
-    terminal: Terminal,
-    flag: StopFlag,
-    watchdog: Watchdog,
-    start: Beginning,
-) -> Parts:
-    """Build everything that the loop needs, and go on from a checkpoint if there is one; a
-    collective.
+    recipe: Recipe, inputs: RunInputs, plan: RunPlan, start: Beginning, context: RunContext
+) -> tuple[Run, TrainState]:
+    """Build everything that the loop needs, and restore a checkpoint if there is one; a collective.
 
     Raises BadInput where models, data and recipe do not fit together.
     """
+    cluster, terminal, watchdog = context.cluster, context.terminal, context.watchdog
     world, device = cluster.world, device_of(cluster.world)
     log_to_file(Path(recipe.output) / LOG, world)
     configs = read_configs(recipe, inputs.manifest)
-    config = configs.model
-    tasks = _tasks(recipe, inputs, config, terminal)
+    tasks = _tasks(recipe, inputs, configs.model, terminal)
+    built = _build(recipe, inputs, configs, world, watchdog)
+    watchdog.doing("making the reference model")
+    place = Place(keys=built.keys, dtype=built.dtype.value, device=device)
+    reference, base = _frozen(recipe, configs, place)
+    show_header(
+        terminal,
+        recipe,
+        plan,
+        world,
+        num_parameters=built.num_parameters,
+        keys=built.keys,
+        dtype=built.dtype,
+        attention=built.attention,
+        loss=built.backend,
+    )
+    for note in [*inputs.notes, *(note for note in plan.notes if note not in inputs.notes)]:
+        terminal.note(note)
+    log = _open_log(recipe, inputs, plan, start) if world.is_first else None
+    health, saver = _health(recipe), _saver(recipe, cluster, terminal)
+    run = Run(
+        recipe=recipe,
+        inputs=inputs,
+        cluster=cluster,
+        portion=_portion(recipe, world),
+        engine=built.engine,
+        objective=_objective(recipe, plan, reference),
+        evaluator=_evaluator(recipe, inputs, built.engine, cluster, tasks, base),
+        metrics=RunMetrics(_report(recipe, plan, built, world, device), log, terminal, health),
+        saver=saver,
+        health=health,
+        clock=StepClock(context.flag, watchdog, saver, ends_of(recipe)),
+        terminal=terminal,
+        flag=context.flag,
+        watchdog=watchdog,
+        baselines=context.baselines,
+    )
+    skipped_steps = _skipped_steps(recipe, cluster)
+    _resume(run, start)
+    return run, TrainState(
+        step=start.step, plan=plan, skipped_steps=skipped_steps, decisions=_decisions(start)
+    )
+
+
+def _build(
+    recipe: Recipe, inputs: RunInputs, configs: Configs, world: World, watchdog: Watchdog
+) -> _BuiltModel:
+    """The model in its engine; a collective."""
+    config, device = configs.model, device_of(world)
     dtype = choose_dtype(recipe.model.dtype, device)
     attention = choose_attention(recipe.model.attention, config, device, dtype.value)
     backend = choose_backend(recipe.loss.backend, device)
@@ -118,49 +161,36 @@ def set_up(
     watchdog.doing("making the engine")
     engine = Engine(model, keys, _adamw(recipe), recipe.train.ema)
     check_model(engine, config.vocab_size)
-    watchdog.doing("making the reference model")
-    anchor, base = _frozen(recipe, configs, Place(keys=keys, dtype=dtype.value, device=device))
-    aim = _aim(recipe, anchor)
-    peak = peak_flops(device, dtype.value)
-    report = _report(recipe, inputs, cost_of(model.lm), peak * world.size if peak else None)
-    show_header(
-        terminal,
-        recipe,
-        inputs,
-        world,
-        parameters=count_parameters(model.lm),
+    return _BuiltModel(
+        engine=engine,
         keys=keys,
         dtype=dtype,
         attention=attention,
-        loss=backend,
+        backend=backend,
+        cost=cost_of(model.lm),
+        num_parameters=count_parameters(model.lm),
     )
-    for note in inputs.notes:
-        terminal.note(note)
-    log = _open_log(recipe, inputs, start) if world.is_first else None
-    parts = Parts(
-        recipe=recipe,
-        inputs=inputs,
-        cluster=cluster,
-        portion=_portion(recipe, world),
+
+
+def _evaluator(
+    recipe: Recipe,
+    inputs: RunInputs,
+    engine: Engine,
+    cluster: Cluster,
+    tasks: Mapping[str, Asked],
+    base: Anchor | None,
+) -> Evaluator:
+    return Evaluator(
         engine=engine,
-        aim=aim,
+        cluster=cluster,
+        held_out=_exam(recipe, inputs, base),
         tasks=tasks,
-        report=report,
-        exam=_exam(recipe, inputs, base),
-        saver=_saver(recipe, cluster, terminal),
-        health=_health(recipe),
-        passed_over=_passed_over(recipe, cluster),
-        decisions=_decisions(start),
-        log=log,
-        terminal=terminal,
-        flag=flag,
-        watchdog=watchdog,
+        weights=recipe.train.task_weights,
+        seed=recipe.seed,
     )
-    _resume(parts, start)
-    return parts
 
 
-def _keys(recipe: Recipe, inputs: Inputs, world: World, dtype: str) -> dict[str, Any]:
+def _keys(recipe: Recipe, inputs: RunInputs, world: World, dtype: str) -> dict[str, Any]:
     return fill(
         inputs.ds_keys,
         micro_batch_rows=recipe.train.micro_batch_rows,
@@ -171,12 +201,12 @@ def _keys(recipe: Recipe, inputs: Inputs, world: World, dtype: str) -> dict[str,
     )
 
 
-def _aim(recipe: Recipe, anchor: Anchor | None) -> Aim:
-    weighing = {name: source.weigh for name, source in recipe.sources.items()}
-    return Aim(objective=recipe.objective, weighing=weighing, anchor=anchor)
+def _objective(recipe: Recipe, plan: RunPlan, reference: Anchor | None) -> TrainingObjective:
+    weighing = {name: recipe.sources[name].weigh for name in plan.mixture.names}
+    return TrainingObjective(objective=recipe.objective, weighing=weighing, reference=reference)
 
 
-def _tasks(recipe: Recipe, inputs: Inputs, config: Any, terminal: Terminal) -> dict[str, Asked]:
+def _tasks(recipe: Recipe, inputs: RunInputs, config: Any, terminal: Terminal) -> dict[str, Asked]:
     """The tasks as tokens; before the model is made, since a prompt may be too long for it."""
     for name, task in recipe.tasks.items():
         if task.execute:
@@ -197,12 +227,15 @@ def _adamw(recipe: Recipe) -> AdamW:
     return AdamW(betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
 
 
-def _report(recipe: Recipe, inputs: Inputs, cost: Cost | None, peak: float | None) -> Report:
+def _report(
+    recipe: Recipe, plan: RunPlan, built: _BuiltModel, world: World, device: torch.device
+) -> Report:
+    peak = peak_flops(device, built.dtype.value)
     return Report(
         tuple(recipe.sources),
-        inputs.plan.epochs,
-        cost=cost,
-        peak_flops=peak,
+        plan.epochs,
+        cost=built.cost,
+        peak_flops=peak * world.size if peak else None,
         measured=_measured(recipe),
     )
 
@@ -228,7 +261,7 @@ def _frozen(recipe: Recipe, configs: Configs, place: Place) -> tuple[Anchor | No
     return anchor, anchor if recipe.train.evaluate_kl else None
 
 
-def _exam(recipe: Recipe, inputs: Inputs, base: Anchor | None) -> Exam:
+def _exam(recipe: Recipe, inputs: RunInputs, base: Anchor | None) -> Exam:
     return Exam(
         held_out=inputs.held_out,
         micro_batch_rows=recipe.train.micro_batch_rows,
@@ -247,8 +280,8 @@ def _computing(recipe: Recipe, backend: Choice) -> Computing:
     return computing_of(backend.value, recipe.loss.chunk_mib, recipe.loss.head_gradient)
 
 
-def _resume(parts: Parts, start: Beginning) -> None:
-    terminal, world, folder = parts.terminal, parts.cluster.world, Path(parts.recipe.output)
+def _resume(run: Run, start: Beginning) -> None:
+    terminal, world, folder = run.terminal, run.cluster.world, Path(run.recipe.output)
     for fault in start.torn:
         terminal.warning(f"checkpoint passed over: {fault}")
     if world.is_first:
@@ -256,9 +289,9 @@ def _resume(parts: Parts, start: Beginning) -> None:
             terminal.note(f"what is left of it is kept as {path}")
     if start.checkpoint is None:
         return
-    go_to(parts, start.checkpoint)
-    kept, *_ = parts.cluster.gather(read_base(folder) if world.is_first else None)
-    parts.report.base.put_back(kept)
+    restore(run, start.checkpoint)
+    kept, *_ = run.cluster.gather(read_base(folder) if world.is_first else None)
+    run.metrics.report.base.put_back(kept)
     ranks, now = start.checkpoint.ranks, world.size
     for change in start.changes:
         terminal.warning(f"from step {start.step + 1} on: {change}")
@@ -266,33 +299,8 @@ def _resume(parts: Parts, start: Beginning) -> None:
     terminal.note(f"going on after step {start.step}, from {start.checkpoint.path}{other}")
 
 
-def _decisions(start: Beginning) -> Sequence[Decision]:
-    return start.checkpoint.position.decisions if start.checkpoint is not None else ()
-
-
-def position_of(parts: Parts, at_step: int) -> Position:
-    """Where a run stands after a step; every step must have been read from the report."""
-    plan = parts.inputs.plan
-    return Position(
-        step=at_step,
-        report=parts.report.state(),
-        losses=parts.health.state(),
-        recipe=plain(parts.recipe),
-        chapter=plan.chapter,
-        standing=plan.standing(at_step),
-        content=parts.inputs.content,
-        quarantine=plan.quarantine,
-        decisions=parts.decisions,
-    )
-
-
-def go_to(parts: Parts, checkpoint: Listed) -> None:
-    """Put everything that a step changes back to where it was at a checkpoint; a collective."""
-    parts.watchdog.doing(f"reading {checkpoint.path}")
-    restore(parts.engine, checkpoint)
-    parts.report.resume(checkpoint.position.report)
-    parts.health.resume(checkpoint.position.losses)
-    parts.saver.resume(checkpoint.position.step)
+def _decisions(start: Beginning) -> tuple[Decision, ...]:
+    return tuple(start.checkpoint.position.decisions) if start.checkpoint is not None else ()
 
 
 def _portion(recipe: Recipe, world: World) -> Portion:
@@ -312,11 +320,11 @@ def _health(recipe: Recipe) -> Health:
     )
 
 
-def _passed_over(recipe: Recipe, cluster: Cluster) -> set[int]:
+def _skipped_steps(recipe: Recipe, cluster: Cluster) -> frozenset[int]:
     """The steps that are not trained, by the recipe or since the run has gone back before them."""
     folder = Path(recipe.output)
     own = read_passed_over(folder).steps if cluster.world.is_first else frozenset[int]()
-    return {*recipe.train.pass_over, *cluster.gather(own)[0]}
+    return frozenset({*recipe.train.pass_over, *cluster.gather(own)[0]})
 
 
 def _saver(recipe: Recipe, cluster: Cluster, terminal: Terminal) -> Saver:
@@ -330,7 +338,7 @@ def _saver(recipe: Recipe, cluster: Cluster, terminal: Terminal) -> Saver:
     )
 
 
-def _open_log(recipe: Recipe, inputs: Inputs, start: Beginning) -> RunLog:
+def _open_log(recipe: Recipe, inputs: RunInputs, plan: RunPlan, start: Beginning) -> RunLog:
     write_recipe(recipe)
     keep_changes(Path(recipe.output), start.step, start.changes)
     log = RunLog(
@@ -342,7 +350,7 @@ def _open_log(recipe: Recipe, inputs: Inputs, start: Beginning) -> RunLog:
     shares = {f"share/{n}": str(s.share) for n, s in recipe.sources.items()}
     log.describe(
         to_yaml(recipe),
-        {"lr": recipe.train.lr, "objective": recipe.objective, "steps": inputs.steps, **shares},
+        {"lr": recipe.train.lr, "objective": recipe.objective, "steps": plan.steps, **shares},
     )
     return log
 

@@ -1,104 +1,183 @@
-"""What each step did goes in; whether the run must go back to its last checkpoint, and past which
-steps, comes out.
+"""The state of a run: its services (`Run`) and where it stands (`TrainState`)."""
 
-Every rank gets the same numbers, so all come to the same end without asking each other.
-"""
-
-import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
 
+from bigmix.cluster.collectives import Cluster
+from bigmix.cluster.signals import StopFlag
+from bigmix.cluster.watchdog import Watchdog
+from bigmix.data.loader import Batches
+from bigmix.data.records import Decision, Portion
+from bigmix.data.run_plan import RunPlan
+from bigmix.evaluation.evaluator import Evaluator, FirstEvaluation
 from bigmix.model.engine import Engine
-from bigmix.runs.checkpoints import Listed
-from bigmix.runs.resume import RollBack
+from bigmix.recipe import Recipe, plain
+from bigmix.recipe.schedule import LearningRate, warmup_steps
+from bigmix.runs.checkpoints import Listed, Position
+from bigmix.runs.saver import Saver
 from bigmix.runs.state_file import StateReader
-
-WINDOW = 100  # losses that a new one is held against
-_LEAPT = "the loss leapt up"
-_FEWEST = 20  # of them, before which nothing is called a spike
+from bigmix.seeding import key_of
+from bigmix.terminal import Terminal
+from bigmix.train.inputs import RunInputs
+from bigmix.train.step import StepSettings, TrainingObjective
+from bigmix.train.step_metrics import Health, RunMetrics, StepClock
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spike:
-    """A step whose loss stands `deviations` standard deviations above the mean of those
-    before it.
+class Run:
+    """The services of a run, built once by `setup`; no field is replaced while it runs.
+
+    `baselines` are the evaluations before the first step of this run and of those before it in the
+    same process, by what they follow from.
+    """
+
+    recipe: Recipe
+    inputs: RunInputs
+    cluster: Cluster
+    portion: Portion
+    engine: Engine
+    objective: TrainingObjective
+    evaluator: Evaluator
+    metrics: RunMetrics
+    saver: Saver
+    health: Health
+    clock: StepClock
+    terminal: Terminal
+    flag: StopFlag
+    watchdog: Watchdog
+    baselines: dict[str, FirstEvaluation]
+
+    def open_loader(self, state: "TrainState") -> Batches:
+        """What this rank reads from the next step on."""
+        return Batches(
+            state.plan,
+            self.inputs.sources,
+            self.inputs.depot,
+            self.portion,
+            first=state.step + 1,
+            ahead=self.recipe.train.prefetch_steps,
+            gives_up=self.flag.is_set,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainState:
+    """Where a run stands after `step`: a change is a new value.
+
+    `skipped_steps` are not trained. `decisions` are those of controllers, oldest first.
     """
 
     step: int
-    loss: float
-    deviations: float
-
-
-class Health:
-    """Counts steps without a finite gradient in a row, and tells spikes of the loss.
-
-    `skips` in a row ask for a roll-back, None: never. A loss more than `deviations` standard
-    deviations above the mean of the last 100 is a spike, which is not added to them, None: none is;
-    `spikes_roll_back`: each one asks for it.
-    """
-
-    def __init__(
-        self, *, skips: int | None, deviations: float | None, spikes_roll_back: bool
-    ) -> None:
-        self._most_skips = skips
-        self._deviations = deviations
-        self._spikes_roll_back = spikes_roll_back
-        self._back: RollBack | None = None
-        self._skipped: list[int] = []
-        self._losses: deque[float] = deque(maxlen=WINDOW)
+    plan: RunPlan
+    skipped_steps: frozenset[int] = frozenset()
+    decisions: tuple[Decision, ...] = ()
 
     @property
-    def is_well(self) -> bool:
-        """Whether the last step moved the weights: only then they are worth a checkpoint."""
-        return not self._skipped
-
-    def asked(self) -> RollBack | None:
-        """The roll-back that what was taken in asks for; asked for once."""
-        back, self._back = self._back, None
-        return back
-
-    def after(self, step: int, *, skipped: bool) -> None:
-        """Take a step in: whether it was skipped since its gradient was not finite."""
-        if not skipped:
-            self._skipped = []
-            return
-        self._skipped.append(step)
-        if self._most_skips is not None and len(self._skipped) >= self._most_skips:
-            steps, self._skipped = tuple(self._skipped), []
-            reason = f"{len(steps)} steps in a row had no finite gradient"
-            self._back = RollBack(steps=steps, reason=reason)
-
-    def loss(self, step: int, loss: float) -> Spike | None:
-        """Take the loss of a step in, in the order of the steps; the spike that it is."""
-        if self._deviations is None or not math.isfinite(loss):
-            return None
-        height = _deviations(loss, self._losses) if len(self._losses) >= _FEWEST else 0.0
-        if height <= self._deviations:
-            self._losses.append(loss)
-            return None
-        if self._spikes_roll_back:
-            before = self._back.steps if self._back is not None else ()
-            self._back = RollBack(steps=(*before, step), reason=_LEAPT)
-        return Spike(step=step, loss=loss, deviations=height)
-
-    def state(self) -> list[float]:
-        """The losses that the next one is held against."""
-        return list(self._losses)
-
-    def resume(self, state: Sequence[float]) -> None:
-        """Go on from what `state` gave."""
-        self._back, self._skipped = None, []
-        self._losses = deque(state, maxlen=WINDOW)
+    def is_last(self) -> bool:
+        """Whether the budget is spent."""
+        return self.step == self.plan.steps
 
 
-def _deviations(loss: float, before: Sequence[float] | deque[float]) -> float:
-    spread = stdev(before)
-    above = loss - fmean(before)
-    return above / spread if spread else math.inf * above if above > 0 else 0.0
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Due:
+    """What follows a step, in this order."""
+
+    log: bool
+    save: bool
+    evaluate: bool
 
 
-def restore(engine: Engine, listed: Listed) -> None:
-    """Put weights and optimizer back, whatever number of ranks wrote them; a collective."""
-    engine.put_back(StateReader(listed.path).fill)
+def due_after(run: Run, state: TrainState) -> Due:
+    """What follows the step that was just trained."""
+    train = run.recipe.train
+    # While steps are skipped the weights may be what is wrong.
+    saves = run.saver.is_due(state.step, train.save_every) and run.health.is_well
+    save = state.is_last or saves
+    return Due(
+        log=save or state.step % train.log_every == 0,
+        save=save,
+        evaluate=evaluates_after(run, state),
+    )
+
+
+def evaluates_after(run: Run, state: TrainState) -> bool:
+    """Whether an evaluation follows a step; one comes before the first step and one after the
+    last.
+    """
+    every = run.recipe.train.evaluate_every
+    is_due = state.step == 0 or state.is_last or (every > 0 and state.step % every == 0)
+    return is_due and bool(run.inputs.held_out or tasks_after(run, state))
+
+
+def tasks_after(run: Run, state: TrainState) -> frozenset[str]:
+    """The tasks that are part of the evaluation after a step."""
+    last = state.plan.steps
+    steps = {"ends": (0, last), "last": (last,), "every": (state.step,)}
+    tasks = run.evaluator.tasks.items()
+    return frozenset(name for name, asked in tasks if state.step in steps[asked.task.when])
+
+
+def step_settings(run: Run, state: TrainState, number: int) -> StepSettings:
+    """What step `number` takes besides its batch."""
+    return StepSettings(
+        shares=state.plan.shares_of_step(number),
+        lr=_learning_rate(run, state, number),
+        dropout_seed=key_of(run.recipe.seed, "dropout", number, run.portion.rank) >> 1,
+    )
+
+
+def _learning_rate(run: Run, state: TrainState, number: int) -> float:
+    """The learning rate of a step; where decisions change the number of steps, by the part of the
+    run that is done.
+    """
+    train, decisions = run.recipe.train, state.decisions
+    steps = run.inputs.plan.steps if decisions else state.plan.steps
+    rate = LearningRate(
+        peak=train.lr,
+        steps=steps,
+        warmup_steps=warmup_steps(train.warmup, steps),
+        shape=train.schedule,
+        decay=train.decay,
+        final=train.final_lr,
+    )
+    if not decisions:
+        return rate.at(number)
+    return rate.at(steps * progress(number, state.plan.steps, decisions))
+
+
+def progress(step: int, steps: int, decisions: Sequence[Decision]) -> float:
+    """The part of a run of now `steps` steps that is done after `step`.
+
+    From the last decision, which may have changed the number of steps, it grows evenly to 1.
+    """
+    if not decisions:
+        return step / steps
+    last = decisions[-1]
+    return last.progress + (1 - last.progress) * (step - last.step) / max(steps - last.step, 1)
+
+
+def position_of(run: Run, state: TrainState) -> Position:
+    """The state as a checkpoint keeps it; the metrics of every step must have been flushed."""
+    plan = state.plan
+    return Position(
+        step=state.step,
+        report=run.metrics.report.state(),
+        losses=run.health.state(),
+        recipe=plain(run.recipe),
+        chapter=plan.chapter,
+        standing=plan.standing(state.step),
+        content=run.inputs.content,
+        quarantine=plan.quarantine,
+        decisions=state.decisions,
+    )
+
+
+def restore(run: Run, checkpoint: Listed) -> None:
+    """Put everything that a step changes back to where it was at a checkpoint, whatever number of
+    ranks wrote it; a collective.
+    """
+    run.watchdog.doing(f"reading {checkpoint.path}")
+    run.engine.put_back(StateReader(checkpoint.path).fill)
+    run.metrics.report.resume(checkpoint.position.report)
+    run.health.resume(checkpoint.position.losses)
+    run.saver.resume(checkpoint.position.step)

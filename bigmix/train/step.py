@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bigmix.cluster.collectives import Cluster
 from bigmix.data.batch import EXPONENTS, masses, part_weights
-from bigmix.data.records import MicroBatch, StepBatch
+from bigmix.data.quarantine import BadShard
+from bigmix.data.records import MicroBatch, Portion, StepBatch
 from bigmix.loss.objective import Objective, StepShares, StepWeights, divergence_weights, weigh
 from bigmix.loss.terms import Statistic
 from bigmix.model.causal_lm import ModelTensors
@@ -45,14 +46,19 @@ class StepResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Aim:
-    """What steps minimise: the objective, how the tokens of each source weigh among themselves,
-    what it stays near to.
+class TrainingObjective:
+    """What steps minimise: the objective, how the loss tokens of each source weigh among
+    themselves, and the reference model of a KL term.
     """
 
     objective: Objective
     weighing: Mapping[str, Weighing]
-    anchor: Anchor | None
+    reference: Anchor | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources."""
+        return tuple(self.weighing)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,121 +70,135 @@ class _Coefficients:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Part:
-    """A micro-batch with the weights of its parts, None where all weigh alike, and the rows that
-    the frozen model is shown.
+class WeighedMicroBatch:
+    """A micro-batch with the weights of its documents, None where all weigh alike, and the rows
+    that the reference model reads.
     """
 
     micro_batch: MicroBatch
     weights_P: Floats | None
-    anchored_U: Ints
+    reference_rows_U: Ints
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Counts:
-    """A step's counts over all ranks; `anchored_rows`: in each micro-batch those that the frozen
-    model is shown.
+class StepCounts:
+    """A step's counts over all ranks; `reference_rows` are those of each micro-batch that the
+    reference model reads.
     """
 
     loss_tokens: Mapping[str, int]
     tokens: Mapping[str, int]
     masses: Mapping[str, float]
-    anchored_rows: Sequence[int]
+    reference_rows: Sequence[int]
     squares: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outline:
-    """What the ranks know of a step without its batch: the sources, and the micro-batches of each
-    rank.
-    """
-
-    names: Sequence[str]
-    micro_batches: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ready:
-    """A step that every rank has its batch of: this rank's one, its parts, and the counts over all
-    ranks.
+class TrainableStep:
+    """A step for which every rank has a batch: this rank's batch, its micro-batches with their
+    weights, and the counts over all ranks.
     """
 
     batch: StepBatch
-    parts: Sequence[_Part]
-    counts: _Counts
+    micro_batches: Sequence[WeighedMicroBatch]
+    counts: StepCounts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Agreement:
-    """What all ranks know before a step: whether any was asked to stop; `ready` is None where any
-    has no batch.
+class SyncedBatch:
+    """What all ranks know before a step.
+
+    `ready` is None where any rank has no batch: since shards could not be read (`bad_shards`, of
+    all ranks), or since a stop was requested.
     """
 
-    stop_asked: bool
-    ready: Ready | None
+    ready: TrainableStep | None
+    bad_shards: Sequence[BadShard] = ()
 
 
-def agree(
-    cluster: Cluster, batch: StepBatch | None, outline: Outline, aim: Aim, *, stop_asked: bool
-) -> Agreement:
-    """What the ranks have for the next step, and whether to go on; a collective, the one sum before
-    the first forward.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepSettings:
+    """What a step takes besides its batch.
 
-    A rank without a batch takes part all the same: then the step is trained by none. Every rank
-    learns whether any of them was asked to stop.
+    `dropout_seed` is of this rank and this step, so that a resumed run drops the units that an
+    uninterrupted one does.
     """
-    names = tuple(outline.names)
-    parts = [] if batch is None else [_part(m, names, aim) for m in batch.micro_batches]
-    own = [0.0] * _numbers(outline) if batch is None else _own_counts(batch, parts, names)
-    stops, absent, *sums = cluster.sum_counts([stop_asked, batch is None, *own])
-    return Agreement(
-        stop_asked=stops > 0,
-        ready=(
-            None
-            if batch is None or absent
-            else Ready(batch=batch, parts=parts, counts=_counts(sums, names))
-        ),
+
+    shares: StepShares
+    lr: float
+    dropout_seed: int
+
+
+def sync(
+    cluster: Cluster,
+    batch: StepBatch | BadShard | None,
+    objective: TrainingObjective,
+    portion: Portion,
+    *,
+    stop: bool,
+) -> SyncedBatch:
+    """Agree on the next step: a collective, the one sum before the first forward.
+
+    `batch` is what this rank has read: its batch, the shard that it could not read, or None where
+    it was asked to stop while it waited. A rank without a batch takes part all the same; then no
+    rank trains the step. `stop` is whether this rank was asked to stop: if any was, none trains.
+    """
+    own = None if isinstance(batch, BadShard) else batch
+    micro_batches = [] if own is None else [_weighed(m, objective) for m in own.micro_batches]
+    counts = (
+        [0.0] * _num_counts(objective, portion)
+        if own is None
+        else _own_counts(own, micro_batches, objective.names)
+    )
+    stops, absent, *sums = cluster.sum_counts([stop, own is None, *counts])
+    if stops:
+        return SyncedBatch(ready=None)
+    if own is None or absent:
+        everywhere = cluster.gather(batch if isinstance(batch, BadShard) else None)
+        return SyncedBatch(ready=None, bad_shards=[bad for bad in everywhere if bad is not None])
+    step_counts = _step_counts(sums, objective.names)
+    return SyncedBatch(
+        ready=TrainableStep(batch=own, micro_batches=micro_batches, counts=step_counts)
     )
 
 
 def run(
     engine: Engine,
     cluster: Cluster,
-    ready: Ready,
-    *,
-    shares: StepShares,
-    aim: Aim,
-    lr: float,
-    chance: int,
-    doing: Callable[[str], None],
+    ready: TrainableStep,
+    objective: TrainingObjective,
+    settings: StepSettings,
+    on_activity: Callable[[str], None],
 ) -> StepResult:
     """One optimizer step on what the ranks have agreed on; a collective.
 
-    `chance` decides the dropout of this step on this rank, so that a resumed run drops what an
-    uninterrupted one does. `doing` is told what begins.
+    `on_activity` is given what begins.
     """
-    torch.manual_seed(chance)
+    torch.manual_seed(settings.dropout_seed)
     watch = Stopwatch(engine.device)
     batch, counts = ready.batch, ready.counts
-    weights = weigh(aim.objective, shares, batch.rows, counts.loss_tokens, counts.masses)
-    coefficients = _coefficients(weights, counts, batch, shares, aim, cluster.world.size)
+    weights = weigh(
+        objective.objective, settings.shares, batch.rows, counts.loss_tokens, counts.masses
+    )
+    coefficients = _coefficients(weights, ready, settings.shares, objective, cluster.world.size)
     place = f"of step {batch.step}, micro-batch"
     sums_SM = torch.zeros(len(batch.rows), len(Statistic), device=engine.device)
     finite: list[Tensor] = []
-    for number, (part, shown) in enumerate(zip(ready.parts, counts.anchored_rows, strict=True), 1):
+    for number, micro_batch in enumerate(ready.micro_batches, 1):
         watch.mark("other")
-        doing(f"forward {place} {number}")
+        on_activity(f"forward {place} {number}")
+        reference = objective.reference if counts.reference_rows[number - 1] else None
         value, micro_SM = engine.forward(
-            _moved(part, coefficients, aim.anchor if shown else None, engine.device)
+            _on_device(micro_batch, coefficients, reference, engine.device)
         )
         sums_SM += micro_SM
         finite.append(value.detach().isfinite())
         watch.mark("forward")
-        doing(f"backward {place} {number}")
+        on_activity(f"backward {place} {number}")
         engine.backward(value)
         watch.mark("backward")
-        doing(f"optimizer {place} {number}")
-        engine.step_micro_batch(lr)
+        on_activity(f"optimizer {place} {number}")
+        engine.step_micro_batch(settings.lr)
         watch.mark("optimizer")
     skipped = engine.was_skipped()
     if not skipped:
@@ -186,7 +206,7 @@ def run(
         watch.mark("optimizer")
     return StepResult(
         step=batch.step,
-        lr=lr,
+        lr=settings.lr,
         rows=batch.rows,
         substituted=batch.substituted,
         tokens=counts.tokens,
@@ -201,27 +221,31 @@ def run(
     )
 
 
-def _part(micro_batch: MicroBatch, names: Sequence[str], aim: Aim) -> _Part:
-    exponents_S = [EXPONENTS[aim.weighing.get(name, "token")] for name in names]
-    anchored = aim.anchor.weights if aim.anchor is not None else {}
-    return _Part(
+def _weighed(micro_batch: MicroBatch, objective: TrainingObjective) -> WeighedMicroBatch:
+    exponents_S = [EXPONENTS[weighing] for weighing in objective.weighing.values()]
+    referred = objective.reference.weights if objective.reference is not None else {}
+    return WeighedMicroBatch(
         micro_batch=micro_batch,
         weights_P=part_weights(micro_batch, exponents_S) if any(exponents_S) else None,
-        anchored_U=rows_of_sources(micro_batch, [name in anchored for name in names]),
+        reference_rows_U=rows_of_sources(
+            micro_batch, [name in referred for name in objective.names]
+        ),
     )
 
 
-def _numbers(outline: Outline) -> int:
+def _num_counts(objective: TrainingObjective, portion: Portion) -> int:
     """How many numbers `_own_counts` gives."""
-    return 1 + 3 * len(outline.names) + outline.micro_batches
+    return 1 + 3 * len(objective.names) + portion.num_micro_batches
 
 
-def _own_counts(batch: StepBatch, parts: Sequence[_Part], names: Sequence[str]) -> Sequence[float]:
-    """What this rank adds to the counts of the step, as `_counts` reads it."""
+def _own_counts(
+    batch: StepBatch, micro_batches: Sequence[WeighedMicroBatch], names: Sequence[str]
+) -> Sequence[float]:
+    """What this rank adds to the counts of the step, as `_step_counts` reads it."""
     weighed = [
-        masses(part.micro_batch, part.weights_P, len(names))
-        for part in parts
-        if part.weights_P is not None
+        masses(each.micro_batch, each.weights_P, len(names))
+        for each in micro_batches
+        if each.weights_P is not None
     ]
     loss_tokens = [batch.loss_tokens[name] for name in names]
     return [
@@ -229,59 +253,61 @@ def _own_counts(batch: StepBatch, parts: Sequence[_Part], names: Sequence[str]) 
         *loss_tokens,
         *(batch.tokens[name] for name in names),
         *(np.sum(weighed, axis=0) if weighed else loss_tokens),
-        *(len(part.anchored_U) for part in parts),
+        *(len(each.reference_rows_U) for each in micro_batches),
     ]
 
 
-def _counts(sums: Sequence[float], names: Sequence[str]) -> _Counts:
+def _step_counts(sums: Sequence[float], names: Sequence[str]) -> StepCounts:
     squares, *rest = sums
     loss_tokens, tokens, mass = (
         dict(zip(names, rest[index * len(names) :], strict=False)) for index in range(3)
     )
-    return _Counts(
+    return StepCounts(
         loss_tokens={name: int(count) for name, count in loss_tokens.items()},
         tokens={name: int(count) for name, count in tokens.items()},
         masses=mass,
-        anchored_rows=[int(count) for count in rest[3 * len(names) :]],
+        reference_rows=[int(count) for count in rest[3 * len(names) :]],
         squares=int(squares),
     )
 
 
 def _coefficients(
     weights: StepWeights,
-    counts: _Counts,
-    batch: StepBatch,
+    ready: TrainableStep,
     shares: StepShares,
-    aim: Aim,
-    ranks: int,
+    objective: TrainingObjective,
+    num_ranks: int,
 ) -> _Coefficients:
-    kappas = aim.anchor.weights if aim.anchor is not None else {}
-    divergences = divergence_weights(kappas, shares, batch.rows, counts.loss_tokens)
-    names = tuple(batch.rows)
+    kl_weights = objective.reference.weights if objective.reference is not None else {}
+    rows = ready.batch.rows
+    divergences = divergence_weights(kl_weights, shares, rows, ready.counts.loss_tokens)
     # ZeRO averages gradients over ranks; times the number of ranks, the mean is the step's sum
     # again.
     return _Coefficients(
-        nll_S=[weights.token[name] * ranks for name in names],
-        divergence_S=[divergences[name] * ranks for name in names],
+        nll_S=[weights.token[name] * num_ranks for name in rows],
+        divergence_S=[divergences[name] * num_ranks for name in rows],
     )
 
 
-def _moved(
-    part: _Part, coefficients: _Coefficients, anchor: Anchor | None, device: torch.device
+def _on_device(
+    weighed: WeighedMicroBatch,
+    coefficients: _Coefficients,
+    reference: Anchor | None,
+    device: torch.device,
 ) -> ModelTensors:
-    """The micro-batch on the device; `anchor` is given on all ranks or on none, wherever its rows
-    are.
+    """The micro-batch on the device; `reference` is given on all ranks or on none, wherever its
+    rows are.
     """
-    if anchor is None:
-        return tensors(part.micro_batch, coefficients.nll_S, device, part.weights_P)
+    if reference is None:
+        return tensors(weighed.micro_batch, coefficients.nll_S, device, weighed.weights_P)
     return tensors_with_reference(
-        part.micro_batch,
-        part.anchored_U,
-        anchor,
+        weighed.micro_batch,
+        weighed.reference_rows_U,
+        reference,
         coefficients_S=coefficients.nll_S,
         divergences_S=coefficients.divergence_S,
         device=device,
-        weights_P=part.weights_P,
+        weights_P=weighed.weights_P,
     )
 
 

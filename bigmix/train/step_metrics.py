@@ -2,27 +2,185 @@
 added up so far.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
 
+from bigmix.cluster.signals import StopFlag
+from bigmix.cluster.watchdog import Watchdog
 from bigmix.evaluation.held_out import Base
 from bigmix.loss.terms import Statistic
 from bigmix.model.flops import Cost
-from bigmix.runs.metrics_log import Line
+from bigmix.recipe import Recipe
+from bigmix.runs.metrics_log import Line, RunLog
+from bigmix.runs.resume import RollBack
+from bigmix.runs.saver import Saver
+from bigmix.terminal import Terminal
 from bigmix.train.step import StepResult
+
+WINDOW = 100  # losses that a new one is held against
+_LEAPT = "the loss leapt up"
+_FEWEST = 20  # of them, before which nothing is called a spike
+_RECENT_STEPS = 10  # the longest of them must fit before the end of the time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTimes:
+    """Seconds of a step: waiting for its rows, waiting for saves since the step before, and all of
+    it.
+    """
+
+    data_wait_s: float
+    save_wait_s: float
+    step_s: float
+
+
+class StepClock:
+    """Measures steps, and asks for a stop while the longest of the last ones still fits into the
+    time that is left.
+    """
+
+    def __init__(
+        self, flag: StopFlag, watchdog: Watchdog, saver: Saver, ends: Mapping[str, float | None]
+    ) -> None:
+        """`ends` are the arguments of `StopFlag.set_end`."""
+        self._flag, self._watchdog, self._saver, self._ends = flag, watchdog, saver, ends
+        self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._saves_counted_s = 0.0
+        self._began = self._fetched = 0.0
+
+    @contextmanager
+    def loading(self, step: int) -> Iterator[None]:
+        """A step begins: inside, its rows are waited for."""
+        self._watchdog.doing(f"waiting for the rows of step {step}")
+        self._began = time.perf_counter()
+        yield
+        self._fetched = time.perf_counter()
+        self._watchdog.doing(f"agreement on step {step}")
+
+    def must_stop(self) -> bool:
+        """Whether a stop was requested, or the next step may not end in time."""
+        return self._flag.is_set(needed_s=max(self._recent_s, default=0.0))
+
+    def lap(self) -> StepTimes:
+        """A step ends: what it took."""
+        ended = time.perf_counter()
+        if not self._recent_s:
+            # From now on: however little time there is, each start of a run comes a step further.
+            self._flag.set_end(**self._ends)
+        times = StepTimes(
+            data_wait_s=self._fetched - self._began,
+            save_wait_s=self._saver.wait_s - self._saves_counted_s,
+            step_s=ended - self._began,
+        )
+        self._recent_s.append(times.step_s)
+        self._saves_counted_s = self._saver.wait_s
+        return times
+
+
+def ends_of(recipe: Recipe) -> dict[str, float | None]:
+    """When a run must stop by itself, as `StopFlag.set_end` takes it: `job_ends_at` in seconds
+    since 1970, early enough for its Slurm job to end well.
+    """
+    end_time = os.environ.get("SLURM_JOB_END_TIME", "")
+    early_s = 60 * recipe.train.stop_before_end_minutes
+    job_ends_at = int(end_time) - early_s if end_time.isdigit() else None
+    return {"max_minutes": recipe.train.max_minutes, "job_ends_at": job_ends_at}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spike:
+    """A step whose loss stands `deviations` standard deviations above the mean of those
+    before it.
+    """
+
+    step: int
+    loss: float
+    deviations: float
+
+
+class Health:
+    """Counts steps without a finite gradient in a row, and tells spikes of the loss.
+
+    `skips` in a row ask for a roll-back, None: never. A loss more than `deviations` standard
+    deviations above the mean of the last 100 is a spike, which is not added to them, None: none is;
+    `spikes_roll_back`: each one asks for it.
+    """
+
+    def __init__(
+        self, *, skips: int | None, deviations: float | None, spikes_roll_back: bool
+    ) -> None:
+        self._most_skips = skips
+        self._deviations = deviations
+        self._spikes_roll_back = spikes_roll_back
+        self._back: RollBack | None = None
+        self._skipped: list[int] = []
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+
+    @property
+    def is_well(self) -> bool:
+        """Whether the last step moved the weights: only then they are worth a checkpoint."""
+        return not self._skipped
+
+    def take_rollback(self) -> RollBack | None:
+        """The roll-back that is called for, if one is; it is given once."""
+        back, self._back = self._back, None
+        return back
+
+    def observe(self, step: int, *, skipped: bool) -> None:
+        """Take note of a step: whether it was skipped since its gradient was not finite."""
+        if not skipped:
+            self._skipped = []
+            return
+        self._skipped.append(step)
+        if self._most_skips is not None and len(self._skipped) >= self._most_skips:
+            steps, self._skipped = tuple(self._skipped), []
+            reason = f"{len(steps)} steps in a row had no finite gradient"
+            self._back = RollBack(steps=steps, reason=reason)
+
+    def loss(self, step: int, loss: float) -> Spike | None:
+        """Take the loss of a step in, in the order of the steps; the spike that it is."""
+        if self._deviations is None or not math.isfinite(loss):
+            return None
+        height = _deviations(loss, self._losses) if len(self._losses) >= _FEWEST else 0.0
+        if height <= self._deviations:
+            self._losses.append(loss)
+            return None
+        if self._spikes_roll_back:
+            before = self._back.steps if self._back is not None else ()
+            self._back = RollBack(steps=(*before, step), reason=_LEAPT)
+        return Spike(step=step, loss=loss, deviations=height)
+
+    def state(self) -> list[float]:
+        """The losses that the next one is held against."""
+        return list(self._losses)
+
+    def resume(self, state: Sequence[float]) -> None:
+        """Go on from what `state` gave."""
+        self._back, self._skipped = None, []
+        self._losses = deque(state, maxlen=WINDOW)
+
+
+def _deviations(loss: float, before: Sequence[float] | deque[float]) -> float:
+    spread = stdev(before)
+    above = loss - fmean(before)
+    return above / spread if spread else math.inf * above if above > 0 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timed:
-    """A step's result with what the loop measured around it, in seconds."""
+    """A step's result with what the loop measured around it."""
 
     result: StepResult
-    data_wait_s: float
-    save_wait_s: float
-    step_s: float
+    times: StepTimes
     peak_gib: float
 
 
@@ -140,14 +298,14 @@ class Report:
             ),
             "lr": result.lr,
             "grad_norm": norm,
-            "step_s": timed.step_s,
-            "data_wait_s": timed.data_wait_s,
-            "save_wait_s": timed.save_wait_s,
+            "step_s": timed.times.step_s,
+            "data_wait_s": timed.times.data_wait_s,
+            "save_wait_s": timed.times.save_wait_s,
             "forward_s": parts.get("forward", 0.0),
             "backward_s": parts.get("backward", 0.0),
             "optimizer_s": parts.get("optimizer", 0.0),
-            "tokens_per_s": tokens / timed.step_s,
-            "mfu": self._mfu(result, timed.step_s),
+            "tokens_per_s": tokens / timed.times.step_s,
+            "mfu": self._mfu(result, timed.times.step_s),
             "peak_gib": timed.peak_gib,
             "skipped": self._skipped,
         }
@@ -203,3 +361,62 @@ class Report:
         tokens, loss_tokens = sum(result.tokens.values()), sum(result.loss_tokens.values())
         needed = self._cost.of_step(tokens, loss_tokens, result.squares)
         return needed / step_s / self._peak_flops
+
+
+class RunMetrics:
+    """Writes what steps and evaluations measured: to metrics.jsonl and TensorBoard on the first
+    rank, and to its terminal.
+    """
+
+    def __init__(
+        self, report: Report, log: RunLog | None, terminal: Terminal, health: Health
+    ) -> None:
+        """`log` is that of the first rank; `health` learns the loss of every step on all ranks."""
+        self.report = report
+        self._log, self._terminal, self._health = log, terminal, health
+
+    def add(self, result: StepResult, times: StepTimes, peak_gib: float) -> None:
+        """Take a step in; its numbers are not read yet, so that no device is waited for."""
+        self.report.add(Timed(result=result, times=times, peak_gib=peak_gib))
+
+    def flush(self, steps: int) -> None:
+        """Read and write the steps that were taken in, of a run of so many steps; all ranks learn
+        of the same spikes.
+        """
+        lines = self.report.read()
+        for line in lines:
+            self.write(line)
+            spike = self._health.loss(int(line["step"] or 0), float(line["loss"] or 0.0))
+            if spike is not None:
+                self._terminal.warning(
+                    f"the loss of step {spike.step} is {spike.loss:.4g}, {spike.deviations:.1f}"
+                    " standard deviations above those before it"
+                )
+        if lines:
+            self._terminal.progress(int(lines[-1]["step"] or 0), steps, lines[-1])
+
+    def skip(self, step: int, steps: int) -> None:
+        """Write down that a step of a run of so many steps is not trained."""
+        self.flush(steps)
+        self.write(self.report.passed_over(step))
+        self._terminal.note(f"step {step} is passed over: its rows are not trained")
+
+    def write(self, line: Line) -> None:
+        """Write one line."""
+        if self._log is not None:
+            self._log.write(line)
+
+    def sync(self) -> None:
+        """Put what is written on the disk."""
+        if self._log is not None:
+            self._log.flush()
+
+    def go_back(self, step: int) -> None:
+        """Take back what was written after a step, which is now the last one that is trained."""
+        if self._log is not None:
+            self._log.go_back(step)
+
+    def close(self) -> None:
+        """Write no more."""
+        if self._log is not None:
+            self._log.close()

@@ -44,11 +44,11 @@ def refused(*overrides):
 
 
 def drawn(inputs):
-    return inputs.plan.mixture.counts(inputs.steps * inputs.plan.rows_per_step)
+    return inputs.plan.mixture.counts(inputs.plan.steps * inputs.plan.rows_per_step)
 
 
 def epochs(inputs):
-    return inputs.plan.epochs(inputs.steps)
+    return inputs.plan.epochs(inputs.plan.steps)
 
 
 GROUP = ["groups={old: {share: 1}}", "sources.web.group=old", "sources.code.group=old"]
@@ -57,7 +57,7 @@ GROUP = ["groups={old: {share: 1}}", "sources.web.group=old", "sources.code.grou
 def test_a_group_divides_its_share(here):
     inputs = opened(*GROUP, "sources.chat.share=3", "sources.web.share=3", "sources.code.share=1")
     assert drawn(inputs) == {"web": 30, "code": 10, "chat": 120}
-    assert inputs.shares_of_step(1).loss == {"web": 0.1875, "code": 0.0625, "chat": 0.75}
+    assert inputs.plan.shares_of_step(1).loss == {"web": 0.1875, "code": 0.0625, "chat": 0.75}
 
 
 @pytest.mark.parametrize("power", [0, 0.5, 1])
@@ -66,7 +66,7 @@ def test_a_temperature_raises_small_sources(here, power):
     inputs = opened(*GROUP, *sizes)
     tokens = {name: inputs.plan.streams[name].manifest.tokens for name in ("web", "code")}
     total = sum(n**power for n in tokens.values())
-    shares = inputs.shares_of_step(1).rows
+    shares = inputs.plan.shares_of_step(1).rows
     for name, count in tokens.items():
         assert shares[name] == pytest.approx(count**power / total * 2 / 3, abs=1e-6)
 
@@ -83,13 +83,13 @@ def test_sizes_count_within_their_group(here):
         for n in ("tiny", "small")
     ]
     groups = ["groups={old: {share: 1}, few: {share: 1}}", *GROUP[1:]]
-    shares = opened(*groups, *both, *more).shares_of_step(1).rows
+    shares = opened(*groups, *both, *more).plan.shares_of_step(1).rows
     assert shares["small"] / shares["tiny"] == pytest.approx(3, rel=1e-4)
 
 
 def test_a_loss_share_is_apart_from_the_share(here):
     inputs = opened("sources.web.loss_share=0.5")
-    shares = inputs.shares_of_step(1)
+    shares = inputs.plan.shares_of_step(1)
     assert shares.rows == {"web": 0.25, "code": 0.25, "chat": 0.5}
     assert shares.loss == {"web": 0.4, "code": 0.2, "chat": 0.4}
 
@@ -138,13 +138,13 @@ def test_every_limit_that_is_too_low_is_told(here):
 
 def test_a_run_stops_where_a_source_is_used_up(here):
     inputs = opened("sources.code.max_epochs=2", "sources.code.when_exhausted=stop")
-    assert inputs.steps < 20
-    assert epochs(inputs)["code"] <= 2 < inputs.plan.epochs(inputs.steps + 1)["code"]
-    assert f"the run ends after {inputs.steps} steps and not 20" in inputs.notes[0]
+    assert inputs.plan.steps < 20
+    assert epochs(inputs)["code"] <= 2 < inputs.plan.epochs(inputs.plan.steps + 1)["code"]
+    assert f"the run ends after {inputs.plan.steps} steps and not 20" in inputs.notes[0]
     # A limit that comes after the stop is never reached.
     later = ["sources.chat.max_epochs=1", "sources.code.when_exhausted=stop"]
     assert "chat" in refused("sources.code.max_epochs=9", *later)[0]
-    assert opened("sources.code.max_epochs=0.5", *later).steps < inputs.steps
+    assert opened("sources.code.max_epochs=0.5", *later).plan.steps < inputs.plan.steps
 
 
 LIMITS = ["sources.code.max_epochs=1.3", "sources.code.when_exhausted=renormalise"]
@@ -165,10 +165,10 @@ def test_sources_leave_one_after_the_other(here, rows_per_step, limit, shares):
         rows = inputs.plan.streams[name].rows_per_epoch
         # One row of a step is the least that a limit can be missed by.
         assert limit - (rows_per_step + 2) / rows < epochs(inputs)[name] <= limit
-        assert inputs.shares_of_step(after + 1).rows[name] == 0
-        assert inputs.shares_of_step(after + 1).loss[name] == 0
+        assert inputs.plan.shares_of_step(after + 1).rows[name] == 0
+        assert inputs.plan.shares_of_step(after + 1).loss[name] == 0
     both = max(ends.values())
-    assert inputs.shares_of_step(both + 1).rows["web"] == pytest.approx(1)
+    assert inputs.plan.shares_of_step(both + 1).rows["web"] == pytest.approx(1)
     assert sum(drawn(inputs).values()) == 400 * rows_per_step
 
 
@@ -265,7 +265,7 @@ def test_a_budget_of_tokens_counts_rows_as_they_grow(here, kind):
     inputs = opened(*LONGER, f"budget={{{kind}: 30000}}")
     portion = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=8)
     sums = []
-    for step in range(1, inputs.steps + 1):
+    for step in range(1, inputs.plan.steps + 1):
         tokens = step_batch(inputs.plan, portion, step).tokens
         sums.append(tokens["chat"] if kind == "task_tokens" else sum(tokens.values()))
     assert sum(sums[:-1]) == pytest.approx(30000, abs=1.5 * max(sums))
@@ -275,10 +275,10 @@ def test_a_budget_of_tokens_counts_rows_as_they_grow(here, kind):
 def test_an_estimate_looks_at_every_length(here, monkeypatch):
     recipe = load_recipe("recipe.yaml", [*LONGER, "budget.steps=200"])
     inputs = open_inputs(recipe, ranks=1, verify=False)
-    exact = plan_counts.count(recipe, inputs)
+    exact = plan_counts.count(recipe, inputs.plan)
     monkeypatch.setattr(plan_counts, "EXACT_ROWS", 100)
     monkeypatch.setattr(plan_counts, "SAMPLE_ROWS", 30)
-    about = plan_counts.count(recipe, inputs)
+    about = plan_counts.count(recipe, inputs.plan)
     for name, source in about.sources.items():
         assert source.tokens == pytest.approx(exact.sources[name].tokens, rel=0.03)
         assert (source.rows, source.epochs) == (
@@ -318,7 +318,7 @@ def test_the_resolved_recipe_means_the_same(here):
     again = load_recipe("resolved.yaml")
     assert again == recipe
     one, two = (open_inputs(r, ranks=1, verify=False) for r in (recipe, again))
-    assert one.notes == two.notes and one.steps == two.steps
+    assert one.notes == two.notes and one.plan.steps == two.plan.steps
     assert all(one.plan.row_ids(k) == two.plan.row_ids(k) for k in range(1, 25))
 
 

@@ -14,18 +14,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.corpora import open_stream, write_source
+from support.corpora import endless_plan, open_stream, write_source
 from support.downloads import downloads, in_use, serve
+from support.recipes import with_quarantine
 from support.servers import web_server
 
 from bigmix.commands.main import main
 from bigmix.commands.plan.counts import tally_of
 from bigmix.data import run_plan
-from bigmix.data.loader import step_batch
+from bigmix.data.loader import open_loader, step_batch
 from bigmix.data.mixture import Mixture
 from bigmix.data.quarantine import BadShard, Quarantine, substitution
 from bigmix.data.records import Portion
-from bigmix.data.run_plan import Plan, Stage, one_stage
+from bigmix.data.run_plan import Stage, one_stage
 from bigmix.data.shards.cache import CacheFull
 from bigmix.data.shards.retry import Stopped
 from bigmix.data.source import needed_in_order, read_source
@@ -62,7 +63,7 @@ def streams(folders, row_tokens=32):
 def plan(folders, quarantine=BAD, lengths=((1, 32),)):
     stages = [Stage(first_step=first, streams=streams(folders, n)) for first, n in lengths]
     mixture = Mixture(SHARES, ROWS)
-    return Plan(mixture=mixture, stages=stages, seed=0).with_quarantine(quarantine)
+    return endless_plan(mixture, stages).with_quarantine(quarantine)
 
 
 def portion(rank=0, ranks=1):
@@ -167,7 +168,7 @@ def test_another_order_of_the_shards_replaces_the_same_files(folders, tmp_path):
     pattern = f"{folders['chat']}/shard-{{{','.join(n[6:11] for n in (*rest, first))}}}.tar"
     packer = Packer(row_tokens=32, long_documents="truncate")
     stages = one_stage({"chat": open_stream("chat", pattern, packer)})
-    turned = Plan(mixture=Mixture({"chat": 1.0}, ROWS), stages=stages, seed=0, quarantine=BAD)
+    turned = endless_plan(Mixture({"chat": 1.0}, ROWS), stages, quarantine=BAD)
     shards = Counter(row.shard for step in range(7, 12) for row in turned.row_ids(step))
     assert set(shards) == {1, 2, 3} and turned.substituted(7)["chat"] > 0
 
@@ -326,10 +327,11 @@ def trained(inputs_of_ranks, first=1, last=60):
     """
     quarantine, steps = inputs_of_ranks[0].plan.quarantine, {}
     while first <= last:
-        inputs_of_ranks = [inputs.with_quarantine(quarantine) for inputs in inputs_of_ranks]
+        inputs_of_ranks = [with_quarantine(inputs, quarantine) for inputs in inputs_of_ranks]
         own = [Portion(rank=r, ranks=2, rows_per_step=8, micro_batch_rows=2) for r in range(2)]
         loaders = [
-            i.loader(p, first=first, ahead=2) for i, p in zip(inputs_of_ranks, own, strict=True)
+            open_loader(i.plan, i.sources, i.depot, p, first=first, ahead=2)
+            for i, p in zip(inputs_of_ranks, own, strict=True)
         ]
         batches, found = [iter(loader) for loader in loaders], []
         while first <= last and not found:
@@ -378,7 +380,7 @@ def test_a_run_goes_on_where_local_shards_are_damaged(data, tmp_path, harm):
     assert list(steps) == list(range(1, 61))
     # The same rows come from whole shards with that quarantine from the start, also where the run
     # is resumed.
-    whole = [opened(tmp_path / "whole").with_quarantine(quarantine) for _ in range(2)]
+    whole = [with_quarantine(opened(tmp_path / "whole"), quarantine) for _ in range(2)]
     for first in (1, 20):
         expected, same = trained(whole, first)
         assert same == quarantine and expected == {k: steps[k] for k in range(first, 61)}
@@ -389,8 +391,13 @@ def test_the_default_is_to_fail_and_to_name_source_and_shard(data):
     assert load_recipe_default() == "fail"
     flip(data / "web" / "shard-00003.tar")
     inputs = opened(data)
-    loader = inputs.loader(
-        Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2), first=1, ahead=2
+    loader = open_loader(
+        inputs.plan,
+        inputs.sources,
+        inputs.depot,
+        Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2),
+        first=1,
+        ahead=2,
     )
     with pytest.raises(BadShard) as caught:
         list(loader)
@@ -458,7 +465,7 @@ def test_a_run_goes_on_where_remote_shards_are_damaged(data, server, tmp_path, h
         f"/{source}/{file}" for source, files in quarantine.first_steps.items() for file in files
     }
     assert found == set(broken)
-    assert steps == trained([opened(data).with_quarantine(quarantine) for _ in range(2)])[0]
+    assert steps == trained([with_quarantine(opened(data), quarantine) for _ in range(2)])[0]
     # Where the files are whole again nothing is left of the fault.
     server.broken = {}
     server.files |= whole
@@ -482,7 +489,7 @@ def test_after_a_failure_no_step_ahead_tries_the_same_shard_again(data, server, 
     server.broken = {"/web/shard-00003.tar": ("status", 500, {})}
     inputs = opened(server.url, "cache.read=ranges")
     own = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
-    loader = inputs.loader(own, first=1, ahead=60)
+    loader = open_loader(inputs.plan, inputs.sources, inputs.depot, own, first=1, ahead=60)
     with pytest.raises(BadShard):
         list(loader)
     time.sleep(1)
@@ -498,7 +505,9 @@ def test_a_long_run_whose_healthy_shards_are_all_open_begins_at_once(data, serve
     grown = Quarantine(first_steps={"web": {"shard-00003.tar": 1}, "chat": {"shard-00000.tar": 1}})
     own = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
     begin = time.monotonic()
-    loader = inputs.with_quarantine(grown).loader(own, first=1, ahead=2)
+    loader = open_loader(
+        inputs.plan.with_quarantine(grown), inputs.sources, inputs.depot, own, first=1, ahead=2
+    )
     batches = iter(loader)
     assert [next(batches).step for _ in range(200)][-1] == 200
     inputs.depot.close()
@@ -509,16 +518,18 @@ def test_a_long_run_whose_healthy_shards_are_all_open_begins_at_once(data, serve
 def test_a_closed_loader_leaves_no_shard_in_use_and_no_rows(data, server, tmp_path):
     inputs = opened(server.url)
     own = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
-    loader = inputs.loader(own, first=1, ahead=2)
+    loader = open_loader(inputs.plan, inputs.sources, inputs.depot, own, first=1, ahead=2)
     next(iter(loader))
     inputs.depot.close()
     loader.close()
     assert in_use(tmp_path)
     grown, _ = Quarantine().extended([bad("web", "shard-00003.tar")], 1)
-    again = inputs.with_quarantine(grown).loader(own, first=1, ahead=2)
+    again = open_loader(
+        inputs.plan.with_quarantine(grown), inputs.sources, inputs.depot, own, first=1, ahead=2
+    )
     gc.collect()
     batch = next(iter(again))
-    expected = opened(data).with_quarantine(grown)
+    expected = with_quarantine(opened(data), grown)
     assert (
         batch.micro_batches[0].ids_BT.tolist()
         == step_batch(expected.plan, own, 1).micro_batches[0].ids_BT.tolist()
@@ -529,7 +540,7 @@ def test_a_closed_loader_leaves_no_shard_in_use_and_no_rows(data, server, tmp_pa
 
 def first_fault(inputs):
     own = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
-    loader = inputs.loader(own, first=1, ahead=2)
+    loader = open_loader(inputs.plan, inputs.sources, inputs.depot, own, first=1, ahead=2)
     try:
         with pytest.raises(BigmixError) as caught:
             list(loader)
@@ -570,7 +581,14 @@ def test_a_full_cache_and_a_closed_depot_make_no_shard_bad(data, server, tmp_pat
     assert isinstance(first_fault(inputs), CacheFull)
     inputs = opened(server.url, cache="other")
     stream = inputs.plan.streams["web"]
-    inputs.loader(Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2), first=1, ahead=2)
+    open_loader(
+        inputs.plan,
+        inputs.sources,
+        inputs.depot,
+        Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2),
+        first=1,
+        ahead=2,
+    )
     inputs.depot.close()
     with pytest.raises(Stopped):
         for row in stream.in_shard_order():
@@ -625,14 +643,14 @@ def test_texts_whose_rows_can_be_counted_are_replaced_like_others(data, tmp_path
     steps, quarantine = trained([opened(data, "sources.web.whole_below=20") for _ in range(2)])
     assert set(quarantine.first_steps["web"]) == {"shard-00003.tar"}
     whole = [opened(tmp_path / "whole", "sources.web.whole_below=20") for _ in range(2)]
-    assert trained([inputs.with_quarantine(quarantine) for inputs in whole])[0] == steps
+    assert trained([with_quarantine(inputs, quarantine) for inputs in whole])[0] == steps
 
 
 def test_the_commands_show_what_is_trained_in_place_of_a_bad_shard(data, capsys):
     (data / "web" / "shard-00003.tar").unlink()
     inputs = opened(data)
     grown = Quarantine(first_steps={"web": {"shard-00003.tar": 1}})
-    plan = inputs.with_quarantine(grown).plan
+    plan = with_quarantine(inputs, grown).plan
     step = next(k for k in range(1, 61) if plan.substituted(k)["web"])
     assert main(["rows", "recipe.yaml", "--step", str(step), "--ranks", "2"]) == 0
     shown = capsys.readouterr()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from support.corpora import write_source
-from support.recipes import AT, opened, position, recipe_of_three
+from support.recipes import AT, opened, position, recipe_of_three, resumed
 from support.runs import end, lines, start
 
 from bigmix.cluster.collectives import Cluster
@@ -38,7 +38,7 @@ def changed(overrides, *more, step=AT):
     """
     old, before = opened(*overrides)
     new, inputs = opened(*overrides, *more)
-    return before, inputs.going_on(new, position(old, before, step), new_chapter=True)
+    return before, resumed(inputs, new, position(old, before, step), new_chapter=True)
 
 
 def drawn(inputs, name, first, last):
@@ -54,7 +54,7 @@ def drawn(inputs, name, first, last):
 
 def test_without_a_change_the_rest_is_the_rest():
     recipe, inputs = opened("sources.web.share=[[0, 0.1], [20, 0.9]]")
-    going_on = inputs.going_on(recipe, position(recipe, inputs), new_chapter=False)
+    going_on = resumed(inputs, recipe, position(recipe, inputs), new_chapter=False)
     for step in range(AT + 1, 21):
         assert going_on.plan.row_ids(step) == inputs.plan.row_ids(step)
 
@@ -72,7 +72,7 @@ def test_with_other_shares_each_source_goes_on_with_its_next_row(more):
         stream = before.plan.streams[name]
         old, new = drawn(before, name, 1, AT), drawn(after, name, AT + 1, AT + 9)
         assert [*old, *new] == [stream.locate(n) for n in range(len(old) + len(new))]
-    shares = [after.shares_of_step(step).rows for step in range(AT + 1, AT + 10)]
+    shares = [after.plan.shares_of_step(step).rows for step in range(AT + 1, AT + 10)]
     for count in range(1, 10):
         rows = {n: len(drawn(after, n, AT + 1, AT + count)) for n in shares[0]}
         for name, number in rows.items():
@@ -83,7 +83,7 @@ def test_points_of_a_schedule_count_the_steps_of_the_run():
     _, after = changed([], "sources.web.share=[[0, 0], [10, 1], [20, 1]]")
     fresh = opened("sources.web.share=[[0, 0], [10, 1], [20, 1]]")[1]
     for step in range(AT + 1, 21):
-        mine, wanted = after.shares_of_step(step).rows, fresh.shares_of_step(step).rows
+        mine, wanted = after.plan.shares_of_step(step).rows, fresh.plan.shares_of_step(step).rows
         assert mine == pytest.approx(wanted)
 
 
@@ -99,7 +99,7 @@ def test_a_source_that_joins_begins_and_one_that_leaves_changes_nothing_for_othe
     )
     old, inputs = opened()
     rest = open_inputs(left, ranks=1, verify=False)
-    rest = rest.going_on(left, position(old, inputs), new_chapter=True)
+    rest = resumed(rest, left, position(old, inputs), new_chapter=True)
     assert set(rest.plan.counts(AT + 1)) == {"web", "chat"}
     web = drawn(rest, "web", AT + 1, AT + 4)
     begin = len(drawn(inputs, "web", 1, AT))
@@ -119,39 +119,39 @@ def test_a_budget_counts_what_was_trained_before():
     _, after = changed([budget], "sources.chat.share=1.5")
     old, inputs = opened(budget)
     done = position(old, inputs).trained_tokens["chat"]
-    assert AT < after.steps < plain_run.steps
+    assert AT < after.plan.steps < plain_run.plan.steps
     tokens = done
     portion = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
-    for step in range(AT + 1, after.steps + 1):
+    for step in range(AT + 1, after.plan.steps + 1):
         tokens += step_batch(after.plan, portion, step).tokens["chat"]
     assert abs(tokens - 3000) < 400
 
 
 def test_a_budget_that_is_reached_already_ends_the_run():
     _, after = changed(["budget={task_tokens: 3000}"], "budget.task_tokens=100")
-    assert after.steps == AT
+    assert after.plan.steps == AT
 
 
 def test_epochs_before_the_change_count_for_a_limit():
     limit = ["sources.code.max_epochs=2", "sources.code.when_exhausted=renormalise"]
     before, after = changed([], *limit)
-    assert any("code is left out" in note for note in after.notes)
-    assert before.plan.epochs(AT)["code"] < after.plan.epochs(after.steps)["code"] <= 2
+    assert any("code is left out" in note for note in after.plan.notes)
+    assert before.plan.epochs(AT)["code"] < after.plan.epochs(after.plan.steps)["code"] <= 2
 
 
 def test_a_run_may_change_twice():
     old, before = opened()
     middle, second = opened("sources.web.share=1")
-    second = second.going_on(middle, position(old, before), new_chapter=True)
+    second = resumed(second, middle, position(old, before), new_chapter=True)
     new, third = opened("sources.web.share=0.1")
-    third = third.going_on(new, position(middle, second, 12), new_chapter=True)
+    third = resumed(third, new, position(middle, second, 12), new_chapter=True)
     rows = [
         *drawn(before, "web", 1, AT),
         *drawn(second, "web", AT + 1, 12),
         *drawn(third, "web", 13, 18),
     ]
     assert rows == [before.plan.streams["web"].locate(n) for n in range(len(rows))]
-    again = third.going_on(new, position(new, third, 15), new_chapter=False)
+    again = resumed(third, new, position(new, third, 15), new_chapter=False)
     assert all(again.plan.row_ids(k) == third.plan.row_ids(k) for k in range(16, 21))
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.recipes import opened, position, recipe_of_three
+from support.recipes import decided as with_decision
+from support.recipes import opened, position, recipe_of_three, resumed
 
 from bigmix.commands.main import main
 from bigmix.data.loader import step_batch
@@ -20,7 +21,7 @@ from bigmix.recipe import load_recipe
 from bigmix.recipe.shares import Controller
 from bigmix.runs.checkpoints import Position
 from bigmix.train.inputs import moving_shares
-from bigmix.train.share_control import progress
+from bigmix.train.state import progress
 
 EVERY = 5
 BASE = ["sources.web.held_out=web", "sources.code.held_out=code", f"train.evaluate_every={EVERY}"]
@@ -246,7 +247,7 @@ def after(recipe, inputs, step, shares, earlier=()):
     """The inputs after a decision on shares, and where the run then stands."""
     now = Decision(step=step, progress=0.5, shares=shares, forgetting={})
     standing = replace(position(recipe, inputs, step), decisions=(*earlier, now))
-    return inputs.decided(recipe, standing), standing
+    return with_decision(inputs, recipe, standing), standing
 
 
 def rows_of(inputs, first, last):
@@ -258,9 +259,14 @@ def rows_of(inputs, first, last):
 
 def test_a_decided_share_is_a_fraction_and_the_others_divide_the_rest_in_their_ratio():
     recipe, inputs = opened(*HELD)
-    assert inputs.shares_of_step(1).rows == pytest.approx({"web": 0.25, "code": 0.25, "chat": 0.5})
+    assert inputs.plan.shares_of_step(1).rows == pytest.approx(
+        {"web": 0.25, "code": 0.25, "chat": 0.5}
+    )
     later, _ = after(recipe, inputs, EVERY, {"web": 0.4})
-    for shares in (later.shares_of_step(EVERY + 1).rows, later.shares_of_step(EVERY + 1).loss):
+    for shares in (
+        later.plan.shares_of_step(EVERY + 1).rows,
+        later.plan.shares_of_step(EVERY + 1).loss,
+    ):
         assert shares == pytest.approx({"web": 0.4, "code": 0.2, "chat": 0.4})
 
 
@@ -274,10 +280,12 @@ def test_a_group_is_controlled_as_a_whole_and_loss_shares_stay_apart():
         *BASE, *group, "sources.web.share=3", "sources.code.share=1", "sources.chat.loss_share=0.5"
     )
     later, _ = after(recipe, inputs, EVERY, {"old": 0.4})
-    assert later.shares_of_step(9).rows == pytest.approx({"web": 0.3, "code": 0.1, "chat": 0.6})
+    assert later.plan.shares_of_step(9).rows == pytest.approx(
+        {"web": 0.3, "code": 0.1, "chat": 0.6}
+    )
     recipe, inputs = opened(*HELD, "sources.web.loss_share=1")
     later, _ = after(recipe, inputs, EVERY, {"web": 0.4})
-    assert later.shares_of_step(9).loss == pytest.approx(
+    assert later.plan.shares_of_step(9).loss == pytest.approx(
         {"web": 4 / 7, "code": 1 / 7, "chat": 2 / 7}
     )
 
@@ -289,7 +297,9 @@ def test_two_controllers_side_by_side_leave_the_rest_to_the_others():
     ]
     recipe, inputs = opened(*BASE, *two)
     later, _ = after(recipe, inputs, EVERY, {"web": 0.2, "code": 0.05})
-    assert later.shares_of_step(9).rows == pytest.approx({"web": 0.2, "code": 0.05, "chat": 0.75})
+    assert later.plan.shares_of_step(9).rows == pytest.approx(
+        {"web": 0.2, "code": 0.05, "chat": 0.75}
+    )
 
 
 def test_small_shares_are_met_over_many_decisions_and_each_row_comes_in_its_turn():
@@ -304,7 +314,7 @@ def test_small_shares_are_met_over_many_decisions_and_each_row_comes_in_its_turn
     for number in range(1, 31):
         step = number * EVERY
         for k in range(step - EVERY + 1, step + 1):
-            for name, share in inputs.shares_of_step(k).rows.items():
+            for name, share in inputs.plan.shares_of_step(k).rows.items():
                 due[name] += 8 * share
             for row in inputs.plan.row_ids(k):
                 drawn[row.source].append(row)
@@ -325,7 +335,7 @@ def test_rows_since_a_decision_are_exact_in_every_prefix():
     rows = rows_of(later, EVERY + 1, 2 * EVERY)
     for name in recipe.sources:
         whole = sum(row[name] for row in rows)
-        assert abs(whole - 35 * later.shares_of_step(EVERY + 1).rows[name]) < 2
+        assert abs(whole - 35 * later.plan.shares_of_step(EVERY + 1).rows[name]) < 2
         for count in range(1, EVERY + 1):
             assert abs(sum(row[name] for row in rows[:count]) - whole * count / EVERY) < 1
 
@@ -336,9 +346,9 @@ def test_a_checkpoint_brings_the_decided_rows_back():
     saved = replace(position(recipe, later, 8), decisions=standing.decisions)
     read = Position.from_json(json.loads(json.dumps(saved.to_json())))
     assert read.decisions[0] == standing.decisions[0] and read.chapter == later.plan.chapter
-    back = opened(*HELD, "budget={task_tokens: 9000}")[1].going_on(recipe, read, new_chapter=False)
-    assert back.steps == later.steps > inputs.steps
-    for step in range(9, back.steps + 1):
+    back = resumed(opened(*HELD, "budget={task_tokens: 9000}")[1], recipe, read, new_chapter=False)
+    assert back.plan.steps == later.plan.steps > inputs.plan.steps
+    for step in range(9, back.plan.steps + 1):
         assert back.plan.row_ids(step) == later.plan.row_ids(step)
 
 
@@ -354,14 +364,16 @@ def test_a_changed_recipe_keeps_the_decided_share():
     later, standing = after(recipe, inputs, EVERY, {"web": 0.4})
     changed, fresh = opened(*HELD, "sources.chat.share=0.25")
     saved = replace(position(recipe, later, 8), decisions=standing.decisions)
-    going_on = fresh.going_on(changed, saved, new_chapter=True)
-    assert going_on.shares_of_step(9).rows == pytest.approx({"web": 0.4, "code": 0.3, "chat": 0.3})
+    going_on = resumed(fresh, changed, saved, new_chapter=True)
+    assert going_on.plan.shares_of_step(9).rows == pytest.approx(
+        {"web": 0.4, "code": 0.3, "chat": 0.3}
+    )
 
 
 def test_a_share_that_a_source_has_no_rows_for_is_refused_at_its_decision():
     limits = ["sources.web.max_epochs=1", "budget.steps=30"]
     recipe, inputs = opened(*HELD, *limits)
-    assert after(recipe, inputs, EVERY, {"web": 0.1})[0].steps == 30
+    assert after(recipe, inputs, EVERY, {"web": 0.1})[0].plan.steps == 30
     with pytest.raises(BadInput, match=r"sources\.web\.max_epochs is 1"):
         after(recipe, inputs, EVERY, {"web": 0.5})
 
@@ -373,9 +385,10 @@ def test_a_budget_of_task_tokens_has_more_steps_where_the_share_rises():
     portion = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
     tokens = sum(step_batch(inputs.plan, portion, k).tokens["chat"] for k in range(1, EVERY + 1))
     tokens += sum(
-        step_batch(later.plan, portion, k).tokens["chat"] for k in range(EVERY + 1, later.steps + 1)
+        step_batch(later.plan, portion, k).tokens["chat"]
+        for k in range(EVERY + 1, later.plan.steps + 1)
     )
-    assert inputs.steps < later.steps == pytest.approx(1.5 * inputs.steps, rel=0.2)
+    assert inputs.plan.steps < later.plan.steps == pytest.approx(1.5 * inputs.plan.steps, rel=0.2)
     assert tokens == pytest.approx(9000, abs=600)
 
 

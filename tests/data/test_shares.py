@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.recipes import opened, position, recipe_of_three
+from support.recipes import opened, position, recipe_of_three, resumed
 
 from bigmix.data.shares import unimax
 from bigmix.errors import BadInput
@@ -61,7 +61,7 @@ def test_a_small_source_gives_its_epochs_and_the_others_the_rest_evenly(epochs):
 
 def test_with_room_enough_shares_are_even():
     inputs = opened(*GROUP, *of(1000), "budget.steps=24")[1]
-    assert inputs.shares_of_step(1).rows == pytest.approx(
+    assert inputs.plan.shares_of_step(1).rows == pytest.approx(
         {"web": 1 / 3, "code": 1 / 3, "chat": 1 / 3}, abs=0.01
     )
 
@@ -75,9 +75,9 @@ def test_no_source_passes_its_epochs_under_any_budget(budget, lengths):
         "groups.old.share=[[0, 1], [20, 0.3]]",
     ]
     inputs = opened(*GROUP, *of(3), *more)[1]
-    epochs = inputs.plan.epochs(inputs.steps)
+    epochs = inputs.plan.epochs(inputs.plan.steps)
     assert epochs["code"] <= 3 and epochs["web"] <= 3
-    drawn = inputs.plan.counts(inputs.steps)
+    drawn = inputs.plan.counts(inputs.plan.steps)
     assert epochs["code"] > 2.5 or abs(drawn["web"] - drawn["code"]) <= 2
 
 
@@ -96,6 +96,6 @@ def test_unimax_stands_beside_its_like_alone():
 def test_after_a_change_the_epochs_that_are_left_are_divided():
     recipe, before = opened(*GROUP, *of(3), "budget.steps=30")
     new, inputs = opened(*GROUP, *of(3), "budget.steps=30", "sources.chat.share=0.8")
-    after = inputs.going_on(new, position(recipe, before, 15), new_chapter=True)
+    after = resumed(inputs, new, position(recipe, before, 15), new_chapter=True)
     epochs = after.plan.epochs(30)
     assert 2.8 < epochs["code"] <= 3 and epochs["web"] <= 3

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from support.corpora import generated_texts, write_source
 from support.downloads import downloads, files_of, in_use, serve
+from support.recipes import with_quarantine
 from support.servers import s3_server, web_server
 
 from bigmix.commands.main import main
 from bigmix.data import run_plan
+from bigmix.data.loader import open_loader
 from bigmix.data.quarantine import BadShard, Quarantine
 from bigmix.data.records import Portion
 from bigmix.data.shards.cache import CacheFull
@@ -321,7 +323,7 @@ def opened(at, *overrides, length="64", ranks=2):
 
 def batches(inputs, rank=0, first=1):
     portion = Portion(rank=rank, ranks=2, rows_per_step=8, micro_batch_rows=2)
-    loader = inputs.loader(portion, first=first, ahead=2)
+    loader = open_loader(inputs.plan, inputs.sources, inputs.depot, portion, first=first, ahead=2)
     try:
         return [
             ([micro_batch.ids_BT.tolist() for micro_batch in batch.micro_batches], batch.tokens)
@@ -381,7 +383,7 @@ def test_a_small_cache_fetches_a_shard_once_for_each_time_it_is_opened(
     assert batches(inputs) == batches(opened(mixed, length=length))
     assert inputs.depot.unforeseen == 0
     portion = Portion(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
-    stages = inputs.plan.gathered(portion, first=1, last=inputs.steps)
+    stages = inputs.plan.gathered(portion, first=1, last=inputs.plan.steps)
     opens = Counter(
         s.location.url(s.manifest.shards[i].file)
         for s, i in needed_in_order(stages, inputs.sources, num_shards(inputs))
@@ -406,7 +408,7 @@ def test_the_order_ends_where_all_shards_are_open(mixed, tmp_path, monkeypatch, 
         "chat": f"{mixed}/chat/shard-{{00000..00003}}.tar",
     }
     inputs = opened(mixed, *(f"sources.{name}.path={path}" for name, path in few.items()))
-    inputs = inputs.with_quarantine(Quarantine(first_steps=bad))
+    inputs = with_quarantine(inputs, Quarantine(first_steps=bad))
     portion = Portion(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
     drawn = []
     (stage,) = inputs.plan.gathered(portion, first=5, last=10**9)
@@ -424,7 +426,7 @@ def test_closing_the_depot_ends_all_threads_also_where_the_server_says_nothing(r
     inputs = opened(remote.url, "cache.tries=1000", f"cache.read={read}")
     remote.always = ("stall", 10)
     portion = Portion(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
-    loader = inputs.loader(portion, first=1, ahead=2)
+    loader = open_loader(inputs.plan, inputs.sources, inputs.depot, portion, first=1, ahead=2)
 
     def wait():
         with pytest.raises(BigmixError):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.corpora import open_stream, write_source
+from support.corpora import endless_plan, open_stream, write_source
 
 from bigmix.data.loader import Loader, step_batch
 from bigmix.data.mixture import Mixture
 from bigmix.data.records import Portion
-from bigmix.data.run_plan import Plan, Stage, one_stage
+from bigmix.data.run_plan import Stage, one_stage
 from bigmix.data.shards.manifest import Manifest, ShardTable, TokenizerEntry, read_manifest
 from bigmix.data.shards.shard import open_shard
 from bigmix.data.stream import Packer, Stream
@@ -43,10 +43,8 @@ def stream(folders, name, seed=0, row_tokens=T, whole_below=0):
 
 def plan(folders, shares=None):
     shares = shares or SHARES
-    return Plan(
-        mixture=Mixture(shares, 64),
-        stages=one_stage({name: stream(folders, name) for name in shares}),
-        seed=0,
+    return endless_plan(
+        Mixture(shares, 64), one_stage({name: stream(folders, name) for name in shares})
     )
 
 
@@ -227,7 +225,7 @@ def curriculum(folders):
         Stage(first_step=first, streams={n: stream(folders, n, row_tokens=t) for n in SHARES})
         for first, t in ((1, 8), (4, 16), (9, 32))
     ]
-    return Plan(mixture=Mixture(SHARES, 64), stages=stages, seed=0)
+    return endless_plan(Mixture(SHARES, 64), stages)
 
 
 def test_rows_change_their_length_at_their_steps_and_each_source_goes_on_where_it_was(folders):

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from support.corpora import open_stream, write_source
+from support.corpora import endless_plan, open_stream, write_source
 from support.models import FAMILIES
 from transformers import modeling_flash_attention_utils
 from transformers.integrations import flash_attention
@@ -24,7 +24,7 @@ from bigmix.data.loader import step_batch
 from bigmix.data.mixture import Mixture
 from bigmix.data.packing import PADDING
 from bigmix.data.records import Portion
-from bigmix.data.run_plan import Plan, one_stage
+from bigmix.data.run_plan import one_stage
 from bigmix.data.stream import Packer
 from bigmix.loss.requests import Computing
 from bigmix.loss.terms import GroupSums, Terms
@@ -58,7 +58,7 @@ def plan(tmp_path_factory):
         write_source(folder / name, kind, seed=seed, documents=30, lengths=lengths)
     streams = {n: open_stream(n, str(folder / n), packer) for n, packer in PACKERS.items()}
     mixture = Mixture(dict.fromkeys(PACKERS, 0.25), rows_per_step=8)
-    return Plan(mixture=mixture, stages=one_stage(streams), seed=SEED)
+    return endless_plan(mixture, one_stage(streams), SEED)
 
 
 @pytest.fixture(scope="module")

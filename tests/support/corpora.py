@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from support.models import VOCABULARY
 
+from bigmix.data.run_plan import RunPlan
 from bigmix.data.shards.manifest import (
     Manifest,
     TemplateEntry,
@@ -112,3 +113,15 @@ def generated_texts(count: int, seed: int = 0) -> list[str]:
         " ".join(draw.choices(WORDS, k=draw.randint(3, 30))).capitalize() + ".\n"
         for _ in range(count)
     ]
+
+
+def endless_plan(mixture, stages, seed=0, **given) -> RunPlan:
+    """A plan of so many steps that no test comes to its end."""
+    return RunPlan(
+        mixture=mixture,
+        stages=stages,
+        seed=seed,
+        steps=10**9,
+        loss_shares=mixture.shares,
+        **given,
+    )

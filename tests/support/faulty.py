@@ -21,9 +21,9 @@ from bigmix.train import step
 def with_fault(kind, rank, steps):
     run, forward, at = step.run, engine.Engine.forward, {}
 
-    def watched_run(the_engine, cluster, ready, **settings):
-        at["step"], at["left"] = ready.batch.step, len(ready.parts)
-        return run(the_engine, cluster, ready, **settings)
+    def watched_run(the_engine, cluster, ready, *given):
+        at["step"], at["left"] = ready.batch.step, len(ready.micro_batches)
+        return run(the_engine, cluster, ready, *given)
 
     def faulty_forward(self, batch):
         value, sums = forward(self, batch)

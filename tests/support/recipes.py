@@ -1,5 +1,7 @@
 """Recipes of several sources, and the inputs that they open."""
 
+from dataclasses import replace
+
 from support.corpora import write_source
 
 from bigmix.data.loader import step_batch
@@ -73,3 +75,18 @@ budget: {task_tokens: 2e6}
 train: {lr: 2e-5, schedule: cosine, warmup: 0.03, evaluate_every: 100, save_every: 500}
 output: runs/two-way
 """
+
+
+def resumed(inputs, recipe, position, *, new_chapter):
+    """The inputs with the plan from a position on."""
+    return replace(inputs, plan=inputs.resumed_plan(recipe, position, new_chapter=new_chapter))
+
+
+def decided(inputs, recipe, position):
+    """The inputs with the plan after a decision."""
+    return replace(inputs, plan=inputs.decided_plan(recipe, inputs.plan, position))
+
+
+def with_quarantine(inputs, quarantine):
+    """The inputs with rows of these shards replaced."""
+    return replace(inputs, plan=inputs.plan.with_quarantine(quarantine))

@@ -71,7 +71,7 @@ def test_when_a_rank_is_killed_the_other_ends_soon_and_says_which(data, victim):
     assert codes[other] == 1 and seconds < 15, (codes, said)
     assert re.search(rf"stopped: rank {victim} has died, during [^;]* step \d+", said), said
     stacks = (folder / f"log/stack-rank-{other}.txt").read_text()
-    assert "bigmix/train.py" in stacks and f"rank {victim} has died" in stacks
+    assert "bigmix/train/run.py" in stacks and f"rank {victim} has died" in stacks
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_when_a_rank_is_frozen_the_other_ends_after_the_limit(data, frozen, limi
     ranks[frozen].kill()
     _, said = end(ranks)
     assert code == 1 and f"stopped: {words}" in said, said
-    assert "bigmix/train.py" in (folder / f"log/stack-rank-{other}.txt").read_text()
+    assert "bigmix/train/run.py" in (folder / f"log/stack-rank-{other}.txt").read_text()
 
 
 def test_one_rank_that_hangs_ends_itself(data):
@@ -111,7 +111,7 @@ def test_one_rank_that_hangs_ends_itself(data):
         codes, said = end(ranks)
     assert codes == [1], said
     assert "no rank has come further for 6 s: rank 0 at " in said
-    assert "bigmix/train.py" in (data / "alone/log/stack-rank-0.txt").read_text()
+    assert "bigmix/train/run.py" in (data / "alone/log/stack-rank-0.txt").read_text()
 
 
 def test_an_error_on_one_rank_ends_the_other_with_its_message(data):

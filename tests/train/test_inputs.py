@@ -51,7 +51,7 @@ def faults(*overrides, ranks=2):
 def test_sound_inputs_open(world):
     inputs = opened()
     assert set(inputs.plan.streams) == {"web", "chat"} and set(inputs.held_out) == {"chat"}
-    assert inputs.steps == 10
+    assert inputs.plan.steps == 10
 
 
 def test_rows_must_divide_over_ranks_and_micro_batches(world):
@@ -139,7 +139,7 @@ def test_a_budget_of_task_tokens_leaves_replay_on_top(world):
             "recipe.yaml",
             ["budget.steps=null", "budget.task_tokens=100K", f"sources.web.share={share}"],
         )
-        return open_inputs(recipe, ranks=2, verify=False).steps
+        return open_inputs(recipe, ranks=2, verify=False).plan.steps
 
     one_way, two_way = steps(1e-9), steps(0.75)
     assert two_way == pytest.approx(2 * one_way, abs=1)
@@ -155,7 +155,7 @@ def test_a_budget_on_a_schedule_is_added_up_step_by_step(world):
         ],
     )
     inputs = open_inputs(recipe, ranks=2, verify=False)
-    rows = inputs.plan.mixture.counts(inputs.steps * 8)
+    rows = inputs.plan.mixture.counts(inputs.plan.steps * 8)
     means = {n: s.tokens_per_epoch / s.rows_per_epoch for n, s in inputs.plan.streams.items()}
     tokens = sum(rows[n] * means[n] for n in rows)
     assert tokens == pytest.approx(100_000, rel=0.01)

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bigmix.commands.arguments import add_recipe_arguments, tell_replaced
+from bigmix.data.run_plan import RunPlan
 from bigmix.errors import DONE, BadInput
 from bigmix.recipe import Recipe, SweepRun, load
 from bigmix.runs.layout import state_of
 from bigmix.terminal import Table, Terminal, tame_libraries
-from bigmix.train.inputs import Inputs, look_at_all, moving_shares, open_inputs
+from bigmix.train.inputs import RunInputs, look_at_all, moving_shares, open_inputs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,28 +80,28 @@ def show_runs(runs: Sequence[SweepRun], *, ranks: int, as_json: bool) -> int:
     return DONE
 
 
-def _shown(run: SweepRun, inputs: Inputs) -> _Shown:
-    state = state_of(run.recipe, steps=inputs.steps, evaluates=inputs.has_exam)
+def _shown(run: SweepRun, inputs: RunInputs) -> _Shown:
+    state = state_of(run.recipe, steps=inputs.plan.steps, evaluates=inputs.has_exam)
     return _Shown(
         number=run.number,
         name=run.name,
         output=run.recipe.output,
         state=state.kind,
         step=state.step,
-        steps=inputs.steps,
-        tokens=_tokens(run.recipe, inputs),
+        steps=inputs.plan.steps,
+        tokens=_tokens(run.recipe, inputs.plan),
         reason=state.reason,
     )
 
 
-def _tokens(recipe: Recipe, inputs: Inputs) -> dict[str, int]:
+def _tokens(recipe: Recipe, plan: RunPlan) -> dict[str, int]:
     """Tokens of each source's rows over the run, whose length may change."""
-    begins = [min(after, inputs.steps) for after, _ in recipe.lengths]
+    begins = [min(after, plan.steps) for after, _ in recipe.lengths]
     tokens = dict.fromkeys(recipe.sources, 0)
     for begin, end, (_, length) in zip(
-        begins, [*begins[1:], inputs.steps], recipe.lengths, strict=True
+        begins, [*begins[1:], plan.steps], recipe.lengths, strict=True
     ):
-        before, after = inputs.plan.counts(begin), inputs.plan.counts(end)
+        before, after = plan.counts(begin), plan.counts(end)
         for name in tokens:
             tokens[name] += (after[name] - before[name]) * recipe.padded(length)
     return tokens
@@ -149,7 +150,7 @@ def _plan(known: argparse.Namespace) -> int:
     from bigmix.commands.plan.warnings import warnings_of
 
     machine = Machine(gpus=known.gpus, gpu=known.gpu, device_gib=known.device_gib, mfu=known.mfu)
-    plan, bad = inputs.around_bad_shards(1, lambda inputs: forecast(recipe, inputs, machine))
+    plan, bad = inputs.around_bad_shards(1, lambda plan: forecast(recipe, inputs, plan, machine))
     tell_replaced(bad, 1)
     warnings = [*moving_shares(recipe), *warnings_of(recipe, plan, machine)]
     if known.json:

@@ -15,11 +15,10 @@ import numpy as np
 
 from bigmix.data.packing import Lost, RowTable
 from bigmix.data.records import RowPlaces
-from bigmix.data.run_plan import Plan
+from bigmix.data.run_plan import RunPlan
 from bigmix.data.stream import Stream
 from bigmix.loss.objective import weigh
 from bigmix.recipe import Recipe
-from bigmix.train.inputs import Inputs
 from bigmix.types import Ints
 
 
@@ -32,7 +31,7 @@ class Tally:
     squares_R: Ints
 
 
-def tally_of(plan: Plan, name: str, num_rows: int) -> Tally:
+def tally_of(plan: RunPlan, name: str, num_rows: int) -> Tally:
     """The first `num_rows` rows of a source in the order in which they are trained, over all
     epochs.
     """
@@ -144,25 +143,25 @@ class _Walk:
     steps: Mapping[str, float]
 
 
-def count(recipe: Recipe, inputs: Inputs) -> Counts:
+def count(recipe: Recipe, plan: RunPlan) -> Counts:
     """Walk through the rows of the run, or through the first rows of each source where the run is
     long.
     """
-    streams, num_rows = inputs.plan.streams, inputs.steps * recipe.rows_per_step
-    rows = inputs.plan.counts(inputs.steps)
-    epochs = inputs.plan.epochs(inputs.steps)
+    streams, num_rows = plan.streams, plan.steps * recipe.rows_per_step
+    rows = plan.counts(plan.steps)
+    epochs = plan.epochs(plan.steps)
     is_exact = num_rows <= EXACT_ROWS
-    tallies = {name: tally_of(inputs.plan, name, n) for name, n in rows.items() if is_exact}
+    tallies = {name: tally_of(plan, name, n) for name, n in rows.items() if is_exact}
     sums = {
-        name: _sums(tallies[name]) if is_exact else _estimate(inputs.plan, name, n)
+        name: _sums(tallies[name]) if is_exact else _estimate(plan, name, n)
         for name, n in rows.items()
     }
     if is_exact:
-        walk = _walk(recipe, inputs, tallies)
+        walk = _walk(recipe, plan, tallies)
     else:
-        walk = _sample(recipe, inputs, {name: each["loss_tokens"] for name, each in sums.items()})
+        walk = _sample(recipe, plan, {name: each["loss_tokens"] for name, each in sums.items()})
     return Counts(
-        steps=inputs.steps,
+        steps=plan.steps,
         squares=sum(each["squares"] for each in sums.values()),
         is_exact=is_exact,
         sources={
@@ -175,13 +174,13 @@ def count(recipe: Recipe, inputs: Inputs) -> Counts:
                 gradient=walk.gradient[name],
                 wanted=walk.wanted[name],
                 epochs=epochs[name],
-                room=inputs.plan.room(name, rows[name]),
-                due=rows[name] / inputs.steps,
+                room=plan.room(name, rows[name]),
+                due=rows[name] / plan.steps,
                 steps=round(walk.steps[name]),
                 read=stream.manifest.read,
                 documents=stream.manifest.documents,
                 dropped=stream.manifest.dropped,
-                lost=inputs.plan.lost(name),
+                lost=plan.lost(name),
             )
             for name, stream in streams.items()
         },
@@ -192,7 +191,7 @@ def _sums(tally: Tally) -> dict[str, int]:
     return {unit: int(getattr(tally, f"{unit}_R").sum()) for unit in _UNITS}
 
 
-def _estimate(plan: Plan, name: str, num_rows: int) -> dict[str, int]:
+def _estimate(plan: RunPlan, name: str, num_rows: int) -> dict[str, int]:
     """The sums of a source from the first of its rows of each length."""
     sums = dict.fromkeys(_UNITS, 0)
     for part in plan.drawn(name, num_rows):
@@ -203,7 +202,7 @@ def _estimate(plan: Plan, name: str, num_rows: int) -> dict[str, int]:
     return sums
 
 
-def _walk(recipe: Recipe, inputs: Inputs, tallies: Mapping[str, Tally]) -> _Walk:
+def _walk(recipe: Recipe, plan: RunPlan, tallies: Mapping[str, Tally]) -> _Walk:
     """Every step as the run will weigh it."""
     before = {
         name: np.concatenate([[0], np.cumsum(tally.loss_tokens_R)]).tolist()
@@ -211,11 +210,11 @@ def _walk(recipe: Recipe, inputs: Inputs, tallies: Mapping[str, Tally]) -> _Walk
     }
     gradient, wanted, steps = (dict.fromkeys(tallies, 0.0) for _ in range(3))
     seen = dict.fromkeys(tallies, 0)
-    for step in range(1, inputs.steps + 1):
-        drawn = inputs.plan.counts(step)
+    for step in range(1, plan.steps + 1):
+        drawn = plan.counts(step)
         rows = {name: drawn[name] - n for name, n in seen.items()}
         loss_tokens = {n: at[seen[n] + rows[n]] - at[seen[n]] for n, at in before.items()}
-        shares = inputs.shares_of_step(step)
+        shares = plan.shares_of_step(step)
         _add(gradient, weigh(recipe.objective, shares, rows, loss_tokens).gradient)
         _add(wanted, shares.loss)
         for name, n in rows.items():
@@ -224,12 +223,12 @@ def _walk(recipe: Recipe, inputs: Inputs, tallies: Mapping[str, Tally]) -> _Walk
     return _Walk(gradient=gradient, wanted=wanted, steps=steps)
 
 
-def _sample(recipe: Recipe, inputs: Inputs, loss_tokens: Mapping[str, int]) -> _Walk:
+def _sample(recipe: Recipe, plan: RunPlan, loss_tokens: Mapping[str, int]) -> _Walk:
     """Steps spread evenly over the run; per_token takes the loss tokens of a mean step."""
     gradient, wanted, steps = (dict.fromkeys(loss_tokens, 0.0) for _ in range(3))
-    sampled = _spread(inputs.steps)
+    sampled = _spread(plan.steps)
     for step in sampled:
-        shares = inputs.shares_of_step(step)
+        shares = plan.shares_of_step(step)
         due = {name: share * recipe.rows_per_step for name, share in shares.rows.items()}
         _add(wanted, shares.loss)
         if recipe.objective == "per_source":
@@ -237,7 +236,7 @@ def _sample(recipe: Recipe, inputs: Inputs, loss_tokens: Mapping[str, int]) -> _
         else:
             _add(gradient, weigh("per_token", shares, {}, loss_tokens).gradient)
         _add(steps, {name: min(1.0, rows) for name, rows in due.items()})
-    scale = inputs.steps / len(sampled)
+    scale = plan.steps / len(sampled)
     return _Walk(
         gradient=gradient, wanted=wanted, steps={name: n * scale for name, n in steps.items()}
     )

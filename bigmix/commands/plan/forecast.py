@@ -11,12 +11,13 @@ import torch
 from bigmix.commands.plan.counts import Counts, count
 from bigmix.commands.plan.memory import Memory, Setting, memory_of
 from bigmix.commands.plan.shape import Shape, shape_of
+from bigmix.data.run_plan import RunPlan
 from bigmix.model.causal_lm import choose_attention, choose_dtype
 from bigmix.model.checks import read_configs
 from bigmix.model.ds_config import fill
 from bigmix.model.flops import PEAKS
 from bigmix.recipe import Recipe
-from bigmix.train.inputs import Inputs, accumulation
+from bigmix.train.inputs import RunInputs, accumulation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +63,7 @@ class Forecast:
     attention: str
 
 
-def forecast(recipe: Recipe, inputs: Inputs, machine: Machine) -> Forecast:
+def forecast(recipe: Recipe, inputs: RunInputs, plan: RunPlan, machine: Machine) -> Forecast:
     """Everything about the run but its losses; reads lengths and masks, and touches no device.
 
     Raises BadInput where the model does not fit the data or cannot be made.
@@ -74,7 +75,7 @@ def forecast(recipe: Recipe, inputs: Inputs, machine: Machine) -> Forecast:
     reference = None
     if configs.reference is not None:
         reference = _shape(recipe, configs.reference, machine, dtype)
-    counts = count(recipe, inputs)
+    counts = count(recipe, plan)
     setting = _setting(recipe, inputs.ds_keys, machine, dtype)
     flops = flops_of(shape, counts)
     spent = _with_reference(flops, recipe, reference, counts)

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from bigmix.cluster.collectives import Cluster
+from bigmix.cluster.signals import UNWATCHED
 from bigmix.cluster.world import World
 from bigmix.commands.probe.plant import NEW_QUESTIONS, QUESTIONS, SETTINGS
 from bigmix.errors import BadInput
@@ -116,8 +117,7 @@ def _right(speaker: Speaker, asked: Mapping[str, Asked]) -> dict[str, list[float
         Cluster(World(rank=0, local_rank=0, size=1, local_size=1)),
         asked,
         seed=0,
-        stop_asked=lambda: False,
-        doing=_unheard,
+        activity=UNWATCHED,
     )
     assert results is not None, "nobody asks to stop"
     return {

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bigmix.cluster.collectives import Cluster
+from bigmix.cluster.signals import Activity
 from bigmix.cluster.world import World
 from bigmix.evaluation.tasks.execution import passes, program_of
 from bigmix.evaluation.tasks.generation import Prompt, generate
@@ -53,24 +54,21 @@ def score_tasks(
     tasks: Mapping[str, Asked],
     *,
     seed: int,
-    stop_asked: Callable[[], bool],
-    doing: Callable[[str], None],
+    activity: Activity,
 ) -> dict[str, TaskResult] | None:
     """Ask a model every task and judge its answers; a collective, with the same results on all
     ranks.
 
-    None where a rank is asked to stop: looked up before each batch. `doing` is told what begins.
+    None where a stop was requested of any rank, which is looked up before each batch.
     The speaker is what `speaking` gives for a model under an engine, or `Speaker(lm=model,
     device=device)` for one that is loaded whole.
     """
     results = {}
     for name, asked in tasks.items():
-        outputs = _outputs_of_rank(
-            speaker, cluster, name, asked, seed=seed, stop_asked=stop_asked, doing=doing
-        )
+        outputs = _outputs_of_rank(speaker, cluster, name, asked, seed=seed, activity=activity)
         if outputs is None:
             return None
-        doing(f"scores of {name}")
+        activity.begin(f"scores of {name}")
         everything = [output for part in cluster.gather(outputs) for output in part]
         # On one rank: to draw examples again a thousand times takes seconds.
         result = _judged(name, asked, everything) if cluster.world.is_first else None
@@ -160,21 +158,22 @@ def _outputs_of_rank(
     asked: Asked,
     *,
     seed: int,
-    stop_asked: Callable[[], bool],
-    doing: Callable[[str], None],
+    activity: Activity,
 ) -> list[_Output] | None:
     """The outputs of this rank's batches; None on all ranks where one of them is asked to stop."""
     batches = _batches(asked, cluster.world)
     outputs: list[_Output] = []
     for number, batch in enumerate(batches, 1):
-        doing(f"task {name}, batch {number} of {len(batches)}")
-        if any(cluster.sum_counts([stop_asked()])):
+        activity.begin(f"task {name}, batch {number} of {len(batches)}")
+        if any(cluster.sum_counts([activity.stop_requested()])):
             return None
         if batch.is_idle and not speaker.in_step:
             continue
         texts = _answers(speaker, asked, batch.rows, key_of(seed, "task", name))
         if not batch.is_idle:
-            outputs += _outputs(asked, batch.rows, texts, lambda: doing(f"programs of {name}"))
+            outputs += _outputs(
+                asked, batch.rows, texts, lambda: activity.begin(f"programs of {name}")
+            )
     return outputs
 
 

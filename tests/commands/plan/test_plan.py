@@ -64,7 +64,7 @@ def as_printed(folder, *words):
 def planned(*overrides, machine=CPU):
     recipe = load_recipe("recipe.yaml", overrides)
     inputs = open_inputs(recipe, ranks=machine.gpus, verify=False)
-    plan = forecast(recipe, inputs, machine)
+    plan = forecast(recipe, inputs, inputs.plan, machine)
     return plan, warnings_of(recipe, plan, machine)
 
 

@@ -10,6 +10,7 @@ import transformers
 from support.ranks import run_on_ranks
 
 from bigmix.cluster.collectives import Cluster
+from bigmix.cluster.signals import UNWATCHED
 from bigmix.cluster.world import World
 from bigmix.evaluation.tasks.examples import open_tasks
 from bigmix.evaluation.tasks.inference_model import speaking
@@ -131,9 +132,7 @@ def test_an_exported_model_in_a_plain_process_answers_the_same(exported, tasks):
     language = Language(tokenizer=tokenizer, template=open_template(tokenizer, "plain"))
     alone = Cluster(World(rank=0, local_rank=0, size=1, local_size=1))
     with speaking(model, torch.device("cpu"), alone) as speaker:
-        results = score_tasks(
-            speaker, alone, ask(files, language, 128), seed=7, stop_asked=lambda: False, doing=str
-        )
+        results = score_tasks(speaker, alone, ask(files, language, 128), seed=7, activity=UNWATCHED)
     for name, result in results.items():
         assert [list(sample.outputs) for sample in result.samples] == outputs[name]
 

@@ -21,7 +21,7 @@ from support.workers.engines import (
 from bigmix.runs.checkpoints import Position
 from bigmix.runs.resume import newest_whole
 from bigmix.runs.saver import Keeping, Saver
-from bigmix.train.state import restore
+from bigmix.runs.state_file import StateReader
 
 
 def digest(tensor):
@@ -86,7 +86,7 @@ def restored(rank, ranks, cluster, folder, family, file, dtype):
     """
     engine = make_engine(family, 1, ranks, file, dtype)
     listed = newest_whole(Path(folder), cluster).listed
-    restore(engine, listed)
+    engine.put_back(StateReader(listed.path).fill)
     state, taken = whole_state(engine), steps_of_adam(engine)
     sums = train(engine, cluster, rank, ranks, 1)
     again = whole_state(engine)
@@ -179,7 +179,7 @@ def averages(rank, ranks, cluster, folder, family, file, dtype, first, last):
     dense_file = Path(folder).parent / "dense.pt"
     dense = masters(engine)
     if first > 1:
-        restore(engine, newest_whole(Path(folder), cluster).listed)
+        engine.put_back(StateReader(newest_whole(Path(folder), cluster).listed.path).fill)
         dense = torch.load(dense_file)
     found = {"fp32": 0.0, "model": 0.0, "exact": True, "moved": 0.0}
     for index in range(first, last + 1):
@@ -211,7 +211,7 @@ def joined(rank, ranks, cluster, folder, family, file, dtype):
     checkpoint without one on.
     """
     engine = make_engine(family, 1, ranks, file, dtype, ema=DECAY)
-    restore(engine, newest_whole(Path(folder), cluster).listed)
+    engine.put_back(StateReader(newest_whole(Path(folder), cluster).listed.path).fill)
     weights = masters(engine)
     with engine.evaluating():
         kept = masters(engine)

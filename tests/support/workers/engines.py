@@ -17,7 +17,7 @@ from support.models import FAMILIES, VOCABULARY
 
 from bigmix.cluster.collectives import leave
 from bigmix.cluster.world import world_of
-from bigmix.data.records import MicroBatch, StepBatch
+from bigmix.data.records import MicroBatch, Portion, StepBatch
 from bigmix.loss.objective import StepShares
 from bigmix.loss.requests import Computing
 from bigmix.loss.terms import GroupSums, Terms
@@ -105,7 +105,8 @@ def batch_of(rows, rank, ranks, accumulation):
 
 
 def aim(objective, anchor=None, weighing=None):
-    return step.Aim(objective=objective, weighing=weighing or {}, anchor=anchor)
+    weighing = dict.fromkeys(SOURCES, "token") | (weighing or {})
+    return step.TrainingObjective(objective=objective, weighing=weighing, reference=anchor)
 
 
 class RecordingEngine(Engine):
@@ -204,18 +205,16 @@ def reference(family, weights, rows, objective):
 
 def take_step(engine, cluster, batch, aim, *, lr=1e-3, chance=0):
     """A step on batches that all ranks have."""
-    outline = step.Outline(names=tuple(batch.rows), micro_batches=len(batch.micro_batches))
-    agreed = step.agree(cluster, batch, outline, aim, stop_asked=False)
-    return step.run(
-        engine,
-        cluster,
-        agreed.ready,
-        shares=SHARES,
-        aim=aim,
-        lr=lr,
-        chance=chance,
-        doing=lambda _: None,
+    rows = len(batch.micro_batches[0].ids_BT)
+    portion = Portion(
+        rank=cluster.world.rank,
+        ranks=cluster.world.size,
+        rows_per_step=rows * len(batch.micro_batches) * cluster.world.size,
+        micro_batch_rows=rows,
     )
+    synced = step.sync(cluster, batch, aim, portion, stop=False)
+    settings = step.StepSettings(shares=SHARES, lr=lr, dropout_seed=chance)
+    return step.run(engine, cluster, synced.ready, aim, settings, lambda _: None)
 
 
 def gradient_errors(rank, ranks, cluster, families):

@@ -2,6 +2,7 @@
 OUTPUT`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from support.models import FAMILIES
@@ -15,6 +16,7 @@ from support.workers.engines import (
     whole_weights,
 )
 
+from bigmix.cluster.signals import UNWATCHED
 from bigmix.evaluation.tasks.examples import open_tasks
 from bigmix.evaluation.tasks.inference_model import speaking
 from bigmix.evaluation.tasks.prompts import Language, ask
@@ -36,15 +38,13 @@ def asked_tasks(tokenizer, tasks, positions):
     )
 
 
-def scored(engine, cluster, asked, weights, stop_asked=lambda: False):
+def scored(engine, cluster, asked, weights, activity=UNWATCHED):
     with (
         engine.evaluating(),
         speaking(engine.module.lm, engine.device, cluster, weights) as speaker,
     ):
         assert speaker.in_step == (weights == "sharded")
-        return score_tasks(
-            speaker, cluster, asked, seed=7, stop_asked=stop_asked, doing=lambda what: None
-        )
+        return score_tasks(speaker, cluster, asked, seed=7, activity=activity)
 
 
 def answers(rank, ranks, cluster, folder, tokenizer, tasks, families, modes):
@@ -89,7 +89,9 @@ def step_after_tasks(rank, ranks, cluster, tokenizer, tasks, modes):
     for weights in modes:
         scored(engine, cluster, asked, weights)
         # One rank is asked to stop: all of them do.
-        stopped = scored(engine, cluster, asked, weights, stop_asked=lambda: rank == 1)
+        stopped = scored(
+            engine, cluster, asked, weights, replace(UNWATCHED, stop_requested=lambda: rank == 1)
+        )
     take_step(engine, cluster, batch, aim("per_source"), lr=1e-2)
     sums = {name: float(weight.sum()) for name, weight in whole_weights(engine).items()}
     return {"sums": sums, "is_stopped": stopped is None}

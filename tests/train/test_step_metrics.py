@@ -4,7 +4,7 @@ import random
 from statistics import fmean, stdev
 
 from bigmix.runs.resume import RollBack
-from bigmix.train.state import Health
+from bigmix.train.step_metrics import Health
 
 
 def health(skips=3, deviations=None, spikes_roll_back=False):
@@ -14,8 +14,8 @@ def health(skips=3, deviations=None, spikes_roll_back=False):
 def test_only_skips_in_a_row_ask_for_a_roll_back():
     one, asked = health(), []
     for step in range(1, 11):
-        one.after(step, skipped=step not in (3, 7))
-        asked.append(one.asked())
+        one.observe(step, skipped=step not in (3, 7))
+        asked.append(one.take_rollback())
     assert [back and back.steps for back in asked] == [
         None,
         None,
@@ -34,9 +34,9 @@ def test_only_skips_in_a_row_ask_for_a_roll_back():
 def test_no_limit_never_asks():
     one = health(skips=None)
     for step in range(50):
-        one.after(step, skipped=True)
-    assert one.asked() is None and not one.is_well
-    one.after(50, skipped=False)
+        one.observe(step, skipped=True)
+    assert one.take_rollback() is None and not one.is_well
+    one.observe(50, skipped=False)
     assert one.is_well
 
 
@@ -54,8 +54,8 @@ def test_a_spike_is_told_by_a_plain_count_of_deviations():
         else:
             told.append(spike)
     assert [spike.step for spike in told] == [150, 200]
-    assert one.asked() == RollBack(steps=(150, 200), reason="the loss leapt up")
-    assert one.asked() is None
+    assert one.take_rollback() == RollBack(steps=(150, 200), reason="the loss leapt up")
+    assert one.take_rollback() is None
 
 
 def test_a_resumed_run_tells_the_same_spikes():

@@ -1,0 +1,103 @@
+"""Evaluations in a run, and the decisions on shares that follow them."""
+
+from pathlib import Path
+
+from bigmix.cluster.signals import Activity
+from bigmix.evaluation.evaluator import Findings, FirstEvaluation
+from bigmix.evaluation.held_out import Base
+from bigmix.evaluation.tables import show_findings
+from bigmix.evaluation.tasks.runner import write_samples
+from bigmix.runs.metrics_log import METRICS, Line, evaluation_at
+from bigmix.train.inputs import what_it_follows_from
+from bigmix.train.saving import save, save_and_stop, save_finished
+from bigmix.train.share_control import RuleFailed, decide_shares, shares_from
+from bigmix.train.state import Run, TrainState, evaluates_after, tasks_after
+
+
+def catch_up(run: Run, state: TrainState) -> TrainState:
+    """Do the evaluation, or the decision after it, that a run was stopped in; a collective.
+
+    Does nothing where both are done: it may be called whenever a loader has ended.
+    """
+    if not evaluates_after(run, state):
+        return state
+    path = Path(run.recipe.output) / METRICS
+    own = evaluation_at(path, state.step) if run.cluster.world.is_first else None
+    line, *_ = run.cluster.gather(own)
+    return evaluate(run, state) if line is None else _decide(run, state, line)
+
+
+def evaluate(run: Run, state: TrainState) -> TrainState:
+    """Evaluate after a step, or before the first; a collective.
+
+    Returns the same state, or the one after a decision on shares. Raises Interrupted on a stop
+    request, once everything trained so far is saved.
+    """
+    run.metrics.flush(state.plan.steps)
+    base = run.metrics.report.base
+    known = set(base.losses)
+    found = _found(run, state, base) if state.step else _first_found(run, state, base)
+    _show(run, state, found)
+    decided = _decide(run, state, found.line)
+    if tasks_after(run, decided) != tasks_after(run, state):
+        # The decision has made this step the last one, after which more is asked.
+        found = _found(run, decided, base)
+        _show(run, state, found)
+    if run.cluster.world.is_first:
+        folder = Path(run.recipe.output)
+        if set(base.losses) != known:
+            base.write(folder)
+        write_samples(folder, state.step, found.tasks)
+        run.metrics.write(found.line | shares_from(decided.plan, run.recipe, state.step))
+    return decided
+
+
+def _show(run: Run, state: TrainState, found: Findings) -> None:
+    show_findings(run.terminal, run.recipe, f"step {state.step:,}", found)
+
+
+def _first_found(run: Run, state: TrainState, base: Base) -> Findings:
+    """What is found before the first step, by an equal run before this one where there was one; a
+    collective.
+    """
+    folder = Path(run.recipe.output)
+    key = what_it_follows_from(run.recipe, run.inputs, run.cluster.world.size)
+    first = run.baselines.get(key)
+    if first is None:
+        found = _found(run, state, base)
+        run.baselines[key] = FirstEvaluation(found=found, base=base.copy(), folder=folder)
+        return found
+    if first.folder != folder:
+        run.terminal.note(
+            f"the evaluation before the first step is that of {first.folder}: same model, same data"
+        )
+    base.take_over(first.base)
+    return first.found
+
+
+def _found(run: Run, state: TrainState, base: Base) -> Findings:
+    """What is found after a step; a collective that does not return where a rank is asked to
+    stop.
+    """
+    activity = Activity(
+        begin=lambda what: run.watchdog.doing(f"{what}, after step {state.step}"),
+        stop_requested=run.flag.is_set,
+    )
+    found = run.evaluator.evaluate(state.step, base, activity, tasks_after(run, state))
+    if found is None:
+        save_and_stop(run, state)
+    return found
+
+
+def _decide(run: Run, state: TrainState, line: Line) -> TrainState:
+    """Take the decision that is due after an evaluation; where its shares have reached the budget
+    the run is complete.
+    """
+    try:
+        decided = decide_shares(run, state, line)
+    except RuleFailed:
+        save_finished(run, state)
+        raise
+    if decided is not state and decided.is_last:
+        save(run, decided)
+    return decided
