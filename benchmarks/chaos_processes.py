@@ -18,7 +18,7 @@ from chaos_data import ROOT
 from chaos_faults import FAULT, NOTES, SITE, VARIABLE, install, read
 
 from bigmix.cluster.signals import ASKING
-from bigmix.cluster.supervisor import Course, Requests, supervise
+from bigmix.cluster.supervisor import LaunchSpec, StopRequests, supervise
 from bigmix.cluster.world import free_port
 from bigmix.commands import rank
 from bigmix.runs.checkpoints import FOLDER, newest_step
@@ -118,12 +118,12 @@ def start(folder: Path, ranks: int, words: Sequence[str], way: Way) -> Sequence[
 
 
 def _supervise(folder: Path, ranks: int, given: Sequence[str]) -> int:
-    requests = Requests()
+    requests = StopRequests()
 
     def begin() -> Any:
         return _ranks(folder, ranks, given, executed=False)
 
-    course = Course(
+    course = LaunchSpec(
         start=begin, newest_step=lambda: newest_step(folder / "run" / FOLDER), restarts=RESTARTS
     )
     return supervise(course, requests, lambda line: print(line, flush=True))

@@ -15,7 +15,7 @@ from chaos_faults import NOTES, hashes
 
 from bigmix.data.run_plan import RunPlan
 from bigmix.recipe import load_recipe
-from bigmix.runs.checkpoints import FOLDER, Listed, read_listing
+from bigmix.runs.checkpoints import FOLDER, CheckpointManifest, read_checkpoint
 from bigmix.train.inputs import Inputs, open_inputs
 
 
@@ -38,7 +38,7 @@ def trained(folder: Path) -> Trained:
     # The one of a step that was skipped is written down too.
     losses = {line["step"]: line["loss"] for line in metrics if line["step"] in rows}
     last = last_checkpoint(folder)
-    assert isinstance(last, Listed), last
+    assert isinstance(last, CheckpointManifest), last
     files = [folder / "run/export/model.safetensors", *sorted(last.path.glob("state-*"))]
     weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     return Trained(rows=rows, losses=losses, weights=weights, again=again)
@@ -82,9 +82,9 @@ def near(own: Mapping[int, float], expected: Mapping[int, float]) -> bool:
     )
 
 
-def last_checkpoint(folder: Path) -> Listed | str:
+def last_checkpoint(folder: Path) -> CheckpointManifest | str:
     """The checkpoint of the last step, or what is wrong with it."""
-    return read_listing(folder / "run" / FOLDER / f"step-{STEPS:06d}")
+    return read_checkpoint(folder / "run" / FOLDER / f"step-{STEPS:06d}")
 
 
 def inputs_of(data: Path, ranks: int) -> Inputs:

@@ -10,8 +10,8 @@ from reader import Reader
 
 from bigmix.data.loader import Loader, step_batch
 from bigmix.data.mixture import Mixture
-from bigmix.data.records import Portion, RowPlaces, StepBatch
-from bigmix.data.run_plan import RunPlan, Stage, one_stage
+from bigmix.data.records import RankRows, RowIds, StepBatch
+from bigmix.data.run_plan import RunPlan, SequenceLengthStage, one_stage
 from bigmix.data.shards.manifest import (
     Manifest,
     ShardEntry,
@@ -23,8 +23,8 @@ from bigmix.data.shards.manifest import (
 from bigmix.data.shards.prefetch import Ahead
 from bigmix.data.shards.retry import Retry
 from bigmix.data.shards.shard import Shard, ShardWriter, with_lengths
-from bigmix.data.source import Depot, Reading, read_source
-from bigmix.data.stream import Packer, Stream
+from bigmix.data.source import RemoteReadOptions, ShardStore, read_source
+from bigmix.data.stream import PackingOptions, Stream
 
 ROWS_PER_STEP = 64
 SHARD_TOKENS = 64_000_000  # what `bigmix prepare` makes if nothing is said
@@ -96,9 +96,9 @@ def write_simulated(folder: Path, shards: int) -> None:
 
 def make_stream(name: str, folder: Path) -> Stream:
     """The rows of one source."""
-    reading = Reading(folder=folder / "cache", max_bytes=0, retry=Retry(), ahead=Ahead())
+    reading = RemoteReadOptions(folder=folder / "cache", max_bytes=0, retry=Retry(), ahead=Ahead())
     source = read_source(str(folder))
-    return Depot(reading).stream(name, source, Packer(row_tokens=ROW_TOKENS), seed=0)
+    return ShardStore(reading).stream(name, source, PackingOptions(row_tokens=ROW_TOKENS), seed=0)
 
 
 def make_plan(folder: Path, rows_per_step: int) -> RunPlan:
@@ -113,7 +113,7 @@ def simulated_plan(folder: Path) -> RunPlan:
         "text",
         read_source(str(folder)).manifest,
         _no_shard,
-        Packer(row_tokens=ROW_TOKENS),
+        PackingOptions(row_tokens=ROW_TOKENS),
         lengths=None,
         seed=0,
     )
@@ -121,7 +121,7 @@ def simulated_plan(folder: Path) -> RunPlan:
     return _endless(mixture, one_stage({"text": stream}))
 
 
-def _endless(mixture: Mixture, stages: Sequence[Stage]) -> RunPlan:
+def _endless(mixture: Mixture, stages: Sequence[SequenceLengthStage]) -> RunPlan:
     return RunPlan(mixture=mixture, stages=stages, seed=0, steps=10**9, loss_shares=mixture.shares)
 
 
@@ -132,13 +132,13 @@ def _no_shard(index: int) -> Shard:
 def open_reader(folder: Path, *, threaded: bool, skip: int) -> Reader:
     """The micro-batches after the first `skip` of the run; the state is how many were read."""
     plan = make_plan(folder, ROWS_PER_STEP)
-    portion = Portion(rank=0, ranks=1, rows_per_step=ROWS_PER_STEP, micro_batch_rows=BATCH_ROWS)
+    rank_rows = RankRows(rank=0, ranks=1, rows_per_step=ROWS_PER_STEP, micro_batch_rows=BATCH_ROWS)
     first, inside = 1 + skip // BATCHES_PER_STEP, skip % BATCHES_PER_STEP
     read = skip
     if threaded:
-        steps = iter(Loader(plan, portion, first=first, last=LAST_STEP, ahead=2))
+        steps = iter(Loader(plan, rank_rows, first=first, last=LAST_STEP, ahead=2))
     else:
-        steps = (step_batch(plan, portion, step) for step in count(first))
+        steps = (step_batch(plan, rank_rows, step) for step in count(first))
 
     def batches() -> Iterator[Batch]:
         nonlocal read
@@ -159,13 +159,13 @@ def _as_batches(batch: StepBatch) -> Iterator[Batch]:
 
 def rank_step(plan: RunPlan, ranks: int, rank: int) -> Callable[[int], StepBatch]:
     """What one rank does for a step: it has eight rows of it."""
-    portion = Portion(
+    rank_rows = RankRows(
         rank=rank, ranks=ranks, rows_per_step=plan.rows_per_step, micro_batch_rows=BATCH_ROWS
     )
-    return lambda step: step_batch(plan, portion, step)
+    return lambda step: step_batch(plan, rank_rows, step)
 
 
-def simulated_order(folder: Path, shards: int, rows: int) -> tuple[RowPlaces, list[int]]:
+def simulated_order(folder: Path, shards: int, rows: int) -> tuple[RowIds, list[int]]:
     """The first rows of a simulated source in bigmix's order, and how many rows each shard has."""
     write_simulated(folder, shards)
     stream = simulated_plan(folder).streams["text"]

@@ -26,16 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bigmix.cluster.collectives import Cluster, leave
 from bigmix.cluster.world import world_of
-from bigmix.data.records import MicroBatch, Portion, StepBatch
+from bigmix.data.records import MicroBatch, RankRows, StepBatch
 from bigmix.loss.backend import backend_of, choose_backend
 from bigmix.loss.objective import StepShares
-from bigmix.loss.requests import Computing
-from bigmix.loss.terms import Terms
+from bigmix.loss.requests import LossBackendOptions
+from bigmix.loss.terms import LossTerms
 from bigmix.model.causal_lm import build, read_config
 from bigmix.model.ds_config import fill, read_ds_config
 from bigmix.model.engine import AdamW, Engine, device_of, join, sharded_construction
 from bigmix.runs.checkpoints import Position
-from bigmix.runs.saver import Keeping, Saver
+from bigmix.runs.saver import RetentionPolicy, Saver
 from bigmix.train import step
 
 VOCABULARY = 16_000
@@ -80,8 +80,8 @@ def make_engine(layers: int, width: int, ranks: int) -> Engine:
         dtype="fp32",
         attention="sdpa",
         activation_checkpointing=False,
-        terms=Terms(),
-        computing=Computing(
+        terms=LossTerms(),
+        computing=LossBackendOptions(
             backend=backend_of(choose_backend("torch", device_of(world_of(os.environ))).value)
         ),
         seed=0,
@@ -109,7 +109,7 @@ def batch() -> StepBatch:
         substituted={"web": 0},
         tokens=tokens,
         loss_tokens={"web": ROWS * (TOKENS - 1)},
-        squares=0,
+        sum_sq_lengths=0,
     )
 
 
@@ -119,17 +119,17 @@ def take_steps(
     """Six steps, with a save after the first."""
     rows, still_s = batch(), 0.0
     objective = step.TrainingObjective(
-        objective="per_source", weighing={"web": "token"}, reference=None
+        objective="per_source", document_weights={"web": "token"}, reference=None
     )
     ranks = cluster.world.size
-    portion = Portion(
+    rank_rows = RankRows(
         rank=cluster.world.rank, ranks=ranks, rows_per_step=ROWS * ranks, micro_batch_rows=ROWS
     )
     shares = StepShares(rows={"web": 1.0}, loss={"web": 1.0})
     began = time.perf_counter()
     for index in range(STEPS):
         settle()
-        ready = step.sync(cluster, rows, objective, portion, stop=False).ready
+        ready = step.sync(cluster, rows, objective, rank_rows, stop=False).ready
         assert ready is not None
         settings = step.StepSettings(shares=shares, lr=1e-4, dropout_seed=index)
         result = step.run(engine, cluster, ready, objective, settings, lambda _: None)
@@ -170,7 +170,7 @@ def measure(layers: int, width: int, rounds: int, folder: Path) -> tuple[dict[st
     cluster = join(world)
     engine = make_engine(layers, width, world.size)
     savers = {
-        title: Saver(folder, cluster, Keeping(newest=1), in_background=ahead, tell=print)
+        title: Saver(folder, cluster, RetentionPolicy(newest=1), in_background=ahead, tell=print)
         for title, ahead in (("bigmix, blocking", False), ("bigmix, background", True))
     }
     costs: dict[str, list[Cost]] = {}

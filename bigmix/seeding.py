@@ -29,7 +29,7 @@ def key_of(*parts: Any) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def spread(items: Sequence[T], most: int | None) -> Sequence[T]:
+def evenly_spaced(items: Sequence[T], most: int | None) -> Sequence[T]:
     """So many of the items at most, spread evenly."""
     if most is None or most >= len(items):
         return items

@@ -52,7 +52,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOutResult:
+class HeldOutRow:
     """One source of one evaluation; losses and divergence in nats/token, None what was not
     measured.
     """
@@ -190,7 +190,7 @@ class Terminal:
         self._live.update(view)
 
 
-def evaluation_table(title: str, results: Sequence[HeldOutResult]) -> Table:
+def evaluation_table(title: str, results: Sequence[HeldOutRow]) -> Table:
     """The results of one evaluation, ready for `Terminal.table`; a column that nothing was measured
     for is left out.
     """
@@ -226,7 +226,7 @@ def _percent(part: float | None) -> str | None:
     return None if part is None else f"{part:.1%}"
 
 
-def tame_libraries() -> None:
+def quiet_third_party_logs() -> None:
     """Quieten transformers, deepspeed and torch.
 
     Call before they are imported: they read the environment once.

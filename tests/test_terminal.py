@@ -12,12 +12,12 @@ import pytest
 
 from bigmix.terminal import (
     Cell,
-    HeldOutResult,
+    HeldOutRow,
     Measured,
     Table,
     Terminal,
     evaluation_table,
-    tame_libraries,
+    quiet_third_party_logs,
 )
 
 SIX = ("web", "books", "wikipedia", "code", "gsm8k-chat", "instructions")
@@ -129,7 +129,7 @@ def test_evaluation_shows_loss_interval_and_coloured_forgetting(
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     results = [
-        HeldOutResult(
+        HeldOutRow(
             source=name,
             role="replay",
             loss=Measured(value=2.5, margin=0.1),
@@ -147,7 +147,7 @@ def test_evaluation_shows_loss_interval_and_coloured_forgetting(
     assert re.search(r"\x1b\[31m *\+0\.250 ±0\.013", text)
     assert re.search(r"\x1b\[32m *-0\.250 ±0\.013", text)
     assert len(text.splitlines()) == 2 + len(SIX)  # nothing is folded
-    without = [HeldOutResult(source="web", role="replay", loss=Measured(value=2.5))]
+    without = [HeldOutRow(source="web", role="replay", loss=Measured(value=2.5))]
     table = evaluation_table("held out", without)
     assert table.columns == ["source", "role", "loss"]
     assert table.rows == [("web", "replay", "2.500")]
@@ -158,7 +158,7 @@ def test_taming_keeps_what_the_user_set_and_quietens_the_rest(
 ) -> None:
     monkeypatch.setattr(os, "environ", {"TRANSFORMERS_VERBOSITY": "debug"})
     with warnings.catch_warnings():
-        tame_libraries()
+        quiet_third_party_logs()
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "debug"
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
     assert logging.getLogger("DeepSpeed").level == logging.WARNING

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bigmix.loss.backend import backend_of, choose_backend
 from bigmix.loss.fused import mixed_loss
-from bigmix.loss.requests import Computing
+from bigmix.loss.requests import LossBackendOptions
 from bigmix.loss.terms import tokens_of_labels
 
 
@@ -18,7 +18,7 @@ def loss_with(chunk_bytes: int | None) -> Loss:
         backend = backend_of(choose_backend("auto", hidden_TD.device).value)
         coefficients_G = (labels_T != IGNORE).sum().float().reciprocal().reshape(1)
         tokens = tokens_of_labels(labels_T, coefficients_G)
-        computing = Computing(backend=backend, chunk_bytes=chunk_bytes)
+        computing = LossBackendOptions(backend=backend, chunk_bytes=chunk_bytes)
         objective, _ = mixed_loss(hidden_TD, head_VD, None, tokens, computing=computing)
         assert isinstance(objective, torch.Tensor)
         return objective

@@ -65,11 +65,11 @@ class Cluster:
             td.barrier(group=self._control)
 
 
-class BoardLost(Exception):
+class StoreLost(Exception):
     """The first rank, which keeps the board, does not answer any more."""
 
 
-class Board:
+class KeyValueStore:
     """Short texts that every rank writes and reads at any time, from any thread, without the
     others; a collective to make.
 
@@ -113,9 +113,9 @@ class Board:
         try:
             answer = answers.get(timeout=self._timeout.total_seconds())
         except Empty:
-            raise BoardLost(f"no answer within {self._timeout.total_seconds():g} s") from None
+            raise StoreLost(f"no answer within {self._timeout.total_seconds():g} s") from None
         if isinstance(answer, RuntimeError):
-            raise BoardLost(str(answer)) from answer
+            raise StoreLost(str(answer)) from answer
         return answer
 
 

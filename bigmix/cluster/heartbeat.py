@@ -23,7 +23,7 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Beat:
+class Heartbeat:
     """What a rank tells: a number that grows with each beat, how many activities it has begun, and
     the newest.
     """
@@ -35,7 +35,7 @@ class Beat:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class ShutdownReason:
     """Why all ranks end and with which code; `silent` are those that cannot say it themselves.
 
     `is_error`: a rank has told an error of its own, which others may well have too.
@@ -47,22 +47,22 @@ class Verdict:
     is_error: bool = False
 
 
-AT_FIRST = Beat(serial=0, count=0, doing="start-up")
+AT_FIRST = Heartbeat(serial=0, count=0, doing="start-up")
 
 
-def to_text(record: Beat | Verdict) -> str:
+def to_text(record: Heartbeat | ShutdownReason) -> str:
     """A record as it is written on the board."""
     return json.dumps(asdict(record))
 
 
-def beat_of(text: str) -> Beat:
+def heartbeat_of(text: str) -> Heartbeat:
     """The beat that was written; the first one where there is none yet."""
-    return Beat(**json.loads(text)) if text else AT_FIRST
+    return Heartbeat(**json.loads(text)) if text else AT_FIRST
 
 
-def verdict_of(text: str) -> Verdict:
+def shutdown_reason_of(text: str) -> ShutdownReason:
     """The verdict that was written."""
-    return Verdict(**json.loads(text))
+    return ShutdownReason(**json.loads(text))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,12 +71,12 @@ class _Known:
     of who looks.
     """
 
-    beat: Beat
+    beat: Heartbeat
     beat_at: float
     count_at: float
 
 
-class Beats:
+class HeartbeatMonitor:
     """The newest beats of some ranks. Only the clock of who looks counts, those of machines
     differ.
     """
@@ -87,7 +87,7 @@ class Beats:
         now = clock()
         self._known = {rank: _Known(beat=AT_FIRST, beat_at=now, count_at=now) for rank in ranks}
 
-    def take(self, beats: Mapping[int, Beat]) -> None:
+    def take(self, beats: Mapping[int, Heartbeat]) -> None:
         """Take in what was read from the board."""
         now = self._clock()
         for rank, beat in beats.items():
@@ -98,7 +98,7 @@ class Beats:
                 count_at=now if beat.count != old.beat.count else old.count_at,
             )
 
-    def newest(self, rank: int) -> Beat:
+    def newest(self, rank: int) -> Heartbeat:
         """The newest beat of one of the ranks."""
         return self._known[rank].beat
 
@@ -106,7 +106,7 @@ class Beats:
         """Whether a rank has said that it ends."""
         return self._known[rank].beat.has_left
 
-    def silence(self) -> Verdict | None:
+    def silence(self) -> ShutdownReason | None:
         """A verdict where ranks have given no sign of life for too long."""
         now = self._clock()
         silent = [
@@ -116,7 +116,7 @@ class Beats:
         ]
         if not silent:
             return None
-        return Verdict(
+        return ShutdownReason(
             text=(
                 f"{_named(silent)} gave no sign of life for {self._limits.dead_s:g} s, the last at "
                 f"{self.newest(silent[0]).doing}; the process or its machine is dead or frozen"
@@ -124,7 +124,7 @@ class Beats:
             silent=silent,
         )
 
-    def hang(self) -> Verdict | None:
+    def hang(self) -> ShutdownReason | None:
         """A verdict where no rank has begun anything new for too long; it names those that have
         come least far.
         """
@@ -145,7 +145,9 @@ class Beats:
         )
         if others:
             text += f"; {_named(others)} at {self.newest(others[0]).doing}"
-        return Verdict(text=f"{text}; where this is no fault but slow, raise train.hang_minutes")
+        return ShutdownReason(
+            text=f"{text}; where this is no fault but slow, raise train.hang_minutes"
+        )
 
 
 def _named(ranks: Sequence[int]) -> str:

@@ -36,12 +36,12 @@ _PARENT_EVERY_S = 1.0
 NOTHING_LOST = "nothing was trained since the last checkpoint; the same command goes on from there"
 
 
-class StopFlag:
+class StopSignal:
     """Whether a signal, the end of the launcher or the clock asks this process to stop.
 
-    Made first of all, in the main thread. Until `hand_over` a signal ends the process at once with
-    75, since nothing new is in memory. A second signal, later than the doubles of the first, ends
-    it at once; checkpoints stay whole.
+    Made first of all, in the main thread. Until `defer_signals` a signal ends the process at once
+    with 75, since nothing new is in memory. A second signal, later than the doubles of the first,
+    ends it at once; checkpoints stay whole.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class StopFlag:
         """Ask this process to stop at the next step boundary."""
         self._reason = self._reason or reason
 
-    def hand_over(self) -> None:
+    def defer_signals(self) -> None:
         """From now on a request is a flag for somebody else to act on."""
         self._exits_at_once = False
 

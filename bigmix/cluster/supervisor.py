@@ -23,7 +23,7 @@ _LONGEST_WAIT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Course:
+class LaunchSpec:
     """How a run is started, and the step of its newest checkpoint, 0 as long as there is none.
 
     Where several runs are trained, another number that grows as long as they come on.
@@ -34,7 +34,7 @@ class Course:
     restarts: int
 
 
-class Requests:
+class StopRequests:
     """Signals that ask to stop, as they came; made in the main thread."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Requests:
         return new
 
 
-def supervise(course: Course, requests: Requests, tell: Callable[[str], None]) -> int:
+def supervise(course: LaunchSpec, requests: StopRequests, tell: Callable[[str], None]) -> int:
     """Run to the end, through as many restarts as are allowed and of use; `tell` is given one line
     each.
     """
@@ -113,7 +113,7 @@ def _started(ranks: Sequence[Process]) -> Iterator[Sequence[Process]]:
             process.wait()
 
 
-def _watch(ranks: Sequence[Process], requests: Requests) -> dict[int, int]:
+def _watch(ranks: Sequence[Process], requests: StopRequests) -> dict[int, int]:
     """Pass signals on until all have ended, those that do not follow the first one by force; their
     codes in that order.
     """
@@ -152,7 +152,7 @@ def _first_failure(ended: Mapping[int, int]) -> str:
     return f"rank {rank} {how}"
 
 
-def _is_asked_within(seconds: float, requests: Requests) -> bool:
+def _is_asked_within(seconds: float, requests: StopRequests) -> bool:
     until = time.monotonic() + seconds
     while time.monotonic() < until and not requests.received:
         time.sleep(_LOOK_EVERY_S)

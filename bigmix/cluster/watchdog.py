@@ -2,7 +2,7 @@
 reason and their stacks.
 
 A thread of each rank writes a beat on the board once a second and reads there whether to stop (see
-`StopFlag`) or to end. The first rank looks at all beats; the ranks of a machine also look at one
+`StopSignal`) or to end. The first rank looks at all beats; the ranks of a machine also look at one
 another's processes.
 """
 
@@ -15,10 +15,18 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from bigmix.cluster.collectives import Board, BoardLost, Cluster
-from bigmix.cluster.heartbeat import Beat, Beats, Limits, Verdict, beat_of, to_text, verdict_of
+from bigmix.cluster.collectives import Cluster, KeyValueStore, StoreLost
+from bigmix.cluster.heartbeat import (
+    Heartbeat,
+    HeartbeatMonitor,
+    Limits,
+    ShutdownReason,
+    heartbeat_of,
+    shutdown_reason_of,
+    to_text,
+)
 from bigmix.cluster.processes import Identity, has_ended, identity
-from bigmix.cluster.signals import StopFlag, end_process
+from bigmix.cluster.signals import StopSignal, end_process
 from bigmix.errors import FAILED, REQUEUE, BigmixError, Interrupted
 
 _TICK_S = 1.0
@@ -31,7 +39,7 @@ _STOP, _VERDICT, _BEAT = "stop", "verdict", "beat/{}"
 class Watchdog:
     """Watches the ranks of a run from joining to leaving; a collective to make."""
 
-    def __init__(self, cluster: Cluster, flag: StopFlag, limits: Limits, folder: Path) -> None:
+    def __init__(self, cluster: Cluster, flag: StopSignal, limits: Limits, folder: Path) -> None:
         """`folder` is where each rank writes its stacks."""
         self._rank, self._size = cluster.world.rank, cluster.world.size
         self._flag = flag
@@ -40,16 +48,16 @@ class Watchdog:
         self._doing = (0, "setting up")
         self._serial = 0
         self._must_save = False
-        self._own: Verdict | None = None
+        self._own: ShutdownReason | None = None
         self._unexpected: BaseException | None = None
         # The first rank has the whole view, the others see to the first.
         self._watched = range(self._size) if cluster.world.is_first else range(1)
-        self._beats = Beats(self._watched, limits, time.monotonic)
+        self._beats = HeartbeatMonitor(self._watched, limits, time.monotonic)
         self._peers = _peers(cluster.gather(identity()), self._rank)
         keys = [_STOP, _VERDICT, *map(_BEAT.format, range(self._size))]
-        self._board = Board(cluster, keys, timedelta(seconds=limits.dead_s))
+        self._board = KeyValueStore(cluster, keys, timedelta(seconds=limits.dead_s))
         self._closing = threading.Event()
-        flag.hand_over()
+        flag.defer_signals()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -82,7 +90,9 @@ class Watchdog:
             words, code = f"{type(error).__name__}: {error}", FAILED
             self._unexpected = error
         if not isinstance(error, Interrupted):
-            self._own = Verdict(text=f"rank {self._rank} failed: {words}", code=code, is_error=True)
+            self._own = ShutdownReason(
+                text=f"rank {self._rank} failed: {words}", code=code, is_error=True
+            )
         self.close()
 
     def _run(self) -> None:
@@ -94,11 +104,11 @@ class Watchdog:
             if self._unexpected is not None:
                 self._seek_cause()
             self._say_goodbye(self._own)
-        except BoardLost as error:
+        except StoreLost as error:
             if not self._closing.is_set() or self._unexpected is not None:
                 self._end(self._without_first(error))
 
-    def _act_on(self, verdict: Verdict | None) -> None:
+    def _act_on(self, verdict: ShutdownReason | None) -> None:
         if verdict is not None and not self._says_so_itself(verdict):
             self._end(verdict)
 
@@ -113,11 +123,11 @@ class Watchdog:
                 self._end(verdict)
             time.sleep(_CAUSE_S / 20)
 
-    def _says_so_itself(self, verdict: Verdict) -> bool:
+    def _says_so_itself(self, verdict: ShutdownReason) -> bool:
         """Whether this rank's main thread ends with an error too: ranks often fail alike."""
         return verdict.is_error and self._closing.wait(_OWN_WORDS_S)
 
-    def _look(self) -> Verdict | None:
+    def _look(self) -> ShutdownReason | None:
         """One round: tell, read, judge."""
         self._stacks.write_unless_called_again(self._limits.hang_s + self._limits.dead_s)
         self._tell()
@@ -125,24 +135,24 @@ class Watchdog:
             self._board.write_once(_STOP, self._flag.reason or "its time is over")
         stop, given, *texts = self._board.read([_STOP, _VERDICT, *map(_BEAT.format, self._watched)])
         if given:
-            return verdict_of(given)
+            return shutdown_reason_of(given)
         if stop:
             self._flag.ask(stop)
-        self._beats.take(dict(zip(self._watched, map(beat_of, texts), strict=True)))
+        self._beats.take(dict(zip(self._watched, map(heartbeat_of, texts), strict=True)))
         found = self._request() or self._dead_peer() or self._beats.silence()
         found = found or (self._beats.hang() if self._rank == 0 else None)
-        return found and verdict_of(self._board.write_once(_VERDICT, to_text(found)))
+        return found and shutdown_reason_of(self._board.write_once(_VERDICT, to_text(found)))
 
     def _tell(self, *, has_left: bool = False) -> None:
         self._serial += 1
         count, doing = self._doing
-        beat = Beat(serial=self._serial, count=count, doing=doing, has_left=has_left)
+        beat = Heartbeat(serial=self._serial, count=count, doing=doing, has_left=has_left)
         self._board.write(_BEAT.format(self._rank), to_text(beat))
 
-    def _request(self) -> Verdict | None:
+    def _request(self) -> ShutdownReason | None:
         if self._flag.reason is None or self._must_save:
             return None
-        return Verdict(
+        return ShutdownReason(
             text=(
                 f"asked by {self._flag.reason} on rank {self._rank} during {self._doing[1]}:"
                 f" {self._flag.nothing_lost}"
@@ -150,21 +160,21 @@ class Watchdog:
             code=REQUEUE,
         )
 
-    def _dead_peer(self) -> Verdict | None:
+    def _dead_peer(self) -> ShutdownReason | None:
         """A verdict where processes of this machine have ended without a word."""
         ended = [rank for rank, process in self._peers.items() if has_ended(process)]
         for rank in ended:
-            beat = beat_of(self._board.read([_BEAT.format(rank)])[0])
+            beat = heartbeat_of(self._board.read([_BEAT.format(rank)])[0])
             if not beat.has_left:
                 return _died(rank, self._peers[rank], beat)
         return None
 
-    def _without_first(self, error: BoardLost) -> Verdict:
+    def _without_first(self, error: StoreLost) -> ShutdownReason:
         """The verdict where the first rank and its board are gone; each rank finds it by itself."""
         beat = self._beats.newest(0)
         if 0 in self._peers and has_ended(self._peers[0]):
             return _died(0, self._peers[0], beat)
-        return Verdict(
+        return ShutdownReason(
             text=(
                 f"rank 0 does not answer, the last it told was {beat.doing}; its process or machine"
                 f" is dead or frozen, or the network is ({str(error).splitlines()[0]})"
@@ -172,7 +182,7 @@ class Watchdog:
             silent=(0,),
         )
 
-    def _end(self, verdict: Verdict) -> None:
+    def _end(self, verdict: ShutdownReason) -> None:
         """End this process as the verdict says; nothing after it runs."""
         if verdict.code == FAILED:
             self._stacks.write(
@@ -180,7 +190,7 @@ class Watchdog:
             )
         # Without the first rank nobody keeps the board, and its silence would be waited for again.
         if 0 not in verdict.silent:
-            with contextlib.suppress(BoardLost):
+            with contextlib.suppress(StoreLost):
                 self._say_goodbye(None, but=verdict.silent)
         own_machine = [rank for rank in (self._rank, *self._peers) if rank not in verdict.silent]
         words = None
@@ -189,7 +199,7 @@ class Watchdog:
             words = f"stopped: {verdict.text}{where}"
         end_process(words, verdict.code)
 
-    def _say_goodbye(self, verdict: Verdict | None, but: Sequence[int] = ()) -> None:
+    def _say_goodbye(self, verdict: ShutdownReason | None, but: Sequence[int] = ()) -> None:
         """Tell that this rank leaves, and why; the first rank waits until the others have heard."""
         if verdict is not None:
             self._board.write_once(_VERDICT, to_text(verdict))
@@ -199,7 +209,7 @@ class Watchdog:
         others = [_BEAT.format(rank) for rank in range(1, self._size) if rank not in but]
         until = time.monotonic() + _LINGER_S
         while time.monotonic() < until:
-            if not others or all(beat_of(text).has_left for text in self._board.read(others)):
+            if not others or all(heartbeat_of(text).has_left for text in self._board.read(others)):
                 return
             time.sleep(0.05)
 
@@ -213,8 +223,8 @@ def _peers(identities: Sequence[Identity], own: int) -> dict[int, int]:
     }
 
 
-def _died(rank: int, process: int, beat: Beat) -> Verdict:
-    return Verdict(
+def _died(rank: int, process: int, beat: Heartbeat) -> ShutdownReason:
+    return ShutdownReason(
         text=(
             f"rank {rank} has died, during {beat.doing}; its process {process} ended without a"
             " word, as after kill -9 or for want of memory"

@@ -30,7 +30,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as train.lr=1e-5")
 
 
-def parse_words(
+def parse_arguments(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None
 ) -> argparse.Namespace:
     """What argparse makes of the words; KEY=VALUE may also stand behind options, where it does not
@@ -69,13 +69,13 @@ def check_step(step: int, inputs: RunInputs) -> None:
         raise BadInput(f"--step is {step}, the run has {inputs.plan.steps} steps; give one of them")
 
 
-def tell_moving(recipe: Recipe) -> None:
+def report_moving_shares(recipe: Recipe) -> None:
     """Say on stderr that shares move, so that what is shown holds until the first decision."""
     for told in moving_shares(recipe):
         print(told, file=sys.stderr)
 
 
-def tell_replaced(bad: Sequence[BadShard], step: int) -> None:
+def report_replaced_shards(bad: Sequence[BadShard], step: int) -> None:
     """Say on stderr which shards cannot be read, so that what is shown has rows of others in their
     place.
     """

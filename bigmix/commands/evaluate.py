@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bigmix.cluster.signals import StopFlag
-from bigmix.cluster.supervisor import Course, Requests, supervise
+from bigmix.cluster.signals import StopSignal
+from bigmix.cluster.supervisor import LaunchSpec, StopRequests, supervise
 from bigmix.cluster.world import World, world_of
-from bigmix.commands.arguments import add_recipe_arguments, parse_words
+from bigmix.commands.arguments import add_recipe_arguments, parse_arguments
 from bigmix.commands.lm_eval import add_lm_eval_arguments, run_lm_eval, show_lm_eval
 from bigmix.commands.train import num_gpus, start_ranks
-from bigmix.commands.train_rank import tell
+from bigmix.commands.train_rank import report_error
 from bigmix.errors import BAD_INPUT, DONE, BadInput, BigmixError
 from bigmix.evaluation.inputs import open_held_out
 from bigmix.recipe import Recipe, load_recipe
 from bigmix.runs.layout import EXPORT
-from bigmix.terminal import Terminal, tame_libraries
+from bigmix.terminal import Terminal, quiet_third_party_logs
 
 _EVALUATION = "evaluation"  # in the output of a recipe
 _NO_BASE = "none"
@@ -79,11 +79,11 @@ def _run_benchmarks(known: argparse.Namespace, model: str, out: Path) -> None:
 
 
 def _supervised(known: argparse.Namespace) -> int:
-    requests = Requests()
+    requests = StopRequests()
     ranks = num_gpus() or 1 if known.ranks is None else known.ranks
     if ranks < 1:
         raise BadInput(f"--ranks is {ranks}; give 1 or more")
-    course = Course(
+    course = LaunchSpec(
         start=lambda: start_ranks("evaluate", ranks, _words(known)),
         newest_step=lambda: 0,
         restarts=0,
@@ -102,7 +102,7 @@ def _words(known: argparse.Namespace) -> list[str]:
     return [known.recipe, *known.overrides, *given]
 
 
-def main(arguments: Sequence[str], flag: StopFlag) -> int:
+def main(arguments: Sequence[str], flag: StopSignal) -> int:
     """Evaluate on this rank until it is done or the flag is set; returns the exit code."""
     parser = argparse.ArgumentParser(prog="launch/evaluate.py")
     _add_arguments(parser)
@@ -111,33 +111,33 @@ def main(arguments: Sequence[str], flag: StopFlag) -> int:
     if not given:
         parser.print_usage(sys.stderr)
         return BAD_INPUT
-    known = parse_words(parser, given)
+    known = parse_arguments(parser, given)
     world = world_of(os.environ)
     try:
         recipe = load_recipe(known.recipe, known.overrides)
         return _run(recipe, known, world, flag)
     except BigmixError as error:
-        tell(error, world)
+        report_error(error, world)
         return error.exit_code
 
 
-def _run(recipe: Recipe, known: argparse.Namespace, world: World, flag: StopFlag) -> int:
+def _run(recipe: Recipe, known: argparse.Namespace, world: World, flag: StopSignal) -> int:
     model = _model(recipe, known)
     inputs = open_held_out(
         recipe, verify=world.local_rank == 0, machines=world.size // world.local_size
     )
-    tame_libraries()
+    quiet_third_party_logs()
     # Seconds of imports, and only for a recipe that can be evaluated.
-    from bigmix.evaluation.standalone import Order, run
+    from bigmix.evaluation.standalone import EvaluationRequest, evaluate_standalone
 
     base = known.base or recipe.model.path
-    order = Order(
+    order = EvaluationRequest(
         model=model,
         base=None if base == _NO_BASE else base,
         output=_out(recipe, known),
         command=shlex.join(["bigmix", "evaluate", *_words(known), "--ranks", str(world.size)]),
     )
-    run(recipe, inputs, order, world, Terminal(enabled=world.is_first), flag)
+    evaluate_standalone(recipe, inputs, order, world, Terminal(enabled=world.is_first), flag)
     return DONE
 
 

@@ -8,8 +8,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from bigmix.commands.arguments import add_recipe_arguments, check_step, tell_moving, tell_replaced
-from bigmix.data.records import Portion
+from bigmix.commands.arguments import (
+    add_recipe_arguments,
+    check_step,
+    report_moving_shares,
+    report_replaced_shards,
+)
+from bigmix.data.records import RankRows
 from bigmix.data.run_plan import RunPlan
 from bigmix.errors import DONE, BadInput
 from bigmix.recipe import Recipe, load, load_recipe, plain, to_yaml
@@ -99,18 +104,18 @@ def _rows(known: argparse.Namespace) -> int:
         ]
 
     found, bad = inputs.around_bad_shards(known.step, lines)
-    tell_replaced(bad, known.step)
-    tell_moving(recipe)
+    report_replaced_shards(bad, known.step)
+    report_moving_shares(recipe)
     print("\n".join(found))
     return DONE
 
 
 def _lines(recipe: Recipe, plan: RunPlan, step: int, rank: int, ranks: int) -> Iterator[str]:
     size, streams = recipe.train.micro_batch_rows, plan.streams_at(step)
-    portion = Portion(
+    rank_rows = RankRows(
         rank=rank, ranks=ranks, rows_per_step=recipe.rows_per_step, micro_batch_rows=size
     )
-    for index, row_id in enumerate(plan.places(portion, step).ids()):
+    for index, row_id in enumerate(plan.places(rank_rows, step).ids()):
         row = streams[row_id.source].read(row_id)
         digest = hashlib.sha256(row.ids_T[: row.tokens].astype("<u4").tobytes()).hexdigest()
         place = f"{row_id.source} {row_id.epoch} {row_id.shard} {row_id.row}"

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from bigmix import __version__
-from bigmix.commands.arguments import parse_words
+from bigmix.commands.arguments import parse_arguments
 from bigmix.commands.compare.command import add_compare
 from bigmix.commands.evaluate import add_evaluate
 from bigmix.commands.inspect import add_recipe, add_rows
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add_quickstart,
     ):
         add(subparsers)
-    known = parse_words(parser, arguments)
+    known = parse_arguments(parser, arguments)
     try:
         code: int = known.func(known)
         return code

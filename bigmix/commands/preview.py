@@ -3,12 +3,17 @@
 import argparse
 from typing import Any
 
-from bigmix.commands.arguments import add_recipe_arguments, check_step, tell_moving, tell_replaced
-from bigmix.data.records import Portion, Row
+from bigmix.commands.arguments import (
+    add_recipe_arguments,
+    check_step,
+    report_moving_shares,
+    report_replaced_shards,
+)
+from bigmix.data.records import RankRows, Row
 from bigmix.data.run_plan import RunPlan
 from bigmix.errors import DONE, BadInput
 from bigmix.recipe import Recipe, load_recipe
-from bigmix.terminal import Terminal, tame_libraries
+from bigmix.terminal import Terminal, quiet_third_party_logs
 from bigmix.train.inputs import RunInputs, open_inputs
 
 
@@ -36,7 +41,7 @@ def add_preview(subparsers: Any) -> None:
 
 
 def _preview(known: argparse.Namespace) -> int:
-    tame_libraries()
+    quiet_third_party_logs()
     recipe = load_recipe(known.recipe, known.overrides)
     _check(known)
     inputs = open_inputs(recipe, ranks=known.ranks, verify=False)
@@ -68,7 +73,7 @@ def _show(known: argparse.Namespace, recipe: Recipe, inputs: RunInputs, terminal
 
     tokenizer = load_tokenizer(str(inputs.tokenizer_folder))
     size = recipe.train.micro_batch_rows
-    portion = Portion(
+    rank_rows = RankRows(
         rank=known.rank,
         ranks=known.ranks,
         rows_per_step=recipe.rows_per_step,
@@ -77,12 +82,12 @@ def _show(known: argparse.Namespace, recipe: Recipe, inputs: RunInputs, terminal
 
     def read(plan: RunPlan) -> list[Row]:
         streams = plan.streams_at(known.step)
-        own = plan.row_ids(known.step)[portion.rows]
+        own = plan.row_ids(known.step)[rank_rows.rows]
         return [streams[row_id.source].read(row_id) for row_id in own[: known.rows]]
 
     rows, bad = inputs.around_bad_shards(known.step, read)
-    tell_replaced(bad, known.step)
-    tell_moving(recipe)
+    report_replaced_shards(bad, known.step)
+    report_moving_shares(recipe)
     for index, row in enumerate(rows):
         seat = Seat(rank=known.rank, micro_batch=index // size)
         pieces = list(preview(row, seat, tokenizer, most=None if known.full else SHOWN_TOKENS))
@@ -92,7 +97,7 @@ def _show(known: argparse.Namespace, recipe: Recipe, inputs: RunInputs, terminal
             terminal.styled(
                 [(piece.text, _style(piece.kind, piece.is_special)) for piece in pieces]
             )
-    own = portion.rows.stop - portion.rows.start
+    own = rank_rows.rows.stop - rank_rows.rows.start
     if own > known.rows:
         terminal.note(f"… {own - known.rows:,} more rows of this rank, --rows {own} shows them")
 

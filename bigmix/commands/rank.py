@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from bigmix.cluster.signals import NOTHING_LOST, StopFlag
+from bigmix.cluster.signals import NOTHING_LOST, StopSignal
 from bigmix.errors import DONE, FAILED
 
 _NOTHING_KEPT = "an evaluation keeps nothing until its end; the same command begins it again"
@@ -27,9 +27,9 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 
 def _end_well(
-    arguments: Sequence[str], work: Callable[[Sequence[str], StopFlag], int], nothing_lost: str
+    arguments: Sequence[str], work: Callable[[Sequence[str], StopSignal], int], nothing_lost: str
 ) -> int:
-    flag = StopFlag(nothing_lost=nothing_lost)
+    flag = StopSignal(nothing_lost=nothing_lost)
     # Nothing that is imported is garbage, and to look for some takes a sixth of a start: not before
     # there is an engine.
     gc.disable()
@@ -47,14 +47,14 @@ def _end_well(
     return code
 
 
-def _train(arguments: Sequence[str], flag: StopFlag) -> int:
+def _train(arguments: Sequence[str], flag: StopSignal) -> int:
     # Seconds of imports, during which a signal must find the guard.
     from bigmix.commands.train_rank import main as train
 
     return train(arguments, flag)
 
 
-def _evaluate(arguments: Sequence[str], flag: StopFlag) -> int:
+def _evaluate(arguments: Sequence[str], flag: StopSignal) -> int:
     from bigmix.commands.evaluate import main as evaluate_rank
 
     return evaluate_rank(arguments, flag)

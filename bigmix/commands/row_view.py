@@ -15,7 +15,7 @@ from bigmix.data.records import Row
 from bigmix.text.tokenizer import Tokenizer
 from bigmix.types import IGNORE
 
-Kind = Literal["head", "border", "context", "loss", "padding"]
+PieceKind = Literal["head", "border", "context", "loss", "padding"]
 LONGEST_GROUP = 8  # tokens: a character has at most four bytes, and a token at least one
 SHOWN_TOKENS = 400  # of a row, unless all are asked for
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -23,11 +23,11 @@ _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
+class ViewPiece:
     """A run of text of one kind; a special token of the tokenizer is a piece of its own."""
 
     text: str
-    kind: Kind
+    kind: PieceKind
     is_special: bool = False
 
 
@@ -42,21 +42,21 @@ class Seat:
 @dataclass(frozen=True, slots=True)
 class _Token:
     id: int
-    kind: Kind
+    kind: PieceKind
     is_special: bool
 
 
-def preview(row: Row, seat: Seat, tokenizer: Tokenizer, *, most: int | None) -> Iterator[Piece]:
+def preview(row: Row, seat: Seat, tokenizer: Tokenizer, *, most: int | None) -> Iterator[ViewPiece]:
     """A row as it is trained; of its tokens at most the first `most`, the rest as a count."""
     in_loss = [False, *(row.labels_T[:-1] != IGNORE).tolist()]
-    yield Piece(text=_head(row, seat, sum(in_loss)) + "\n", kind="head")
+    yield ViewPiece(text=_head(row, seat, sum(in_loss)) + "\n", kind="head")
     shown = row.tokens if most is None else min(most, row.tokens)
     bounds = [*row.starts_P.tolist(), row.tokens]
     for index, document in enumerate(row.documents_P.tolist()):
         begin, end = bounds[index], bounds[index + 1]
         if begin >= shown:
             break
-        yield Piece(text=f"── document {document:,}, {end - begin:,} tokens\n", kind="border")
+        yield ViewPiece(text=f"── document {document:,}, {end - begin:,} tokens\n", kind="border")
         tokens = [
             _Token(token, "loss" if flag else "context", token in tokenizer.special_ids)
             for token, flag in zip(
@@ -64,16 +64,16 @@ def preview(row: Row, seat: Seat, tokenizer: Tokenizer, *, most: int | None) -> 
             )
         ]
         yield from _decoded(tokens, tokenizer)
-        yield Piece(text="\n", kind="border")
+        yield ViewPiece(text="\n", kind="border")
     if shown < row.tokens:
-        yield Piece(
+        yield ViewPiece(
             text=f"… {row.tokens - shown:,} more tokens, --full shows them\n", kind="padding"
         )
     if padding := len(row.ids_T) - row.tokens:
-        yield Piece(text=f"… {padding:,} padding\n", kind="padding")
+        yield ViewPiece(text=f"… {padding:,} padding\n", kind="padding")
 
 
-def marked(pieces: Sequence[Piece]) -> str:
+def marked(pieces: Sequence[ViewPiece]) -> str:
     """The pieces without colour: [[loss tokens]] and {{special tokens}}; the same signs in the data
     get a backslash.
     """
@@ -84,7 +84,7 @@ def marked(pieces: Sequence[Piece]) -> str:
     return "".join(said)
 
 
-def _marked(piece: Piece) -> str:
+def _marked(piece: ViewPiece) -> str:
     if piece.kind not in ("context", "loss"):
         return piece.text
     text = piece.text
@@ -102,19 +102,19 @@ def _head(row: Row, seat: Seat, loss_tokens: int) -> str:
     )
 
 
-def _decoded(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[Piece]:
+def _decoded(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[ViewPiece]:
     for is_special, run in groupby(tokens, key=lambda token: token.is_special):
         if is_special:
             for token in run:
                 text = visible(tokenizer.text_of(token.id))
-                yield Piece(text=text, kind=token.kind, is_special=True)
+                yield ViewPiece(text=text, kind=token.kind, is_special=True)
         else:
             pieces = _characters(list(run), tokenizer)
             for kind, alike in groupby(pieces, key=lambda piece: piece.kind):
-                yield Piece(text="".join(piece.text for piece in alike), kind=kind)
+                yield ViewPiece(text="".join(piece.text for piece in alike), kind=kind)
 
 
-def _characters(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[Piece]:
+def _characters(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[ViewPiece]:
     """The fewest tokens that decode to whole characters; the last of them says of which kind they
     are.
 
@@ -128,7 +128,7 @@ def _characters(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[Piec
         is_broken = text.endswith(_BROKEN)
         if is_broken and len(group) < LONGEST_GROUP and index + 1 < len(tokens):
             continue
-        yield Piece(text=visible(text or f"<{token.id}>"), kind=token.kind)
+        yield ViewPiece(text=visible(text or f"<{token.id}>"), kind=token.kind)
         before, group = [] if is_broken else group, []
 
 

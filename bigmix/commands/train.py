@@ -6,7 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
-from bigmix.cluster.supervisor import Course, Process, Requests, supervise
+from bigmix.cluster.supervisor import LaunchSpec, Process, StopRequests, supervise
 from bigmix.cluster.world import free_port
 from bigmix.commands.arguments import add_recipe_arguments
 from bigmix.errors import BadInput
@@ -33,7 +33,7 @@ def add_train(subparsers: Any) -> None:
 
 
 def _train(known: argparse.Namespace) -> int:
-    requests = Requests()
+    requests = StopRequests()
     loaded = load(known.recipe, known.overrides)
     recipes = [run.recipe for run in loaded.chosen] or [loaded.recipe]
     ranks = num_gpus() or 1 if known.ranks is None else known.ranks
@@ -41,7 +41,7 @@ def _train(known: argparse.Namespace) -> int:
         raise BadInput(
             f"--ranks is {ranks} and --restarts is {known.restarts}; give 1 or more, and 0 or more"
         )
-    course = Course(
+    course = LaunchSpec(
         start=lambda: start_ranks("train", ranks, [known.recipe, *known.overrides]),
         newest_step=lambda: progress(recipes),
         restarts=known.restarts,

@@ -4,17 +4,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from bigmix.cluster.signals import StopFlag
+from bigmix.cluster.signals import StopSignal
 from bigmix.cluster.world import World, world_of
 from bigmix.errors import BAD_INPUT, DONE, BadInput, BigmixError
 from bigmix.recipe import Recipe, SweepRun, load
-from bigmix.terminal import Terminal, tame_libraries
+from bigmix.terminal import Terminal, quiet_third_party_logs
 from bigmix.train.inputs import RunInputs, open_inputs
 
 USAGE = "usage: deepspeed launch/train.py RECIPE.yaml [key=value ...]"
 
 
-def main(arguments: Sequence[str], flag: StopFlag) -> int:
+def main(arguments: Sequence[str], flag: StopSignal) -> int:
     """Run a recipe on this rank until it is done or the flag is set; returns the exit code."""
     # The deepspeed launcher puts --local_rank=N first; the environment has it too.
     given = [word for word in arguments if not word.startswith("--local_rank")]
@@ -35,12 +35,12 @@ def main(arguments: Sequence[str], flag: StopFlag) -> int:
         )
         return _run(recipe, inputs, world, flag)
     except BigmixError as error:
-        tell(error, world)
+        report_error(error, world)
         return error.exit_code
 
 
-def _run(recipe: Recipe, inputs: RunInputs, world: World, flag: StopFlag) -> int:
-    tame_libraries()
+def _run(recipe: Recipe, inputs: RunInputs, world: World, flag: StopSignal) -> int:
+    quiet_third_party_logs()
     # Seconds of imports, and only for a recipe that can run.
     from bigmix.train.run import run
 
@@ -48,8 +48,8 @@ def _run(recipe: Recipe, inputs: RunInputs, world: World, flag: StopFlag) -> int
     return DONE
 
 
-def _run_sweep(runs: Sequence[SweepRun], world: World, flag: StopFlag) -> int:
-    tame_libraries()
+def _run_sweep(runs: Sequence[SweepRun], world: World, flag: StopSignal) -> int:
+    quiet_third_party_logs()
     # As above.
     from bigmix.train.run import run_all
 
@@ -57,7 +57,7 @@ def _run_sweep(runs: Sequence[SweepRun], world: World, flag: StopFlag) -> int:
     return DONE
 
 
-def tell(error: BigmixError, world: World) -> None:
+def report_error(error: BigmixError, world: World) -> None:
     """Once per node: the ranks of a node see the same recipe and the same files."""
     if world.local_rank != 0:
         return

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from bigmix.data.packing import ragged
-from bigmix.data.records import MicroBatch, RowPlaces
+from bigmix.data.records import MicroBatch, RowIds
 from bigmix.data.stream import Stream
 from bigmix.types import Floats, Ints, Weighing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Assembled:
+class AssembledRows:
     """Rows [R] of one length.
 
     Parts [P] and runs [K] of row r lie from `parts_R1[r]` and `runs_R1[r]` on.
@@ -33,7 +33,7 @@ class Assembled:
     sources_R: Ints
     tokens_R: Ints
     loss_tokens_R: Ints
-    squares_R: Ints
+    sum_sq_lengths_R: Ints
     parts_R1: Sequence[int]
     runs_R1: Sequence[int]
     sources_P: Ints
@@ -57,15 +57,15 @@ class Assembled:
         )
 
 
-def assemble(streams: Sequence[Stream], places: RowPlaces) -> Assembled:
+def assemble(streams: Sequence[Stream], places: RowIds) -> AssembledRows:
     """Gather rows shard by shard, in the order in which the shards are first needed."""
     groups = places.by_shard()
     found = [streams[source].rows(shard, places.rows_R[own]) for source, shard, own in groups]
     counts_4R = np.empty((4, len(places.rows_R)), np.int64)
     for (_, _, own), rows in zip(groups, found, strict=True):
-        counts_4R[:, own] = rows.parts_R, rows.runs_R, rows.tokens_R, rows.squares_R
+        counts_4R[:, own] = rows.parts_R, rows.runs_R, rows.tokens_R, rows.sum_sq_lengths_R
     parts_R1, runs_R1 = (np.concatenate([[0], np.cumsum(counts)]) for counts in counts_4R[:2])
-    width = streams[0].packer.width
+    width = streams[0].packing.width
     parts_2P, runs_2K = np.empty((2, parts_R1[-1]), np.int64), np.empty((2, runs_R1[-1]), np.int64)
     ids_RT = np.empty((len(places.rows_R), width), np.int32)
     for (_, _, own), rows in zip(groups, found, strict=True):
@@ -77,11 +77,11 @@ def assemble(streams: Sequence[Stream], places: RowPlaces) -> Assembled:
         ids = np.frombuffer(b"".join(rows.pieces), streams[0].dtype)
         ids_RT[own] = ids.reshape(len(own), width)
     loss_tokens = np.concatenate([[0], np.cumsum(runs_2K[1])])
-    return Assembled(
+    return AssembledRows(
         sources_R=places.sources_R,
         tokens_R=counts_4R[2],
         loss_tokens_R=np.diff(loss_tokens[runs_R1]),
-        squares_R=counts_4R[3],
+        sum_sq_lengths_R=counts_4R[3],
         parts_R1=parts_R1.tolist(),
         runs_R1=runs_R1.tolist(),
         sources_P=np.repeat(places.sources_R, counts_4R[0]),
@@ -96,14 +96,14 @@ def assemble(streams: Sequence[Stream], places: RowPlaces) -> Assembled:
 EXPONENTS: Mapping[Weighing, float] = {"token": 0.0, "square_root": 0.5, "document": 1.0}
 
 
-def part_weights(micro_batch: MicroBatch, exponents_S: Sequence[float]) -> Floats:
+def document_weights(micro_batch: MicroBatch, exponents_S: Sequence[float]) -> Floats:
     """The weight of a loss token of each part [P]; 1 in parts without one."""
     counts_P = np.maximum(micro_batch.loss_tokens_P, 1).astype(np.float64)
     weights_P: Floats = counts_P ** -np.asarray(exponents_S)[micro_batch.groups_P]
     return weights_P
 
 
-def masses(micro_batch: MicroBatch, weights_P: Floats, sources: int) -> Floats:
+def weight_sums(micro_batch: MicroBatch, weights_P: Floats, sources: int) -> Floats:
     """The weights of the loss tokens of each source, added up [S]."""
     sums_P = weights_P * micro_batch.loss_tokens_P
     return np.bincount(micro_batch.groups_P, sums_P, minlength=sources).astype(np.float64)

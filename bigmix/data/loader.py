@@ -12,17 +12,17 @@ import numpy as np
 
 from bigmix.cluster.signals import is_done
 from bigmix.data.quarantine import BadShard
-from bigmix.data.records import Portion, StepBatch
+from bigmix.data.records import RankRows, StepBatch
 from bigmix.data.run_plan import RunPlan
 from bigmix.data.shards.retry import Stopped
-from bigmix.data.source import Depot, Source, needed_in_order
+from bigmix.data.source import PreparedSource, ShardStore, needed_in_order
 from bigmix.types import Ints
 
 
-def step_batch(plan: RunPlan, portion: Portion, step: int) -> StepBatch:
+def step_batch(plan: RunPlan, rank_rows: RankRows, step: int) -> StepBatch:
     """The rows of one rank in one step, as micro-batches."""
-    rows, first = plan.assembled(portion, step)
-    count, size = portion.rows.stop - portion.rows.start, portion.micro_batch_rows
+    rows, first = plan.assembled(rank_rows, step)
+    count, size = rank_rows.rows.stop - rank_rows.rows.start, rank_rows.micro_batch_rows
     own = slice(first, first + count)
     names, sources_R = plan.mixture.names, rows.sources_R[own]
     drawn, before = plan.counts(step), plan.counts(step - 1)
@@ -41,7 +41,7 @@ def step_batch(plan: RunPlan, portion: Portion, step: int) -> StepBatch:
         substituted=plan.substituted(step),
         tokens=by_source(rows.tokens_R[own]),
         loss_tokens=by_source(rows.loss_tokens_R[own]),
-        squares=int(rows.squares_R[own].sum()),
+        sum_sq_lengths=int(rows.sum_sq_lengths_R[own].sum()),
     )
 
 
@@ -52,9 +52,9 @@ class Loader:
     """
 
     def __init__(
-        self, plan: RunPlan, portion: Portion, *, first: int, last: int, ahead: int
+        self, plan: RunPlan, rank_rows: RankRows, *, first: int, last: int, ahead: int
     ) -> None:
-        self._batch = partial(step_batch, plan, portion)
+        self._batch = partial(step_batch, plan, rank_rows)
         self._steps = range(first, last + 1)
         self._ahead = ahead
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
@@ -105,16 +105,16 @@ class Batches:
     def __init__(
         self,
         plan: RunPlan,
-        sources: Mapping[str, Source],
-        store: Depot,
-        portion: Portion,
+        sources: Mapping[str, PreparedSource],
+        store: ShardStore,
+        rank_rows: RankRows,
         *,
         first: int,
         ahead: int,
         gives_up: Callable[[], bool],
     ) -> None:
         self._store = store
-        self._loader = open_loader(plan, sources, store, portion, first=first, ahead=ahead)
+        self._loader = open_loader(plan, sources, store, rank_rows, first=first, ahead=ahead)
         self._batches = self._loader.unless(gives_up)
 
     def __enter__(self) -> "Batches":
@@ -138,9 +138,9 @@ class Batches:
 
 def open_loader(
     plan: RunPlan,
-    sources: Mapping[str, Source],
-    store: Depot,
-    portion: Portion,
+    sources: Mapping[str, PreparedSource],
+    store: ShardStore,
+    rank_rows: RankRows,
     *,
     first: int,
     ahead: int,
@@ -155,7 +155,7 @@ def open_loader(
     store.reopen()
     fetched = {name: source for name, source in sources.items() if store.is_fetched(source)}
     if fetched:
-        stages = plan.gathered(portion, first=first, last=plan.steps)
+        stages = plan.gathered(rank_rows, first=first, last=plan.steps)
         num_shards = {name: plan.num_shards(name) for name in fetched}
         store.fetch_ahead(needed_in_order(stages, fetched, num_shards))
-    return Loader(plan, portion, first=first, last=plan.steps, ahead=ahead)
+    return Loader(plan, rank_rows, first=first, last=plan.steps, ahead=ahead)

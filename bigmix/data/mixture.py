@@ -22,7 +22,7 @@ from math import gcd
 
 import numpy as np
 
-from bigmix.data.shares import Share, Shares, Weights, shares_of
+from bigmix.data.shares import Shares, ShareValue, ShareWeights, shares_of
 from bigmix.types import Ints
 
 BLOCK_ROWS = 1024
@@ -41,7 +41,7 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Places:
+class MixtureRows:
     """The origins of a run of rows: `sources_R` counts the mixture's names, `indices_R` the rows of
     that source.
     """
@@ -80,7 +80,7 @@ class Mixture:
 
     def __init__(
         self,
-        shares: Shares | Mapping[str, Share],
+        shares: Shares | Mapping[str, ShareValue],
         rows_per_step: int,
         whole_rows: Mapping[str, int] | None = None,
     ) -> None:
@@ -106,7 +106,7 @@ class Mixture:
         source = int(places.sources_R[0])
         return Place(source=self.names[source], index=int(places.indices_R[0]))
 
-    def rows(self, start: int, stop: int) -> Places:
+    def rows(self, start: int, stop: int) -> MixtureRows:
         """The origins of rows [start, stop)."""
         sources, indices = [], []
         while start < stop:
@@ -123,7 +123,7 @@ class Mixture:
                 assert self._cycle is not None
                 indices[-1] = indices[-1] + turns * np.array(self._cycle.counts)[sources[-1]]
             start += end - offset
-        return Places(sources_R=_joined(sources), indices_R=_joined(indices))
+        return MixtureRows(sources_R=_joined(sources), indices_R=_joined(indices))
 
     def counts(self, row: int) -> dict[str, int]:
         """How many of the rows before `row` each source has."""
@@ -246,9 +246,9 @@ class Mixture:
         return _Block(sources_R=sources, indices_R=indices, before=before)
 
 
-def _constant(whole_rows: Mapping[str, int], names: Sequence[str]) -> Weights:
+def _constant(whole_rows: Mapping[str, int], names: Sequence[str]) -> ShareWeights:
     weights = [whole_rows[name] for name in names]
-    return Weights(first_steps=[0], weights=[weights], unit=sum(weights))
+    return ShareWeights(first_steps=[0], weights=[weights], unit=sum(weights))
 
 
 def _joined(parts: list[Ints]) -> Ints:

@@ -25,15 +25,15 @@ LongDocuments = Literal["drop", "truncate"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Lost:
+class DroppedTokens:
     """Documents that were longer than a row, dropped or cut, and the tokens that went with them."""
 
     dropped: int = 0
     truncated: int = 0
     tokens: int = 0
 
-    def __add__(self, other: "Lost") -> "Lost":
-        return Lost(
+    def __add__(self, other: "DroppedTokens") -> "DroppedTokens":
+        return DroppedTokens(
             dropped=self.dropped + other.dropped,
             truncated=self.truncated + other.truncated,
             tokens=self.tokens + other.tokens,
@@ -127,12 +127,12 @@ def count_chat_rows(lengths: Ints, row_tokens: int, long_documents: LongDocument
     return max((run.first + run.rows for run in runs), default=0)
 
 
-def lost(lengths: Ints, row_tokens: int, long_documents: LongDocuments) -> Lost:
+def lost(lengths: Ints, row_tokens: int, long_documents: LongDocuments) -> DroppedTokens:
     """What packing chats leaves out: documents longer than a row."""
     long = lengths[lengths > row_tokens]
     if long_documents == "drop":
-        return Lost(dropped=len(long), tokens=int(long.sum()))
-    return Lost(truncated=len(long), tokens=int((long - row_tokens).sum()))
+        return DroppedTokens(dropped=len(long), tokens=int(long.sum()))
+    return DroppedTokens(truncated=len(long), tokens=int((long - row_tokens).sum()))
 
 
 def _fitted(lengths: Ints, row_tokens: int, long_documents: LongDocuments) -> Ints:
@@ -199,7 +199,7 @@ class RowTable:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
+class PackedRows:
     """Some rows: what their parts are, and what is in the loss.
 
     `parts_R` and `runs_R` count the parts and runs of each row; `pieces` are the bytes of the ids,
@@ -210,7 +210,7 @@ class Rows:
     parts_R: Ints
     runs_R: Ints
     tokens_R: Ints
-    squares_R: Ints
+    sum_sq_lengths_R: Ints
     starts_P: Ints
     documents_P: Ints
     pieces: Sequence[bytes]
@@ -225,16 +225,16 @@ def ragged(firsts: Ints, counts: Ints) -> Ints:
     return numbers
 
 
-def rows_of(table: RowTable, shard: Shard, indices: Ints, padding: bytes) -> Rows:
+def rows_of(table: RowTable, shard: Shard, indices: Ints, padding: bytes) -> PackedRows:
     """Rows of a shard by their numbers; `padding` is a row's bytes of it."""
-    first, end, low, high, tokens, squares = table.rows_R6[indices].T
+    first, end, low, high, tokens, sum_sq_lengths = table.rows_R6[indices].T
     parts_P4 = table.parts_P4[ragged(first, end - first)]
     runs_K2 = table.runs_K2[ragged(low, high - low)]
-    return Rows(
+    return PackedRows(
         parts_R=end - first,
         runs_R=high - low,
         tokens_R=tokens,
-        squares_R=squares,
+        sum_sq_lengths_R=sum_sq_lengths,
         starts_P=parts_P4[:, 1],
         documents_P=parts_P4[:, 3],
         pieces=shard.pieces_at(parts_P4[:, 0], parts_P4[:, 2], padding),
@@ -243,7 +243,7 @@ def rows_of(table: RowTable, shard: Shard, indices: Ints, padding: bytes) -> Row
     )
 
 
-def cut_rows(shard: Shard, indices: Ints, row_tokens: int, padding: bytes) -> Rows:
+def cut_rows(shard: Shard, indices: Ints, row_tokens: int, padding: bytes) -> PackedRows:
     """Rows of a text that is cut anywhere: each one slice of the shard, of which no table is made.
 
     A rank of thousands needs few rows of each shard.
@@ -268,7 +268,7 @@ def cut_rows(shard: Shard, indices: Ints, row_tokens: int, padding: bytes) -> Ro
 
 def _text_rows(
     parts_R: Ints, tokens_R: Ints, starts_P: Ints, documents_P: Ints, pieces: Sequence[bytes]
-) -> Rows:
+) -> PackedRows:
     """Each token of a text but the first of a part is in the loss."""
     row_P = np.repeat(np.arange(len(parts_R)), parts_R)
     is_padding_P = starts_P >= tokens_R[row_P]
@@ -277,11 +277,11 @@ def _text_rows(
     ends_P = np.where(is_last_P, tokens_R[row_P], following_P)
     lengths_P = np.where(is_padding_P, 0, ends_P - starts_P)
     kept = np.flatnonzero(lengths_P > 1)
-    return Rows(
+    return PackedRows(
         parts_R=parts_R,
         runs_R=np.bincount(row_P[kept], minlength=len(parts_R)),
         tokens_R=tokens_R,
-        squares_R=np.bincount(row_P, lengths_P**2, minlength=len(parts_R)).astype(np.int64),
+        sum_sq_lengths_R=np.bincount(row_P, lengths_P**2, minlength=len(parts_R)).astype(np.int64),
         starts_P=starts_P,
         documents_P=np.where(is_padding_P, PADDING, documents_P),
         pieces=pieces,
@@ -324,7 +324,7 @@ def _table(
 ) -> RowTable:
     lengths_P = packing.stops - packing.starts
     firsts, runs = packing.firsts, np.searchsorted(part_K, packing.firsts)
-    tokens_R, squares_R = (
+    tokens_R, sum_sq_lengths_R = (
         np.diff(np.concatenate([[0], np.cumsum(values)])[firsts])
         for values in (lengths_P, lengths_P**2)
     )
@@ -341,7 +341,7 @@ def _table(
         runs[:-1],
         runs[1:],
         tokens_R,
-        squares_R,
+        sum_sq_lengths_R,
     ]
     return RowTable(
         rows_R6=np.stack(columns, axis=1),

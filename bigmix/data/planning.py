@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from bigmix.data.mixture import Mixture
-from bigmix.data.records import Chapter
-from bigmix.data.run_plan import FIRST_CHAPTER, RunPlan, Stage
+from bigmix.data.records import RecipeSegment
+from bigmix.data.run_plan import FIRST_SEGMENT, RunPlan, SequenceLengthStage
 from bigmix.data.shares import (
-    Member,
     Points,
-    Share,
+    ShareMember,
     Shares,
+    ShareValue,
     apportion,
     by_temperature,
     levels_of_unimax,
@@ -36,7 +36,9 @@ _STEPS_TRIED = 20
 _Floats = npt.NDArray[np.float64]
 
 
-def mix(recipe: Recipe, stages: Sequence[Stage], chapter: Chapter = FIRST_CHAPTER) -> RunPlan:
+def mix(
+    recipe: Recipe, stages: Sequence[SequenceLengthStage], chapter: RecipeSegment = FIRST_SEGMENT
+) -> RunPlan:
     """The plan of a run, or of the rest of it from a chapter on.
 
     Raises BadInput with every fault: shares that leave nothing, a budget that is never reached, a
@@ -66,7 +68,7 @@ def _loss_share(member: Source | Group) -> Any:
 def _shares(
     recipe: Recipe,
     sizes: Mapping[str, float],
-    chapter: Chapter,
+    chapter: RecipeSegment,
     share_of: Callable[[Source | Group], Any],
 ) -> Shares:
     """The shares in numbers and points: what follows from sizes, and what controllers have decided
@@ -75,11 +77,11 @@ def _shares(
     now = {n: chapter.shares.get(n, c.start) for n, c in recipe.controllers.items()}
     values = {**sizes, **now}
     sources = {
-        name: Member(share=_number(share_of(source), values.get(name)), group=source.group)
+        name: ShareMember(share=_number(share_of(source), values.get(name)), group=source.group)
         for name, source in recipe.sources.items()
     }
     groups = {
-        name: Member(share=_number(share_of(group), values.get(name)), group=group.group)
+        name: ShareMember(share=_number(share_of(group), values.get(name)), group=group.group)
         for name, group in recipe.groups.items()
     }
     members: dict[str, Source | Group] = {**recipe.sources, **recipe.groups}
@@ -89,7 +91,7 @@ def _shares(
 
 def _number(
     share: float | Points | Temperature | UniMax | Controller, value: float | None
-) -> Share:
+) -> ShareValue:
     if isinstance(share, Temperature | UniMax | Controller):
         assert value is not None
         return value
@@ -111,14 +113,16 @@ def _with_the_rest(shares: Shares, controlled: Collection[str]) -> Shares:
             if member.group == level and name not in controlled
         }
         left = 1 - sum(Fraction(str(fraction)) for fraction in fractions)
-        members |= {**inside, rest: Member(share=float(left), group=level)}
+        members |= {**inside, rest: ShareMember(share=float(left), group=level)}
     return Shares(
         sources={name: members[name] for name in shares.sources},
         groups={name: member for name, member in members.items() if name not in shares.sources},
     )
 
 
-def _sizes(recipe: Recipe, stages: Sequence[Stage], chapter: Chapter) -> dict[str, float]:
+def _sizes(
+    recipe: Recipe, stages: Sequence[SequenceLengthStage], chapter: RecipeSegment
+) -> dict[str, float]:
     """The shares that follow from the sizes of sources.
 
     What UniMax gives depends on the rows of the run, and they on it where the budget is in tokens:
@@ -131,7 +135,7 @@ def _sizes(recipe: Recipe, stages: Sequence[Stage], chapter: Chapter) -> dict[st
     if not levels:
         return sizes
     seen: list[int] = []
-    rooms: list[_Room] = []
+    rooms: list[_RowBudget] = []
     for _ in range(_STEPS_TRIED):
         shares = _shares(recipe, sizes, chapter, _share).later(chapter.after)
         seen.append(count_steps(recipe, stages, shares, chapter))
@@ -150,7 +154,7 @@ def _sizes(recipe: Recipe, stages: Sequence[Stage], chapter: Chapter) -> dict[st
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Room:
+class _RowBudget:
     """The rows that sources have together from a chapter on, and those that each of them can give
     within its epochs.
     """
@@ -161,12 +165,12 @@ class _Room:
 
 def _room(
     recipe: Recipe,
-    stages: Sequence[Stage],
+    stages: Sequence[SequenceLengthStage],
     shares: Shares,
-    chapter: Chapter,
+    chapter: RecipeSegment,
     epochs: Mapping[str, float],
     steps: int,
-) -> _Room:
+) -> _RowBudget:
     after = chapter.after
     table = shares.table(np.arange(max(steps - after, 1)))
     together = sum((table[name] for name in epochs), np.zeros(max(steps - after, 1)))
@@ -179,10 +183,10 @@ def _room(
         alone = sum(n / of for n, of in zip(rows, per_epoch, strict=True))
         # Where rows change their length, a source goes on at the next whole row.
         capacities[name] = max(0, floor(left * sum(rows) / alone + 1e-6) - len(stages) + 1)
-    return _Room(rows=ceil(sum(rows) - 1e-6), capacities=capacities)
+    return _RowBudget(rows=ceil(sum(rows) - 1e-6), capacities=capacities)
 
 
-def _too_small(room: _Room) -> Iterator[str]:
+def _too_small(room: _RowBudget) -> Iterator[str]:
     most = sum(room.capacities.values())
     if most < room.rows:
         names = ", ".join(f"sources.{name}.share" for name in room.capacities)
@@ -193,7 +197,7 @@ def _too_small(room: _Room) -> Iterator[str]:
         )
 
 
-def _empty_steps(kind: str, shares: Shares, chapter: Chapter) -> Iterator[str]:
+def _empty_steps(kind: str, shares: Shares, chapter: RecipeSegment) -> Iterator[str]:
     empty = _first_empty(shares)
     if empty is not None:
         yield (
@@ -211,10 +215,10 @@ def _first_empty(shares: Shares) -> int | None:
 
 def _within_epochs(
     recipe: Recipe,
-    stages: Sequence[Stage],
+    stages: Sequence[SequenceLengthStage],
     shares: Shares,
     loss_shares: Shares,
-    chapter: Chapter,
+    chapter: RecipeSegment,
 ) -> RunPlan:
     """Go from limit to limit: the source that comes first to its own is refused, ends the run, or
     leaves it.
@@ -383,10 +387,10 @@ def _fits(recipe: Recipe, plan: RunPlan, name: str, share: float) -> bool:
 
 def _plan(
     recipe: Recipe,
-    stages: Sequence[Stage],
+    stages: Sequence[SequenceLengthStage],
     shares: Shares,
     loss_shares: Shares,
-    chapter: Chapter,
+    chapter: RecipeSegment,
     steps: int,
 ) -> RunPlan:
     return RunPlan(
@@ -399,7 +403,7 @@ def _plan(
     )
 
 
-def _whole_rows(recipe: Recipe, shares: Shares, chapter: Chapter) -> dict[str, int] | None:
+def _whole_rows(recipe: Recipe, shares: Shares, chapter: RecipeSegment) -> dict[str, int] | None:
     """The rows of each source up to the next decision, where shares were decided and stay until
     then.
 
@@ -415,7 +419,10 @@ def _whole_rows(recipe: Recipe, shares: Shares, chapter: Chapter) -> dict[str, i
 
 
 def count_steps(
-    recipe: Recipe, stages: Sequence[Stage], shares: Shares, chapter: Chapter = FIRST_CHAPTER
+    recipe: Recipe,
+    stages: Sequence[SequenceLengthStage],
+    shares: Shares,
+    chapter: RecipeSegment = FIRST_SEGMENT,
 ) -> int:
     """Optimizer steps of the run that the budget allows, from the mean number of tokens in a row of
     each source.
@@ -451,7 +458,7 @@ def count_steps(
 
 def _gains(
     rows_per_step: int,
-    stages: Sequence[Stage],
+    stages: Sequence[SequenceLengthStage],
     shares: Shares,
     names: Sequence[str],
     steps: npt.NDArray[np.int64],

@@ -23,7 +23,7 @@ class RowId:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Standing:
+class SourcePosition:
     """Where a source stands: the next row is number `row`, counted over all epochs, each of which
     has `of` rows.
     """
@@ -33,7 +33,7 @@ class Standing:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Chapter:
+class RecipeSegment:
     """From where on a recipe holds: after `after` steps of the run, the first chapter after 0.
 
     By then each source has come to the row `rows` of its stream, counted over all its epochs, and
@@ -64,7 +64,7 @@ class Decision:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RowPlaces:
+class RowIds:
     """Many row ids by column; `sources_R` are indices into `names`."""
 
     names: Sequence[str]
@@ -94,9 +94,9 @@ class RowPlaces:
             for group in np.argsort(first).tolist()
         ]
 
-    def part(self, rows: slice) -> "RowPlaces":
+    def part(self, rows: slice) -> "RowIds":
         """Some of them."""
-        return RowPlaces(
+        return RowIds(
             names=self.names,
             sources_R=self.sources_R[rows],
             epochs_R=self.epochs_R[rows],
@@ -159,8 +159,8 @@ class StepBatch:
     """What one rank trains in one step.
 
     `rows` counts over all ranks, and so does `substituted`: those of them that stand for rows of
-    bad shards. `tokens`, `loss_tokens` and `squares`, the sum over parts of their squared lengths,
-    are this rank's own.
+    bad shards. `tokens`, `loss_tokens` and `sum_sq_lengths`, the sum over parts of their squared
+    lengths, are this rank's own.
     """
 
     step: int
@@ -169,11 +169,11 @@ class StepBatch:
     substituted: Mapping[str, int]
     tokens: Mapping[str, int]
     loss_tokens: Mapping[str, int]
-    squares: int
+    sum_sq_lengths: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Portion:
+class RankRows:
     """Which rows of a step a rank takes: a contiguous block, cut into micro-batches."""
 
     rank: int

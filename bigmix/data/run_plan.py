@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from bigmix.data.batch import Assembled, assemble
-from bigmix.data.mixture import Mixture, Places
-from bigmix.data.packing import Lost
+from bigmix.data.batch import AssembledRows, assemble
+from bigmix.data.mixture import Mixture, MixtureRows
+from bigmix.data.packing import DroppedTokens
 from bigmix.data.quarantine import EMPTY, Quarantine
-from bigmix.data.records import Chapter, Portion, RowId, RowPlaces, Standing
+from bigmix.data.records import RankRows, RecipeSegment, RowId, RowIds, SourcePosition
 from bigmix.data.shares import Shares
 from bigmix.data.stream import Stream
 from bigmix.errors import BigmixError
@@ -24,11 +24,11 @@ from bigmix.seeding import key_of
 ASSEMBLED_ROWS = 1024
 
 
-FIRST_CHAPTER = Chapter()
+FIRST_SEGMENT = RecipeSegment()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stage:
+class SequenceLengthStage:
     """Steps from `first_step` on, whose rows have the length that the packers of these
     streams say.
     """
@@ -38,7 +38,7 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stretch:
+class RowRange:
     """Rows [begin, end) of a stream in the order in which they are drawn, with those of `bad`
     shards replaced.
     """
@@ -48,7 +48,7 @@ class Stretch:
     end: int
     bad: frozenset[int]
 
-    def places(self, most: int | None = None) -> RowPlaces:
+    def places(self, most: int | None = None) -> RowIds:
         """Which rows are read, of the first `most` of them."""
         end = self.end if most is None else min(self.end, self.begin + most)
         return self.stream.places(np.arange(self.begin, end), self.bad)
@@ -77,12 +77,12 @@ class RunPlan:
         self,
         *,
         mixture: Mixture,
-        stages: Sequence[Stage],
+        stages: Sequence[SequenceLengthStage],
         seed: int,
         steps: int,
         loss_shares: Shares,
         quarantine: Quarantine = EMPTY,
-        chapter: Chapter = FIRST_CHAPTER,
+        chapter: RecipeSegment = FIRST_SEGMENT,
         notes: Sequence[str] = (),
     ) -> None:
         """`mixture` and `loss_shares` count from the first row of `chapter`, where the first of the
@@ -176,12 +176,12 @@ class RunPlan:
         before = self.chapter.owed
         return {n: round(float(due[n]) - drawn[n] + before.get(n, 0.0), 9) for n in drawn}
 
-    def standing(self, step: int) -> dict[str, Standing]:
+    def standing(self, step: int) -> dict[str, SourcePosition]:
         """Where each source stands after a step."""
         at = max(0, bisect_right(self._first_steps, step) - 1)
         starts, streams, drawn = self._starts[at], self.stages[at].streams, self.counts(step)
         return {
-            name: Standing(
+            name: SourcePosition(
                 row=drawn[name] - start.drawn + start.index, of=streams[name].rows_per_epoch
             )
             for name, start in starts.items()
@@ -193,9 +193,9 @@ class RunPlan:
         """
         return self._locate(step, 1, 0, self.rows_per_step).ids()
 
-    def places(self, portion: Portion, step: int) -> RowPlaces:
+    def places(self, rank_rows: RankRows, step: int) -> RowIds:
         """The rows of one rank in a step, counted from 1."""
-        return self._locate(step, 1, portion.rows.start, portion.rows.stop)
+        return self._locate(step, 1, rank_rows.rows.start, rank_rows.rows.stop)
 
     def substituted(self, step: int) -> dict[str, int]:
         """How many rows of a step are substitutes, by source and over all ranks."""
@@ -209,41 +209,41 @@ class RunPlan:
                 counts[name] = int(np.isin(as_drawn.shards_R, list(shards)).sum())
         return counts
 
-    def assembled(self, portion: Portion, step: int) -> tuple[Assembled, int]:
+    def assembled(self, rank_rows: RankRows, step: int) -> tuple[AssembledRows, int]:
         """The rows of one rank in some steps, this one among them, and the first of the step's rows
         in them.
         """
-        start, stop = portion.rows.start, portion.rows.stop
-        steps = self._together(portion, step)
+        start, stop = rank_rows.rows.start, rank_rows.rows.stop
+        steps = self._together(rank_rows, step)
         rows = self._assembled(steps.start, len(steps), start, stop)
         return rows, (step - steps.start) * (stop - start)
 
-    def gathered(self, portion: Portion, *, first: int, last: int) -> Iterator[Iterator[RowPlaces]]:
+    def gathered(self, rank_rows: RankRows, *, first: int, last: int) -> Iterator[Iterator[RowIds]]:
         """What `assembled` reads for the steps `first` ..
 
         `last`, in its order: of each stage, the rows of one reading.
         """
         bounds = [begin for begin in self._first_steps if first < begin <= last]
         for begin, end in pairwise([first, *bounds, last + 1]):
-            yield self._gathered(portion, begin, end)
+            yield self._gathered(rank_rows, begin, end)
 
-    def _gathered(self, portion: Portion, step: int, end: int) -> Iterator[RowPlaces]:
+    def _gathered(self, rank_rows: RankRows, step: int, end: int) -> Iterator[RowIds]:
         while step < end:
-            steps = self._together(portion, step)
-            yield self._locate(steps.start, len(steps), portion.rows.start, portion.rows.stop)
+            steps = self._together(rank_rows, step)
+            yield self._locate(steps.start, len(steps), rank_rows.rows.start, rank_rows.rows.stop)
             step = steps.stop
 
-    def _together(self, portion: Portion, step: int) -> range:
+    def _together(self, rank_rows: RankRows, step: int) -> range:
         """The steps that are read together with this one: about ASSEMBLED_ROWS rows of the rank, of
         one stage.
         """
-        steps = max(1, ASSEMBLED_ROWS // (portion.rows.stop - portion.rows.start))
+        steps = max(1, ASSEMBLED_ROWS // (rank_rows.rows.stop - rank_rows.rows.start))
         first = (step - 1) // steps * steps + 1
         later = [begin for begin in self._borders if first < begin <= step]
         until = [begin for begin in self._borders if step < begin < first + steps]
         return range(max([first, *later]), min([first + steps, *until]))
 
-    def _assemble(self, first: int, steps: int, start: int, stop: int) -> Assembled:
+    def _assemble(self, first: int, steps: int, start: int, stop: int) -> AssembledRows:
         at = bisect_right(self._first_steps, first) - 1
         if at and first == self._first_steps[at]:
             for stream in self.stages[at - 1].streams.values():
@@ -256,7 +256,7 @@ class RunPlan:
         """How many times each source has been gone through after a step."""
         return {name: found.row / found.of for name, found in self.standing(step).items()}
 
-    def drawn(self, name: str, rows: int) -> Iterator[Stretch]:
+    def drawn(self, name: str, rows: int) -> Iterator[RowRange]:
         """What the first `rows` rows of a source in the run are, in stretches between which a stage
         or a replacement begins.
         """
@@ -265,14 +265,14 @@ class RunPlan:
             at = bisect_right(self._first_steps, step) - 1
             start = self._starts[at][name]
             if begin < min(end, rows):
-                yield Stretch(
+                yield RowRange(
                     stream=self.stages[at].streams[name],
                     begin=begin - start.drawn + start.index,
                     end=min(end, rows) - start.drawn + start.index,
                     bad=self._bad_at(name, step),
                 )
 
-    def filled(self, name: str, rows: int) -> float:
+    def fill_ratio(self, name: str, rows: int) -> float:
         """The part of the first `rows` rows of a source in the run that is not padding, in the mean
         of its epochs.
         """
@@ -285,7 +285,7 @@ class RunPlan:
     def room(self, name: str, rows: int) -> int:
         """The tokens that the first `rows` rows of a source in the run could hold."""
         return sum(
-            (part.end - part.begin) * part.stream.packer.width for part in self.drawn(name, rows)
+            (part.end - part.begin) * part.stream.packing.width for part in self.drawn(name, rows)
         )
 
     def num_shards(self, name: str) -> int:
@@ -295,7 +295,7 @@ class RunPlan:
         bad = self._bad.get(name, {})
         return min(stage.streams[name].num_shards_but(bad) for stage in self.stages)
 
-    def lost(self, name: str) -> Lost:
+    def lost(self, name: str) -> DroppedTokens:
         """What packing leaves out of an epoch of a source, where rows are shortest."""
         return max((s.streams[name].lost for s in self.stages), key=lambda lost: lost.tokens)
 
@@ -303,7 +303,9 @@ class RunPlan:
         rows = self.chapter.rows
         return {name: _Start(drawn=0, index=rows.get(name, 0)) for name in self.mixture.names}
 
-    def _next_starts(self, starts: Mapping[str, _Start], stage: Stage) -> dict[str, _Start]:
+    def _next_starts(
+        self, starts: Mapping[str, _Start], stage: SequenceLengthStage
+    ) -> dict[str, _Start]:
         """Where the sources stand when a stage begins; `starts` is the same of the stage before."""
         drawn = self.counts(stage.first_step - 1)
         before = self.streams_at(stage.first_step - 1)
@@ -318,7 +320,7 @@ class RunPlan:
         """The shards of a source whose rows are replaced in a step."""
         return frozenset(shard for shard, first in self._bad.get(name, {}).items() if first <= step)
 
-    def _locate(self, first: int, steps: int, start: int, stop: int) -> RowPlaces:
+    def _locate(self, first: int, steps: int, start: int, stop: int) -> RowIds:
         """The rows at places [start, stop) of each of the steps; between them no stage and no
         replacement begins.
         """
@@ -330,7 +332,7 @@ class RunPlan:
                 bad = self._bad_at(name, first)
                 places = streams[name].places(rows.indices_R[own], bad)
                 columns_3R[:, own] = places.epochs_R, places.shards_R, places.rows_R
-        return RowPlaces(
+        return RowIds(
             names=self.mixture.names,
             sources_R=rows.sources_R,
             epochs_R=epochs_R,
@@ -338,7 +340,7 @@ class RunPlan:
             rows_R=rows_R,
         )
 
-    def _rows(self, first: int, steps: int, start: int, stop: int) -> Places:
+    def _rows(self, first: int, steps: int, start: int, stop: int) -> MixtureRows:
         """The same rows as they are drawn: their sources, and their indices in the streams of their
         stage.
         """
@@ -347,9 +349,9 @@ class RunPlan:
         indices_R = np.concatenate([part.indices_R for parts in drawn for part in parts])
         starts = self._starts[bisect_right(self._first_steps, first) - 1].values()
         shifts_S = np.array([start.index - start.drawn for start in starts])
-        return Places(sources_R=sources_R, indices_R=indices_R + shifts_S[sources_R])
+        return MixtureRows(sources_R=sources_R, indices_R=indices_R + shifts_S[sources_R])
 
-    def _drawn(self, step: int, start: int, stop: int) -> list[Places]:
+    def _drawn(self, step: int, start: int, stop: int) -> list[MixtureRows]:
         """The mixture's rows at places [start, stop) of a step.
 
         The mixture's order is kept, so that a rank's block holds every source in its share, and
@@ -371,7 +373,9 @@ def same_fraction(row: int, old: int, new: int) -> int:
     return epochs * new - (-rest * new // old)
 
 
-def _shards_of(stages: Sequence[Stage], name: str, files: Mapping[str, int]) -> dict[int, int]:
+def _shards_of(
+    stages: Sequence[SequenceLengthStage], name: str, files: Mapping[str, int]
+) -> dict[int, int]:
     """The shards of a source with these files, each with its value."""
     stream = stages[-1].streams[name]
     names = stream.manifest.shards.files
@@ -385,13 +389,13 @@ def _shards_of(stages: Sequence[Stage], name: str, files: Mapping[str, int]) -> 
     return {shard: files[names[shard]] for shard in shards}
 
 
-def stages_from(stages: Sequence[Stage], after: int) -> Sequence[Stage]:
+def stages_from(stages: Sequence[SequenceLengthStage], after: int) -> Sequence[SequenceLengthStage]:
     """The stages of the steps that come after `after` others; the first of them begins there."""
     current = [stage for stage in stages if stage.first_step <= after + 1][-1]
     later = [stage for stage in stages if stage.first_step > after + 1]
     return [replace(current, first_step=after + 1), *later]
 
 
-def one_stage(streams: Mapping[str, Stream]) -> Sequence[Stage]:
+def one_stage(streams: Mapping[str, Stream]) -> Sequence[SequenceLengthStage]:
     """Rows of one length for the whole run."""
-    return (Stage(first_step=1, streams=streams),)
+    return (SequenceLengthStage(first_step=1, streams=streams),)

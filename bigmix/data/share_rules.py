@@ -24,7 +24,7 @@ _FEW_DOUBLINGS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
+class ControllerInput:
     """What a rule decides a share on, after `step` of `steps`.
 
     `share` is what it is now, as a fraction of its group or of the run, and must stay within
@@ -48,7 +48,7 @@ class Reading:
     earlier: Sequence[Decision]
 
 
-Rule = Callable[[Reading], float]
+Rule = Callable[[ControllerInput], float]
 
 
 def rule_of(controller: Controller, looked_at: Sequence[str]) -> Rule:
@@ -88,7 +88,7 @@ def _module(place: str) -> Any:
     return module
 
 
-def decide(rule: Rule, said: str, reading: Reading) -> float:
+def decide(rule: Rule, said: str, reading: ControllerInput) -> float:
     """The share that a rule gives, to six digits; `said` is what the recipe calls it.
 
     Raises BigmixError where the rule fails, gives no number within the bounds, or another one when
@@ -110,7 +110,7 @@ def decide(rule: Rule, said: str, reading: Reading) -> float:
     return min(max(round(first, SHARE_DIGITS), reading.least), reading.most)
 
 
-def _asked(rule: Rule, said: str, reading: Reading) -> float:
+def _asked(rule: Rule, said: str, reading: ControllerInput) -> float:
     try:
         share = rule(reading)
     # Whatever the user's function raises.
@@ -127,7 +127,9 @@ def _asked(rule: Rule, said: str, reading: Reading) -> float:
     return float(share)
 
 
-def hold_forgetting(controller: Controller, looked_at: Sequence[str], reading: Reading) -> float:
+def hold_forgetting(
+    controller: Controller, looked_at: Sequence[str], reading: ControllerInput
+) -> float:
     """The share that keeps forgetting at or under the limit, by a power law in what is expected at
     the next evaluation.
 

@@ -20,7 +20,7 @@ from bigmix.recipe import Recipe
 from bigmix.recipe.shares import Temperature, UniMax
 
 Points = Sequence[tuple[int, float]]
-Share = float | Points
+ShareValue = float | Points
 # Shares that change are kept to one part in a million; constant ones are exact.
 UNITS = 1_000_000
 
@@ -28,15 +28,15 @@ _Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Member:
+class ShareMember:
     """A source's or a group's share of the group it is in; `group` None: of the whole."""
 
-    share: Share
+    share: ShareValue
     group: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Weights:
+class ShareWeights:
     """Whole weights by piece: from step `first_steps[j]` on source s has `weights[j][s]` of
     `unit`.
     """
@@ -50,8 +50,8 @@ class Weights:
 class Shares:
     """The shares of all sources; `ends` names the steps from which on a source takes no part."""
 
-    sources: Mapping[str, Member]
-    groups: Mapping[str, Member] = field(default_factory=dict)
+    sources: Mapping[str, ShareMember]
+    groups: Mapping[str, ShareMember] = field(default_factory=dict)
     ends: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -101,18 +101,20 @@ class Shares:
         parts = {name: Fraction(str(m.share)) for name, m in self.groups.items()}
         return {name: self._fraction(name, whole, parts) for name in self.sources}
 
-    def weights(self) -> Weights:
+    def weights(self) -> ShareWeights:
         """The shares as whole weights, exact where they are constant."""
         exact = self.exact()
         if exact is not None:
             constant = whole_weights(list(exact.values()))
-            return Weights(first_steps=[0], weights=[constant], unit=sum(constant))
+            return ShareWeights(first_steps=[0], weights=[constant], unit=sum(constant))
         steps = np.arange(self.last_change + 1)
         table = self.table(steps)
         units_KS = _whole_units(np.stack([table[name] for name in self.sources], axis=1))
         changes = np.flatnonzero((np.diff(units_KS, axis=0) != 0).any(axis=1)) + 1
         first = np.concatenate([[0], changes])
-        return Weights(first_steps=first.tolist(), weights=units_KS[first].tolist(), unit=UNITS)
+        return ShareWeights(
+            first_steps=first.tolist(), weights=units_KS[first].tolist(), unit=UNITS
+        )
 
     def _divided(
         self, values: Mapping[str, _Floats], steps: npt.NDArray[np.int64]
@@ -169,9 +171,9 @@ class Shares:
         return 0 if outer is None else 1 + self._depth(outer)
 
 
-def shares_of(shares: Mapping[str, Share]) -> Shares:
+def shares_of(shares: Mapping[str, ShareValue]) -> Shares:
     """Shares without groups."""
-    return Shares(sources={name: Member(share=share) for name, share in shares.items()})
+    return Shares(sources={name: ShareMember(share=share) for name, share in shares.items()})
 
 
 def apportion(due: Mapping[str, float], total: int) -> dict[str, int]:
@@ -204,7 +206,7 @@ def whole_weights(shares: Sequence[float | Fraction]) -> list[int]:
     return [weight // common for weight in whole]
 
 
-def _values(share: Share, steps: npt.NDArray[np.int64]) -> _Floats:
+def _values(share: ShareValue, steps: npt.NDArray[np.int64]) -> _Floats:
     if isinstance(share, int | float):
         return np.full(len(steps), float(share))
     at, values = zip(*share, strict=True)
@@ -212,7 +214,7 @@ def _values(share: Share, steps: npt.NDArray[np.int64]) -> _Floats:
     return between
 
 
-def _later(share: Share, steps: int) -> Share:
+def _later(share: ShareValue, steps: int) -> ShareValue:
     if isinstance(share, int | float):
         return share
     now = float(_values(share, np.array([steps]))[0])

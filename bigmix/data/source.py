@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from bigmix.data.quarantine import BadShard
-from bigmix.data.records import RowPlaces
+from bigmix.data.records import RowIds
 from bigmix.data.shards.cache import CacheFault, Lease, ShardCache
 from bigmix.data.shards.location import MANIFEST, Location, location_of, shown
 from bigmix.data.shards.manifest import Manifest, faults_of_shards, parse_manifest, read_manifest
@@ -29,7 +29,7 @@ from bigmix.data.shards.prefetch import Ahead, FetchAhead, Needed
 from bigmix.data.shards.retry import Changed, Retry, Stopped, Watch
 from bigmix.data.shards.shard import Bytes, ByteSource, Shard, Unreadable, mapped
 from bigmix.data.shards.storage import read_file, read_range
-from bigmix.data.stream import OPEN_SHARDS, Packer, Stream
+from bigmix.data.stream import OPEN_SHARDS, PackingOptions, Stream
 from bigmix.errors import BadInput, BigmixError
 from bigmix.files import sha256_of
 from bigmix.recipe import HeldOut, Recipe
@@ -48,7 +48,7 @@ _MANIFEST_TRIES = 3  # of a manifest that was read before
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class PreparedSource:
     """A prepared source: where it is, and what its manifest says of the shards that are chosen."""
 
     location: Location
@@ -67,7 +67,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
+class RemoteReadOptions:
     """How remote shards are read: through a cache, whole unless `ranges` is set for texts, and then
     block by block.
     """
@@ -79,7 +79,9 @@ class Reading:
     ranges: bool = False
 
 
-def read_source(path: str, retry: Retry | None = None, watch: Watch | None = None) -> Source:
+def read_source(
+    path: str, retry: Retry | None = None, watch: Watch | None = None
+) -> PreparedSource:
     """Read the manifest of a prepared source, local or remote.
 
     Raises BadInput where there is none, where it is not whole, or where it does not list a shard
@@ -92,7 +94,7 @@ def read_source(path: str, retry: Retry | None = None, watch: Watch | None = Non
     else:
         manifest = parse_manifest(read_file(url, retry=retry, watch=watch), shown(url))
     if location.names is None:
-        return Source(location=location, manifest=manifest, documents=None)
+        return PreparedSource(location=location, manifest=manifest, documents=None)
     places = {file: index for index, file in enumerate(manifest.shards.files)}
     missing = [name for name in location.names if name not in places]
     if missing:
@@ -103,7 +105,7 @@ def read_source(path: str, retry: Retry | None = None, watch: Watch | None = Non
     before = np.concatenate([[0], np.cumsum(manifest.shards.column("documents"))]).tolist()
     documents = [slice(*before[places[name] : places[name] + 2]) for name in location.names]
     chosen = _selected(manifest, location.names)
-    return Source(location=location, manifest=chosen, documents=documents)
+    return PreparedSource(location=location, manifest=chosen, documents=documents)
 
 
 def _selected(manifest: Manifest, names: Sequence[str]) -> Manifest:
@@ -116,13 +118,13 @@ def _selected(manifest: Manifest, names: Sequence[str]) -> Manifest:
     return manifest.model_copy(update={**sums, "shards": shards, "loss_bytes": loss_bytes})
 
 
-class Depot:
+class ShardStore:
     """Opens the shards of sources for one process; what is remote comes through one cache.
 
     An opened shard is held in the cache for as long as somebody holds it.
     """
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: RemoteReadOptions) -> None:
         self._reading = reading
         self._cache: ShardCache | None = None
         self._ahead: FetchAhead | None = None
@@ -134,7 +136,9 @@ class Depot:
         """Seconds spent waiting for files that were not there in time."""
         return self._ahead.wait_s if self._ahead is not None else 0.0
 
-    def stream(self, name: str, source: Source, packer: Packer, *, seed: int) -> Stream:
+    def stream(
+        self, name: str, source: PreparedSource, packing: PackingOptions, *, seed: int
+    ) -> Stream:
         """The rows of a source.
 
         Raises BigmixError where its file of lengths is not the one that its manifest lists.
@@ -144,14 +148,14 @@ class Depot:
             self._lengths[source.location] = self._open_lengths(source)
         lengths = self._lengths[source.location]
         open_shard = partial(self.open, source)
-        return Stream(name, source.manifest, open_shard, packer, lengths=lengths, seed=seed)
+        return Stream(name, source.manifest, open_shard, packing, lengths=lengths, seed=seed)
 
     @property
     def unforeseen(self) -> int:
         """Shards that were opened and were not among the next ones of the order."""
         return self._ahead.unforeseen if self._ahead is not None else 0
 
-    def fetch_ahead(self, order: Iterable[tuple[Source, int]]) -> None:
+    def fetch_ahead(self, order: Iterable[tuple[PreparedSource, int]]) -> None:
         """From now on fetch shards in this order before they are asked for; those of `is_fetched`
         sources alone.
         """
@@ -172,7 +176,7 @@ class Depot:
         self.close()
         self._ahead, self._watch = None, Watch()
 
-    def tokenizer_folder(self, source: Source) -> Path:
+    def tokenizer_folder(self, source: PreparedSource) -> Path:
         """The folder of the tokenizer that made a source; that of a remote one is copied into the
         cache's, once.
 
@@ -213,7 +217,7 @@ class Depot:
                 raise
             return None
 
-    def is_fetched(self, source: Source) -> bool:
+    def is_fetched(self, source: PreparedSource) -> bool:
         """Whether shards of a source go through the cache."""
         # A command prints a file from its beginning: in ranges it would be printed again for each
         # block.
@@ -224,7 +228,7 @@ class Depot:
         )
         return not source.location.is_local and not ranges
 
-    def open(self, source: Source, index: int) -> Shard:
+    def open(self, source: PreparedSource, index: int) -> Shard:
         """A shard of a source by its place among those that are chosen.
 
         Raises Unreadable where the shard is at fault; Stopped, CacheFault or another BigmixError
@@ -241,7 +245,7 @@ class Depot:
                 where = self._in_ranges(source, url)
             return Shard(where, entry, source.manifest.dtype)
 
-    def _in_ranges(self, source: Source, url: str) -> ByteSource:
+    def _in_ranges(self, source: PreparedSource, url: str) -> ByteSource:
         def read(start: int, stop: int) -> Bytes:
             retry, watch = self._reading.retry, self._watch
             with self._faults_of_shards(source):
@@ -259,7 +263,7 @@ class Depot:
         return where
 
     @contextmanager
-    def _faults_of_shards(self, source: Source) -> Iterator[None]:
+    def _faults_of_shards(self, source: PreparedSource) -> Iterator[None]:
         """What cannot be read is a fault of the shard, unless its source or this machine is at
         fault.
         """
@@ -271,7 +275,7 @@ class Depot:
             self._check_source(source, str(error))
             raise Unreadable(str(error)) from error
 
-    def _check_source(self, source: Source, said: str) -> None:
+    def _check_source(self, source: PreparedSource, said: str) -> None:
         """Raises BigmixError where its manifest cannot be read any more, or lists other shards;
         `said` is of a shard.
         """
@@ -294,7 +298,7 @@ class Depot:
                 " and begin again"
             )
 
-    def _lease(self, source: Source, index: int) -> Lease:
+    def _lease(self, source: PreparedSource, index: int) -> Lease:
         needed = _needed(source, index)
         if self._ahead is not None:
             return self._ahead.take(needed)
@@ -306,7 +310,7 @@ class Depot:
             self._cache = ShardCache(reading.folder, reading.max_bytes, reading.retry)
         return self._cache
 
-    def _open_lengths(self, source: Source) -> Ints | None:
+    def _open_lengths(self, source: PreparedSource) -> Ints | None:
         manifest = source.manifest
         if manifest.lengths is None:
             return None
@@ -324,10 +328,10 @@ class Depot:
 
 
 def needed_in_order(
-    stages: Iterable[Iterable[RowPlaces]],
-    sources: Mapping[str, Source],
+    stages: Iterable[Iterable[RowIds]],
+    sources: Mapping[str, PreparedSource],
     num_shards: Mapping[str, int],
-) -> Iterator[tuple[Source, int]]:
+) -> Iterator[tuple[PreparedSource, int]]:
     """The shards of `sources` that streams open, in their order, where they read these rows
     together, stage by stage.
 
@@ -358,7 +362,7 @@ def _is_opened(shard: int, held: dict[int, None]) -> bool:
     return is_opened
 
 
-def room_in_use(sources: Iterable[Source], ahead: Ahead) -> int:
+def room_in_use(sources: Iterable[PreparedSource], ahead: Ahead) -> int:
     """Bytes of a cache that streams of these sources hold at most: their open shards, one more
     each, and what is ahead.
     """
@@ -372,7 +376,7 @@ def room_in_use(sources: Iterable[Source], ahead: Ahead) -> int:
     return total + max(largest, min(ahead.bytes, ahead.files * largest))
 
 
-def _needed(source: Source, index: int) -> Needed:
+def _needed(source: PreparedSource, index: int) -> Needed:
     entry = source.manifest.shards[index]
     return Needed(url=source.location.url(entry.file), size=entry.bytes, sha256=entry.sha256)
 
@@ -408,10 +412,10 @@ def ahead_of(recipe: Recipe) -> Ahead:
     return Ahead(files=recipe.cache.ahead_files, bytes=recipe.cache.ahead_bytes)
 
 
-def reading_of(recipe: Recipe, machines: int) -> Reading:
+def read_options_of(recipe: Recipe, machines: int) -> RemoteReadOptions:
     """How shards that lie elsewhere are read."""
     cache = recipe.cache
-    return Reading(
+    return RemoteReadOptions(
         folder=Path(cache.folder).expanduser(),
         max_bytes=cache.size,
         retry=retry_of(recipe),
@@ -420,12 +424,12 @@ def reading_of(recipe: Recipe, machines: int) -> Reading:
     )
 
 
-def packer_of(recipe: Recipe, name: str, row_tokens: int) -> Packer:
+def packing_options_of(recipe: Recipe, name: str, row_tokens: int) -> PackingOptions:
     """What decides the rows of a source or a held-out set."""
     packed = recipe.sources.get(name) or recipe.held_out[name]
     if isinstance(packed, str):
         packed = HeldOut(path=packed)
-    return Packer(
+    return PackingOptions(
         row_tokens=row_tokens,
         long_documents=packed.long_documents,
         whole_below=packed.whole_below,
@@ -434,7 +438,7 @@ def packer_of(recipe: Recipe, name: str, row_tokens: int) -> Packer:
 
 
 def held_out_streams(
-    recipe: Recipe, depot: Depot, sources: Mapping[str, Source]
+    recipe: Recipe, shard_store: ShardStore, sources: Mapping[str, PreparedSource]
 ) -> Mapping[str, Stream]:
     """The held-out sets of a recipe, opened; raises BadInput where a shard must be opened for it
     and is bad.
@@ -442,8 +446,8 @@ def held_out_streams(
     longest = max(length for _, length in recipe.lengths)
     try:
         return {
-            name: depot.stream(
-                name, sources[path], packer_of(recipe, name, longest), seed=recipe.seed
+            name: shard_store.stream(
+                name, sources[path], packing_options_of(recipe, name, longest), seed=recipe.seed
             )
             for name, path in recipe.held_out_paths.items()
         }
@@ -460,7 +464,7 @@ def collect(faults: list[str], check: Any, *arguments: Any) -> Any:
         return None
 
 
-def opened_source(key: str, path: str, retry: Retry) -> Source:
+def opened_source(key: str, path: str, retry: Retry) -> PreparedSource:
     """A source that has documents; raises BadInput, with the key of the recipe, where there is
     none.
     """
@@ -473,7 +477,7 @@ def opened_source(key: str, path: str, retry: Retry) -> Source:
     return source
 
 
-def damaged_shards(source: Source, verify: bool) -> Sequence[str]:
+def damaged_shards(source: PreparedSource, verify: bool) -> Sequence[str]:
     """What is wrong with shards of a local source; those of others are looked at when they are
     fetched.
     """

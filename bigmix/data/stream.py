@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from bigmix.data.packing import (
     PADDING,
+    DroppedTokens,
     LongDocuments,
-    Lost,
-    Rows,
+    PackedRows,
     RowTable,
     chat_table,
     count_chat_rows,
@@ -29,7 +29,7 @@ from bigmix.data.packing import (
     text_table,
 )
 from bigmix.data.quarantine import BadShard, Substitution, substitution
-from bigmix.data.records import Row, RowId, RowPlaces
+from bigmix.data.records import Row, RowId, RowIds
 from bigmix.data.shards.manifest import Manifest
 from bigmix.data.shards.shard import Shard, Unreadable
 from bigmix.seeding import key_of, keys_of, permutation, shuffled
@@ -42,7 +42,7 @@ OpenShard = Callable[[int], Shard]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Packer:
+class PackingOptions:
     """How documents become rows of `row_tokens` tokens.
 
     Chats longer than a row are dropped or cut; texts shorter than `whole_below` tokens are never
@@ -77,7 +77,7 @@ class Stream:
         name: str,
         manifest: Manifest,
         open_shard: OpenShard,
-        packer: Packer,
+        packing: PackingOptions,
         *,
         lengths: Ints | None,
         seed: int,
@@ -87,9 +87,9 @@ class Stream:
         """
         self.name = name
         self.manifest = manifest
-        self.packer = packer
+        self.packing = packing
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self._padding = bytes(packer.width * self.dtype.itemsize)
+        self._padding = bytes(packing.width * self.dtype.itemsize)
         self._seed = seed
         self._lengths = lengths
         self._documents_before = np.concatenate(
@@ -99,7 +99,7 @@ class Stream:
         self.table = lru_cache(maxsize=OPEN_SHARDS)(self._make_table)
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._substitution = lru_cache(maxsize=2)(self._make_substitution)
-        self._is_cut_anywhere = manifest.kind == "text" and not packer.whole_below
+        self._is_cut_anywhere = manifest.kind == "text" and not packing.whole_below
         self._rows_of_shard = self._count_rows()
         self.rows_per_epoch = int(self._rows_of_shard.sum())
         # Counting may have opened shards, and what is fetched ahead supposes that none is open.
@@ -121,12 +121,12 @@ class Stream:
         return int(self._rows_of_shard[list(shards)].sum())
 
     @cached_property
-    def lost(self) -> Lost:
+    def lost(self) -> DroppedTokens:
         """Documents that packing leaves out or cuts in an epoch."""
         if self.manifest.kind == "text":
-            return Lost()
+            return DroppedTokens()
         assert self._lengths is not None
-        return lost(self._lengths, self.packer.row_tokens, self.packer.long_documents)
+        return lost(self._lengths, self.packing.row_tokens, self.packing.long_documents)
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -137,7 +137,7 @@ class Stream:
         """Which row the source's `index`-th is, counted from 0 over all epochs."""
         return self.places(np.array([index])).ids()[0]
 
-    def places(self, indices_R: Ints, bad: frozenset[int] = frozenset()) -> RowPlaces:
+    def places(self, indices_R: Ints, bad: frozenset[int] = frozenset()) -> RowIds:
         """Which rows these are, counted from 0 over all epochs; rows of `bad` shards are replaced
         by some of the others.
         """
@@ -146,7 +146,7 @@ class Stream:
         for epoch in dict.fromkeys(epochs_R.tolist()):
             own = epochs_R == epoch
             shards_R[own], rows_R[own] = self._places_in(epoch, within_R[own], bad)
-        return RowPlaces(
+        return RowIds(
             names=(self.name,),
             sources_R=np.zeros_like(epochs_R),
             epochs_R=epochs_R,
@@ -171,12 +171,12 @@ class Stream:
         except Unreadable as error:
             raise self._bad(shard_index, error) from error
 
-    def rows(self, shard_index: int, indices: Ints) -> Rows:
+    def rows(self, shard_index: int, indices: Ints) -> PackedRows:
         """Rows of a shard by their numbers; raises BadShard where it cannot be read."""
         try:
             shard = self._shard(shard_index)
             if self._is_cut_anywhere:
-                return cut_rows(shard, indices, self.packer.row_tokens, self._padding)
+                return cut_rows(shard, indices, self.packing.row_tokens, self._padding)
             return rows_of(self.table(shard_index), shard, indices, self._padding)
         except Unreadable as error:
             raise self._bad(shard_index, error) from error
@@ -241,14 +241,16 @@ class Stream:
     def _count_rows(self) -> npt.NDArray[np.int64]:
         tokens = self.manifest.shards.column("tokens")
         if self._is_cut_anywhere:
-            return -(-tokens // self.packer.row_tokens)
+            return -(-tokens // self.packing.row_tokens)
         return np.array([self._count(index) for index in range(len(tokens))], np.int64)
 
     def _count(self, index: int) -> int:
         if self.manifest.kind == "text":
             return len(self.table(index).rows_R6)
-        packer = self.packer
-        return count_chat_rows(self._chat_lengths(index), packer.row_tokens, packer.long_documents)
+        packing = self.packing
+        return count_chat_rows(
+            self._chat_lengths(index), packing.row_tokens, packing.long_documents
+        )
 
     def _shard(self, index: int) -> Shard:
         """An opened shard, of its whole size also where it was opened long ago."""
@@ -267,13 +269,13 @@ class Stream:
             raise self._bad(index, error) from error
 
     def _table_of(self, index: int, shard: Shard) -> RowTable:
-        packer = self.packer
+        options = self.packing
         if self.manifest.kind == "text":
-            packing = pack_text(shard.lengths, packer.row_tokens, packer.whole_below)
-            return text_table(packing, shard, packer.width)
+            packed = pack_text(shard.lengths, options.row_tokens, options.whole_below)
+            return text_table(packed, shard, options.width)
         lengths = self._chat_lengths(index)
-        packing = pack_chat(lengths, packer.row_tokens, packer.long_documents)
-        return chat_table(packing, shard, packer.width)
+        packed = pack_chat(lengths, options.row_tokens, options.long_documents)
+        return chat_table(packed, shard, options.width)
 
     def _chat_lengths(self, index: int) -> Ints:
         assert self._lengths is not None, "a chat source has lengths"

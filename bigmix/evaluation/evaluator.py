@@ -14,19 +14,19 @@ from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.signals import Activity
 from bigmix.data.shards.manifest import Manifest
 from bigmix.errors import BadInput
-from bigmix.evaluation.forward import Exam, evaluate
-from bigmix.evaluation.held_out import Base, Estimate, HeldOut, summarise
+from bigmix.evaluation.forward import HeldOutSpec, evaluate
+from bigmix.evaluation.held_out import Baseline, Estimate, HeldOutResult, summarise
 from bigmix.evaluation.tasks.examples import TaskFile
-from bigmix.evaluation.tasks.inference_model import Weights, speaking
-from bigmix.evaluation.tasks.prompts import Asked, ask, language_of
+from bigmix.evaluation.tasks.inference_model import WeightPlacement, gathered_for_inference
+from bigmix.evaluation.tasks.prompts import PreparedTask, chat_format_of, tokenise_tasks
 from bigmix.evaluation.tasks.runner import TaskResult, score_tasks, task_line
 from bigmix.model.causal_lm import max_positions
 from bigmix.model.engine import Evaluable
-from bigmix.runs.metrics_log import Line
+from bigmix.runs.metrics_log import MetricsRecord
 from bigmix.text.last_word import pieces_of_tokens
 from bigmix.text.tokenizer import load_tokenizer
 
-_MEASURES = (  # those of `HeldOut` that have the same name in a line
+_MEASURES = (  # those of `HeldOutResult` that have the same name in a line
     "perplexity",
     "bits_per_byte",
     "token_accuracy",
@@ -36,9 +36,9 @@ _MEASURES = (  # those of `HeldOut` that have the same name in a line
 )
 
 
-def held_out_numbers(results: Mapping[str, HeldOut]) -> Line:
+def held_out_numbers(results: Mapping[str, HeldOutResult]) -> MetricsRecord:
     """What was measured on held-out sources, under the keys of an evaluation line."""
-    line: Line = {}
+    line: MetricsRecord = {}
     for name, found in results.items():
         line |= _numbers("held_out_loss", "held_out", name, found.loss)
         for key in _MEASURES:
@@ -52,7 +52,7 @@ def held_out_numbers(results: Mapping[str, HeldOut]) -> Line:
     return line
 
 
-def _numbers(key: str, ends: str, source: str, estimate: Estimate) -> Line:
+def _numbers(key: str, ends: str, source: str, estimate: Estimate) -> MetricsRecord:
     return {
         f"{key}/{source}": estimate.value,
         f"{ends}_low/{source}": estimate.low,
@@ -61,12 +61,12 @@ def _numbers(key: str, ends: str, source: str, estimate: Estimate) -> Line:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Findings:
+class EvaluationResult:
     """What an evaluation found; `line` has all of its numbers, under the keys of metrics.jsonl."""
 
-    held_out: Mapping[str, HeldOut]
+    held_out: Mapping[str, HeldOutResult]
     tasks: Mapping[str, TaskResult]
-    line: Line
+    line: MetricsRecord
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,14 +79,18 @@ class Evaluator:
 
     engine: Evaluable
     cluster: Cluster
-    held_out: Exam
-    tasks: Mapping[str, Asked]
-    weights: Weights
+    held_out: HeldOutSpec
+    tasks: Mapping[str, PreparedTask]
+    weights: WeightPlacement
     seed: int
 
     def evaluate(
-        self, step: int, base: Base | None, activity: Activity, tasks: Collection[str] | None = None
-    ) -> Findings | None:
+        self,
+        step: int,
+        base: Baseline | None,
+        activity: Activity,
+        tasks: Collection[str] | None = None,
+    ) -> EvaluationResult | None:
         """Evaluate the model after a step; a collective. None where a stop was requested.
 
         Forgetting is measured from `base`, which takes in the sources that it has not seen; None:
@@ -111,10 +115,10 @@ class Evaluator:
         if results is None:
             return None
         line = {"step": step, "eval": True} | held_out_numbers(held_out) | task_line(results)
-        return Findings(held_out=held_out, tasks=results, line=line)
+        return EvaluationResult(held_out=held_out, tasks=results, line=line)
 
     def _task_results(
-        self, tasks: Mapping[str, Asked], activity: Activity
+        self, tasks: Mapping[str, PreparedTask], activity: Activity
     ) -> dict[str, TaskResult] | None:
         """The results of tasks; None where a stop was requested."""
         if not tasks:
@@ -123,18 +127,20 @@ class Evaluator:
         engine = self.engine
         with (
             engine.evaluating(),
-            speaking(engine.module.lm, engine.device, self.cluster, self.weights) as speaker,
+            gathered_for_inference(
+                engine.module.lm, engine.device, self.cluster, self.weights
+            ) as model,
         ):
-            return score_tasks(speaker, self.cluster, tasks, seed=self.seed, activity=activity)
+            return score_tasks(model, self.cluster, tasks, seed=self.seed, activity=activity)
 
 
-def questions_of(
+def prepare_tasks(
     files: Mapping[str, TaskFile],
     tokenizer_folder: Path,
     tokenizer: str | None,
     manifests: Sequence[Manifest],
     config: Any,
-) -> dict[str, Asked]:
+) -> dict[str, PreparedTask]:
     """The tasks as tokens for a model of this configuration; `tokenizer` is taken where the
     sources' folder has none.
 
@@ -148,20 +154,20 @@ def questions_of(
             "tasks need a tokenizer, and neither the sources nor the model have one; prepare the"
             " sources again, or set model.tokenizer"
         )
-    return ask(files, language_of(place, manifests), max_positions(config))
+    return tokenise_tasks(files, chat_format_of(place, manifests), max_positions(config))
 
 
-def pieces_in(folder: Path) -> Sequence[bytes] | None:
+def token_bytes_in(folder: Path) -> Sequence[bytes] | None:
     """The bytes of each id of the tokenizer in a folder; None where there is no tokenizer."""
     return pieces_of_tokens(load_tokenizer(str(folder))) if folder.is_dir() else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FirstEvaluation:
+class BaselineEvaluation:
     """What a run has found before its first step, what its forgetting is measured from, and its
     folder.
     """
 
-    found: Findings
-    base: Base
+    found: EvaluationResult
+    base: Baseline
     folder: Path

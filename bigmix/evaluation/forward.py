@@ -16,14 +16,14 @@ from bigmix.cluster.signals import Activity, is_done
 from bigmix.cluster.world import World
 from bigmix.data.batch import assemble
 from bigmix.data.packing import PADDING
-from bigmix.data.records import MicroBatch, RowId, RowPlaces
+from bigmix.data.records import MicroBatch, RowId, RowIds
 from bigmix.data.stream import Stream
 from bigmix.evaluation.held_out import DocumentSums, Sum
 from bigmix.loss.terms import GroupSums
 from bigmix.model.causal_lm import ModelTensors
 from bigmix.model.engine import Evaluable
-from bigmix.model.inputs import Anchor, move, tensors, tensors_with_reference
-from bigmix.seeding import spread
+from bigmix.model.inputs import ReferenceModel, array_to_device, to_device, to_device_with_reference
+from bigmix.seeding import evenly_spaced
 from bigmix.text.last_word import TAIL, last_word
 from bigmix.types import Flags, Floats, Ints
 
@@ -33,7 +33,7 @@ _IDS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Exam:
+class HeldOutSpec:
     """What an evaluation asks of a model.
 
     `max_rows` of each source at most, spread evenly; None: all. `pieces` are the bytes of each id,
@@ -45,13 +45,13 @@ class Exam:
     micro_batch_rows: int
     max_rows: int | None
     pieces: Sequence[bytes] | None
-    base: Anchor | None
+    base: ReferenceModel | None
 
 
 def evaluate(
     engine: Evaluable,
     cluster: Cluster,
-    exam: Exam,
+    held_out_spec: HeldOutSpec,
     activity: Activity,
 ) -> dict[str, DocumentSums] | None:
     """The sums over each document of each source; a collective.
@@ -61,12 +61,12 @@ def evaluate(
     its own: under ZeRO-3 a rank that stayed away would leave the others waiting.
     """
     results = {}
-    for name, stream in exam.held_out.items():
-        parts = _parts_of_rank(engine, cluster, exam, stream, activity)
+    for name, stream in held_out_spec.held_out.items():
+        parts = _parts_of_rank(engine, cluster, held_out_spec, stream, activity)
         if parts is None:
             return None
         everything = np.concatenate(cluster.gather(parts))
-        results[name] = by_document(everything, has_kl=exam.base is not None)
+        results[name] = by_document(everything, has_kl=held_out_spec.base is not None)
     return results
 
 
@@ -91,10 +91,10 @@ class _Read:
     is_idle: bool
 
 
-def _slices(stream: Stream, world: World, exam: Exam) -> Sequence[_Slice]:
+def _slices(stream: Stream, world: World, held_out_spec: HeldOutSpec) -> Sequence[_Slice]:
     """What a rank shows the model, in as many forwards as each of the others."""
-    row_ids, size = stream.in_shard_order(), exam.micro_batch_rows
-    numbers = spread(range(len(row_ids)), exam.max_rows)
+    row_ids, size = stream.in_shard_order(), held_out_spec.micro_batch_rows
+    numbers = evenly_spaced(range(len(row_ids)), held_out_spec.max_rows)
     own = numbers[world.rank :: world.size]
     longest = -(-len(numbers) // world.size)
     parts = [own[at : at + size] for at in range(0, longest, size)]
@@ -111,14 +111,14 @@ def _slices(stream: Stream, world: World, exam: Exam) -> Sequence[_Slice]:
 def _parts_of_rank(
     engine: Evaluable,
     cluster: Cluster,
-    exam: Exam,
+    held_out_spec: HeldOutSpec,
     stream: Stream,
     activity: Activity,
 ) -> Floats | None:
     """What this rank knows of parts of documents; None on all ranks where one of them is asked to
     stop.
     """
-    slices, stop = _slices(stream, cluster.world, exam), activity.stop_requested
+    slices, stop = _slices(stream, cluster.world, held_out_spec), activity.stop_requested
     parts: list[Floats] = [np.zeros((0, _IDS + len(Sum)))]
     # A thread reads, since a rank that waits for a shard must still hear that it is to stop.
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evaluation")
@@ -128,18 +128,18 @@ def _parts_of_rank(
                 activity.begin(
                     f"evaluation of {stream.name}, micro-batch {number} of {len(slices)}"
                 )
-                reading = reader.submit(_read, stream, rows, exam.pieces)
+                reading = reader.submit(_read, stream, rows, held_out_spec.pieces)
                 stops = not is_done(reading, stop) or stop()
                 if any(cluster.sum_counts([stops])):
                     return None
-                parts.append(_measured(engine, exam.base, reading.result()))
+                parts.append(_measured(engine, held_out_spec.base, reading.result()))
     finally:
         reader.shutdown(wait=False)
     return np.concatenate(parts)
 
 
 def _read(stream: Stream, rows: _Slice, pieces: Sequence[bytes] | None) -> _Read:
-    places = RowPlaces(
+    places = RowIds(
         names=(stream.name,),
         sources_R=np.zeros(len(rows.row_ids), np.int64),
         epochs_R=np.zeros(len(rows.row_ids), np.int64),
@@ -199,7 +199,7 @@ def _mark_last_words(
         is_of_word_N[end - len(tail) + word.start : end - len(tail) + word.stop] = True
 
 
-def _measured(engine: Evaluable, base: Anchor | None, read: _Read) -> Floats:
+def _measured(engine: Evaluable, base: ReferenceModel | None, read: _Read) -> Floats:
     """The parts of documents of a micro-batch, with their sums."""
     batch, parts = read.batch, len(read.ids_P5)
     parts_N = np.searchsorted(batch.starts_P, batch.kept_N, side="right") - 1
@@ -223,16 +223,20 @@ def _measured(engine: Evaluable, base: Anchor | None, read: _Read) -> Floats:
 
 
 def _grouped(
-    batch: MicroBatch, groups_N: Ints, num_groups: int, base: Anchor | None, device: torch.device
+    batch: MicroBatch,
+    groups_N: Ints,
+    num_groups: int,
+    base: ReferenceModel | None,
+    device: torch.device,
 ) -> ModelTensors:
     """A micro-batch on the device whose loss tokens are in groups of their own; none is in an
     objective.
     """
     together = replace(batch, groups_P=np.zeros_like(batch.groups_P))
     if base is None:
-        moved = tensors(together, [0.0], device)
+        moved = to_device(together, [0.0], device)
     else:
-        moved = tensors_with_reference(
+        moved = to_device_with_reference(
             together,
             np.arange(len(batch.ids_BT)),
             base,
@@ -241,7 +245,9 @@ def _grouped(
             device=device,
             weights_P=None,
         )
-    tokens = replace(moved.tokens, groups_N=move(groups_N, device), num_groups=num_groups)
+    tokens = replace(
+        moved.tokens, groups_N=array_to_device(groups_N, device), num_groups=num_groups
+    )
     return replace(moved, tokens=tokens)
 
 

@@ -27,7 +27,7 @@ from bigmix.files import put_in_place
 from bigmix.seeding import key_of
 from bigmix.types import Floats, Ints
 
-BASE = "held-out-base.npz"
+BASELINE = "held-out-base.npz"
 _VERSION = 1
 _Measure: TypeAlias = "Callable[[Floats], Floats]"  # of sums [M], or of those of resamples [R, M]
 
@@ -74,7 +74,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOut:
+class HeldOutResult:
     """What was measured on a held-out source; None is what was not.
 
     loss, forgetting, kl_to_base: nats per loss token. token_accuracy: of loss tokens.
@@ -93,7 +93,7 @@ class HeldOut:
     last_words: int
 
 
-class Base:
+class Baseline:
     """What forgetting is measured from: the first result of each source, in a run that of step 0.
 
     The losses are part of a run's state; the sums of documents, which intervals need too, are kept
@@ -109,13 +109,13 @@ class Base:
         if name not in self.losses:
             self.losses[name], self._sums[name] = sums.loss, sums
 
-    def take_over(self, other: "Base") -> None:
+    def take_over(self, other: "Baseline") -> None:
         """Measure from what another one measures from."""
         self.losses, self._sums = dict(other.losses), dict(other._sums)
 
-    def copy(self) -> "Base":
+    def copy(self) -> "Baseline":
         """One that takes in no more when this one does."""
-        copied = Base()
+        copied = Baseline()
         copied.take_over(self)
         return copied
 
@@ -152,14 +152,14 @@ class Base:
 
     def write(self, folder: Path) -> None:
         """Keep them with the run."""
-        beside = folder / f".tmp-{BASE}"
+        beside = folder / f".tmp-{BASELINE}"
         beside.write_bytes(self.content())
-        put_in_place(beside, folder / BASE)
+        put_in_place(beside, folder / BASELINE)
 
 
-def read_base(folder: Path) -> bytes | None:
+def read_baseline(folder: Path) -> bytes | None:
     """The file that `write` left in a run's folder; None where there is none."""
-    path = folder / BASE
+    path = folder / BASELINE
     return path.read_bytes() if path.is_file() else None
 
 
@@ -177,14 +177,14 @@ def _parsed(content: bytes) -> dict[str, DocumentSums]:
             }
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise BadInput(
-            f"{BASE} in the run's folder is not as it was written ({error}); restore it from a"
+            f"{BASELINE} in the run's folder is not as it was written ({error}); restore it from a"
             " copy, or delete it: forgetting is then told without intervals"
         ) from error
 
 
 def summarise(
-    name: str, sums: DocumentSums, *, tokens_per_byte: float, base: Base | None
-) -> HeldOut:
+    name: str, sums: DocumentSums, *, tokens_per_byte: float, base: Baseline | None
+) -> HeldOutResult:
     """The measures of a source; `tokens_per_byte` are the loss tokens of a byte of the text behind
     them.
     """
@@ -213,7 +213,7 @@ def summarise(
         if base_DM is not None:
             change = estimate(lambda sums_xM: loss(sums_xM) - loss(sums_xM[..., len(Sum) :]))
         forgetting = Estimate(value=sums.loss - base.losses[name], low=change.low, high=change.high)
-    return HeldOut(
+    return HeldOutResult(
         loss=estimate(loss),
         perplexity=estimate(lambda sums_xM: np.exp(loss(sums_xM))),
         bits_per_byte=estimate(lambda sums_xM: loss(sums_xM) * bits),

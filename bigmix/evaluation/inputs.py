@@ -10,13 +10,13 @@ from typing import Any
 
 from bigmix.data.shards.manifest import Manifest
 from bigmix.data.source import (
-    Depot,
+    ShardStore,
     collect,
     damaged_shards,
     faults_of_empty,
     held_out_streams,
     opened_source,
-    reading_of,
+    read_options_of,
     retry_of,
     tokenizer_faults,
 )
@@ -59,7 +59,7 @@ def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOut
         )
     ds_keys = collect(faults, read_ds_config, recipe.deepspeed)
     tasks = collect(faults, open_tasks, recipe.tasks)
-    depot = Depot(reading_of(recipe, machines))
+    shard_store = ShardStore(read_options_of(recipe, machines))
     sources = {}
     for name, path in paths.items():
         source = collect(faults, opened_source, f"held_out of {name}", path, retry_of(recipe))
@@ -70,7 +70,7 @@ def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOut
     faults += tokenizer_faults({path: source.manifest for path, source in sources.items()})
     if faults:
         raise BadInput(*faults)
-    streams = held_out_streams(recipe, depot, sources)
+    streams = held_out_streams(recipe, shard_store, sources)
     faults += dict.fromkeys(
         fault for stream in streams.values() for fault in faults_of_empty(stream)
     )
@@ -83,7 +83,7 @@ def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOut
         ds_keys=ds_keys,
         manifests=[source.manifest for source in ordered],
         trained=trained,
-        tokenizer_folder=depot.tokenizer_folder(ordered[0]),
+        tokenizer_folder=shard_store.tokenizer_folder(ordered[0]),
     )
 
 

@@ -13,27 +13,27 @@ from typing import Any
 
 from bigmix.cluster.collectives import Cluster, leave
 from bigmix.cluster.heartbeat import Limits
-from bigmix.cluster.signals import Activity, StopFlag
+from bigmix.cluster.signals import Activity, StopSignal
 from bigmix.cluster.watchdog import Watchdog
 from bigmix.cluster.world import World
 from bigmix.errors import Interrupted
-from bigmix.evaluation.evaluator import Evaluator, Findings, pieces_in, questions_of
-from bigmix.evaluation.forward import Exam
-from bigmix.evaluation.held_out import Base
+from bigmix.evaluation.evaluator import EvaluationResult, Evaluator, prepare_tasks, token_bytes_in
+from bigmix.evaluation.forward import HeldOutSpec
+from bigmix.evaluation.held_out import Baseline
 from bigmix.evaluation.inputs import HeldOutInputs
-from bigmix.evaluation.tables import show_findings
-from bigmix.evaluation.tasks.prompts import Asked
+from bigmix.evaluation.tables import show_evaluation
+from bigmix.evaluation.tasks.prompts import PreparedTask
 from bigmix.evaluation.tasks.runner import write_samples
 from bigmix.files import replace_text
-from bigmix.loss.backend import choose_backend, computing_of
+from bigmix.loss.backend import backend_options_of, choose_backend
 from bigmix.model.causal_lm import choose_dtype
 from bigmix.model.checks import Evaluated, read_evaluated
 from bigmix.model.ds_config import fill
 from bigmix.model.engine import device_of, join
-from bigmix.model.loading import Origin, Place, open_anchor, open_evaluated
+from bigmix.model.loading import DevicePlacement, ModelSource, open_evaluated, open_reference
 from bigmix.recipe import Recipe, to_yaml
 from bigmix.runs.layout import RECIPE
-from bigmix.runs.metrics_log import METRICS, Line, finite, read_lines
+from bigmix.runs.metrics_log import METRICS, MetricsRecord, finite, read_lines
 from bigmix.runs.resume import LOG, log_to_file
 from bigmix.terminal import Terminal
 
@@ -44,7 +44,7 @@ _OF_STEPS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_acc
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Order:
+class EvaluationRequest:
     """What is evaluated: the model, the base that it is held against if there is one, and where the
     results go.
     """
@@ -55,13 +55,13 @@ class Order:
     command: str
 
 
-def run(
+def evaluate_standalone(
     recipe: Recipe,
     inputs: HeldOutInputs,
-    order: Order,
+    order: EvaluationRequest,
     world: World,
     terminal: Terminal,
-    flag: StopFlag,
+    flag: StopSignal,
 ) -> None:
     """Evaluate the models of an order on the held-out sources of a recipe; a collective.
 
@@ -70,7 +70,7 @@ def run(
     given = {"--base": order.base, "--model": order.model}
     models = read_evaluated(recipe, inputs.manifests[0], inputs.tokenizer_folder, given)
     asked = {
-        named: questions_of(
+        named: prepare_tasks(
             inputs.tasks,
             inputs.tokenizer_folder,
             model.path,
@@ -83,7 +83,7 @@ def run(
     log_to_file(order.output / LOG, world)
     limits = Limits(dead_s=recipe.train.dead_after_s, hang_s=60 * recipe.train.hang_minutes)
     watchdog = Watchdog(cluster, flag, limits, order.output / LOG)
-    room = _Room(
+    room = _Services(
         recipe=recipe,
         inputs=inputs,
         asked=asked,
@@ -96,7 +96,7 @@ def run(
             lines.append(found.line)
             if world.is_first:
                 write_samples(order.output, int(found.line["step"] or 0), found.tasks)
-            show_findings(terminal, recipe, model.path, found)
+            show_evaluation(terminal, recipe, model.path, found)
         if world.is_first:
             _write(recipe, order, lines)
             terminal.note(f"written to {order.output / EVALUATION}")
@@ -108,47 +108,51 @@ def run(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Room:
+class _Services:
     """What all models of an order are examined with; `asked` are the tasks as tokens, by the option
     of the model.
     """
 
     recipe: Recipe
     inputs: HeldOutInputs
-    asked: Mapping[str, Mapping[str, Asked]]
+    asked: Mapping[str, Mapping[str, PreparedTask]]
     cluster: Cluster
     activity: Activity
 
 
-def _findings(room: _Room, models: Mapping[str, Evaluated]) -> Iterator[tuple[Evaluated, Findings]]:
+def _findings(
+    room: _Services, models: Mapping[str, Evaluated]
+) -> Iterator[tuple[Evaluated, EvaluationResult]]:
     """What is found of the base, if there is one, and of the model; divergences are of the model
     alone.
     """
-    base, exam = None, _exam(room)
+    base, held_out_spec = None, _exam(room)
     model, held_against = models["--model"], models.get("--base")
     if held_against is not None:
-        base = Base()
-        yield held_against, _examined(room, held_against, exam, 0, base)
-        exam = replace(exam, base=open_anchor(_origin(held_against), room.recipe, _place(room)))
-    yield model, _examined(room, model, exam, _step_of(Path(model.path)), base)
+        base = Baseline()
+        yield held_against, _examined(room, held_against, held_out_spec, 0, base)
+        held_out_spec = replace(
+            held_out_spec, base=open_reference(_origin(held_against), room.recipe, _place(room))
+        )
+    yield model, _examined(room, model, held_out_spec, _step_of(Path(model.path)), base)
 
 
-def _exam(room: _Room) -> Exam:
+def _exam(room: _Services) -> HeldOutSpec:
     train = room.recipe.train
-    return Exam(
+    return HeldOutSpec(
         held_out=room.inputs.streams,
         micro_batch_rows=train.micro_batch_rows,
         max_rows=train.evaluate_rows,
-        pieces=pieces_in(room.inputs.tokenizer_folder),
+        pieces=token_bytes_in(room.inputs.tokenizer_folder),
         base=None,
     )
 
 
-def _origin(model: Evaluated) -> Origin:
-    return Origin(path=model.path, config=model.config, named=model.named)
+def _origin(model: Evaluated) -> ModelSource:
+    return ModelSource(path=model.path, config=model.config, named=model.named)
 
 
-def _place(room: _Room) -> Place:
+def _place(room: _Services) -> DevicePlacement:
     recipe, world = room.recipe, room.cluster.world
     device = device_of(world)
     dtype = choose_dtype(recipe.model.dtype, device).value
@@ -160,18 +164,20 @@ def _place(room: _Room) -> Place:
         clip=recipe.train.clip,
         dtype=dtype,
     )
-    return Place(keys=keys, dtype=dtype, device=device)
+    return DevicePlacement(keys=keys, dtype=dtype, device=device)
 
 
-def _examined(room: _Room, model: Evaluated, exam: Exam, step: int, base: Base | None) -> Findings:
+def _examined(
+    room: _Services, model: Evaluated, held_out_spec: HeldOutSpec, step: int, base: Baseline | None
+) -> EvaluationResult:
     recipe, place = room.recipe, _place(room)
     room.activity.begin(f"making {model.path}")
     backend = choose_backend(recipe.loss.backend, place.device).value
-    computing = computing_of(backend, recipe.loss.chunk_mib)
+    options = backend_options_of(backend, recipe.loss.chunk_mib)
     evaluator = Evaluator(
-        engine=open_evaluated(_origin(model), recipe, place, computing),
+        engine=open_evaluated(_origin(model), recipe, place, options),
         cluster=room.cluster,
-        held_out=exam,
+        held_out=held_out_spec,
         tasks=room.asked[model.named],
         weights=recipe.train.task_weights,
         seed=recipe.seed,
@@ -189,7 +195,7 @@ def _step_of(model: Path) -> int:
     return max((int(line["step"]) for line in lines), default=1)
 
 
-def _write(recipe: Recipe, order: Order, lines: Sequence[Line]) -> None:
+def _write(recipe: Recipe, order: EvaluationRequest, lines: Sequence[MetricsRecord]) -> None:
     """The folder of the results; what says that it is whole goes last."""
     order.output.mkdir(parents=True, exist_ok=True)
     replace_text(order.output / RECIPE, to_yaml(recipe))

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Mapping
 
-from bigmix.evaluation.evaluator import Findings
-from bigmix.evaluation.held_out import Estimate, HeldOut
+from bigmix.evaluation.evaluator import EvaluationResult
+from bigmix.evaluation.held_out import Estimate, HeldOutResult
 from bigmix.evaluation.tasks.runner import TaskResult
 from bigmix.recipe import Recipe
-from bigmix.terminal import Cell, HeldOutResult, Measured, Table, Terminal, evaluation_table
+from bigmix.terminal import Cell, HeldOutRow, Measured, Table, Terminal, evaluation_table
 
 
-def show_findings(terminal: Terminal, recipe: Recipe, of: str, found: Findings) -> None:
+def show_evaluation(terminal: Terminal, recipe: Recipe, of: str, found: EvaluationResult) -> None:
     """The tables of an evaluation; `of` says of which model."""
     if found.held_out:
         told = [_told(recipe, *item) for item in found.held_out.items()]
@@ -19,9 +19,9 @@ def show_findings(terminal: Terminal, recipe: Recipe, of: str, found: Findings) 
         terminal.table(_tasks_table(f"tasks, {of}", found.tasks))
 
 
-def _told(recipe: Recipe, name: str, found: HeldOut) -> HeldOutResult:
+def _told(recipe: Recipe, name: str, found: HeldOutResult) -> HeldOutRow:
     source = recipe.sources.get(name)
-    return HeldOutResult(
+    return HeldOutRow(
         source=name,
         role=source.role if source is not None else "held out",
         loss=_measured(found.loss),

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from bigmix.errors import BadInput
 from bigmix.loss.fused import mixed_loss
-from bigmix.loss.requests import Backend, Computing, HeadGradient
-from bigmix.loss.terms import LogitRule, LossTokens, Reference, Terms
+from bigmix.loss.requests import Backend, HeadGradient, LossBackendOptions
+from bigmix.loss.terms import LogitRule, LossTerms, LossTokens, ReferenceStates
 from bigmix.loss.torch_kernel import torch_rows
 from bigmix.types import Choice
 
-Wish = Literal["auto", "triton", "torch"]
+BackendName = Literal["auto", "triton", "torch"]
 
 
-def choose_backend(wish: Wish, device: torch.device) -> Choice:
+def choose_backend(wish: BackendName, device: torch.device) -> Choice:
     """triton on a GPU where it is installed, else torch.
 
     Raises BadInput where triton is asked for and cannot run: it needs a GPU, or its interpreter
@@ -59,13 +59,13 @@ def backend_of(name: str) -> Backend:
     return triton_rows
 
 
-def computing_of(
+def backend_options_of(
     backend: str, chunk_mib: int | None, head_gradient: HeadGradient = "auto"
-) -> Computing:
+) -> LossBackendOptions:
     """How the loss is computed by a backend of this name, with `chunk_mib` MiB for the logits of a
     chunk.
     """
-    return Computing(
+    return LossBackendOptions(
         backend=backend_of(backend),
         chunk_bytes=None if chunk_mib is None else chunk_mib << 20,
         head_gradient=head_gradient,
@@ -78,8 +78,13 @@ _SEVERAL_CHUNKS = 16 * 4 * _VOCABULARY
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 
-def check_computing(
-    computing: Computing, *, rule: LogitRule, terms: Terms, dtype: torch.dtype, device: torch.device
+def check_backend(
+    options: LossBackendOptions,
+    *,
+    rule: LogitRule,
+    terms: LossTerms,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """Compute a small loss with every part that a run can have, and hold its gradients against
     autograd's.
@@ -100,7 +105,7 @@ def check_computing(
         coefficients_N=torch.rand(_TOKENS, generator=draw).to(device),
         num_groups=1,
     )
-    reference = Reference(
+    reference = ReferenceStates(
         hidden_KD=normal(_ANCHORED, _HIDDEN),
         head_VD=normal(_VOCABULARY, _HIDDEN) * 0.2,
         bias_V=None,
@@ -111,7 +116,7 @@ def check_computing(
     with torch.enable_grad():
         expected = _dense(hidden_ND, head_VD, tokens, rule, terms, reference)
         wanted = torch.autograd.grad(expected, leaves)
-        for chunk_bytes in (computing.chunk_bytes, _SEVERAL_CHUNKS):
+        for chunk_bytes in (options.chunk_bytes, _SEVERAL_CHUNKS):
             value, _ = mixed_loss(
                 hidden_ND,
                 head_VD,
@@ -120,7 +125,7 @@ def check_computing(
                 rule=rule,
                 terms=terms,
                 reference=reference,
-                computing=replace(computing, chunk_bytes=chunk_bytes),
+                options=replace(options, chunk_bytes=chunk_bytes),
             )
             found = torch.autograd.grad(value, leaves)
             _compare([value, *found], [expected, *wanted], dtype, device)
@@ -143,8 +148,8 @@ def _dense(
     head_VD: Tensor,
     tokens: LossTokens,
     rule: LogitRule,
-    terms: Terms,
-    reference: Reference,
+    terms: LossTerms,
+    reference: ReferenceStates,
 ) -> Tensor:
     """The objective of `terms` as it is written there."""
     logits_NV = _logits(hidden_ND, head_VD, rule)

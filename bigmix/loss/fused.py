@@ -17,13 +17,20 @@ from bigmix.loss.chunks import LossShape, chunk_tokens, device_bytes, even_slice
 from bigmix.loss.gradients import Gradients, scaled
 from bigmix.loss.matmul import gives_fp32, times_transposed_into
 from bigmix.loss.recompute import Known, head_gradient
-from bigmix.loss.requests import LSE, OBJECTIVE, ChunkWork, Computing, ReferenceWork, Request
-from bigmix.loss.terms import LogitRule, LossTokens, Reference, Statistic, Terms
+from bigmix.loss.requests import (
+    LSE,
+    OBJECTIVE,
+    ChunkTask,
+    LossBackendOptions,
+    LossRequest,
+    ReferenceTask,
+)
+from bigmix.loss.terms import LogitRule, LossTerms, LossTokens, ReferenceStates, Statistic
 from bigmix.loss.torch_kernel import torch_rows
 
 _PLAIN = LogitRule()
-_NO_TERMS = Terms()
-_BY_DEFAULT = Computing(backend=torch_rows)
+_NO_TERMS = LossTerms()
+_BY_DEFAULT = LossBackendOptions(backend=torch_rows)
 _ALIGNED = 16
 
 
@@ -34,9 +41,9 @@ def mixed_loss(
     tokens: LossTokens,
     *,
     rule: LogitRule = _PLAIN,
-    terms: Terms = _NO_TERMS,
-    reference: Reference | None = None,
-    computing: Computing = _BY_DEFAULT,
+    terms: LossTerms = _NO_TERMS,
+    reference: ReferenceStates | None = None,
+    options: LossBackendOptions = _BY_DEFAULT,
 ) -> tuple[Tensor, Tensor]:
     """The objective to differentiate, and the sums of each group [G, Statistic] (see `GroupSums`),
     both fp32.
@@ -49,12 +56,12 @@ def mixed_loss(
     Raises ValueError where shapes or dtypes do not fit together.
     """
     _check(hidden_TD, head_VD, bias_V, tokens, reference)
-    request = Request(
+    request = LossRequest(
         tokens=tokens,
         rule=rule,
         terms=terms,
         reference=reference,
-        computing=computing,
+        options=options,
         wanted=(_wants(hidden_TD), _wants(head_VD), _wants(bias_V)),
     )
     apply: Any = _MixedLoss.apply  # has no types
@@ -69,7 +76,7 @@ def _wants(tensor: Tensor | None) -> bool:
 class _MixedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, request: Request
+        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, request: LossRequest
     ) -> tuple[Tensor, Tensor]:
         device_type = hidden_TD.device.type
         dtype = hidden_TD.dtype
@@ -104,14 +111,14 @@ class _MixedLoss(torch.autograd.Function):
 
 
 def _all_chunks(
-    hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, request: Request
+    hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, request: LossRequest
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     tokens = request.tokens
     most = _chunk_tokens(hidden_TD, head_VD, request)
     chunks = _chunks(request, most)
-    recomputes = request.wanted[1] and len(chunks) > 1 and _recomputes(hidden_TD, request.computing)
+    recomputes = request.wanted[1] and len(chunks) > 1 and _recomputes(hidden_TD, request.options)
     wanted = (request.wanted[0], request.wanted[1] and not recomputes, request.wanted[2])
-    rooms = _Rooms(hidden_TD, head_VD, request, chunks)
+    rooms = _ScratchPool(hidden_TD, head_VD, request, chunks)
     gradients = Gradients(hidden_TD, head_VD, bias_V, wanted=wanted, in_one_chunk=len(chunks) == 1)
     objective = torch.zeros((), device=hidden_TD.device)
     sums_GM = torch.zeros(tokens.num_groups, len(Statistic), device=hidden_TD.device)
@@ -139,9 +146,9 @@ def _one_chunk(
     hidden_TD: Tensor,
     head_VD: Tensor,
     bias_V: Tensor | None,
-    request: Request,
+    request: LossRequest,
     part: slice,
-    rooms: "_Rooms",
+    rooms: "_ScratchPool",
     gradients: Gradients,
 ) -> Tensor:
     """What the backend gives for a chunk, whose gradient is taken in; its logits end with this
@@ -151,19 +158,19 @@ def _one_chunk(
     places_C = part if positions_N is None else positions_N[part]
     hidden_CD = hidden_TD[places_C]
     work = _work(hidden_CD, head_VD, bias_V, request, part, rooms)
-    columns_CM = request.computing.backend(work)
+    columns_CM = request.options.backend(work)
     if work.gradient_CV is not None:
         gradients.add(work.gradient_CV, hidden_CD, places_C)
     return columns_CM
 
 
-def _recomputes(hidden_TD: Tensor, computing: Computing) -> bool:
-    if computing.head_gradient != "auto":
-        return computing.head_gradient == "recompute"
+def _recomputes(hidden_TD: Tensor, options: LossBackendOptions) -> bool:
+    if options.head_gradient != "auto":
+        return options.head_gradient == "recompute"
     return not gives_fp32(hidden_TD.device, hidden_TD.dtype)
 
 
-def _chunk_tokens(hidden_TD: Tensor, head_VD: Tensor, request: Request) -> int:
+def _chunk_tokens(hidden_TD: Tensor, head_VD: Tensor, request: LossRequest) -> int:
     logit_bytes = logit_dtype(hidden_TD.device, hidden_TD.dtype).itemsize
     return chunk_tokens(
         LossShape(
@@ -175,11 +182,11 @@ def _chunk_tokens(hidden_TD: Tensor, head_VD: Tensor, request: Request) -> int:
             device_type=hidden_TD.device.type,
             device_bytes=device_bytes(hidden_TD.device),
         ),
-        request.computing.chunk_bytes,
+        request.options.chunk_bytes,
     )
 
 
-def _chunks(request: Request, most: int) -> list[slice]:
+def _chunks(request: LossRequest, most: int) -> list[slice]:
     """Chunks of tokens with a reference, then of those without: none is half."""
     anchored = request.anchored
     rest = even_slices(len(request.tokens) - anchored, most)
@@ -197,7 +204,7 @@ def logit_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if gives_fp32(device, dtype) else dtype
 
 
-class _Room:
+class _Scratch:
     """Memory for the logits of one chunk, used by all chunks in turn.
 
     Rows begin at multiples of _ALIGNED elements: with an odd vocabulary a GPU would move them
@@ -217,34 +224,34 @@ class _Room:
         return out_CV
 
 
-class _Rooms:
+class _ScratchPool:
     """Rooms for the model's logits and for those of the reference."""
 
     def __init__(
-        self, hidden_TD: Tensor, head_VD: Tensor, request: Request, chunks: list[slice]
+        self, hidden_TD: Tensor, head_VD: Tensor, request: LossRequest, chunks: list[slice]
     ) -> None:
-        self.own = _Room(hidden_TD, len(head_VD), chunks)
+        self.own = _Scratch(hidden_TD, len(head_VD), chunks)
         self.reference = self.own
         if request.reference is not None:
             anchored = [part for part in chunks if part.start < request.anchored]
-            self.reference = _Room(request.reference.hidden_KD, len(head_VD), anchored)
+            self.reference = _Scratch(request.reference.hidden_KD, len(head_VD), anchored)
 
 
 def _work(
     hidden_CD: Tensor,
     head_VD: Tensor,
     bias_V: Tensor | None,
-    request: Request,
+    request: LossRequest,
     part: slice,
-    rooms: _Rooms,
-) -> ChunkWork:
+    rooms: _ScratchPool,
+) -> ChunkTask:
     outputs_CV = rooms.own.logits(hidden_CD, head_VD)
     gradient_CV = None
     if any(request.wanted):
         # Where logits are wider than the gradient, each of its rows lies in the first half of the
         # row of logits.
         gradient_CV = outputs_CV.view(hidden_CD.dtype)[:, : len(head_VD)]
-    return ChunkWork(
+    return ChunkTask(
         outputs_CV=outputs_CV,
         gradient_CV=gradient_CV,
         bias_V=bias_V,
@@ -256,10 +263,12 @@ def _work(
     )
 
 
-def _reference_work(reference: Reference | None, part: slice, room: _Room) -> ReferenceWork | None:
+def _reference_work(
+    reference: ReferenceStates | None, part: slice, room: _Scratch
+) -> ReferenceTask | None:
     if reference is None or part.start >= len(reference.coefficients_K):
         return None
-    return ReferenceWork(
+    return ReferenceTask(
         outputs_CV=room.logits(reference.hidden_KD[part], reference.head_VD),
         bias_V=reference.bias_V,
         rule=reference.rule,
@@ -280,7 +289,7 @@ def _check(
     head_VD: Tensor,
     bias_V: Tensor | None,
     tokens: LossTokens,
-    reference: Reference | None,
+    reference: ReferenceStates | None,
 ) -> None:
     vocabulary, size = head_VD.shape
     if hidden_TD.ndim != 2 or hidden_TD.shape[1] != size:

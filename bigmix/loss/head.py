@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bigmix.loss.fused import mixed_loss
-from bigmix.loss.requests import Computing
-from bigmix.loss.terms import LogitRule, LossTokens, Reference, Terms
+from bigmix.loss.requests import LossBackendOptions
+from bigmix.loss.terms import LogitRule, LossTerms, LossTokens, ReferenceStates
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,8 +21,8 @@ class HeadSettings:
     """
 
     rule: LogitRule
-    terms: Terms
-    computing: Computing
+    terms: LossTerms
+    options: LossBackendOptions
 
 
 class MixedHead(nn.Linear):
@@ -36,7 +36,7 @@ class MixedHead(nn.Linear):
         self,
         hidden: Tensor,
         tokens: LossTokens | None = None,
-        reference: Reference | None = None,
+        reference: ReferenceStates | None = None,
     ) -> Any:
         """Logits [..., V] of hidden [..., D]; with `tokens`, `mixed_loss` of hidden [T, D]:
         objective and sums.
@@ -51,7 +51,7 @@ class MixedHead(nn.Linear):
             rule=self.settings.rule,
             terms=self.settings.terms,
             reference=reference,
-            computing=self.settings.computing,
+            options=self.settings.options,
         )
 
 

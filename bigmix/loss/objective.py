@@ -43,18 +43,18 @@ def weigh(
     shares: StepShares,
     rows: Mapping[str, int],
     loss_tokens: Mapping[str, int],
-    masses: Mapping[str, float] | None = None,
+    weight_sums: Mapping[str, float] | None = None,
 ) -> StepWeights:
     """The weight of a loss token of each source, from the counts of the whole step.
 
-    `masses`: the sum of the weights that the loss tokens of a source have among themselves, where
-    they have some; they take the place of the counts N_s under per_source, and under per_token
-    there are none.
+    `weight_sums`: the sum of the weights that the loss tokens of a source have among themselves,
+    where they have some; they take the place of the counts N_s under per_source, and under
+    per_token there are none.
     """
     if objective == "per_token":
         return per_token(shares.rows, shares.loss, loss_tokens)
     lambdas = source_weights(shares.rows, shares.loss, rows, sum(rows.values()))
-    return per_source(lambdas, loss_tokens if masses is None else masses)
+    return per_source(lambdas, loss_tokens if weight_sums is None else weight_sums)
 
 
 def source_weights(
@@ -89,7 +89,7 @@ def surely_from(shares: Mapping[str, float]) -> int:
 
 
 def divergence_weights(
-    kappas: Mapping[str, float],
+    kl_weights: Mapping[str, float],
     shares: StepShares,
     rows: Mapping[str, int],
     loss_tokens: Mapping[str, int],
@@ -98,7 +98,7 @@ def divergence_weights(
 
     A source that is not due in every step catches up as it does in `source_weights`.
     """
-    given = {name: kappas.get(name, 0.0) for name in rows}
+    given = {name: kl_weights.get(name, 0.0) for name in rows}
     due = source_weights(shares.rows, given, rows, sum(rows.values()))
     return per_source(due, loss_tokens).token
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bigmix.loss.chunks import slices
 from bigmix.loss.matmul import times_transposed, times_transposed_into
-from bigmix.loss.requests import Request
+from bigmix.loss.requests import LossRequest
 from bigmix.loss.torch_kernel import blocks, logits_of, through_rule
 
 
@@ -31,7 +31,7 @@ def head_gradient(
     hidden_ND: Tensor,
     head_VD: Tensor,
     bias_V: Tensor | None,
-    request: Request,
+    request: LossRequest,
     known: Known,
     *,
     block_bytes: int,
@@ -56,7 +56,7 @@ def head_gradient(
     return gradient_VD
 
 
-def _slopes(request: Request, known: Known) -> Tensor:
+def _slopes(request: LossRequest, known: Known) -> Tensor:
     """What each token's probabilities are multiplied by; see `torch_rows` for the equation."""
     slope_N = request.tokens.coefficients_N * (1 + 2 * request.terms.z_loss * known.lse_N)
     if request.reference is not None:
@@ -68,7 +68,7 @@ def _to_gradient(
     outputs_BN: Tensor,
     part: slice,
     bias_V: Tensor | None,
-    request: Request,
+    request: LossRequest,
     known: Known,
     slope_N: Tensor,
     vocabulary: int,

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from bigmix.loss.terms import LogitRule, LossTokens, Reference, Terms
+from bigmix.loss.terms import LogitRule, LossTerms, LossTokens, ReferenceStates
 
 OBJECTIVE = 0  # the column before the statistics: a token's part of the objective
 # After the objective and one column for each Statistic, in its order; the last two are
@@ -20,7 +20,7 @@ HeadGradient = Literal["auto", "accumulate", "recompute"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReferenceWork:
+class ReferenceTask:
     """The reference's part of a chunk: the outputs of its head [C, V] before bias and rule, and
     coefficients [C].
     """
@@ -32,7 +32,7 @@ class ReferenceWork:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ChunkWork:
+class ChunkTask:
     """One chunk of tokens.
 
     outputs_CV: the head's outputs before bias and rule; a backend may overwrite them
@@ -47,18 +47,18 @@ class ChunkWork:
     labels_C: Tensor
     coefficients_C: Tensor
     rule: LogitRule
-    terms: Terms
-    reference: ReferenceWork | None
+    terms: LossTerms
+    reference: ReferenceTask | None
 
 
-Backend: TypeAlias = Callable[[ChunkWork], Tensor]
+Backend: TypeAlias = Callable[[ChunkTask], Tensor]
 """Fills the gradient and returns for each token, fp32 [C, COLUMNS]: its part of the objective, its
 statistics, its log-normaliser and, where it has a reference, the reference's.
 """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Computing:
+class LossBackendOptions:
     """How the loss is computed; it changes memory and speed, and results by rounding alone.
 
     `chunk_bytes` bounds the logits of a chunk; None: by the formula in `chunks`. `head_gradient`:
@@ -73,16 +73,16 @@ class Computing:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class LossRequest:
     """All that is asked for beside the tensors that gradients flow to; `wanted`: those of hidden
     states, head and bias.
     """
 
     tokens: LossTokens
     rule: LogitRule
-    terms: Terms
-    reference: Reference | None
-    computing: Computing
+    terms: LossTerms
+    reference: ReferenceStates | None
+    options: LossBackendOptions
     wanted: tuple[bool, bool, bool]
 
     @property

@@ -45,7 +45,7 @@ class LogitRule:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Terms:
+class LossTerms:
     """What the objective holds beside the nll, and what is measured beside it.
 
     `label_smoothing` is eps in [0, 1), `z_loss` the coefficient of lse^2; with `entropy` the
@@ -77,7 +77,7 @@ class LossTokens:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reference:
+class ReferenceStates:
     """A frozen model to stay near to, on the first K of the loss tokens.
 
     hidden_KD: its final hidden states at these tokens, [K, D of the reference]

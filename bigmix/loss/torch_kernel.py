@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bigmix.loss.chunks import slices
-from bigmix.loss.requests import COLUMNS, LSE, OBJECTIVE, REFERENCE_LSE, ChunkWork, ReferenceWork
+from bigmix.loss.requests import COLUMNS, LSE, OBJECTIVE, REFERENCE_LSE, ChunkTask, ReferenceTask
 from bigmix.loss.terms import LogitRule, Statistic
 
 # Elements of a block. CPU: two or three arrays of 1 MiB in the L2 caches; GPU: enough to keep every
@@ -20,7 +20,7 @@ _BLOCK = {"cpu": 1 << 18}
 _BLOCK_ELSEWHERE = 1 << 26
 
 
-def torch_rows(work: ChunkWork) -> Tensor:
+def torch_rows(work: ChunkTask) -> Tensor:
     """A `Backend` for any device."""
     tokens, vocabulary = work.outputs_CV.shape
     stats_CM = work.coefficients_C.new_zeros(tokens, COLUMNS)
@@ -35,7 +35,7 @@ def blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
     return slices(rows, size)
 
 
-def _block(work: ChunkWork, part: slice, stats_BM: Tensor) -> None:
+def _block(work: ChunkTask, part: slice, stats_BM: Tensor) -> None:
     terms, smoothing = work.terms, work.terms.label_smoothing
     logits_BV = logits_of(work.outputs_CV[part], work.bias_V, work.rule)
     labels_B, weights_B = work.labels_C[part], work.coefficients_C[part]
@@ -97,7 +97,7 @@ def _lse(p_BV: Tensor, top_B: Tensor, best_B: Tensor) -> Tensor:
 
 
 def _kl(
-    reference: ReferenceWork, part: slice, logits_BV: Tensor, lse_B: Tensor
+    reference: ReferenceTask, part: slice, logits_BV: Tensor, lse_B: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """KL(q || p) [B], q [B, V] and the log-normaliser of q [B]."""
     theirs_BV = logits_of(reference.outputs_CV[part], reference.bias_V, reference.rule)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigmix.loss.requests import COLUMNS, LSE, OBJECTIVE, REFERENCE_LSE, ChunkWork, ReferenceWork
+from bigmix.loss.requests import COLUMNS, LSE, OBJECTIVE, REFERENCE_LSE, ChunkTask, ReferenceTask
 from bigmix.loss.terms import Statistic
 
 # A row of up to so many elements is one block, 16 of them to a thread. By ptxas (triton 3.9, sm_90)
@@ -97,7 +97,7 @@ class _Slopes(NamedTuple):
 _NO_HEAD = _Head(None, None, None, None, None)
 
 
-def triton_rows(work: ChunkWork, *, block: int | None = None) -> Tensor:
+def triton_rows(work: ChunkTask, *, block: int | None = None) -> Tensor:
     """A `Backend` for a GPU; the elements of a row must lie beside each other.
 
     `block`: elements that are worked on at once, a power of 2; None: by the length of a row.
@@ -143,7 +143,7 @@ def _warps(block: int, *, in_one_block: bool) -> int:
     return max(1, block // (_ELEMENTS_OF_A_WARP if in_one_block else _ELEMENTS_OF_A_WARP_IN_BLOCKS))
 
 
-def _head(work: ChunkWork | ReferenceWork) -> _Head:
+def _head(work: ChunkTask | ReferenceTask) -> _Head:
     return _Head(
         outputs=work.outputs_CV,
         stride=work.outputs_CV.stride(0),

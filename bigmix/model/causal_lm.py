@@ -13,8 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from bigmix.errors import BadInput
 from bigmix.loss.head import HeadSettings, make_mixed
-from bigmix.loss.requests import Computing
-from bigmix.loss.terms import LogitRule, LossTokens, Reference, Terms
+from bigmix.loss.requests import LossBackendOptions
+from bigmix.loss.terms import LogitRule, LossTerms, LossTokens, ReferenceStates
 from bigmix.types import Choice
 
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -45,15 +45,15 @@ class ReferenceTensors:
     head: "Callable[[], AbstractContextManager[nn.Linear]]"
 
 
-class MixedModel(nn.Module):
+class MixedLM(nn.Module):
     """A Hugging Face causal language model whose forward is the loss of a micro-batch."""
 
-    def __init__(self, lm: Any, terms: Terms, computing: Computing) -> None:
+    def __init__(self, lm: Any, terms: LossTerms, options: LossBackendOptions) -> None:
         super().__init__()
         self.lm = lm
         head = linear_head(lm)
         rule = logit_rule(lm.config)
-        make_mixed(head, HeadSettings(rule=rule, terms=terms, computing=computing))
+        make_mixed(head, HeadSettings(rule=rule, terms=terms, options=options))
 
     def forward(self, batch: ModelTensors) -> tuple[Tensor, Tensor]:
         """The objective of the micro-batch and the sums of each group [G, Statistic]."""
@@ -72,7 +72,7 @@ class MixedModel(nn.Module):
         return final_hidden(self.lm, ids_BT, positions_BT)
 
 
-class FrozenModel(nn.Module):
+class InferenceLM(nn.Module):
     """A Hugging Face causal language model whose forward gives its final hidden states [B, T,
     D].
     """
@@ -123,9 +123,9 @@ def linear_head(lm: Any) -> nn.Linear:
 
 
 @contextmanager
-def _whole(reference: ReferenceTensors) -> Iterator[Reference]:
+def _whole(reference: ReferenceTensors) -> Iterator[ReferenceStates]:
     with reference.head() as head:
-        yield Reference(
+        yield ReferenceStates(
             hidden_KD=reference.hidden_KD,
             head_VD=head.weight,
             bias_V=head.bias,
@@ -209,16 +209,16 @@ def build(
     dtype: str,
     attention: str,
     activation_checkpointing: bool,
-    terms: Terms,
-    computing: Computing,
+    terms: LossTerms,
+    options: LossBackendOptions,
     seed: int,
     construction: AbstractContextManager[None],
-) -> MixedModel:
+) -> MixedLM:
     """The model to train, as `load` makes it, with the mixed loss in its head."""
     lm = load(config, path, dtype=dtype, attention=attention, seed=seed, construction=construction)
     if activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return MixedModel(lm, terms, computing)
+    return MixedLM(lm, terms, options)
 
 
 def load(

@@ -18,7 +18,7 @@ from bigmix.errors import BadInput
 from bigmix.loss.terms import GroupSums, LossTokens
 from bigmix.model.causal_lm import ModelTensors, max_positions, read_config
 from bigmix.model.engine import Evaluable
-from bigmix.model.inputs import Anchor
+from bigmix.model.inputs import ReferenceModel
 from bigmix.recipe import Recipe
 from bigmix.text.tokenizer import fingerprint_of
 
@@ -153,7 +153,7 @@ _FIRST, _SECOND = 9, 14  # tokens of two documents in one row
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
-def check_model(engine: Evaluable, vocabulary: int, *, named: str = "model") -> None:
+def check_packing_isolation(engine: Evaluable, vocabulary: int, *, named: str = "model") -> None:
     """Run two documents in one row and see that the second knows nothing of the first, and that our
     loss is the model's.
 
@@ -168,7 +168,7 @@ def check_model(engine: Evaluable, vocabulary: int, *, named: str = "model") -> 
         _check_loss(engine, ids_BT, positions_BT, named)
 
 
-def check_reference_model(anchor: Anchor, vocabulary: int, *, named: str) -> None:
+def check_reference_model(anchor: ReferenceModel, vocabulary: int, *, named: str) -> None:
     """The same of a frozen model: documents of one row must not see each other in it either.
 
     A collective.

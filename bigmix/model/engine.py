@@ -296,7 +296,7 @@ class Engine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def give_back_memory() -> None:
+def release_memory() -> None:
     """Free what engines that are no longer used have left, so that the next one finds room and
     counts its own peak.
     """
@@ -319,7 +319,7 @@ def _clear_caches_of_deepspeed() -> None:
             found.cache_clear()
 
 
-class Frozen:
+class InferenceEngine:
     """A model that is never trained: sharded as the trained one where that is (ZeRO-3), else whole
     on each rank.
     """
@@ -363,7 +363,7 @@ class Frozen:
             yield part
 
 
-Evaluable: TypeAlias = Engine | Frozen
+Evaluable: TypeAlias = Engine | InferenceEngine
 """What an evaluation can run: `forward` inside `evaluating`, on tensors that are on `device`."""
 
 

@@ -154,13 +154,13 @@ def export(
     *,
     shard_bytes: int,
     texts: Mapping[str, str],
-    doing: Callable[[str], None],
+    on_activity: Callable[[str], None],
 ) -> None:
     """Write weights, configuration, tokenizer and `texts` by file name to `folder`, beside first
     and then in one step.
 
     A collective. The first rank holds the weights of one file, of at most `shard_bytes` or one
-    layer, at a time. `doing` is told what begins.
+    layer, at a time. `on_activity` is told what begins.
     """
     beside = folder.with_name(f".tmp-{folder.name}")
     if cluster.world.is_first:
@@ -171,7 +171,7 @@ def export(
     parts = [beside / f"part-{number:05d}.safetensors" for number in range(len(files))]
     with engine.averaged():
         for number, (names, part) in enumerate(zip(files, parts, strict=True), 1):
-            doing(f"writing {folder}, file {number} of {len(files)}")
+            on_activity(f"writing {folder}, file {number} of {len(files)}")
             _write(engine, cluster, names, part)
     if cluster.world.is_first:
         name_shards(beside, parts)

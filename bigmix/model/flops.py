@@ -31,17 +31,17 @@ class Cost:
     head_weights: int
     attention_width: int
 
-    def of_step(self, tokens: int, loss_tokens: int, squares: int) -> float:
+    def of_step(self, tokens: int, loss_tokens: int, sum_sq_lengths: int) -> float:
         """FLOPs of forward and backward: 6 per weight and token, 6 per attention width and causal
         pair.
 
-        `squares` is the sum of the squared document lengths; half of it are causal pairs, each with
-        two products of 2 FLOPs forward and twice that backward. The head works for loss tokens
-        alone.
+        `sum_sq_lengths` is the sum of the squared document lengths; half of it are causal pairs,
+        each with two products of 2 FLOPs forward and twice that backward. The head works for loss
+        tokens alone.
         """
         body = 6 * self.body_weights * tokens
         head = 6 * self.head_weights * loss_tokens
-        return float(body + head + 12 * self.attention_width * squares / 2)
+        return float(body + head + 12 * self.attention_width * sum_sq_lengths / 2)
 
 
 def cost_of(lm: Any) -> Cost | None:

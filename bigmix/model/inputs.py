@@ -16,12 +16,12 @@ from torch import Tensor
 
 from bigmix.data.records import MicroBatch
 from bigmix.loss.terms import LossTokens
-from bigmix.model.causal_lm import FrozenModel, ModelTensors, ReferenceTensors
-from bigmix.model.engine import Frozen
+from bigmix.model.causal_lm import InferenceLM, ModelTensors, ReferenceTensors
+from bigmix.model.engine import InferenceEngine
 from bigmix.types import Floats, Ints
 
 
-def tensors(
+def to_device(
     micro_batch: MicroBatch,
     coefficients_G: Sequence[float],
     device: torch.device,
@@ -30,16 +30,22 @@ def tensors(
     """A micro-batch on the device, each loss token with the coefficient of its group, times the
     weight of its part.
     """
-    ids_BT, starts_P = move(micro_batch.ids_BT, device), move(micro_batch.starts_P, device)
+    ids_BT, starts_P = (
+        array_to_device(micro_batch.ids_BT, device),
+        array_to_device(micro_batch.starts_P, device),
+    )
     lengths_P = torch.diff(starts_P, append=starts_P.new_full((1,), ids_BT.numel()))
     positions_X, part_X = runs(torch.zeros_like(starts_P), lengths_P, ids_BT.numel())
     num_kept = int(micro_batch.lengths_K.sum())
-    begins_K, lengths_K = move(micro_batch.begins_K, device), move(micro_batch.lengths_K, device)
+    begins_K, lengths_K = (
+        array_to_device(micro_batch.begins_K, device),
+        array_to_device(micro_batch.lengths_K, device),
+    )
     kept_N, _ = runs(begins_K, lengths_K, num_kept)
-    groups_N = move(micro_batch.groups_P, device)[part_X[kept_N]]
-    coefficients_N = table(coefficients_G, device)[groups_N]
+    groups_N = array_to_device(micro_batch.groups_P, device)[part_X[kept_N]]
+    coefficients_N = numbers_to_device(coefficients_G, device)[groups_N]
     if weights_P is not None:
-        coefficients_N *= table(weights_P.tolist(), device)[part_X[kept_N]]
+        coefficients_N *= numbers_to_device(weights_P.tolist(), device)[part_X[kept_N]]
     return ModelTensors(
         ids_BT=ids_BT,
         positions_BT=positions_X.view_as(ids_BT),
@@ -53,12 +59,12 @@ def tensors(
     )
 
 
-def move(array: Ints, device: torch.device) -> Tensor:
+def array_to_device(array: Ints, device: torch.device) -> Tensor:
     """Whole numbers as int64 on the device."""
     return torch.from_numpy(array).to(device, non_blocking=True).long()
 
 
-def table(numbers: Sequence[float], device: torch.device) -> Tensor:
+def numbers_to_device(numbers: Sequence[float], device: torch.device) -> Tensor:
     """A few numbers as fp32 on the device."""
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
@@ -74,13 +80,13 @@ def runs(begins_K: Tensor, lengths_K: Tensor, count: int) -> tuple[Tensor, Tenso
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Anchor:
+class ReferenceModel:
     """The model that a run stays near to, and the weight of the divergence for each source that
     does.
     """
 
-    model: FrozenModel
-    engine: Frozen
+    model: InferenceLM
+    engine: InferenceEngine
     weights: Mapping[str, float]
 
 
@@ -91,10 +97,10 @@ def rows_of_sources(micro_batch: MicroBatch, chosen_S: Sequence[bool]) -> Ints:
     return np.flatnonzero(np.asarray(chosen_S)[micro_batch.groups_P[first_B]])
 
 
-def tensors_with_reference(
+def to_device_with_reference(
     micro_batch: MicroBatch,
     rows_U: Ints,
-    anchor: Anchor,
+    anchor: ReferenceModel,
     *,
     coefficients_S: Sequence[float],
     divergences_S: Sequence[float],
@@ -112,18 +118,20 @@ def tensors_with_reference(
     is_of_rows_K = np.isin(begins_K // row_tokens, rows_U)
     order_K = np.argsort(~is_of_rows_K, kind="stable")
     ordered = replace(micro_batch, begins_K=begins_K[order_K], lengths_K=lengths_K[order_K])
-    batch = tensors(ordered, coefficients_S, device, weights_P)
-    shown_U = move(rows_U if len(rows_U) else np.zeros(1, np.int64), device)
+    batch = to_device(ordered, coefficients_S, device, weights_P)
+    shown_U = array_to_device(rows_U if len(rows_U) else np.zeros(1, np.int64), device)
     hidden_UTD = anchor.engine.forward(batch.ids_BT[shown_U], batch.positions_BT[shown_U])
     own_K = begins_K[is_of_rows_K]
     places_K = np.searchsorted(rows_U, own_K // row_tokens) * row_tokens + own_K % row_tokens
     count = int(lengths_K[is_of_rows_K].sum())
-    places_X, _ = runs(move(places_K, device), move(lengths_K[is_of_rows_K], device), count)
+    places_X, _ = runs(
+        array_to_device(places_K, device), array_to_device(lengths_K[is_of_rows_K], device), count
+    )
     return replace(
         batch,
         reference=ReferenceTensors(
             hidden_KD=hidden_UTD.flatten(0, 1)[places_X],
-            coefficients_K=table(divergences_S, device)[batch.tokens.groups_N[:count]],
+            coefficients_K=numbers_to_device(divergences_S, device)[batch.tokens.groups_N[:count]],
             rule=anchor.model.rule,
             head=lambda: anchor.engine.gathered(anchor.model.head),
         ),

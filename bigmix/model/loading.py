@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from bigmix.loss.requests import Computing
-from bigmix.loss.terms import Terms
-from bigmix.model.causal_lm import FrozenModel, build, choose_attention, load
-from bigmix.model.checks import check_model, check_reference_model
-from bigmix.model.engine import Frozen, sharded_construction
-from bigmix.model.inputs import Anchor
+from bigmix.loss.requests import LossBackendOptions
+from bigmix.loss.terms import LossTerms
+from bigmix.model.causal_lm import InferenceLM, build, choose_attention, load
+from bigmix.model.checks import check_packing_isolation, check_reference_model
+from bigmix.model.engine import InferenceEngine, sharded_construction
+from bigmix.model.inputs import ReferenceModel
 from bigmix.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
+class ModelSource:
     """Where a model is, its configuration, and the setting or option that names it."""
 
     path: str | None
@@ -27,7 +27,7 @@ class Origin:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class DevicePlacement:
     """The engine's settings, the precision and the device that models are made for."""
 
     keys: Mapping[str, Any]
@@ -35,15 +35,18 @@ class Place:
     device: torch.device
 
 
-def open_anchor(
-    origin: Origin, recipe: Recipe, place: Place, weights: Mapping[str, float] | None = None
-) -> Anchor:
+def open_reference(
+    origin: ModelSource,
+    recipe: Recipe,
+    place: DevicePlacement,
+    weights: Mapping[str, float] | None = None,
+) -> ReferenceModel:
     """A model that others are held against; a collective.
 
     `weights` are those of its divergence in the objective, by source. Raises BadInput where packing
     would mean something else on it.
     """
-    model = FrozenModel(
+    model = InferenceLM(
         load(
             origin.config,
             origin.path,
@@ -53,13 +56,15 @@ def open_anchor(
             construction=sharded_construction(place.keys),
         )
     )
-    engine = Frozen(model, place.keys, place.device)
-    anchor = Anchor(model=model, engine=engine, weights=weights or {})
+    engine = InferenceEngine(model, place.keys, place.device)
+    anchor = ReferenceModel(model=model, engine=engine, weights=weights or {})
     check_reference_model(anchor, origin.config.vocab_size, named=origin.named)
     return anchor
 
 
-def open_evaluated(origin: Origin, recipe: Recipe, place: Place, computing: Computing) -> Frozen:
+def open_evaluated(
+    origin: ModelSource, recipe: Recipe, place: DevicePlacement, options: LossBackendOptions
+) -> InferenceEngine:
     """A model that is evaluated and never trained: no optimizer, no gradient; a collective.
 
     Raises BadInput where packing or the loss would mean something else on it.
@@ -70,16 +75,16 @@ def open_evaluated(origin: Origin, recipe: Recipe, place: Place, computing: Comp
         dtype=place.dtype,
         attention=_attention(origin, recipe, place),
         activation_checkpointing=False,
-        terms=Terms(),
-        computing=computing,
+        terms=LossTerms(),
+        options=options,
         seed=recipe.seed,
         construction=sharded_construction(place.keys),
     )
-    engine = Frozen(model.requires_grad_(False), place.keys, place.device)
-    check_model(engine, origin.config.vocab_size, named=origin.named)
+    engine = InferenceEngine(model.requires_grad_(False), place.keys, place.device)
+    check_packing_isolation(engine, origin.config.vocab_size, named=origin.named)
     return engine
 
 
-def _attention(origin: Origin, recipe: Recipe, place: Place) -> str:
+def _attention(origin: ModelSource, recipe: Recipe, place: DevicePlacement) -> str:
     wish = recipe.model.attention
     return choose_attention(wish, origin.config, place.device, place.dtype).value

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmix.runs.state_file import MOMENTS, FlatState, Piece
+from bigmix.runs.state_file import MOMENTS, FlatState, ParameterPiece
 
 _EXCHANGED = 1 << 24  # elements that change places at a time: what that takes in memory is bounded
 
@@ -145,7 +145,7 @@ class ZeroState:
             average=self._averages[index] if self._averages else None,
         )
 
-    def _pieces_of_stage_3(self, index: int) -> Iterator[Piece]:
+    def _pieces_of_stage_3(self, index: int) -> Iterator[ParameterPiece]:
         """ZeRO-3 cuts every parameter into as many slices as there are ranks; the last ones may be
         padding.
         """
@@ -155,9 +155,9 @@ class ZeroState:
             count = min(size, parameter.ds_numel - start)
             if count > 0:
                 name = self._names[id(parameter)]
-                yield Piece(name=name, start=start, count=count, offset=offset)
+                yield ParameterPiece(name=name, start=start, count=count, offset=offset)
 
-    def _pieces(self, index: int) -> Iterator[Piece]:
+    def _pieces(self, index: int) -> Iterator[ParameterPiece]:
         """ZeRO-1 and 2 lay all parameters of a group end to end and cut that into as many slices as
         there are ranks.
         """
@@ -165,7 +165,7 @@ class ZeroState:
         for parameter in (groups if groups is not None else self._zero.bf16_groups)[index]:
             place = parameter._hp_mapping
             if place is not None:
-                yield Piece(
+                yield ParameterPiece(
                     name=self._names[id(parameter)],
                     start=place.lp_fragment_address.start,
                     count=place.lp_fragment_address.numel,

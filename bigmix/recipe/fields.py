@@ -46,11 +46,11 @@ A_NUMBER = BeforeValidator(number)
 Positive = Annotated[float, Field(gt=0), A_NUMBER]
 NonNegative = Annotated[float, Field(ge=0), A_NUMBER]
 # A file, a folder, or a name elsewhere.
-Place = Annotated[str, Field(min_length=1), BeforeValidator(place)]
+PathOrUrl = Annotated[str, Field(min_length=1), BeforeValidator(place)]
 Count = Annotated[PositiveInt, BeforeValidator(whole_number)]
 CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(whole_number)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-Point = tuple[CountOrZero, NonNegative]
+SchedulePoint = tuple[CountOrZero, NonNegative]
 
 
 class Settings(BaseModel):

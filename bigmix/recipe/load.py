@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from bigmix.errors import BadInput
 from bigmix.recipe.models import Recipe
-from bigmix.recipe.sweep import Point, SweepRun, chosen, points_of, tree_of
+from bigmix.recipe.sweep import SweepPoint, SweepRun, chosen, points_of, tree_of
 from bigmix.recipe.tree import Path_, leaves, put
 
 _MOST_NAMED = 3  # points that a fault is told of by name
@@ -66,7 +66,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def _runs(
-    recipe: Recipe, points: Sequence[Point], tree: Any, lines: Mapping[Path_, str], path: str
+    recipe: Recipe, points: Sequence[SweepPoint], tree: Any, lines: Mapping[Path_, str], path: str
 ) -> Sequence[SweepRun]:
     """Seed by seed, so that one run of every point is done as early as can be."""
     assert recipe.sweep is not None
@@ -92,7 +92,7 @@ def _runs(
     return runs
 
 
-def _lines_of(point: Point, lines: Mapping[Path_, str]) -> dict[Path_, str]:
+def _lines_of(point: SweepPoint, lines: Mapping[Path_, str]) -> dict[Path_, str]:
     """Where the settings of a point stand: in the sweep, and those that it does not change in the
     recipe.
     """

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from bigmix.recipe.fields import Count, CountOrZero, Name, Place, Settings
+from bigmix.recipe.fields import Count, CountOrZero, Name, PathOrUrl, Settings
 from bigmix.recipe.sections import (
     Budget,
     Cache,
@@ -65,9 +65,9 @@ class Recipe(Settings):
     """
     budget: Budget = Budget()
     train: Train
-    deepspeed: Place = "ds_configs/zero3.json"
+    deepspeed: PathOrUrl = "ds_configs/zero3.json"
     """File with DeepSpeed's own keys; what follows from this recipe is filled in."""
-    output: Place
+    output: PathOrUrl
     """Folder of the run."""
     seed: Annotated[CountOrZero, Field(lt=2**62)] = 0
     """Decides the order of the data and the weights of a model from scratch."""

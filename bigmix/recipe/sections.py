@@ -10,7 +10,7 @@ from bigmix.recipe.fields import (
     CountOrZero,
     Name,
     NonNegative,
-    Place,
+    PathOrUrl,
     Positive,
     Settings,
 )
@@ -25,13 +25,13 @@ Length = Annotated[Annotated[Count, Tag("<number>")] | _Lengths, Discriminator(k
 class ModelSettings(Settings):
     """The model that is trained."""
 
-    path: Place | None = None
+    path: PathOrUrl | None = None
     """Folder or hub name of a causal language model in the Hugging Face format."""
     config: dict[str, Any] | None = None
     """Instead of `path`: a Hugging Face configuration (with `model_type`) to start from scratch,
     weights drawn from `seed`.
     """
-    tokenizer: Place | None = None
+    tokenizer: PathOrUrl | None = None
     """Tokenizer of the model; default: the one in `path`, or the sources' own where the model
     starts from scratch.
     """
@@ -99,7 +99,7 @@ class Cache(Settings):
 class Source(Settings):
     """One named stream of documents."""
 
-    path: Place
+    path: PathOrUrl
     """Prepared source, as `bigmix prepare` makes it: a folder, a URL of one (s3, gs, https, hf, any
     of fsspec), a brace pattern of its shards, or `pipe:` with a command in which {} is the file.
     """
@@ -126,7 +126,7 @@ class Source(Settings):
     """What happens where the run would need more than max_epochs. error: it is refused; stop: it
     ends there; renormalise: it goes on without the source.
     """
-    held_out: Place | None = None
+    held_out: PathOrUrl | None = None
     """Prepared folder that is evaluated and never trained on."""
     long_documents: Literal["drop", "truncate"] = "drop"
     """What happens to a conversation longer than a row; text is always split, with nothing lost."""
@@ -309,7 +309,7 @@ class Reference(Settings):
     their loss tokens.
     """
 
-    model: Place | None = None
+    model: PathOrUrl | None = None
     """Folder or hub name of a model with the same tokenizer; default: `model.path`, the model as it
     was before training.
     """
@@ -322,7 +322,7 @@ class Reference(Settings):
 class HeldOut(Settings):
     """A prepared folder that is evaluated and never trained on, with what decides its rows."""
 
-    path: Place
+    path: PathOrUrl
     """Prepared folder."""
     long_documents: Literal["drop", "truncate"] = "drop"
     """What happens to a conversation longer than a row; text is always split, with nothing lost."""
@@ -335,7 +335,7 @@ def _kind_of_held_out(value: Any) -> str:
 
 
 FurtherHeldOut = Annotated[
-    Annotated[Place, Tag("<text>")] | Annotated[HeldOut, Tag("<table>")],
+    Annotated[PathOrUrl, Tag("<text>")] | Annotated[HeldOut, Tag("<table>")],
     Discriminator(_kind_of_held_out),
 ]
 Chosen = Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from bigmix.recipe.fields import A_NUMBER, Name, NonNegative, Point, Positive, Settings
+from bigmix.recipe.fields import A_NUMBER, Name, NonNegative, Positive, SchedulePoint, Settings
 
 FORGETTING = "forgetting"  # the controller that is built in
 _OWN_RULE = re.compile(r"[^:]+:[A-Za-z_]\w*")
@@ -78,7 +78,7 @@ def kind_of(value: Any) -> str:
 
 
 _Number = Annotated[Positive, Tag("<number>")]
-_Points = Annotated[tuple[Point, ...], Field(min_length=1), Tag("<points>")]
+_Points = Annotated[tuple[SchedulePoint, ...], Field(min_length=1), Tag("<points>")]
 Share = Annotated[_Number | _Points, Discriminator(kind_of)]
 _Controlled = Annotated[Controller, Tag("<controller>")]
 GroupShare = Annotated[_Number | _Points | _Controlled, Discriminator(kind_of)]

@@ -22,7 +22,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
+class SweepPoint:
     """One choice of settings; `said_in` is the key of the sweep that has them."""
 
     name: str
@@ -44,7 +44,7 @@ class SweepRun:
         return f"{self.point}/seed-{self.recipe.seed}"
 
 
-def points_of(sweep: Sweep) -> Sequence[Point]:
+def points_of(sweep: Sweep) -> Sequence[SweepPoint]:
     """Every combination of the listed values, then the points that have names; raises BadInput with
     every fault.
     """
@@ -56,7 +56,7 @@ def points_of(sweep: Sweep) -> Sequence[Point]:
     points = [
         *(_combinations(axes) if axes or not named else ()),
         *(
-            Point(name=n, settings=_by_path(s), said_in=f"sweep.points.{n}")
+            SweepPoint(name=n, settings=_by_path(s), said_in=f"sweep.points.{n}")
             for n, s in named.items()
         ),
     ]
@@ -97,12 +97,14 @@ def _by_path(settings: Mapping[str, Any]) -> dict[Path_, Any]:
     return {tuple(key.split(".")): value for key, value in settings.items()}
 
 
-def _combinations(axes: Mapping[str, Sequence[Any]]) -> Iterator[Point]:
+def _combinations(axes: Mapping[str, Sequence[Any]]) -> Iterator[SweepPoint]:
     short = _short_names(tuple(axes))
     for values in product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         parts = sorted(f"{short[key]}-{value_name(value)}" for key, value in chosen.items())
-        yield Point(name="_".join(parts) or NO_POINT, settings=_by_path(chosen), said_in="sweep")
+        yield SweepPoint(
+            name="_".join(parts) or NO_POINT, settings=_by_path(chosen), said_in="sweep"
+        )
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -157,7 +159,9 @@ def _number_name(number: float) -> str:
     return scientific if is_small and len(scientific) < len(plain) else plain
 
 
-def tree_of(recipe: Mapping[str, Any], point: Point, *, seed: int, output: str) -> dict[str, Any]:
+def tree_of(
+    recipe: Mapping[str, Any], point: SweepPoint, *, seed: int, output: str
+) -> dict[str, Any]:
     """The recipe of one run of a point, as plain tables; a source whose share is 0 is evaluated
     only.
     """
@@ -184,7 +188,7 @@ def _read_shares(tree: dict[str, Any]) -> None:
                 member["share"] = number
 
 
-def _scale_others(tree: dict[str, Any], point: Point) -> None:
+def _scale_others(tree: dict[str, Any], point: SweepPoint) -> None:
     """A swept share is the very fraction of the rows: the others divide the rest in the ratio that
     the recipe gives.
 

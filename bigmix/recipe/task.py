@@ -13,7 +13,7 @@ from bigmix.recipe.fields import (
     Count,
     CountOrZero,
     NonNegative,
-    Place,
+    PathOrUrl,
     Positive,
     Settings,
 )
@@ -52,7 +52,7 @@ class Task(Settings):
     see docs/tasks.md.
     """
 
-    path: Place
+    path: PathOrUrl
     """File of examples (.jsonl, also .gz or .zst): a prompt or messages, and a response, label or
     references.
     """

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bigmix.data.quarantine import Quarantine
-from bigmix.data.records import Chapter, Decision, Standing
+from bigmix.data.records import Decision, RecipeSegment, SourcePosition
 from bigmix.files import checksum_of, replace_text, sync_folder
 
 FOLDER = "checkpoints"  # in the output of a run
@@ -41,8 +41,8 @@ class Position:
     report: Mapping[str, Any]
     losses: Sequence[float] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    chapter: Chapter = field(default_factory=Chapter)
-    standing: Mapping[str, Standing] = field(default_factory=dict)
+    chapter: RecipeSegment = field(default_factory=RecipeSegment)
+    standing: Mapping[str, SourcePosition] = field(default_factory=dict)
     content: Mapping[str, str] = field(default_factory=dict)
     quarantine: Quarantine = field(default_factory=Quarantine)
     decisions: Sequence[Decision] = ()
@@ -55,8 +55,8 @@ class Position:
             report=value["report"],
             losses=value["losses"],
             recipe=value["recipe"],
-            chapter=Chapter(**value["chapter"]),
-            standing={name: Standing(**found) for name, found in value["standing"].items()},
+            chapter=RecipeSegment(**value["chapter"]),
+            standing={name: SourcePosition(**found) for name, found in value["standing"].items()},
             content=value["content"],
             quarantine=Quarantine.from_json(value["quarantine"]),
             # Releases without controllers wrote none.
@@ -74,7 +74,7 @@ class Position:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sealed:
+class FileEntry:
     """A file of a checkpoint as it was written: bytes and XXH3 checksum of 128 bits."""
 
     name: str
@@ -100,13 +100,13 @@ class Sealed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Listed:
+class CheckpointManifest:
     """A checkpoint by its listing; whether its files are as listed is not known yet."""
 
     path: Path
     position: Position
     ranks: int
-    files: tuple[Sealed, ...]
+    files: tuple[FileEntry, ...]
 
 
 def folders(folder: Path, before: int | None = None) -> list[Path]:
@@ -119,15 +119,15 @@ def folders(folder: Path, before: int | None = None) -> list[Path]:
     return [path for path in found if before is None or _step_of(path) < before]
 
 
-def read_listing(path: Path) -> Listed | str:
+def read_checkpoint(path: Path) -> CheckpointManifest | str:
     """The listing of a checkpoint, or what is wrong with it."""
     try:
         listing = json.loads((path / LISTING).read_text(encoding="utf-8"))
-        return Listed(
+        return CheckpointManifest(
             path=path,
             position=Position.from_json(listing["position"]),
             ranks=listing["ranks"],
-            files=tuple(Sealed(**file) for file in listing["files"]),
+            files=tuple(FileEntry(**file) for file in listing["files"]),
         )
     except (OSError, ValueError, TypeError, KeyError):
         return f"{path} has no readable {LISTING}"
@@ -148,7 +148,7 @@ def other_versions(folder: Path) -> Iterator[str]:
 
 
 def publish(
-    beside: Path, final: Path, ranks: int, files: Sequence[Sealed], position: Position
+    beside: Path, final: Path, ranks: int, files: Sequence[FileEntry], position: Position
 ) -> None:
     """Write the listing of a checkpoint whose files are whole, give it its name, and point `latest`
     at it, in this order.
@@ -200,7 +200,7 @@ def _step_of(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
 
 
-def faults_of(listed: Listed, part: slice) -> Iterator[str]:
+def faults_of(listed: CheckpointManifest, part: slice) -> Iterator[str]:
     """What is wrong with some of a checkpoint's files, which are read through."""
     for file in listed.files[part]:
         fault = file.fault(listed.path)

@@ -256,4 +256,4 @@ def _as_markdown_code(text: str) -> str:
     return "\n".join("    " + line for line in text.splitlines())
 
 
-Line = dict[str, Number]
+MetricsRecord = dict[str, Number]

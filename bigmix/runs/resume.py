@@ -19,39 +19,50 @@ from bigmix.cluster.world import World
 from bigmix.errors import BadInput
 from bigmix.files import lock, replace_text
 from bigmix.recipe import Group, Recipe, Source, differences, from_plain, to_yaml
-from bigmix.runs.checkpoints import FOLDER, Listed, faults_of, folders, other_versions, read_listing
+from bigmix.runs.checkpoints import (
+    FOLDER,
+    CheckpointManifest,
+    faults_of,
+    folders,
+    other_versions,
+    read_checkpoint,
+)
 from bigmix.runs.layout import RECIPE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class FoundCheckpoint:
     """The newest whole checkpoint, None where there is none, and what is wrong with each
     newer one.
     """
 
-    listed: Listed | None
-    torn: tuple[str, ...] = ()
+    listed: CheckpointManifest | None
+    damaged: tuple[str, ...] = ()
 
 
-def newest_whole(folder: Path, cluster: Cluster, *, before: int | None = None) -> Found:
+def newest_complete(
+    folder: Path, cluster: Cluster, *, before: int | None = None
+) -> FoundCheckpoint:
     """Look for the newest checkpoint whose files are all as they were written, of a step below
     `before` where that is given.
 
     A collective: each rank reads a part of the files.
     """
-    listings = list(map(read_listing, folders(folder, before))) if cluster.world.is_first else None
+    listings = (
+        list(map(read_checkpoint, folders(folder, before))) if cluster.world.is_first else None
+    )
     candidates, *_ = cluster.gather(listings)
-    torn: list[str] = []
+    damaged: list[str] = []
     for candidate in candidates:
         if isinstance(candidate, str):
-            torn.append(candidate)
+            damaged.append(candidate)
             continue
         own = slice(cluster.world.rank, None, cluster.world.size)
         faults = [f for part in cluster.gather(list(faults_of(candidate, own))) for f in part]
         if not faults:
-            return Found(listed=candidate, torn=tuple(torn))
-        torn += faults
-    return Found(listed=None, torn=tuple(torn))
+            return FoundCheckpoint(listed=candidate, damaged=tuple(damaged))
+        damaged += faults
+    return FoundCheckpoint(listed=None, damaged=tuple(damaged))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +74,7 @@ class RollBack:
 
 
 CHECKPOINTS, LOG = FOLDER, "log"
-PASSED_OVER, CHANGES, LOCK = "passed-over.json", "changes.jsonl", ".lock"
+SKIPPED_STEPS, CHANGES, LOCK = "passed-over.json", "changes.jsonl", ".lock"
 ENDING_S = 60  # that a command may take to end, and a server of files to see that a machine is gone
 # These change speed, memory and what is written down, never what is learned.
 _FREE = frozenset(
@@ -112,7 +123,7 @@ _NO_ROWS = ("loss_share", "weigh", "role", "held_out", "path")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
+class RecipeChange:
     """A setting that is not what it was when a checkpoint was written; None where there was or is
     none.
     """
@@ -140,15 +151,15 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Beginning:
+class ResumePoint:
     """Where a run starts: from `checkpoint`, or from the model as it is.
 
-    `changes` hold from there on; `torn` says what is wrong with newer checkpoints.
+    `changes` hold from there on; `damaged` says what is wrong with newer checkpoints.
     """
 
-    checkpoint: Listed | None = None
-    torn: tuple[str, ...] = ()
-    changes: tuple[Change, ...] = ()
+    checkpoint: CheckpointManifest | None = None
+    damaged: tuple[str, ...] = ()
+    changes: tuple[RecipeChange, ...] = ()
 
     @property
     def step(self) -> int:
@@ -157,7 +168,7 @@ class Beginning:
 
 
 @contextmanager
-def alone(folder: Path, cluster: Cluster, *, wait_s: float) -> Iterator[bool]:
+def locked_folder(folder: Path, cluster: Cluster, *, wait_s: float) -> Iterator[bool]:
     """Hold the folder of a run against other commands; a collective.
 
     False where one holds it still after some seconds.
@@ -173,7 +184,7 @@ def alone(folder: Path, cluster: Cluster, *, wait_s: float) -> Iterator[bool]:
         yield bool(cluster.gather(is_ours)[0])
 
 
-def beginning(recipe: Recipe, content: Mapping[str, str], cluster: Cluster) -> Beginning:
+def find_resume_point(recipe: Recipe, content: Mapping[str, str], cluster: Cluster) -> ResumePoint:
     """Find where to begin in the output folder of a recipe, whose sources have this content; a
     collective.
 
@@ -186,11 +197,11 @@ def beginning(recipe: Recipe, content: Mapping[str, str], cluster: Cluster) -> B
     faults, *_ = cluster.gather(faults)
     if faults:
         raise BadInput(*faults)
-    found = newest_whole(folder / CHECKPOINTS, cluster)
+    found = newest_complete(folder / CHECKPOINTS, cluster)
     if found.listed is None:
-        return Beginning(torn=found.torn)
+        return ResumePoint(damaged=found.damaged)
     changes = _changes(recipe, content, found.listed)
-    return Beginning(checkpoint=found.listed, torn=found.torn, changes=changes)
+    return ResumePoint(checkpoint=found.listed, damaged=found.damaged, changes=changes)
 
 
 def _faults(recipe: Recipe, folder: Path) -> Iterator[str]:
@@ -204,12 +215,14 @@ def _faults(recipe: Recipe, folder: Path) -> Iterator[str]:
     yield from other_versions(folder / CHECKPOINTS)
 
 
-def _changes(recipe: Recipe, content: Mapping[str, str], listed: Listed) -> tuple[Change, ...]:
+def _changes(
+    recipe: Recipe, content: Mapping[str, str], listed: CheckpointManifest
+) -> tuple[RecipeChange, ...]:
     """What differs from the recipe of a checkpoint and decides what is learned."""
     position = listed.position
     old = from_plain(position.recipe, str(listed.path))
     changes = [
-        Change(key=key, old=before, new=after)
+        RecipeChange(key=key, old=before, new=after)
         for key, before, after in differences(old, recipe)
         if not _is_free(key, recipe)
     ]
@@ -243,7 +256,7 @@ def _is_free(key: str, recipe: Recipe) -> bool:
     return key in _FREE or key.startswith(("cache.", "tasks.")) or path_of_source
 
 
-def keep_changes(folder: Path, after_step: int, changes: Sequence[Change]) -> None:
+def keep_changes(folder: Path, after_step: int, changes: Sequence[RecipeChange]) -> None:
     """Write down what changes after a step; what was written of later steps is taken back."""
     path = folder / CHANGES
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -276,7 +289,7 @@ def write_recipe(recipe: Recipe) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PassedOver:
+class SkippedSteps:
     """Steps that a run has gone back before and does not train, one entry for each time that it
     went back.
     """
@@ -289,14 +302,14 @@ class PassedOver:
         return frozenset(step for back in self.times for step in back.steps)
 
 
-def read_passed_over(folder: Path) -> PassedOver:
+def read_skipped_steps(folder: Path) -> SkippedSteps:
     """The steps that an earlier part of a run has gone back before."""
-    path = folder / PASSED_OVER
+    path = folder / SKIPPED_STEPS
     if not path.is_file():
-        return PassedOver()
+        return SkippedSteps()
     try:
         times = json.loads(path.read_text(encoding="utf-8"))["times"]
-        return PassedOver(
+        return SkippedSteps(
             times=tuple(RollBack(steps=tuple(t["steps"]), reason=t["reason"]) for t in times)
         )
     except (ValueError, TypeError, KeyError) as error:
@@ -306,7 +319,9 @@ def read_passed_over(folder: Path) -> PassedOver:
         ) from error
 
 
-def write_passed_over(folder: Path, passed: PassedOver) -> None:
+def write_skipped_steps(folder: Path, passed: SkippedSteps) -> None:
     """Keep them, beside the checkpoints: those that the run goes back to know nothing of them."""
     times = [{"steps": back.steps, "reason": back.reason} for back in passed.times]
-    replace_text(folder / PASSED_OVER, json.dumps({"version": 1, "times": times}, indent=1) + "\n")
+    replace_text(
+        folder / SKIPPED_STEPS, json.dumps({"version": 1, "times": times}, indent=1) + "\n"
+    )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bigmix.cluster.collectives import Cluster
-from bigmix.runs.checkpoints import Position, Sealed, clear_unfinished, prune, publish
+from bigmix.runs.checkpoints import FileEntry, Position, clear_unfinished, prune, publish
 from bigmix.runs.state_file import (
     AVERAGE,
     MOMENTS,
@@ -33,7 +33,7 @@ _SPARE_BYTES = 64 << 20  # room on the disk for logs and exports beside a checkp
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Keeping:
+class RetentionPolicy:
     """Which checkpoints stay: the newest `newest`, and those of every `every`-th step (0: of
     none).
     """
@@ -48,7 +48,7 @@ class _Write:
 
     position: Position
     beside: Path
-    sealed: Future[Sealed]
+    sealed: Future[FileEntry]
 
 
 class Saver:
@@ -58,7 +58,7 @@ class Saver:
         self,
         folder: Path,
         cluster: Cluster,
-        keeping: Keeping,
+        keeping: RetentionPolicy,
         *,
         in_background: bool,
         tell: Callable[[str], None],
@@ -196,7 +196,7 @@ class Saver:
         else:
             self._give_up(f"the checkpoint of step {write.position.step} was not written: {fault}")
 
-    def _publish(self, write: _Write, files: list[Sealed]) -> str | None:
+    def _publish(self, write: _Write, files: list[FileEntry]) -> str | None:
         final = self._folder / f"step-{write.position.step:06d}"
         try:
             publish(write.beside, final, self._cluster.world.size, files, write.position)

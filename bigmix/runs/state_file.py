@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bigmix.errors import BigmixError
 from bigmix.files import CHUNK, checksum_of
-from bigmix.runs.checkpoints import Sealed
+from bigmix.runs.checkpoints import FileEntry
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -31,7 +31,7 @@ WEIGHTS, AVERAGE = "weights", "average"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
+class ParameterPiece:
     """Elements [start, start + count) of a parameter, which lie from `offset` on in a flat
     tensor.
     """
@@ -51,7 +51,7 @@ class FlatState:
     where one is kept.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ParameterPiece, ...]
     weights: Tensor
     moments: Mapping[str, Tensor]
     step: int
@@ -83,7 +83,9 @@ def tensors_of(flats: Iterable[FlatState]) -> tuple[dict[str, Tensor], dict[str,
     return tensors, {"groups": json.dumps(groups)}
 
 
-def write_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Sealed:
+def write_state(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> FileEntry:
     """Write fp32 tensors in host memory, see them on the disk, and read them back.
 
     Raises OSError where the disk takes or gives back something else.
@@ -102,7 +104,7 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
             digest.update(part)
             _write_all(file, part)
         os.fsync(file.fileno())
-    sealed = Sealed(name=path.name, bytes=path.stat().st_size, checksum=digest.hexdigest())
+    sealed = FileEntry(name=path.name, bytes=path.stat().st_size, checksum=digest.hexdigest())
     if checksum_of(path) != sealed.checksum:
         raise OSError(None, f"{path} does not read back as it was written")
     return sealed
@@ -129,7 +131,7 @@ class _Place:
 
     file: int
     group: int
-    piece: Piece
+    piece: ParameterPiece
 
 
 class StateReader:
@@ -151,7 +153,7 @@ class StateReader:
 
     def _add(self, number: int, index: int, group: Mapping[str, Any]) -> None:
         for name, start, count, offset in group["pieces"]:
-            piece = Piece(name=name, start=start, count=count, offset=offset)
+            piece = ParameterPiece(name=name, start=start, count=count, offset=offset)
             self._places[name].append(_Place(file=number, group=index, piece=piece))
             self._steps[name] = group["step"]
 
@@ -177,7 +179,7 @@ class StateReader:
         steps = {self._steps[piece.name] for piece in flat.pieces}
         return max(steps, default=0)
 
-    def _parts_of(self, piece: Piece) -> Sequence[tuple[_Place, int, int, int]]:
+    def _parts_of(self, piece: ParameterPiece) -> Sequence[tuple[_Place, int, int, int]]:
         """The places that hold elements of a piece: of each the range of elements there, and where
         it goes in the flat tensor.
         """

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 from bigmix.errors import BadInput
 
 Kind = Literal["text", "chat"]
-Row = Mapping[str, Any]
+RawRow = Mapping[str, Any]
 Turn = Mapping[
     str, Any
 ]  # a message as OpenAI's API and chat templates spell it: role, content, tool_calls, ...
@@ -110,7 +110,7 @@ Document: TypeAlias = Text | Conversation | Dropped
 
 
 def recognise(
-    rows: Sequence[Row], *, kind: Kind | None, columns: Mapping[str, str] | None
+    rows: Sequence[RawRow], *, kind: Kind | None, columns: Mapping[str, str] | None
 ) -> Layout:
     """Tell from the first rows what they are; `kind` narrows the choice and `columns` makes it.
 
@@ -128,7 +128,7 @@ def recognise(
     return Layout(kind=chosen.kind, columns=chosen.columns, note=_note(rows, chosen, others))
 
 
-def _conversations(rows: Sequence[Row]) -> Sequence[Layout]:
+def _conversations(rows: Sequence[RawRow]) -> Sequence[Layout]:
     optional = {"tools": "tools"} | _system(rows)
     return [
         Layout(kind="chat", columns={"messages": name} | _present(rows, optional))
@@ -136,13 +136,13 @@ def _conversations(rows: Sequence[Row]) -> Sequence[Layout]:
     ]
 
 
-def _system(rows: Sequence[Row]) -> dict[str, str]:
+def _system(rows: Sequence[RawRow]) -> dict[str, str]:
     """The column of the system turn, if there is one."""
     found = [name for name in SYSTEM_COLUMNS if _has(rows, name)]
     return {"system": found[-1]} if found else {}
 
 
-def _pairs(rows: Sequence[Row]) -> Sequence[Layout]:
+def _pairs(rows: Sequence[RawRow]) -> Sequence[Layout]:
     optional = {"tools": "tools", "history": "history"}
     optional |= _system(rows)
     required = ("prompt", "response")
@@ -158,27 +158,27 @@ def _pairs(rows: Sequence[Row]) -> Sequence[Layout]:
     ]
 
 
-def _texts(rows: Sequence[Row]) -> Sequence[Layout]:
+def _texts(rows: Sequence[RawRow]) -> Sequence[Layout]:
     return [
         Layout(kind="text", columns={"text": name}) for name in TEXT_COLUMNS if _has(rows, name)
     ]
 
 
-def _has(rows: Sequence[Row], column: str) -> bool:
+def _has(rows: Sequence[RawRow], column: str) -> bool:
     return any(row.get(column) is not None for row in rows)
 
 
-def _present(rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, str]:
+def _present(rows: Sequence[RawRow], columns: Mapping[str, str]) -> dict[str, str]:
     return {part: name for part, name in columns.items() if _has(rows, name)}
 
 
-def _fits_most(rows: Sequence[Row], columns: Mapping[str, str]) -> bool:
+def _fits_most(rows: Sequence[RawRow], columns: Mapping[str, str]) -> bool:
     layout = Layout(kind="text" if "text" in columns else "chat", columns=columns)
     fitting = sum(not isinstance(document_of(row, layout), Dropped) for row in rows)
     return fitting > 0 and 2 * fitting >= len(rows)
 
 
-def _note(rows: Sequence[Row], chosen: Layout, others: Sequence[Layout]) -> str | None:
+def _note(rows: Sequence[RawRow], chosen: Layout, others: Sequence[Layout]) -> str | None:
     if others:
         return (
             f"the rows could also be read as {others[0].described()}; to do so give "
@@ -207,7 +207,7 @@ def _note(rows: Sequence[Row], chosen: Layout, others: Sequence[Layout]) -> str 
     return None
 
 
-def _raw_turns(row: Row, layout: Layout) -> Sequence[Any]:
+def _raw_turns(row: RawRow, layout: Layout) -> Sequence[Any]:
     value = row.get(layout.columns.get("messages", ""))
     return value if isinstance(value, list) else ()
 
@@ -216,7 +216,7 @@ def _has_thoughts(turn: Any) -> bool:
     return isinstance(turn, dict) and any(turn.get(key) for key in THOUGHT_KEYS)
 
 
-def _explicit(columns: Mapping[str, str], kind: Kind | None, rows: Sequence[Row]) -> Layout:
+def _explicit(columns: Mapping[str, str], kind: Kind | None, rows: Sequence[RawRow]) -> Layout:
     ways = [way for way in WAYS if way in columns]
     goes_together = len(ways) == 1 and columns.keys() <= {*WAYS[ways[0]]}
     if not goes_together or (ways == ["response"] and "prompt" not in columns):
@@ -239,7 +239,7 @@ def _explicit(columns: Mapping[str, str], kind: Kind | None, rows: Sequence[Row]
     return layout
 
 
-def _unknown(rows: Sequence[Row], kind: Kind | None) -> str:
+def _unknown(rows: Sequence[RawRow], kind: Kind | None) -> str:
     wanted = "a text or a conversation" if kind is None else f"a source of kind {kind}"
     return (
         f"the rows are not recognised as {wanted}; their columns are {_names(rows)}; say what they"
@@ -248,11 +248,11 @@ def _unknown(rows: Sequence[Row], kind: Kind | None) -> str:
     )
 
 
-def _names(rows: Sequence[Row]) -> str:
+def _names(rows: Sequence[RawRow]) -> str:
     return ", ".join(dict.fromkeys(name for row in rows for name in row)) or "none"
 
 
-def document_of(row: Row, layout: Layout) -> Document:
+def document_of(row: RawRow, layout: Layout) -> Document:
     """Read one row; a row that does not fit its layout, or is empty, is dropped with a reason."""
     columns = layout.columns
     if "text" in columns:
@@ -273,7 +273,7 @@ def document_of(row: Row, layout: Layout) -> Document:
     return Conversation(messages=turns, tools=tools or None)
 
 
-def _turns_of_pair(row: Row, columns: Mapping[str, str]) -> list[Turn] | None:
+def _turns_of_pair(row: RawRow, columns: Mapping[str, str]) -> list[Turn] | None:
     prompt, response = row.get(columns["prompt"]), row.get(columns["response"])
     if isinstance(prompt, list) and isinstance(response, list) and _is_turns(prompt):
         return _turns_of([*prompt, *response])

@@ -134,7 +134,7 @@ class RawLine(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
+class LineSpan:
     """A stretch of one input, which is a file, a saved dataset or a hub name: all of it, or [start,
     stop).
 
@@ -167,7 +167,9 @@ def read_rows(inputs: Sequence[str], options: ReadOptions) -> Iterator[RawRow]:
     """
     places = places_of(inputs)
     return (
-        parsed(row, options) for place in places for row in read_span(Span(place=place), options)
+        parsed(row, options)
+        for place in places
+        for row in read_span(LineSpan(place=place), options)
     )
 
 
@@ -212,7 +214,7 @@ def format_of(name: str) -> str | None:
     return path.suffix if path.suffix in known else None
 
 
-def read_span(span: Span, options: ReadOptions) -> Iterator[RawRow | RawLine]:
+def read_span(span: LineSpan, options: ReadOptions) -> Iterator[RawRow | RawLine]:
     """The rows of a span; `parsed` makes rows of lines.
 
     Raises BadInput while reading where a file is broken.
@@ -224,7 +226,7 @@ def read_span(span: Span, options: ReadOptions) -> Iterator[RawRow | RawLine]:
     return (row for at, row in enumerate(rows) if at // BLOCK_ROWS % parts == index)
 
 
-def _read(span: Span, options: ReadOptions) -> Iterator[RawRow | RawLine]:
+def _read(span: LineSpan, options: ReadOptions) -> Iterator[RawRow | RawLine]:
     place, suffix = span.place, format_of(span.place)
     if place.startswith(HUB):
         rows: Iterable[Mapping[str, Any]] = _read_hub(place)
@@ -308,7 +310,7 @@ def _decoded(
         ) from error
 
 
-def _read_lines(span: Span) -> Iterator[RawLine]:
+def _read_lines(span: LineSpan) -> Iterator[RawLine]:
     file = span.place if span.start == 0 else f"{span.place} from byte {span.start}"
     with opened(span.place) as stream:
         if span.start:
@@ -350,7 +352,7 @@ def _parsed(line: bytes) -> tuple[Mapping[str, Any] | None, str | None]:
     return value, None
 
 
-def _read_json(span: Span, options: ReadOptions) -> Iterator[RawRow | RawLine]:
+def _read_json(span: LineSpan, options: ReadOptions) -> Iterator[RawRow | RawLine]:
     """A file that is one array of objects, or in spite of its name JSON lines."""
     place = span.place
     with opened(place) as stream:
@@ -371,7 +373,7 @@ def _read_json(span: Span, options: ReadOptions) -> Iterator[RawRow | RawLine]:
         yield RawRow(file=place, number=number, columns=row if isinstance(row, dict) else None)
 
 
-def _read_parquet(span: Span) -> Iterator[Mapping[str, Any]]:
+def _read_parquet(span: LineSpan) -> Iterator[Mapping[str, Any]]:
     with opened(span.place) as stream, pyarrow.parquet.ParquetFile(stream) as file:
         stop = file.num_row_groups if span.stop is None else span.stop
         for batch in file.iter_batches(BLOCK_ROWS, row_groups=range(span.start, stop)):
@@ -406,7 +408,7 @@ def _read_hub(place: str) -> Iterator[Mapping[str, Any]]:
         ) from error
 
 
-def _read_saved(span: Span) -> Iterator[Mapping[str, Any]]:
+def _read_saved(span: LineSpan) -> Iterator[Mapping[str, Any]]:
     # As above: a second of import.
     import datasets
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from bigmix.cluster.signals import Activity
-from bigmix.evaluation.evaluator import Findings, FirstEvaluation
-from bigmix.evaluation.held_out import Base
-from bigmix.evaluation.tables import show_findings
+from bigmix.evaluation.evaluator import BaselineEvaluation, EvaluationResult
+from bigmix.evaluation.held_out import Baseline
+from bigmix.evaluation.tables import show_evaluation
 from bigmix.evaluation.tasks.runner import write_samples
-from bigmix.runs.metrics_log import METRICS, Line, evaluation_at
-from bigmix.train.inputs import what_it_follows_from
+from bigmix.runs.metrics_log import METRICS, MetricsRecord, evaluation_at
+from bigmix.train.inputs import baseline_cache_key
 from bigmix.train.saving import save, save_and_stop, save_finished
 from bigmix.train.share_control import RuleFailed, decide_shares, shares_from
 from bigmix.train.state import Run, TrainState, evaluates_after, tasks_after
@@ -52,20 +52,20 @@ def evaluate(run: Run, state: TrainState) -> TrainState:
     return decided
 
 
-def _show(run: Run, state: TrainState, found: Findings) -> None:
-    show_findings(run.terminal, run.recipe, f"step {state.step:,}", found)
+def _show(run: Run, state: TrainState, found: EvaluationResult) -> None:
+    show_evaluation(run.terminal, run.recipe, f"step {state.step:,}", found)
 
 
-def _first_found(run: Run, state: TrainState, base: Base) -> Findings:
+def _first_found(run: Run, state: TrainState, base: Baseline) -> EvaluationResult:
     """What is found before the first step, by an equal run before this one where there was one; a
     collective.
     """
     folder = Path(run.recipe.output)
-    key = what_it_follows_from(run.recipe, run.inputs, run.cluster.world.size)
+    key = baseline_cache_key(run.recipe, run.inputs, run.cluster.world.size)
     first = run.baselines.get(key)
     if first is None:
         found = _found(run, state, base)
-        run.baselines[key] = FirstEvaluation(found=found, base=base.copy(), folder=folder)
+        run.baselines[key] = BaselineEvaluation(found=found, base=base.copy(), folder=folder)
         return found
     if first.folder != folder:
         run.terminal.note(
@@ -75,7 +75,7 @@ def _first_found(run: Run, state: TrainState, base: Base) -> Findings:
     return first.found
 
 
-def _found(run: Run, state: TrainState, base: Base) -> Findings:
+def _found(run: Run, state: TrainState, base: Baseline) -> EvaluationResult:
     """What is found after a step; a collective that does not return where a rank is asked to
     stop.
     """
@@ -89,7 +89,7 @@ def _found(run: Run, state: TrainState, base: Base) -> Findings:
     return found
 
 
-def _decide(run: Run, state: TrainState, line: Line) -> TrainState:
+def _decide(run: Run, state: TrainState, line: MetricsRecord) -> TrainState:
     """Take the decision that is due after an evaluation; where its shares have reached the budget
     the run is complete.
     """

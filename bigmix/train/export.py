@@ -53,7 +53,7 @@ def export_model(run: Run, state: TrainState, tokenizer_folder: Path) -> None:
         folder,
         shard_bytes=int(recipe.train.export_shard_gib * 2**30),
         texts=texts,
-        doing=run.watchdog.doing,
+        on_activity=run.watchdog.doing,
     )
     run.terminal.note(f"model written to {folder}")
     if is_first:
@@ -282,7 +282,7 @@ _LONGEST_PROMPT, _SHORTEST_PROMPT, _CONTINUATION = 64, 8, 24  # tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Said:
+class GeneratedText:
     """A prompt and its most probable continuation; as text where the folder has a tokenizer, else
     as ids.
     """
@@ -315,7 +315,7 @@ def size_gib(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
 
 
-def check_generation(folder: Path, prompt: Sequence[int]) -> Said:
+def check_generation(folder: Path, prompt: Sequence[int]) -> GeneratedText:
     """Load a folder as any other program would, on the CPU, and let it go on from a prompt
     greedily.
     """
@@ -332,6 +332,6 @@ def check_generation(folder: Path, prompt: Sequence[int]) -> Said:
         )
     shown, new = ids_BT[0].tolist(), made_BT[0, ids_BT.shape[1] :].tolist()
     if not (folder / "tokenizer.json").is_file():
-        return Said(prompt=str(shown), continuation=str(new))
+        return GeneratedText(prompt=str(shown), continuation=str(new))
     tokenizer = load_tokenizer(str(folder))
-    return Said(prompt=tokenizer.decode(shown), continuation=tokenizer.decode(new))
+    return GeneratedText(prompt=tokenizer.decode(shown), continuation=tokenizer.decode(new))

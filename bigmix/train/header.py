@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bigmix.cluster.world import World
-from bigmix.data.packing import Lost
+from bigmix.data.packing import DroppedTokens
 from bigmix.data.run_plan import RunPlan
 from bigmix.model.ds_config import zero_stage
 from bigmix.recipe import Recipe
@@ -117,12 +117,12 @@ def _source(recipe: Recipe, plan: RunPlan, name: str, rows: int) -> list[Cell]:
         stream.manifest.documents,
         rows,
         f"{plan.epochs(plan.steps)[name]:.2f}",
-        f"{plan.filled(name, rows):.1%}",
+        f"{plan.fill_ratio(name, rows):.1%}",
         _said_lost(plan.lost(name)),
     ]
 
 
-def _said_lost(lost: Lost) -> str:
+def _said_lost(lost: DroppedTokens) -> str:
     """Documents that packing leaves out or cuts, in words."""
     said = [
         f"{lost.dropped:,} too long" if lost.dropped else "",

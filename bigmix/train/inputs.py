@@ -15,21 +15,21 @@ from typing import Any, TypeVar
 
 from bigmix.data.planning import mix
 from bigmix.data.quarantine import BadShard
-from bigmix.data.records import Chapter
-from bigmix.data.run_plan import RunPlan, Stage, same_fraction, stages_from
+from bigmix.data.records import RecipeSegment
+from bigmix.data.run_plan import RunPlan, SequenceLengthStage, same_fraction, stages_from
 from bigmix.data.shards.manifest import Manifest
 from bigmix.data.share_rules import rule_of
 from bigmix.data.source import (
-    Depot,
-    Source,
+    PreparedSource,
+    ShardStore,
     ahead_of,
     collect,
     damaged_shards,
     faults_of_empty,
     held_out_streams,
     opened_source,
-    packer_of,
-    reading_of,
+    packing_options_of,
+    read_options_of,
     retry_of,
     room_in_use,
     tokenizer_faults,
@@ -66,13 +66,13 @@ class RunInputs:
     tasks: Mapping[str, TaskFile]
     notes: Sequence[str]
     ds_keys: Mapping[str, Any]
-    sources: Mapping[str, Source]
+    sources: Mapping[str, PreparedSource]
     content: Mapping[str, str]
-    depot: Depot
+    shard_store: ShardStore
     replaces_bad_shards: bool
 
     @property
-    def has_exam(self) -> bool:
+    def has_evaluation(self) -> bool:
         """Whether evaluations have anything to ask of the model."""
         return bool(self.held_out or self.tasks)
 
@@ -85,12 +85,12 @@ class RunInputs:
         own template.
         """
 
-        def distance(source: Source) -> tuple[bool, bool]:
+        def distance(source: PreparedSource) -> tuple[bool, bool]:
             template = source.manifest.template
             return not source.location.is_local, template is None or template.name != "tokenizer"
 
         nearest = min(self.sources.values(), key=distance)
-        return self.depot.tokenizer_folder(nearest)
+        return self.shard_store.tokenizer_folder(nearest)
 
     @property
     def manifests(self) -> Sequence[Manifest]:
@@ -124,11 +124,11 @@ class RunInputs:
         owed = plan.owed(position.step)
         return self._plan(recipe, position, replace(self._chapter(recipe, position), owed=owed))
 
-    def _chapter(self, recipe: Recipe, position: Position) -> Chapter:
+    def _chapter(self, recipe: Recipe, position: Position) -> RecipeSegment:
         """The chapter that begins at a position."""
         streams = stages_from(self.plan.stages, position.step)[0].streams
         decided = position.decisions[-1].shares if position.decisions else {}
-        return Chapter(
+        return RecipeSegment(
             after=position.step,
             rows={
                 name: same_fraction(old.row, old.of, streams[name].rows_per_epoch)
@@ -139,7 +139,7 @@ class RunInputs:
             shares={name: share for name, share in decided.items() if name in recipe.controllers},
         )
 
-    def _plan(self, recipe: Recipe, position: Position, chapter: Chapter) -> RunPlan:
+    def _plan(self, recipe: Recipe, position: Position, chapter: RecipeSegment) -> RunPlan:
         plan = mix(recipe, stages_from(self.plan.stages, chapter.after), chapter)
         return plan.with_quarantine(position.quarantine)
 
@@ -175,13 +175,13 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
     notes: list[str] = []
     ds_keys = collect(faults, _ds_keys, recipe, ranks)
     tasks = collect(faults, open_tasks, recipe.tasks)
-    depot = Depot(reading_of(recipe, machines))
+    shard_store = ShardStore(read_options_of(recipe, machines))
     sources = _sources(recipe, faults, notes, verify=verify)
     faults += tokenizer_faults({path: source.manifest for path, source in sources.items()})
     if faults:
         raise BadInput(*faults)
-    stages = _stages(recipe, depot, sources)
-    held_out = held_out_streams(recipe, depot, sources)
+    stages = _stages(recipe, shard_store, sources)
+    held_out = held_out_streams(recipe, shard_store, sources)
     everything = [*(s for stage in stages for s in stage.streams.values()), *held_out.values()]
     faults += dict.fromkeys(fault for stream in everything for fault in faults_of_empty(stream))
     if faults:
@@ -198,19 +198,19 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
             *moving_shares(recipe),
             *_warm_up(recipe, plan.steps),
             *plan.notes,
-            *_cache_notes(recipe, depot, sources.values()),
+            *_cache_notes(recipe, shard_store, sources.values()),
         ],
         ds_keys=ds_keys,
         sources=own,
         content={name: source.content for name, source in own.items()},
-        depot=depot,
+        shard_store=shard_store,
         replaces_bad_shards=recipe.bad_shards == "replace",
     )
 
 
 def _sources(
     recipe: Recipe, faults: list[str], notes: list[str], *, verify: bool
-) -> dict[str, Source]:
+) -> dict[str, PreparedSource]:
     """Every source and held-out set that can be read, by its path; what is wrong with the others
     joins the faults.
 
@@ -257,8 +257,10 @@ def _warm_up(recipe: Recipe, steps: int) -> Iterator[str]:
         )
 
 
-def _cache_notes(recipe: Recipe, depot: Depot, sources: Iterable[Source]) -> Iterator[str]:
-    fetched = [source for source in sources if depot.is_fetched(source)]
+def _cache_notes(
+    recipe: Recipe, shard_store: ShardStore, sources: Iterable[PreparedSource]
+) -> Iterator[str]:
+    fetched = [source for source in sources if shard_store.is_fetched(source)]
     room = room_in_use(fetched, ahead_of(recipe)) if fetched else 0
     if room > recipe.cache.size:
         yield (
@@ -268,10 +270,14 @@ def _cache_notes(recipe: Recipe, depot: Depot, sources: Iterable[Source]) -> Ite
         )
 
 
-def _stages(recipe: Recipe, depot: Depot, sources: Mapping[str, Source]) -> Sequence[Stage]:
+def _stages(
+    recipe: Recipe, shard_store: ShardStore, sources: Mapping[str, PreparedSource]
+) -> Sequence[SequenceLengthStage]:
     try:
         return [
-            Stage(first_step=after + 1, streams=_streams(recipe, depot, sources, length))
+            SequenceLengthStage(
+                first_step=after + 1, streams=_streams(recipe, shard_store, sources, length)
+            )
             for after, length in recipe.lengths
         ]
     except BadShard as bad:
@@ -279,11 +285,14 @@ def _stages(recipe: Recipe, depot: Depot, sources: Mapping[str, Source]) -> Sequ
 
 
 def _streams(
-    recipe: Recipe, depot: Depot, sources: Mapping[str, Source], row_tokens: int
+    recipe: Recipe, shard_store: ShardStore, sources: Mapping[str, PreparedSource], row_tokens: int
 ) -> dict[str, Stream]:
     return {
-        name: depot.stream(
-            name, sources[source.path], packer_of(recipe, name, row_tokens), seed=recipe.seed
+        name: shard_store.stream(
+            name,
+            sources[source.path],
+            packing_options_of(recipe, name, row_tokens),
+            seed=recipe.seed,
         )
         for name, source in recipe.sources.items()
     }
@@ -336,7 +345,7 @@ def keys_dtype(recipe: Recipe, keys: Mapping[str, Any]) -> str:
     return "bf16" if keys.get("bf16", {}).get("enabled") is True else "fp32"
 
 
-def look_at_all(
+def open_each(
     runs: Sequence[SweepRun],
     look: Callable[[SweepRun, RunInputs], T],
     *,
@@ -431,7 +440,7 @@ _LATER_IN_TRAIN = frozenset(
 )
 
 
-def what_it_follows_from(recipe: Recipe, inputs: RunInputs, ranks: int) -> str:
+def baseline_cache_key(recipe: Recipe, inputs: RunInputs, ranks: int) -> str:
     """Two runs with the same text here find the same numbers before their first step, to the last
     bit.
     """
@@ -441,7 +450,7 @@ def what_it_follows_from(recipe: Recipe, inputs: RunInputs, ranks: int) -> str:
     if recipe.model.path is not None and not any(t.temperature for t in recipe.tasks.values()):
         del settings["seed"]
     data = {
-        name: [str(stream.packer), *(shard.sha256 for shard in stream.manifest.shards)]
+        name: [str(stream.packing), *(shard.sha256 for shard in stream.manifest.shards)]
         for name, stream in inputs.held_out.items()
     }
     # Tasks are asked as the chats of the sources are written.

@@ -33,7 +33,7 @@ def take_steps(run: Run, state: TrainState, batches: Batches) -> TrainState:
             batch = next(batches)
         run.saver.settle()
         stop = run.clock.must_stop()
-        synced = step.sync(run.cluster, batch, run.objective, run.portion, stop=stop)
+        synced = step.sync(run.cluster, batch, run.objective, run.rank_rows, stop=stop)
         if synced.bad_shards:
             batches.close()
             return recovery.replace_shards(run, state, synced.bad_shards)

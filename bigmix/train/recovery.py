@@ -14,7 +14,7 @@ import numpy as np
 
 from bigmix.data.packing import PADDING
 from bigmix.data.quarantine import BadShard
-from bigmix.data.records import Portion
+from bigmix.data.records import RankRows
 from bigmix.data.run_plan import RunPlan
 from bigmix.errors import BigmixError
 from bigmix.recipe import differences, from_plain
@@ -22,12 +22,12 @@ from bigmix.runs.checkpoints import Position, put_aside
 from bigmix.runs.resume import (
     CHECKPOINTS,
     LOG,
-    Change,
-    PassedOver,
+    RecipeChange,
     RollBack,
-    newest_whole,
-    read_passed_over,
-    write_passed_over,
+    SkippedSteps,
+    newest_complete,
+    read_skipped_steps,
+    write_skipped_steps,
 )
 from bigmix.train.saving import save_finished
 from bigmix.train.state import Run, TrainState, restore
@@ -35,7 +35,7 @@ from bigmix.train.step import StepResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Suspect:
+class NonfiniteRow:
     """A row of a micro-batch on a rank: documents `first_document` ..
 
     `last_document` of a shard are in it.
@@ -52,23 +52,23 @@ class Suspect:
     last_document: int
 
 
-def suspects(
-    plan: RunPlan, portion: Portion, step: int, micro_batches: Sequence[int]
-) -> list[Suspect]:
+def nonfinite_rows(
+    plan: RunPlan, rank_rows: RankRows, step: int, micro_batches: Sequence[int]
+) -> list[NonfiniteRow]:
     """The rows of some micro-batches of a rank in a step; their shards are read again."""
-    row_ids = plan.places(portion, step).ids()
+    row_ids = plan.places(rank_rows, step).ids()
     streams = plan.streams_at(step)
     found = []
     for micro_batch in micro_batches:
-        begin = micro_batch * portion.micro_batch_rows
-        for row_id in row_ids[begin : begin + portion.micro_batch_rows]:
+        begin = micro_batch * rank_rows.micro_batch_rows
+        for row_id in row_ids[begin : begin + rank_rows.micro_batch_rows]:
             stream = streams[row_id.source]
             documents = stream.rows(row_id.shard, np.array([row_id.row])).documents_P
             documents = documents[documents != PADDING]
             found.append(
-                Suspect(
+                NonfiniteRow(
                     step=step,
-                    rank=portion.rank,
+                    rank=rank_rows.rank,
                     micro_batch=micro_batch,
                     source=row_id.source,
                     epoch=row_id.epoch,
@@ -90,10 +90,10 @@ def observe(run: Run, state: TrainState, result: StepResult) -> None:
     """
     run.health.observe(result.step, skipped=result.skipped)
     if result.skipped:
-        name_suspects(run, state, result.step, result.finite_M.tolist())
+        report_nonfinite_rows(run, state, result.step, result.finite_M.tolist())
 
 
-def name_suspects(run: Run, state: TrainState, step: int, finite_M: Sequence[bool]) -> None:
+def report_nonfinite_rows(run: Run, state: TrainState, step: int, finite_M: Sequence[bool]) -> None:
     """Tell and write down the rows of a step that was skipped; a collective.
 
     Those of the micro-batches whose loss is not finite, and all of them where only the gradient is
@@ -102,7 +102,7 @@ def name_suspects(run: Run, state: TrainState, step: int, finite_M: Sequence[boo
     own = [number for number, is_finite in enumerate(finite_M) if not is_finite]
     is_by_loss = any(run.cluster.gather(bool(own)))
     blamed = own if is_by_loss else range(len(finite_M))
-    rows = suspects(state.plan, run.portion, step, blamed)
+    rows = nonfinite_rows(state.plan, run.rank_rows, step, blamed)
     everywhere = [row for part in run.cluster.gather(rows) for row in part]
     if not run.cluster.world.is_first:
         return
@@ -119,7 +119,7 @@ def name_suspects(run: Run, state: TrainState, step: int, finite_M: Sequence[boo
     )
 
 
-def _said(row: Suspect) -> str:
+def _said(row: NonfiniteRow) -> str:
     documents = f"{row.first_document} to {row.last_document}"
     if row.first_document == row.last_document:
         documents = str(row.first_document)
@@ -136,7 +136,7 @@ def roll_back(run: Run, state: TrainState, back: RollBack) -> TrainState:
     run.saver.finish()
     recipe, folder = run.recipe, Path(run.recipe.output)
     passed = _passed_over(run, folder, back)
-    found = newest_whole(folder / CHECKPOINTS, run.cluster, before=min(back.steps)).listed
+    found = newest_complete(folder / CHECKPOINTS, run.cluster, before=min(back.steps)).listed
     if found is None or _is_of_other_rows(run, state, found.position):
         raise BigmixError(
             f"{back.reason}, and there is no checkpoint from before that to go back to; the same"
@@ -169,7 +169,7 @@ def _is_of_other_rows(run: Run, state: TrainState, position: Position) -> bool:
     # Only decisions begin rows anew under the same recipe.
     old = from_plain(position.recipe, "a checkpoint")
     return not run.recipe.controllers or any(
-        Change(key=key, old=before, new=after).moves_rows
+        RecipeChange(key=key, old=before, new=after).moves_rows
         for key, before, after in differences(old, run.recipe)
     )
 
@@ -184,16 +184,16 @@ def _at_decisions_of(run: Run, state: TrainState, position: Position) -> TrainSt
     return replace(state, plan=plan, decisions=tuple(position.decisions))
 
 
-def _passed_over(run: Run, folder: Path, back: RollBack) -> PassedOver:
+def _passed_over(run: Run, folder: Path, back: RollBack) -> SkippedSteps:
     """What the run passes over with these steps, written down before anything else: a run that dies
     now knows of them.
     """
     own = None
     if run.cluster.world.is_first:
-        own = PassedOver(times=(*read_passed_over(folder).times, back))
-        write_passed_over(folder, own)
+        own = SkippedSteps(times=(*read_skipped_steps(folder).times, back))
+        write_skipped_steps(folder, own)
     passed, *_ = run.cluster.gather(own)
-    assert isinstance(passed, PassedOver)
+    assert isinstance(passed, SkippedSteps)
     return passed
 
 

@@ -13,20 +13,20 @@ from pathlib import Path
 
 from bigmix.cluster.collectives import Cluster, leave
 from bigmix.cluster.heartbeat import Limits
-from bigmix.cluster.signals import StopFlag
+from bigmix.cluster.signals import StopSignal
 from bigmix.cluster.watchdog import Watchdog
 from bigmix.cluster.world import World
 from bigmix.data.run_plan import RunPlan
 from bigmix.errors import BadInput, BigmixError, Interrupted
-from bigmix.evaluation.evaluator import FirstEvaluation
+from bigmix.evaluation.evaluator import BaselineEvaluation
 from bigmix.model.checks import read_configs
-from bigmix.model.engine import Engine, give_back_memory, join
+from bigmix.model.engine import Engine, join, release_memory
 from bigmix.recipe import Recipe, SweepRun
 from bigmix.runs.layout import begin_attempt, end_attempt, fails_again, is_through, state_of
-from bigmix.runs.resume import ENDING_S, LOG, Beginning, alone, beginning
+from bigmix.runs.resume import ENDING_S, LOG, ResumePoint, find_resume_point, locked_folder
 from bigmix.terminal import Terminal
 from bigmix.train.export import export_model
-from bigmix.train.inputs import RunInputs, look_at_all, open_inputs
+from bigmix.train.inputs import RunInputs, open_each, open_inputs
 from bigmix.train.loop import train
 from bigmix.train.setup import RunContext, set_up
 from bigmix.train.state import Run, TrainState
@@ -38,12 +38,12 @@ class Shared:
     engines that are to be closed.
     """
 
-    baselines: dict[str, FirstEvaluation] = field(default_factory=dict)
+    baselines: dict[str, BaselineEvaluation] = field(default_factory=dict)
     engines: list[Engine] = field(default_factory=list)
 
 
 def run(
-    recipe: Recipe, inputs: RunInputs, world: World, terminal: Terminal, flag: StopFlag
+    recipe: Recipe, inputs: RunInputs, world: World, terminal: Terminal, flag: StopSignal
 ) -> None:
     """Train to the end of the budget, from the newest whole checkpoint if there is one.
 
@@ -51,7 +51,7 @@ def run(
     set.
     """
     cluster = join(world)
-    with alone(Path(recipe.output), cluster, wait_s=ENDING_S) as is_ours:
+    with locked_folder(Path(recipe.output), cluster, wait_s=ENDING_S) as is_ours:
         if not is_ours:
             raise BadInput(
                 f"output {recipe.output} is being trained in by another command; wait for it or"
@@ -66,12 +66,12 @@ def run_in(
     recipe: Recipe,
     inputs: RunInputs,
     terminal: Terminal,
-    flag: StopFlag,
+    flag: StopSignal,
     shared: Shared,
 ) -> None:
     """Train in a process group that is there and stays, with what runs before it have left."""
     with _watched(cluster, recipe, terminal, flag) as watchdog:
-        start = beginning(recipe, inputs.content, cluster)
+        start = find_resume_point(recipe, inputs.content, cluster)
         plan = _plan_from(start, recipe, inputs)
         if _is_finished(recipe, inputs, plan, cluster, start):
             terminal.note(f"{recipe.output} is finished: all {plan.steps} steps are done")
@@ -96,7 +96,7 @@ def run_in(
 
 @contextmanager
 def _watched(
-    cluster: Cluster, recipe: Recipe, terminal: Terminal, flag: StopFlag
+    cluster: Cluster, recipe: Recipe, terminal: Terminal, flag: StopSignal
 ) -> Iterator[Watchdog]:
     """Inside, the ranks are watched; where one fails, all end. A collective."""
     limits = Limits(dead_s=recipe.train.dead_after_s, hang_s=60 * recipe.train.hang_minutes)
@@ -111,7 +111,7 @@ def _watched(
     watchdog.close()
 
 
-def _plan_from(start: Beginning, recipe: Recipe, inputs: RunInputs) -> RunPlan:
+def _plan_from(start: ResumePoint, recipe: Recipe, inputs: RunInputs) -> RunPlan:
     """The plan of the steps that are left."""
     if start.checkpoint is None:
         return inputs.plan
@@ -120,13 +120,13 @@ def _plan_from(start: Beginning, recipe: Recipe, inputs: RunInputs) -> RunPlan:
 
 
 def _is_finished(
-    recipe: Recipe, inputs: RunInputs, plan: RunPlan, cluster: Cluster, start: Beginning
+    recipe: Recipe, inputs: RunInputs, plan: RunPlan, cluster: Cluster, start: ResumePoint
 ) -> bool:
     """Whether nothing is left to do, as the first rank sees it: folders may look older from other
     machines.
     """
     has_all = cluster.world.is_first and is_through(
-        recipe, step=start.step, steps=plan.steps, evaluates=inputs.has_exam
+        recipe, step=start.step, steps=plan.steps, evaluates=inputs.has_evaluation
     )
     return bool(cluster.gather(has_all)[0])
 
@@ -140,7 +140,7 @@ def _check_saved(run: Run, state: TrainState) -> None:
         )
 
 
-def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: StopFlag) -> None:
+def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: StopSignal) -> None:
     """Train every run that is not done, those last that failed before; a failure leaves the others
     as they are.
 
@@ -148,7 +148,7 @@ def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: St
     BadInput before the first one, Interrupted after a whole checkpoint when the flag is set, and
     BigmixError at the end where runs have failed.
     """
-    done = look_at_all(
+    done = open_each(
         runs, _look, ranks=world.size, verify=world.local_rank == 0, machines=_machines(world)
     )
     cluster = join(world)
@@ -163,7 +163,7 @@ def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: St
             raise Interrupted(
                 f"stopped on request before {run.name}; the same command goes on from there"
             )
-        with alone(Path(run.recipe.output), cluster, wait_s=wait_s) as is_ours:
+        with locked_folder(Path(run.recipe.output), cluster, wait_s=wait_s) as is_ours:
             if not is_ours:
                 (elsewhere if wait_s else passed).append(run)
                 terminal.note(
@@ -186,7 +186,7 @@ def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: St
     terminal.note(f"sweep: all {len(runs)} runs{others} are done")
 
 
-def _attempt(run: SweepRun, cluster: Cluster, flag: StopFlag, shared: Shared) -> str | None:
+def _attempt(run: SweepRun, cluster: Cluster, flag: StopSignal, shared: Shared) -> str | None:
     """One run, and back with all that it has taken; why it failed, if it did."""
     failure = None
     try:
@@ -199,14 +199,17 @@ def _attempt(run: SweepRun, cluster: Cluster, flag: StopFlag, shared: Shared) ->
         _write(cluster, run, reason=failure)
     while shared.engines:
         shared.engines.pop().close()
-    give_back_memory()
+    release_memory()
     return failure
 
 
 def _look(run: SweepRun, inputs: RunInputs) -> bool:
     """Whether a run is done; raises BadInput where its models do not fit."""
     read_configs(run.recipe, inputs.manifest)
-    return state_of(run.recipe, steps=inputs.plan.steps, evaluates=inputs.has_exam).kind == "done"
+    return (
+        state_of(run.recipe, steps=inputs.plan.steps, evaluates=inputs.has_evaluation).kind
+        == "done"
+    )
 
 
 def _machines(world: World) -> int:
@@ -227,7 +230,7 @@ def _in_order(
 def _run(
     run: SweepRun,
     cluster: Cluster,
-    flag: StopFlag,
+    flag: StopSignal,
     shared: Shared,
 ) -> None:
     """One run; raises on every rank alike where any of them cannot open its inputs."""

@@ -10,44 +10,44 @@ from typing import Any
 import torch
 
 from bigmix.cluster.collectives import Cluster
-from bigmix.cluster.signals import StopFlag
+from bigmix.cluster.signals import StopSignal
 from bigmix.cluster.watchdog import Watchdog
 from bigmix.cluster.world import World
-from bigmix.data.records import Decision, Portion
+from bigmix.data.records import Decision, RankRows
 from bigmix.data.run_plan import RunPlan
-from bigmix.evaluation.evaluator import Evaluator, FirstEvaluation, pieces_in, questions_of
-from bigmix.evaluation.forward import Exam
-from bigmix.evaluation.held_out import read_base
-from bigmix.evaluation.tasks.prompts import Asked
-from bigmix.loss.backend import check_computing, choose_backend, computing_of
-from bigmix.loss.requests import Computing
-from bigmix.loss.terms import Statistic, Terms
+from bigmix.evaluation.evaluator import BaselineEvaluation, Evaluator, prepare_tasks, token_bytes_in
+from bigmix.evaluation.forward import HeldOutSpec
+from bigmix.evaluation.held_out import read_baseline
+from bigmix.evaluation.tasks.prompts import PreparedTask
+from bigmix.loss.backend import backend_options_of, check_backend, choose_backend
+from bigmix.loss.requests import LossBackendOptions
+from bigmix.loss.terms import LossTerms, Statistic
 from bigmix.model.causal_lm import DTYPES, build, choose_attention, choose_dtype, logit_rule
-from bigmix.model.checks import Configs, check_model, read_configs
+from bigmix.model.checks import Configs, check_packing_isolation, read_configs
 from bigmix.model.ds_config import fill
 from bigmix.model.engine import AdamW, Engine, device_of, sharded_construction
 from bigmix.model.flops import Cost, cost_of, count_parameters, peak_flops
-from bigmix.model.inputs import Anchor
-from bigmix.model.loading import Origin, Place, open_anchor
+from bigmix.model.inputs import ReferenceModel
+from bigmix.model.loading import DevicePlacement, ModelSource, open_reference
 from bigmix.recipe import Recipe, to_yaml
 from bigmix.runs.checkpoints import put_aside
 from bigmix.runs.metrics_log import RunLog
 from bigmix.runs.resume import (
     CHECKPOINTS,
     LOG,
-    Beginning,
+    ResumePoint,
     keep_changes,
     log_to_file,
-    read_passed_over,
+    read_skipped_steps,
     write_recipe,
 )
-from bigmix.runs.saver import Keeping, Saver
+from bigmix.runs.saver import RetentionPolicy, Saver
 from bigmix.terminal import Terminal
 from bigmix.train.header import show_header
 from bigmix.train.inputs import RunInputs, accumulation
 from bigmix.train.state import Run, TrainState, restore
 from bigmix.train.step import TrainingObjective
-from bigmix.train.step_metrics import Health, Report, RunMetrics, StepClock, ends_of
+from bigmix.train.step_metrics import Health, MetricsAccumulator, RunMetrics, StepClock, ends_of
 from bigmix.types import Choice
 
 
@@ -60,9 +60,9 @@ class RunContext:
 
     cluster: Cluster
     terminal: Terminal
-    flag: StopFlag
+    flag: StopSignal
     watchdog: Watchdog
-    baselines: dict[str, FirstEvaluation]
+    baselines: dict[str, BaselineEvaluation]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +79,7 @@ class _BuiltModel:
 
 
 def set_up(
-    recipe: Recipe, inputs: RunInputs, plan: RunPlan, start: Beginning, context: RunContext
+    recipe: Recipe, inputs: RunInputs, plan: RunPlan, start: ResumePoint, context: RunContext
 ) -> tuple[Run, TrainState]:
     """Build everything that the loop needs, and restore a checkpoint if there is one; a collective.
 
@@ -92,7 +92,7 @@ def set_up(
     tasks = _tasks(recipe, inputs, configs.model, terminal)
     built = _build(recipe, inputs, configs, world, watchdog)
     watchdog.doing("making the reference model")
-    place = Place(keys=built.keys, dtype=built.dtype.value, device=device)
+    place = DevicePlacement(keys=built.keys, dtype=built.dtype.value, device=device)
     reference, base = _frozen(recipe, configs, place)
     show_header(
         terminal,
@@ -113,7 +113,7 @@ def set_up(
         recipe=recipe,
         inputs=inputs,
         cluster=cluster,
-        portion=_portion(recipe, world),
+        rank_rows=_portion(recipe, world),
         engine=built.engine,
         objective=_objective(recipe, plan, reference),
         evaluator=_evaluator(recipe, inputs, built.engine, cluster, tasks, base),
@@ -141,9 +141,9 @@ def _build(
     dtype = choose_dtype(recipe.model.dtype, device)
     attention = choose_attention(recipe.model.attention, config, device, dtype.value)
     backend = choose_backend(recipe.loss.backend, device)
-    terms, computing = _terms(recipe), _computing(recipe, backend)
-    check_computing(
-        computing, rule=logit_rule(config), terms=terms, dtype=DTYPES[dtype.value], device=device
+    terms, options = _terms(recipe), _computing(recipe, backend)
+    check_backend(
+        options, rule=logit_rule(config), terms=terms, dtype=DTYPES[dtype.value], device=device
     )
     keys = _keys(recipe, inputs, world, dtype.value)
     watchdog.doing("making the model")
@@ -154,13 +154,13 @@ def _build(
         attention=attention.value,
         activation_checkpointing=recipe.model.activation_checkpointing,
         terms=terms,
-        computing=computing,
+        options=options,
         seed=recipe.seed,
         construction=sharded_construction(keys),
     )
     watchdog.doing("making the engine")
     engine = Engine(model, keys, _adamw(recipe), recipe.train.ema)
-    check_model(engine, config.vocab_size)
+    check_packing_isolation(engine, config.vocab_size)
     return _BuiltModel(
         engine=engine,
         keys=keys,
@@ -177,8 +177,8 @@ def _evaluator(
     inputs: RunInputs,
     engine: Engine,
     cluster: Cluster,
-    tasks: Mapping[str, Asked],
-    base: Anchor | None,
+    tasks: Mapping[str, PreparedTask],
+    base: ReferenceModel | None,
 ) -> Evaluator:
     return Evaluator(
         engine=engine,
@@ -201,19 +201,25 @@ def _keys(recipe: Recipe, inputs: RunInputs, world: World, dtype: str) -> dict[s
     )
 
 
-def _objective(recipe: Recipe, plan: RunPlan, reference: Anchor | None) -> TrainingObjective:
-    weighing = {name: recipe.sources[name].weigh for name in plan.mixture.names}
-    return TrainingObjective(objective=recipe.objective, weighing=weighing, reference=reference)
+def _objective(
+    recipe: Recipe, plan: RunPlan, reference: ReferenceModel | None
+) -> TrainingObjective:
+    document_weights = {name: recipe.sources[name].weigh for name in plan.mixture.names}
+    return TrainingObjective(
+        objective=recipe.objective, document_weights=document_weights, reference=reference
+    )
 
 
-def _tasks(recipe: Recipe, inputs: RunInputs, config: Any, terminal: Terminal) -> dict[str, Asked]:
+def _tasks(
+    recipe: Recipe, inputs: RunInputs, config: Any, terminal: Terminal
+) -> dict[str, PreparedTask]:
     """The tasks as tokens; before the model is made, since a prompt may be too long for it."""
     for name, task in recipe.tasks.items():
         if task.execute:
             terminal.warning(
                 f"task {name} runs code that the model writes, as this user on this machine"
             )
-    return questions_of(
+    return prepare_tasks(
         inputs.tasks,
         inputs.tokenizer_folder,
         recipe.model.tokenizer or recipe.model.path,
@@ -229,9 +235,9 @@ def _adamw(recipe: Recipe) -> AdamW:
 
 def _report(
     recipe: Recipe, plan: RunPlan, built: _BuiltModel, world: World, device: torch.device
-) -> Report:
+) -> MetricsAccumulator:
     peak = peak_flops(device, built.dtype.value)
-    return Report(
+    return MetricsAccumulator(
         tuple(recipe.sources),
         plan.epochs,
         cost=built.cost,
@@ -240,16 +246,18 @@ def _report(
     )
 
 
-def _frozen(recipe: Recipe, configs: Configs, place: Place) -> tuple[Anchor | None, Anchor | None]:
+def _frozen(
+    recipe: Recipe, configs: Configs, place: DevicePlacement
+) -> tuple[ReferenceModel | None, ReferenceModel | None]:
     """The model that the run stays near to, and the one that evaluations measure divergences to;
     often the same.
     """
 
     def opened(
         path: str | None, config: Any, named: str, weights: Mapping[str, float] | None = None
-    ) -> Anchor:
-        origin = Origin(path=path, config=config, named=named)
-        return open_anchor(origin, recipe, place, weights)
+    ) -> ReferenceModel:
+        origin = ModelSource(path=path, config=config, named=named)
+        return open_reference(origin, recipe, place, weights)
 
     anchor = None
     if recipe.reference is not None:
@@ -261,28 +269,28 @@ def _frozen(recipe: Recipe, configs: Configs, place: Place) -> tuple[Anchor | No
     return anchor, anchor if recipe.train.evaluate_kl else None
 
 
-def _exam(recipe: Recipe, inputs: RunInputs, base: Anchor | None) -> Exam:
-    return Exam(
+def _exam(recipe: Recipe, inputs: RunInputs, base: ReferenceModel | None) -> HeldOutSpec:
+    return HeldOutSpec(
         held_out=inputs.held_out,
         micro_batch_rows=recipe.train.micro_batch_rows,
         max_rows=recipe.train.evaluate_rows,
-        pieces=pieces_in(inputs.tokenizer_folder) if inputs.held_out else None,
+        pieces=token_bytes_in(inputs.tokenizer_folder) if inputs.held_out else None,
         base=base,
     )
 
 
-def _terms(recipe: Recipe) -> Terms:
+def _terms(recipe: Recipe) -> LossTerms:
     loss = recipe.loss
-    return Terms(label_smoothing=loss.label_smoothing, z_loss=loss.z_loss, entropy=loss.entropy)
+    return LossTerms(label_smoothing=loss.label_smoothing, z_loss=loss.z_loss, entropy=loss.entropy)
 
 
-def _computing(recipe: Recipe, backend: Choice) -> Computing:
-    return computing_of(backend.value, recipe.loss.chunk_mib, recipe.loss.head_gradient)
+def _computing(recipe: Recipe, backend: Choice) -> LossBackendOptions:
+    return backend_options_of(backend.value, recipe.loss.chunk_mib, recipe.loss.head_gradient)
 
 
-def _resume(run: Run, start: Beginning) -> None:
+def _resume(run: Run, start: ResumePoint) -> None:
     terminal, world, folder = run.terminal, run.cluster.world, Path(run.recipe.output)
-    for fault in start.torn:
+    for fault in start.damaged:
         terminal.warning(f"checkpoint passed over: {fault}")
     if world.is_first:
         for path in put_aside(folder / CHECKPOINTS, after_step=start.step):
@@ -290,7 +298,7 @@ def _resume(run: Run, start: Beginning) -> None:
     if start.checkpoint is None:
         return
     restore(run, start.checkpoint)
-    kept, *_ = run.cluster.gather(read_base(folder) if world.is_first else None)
+    kept, *_ = run.cluster.gather(read_baseline(folder) if world.is_first else None)
     run.metrics.report.base.put_back(kept)
     ranks, now = start.checkpoint.ranks, world.size
     for change in start.changes:
@@ -299,12 +307,12 @@ def _resume(run: Run, start: Beginning) -> None:
     terminal.note(f"going on after step {start.step}, from {start.checkpoint.path}{other}")
 
 
-def _decisions(start: Beginning) -> tuple[Decision, ...]:
+def _decisions(start: ResumePoint) -> tuple[Decision, ...]:
     return tuple(start.checkpoint.position.decisions) if start.checkpoint is not None else ()
 
 
-def _portion(recipe: Recipe, world: World) -> Portion:
-    return Portion(
+def _portion(recipe: Recipe, world: World) -> RankRows:
+    return RankRows(
         rank=world.rank,
         ranks=world.size,
         rows_per_step=recipe.rows_per_step,
@@ -323,7 +331,7 @@ def _health(recipe: Recipe) -> Health:
 def _skipped_steps(recipe: Recipe, cluster: Cluster) -> frozenset[int]:
     """The steps that are not trained, by the recipe or since the run has gone back before them."""
     folder = Path(recipe.output)
-    own = read_passed_over(folder).steps if cluster.world.is_first else frozenset[int]()
+    own = read_skipped_steps(folder).steps if cluster.world.is_first else frozenset[int]()
     return frozenset({*recipe.train.pass_over, *cluster.gather(own)[0]})
 
 
@@ -332,13 +340,13 @@ def _saver(recipe: Recipe, cluster: Cluster, terminal: Terminal) -> Saver:
     return Saver(
         Path(recipe.output) / CHECKPOINTS,
         cluster,
-        Keeping(newest=train.keep_checkpoints, every=train.keep_every),
+        RetentionPolicy(newest=train.keep_checkpoints, every=train.keep_every),
         in_background=train.save == "background",
         tell=terminal.warning,
     )
 
 
-def _open_log(recipe: Recipe, inputs: RunInputs, plan: RunPlan, start: Beginning) -> RunLog:
+def _open_log(recipe: Recipe, inputs: RunInputs, plan: RunPlan, start: ResumePoint) -> RunLog:
     write_recipe(recipe)
     keep_changes(Path(recipe.output), start.step, start.changes)
     log = RunLog(

@@ -9,10 +9,10 @@ from types import MappingProxyType
 
 from bigmix.data.records import Decision
 from bigmix.data.run_plan import RunPlan
-from bigmix.data.share_rules import Reading, decide, rule_of
+from bigmix.data.share_rules import ControllerInput, decide, rule_of
 from bigmix.errors import BadInput, BigmixError
 from bigmix.recipe import Recipe
-from bigmix.runs.metrics_log import Line
+from bigmix.runs.metrics_log import MetricsRecord
 from bigmix.train.state import Run, TrainState, position_of, progress
 
 
@@ -22,7 +22,7 @@ class RuleFailed(BigmixError):
     """
 
 
-def shares_from(plan: RunPlan, recipe: Recipe, step: int) -> Line:
+def shares_from(plan: RunPlan, recipe: Recipe, step: int) -> MetricsRecord:
     """What the line of an evaluation after a step says of the shares from there on; nothing where
     none moves.
     """
@@ -31,7 +31,7 @@ def shares_from(plan: RunPlan, recipe: Recipe, step: int) -> Line:
     return {f"share/{name}": share for name, share in plan.shares_of_step(step + 1).rows.items()}
 
 
-def decide_shares(run: Run, state: TrainState, line: Line) -> TrainState:
+def decide_shares(run: Run, state: TrainState, line: MetricsRecord) -> TrainState:
     """The state with the shares that controllers decide on from the line of an evaluation; a
     collective.
 
@@ -62,7 +62,7 @@ def _current(recipe: Recipe, decisions: Sequence[Decision]) -> dict[str, float]:
     return {name: decided.get(name, c.start) for name, c in recipe.controllers.items()}
 
 
-def _shares(run: Run, state: TrainState, line: Line) -> dict[str, float] | str:
+def _shares(run: Run, state: TrainState, line: MetricsRecord) -> dict[str, float] | str:
     """The share of each controller, or what went wrong."""
     try:
         return {
@@ -77,9 +77,9 @@ def _shares(run: Run, state: TrainState, line: Line) -> dict[str, float] | str:
         return str(error)
 
 
-def _reading(run: Run, state: TrainState, name: str, line: Line) -> Reading:
+def _reading(run: Run, state: TrainState, name: str, line: MetricsRecord) -> ControllerInput:
     controller = run.recipe.controllers[name]
-    return Reading(
+    return ControllerInput(
         name=name,
         step=state.step,
         steps=state.plan.steps,
@@ -103,7 +103,7 @@ def _read_only(decision: Decision) -> Decision:
     )
 
 
-def _numbers(line: Line, key: str) -> dict[str, float]:
+def _numbers(line: MetricsRecord, key: str) -> dict[str, float]:
     """The numbers KEY/NAME of a line by name; those that are not finite are left out, as
     metrics.jsonl has them.
     """
@@ -112,7 +112,7 @@ def _numbers(line: Line, key: str) -> dict[str, float]:
 
 
 def _with_shares(
-    run: Run, state: TrainState, line: Line, shares: Mapping[str, float]
+    run: Run, state: TrainState, line: MetricsRecord, shares: Mapping[str, float]
 ) -> TrainState:
     """The state from a decision on; where the sources do not allow it, the shares stay, and the
     terminal says so.

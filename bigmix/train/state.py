@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bigmix.cluster.collectives import Cluster
-from bigmix.cluster.signals import StopFlag
+from bigmix.cluster.signals import StopSignal
 from bigmix.cluster.watchdog import Watchdog
 from bigmix.data.loader import Batches
-from bigmix.data.records import Decision, Portion
+from bigmix.data.records import Decision, RankRows
 from bigmix.data.run_plan import RunPlan
-from bigmix.evaluation.evaluator import Evaluator, FirstEvaluation
+from bigmix.evaluation.evaluator import BaselineEvaluation, Evaluator
 from bigmix.model.engine import Engine
 from bigmix.recipe import Recipe, plain
 from bigmix.recipe.schedule import LearningRate, warmup_steps
-from bigmix.runs.checkpoints import Listed, Position
+from bigmix.runs.checkpoints import CheckpointManifest, Position
 from bigmix.runs.saver import Saver
 from bigmix.runs.state_file import StateReader
 from bigmix.seeding import key_of
@@ -34,7 +34,7 @@ class Run:
     recipe: Recipe
     inputs: RunInputs
     cluster: Cluster
-    portion: Portion
+    rank_rows: RankRows
     engine: Engine
     objective: TrainingObjective
     evaluator: Evaluator
@@ -43,17 +43,17 @@ class Run:
     health: Health
     clock: StepClock
     terminal: Terminal
-    flag: StopFlag
+    flag: StopSignal
     watchdog: Watchdog
-    baselines: dict[str, FirstEvaluation]
+    baselines: dict[str, BaselineEvaluation]
 
     def open_loader(self, state: "TrainState") -> Batches:
         """What this rank reads from the next step on."""
         return Batches(
             state.plan,
             self.inputs.sources,
-            self.inputs.depot,
-            self.portion,
+            self.inputs.shard_store,
+            self.rank_rows,
             first=state.step + 1,
             ahead=self.recipe.train.prefetch_steps,
             gives_up=self.flag.is_set,
@@ -122,7 +122,7 @@ def step_settings(run: Run, state: TrainState, number: int) -> StepSettings:
     return StepSettings(
         shares=state.plan.shares_of_step(number),
         lr=_learning_rate(run, state, number),
-        dropout_seed=key_of(run.recipe.seed, "dropout", number, run.portion.rank) >> 1,
+        dropout_seed=key_of(run.recipe.seed, "dropout", number, run.rank_rows.rank) >> 1,
     )
 
 
@@ -172,7 +172,7 @@ def position_of(run: Run, state: TrainState) -> Position:
     )
 
 
-def restore(run: Run, checkpoint: Listed) -> None:
+def restore(run: Run, checkpoint: CheckpointManifest) -> None:
     """Put everything that a step changes back to where it was at a checkpoint, whatever number of
     ranks wrote it; a collective.
     """

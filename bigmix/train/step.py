@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from bigmix.cluster.collectives import Cluster
-from bigmix.data.batch import EXPONENTS, masses, part_weights
+from bigmix.data.batch import EXPONENTS, document_weights, weight_sums
 from bigmix.data.quarantine import BadShard
-from bigmix.data.records import MicroBatch, Portion, StepBatch
+from bigmix.data.records import MicroBatch, RankRows, StepBatch
 from bigmix.loss.objective import Objective, StepShares, StepWeights, divergence_weights, weigh
 from bigmix.loss.terms import Statistic
 from bigmix.model.causal_lm import ModelTensors
 from bigmix.model.engine import Engine
-from bigmix.model.inputs import Anchor, rows_of_sources, tensors, tensors_with_reference
+from bigmix.model.inputs import ReferenceModel, rows_of_sources, to_device, to_device_with_reference
 from bigmix.types import Floats, Ints, Weighing
 
 
@@ -36,7 +36,7 @@ class StepResult:
     substituted: Mapping[str, int]
     tokens: Mapping[str, int]
     loss_tokens: Mapping[str, int]
-    squares: int
+    sum_sq_lengths: int
     weights: StepWeights
     sums_SM: Tensor
     gradient_norm: Tensor | float
@@ -52,13 +52,13 @@ class TrainingObjective:
     """
 
     objective: Objective
-    weighing: Mapping[str, Weighing]
-    reference: Anchor | None
+    document_weights: Mapping[str, Weighing]
+    reference: ReferenceModel | None
 
     @property
     def names(self) -> tuple[str, ...]:
         """The sources."""
-        return tuple(self.weighing)
+        return tuple(self.document_weights)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,9 +88,9 @@ class StepCounts:
 
     loss_tokens: Mapping[str, int]
     tokens: Mapping[str, int]
-    masses: Mapping[str, float]
+    weight_sums: Mapping[str, float]
     reference_rows: Sequence[int]
-    squares: int
+    sum_sq_lengths: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +133,7 @@ def sync(
     cluster: Cluster,
     batch: StepBatch | BadShard | None,
     objective: TrainingObjective,
-    portion: Portion,
+    rank_rows: RankRows,
     *,
     stop: bool,
 ) -> SyncedBatch:
@@ -146,7 +146,7 @@ def sync(
     own = None if isinstance(batch, BadShard) else batch
     micro_batches = [] if own is None else [_weighed(m, objective) for m in own.micro_batches]
     counts = (
-        [0.0] * _num_counts(objective, portion)
+        [0.0] * _num_counts(objective, rank_rows)
         if own is None
         else _own_counts(own, micro_batches, objective.names)
     )
@@ -178,7 +178,7 @@ def run(
     watch = Stopwatch(engine.device)
     batch, counts = ready.batch, ready.counts
     weights = weigh(
-        objective.objective, settings.shares, batch.rows, counts.loss_tokens, counts.masses
+        objective.objective, settings.shares, batch.rows, counts.loss_tokens, counts.weight_sums
     )
     coefficients = _coefficients(weights, ready, settings.shares, objective, cluster.world.size)
     place = f"of step {batch.step}, micro-batch"
@@ -211,7 +211,7 @@ def run(
         substituted=batch.substituted,
         tokens=counts.tokens,
         loss_tokens=counts.loss_tokens,
-        squares=counts.squares,
+        sum_sq_lengths=counts.sum_sq_lengths,
         weights=weights,
         sums_SM=cluster.sum_tensor(sums_SM),
         gradient_norm=engine.gradient_norm(),
@@ -222,20 +222,22 @@ def run(
 
 
 def _weighed(micro_batch: MicroBatch, objective: TrainingObjective) -> WeighedMicroBatch:
-    exponents_S = [EXPONENTS[weighing] for weighing in objective.weighing.values()]
+    exponents_S = [
+        EXPONENTS[document_weights] for document_weights in objective.document_weights.values()
+    ]
     referred = objective.reference.weights if objective.reference is not None else {}
     return WeighedMicroBatch(
         micro_batch=micro_batch,
-        weights_P=part_weights(micro_batch, exponents_S) if any(exponents_S) else None,
+        weights_P=document_weights(micro_batch, exponents_S) if any(exponents_S) else None,
         reference_rows_U=rows_of_sources(
             micro_batch, [name in referred for name in objective.names]
         ),
     )
 
 
-def _num_counts(objective: TrainingObjective, portion: Portion) -> int:
+def _num_counts(objective: TrainingObjective, rank_rows: RankRows) -> int:
     """How many numbers `_own_counts` gives."""
-    return 1 + 3 * len(objective.names) + portion.num_micro_batches
+    return 1 + 3 * len(objective.names) + rank_rows.num_micro_batches
 
 
 def _own_counts(
@@ -243,13 +245,13 @@ def _own_counts(
 ) -> Sequence[float]:
     """What this rank adds to the counts of the step, as `_step_counts` reads it."""
     weighed = [
-        masses(each.micro_batch, each.weights_P, len(names))
+        weight_sums(each.micro_batch, each.weights_P, len(names))
         for each in micro_batches
         if each.weights_P is not None
     ]
     loss_tokens = [batch.loss_tokens[name] for name in names]
     return [
-        batch.squares,
+        batch.sum_sq_lengths,
         *loss_tokens,
         *(batch.tokens[name] for name in names),
         *(np.sum(weighed, axis=0) if weighed else loss_tokens),
@@ -258,16 +260,16 @@ def _own_counts(
 
 
 def _step_counts(sums: Sequence[float], names: Sequence[str]) -> StepCounts:
-    squares, *rest = sums
+    sum_sq_lengths, *rest = sums
     loss_tokens, tokens, mass = (
         dict(zip(names, rest[index * len(names) :], strict=False)) for index in range(3)
     )
     return StepCounts(
         loss_tokens={name: int(count) for name, count in loss_tokens.items()},
         tokens={name: int(count) for name, count in tokens.items()},
-        masses=mass,
+        weight_sums=mass,
         reference_rows=[int(count) for count in rest[3 * len(names) :]],
-        squares=int(squares),
+        sum_sq_lengths=int(sum_sq_lengths),
     )
 
 
@@ -292,15 +294,15 @@ def _coefficients(
 def _on_device(
     weighed: WeighedMicroBatch,
     coefficients: _Coefficients,
-    reference: Anchor | None,
+    reference: ReferenceModel | None,
     device: torch.device,
 ) -> ModelTensors:
     """The micro-batch on the device; `reference` is given on all ranks or on none, wherever its
     rows are.
     """
     if reference is None:
-        return tensors(weighed.micro_batch, coefficients.nll_S, device, weighed.weights_P)
-    return tensors_with_reference(
+        return to_device(weighed.micro_batch, coefficients.nll_S, device, weighed.weights_P)
+    return to_device_with_reference(
         weighed.micro_batch,
         weighed.reference_rows_U,
         reference,

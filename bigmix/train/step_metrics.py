@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from bigmix.cluster.signals import StopFlag
+from bigmix.cluster.signals import StopSignal
 from bigmix.cluster.watchdog import Watchdog
-from bigmix.evaluation.held_out import Base
+from bigmix.evaluation.held_out import Baseline
 from bigmix.loss.terms import Statistic
 from bigmix.model.flops import Cost
 from bigmix.recipe import Recipe
-from bigmix.runs.metrics_log import Line, RunLog
+from bigmix.runs.metrics_log import MetricsRecord, RunLog
 from bigmix.runs.resume import RollBack
 from bigmix.runs.saver import Saver
 from bigmix.terminal import Terminal
@@ -49,7 +49,7 @@ class StepClock:
     """
 
     def __init__(
-        self, flag: StopFlag, watchdog: Watchdog, saver: Saver, ends: Mapping[str, float | None]
+        self, flag: StopSignal, watchdog: Watchdog, saver: Saver, ends: Mapping[str, float | None]
     ) -> None:
         """`ends` are the arguments of `StopFlag.set_end`."""
         self._flag, self._watchdog, self._saver, self._ends = flag, watchdog, saver, ends
@@ -176,7 +176,7 @@ def _deviations(loss: float, before: Sequence[float] | deque[float]) -> float:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Timed:
+class TimedStep:
     """A step's result with what the loop measured around it."""
 
     result: StepResult
@@ -184,7 +184,7 @@ class Timed:
     peak_gib: float
 
 
-class Report:
+class MetricsAccumulator:
     """Keeps the results of steps until they are read, so that the device is waited for once in many
     steps.
 
@@ -207,21 +207,21 @@ class Report:
         self._cost = cost
         self._measured = dict(measured)
         self._peak_flops = peak_flops
-        self._waiting: list[Timed] = []
+        self._waiting: list[TimedStep] = []
         self._totals: dict[str, dict[str, float]] = {
             unit: dict.fromkeys(self._sources, 0)
             for unit in ("rows", "tokens", "loss_tokens", "gradient")
         }
         self._substituted = dict.fromkeys(self._sources, 0)
-        self.base = Base()
+        self.base = Baseline()
         self._interval = dict.fromkeys(self._sources, (0.0, 0))
         self._skipped = 0
 
-    def add(self, timed: Timed) -> None:
+    def add(self, timed: TimedStep) -> None:
         """Take a step in; its numbers are not read yet."""
         self._waiting.append(timed)
 
-    def read(self) -> list[Line]:
+    def read(self) -> list[MetricsRecord]:
         """The lines of the steps since the last call; waits for the device once."""
         if not self._waiting:
             return []
@@ -236,7 +236,7 @@ class Report:
         self._waiting = []
         return lines
 
-    def passed_over(self, step: int) -> Line:
+    def passed_over(self, step: int) -> MetricsRecord:
         """The line of a step that is not trained; every step before it must have been read."""
         assert not self._waiting, "read the report before a step is passed over"
         return {"step": step, "passed_over": True, "skipped": self._skipped} | self._sums(step)
@@ -282,7 +282,9 @@ class Report:
         self._interval = {name: tuple(interval.get(name, (0.0, 0))) for name in self._sources}
         self._skipped = int(state["skipped"])
 
-    def _line(self, timed: Timed, sums: Mapping[str, Sequence[float]], norm: float) -> Line:
+    def _line(
+        self, timed: TimedStep, sums: Mapping[str, Sequence[float]], norm: float
+    ) -> MetricsRecord:
         result = timed.result
         # What was skipped has not been learned, and is not counted as if it had.
         self._skipped += result.skipped
@@ -290,7 +292,7 @@ class Report:
             self._add(result, sums)
         parts = result.stopwatch.seconds()
         tokens = sum(result.tokens.values())
-        line: Line = {
+        line: MetricsRecord = {
             "step": result.step,
             "loss": sum(
                 result.weights.gradient[n] * sums[n][Statistic.NLL] / max(1, result.loss_tokens[n])
@@ -320,7 +322,7 @@ class Report:
                 line[f"substituted_rows/{name}"] = result.substituted[name]
         return line | self._sums(result.step)
 
-    def _sums(self, step: int) -> Line:
+    def _sums(self, step: int) -> MetricsRecord:
         line = self._running()
         line |= {f"epoch/{name}": value for name, value in self._epochs(step).items()}
         if any(self._substituted.values()):
@@ -338,9 +340,9 @@ class Report:
             self._totals["gradient"][name] += result.weights.gradient[name]
             self._substituted[name] += result.substituted[name]
 
-    def _running(self) -> Line:
+    def _running(self) -> MetricsRecord:
         """Totals and realised shares since the first step."""
-        line: Line = {}
+        line: MetricsRecord = {}
         for unit, values in self._totals.items():
             total = sum(values.values())
             for name, value in values.items():
@@ -359,7 +361,7 @@ class Report:
         if self._cost is None or self._peak_flops is None:
             return None
         tokens, loss_tokens = sum(result.tokens.values()), sum(result.loss_tokens.values())
-        needed = self._cost.of_step(tokens, loss_tokens, result.squares)
+        needed = self._cost.of_step(tokens, loss_tokens, result.sum_sq_lengths)
         return needed / step_s / self._peak_flops
 
 
@@ -369,7 +371,7 @@ class RunMetrics:
     """
 
     def __init__(
-        self, report: Report, log: RunLog | None, terminal: Terminal, health: Health
+        self, report: MetricsAccumulator, log: RunLog | None, terminal: Terminal, health: Health
     ) -> None:
         """`log` is that of the first rank; `health` learns the loss of every step on all ranks."""
         self.report = report
@@ -377,7 +379,7 @@ class RunMetrics:
 
     def add(self, result: StepResult, times: StepTimes, peak_gib: float) -> None:
         """Take a step in; its numbers are not read yet, so that no device is waited for."""
-        self.report.add(Timed(result=result, times=times, peak_gib=peak_gib))
+        self.report.add(TimedStep(result=result, times=times, peak_gib=peak_gib))
 
     def flush(self, steps: int) -> None:
         """Read and write the steps that were taken in, of a run of so many steps; all ranks learn
@@ -401,7 +403,7 @@ class RunMetrics:
         self.write(self.report.passed_over(step))
         self._terminal.note(f"step {step} is passed over: its rows are not trained")
 
-    def write(self, line: Line) -> None:
+    def write(self, line: MetricsRecord) -> None:
         """Write one line."""
         if self._log is not None:
             self._log.write(line)

@@ -27,7 +27,7 @@ from support.runs import (
 )
 from support.servers import web_server
 
-from bigmix.cluster.supervisor import Course, Requests, outcome, supervise
+from bigmix.cluster.supervisor import LaunchSpec, StopRequests, outcome, supervise
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -55,7 +55,7 @@ def test_one_code_follows_from_those_of_the_ranks(codes, is_asked, code):
 @pytest.fixture
 def requests():
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield Requests()
+    yield StopRequests()
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -63,7 +63,7 @@ def requests():
 def course(tmp_path, script, restarts=3):
     """A rank that runs a script; `step` in its folder is its checkpoint."""
     (tmp_path / "step").write_text("0")
-    return Course(
+    return LaunchSpec(
         start=lambda: [subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)],
         newest_step=lambda: int((tmp_path / "step").read_text()),
         restarts=restarts,
@@ -102,7 +102,7 @@ def test_a_rank_that_waits_for_one_that_has_ended_is_ended_too(
 ):
     monkeypatch.setattr("bigmix.cluster.supervisor._GRACE_S", 0.5)
     scripts = [f"raise SystemExit({code})", "import time; time.sleep(60)"]
-    course = Course(
+    course = LaunchSpec(
         start=lambda: [subprocess.Popen([sys.executable, "-c", script]) for script in scripts],
         newest_step=lambda: 0,
         restarts=0,
@@ -118,7 +118,7 @@ def test_a_rank_that_was_killed_is_named_before_one_that_gave_up_for_want_of_it(
     )  # both end between two looks
     scripts = ["raise SystemExit(1)", "import os; os.kill(os.getpid(), 9)"]
     said = []
-    course = Course(
+    course = LaunchSpec(
         start=lambda: [subprocess.Popen([sys.executable, "-c", script]) for script in scripts],
         newest_step=lambda: 0,
         restarts=0,
@@ -202,7 +202,7 @@ def test_each_signal_reaches_the_ranks(tmp_path, requests, number):
         f"if sys.argv[1] == '0': os.kill(os.getppid(), {int(number)})\n"
         "time.sleep(60)"
     )
-    course = Course(
+    course = LaunchSpec(
         start=lambda: [
             subprocess.Popen([sys.executable, "-c", asked, rank], cwd=tmp_path) for rank in "01"
         ],

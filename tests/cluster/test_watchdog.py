@@ -4,7 +4,15 @@ import os
 import subprocess
 import sys
 
-from bigmix.cluster.heartbeat import Beat, Beats, Limits, Verdict, beat_of, to_text, verdict_of
+from bigmix.cluster.heartbeat import (
+    Heartbeat,
+    HeartbeatMonitor,
+    Limits,
+    ShutdownReason,
+    heartbeat_of,
+    shutdown_reason_of,
+    to_text,
+)
 from bigmix.cluster.processes import has_ended, identity, parent_of
 
 LIMITS = Limits(dead_s=20, hang_s=60)
@@ -15,7 +23,7 @@ class Time:
 
     def __init__(self, ranks):
         self.now = 1000.0
-        self.beats = Beats(range(ranks), LIMITS, lambda: self.now)
+        self.beats = HeartbeatMonitor(range(ranks), LIMITS, lambda: self.now)
         self.serial = 0
 
     def pass_(self, seconds, counts, left=()):
@@ -24,7 +32,7 @@ class Time:
             self.now += 1
             self.serial += 1
             told = {
-                rank: Beat(
+                rank: Heartbeat(
                     serial=self.serial, count=count, doing=f"part {count}", has_left=rank in left
                 )
                 for rank, count in enumerate(counts)
@@ -91,10 +99,10 @@ def test_a_message_names_a_few_of_many_ranks():
 
 
 def test_what_is_written_on_the_board_is_read_again():
-    beat = Beat(serial=3, count=2, doing='a "quoted" thing', has_left=True)
-    assert beat_of(to_text(beat)) == beat and beat_of("").count == 0
-    verdict = Verdict(text="two\nlines", code=75, silent=[4], is_error=True)
-    assert verdict_of(to_text(verdict)) == verdict
+    beat = Heartbeat(serial=3, count=2, doing='a "quoted" thing', has_left=True)
+    assert heartbeat_of(to_text(beat)) == beat and heartbeat_of("").count == 0
+    verdict = ShutdownReason(text="two\nlines", code=75, silent=[4], is_error=True)
+    assert shutdown_reason_of(to_text(verdict)) == verdict
 
 
 def test_processes_are_known_by_their_numbers():

@@ -9,7 +9,7 @@ import pytest
 from support.corpora import generated_texts
 
 from bigmix.commands.main import main
-from bigmix.commands.row_view import Piece, Seat, marked, preview, visible
+from bigmix.commands.row_view import Seat, ViewPiece, marked, preview, visible
 from bigmix.data.records import Row, RowId
 from bigmix.text.tokenizer import load_tokenizer
 from bigmix.types import IGNORE
@@ -62,7 +62,7 @@ def test_every_token_is_shown_once_with_its_borders_and_padding(tokenizer):
     ]
     borders = [p.text for p in pieces if p.kind == "border" and p.text.strip()]
     assert [text.split(",")[0] for text in borders] == ["── document 7", "── document 8"]
-    assert pieces[-1] == Piece(text=f"… {120 - row.tokens} padding\n", kind="padding")
+    assert pieces[-1] == ViewPiece(text=f"… {120 - row.tokens} padding\n", kind="padding")
 
 
 def test_loss_tokens_are_those_that_are_predicted(tokenizer):
@@ -101,7 +101,7 @@ def test_no_control_character_reaches_the_terminal():
 
 
 def test_signs_in_the_data_are_told_from_ours():
-    pieces = [Piece(text="a [[b]] ", kind="context"), Piece(text="{{c}}", kind="loss")]
+    pieces = [ViewPiece(text="a [[b]] ", kind="context"), ViewPiece(text="{{c}}", kind="loss")]
     assert marked(pieces) == "a \\[[b\\]] [[\\{{c\\}}]]"
 
 

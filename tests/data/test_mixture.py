@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigmix.data.mixture import Mixture
-from bigmix.data.shares import Member, Shares, shares_of, whole_weights
+from bigmix.data.shares import ShareMember, Shares, shares_of, whole_weights
 
 
 def places(shares, rows, rows_per_step=64):
@@ -97,14 +97,14 @@ def test_any_schedule_is_exact(shares, rows_per_step):
 )
 def test_any_groups_and_ends_are_exact(given_sources, group_share, end):
     sources = {
-        f"s{i}": Member(share=share / 100, group=group)
+        f"s{i}": ShareMember(share=share / 100, group=group)
         for i, (share, group) in enumerate(given_sources)
     }
-    sources["always"] = Member(share=0.2)
+    sources["always"] = ShareMember(share=0.2)
     groups = {
-        "a": Member(share=group_share / 100),
-        "b": Member(share=0.5, group="a"),
-        "c": Member(share=[(0, 0.1), (20, 0.9)]),
+        "a": ShareMember(share=group_share / 100),
+        "b": ShareMember(share=0.5, group="a"),
+        "c": ShareMember(share=[(0, 0.1), (20, 0.9)]),
     }
     ends = {"s0": end} if end else {}
     shares = Shares(sources=sources, groups=groups, ends=ends)
@@ -115,13 +115,13 @@ def test_any_groups_and_ends_are_exact(given_sources, group_share, end):
 def test_the_members_of_a_group_divide_its_share():
     shares = Shares(
         sources={
-            "web": Member(share=3, group="replay"),
-            "code": Member(share=1, group="replay"),
-            "old": Member(share=1, group="rest"),
-            "older": Member(share=1, group="rest"),
-            "task": Member(share=0.8),
+            "web": ShareMember(share=3, group="replay"),
+            "code": ShareMember(share=1, group="replay"),
+            "old": ShareMember(share=1, group="rest"),
+            "older": ShareMember(share=1, group="rest"),
+            "task": ShareMember(share=0.8),
         },
-        groups={"replay": Member(share=0.2), "rest": Member(share=4, group="replay")},
+        groups={"replay": ShareMember(share=0.2), "rest": ShareMember(share=4, group="replay")},
     )
     found = {"web": 0.075, "code": 0.025, "old": 0.05, "older": 0.05, "task": 0.8}
     assert shares.at(0) == pytest.approx(found)
@@ -133,7 +133,7 @@ def test_the_members_of_a_group_divide_its_share():
 
 def test_a_source_that_has_ended_leaves_its_share_to_the_others():
     shares = Shares(
-        sources={n: Member(share=s) for n, s in {"a": 0.5, "b": 0.3, "c": 0.2}.items()},
+        sources={n: ShareMember(share=s) for n, s in {"a": 0.5, "b": 0.3, "c": 0.2}.items()},
         ends={"a": 10},
     )
     mixture = Mixture(shares, 10)

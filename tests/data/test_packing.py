@@ -25,11 +25,11 @@ def test_no_token_of_a_text_is_lost_and_short_documents_stay_whole(lengths, row_
     seen, parts_of = [], [0] * len(lengths)
     rows = rows_of(pack_text(np.array(lengths), row_tokens, whole))
     for index, row in enumerate(rows):
-        filled = sum(stop - start for start, stop, _ in row)
-        assert 0 < filled <= row_tokens
-        if index + 1 < len(rows) and filled < row_tokens:
+        fill_ratio = sum(stop - start for start, stop, _ in row)
+        assert 0 < fill_ratio <= row_tokens
+        if index + 1 < len(rows) and fill_ratio < row_tokens:
             following = rows[index + 1][0][2]
-            assert lengths[following] < whole and lengths[following] > row_tokens - filled
+            assert lengths[following] < whole and lengths[following] > row_tokens - fill_ratio
         for start, stop, document in row:
             assert (owner[start:stop] == document).all()
             seen += range(start, stop)

@@ -16,7 +16,7 @@ from support.runs import end, lines, start, wait_for
 
 from bigmix.commands.plan import counts as plan_counts
 from bigmix.data.loader import step_batch
-from bigmix.data.records import Portion
+from bigmix.data.records import RankRows
 from bigmix.errors import BadInput
 from bigmix.recipe import load_recipe, to_yaml
 from bigmix.train.inputs import open_inputs
@@ -249,24 +249,26 @@ LONGER = ["sequence_length=[[0, 20], [5, 40], [9, 60]]", "pad_to_multiple=16"]
 
 def test_rows_grow_and_are_padded(here):
     inputs = opened(*LONGER)
-    portion = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
-    batches = {k: step_batch(inputs.plan, portion, k) for k in (1, 5, 6, 9, 10, 20)}
+    rank_rows = RankRows(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
+    batches = {k: step_batch(inputs.plan, rank_rows, k) for k in (1, 5, 6, 9, 10, 20)}
     widths = [batch.micro_batches[0].ids_BT.shape[1] for batch in batches.values()]
     assert widths == [32, 32, 48, 48, 64, 64]
     assert load_recipe("recipe.yaml", LONGER).longest_row == 64
-    filled = inputs.plan.filled("web", drawn(inputs)["web"])
-    rows = {k: step_batch(inputs.plan, portion, k) for k in range(1, 21)}
+    fill_ratio = inputs.plan.fill_ratio("web", drawn(inputs)["web"])
+    rows = {k: step_batch(inputs.plan, rank_rows, k) for k in range(1, 21)}
     places = sum(b.rows["web"] * b.micro_batches[0].ids_BT.shape[1] for b in rows.values())
-    assert filled == pytest.approx(sum(b.tokens["web"] for b in rows.values()) / places, rel=0.01)
+    assert fill_ratio == pytest.approx(
+        sum(b.tokens["web"] for b in rows.values()) / places, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("kind", ["task_tokens", "total_tokens"])
 def test_a_budget_of_tokens_counts_rows_as_they_grow(here, kind):
     inputs = opened(*LONGER, f"budget={{{kind}: 30000}}")
-    portion = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=8)
+    rank_rows = RankRows(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=8)
     sums = []
     for step in range(1, inputs.plan.steps + 1):
-        tokens = step_batch(inputs.plan, portion, step).tokens
+        tokens = step_batch(inputs.plan, rank_rows, step).tokens
         sums.append(tokens["chat"] if kind == "task_tokens" else sum(tokens.values()))
     assert sum(sums[:-1]) == pytest.approx(30000, abs=1.5 * max(sums))
     assert sum(sums) == pytest.approx(30000, abs=1.5 * max(sums))

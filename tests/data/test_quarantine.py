@@ -20,17 +20,17 @@ from support.recipes import with_quarantine
 from support.servers import web_server
 
 from bigmix.commands.main import main
-from bigmix.commands.plan.counts import tally_of
+from bigmix.commands.plan.counts import row_counts
 from bigmix.data import run_plan
 from bigmix.data.loader import open_loader, step_batch
 from bigmix.data.mixture import Mixture
 from bigmix.data.quarantine import BadShard, Quarantine, substitution
-from bigmix.data.records import Portion
-from bigmix.data.run_plan import Stage, one_stage
+from bigmix.data.records import RankRows
+from bigmix.data.run_plan import SequenceLengthStage, one_stage
 from bigmix.data.shards.cache import CacheFull
 from bigmix.data.shards.retry import Stopped
 from bigmix.data.source import needed_in_order, read_source
-from bigmix.data.stream import WINDOW_SHARDS, Packer
+from bigmix.data.stream import WINDOW_SHARDS, PackingOptions
 from bigmix.errors import BadInput, BigmixError
 from bigmix.recipe import load_recipe
 from bigmix.train.inputs import open_inputs
@@ -56,18 +56,20 @@ def folders(tmp_path_factory):
 
 
 def streams(folders, row_tokens=32):
-    packer = Packer(row_tokens=row_tokens, long_documents="truncate")
-    return {name: open_stream(name, str(folders[name]), packer) for name in SHARES}
+    packing = PackingOptions(row_tokens=row_tokens, long_documents="truncate")
+    return {name: open_stream(name, str(folders[name]), packing) for name in SHARES}
 
 
 def plan(folders, quarantine=BAD, lengths=((1, 32),)):
-    stages = [Stage(first_step=first, streams=streams(folders, n)) for first, n in lengths]
+    stages = [
+        SequenceLengthStage(first_step=first, streams=streams(folders, n)) for first, n in lengths
+    ]
     mixture = Mixture(SHARES, ROWS)
     return endless_plan(mixture, stages).with_quarantine(quarantine)
 
 
-def portion(rank=0, ranks=1):
-    return Portion(rank=rank, ranks=ranks, rows_per_step=ROWS, micro_batch_rows=4)
+def rank_rows(rank=0, ranks=1):
+    return RankRows(rank=rank, ranks=ranks, rows_per_step=ROWS, micro_batch_rows=4)
 
 
 def shard_of(file):
@@ -104,7 +106,7 @@ def test_the_count_of_a_step_is_that_of_a_loop_over_its_rows(folders, lengths):
     for step in range(1, 40):
         counted = Counter(row.source for row in before.row_ids(step) if is_bad(row, step))
         assert after.substituted(step) == {name: counted[name] for name in SHARES}
-        assert step_batch(after, portion(1, 2), step).substituted == after.substituted(step)
+        assert step_batch(after, rank_rows(1, 2), step).substituted == after.substituted(step)
         assert before.substituted(step) == dict.fromkeys(SHARES, 0)
         total += sum(counted.values())
     assert total > 100
@@ -120,10 +122,10 @@ def test_the_rows_are_the_same_on_any_ranks_however_many_are_read_together(
     whole = plan(folders, BAD, lengths)
     for step in (1, 4, 5, 6, 7, 9, 12, 30):
         rows = [
-            row for rank in range(ranks) for row in whole.places(portion(rank, ranks), step).ids()
+            row for rank in range(ranks) for row in whole.places(rank_rows(rank, ranks), step).ids()
         ]
         assert rows == whole.row_ids(step)
-        parts = [step_batch(whole, portion(rank, ranks), step) for rank in range(ranks)]
+        parts = [step_batch(whole, rank_rows(rank, ranks), step) for rank in range(ranks)]
         found = np.concatenate([m.ids_BT for part in parts for m in part.micro_batches])
         read = [whole.streams_at(step)[row.source].read(row).ids_T for row in rows]
         assert (found == np.stack(read)).all()
@@ -132,7 +134,7 @@ def test_the_rows_are_the_same_on_any_ranks_however_many_are_read_together(
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_what_is_fetched_ahead_is_what_is_read(folders, monkeypatch, lengths):
     monkeypatch.setattr(run_plan, "ASSEMBLED_ROWS", 96)
-    the_plan, own = plan(folders, BAD, lengths), portion(1, 4)
+    the_plan, own = plan(folders, BAD, lengths), rank_rows(1, 4)
     for first in (1, 5, 6):
         gathered = [p for stage in the_plan.gathered(own, first=first, last=20) for p in stage]
         rows = [row for places in gathered for row in places.ids()]
@@ -149,15 +151,15 @@ def test_a_run_that_finds_a_shard_bad_on_its_way_goes_on_as_one_that_is_resumed_
     """
     grown = plan(folders, Quarantine(first_steps={"web": {"shard-00003.tar": 5}}))
     for step in range(1, 9):
-        step_batch(grown, portion(), step)
+        step_batch(grown, rank_rows(), step)
     grown = grown.with_quarantine(BAD)
     for step in (9, 10, 40):
         resumed = plan(folders, Quarantine.from_json(BAD.to_json()))
         for other in (
-            step_batch(resumed, portion(), step),
-            step_batch(plan(folders), portion(), step),
+            step_batch(resumed, rank_rows(), step),
+            step_batch(plan(folders), rank_rows(), step),
         ):
-            batch = step_batch(grown, portion(), step)
+            batch = step_batch(grown, rank_rows(), step)
             for one, two in zip(batch.micro_batches, other.micro_batches, strict=True):
                 assert (one.ids_BT == two.ids_BT).all()
             assert (batch.rows, batch.substituted) == (other.rows, other.substituted)
@@ -166,8 +168,8 @@ def test_a_run_that_finds_a_shard_bad_on_its_way_goes_on_as_one_that_is_resumed_
 def test_another_order_of_the_shards_replaces_the_same_files(folders, tmp_path):
     first, *rest = (f"shard-{index:05d}.tar" for index in range(4))
     pattern = f"{folders['chat']}/shard-{{{','.join(n[6:11] for n in (*rest, first))}}}.tar"
-    packer = Packer(row_tokens=32, long_documents="truncate")
-    stages = one_stage({"chat": open_stream("chat", pattern, packer)})
+    packing = PackingOptions(row_tokens=32, long_documents="truncate")
+    stages = one_stage({"chat": open_stream("chat", pattern, packing)})
     turned = endless_plan(Mixture({"chat": 1.0}, ROWS), stages, quarantine=BAD)
     shards = Counter(row.shard for step in range(7, 12) for row in turned.row_ids(step))
     assert set(shards) == {1, 2, 3} and turned.substituted(7)["chat"] > 0
@@ -224,7 +226,7 @@ def test_substitutes_open_no_more_shards_than_the_rows_that_they_stand_for(folde
 
     def opened_shards(quarantine):
         the_plan = plan(folders, quarantine)
-        stages = the_plan.gathered(portion(1, 4), first=9, last=300)
+        stages = the_plan.gathered(rank_rows(1, 4), first=9, last=300)
         never = dict.fromkeys(sources, 1_000)
         return Counter(
             source.location.given for source, _ in needed_in_order(stages, sources, never)
@@ -328,9 +330,9 @@ def trained(inputs_of_ranks, first=1, last=60):
     quarantine, steps = inputs_of_ranks[0].plan.quarantine, {}
     while first <= last:
         inputs_of_ranks = [with_quarantine(inputs, quarantine) for inputs in inputs_of_ranks]
-        own = [Portion(rank=r, ranks=2, rows_per_step=8, micro_batch_rows=2) for r in range(2)]
+        own = [RankRows(rank=r, ranks=2, rows_per_step=8, micro_batch_rows=2) for r in range(2)]
         loaders = [
-            open_loader(i.plan, i.sources, i.depot, p, first=first, ahead=2)
+            open_loader(i.plan, i.sources, i.shard_store, p, first=first, ahead=2)
             for i, p in zip(inputs_of_ranks, own, strict=True)
         ]
         batches, found = [iter(loader) for loader in loaders], []
@@ -347,7 +349,7 @@ def trained(inputs_of_ranks, first=1, last=60):
                 steps[first] = (ids, parts[0].substituted)
                 first += 1
         for inputs, loader in zip(inputs_of_ranks, loaders, strict=True):
-            inputs.depot.close()
+            inputs.shard_store.close()
             loader.close()
         if found:
             quarantine, new = quarantine.extended(found, first)
@@ -394,8 +396,8 @@ def test_the_default_is_to_fail_and_to_name_source_and_shard(data):
     loader = open_loader(
         inputs.plan,
         inputs.sources,
-        inputs.depot,
-        Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2),
+        inputs.shard_store,
+        RankRows(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2),
         first=1,
         ahead=2,
     )
@@ -414,8 +416,8 @@ def load_recipe_default():
 
 
 def test_a_mapped_shard_that_is_cut_short_is_bad_and_ends_no_process(data):
-    packer = Packer(row_tokens=32)
-    stream = open_stream("web", str(data / "web"), packer)
+    packing = PackingOptions(row_tokens=32)
+    stream = open_stream("web", str(data / "web"), packing)
     row = next(row for row in stream.in_shard_order() if row.shard == 4)
     whole = stream.read(row).ids_T.tolist()
     with (data / "web" / "shard-00004.tar").open("r+b") as file:
@@ -481,19 +483,19 @@ def test_a_bad_shard_is_tried_no_longer_than_once_for_each_rank_that_needs_it(da
     tried = downloads(server)
     # Two tries each, and what both had under way ahead of need once more.
     assert tried.pop("/web/shard-00003.tar") <= 8 and set(tried.values()) == {1}
-    assert all(i.depot.unforeseen == 0 for i in inputs)
+    assert all(i.shard_store.unforeseen == 0 for i in inputs)
 
 
 def test_after_a_failure_no_step_ahead_tries_the_same_shard_again(data, server, monkeypatch):
     monkeypatch.setattr(run_plan, "ASSEMBLED_ROWS", 8)
     server.broken = {"/web/shard-00003.tar": ("status", 500, {})}
     inputs = opened(server.url, "cache.read=ranges")
-    own = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
-    loader = open_loader(inputs.plan, inputs.sources, inputs.depot, own, first=1, ahead=60)
+    own = RankRows(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
+    loader = open_loader(inputs.plan, inputs.sources, inputs.shard_store, own, first=1, ahead=60)
     with pytest.raises(BadShard):
         list(loader)
     time.sleep(1)
-    inputs.depot.close()
+    inputs.shard_store.close()
     loader.close()
     assert downloads(server)["/web/shard-00003.tar"] == 2
 
@@ -503,29 +505,39 @@ def test_a_long_run_whose_healthy_shards_are_all_open_begins_at_once(data, serve
     few = f"sources.web.path={server.url}/web/shard-{{00000..00003}}.tar"
     inputs = opened(server.url, few, "budget.steps=3000000")
     grown = Quarantine(first_steps={"web": {"shard-00003.tar": 1}, "chat": {"shard-00000.tar": 1}})
-    own = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
+    own = RankRows(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
     begin = time.monotonic()
     loader = open_loader(
-        inputs.plan.with_quarantine(grown), inputs.sources, inputs.depot, own, first=1, ahead=2
+        inputs.plan.with_quarantine(grown),
+        inputs.sources,
+        inputs.shard_store,
+        own,
+        first=1,
+        ahead=2,
     )
     batches = iter(loader)
     assert [next(batches).step for _ in range(200)][-1] == 200
-    inputs.depot.close()
+    inputs.shard_store.close()
     loader.close()
     assert time.monotonic() - begin < 10
 
 
 def test_a_closed_loader_leaves_no_shard_in_use_and_no_rows(data, server, tmp_path):
     inputs = opened(server.url)
-    own = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
-    loader = open_loader(inputs.plan, inputs.sources, inputs.depot, own, first=1, ahead=2)
+    own = RankRows(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
+    loader = open_loader(inputs.plan, inputs.sources, inputs.shard_store, own, first=1, ahead=2)
     next(iter(loader))
-    inputs.depot.close()
+    inputs.shard_store.close()
     loader.close()
     assert in_use(tmp_path)
     grown, _ = Quarantine().extended([bad("web", "shard-00003.tar")], 1)
     again = open_loader(
-        inputs.plan.with_quarantine(grown), inputs.sources, inputs.depot, own, first=1, ahead=2
+        inputs.plan.with_quarantine(grown),
+        inputs.sources,
+        inputs.shard_store,
+        own,
+        first=1,
+        ahead=2,
     )
     gc.collect()
     batch = next(iter(again))
@@ -534,19 +546,19 @@ def test_a_closed_loader_leaves_no_shard_in_use_and_no_rows(data, server, tmp_pa
         batch.micro_batches[0].ids_BT.tolist()
         == step_batch(expected.plan, own, 1).micro_batches[0].ids_BT.tolist()
     )
-    inputs.depot.close()
+    inputs.shard_store.close()
     again.close()
 
 
 def first_fault(inputs):
-    own = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
-    loader = open_loader(inputs.plan, inputs.sources, inputs.depot, own, first=1, ahead=2)
+    own = RankRows(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
+    loader = open_loader(inputs.plan, inputs.sources, inputs.shard_store, own, first=1, ahead=2)
     try:
         with pytest.raises(BigmixError) as caught:
             list(loader)
         return caught.value
     finally:
-        inputs.depot.close()
+        inputs.shard_store.close()
         loader.close()
 
 
@@ -584,12 +596,12 @@ def test_a_full_cache_and_a_closed_depot_make_no_shard_bad(data, server, tmp_pat
     open_loader(
         inputs.plan,
         inputs.sources,
-        inputs.depot,
-        Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2),
+        inputs.shard_store,
+        RankRows(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2),
         first=1,
         ahead=2,
     )
-    inputs.depot.close()
+    inputs.shard_store.close()
     with pytest.raises(Stopped):
         for row in stream.in_shard_order():
             stream.read(row)
@@ -677,7 +689,7 @@ def test_rows_are_counted_by_stretches_as_they_are_read(folders):
     the_plan = plan(folders, BAD, LENGTHS[1])
     for name in SHARES:
         drawn = the_plan.mixture.counts(20 * ROWS)[name]
-        tally = tally_of(the_plan, name, drawn)
+        tally = row_counts(the_plan, name, drawn)
         own = [(k, row) for k in range(1, 21) for row in the_plan.row_ids(k) if row.source == name]
         # Ranks take a step's rows from a place that changes, so that only their sum is the same.
         tokens = [the_plan.streams_at(k)[name].read(row).tokens for k, row in own]

@@ -12,11 +12,11 @@ from support.runs import end, lines, start
 from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.world import World
 from bigmix.data.loader import step_batch
-from bigmix.data.records import Portion
+from bigmix.data.records import RankRows
 from bigmix.errors import BadInput
 from bigmix.recipe import load_recipe
-from bigmix.runs.checkpoints import Listed, publish
-from bigmix.runs.resume import Change, beginning, keep_changes, write_recipe
+from bigmix.runs.checkpoints import CheckpointManifest, publish
+from bigmix.runs.resume import RecipeChange, find_resume_point, keep_changes, write_recipe
 from bigmix.train.inputs import open_inputs
 
 ONE = Cluster(World(rank=0, local_rank=0, size=1, local_size=1))
@@ -121,9 +121,9 @@ def test_a_budget_counts_what_was_trained_before():
     done = position(old, inputs).trained_tokens["chat"]
     assert AT < after.plan.steps < plain_run.plan.steps
     tokens = done
-    portion = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
+    rank_rows = RankRows(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
     for step in range(AT + 1, after.plan.steps + 1):
-        tokens += step_batch(after.plan, portion, step).tokens["chat"]
+        tokens += step_batch(after.plan, rank_rows, step).tokens["chat"]
     assert abs(tokens - 3000) < 400
 
 
@@ -165,7 +165,7 @@ def checkpoint_of(folder, recipe, inputs):
 
 def begun(tmp_path, *overrides):
     recipe, inputs = opened(f"output={tmp_path}", *overrides)
-    return beginning(recipe, inputs.content, ONE)
+    return find_resume_point(recipe, inputs.content, ONE)
 
 
 @pytest.fixture
@@ -177,7 +177,11 @@ def run(tmp_path):
 
 def test_what_speeds_a_run_up_changes_nothing(run):
     found = begun(run, "train.micro_batch_rows=4", "train.save_every=3", "cache.size=1G")
-    assert isinstance(found.checkpoint, Listed) and found.step == AT and found.changes == ()
+    assert (
+        isinstance(found.checkpoint, CheckpointManifest)
+        and found.step == AT
+        and found.changes == ()
+    )
 
 
 def test_each_change_is_told_with_its_old_and_its_new_value(run):
@@ -269,4 +273,4 @@ def test_a_run_goes_on_with_other_shares_and_longer_rows(data):
     ],
 )
 def test_a_setting_moves_rows_whatever_the_name_of_its_source(key, moves):
-    assert Change(key=key, old=1, new=2).moves_rows == moves
+    assert RecipeChange(key=key, old=1, new=2).moves_rows == moves

@@ -13,8 +13,8 @@ from support.recipes import opened, position, recipe_of_three, resumed
 
 from bigmix.commands.main import main
 from bigmix.data.loader import step_batch
-from bigmix.data.records import Decision, Portion
-from bigmix.data.share_rules import Reading, decide, rule_of
+from bigmix.data.records import Decision, RankRows
+from bigmix.data.share_rules import ControllerInput, decide, rule_of
 from bigmix.data.shares import apportion
 from bigmix.errors import BadInput, BigmixError
 from bigmix.recipe import load_recipe
@@ -58,7 +58,7 @@ def reading(share=0.1, forgetting=0.1, earlier=(), **changes):
         "earlier": earlier,
         "forgetting": {"web": forgetting} if isinstance(forgetting, float) else forgetting,
     }
-    return Reading(**values | changes)
+    return ControllerInput(**values | changes)
 
 
 def decision(forgetting, share=0.1, step=5):
@@ -382,10 +382,10 @@ def test_a_budget_of_task_tokens_has_more_steps_where_the_share_rises():
     budget = "budget={task_tokens: 9000}"
     recipe, inputs = opened(*HELD, budget)
     later, _ = after(recipe, inputs, EVERY, {"web": 0.5})
-    portion = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
-    tokens = sum(step_batch(inputs.plan, portion, k).tokens["chat"] for k in range(1, EVERY + 1))
+    rank_rows = RankRows(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=2)
+    tokens = sum(step_batch(inputs.plan, rank_rows, k).tokens["chat"] for k in range(1, EVERY + 1))
     tokens += sum(
-        step_batch(later.plan, portion, k).tokens["chat"]
+        step_batch(later.plan, rank_rows, k).tokens["chat"]
         for k in range(EVERY + 1, later.plan.steps + 1)
     )
     assert inputs.plan.steps < later.plan.steps == pytest.approx(1.5 * inputs.plan.steps, rel=0.2)

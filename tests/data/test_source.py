@@ -18,18 +18,24 @@ from bigmix.commands.main import main
 from bigmix.data import run_plan
 from bigmix.data.loader import open_loader
 from bigmix.data.quarantine import BadShard, Quarantine
-from bigmix.data.records import Portion
+from bigmix.data.records import RankRows
 from bigmix.data.shards.cache import CacheFull
 from bigmix.data.shards.prefetch import Ahead
 from bigmix.data.shards.retry import Changed, Retry
-from bigmix.data.source import Depot, Reading, needed_in_order, read_source, room_in_use
-from bigmix.data.stream import OPEN_SHARDS, Packer
+from bigmix.data.source import (
+    RemoteReadOptions,
+    ShardStore,
+    needed_in_order,
+    read_source,
+    room_in_use,
+)
+from bigmix.data.stream import OPEN_SHARDS, PackingOptions
 from bigmix.errors import BadInput, BigmixError
 from bigmix.recipe import load_recipe
 from bigmix.train.inputs import open_inputs
 
 FAST = Retry(tries=4, first_wait_s=0.01, longest_wait_s=0.02, timeout_s=0.3)
-PACKER = Packer(row_tokens=32, long_documents="truncate")
+PACKER = PackingOptions(row_tokens=32, long_documents="truncate")
 
 KINDS = ("text", "chat")
 
@@ -64,12 +70,14 @@ def bucket(data):
 
 
 def depot_at(folder, **changes):
-    reading = Reading(folder=folder / "cache", max_bytes=1 << 30, retry=FAST, ahead=Ahead())
-    return Depot(replace(reading, **changes))
+    reading = RemoteReadOptions(
+        folder=folder / "cache", max_bytes=1 << 30, retry=FAST, ahead=Ahead()
+    )
+    return ShardStore(replace(reading, **changes))
 
 
-def stream_of(depot, path, packer=PACKER):
-    return depot.stream("source", read_source(path, FAST), packer, seed=3)
+def stream_of(shard_store, path, packing=PACKER):
+    return shard_store.stream("source", read_source(path, FAST), packing, seed=3)
 
 
 def rows_of(stream, count=None):
@@ -195,9 +203,9 @@ def test_every_block_in_ranges_is_checked(data, server, tmp_path):
 
 
 def test_a_pipe_is_never_read_in_ranges(data, tmp_path):
-    depot = depot_at(tmp_path, ranges=True)
-    assert depot.is_fetched(read_source(f"pipe:cat {data}/text/{{}}"))
-    assert not depot.is_fetched(read_source(str(data / "text")))
+    shard_store = depot_at(tmp_path, ranges=True)
+    assert shard_store.is_fetched(read_source(f"pipe:cat {data}/text/{{}}"))
+    assert not shard_store.is_fetched(read_source(str(data / "text")))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -264,22 +272,22 @@ def test_a_stream_holds_the_shards_that_it_used_last_and_no_others(server, tmp_p
 def test_an_open_shard_is_not_evicted_and_stays_readable(data, server, tmp_path):
     source = read_source(f"{server.url}/many", FAST)
     size = max(entry.bytes for entry in source.manifest.shards)
-    depot = depot_at(tmp_path, max_bytes=2 * size)
-    shard = depot.open(source, 0)
+    shard_store = depot_at(tmp_path, max_bytes=2 * size)
+    shard = shard_store.open(source, 0)
     for index in range(1, 6):
-        depot.open(source, index)
+        shard_store.open(source, index)
     (path,) = in_use(tmp_path)
     assert path.stem == source.manifest.shards[0].sha256
-    local = depot.open(read_source(str(data / "many")), 0)
+    local = shard_store.open(read_source(str(data / "many")), 0)
     path.unlink()
     assert shard.tokens(0, shard.num_tokens).tolist() == local.tokens(0, local.num_tokens).tolist()
 
 
 def test_texts_that_are_counted_shard_by_shard_leave_no_shard_open(data, server, tmp_path):
-    packer = Packer(row_tokens=32, whole_below=20)
-    remote = stream_of(depot_at(tmp_path), f"{server.url}/many", packer)
+    packing = PackingOptions(row_tokens=32, whole_below=20)
+    remote = stream_of(depot_at(tmp_path), f"{server.url}/many", packing)
     assert in_use(tmp_path) == []
-    assert rows_of(remote) == rows_of(stream_of(depot_at(tmp_path), str(data / "many"), packer))
+    assert rows_of(remote) == rows_of(stream_of(depot_at(tmp_path), str(data / "many"), packing))
 
 
 RECIPE = """\
@@ -322,8 +330,10 @@ def opened(at, *overrides, length="64", ranks=2):
 
 
 def batches(inputs, rank=0, first=1):
-    portion = Portion(rank=rank, ranks=2, rows_per_step=8, micro_batch_rows=2)
-    loader = open_loader(inputs.plan, inputs.sources, inputs.depot, portion, first=first, ahead=2)
+    rank_rows = RankRows(rank=rank, ranks=2, rows_per_step=8, micro_batch_rows=2)
+    loader = open_loader(
+        inputs.plan, inputs.sources, inputs.shard_store, rank_rows, first=first, ahead=2
+    )
     try:
         return [
             ([micro_batch.ids_BT.tolist() for micro_batch in batch.micro_batches], batch.tokens)
@@ -331,7 +341,7 @@ def batches(inputs, rank=0, first=1):
         ]
     finally:
         loader.close()
-        inputs.depot.close()
+        inputs.shard_store.close()
 
 
 def num_shards(inputs):
@@ -347,7 +357,7 @@ def test_shards_are_fetched_in_the_order_in_which_they_are_opened(
     monkeypatch.setattr(run_plan, "ASSEMBLED_ROWS", rows_together)
     inputs = opened(remote.url, "cache.timeout_s=10", length=length)  # a retry is a second download
     assert batches(inputs, first=first) == batches(opened(mixed, length=length), first=first)
-    assert inputs.depot.unforeseen == 0
+    assert inputs.shard_store.unforeseen == 0
     assert set(downloads(remote).values()) == {1}
 
 
@@ -366,7 +376,7 @@ def test_ranks_that_share_a_cache_fetch_each_shard_once(mixed, remote, monkeypat
     for thread in threads:
         thread.join()
     assert [found[rank] for rank in range(2)] == [batches(opened(mixed), rank) for rank in range(2)]
-    assert [inputs.depot.unforeseen for inputs in ranks] == [0, 0]
+    assert [inputs.shard_store.unforeseen for inputs in ranks] == [0, 0]
     assert set(downloads(remote).values()) == {1}
 
 
@@ -381,9 +391,9 @@ def test_a_small_cache_fetches_a_shard_once_for_each_time_it_is_opened(
     inputs = opened(remote.url, patient, f"cache.size={room}", "cache.ahead_files=2", length=length)
     assert inputs.notes == []
     assert batches(inputs) == batches(opened(mixed, length=length))
-    assert inputs.depot.unforeseen == 0
-    portion = Portion(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
-    stages = inputs.plan.gathered(portion, first=1, last=inputs.plan.steps)
+    assert inputs.shard_store.unforeseen == 0
+    rank_rows = RankRows(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
+    stages = inputs.plan.gathered(rank_rows, first=1, last=inputs.plan.steps)
     opens = Counter(
         s.location.url(s.manifest.shards[i].file)
         for s, i in needed_in_order(stages, inputs.sources, num_shards(inputs))
@@ -409,9 +419,9 @@ def test_the_order_ends_where_all_shards_are_open(mixed, tmp_path, monkeypatch, 
     }
     inputs = opened(mixed, *(f"sources.{name}.path={path}" for name, path in few.items()))
     inputs = with_quarantine(inputs, Quarantine(first_steps=bad))
-    portion = Portion(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
+    rank_rows = RankRows(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
     drawn = []
-    (stage,) = inputs.plan.gathered(portion, first=5, last=10**9)
+    (stage,) = inputs.plan.gathered(rank_rows, first=5, last=10**9)
     batches = (drawn.append(0) or places for places in stage)
     order = list(needed_in_order([batches], inputs.sources, num_shards(inputs)))
     assert len(order) == 8 - len(bad) and len(drawn) == 1
@@ -425,8 +435,10 @@ def fetching():
 def test_closing_the_depot_ends_all_threads_also_where_the_server_says_nothing(remote, read):
     inputs = opened(remote.url, "cache.tries=1000", f"cache.read={read}")
     remote.always = ("stall", 10)
-    portion = Portion(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
-    loader = open_loader(inputs.plan, inputs.sources, inputs.depot, portion, first=1, ahead=2)
+    rank_rows = RankRows(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
+    loader = open_loader(
+        inputs.plan, inputs.sources, inputs.shard_store, rank_rows, first=1, ahead=2
+    )
 
     def wait():
         with pytest.raises(BigmixError):
@@ -437,7 +449,7 @@ def test_closing_the_depot_ends_all_threads_also_where_the_server_says_nothing(r
     time.sleep(0.2)
     assert fetching() and waiting.is_alive()
     begin = time.monotonic()
-    inputs.depot.close()
+    inputs.shard_store.close()
     loader.close()
     waiting.join()
     assert time.monotonic() - begin < 2
@@ -459,16 +471,16 @@ def prepared(tmp_path_factory, tiny_tokenizer):
 def test_a_tokenizer_is_copied_once_and_whole(prepared, remote, tmp_path, where):
     serve(remote, prepared)
     path = {"web": f"{remote.url}/texts", "pipe": f"pipe:cat {prepared}/texts/{{}}"}[where]
-    depot, source = depot_at(tmp_path), read_source(path, FAST)
-    folder = depot.tokenizer_folder(source)
+    shard_store, source = depot_at(tmp_path), read_source(path, FAST)
+    folder = shard_store.tokenizer_folder(source)
     local = prepared / "texts" / "tokenizer"
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
         p.name: p.read_bytes() for p in local.iterdir()
     }
     before = len(remote.requests)
-    assert depot.tokenizer_folder(source) == folder and len(remote.requests) == before
+    assert shard_store.tokenizer_folder(source) == folder and len(remote.requests) == before
     assert [p.name for p in folder.parent.iterdir() if p.is_dir()] == [folder.name]
-    assert not depot.tokenizer_folder(read_source(f"{remote.url}/web", FAST)).exists()
+    assert not shard_store.tokenizer_folder(read_source(f"{remote.url}/web", FAST)).exists()
 
 
 def test_the_commands_show_remote_sources_as_local_ones(prepared, remote, capsys):

@@ -12,11 +12,11 @@ from support.corpora import endless_plan, open_stream, write_source
 
 from bigmix.data.loader import Loader, step_batch
 from bigmix.data.mixture import Mixture
-from bigmix.data.records import Portion
-from bigmix.data.run_plan import Stage, one_stage
+from bigmix.data.records import RankRows
+from bigmix.data.run_plan import SequenceLengthStage, one_stage
 from bigmix.data.shards.manifest import Manifest, ShardTable, TokenizerEntry, read_manifest
 from bigmix.data.shards.shard import open_shard
-from bigmix.data.stream import Packer, Stream
+from bigmix.data.stream import PackingOptions, Stream
 from bigmix.errors import BigmixError
 from bigmix.seeding import keys_of, shuffled
 from bigmix.types import IGNORE
@@ -37,8 +37,10 @@ def folders(tmp_path_factory):
 
 def stream(folders, name, seed=0, row_tokens=T, whole_below=0):
     path = str(folders[name])
-    packer = Packer(row_tokens=row_tokens, long_documents="truncate", whole_below=whole_below)
-    return open_stream(name, path, packer, seed)
+    packing = PackingOptions(
+        row_tokens=row_tokens, long_documents="truncate", whole_below=whole_below
+    )
+    return open_stream(name, path, packing, seed)
 
 
 def plan(folders, shares=None):
@@ -76,7 +78,10 @@ def test_every_row_comes_once_an_epoch_in_another_order_each_time(folders, name)
 
 def assert_same_batch(batch, expected):
     assert (batch.step, batch.rows, batch.tokens) == (expected.step, expected.rows, expected.tokens)
-    assert batch.loss_tokens == expected.loss_tokens and batch.squares == expected.squares
+    assert (
+        batch.loss_tokens == expected.loss_tokens
+        and batch.sum_sq_lengths == expected.sum_sq_lengths
+    )
     for one, other in zip(batch.micro_batches, expected.micro_batches, strict=True):
         for name in ("ids_BT", "starts_P", "groups_P", "kept_N"):
             assert (getattr(one, name) == getattr(other, name)).all(), name
@@ -113,17 +118,17 @@ def test_rows_hold_the_documents_token_for_token(folders, name, whole_below):
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_any_number_of_ranks_trains_the_same_rows(folders, ranks):
     the_plan = plan(folders)
-    portion = Portion(rank=0, ranks=1, rows_per_step=64, micro_batch_rows=4)
+    rank_rows = RankRows(rank=0, ranks=1, rows_per_step=64, micro_batch_rows=4)
     for step in (1, 2, 500, 1000):
-        whole = step_batch(the_plan, portion, step)
+        whole = step_batch(the_plan, rank_rows, step)
         parts = [
-            step_batch(plan(folders), replace(portion, rank=rank, ranks=ranks), step)
+            step_batch(plan(folders), replace(rank_rows, rank=rank, ranks=ranks), step)
             for rank in range(ranks)
         ]
         rows = [
             row
             for rank in range(ranks)
-            for row in plan(folders).places(replace(portion, rank=rank, ranks=ranks), step).ids()
+            for row in plan(folders).places(replace(rank_rows, rank=rank, ranks=ranks), step).ids()
         ]
         assert rows == the_plan.row_ids(step)
         together = np.concatenate([m.ids_BT for part in parts for m in part.micro_batches])
@@ -135,11 +140,11 @@ def test_any_number_of_ranks_trains_the_same_rows(folders, ranks):
 
 def test_no_rank_is_left_with_one_source(folders):
     ranks = 8
-    portion = Portion(rank=0, ranks=ranks, rows_per_step=64, micro_batch_rows=8)
+    rank_rows = RankRows(rank=0, ranks=ranks, rows_per_step=64, micro_batch_rows=8)
     seen = [set() for _ in range(ranks)]
     for step in range(1, 9):
         for rank in range(ranks):
-            rows = plan(folders).places(replace(portion, rank=rank), step).ids()
+            rows = plan(folders).places(replace(rank_rows, rank=rank), step).ids()
             seen[rank] |= {row.source for row in rows}
     assert all(sources == set(SHARES) for sources in seen)
 
@@ -157,13 +162,13 @@ def test_another_seed_gives_another_order(folders):
 
 
 def test_the_loader_begins_anywhere_and_gives_the_same_batches(folders):
-    portion = Portion(rank=1, ranks=2, rows_per_step=64, micro_batch_rows=8)
-    loader = Loader(plan(folders), portion, first=1, last=12, ahead=3)
+    rank_rows = RankRows(rank=1, ranks=2, rows_per_step=64, micro_batch_rows=8)
+    loader = Loader(plan(folders), rank_rows, first=1, last=12, ahead=3)
     everything = list(loader)
     loader.close()
     assert [batch.step for batch in everything] == list(range(1, 13))
     for first in (1, 2, 7, 12):
-        resumed = Loader(plan(folders), portion, first=first, last=12, ahead=2)
+        resumed = Loader(plan(folders), rank_rows, first=first, last=12, ahead=2)
         for batch, expected in zip(resumed, everything[first - 1 :], strict=True):
             assert_same_batch(batch, expected)
         resumed.close()
@@ -185,8 +190,8 @@ def test_a_fault_in_the_thread_reaches_the_loop(tmp_path, folders):
     folder = write_source(tmp_path / "web", "text")
     broken = plan({"web": folder}, {"web": 1.0})
     (folder / "shard-00000.tar").write_bytes(b"")
-    portion = Portion(rank=0, ranks=1, rows_per_step=64, micro_batch_rows=8)
-    loader = Loader(broken, portion, first=1, last=3, ahead=2)
+    rank_rows = RankRows(rank=0, ranks=1, rows_per_step=64, micro_batch_rows=8)
+    loader = Loader(broken, rank_rows, first=1, last=3, ahead=2)
     with pytest.raises(BigmixError, match="shard-00000.tar cannot be read"):
         list(loader)
     loader.close()
@@ -195,18 +200,18 @@ def test_a_fault_in_the_thread_reaches_the_loop(tmp_path, folders):
 def test_a_batch_is_its_rows_laid_on_one_another(folders):
     """The fast path against rows read one by one."""
     the_plan = plan(folders)
-    portion = Portion(rank=1, ranks=2, rows_per_step=64, micro_batch_rows=8)
+    rank_rows = RankRows(rank=1, ranks=2, rows_per_step=64, micro_batch_rows=8)
     names = list(SHARES)
     for step in (1, 7, 400):
-        batch = step_batch(the_plan, portion, step)
-        rows = [the_plan.streams[r.source].read(r) for r in the_plan.row_ids(step)[portion.rows]]
+        batch = step_batch(the_plan, rank_rows, step)
+        rows = [the_plan.streams[r.source].read(r) for r in the_plan.row_ids(step)[rank_rows.rows]]
         for name in names:
             own = [row for row in rows if row.id.source == name]
             assert batch.tokens[name] == sum(row.tokens for row in own)
             loss_tokens = sum(int((row.labels_T != IGNORE).sum()) for row in own)
             assert batch.loss_tokens[name] == loss_tokens
         lengths = [np.diff([*row.starts_P, row.tokens]) for row in rows]
-        assert batch.squares == sum(int((each**2).sum()) for each in lengths)
+        assert batch.sum_sq_lengths == sum(int((each**2).sum()) for each in lengths)
         for at, micro in enumerate(batch.micro_batches):
             part = rows[at * 8 : at * 8 + 8]
             assert (micro.ids_BT == np.stack([row.ids_T for row in part])).all()
@@ -222,7 +227,9 @@ def test_a_batch_is_its_rows_laid_on_one_another(folders):
 
 def curriculum(folders):
     stages = [
-        Stage(first_step=first, streams={n: stream(folders, n, row_tokens=t) for n in SHARES})
+        SequenceLengthStage(
+            first_step=first, streams={n: stream(folders, n, row_tokens=t) for n in SHARES}
+        )
         for first, t in ((1, 8), (4, 16), (9, 32))
     ]
     return endless_plan(Mixture(SHARES, 64), stages)
@@ -230,9 +237,9 @@ def curriculum(folders):
 
 def test_rows_change_their_length_at_their_steps_and_each_source_goes_on_where_it_was(folders):
     the_plan = curriculum(folders)
-    portion = Portion(rank=0, ranks=2, rows_per_step=64, micro_batch_rows=8)
+    rank_rows = RankRows(rank=0, ranks=2, rows_per_step=64, micro_batch_rows=8)
     widths = [
-        step_batch(the_plan, portion, k).micro_batches[0].ids_BT.shape[1] for k in range(1, 11)
+        step_batch(the_plan, rank_rows, k).micro_batches[0].ids_BT.shape[1] for k in range(1, 11)
     ]
     assert widths == [8] * 3 + [16] * 5 + [32] * 2
     for name in SHARES:
@@ -247,10 +254,10 @@ def test_rows_change_their_length_at_their_steps_and_each_source_goes_on_where_i
 
 
 def test_a_plan_with_stages_gives_the_same_rows_from_wherever_it_is_asked(folders):
-    portion = Portion(rank=1, ranks=4, rows_per_step=64, micro_batch_rows=8)
-    loader = Loader(curriculum(folders), portion, first=1, last=12, ahead=2)
+    rank_rows = RankRows(rank=1, ranks=4, rows_per_step=64, micro_batch_rows=8)
+    loader = Loader(curriculum(folders), rank_rows, first=1, last=12, ahead=2)
     for batch in loader:
-        assert_same_batch(step_batch(curriculum(folders), portion, batch.step), batch)
+        assert_same_batch(step_batch(curriculum(folders), rank_rows, batch.step), batch)
     loader.close()
 
 
@@ -302,7 +309,7 @@ def simulated(shards):
         loss_bytes=1,
         shards=ShardTable(columns | texts),
     )
-    return Stream("web", manifest, dict, Packer(row_tokens=2048), lengths=None, seed=0)
+    return Stream("web", manifest, dict, PackingOptions(row_tokens=2048), lengths=None, seed=0)
 
 
 def test_a_row_of_a_million_shards_is_found_as_one_of_ten():

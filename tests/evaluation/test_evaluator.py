@@ -21,7 +21,7 @@ from support.runs import catches, end, wait_until
 from bigmix.errors import BadInput
 from bigmix.evaluation.bootstrap import RESAMPLES, interval, resampled_sums
 from bigmix.evaluation.forward import by_document
-from bigmix.evaluation.held_out import Base, DocumentSums, Sum, summarise
+from bigmix.evaluation.held_out import Baseline, DocumentSums, Sum, summarise
 from bigmix.evaluation.inputs import open_held_out
 from bigmix.model.checks import read_evaluated
 from bigmix.recipe import load_recipe
@@ -233,11 +233,11 @@ def sums(loss, documents=5):
 
 
 def test_the_base_outlives_a_run_and_pairs_only_what_belongs_together(tmp_path: Path):
-    base = Base()
+    base = Baseline()
     base.take("web", sums(2.0))
     base.take("web", sums(9.0))
     base.write(tmp_path)
-    other = Base()
+    other = Baseline()
     other.resume(base.losses)
     other.put_back((tmp_path / "held-out-base.npz").read_bytes())
 

@@ -13,17 +13,24 @@ from torch.utils.checkpoint import checkpoint
 
 from bigmix.errors import BadInput
 from bigmix.loss import gradients as gradients_module
-from bigmix.loss.backend import backend_of, check_computing, choose_backend
+from bigmix.loss.backend import backend_of, check_backend, choose_backend
 from bigmix.loss.chunks import LossShape, chunk_tokens, even_slices
 from bigmix.loss.fused import mixed_loss
 from bigmix.loss.gradients import scaled
-from bigmix.loss.requests import Backend, Computing
-from bigmix.loss.terms import GroupSums, LogitRule, LossTokens, Reference, Terms, tokens_of_labels
+from bigmix.loss.requests import Backend, LossBackendOptions
+from bigmix.loss.terms import (
+    GroupSums,
+    LogitRule,
+    LossTerms,
+    LossTokens,
+    ReferenceStates,
+    tokens_of_labels,
+)
 from bigmix.loss.torch_kernel import torch_rows
 from bigmix.types import IGNORE, Choice
 
 GROUPS, HIDDEN, VOCABULARY = 3, 24, 101
-PLAIN, NO_TERMS = LogitRule(), Terms()
+PLAIN, NO_TERMS = LogitRule(), LossTerms()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -36,8 +43,8 @@ class Case:
     bias: torch.Tensor | None
     tokens: LossTokens
     rule: LogitRule = PLAIN
-    terms: Terms = NO_TERMS
-    reference: Reference | None = None
+    terms: LossTerms = NO_TERMS
+    reference: ReferenceStates | None = None
     backend: Backend = torch_rows
 
     def leaves(self):
@@ -56,7 +63,9 @@ class Case:
             rule=self.rule,
             terms=self.terms,
             reference=self.reference,
-            computing=Computing(backend=self.backend, chunk_bytes=rows * itemsize * len(self.head)),
+            computing=LossBackendOptions(
+                backend=self.backend, chunk_bytes=rows * itemsize * len(self.head)
+            ),
         )
         (value * factor).backward()
         return value.detach(), GroupSums.of(sums), [t.grad for t in self.leaves()]
@@ -100,7 +109,7 @@ def case(
     )
     reference = None
     if anchored is not None:
-        reference = Reference(
+        reference = ReferenceStates(
             hidden_KD=normal(anchored, 2 * hidden),
             head_VD=normal(vocabulary, 2 * hidden, times=0.3),
             bias_V=None,
@@ -173,9 +182,9 @@ def assert_equal(found, expected, factor=1.0, within=2e-6):
 @pytest.mark.parametrize("anchored", [None, 0, 0.4, 1.0])
 def test_the_loss_and_its_gradients_equal_a_dense_reference(kept, rule, with_bias, anchored):
     for terms in (
-        Terms(),
-        Terms(z_loss=0.01),
-        Terms(label_smoothing=0.1, z_loss=1e-3, entropy=True),
+        LossTerms(),
+        LossTerms(z_loss=0.01),
+        LossTerms(label_smoothing=0.1, z_loss=1e-3, entropy=True),
     ):
         count = None if anchored is None else int(anchored * kept)
         inputs = case(kept, 230, bias=with_bias, rule=rule, terms=terms, anchored=count, seed=kept)
@@ -188,7 +197,7 @@ def test_the_loss_and_its_gradients_equal_a_dense_reference(kept, rule, with_bia
 @pytest.mark.parametrize("rule", [PLAIN, LogitRule(scale=2.0, softcap=5.0)])
 @pytest.mark.parametrize("anchored", [None, 12])
 def test_each_backend_gives_the_dense_result(backend, kept, rule, anchored):
-    terms = Terms(label_smoothing=0.1, z_loss=1e-3, entropy=True)
+    terms = LossTerms(label_smoothing=0.1, z_loss=1e-3, entropy=True)
     count = None if anchored is None else min(kept, anchored)
     inputs = case(kept, 50, rule=rule, terms=terms, anchored=count, backend=backend)
     assert_equal(inputs.run(16), dense(inputs), within=5e-6)
@@ -216,7 +225,7 @@ def test_any_sizes_give_the_dense_result(
         groups=groups,
         seed=seed,
         anchored=int(anchored * kept),
-        terms=Terms(label_smoothing=0.2, z_loss=1e-3),
+        terms=LossTerms(label_smoothing=0.2, z_loss=1e-3),
     )
     # Sure tokens leave gradients of p - 1 that are nearly 0, so with many zeros behind the point.
     assert_equal(inputs.run(rows), dense(inputs), within=2e-4)
@@ -277,7 +286,7 @@ def test_the_order_of_the_tokens_changes_rounding_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_runs_are_equal_bit_for_bit(dtype, backend):
     inputs = case(
-        90, 130, dtype=dtype, anchored=40, terms=Terms(label_smoothing=0.1), backend=backend
+        90, 130, dtype=dtype, anchored=40, terms=LossTerms(label_smoothing=0.1), backend=backend
     )
     first, again = inputs.run(32), inputs.run(32)
     assert torch.equal(first[0], again[0])
@@ -288,7 +297,7 @@ def test_two_runs_are_equal_bit_for_bit(dtype, backend):
 @pytest.mark.parametrize("size", [1e2, 1e4])
 def test_extreme_logits_are_exact_and_finite(size, backend):
     """Logits of about +-size: exp would overflow at 89, and most probabilities are 0."""
-    inputs = case(40, 40, anchored=20, terms=Terms(z_loss=1e-9), bias=False, backend=backend)
+    inputs = case(40, 40, anchored=20, terms=LossTerms(z_loss=1e-9), bias=False, backend=backend)
     with torch.no_grad():
         outputs = inputs.hidden @ inputs.head.T
         inputs.hidden.mul_(size / outputs.abs().max())
@@ -342,7 +351,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_nothing_of_the_size_of_all_logits_exists_and_without_gradient_no_gradient_does():
     inputs = case(640, 640, hidden=64, vocabulary=512, bias=False)
-    computing = Computing(backend=torch_rows, chunk_bytes=32 * 4 * 512)
+    computing = LossBackendOptions(backend=torch_rows, chunk_bytes=32 * 4 * 512)
     arguments = (inputs.hidden.detach(), inputs.head.detach(), None, inputs.tokens)
     with LargestTensor(*arguments[:2]) as evaluated, torch.no_grad():
         value, _ = mixed_loss(*arguments, computing=computing)
@@ -478,12 +487,12 @@ def test_what_does_not_fit_together_is_refused():
 def test_a_backend_that_computes_something_else_is_refused(dtype, rule):
     options = {
         "rule": rule,
-        "terms": Terms(label_smoothing=0.1, z_loss=1e-3),
+        "terms": LossTerms(label_smoothing=0.1, z_loss=1e-3),
         "dtype": dtype,
         "device": torch.device("cpu"),
     }
     for mode in ("accumulate", "recompute"):
-        check_computing(Computing(backend=torch_rows, head_gradient=mode), **options)
+        check_backend(LossBackendOptions(backend=torch_rows, head_gradient=mode), **options)
 
     def a_little_wrong(work):
         columns = torch_rows(work)
@@ -492,7 +501,7 @@ def test_a_backend_that_computes_something_else_is_refused(dtype, rule):
         return columns
 
     with pytest.raises(BadInput, match="differs from plain autograd by .*loss.backend=torch"):
-        check_computing(Computing(backend=a_little_wrong), **options)
+        check_backend(LossBackendOptions(backend=a_little_wrong), **options)
 
 
 def test_the_backend_is_chosen_by_the_device_and_can_be_forced(monkeypatch):
@@ -521,9 +530,9 @@ def test_both_ways_to_the_head_gradient_give_it(mode, dtype):
         dtype=dtype,
         anchored=77,
         rule=LogitRule(scale=0.5, softcap=5.0),
-        terms=Terms(label_smoothing=0.1, z_loss=1e-3),
+        terms=LossTerms(label_smoothing=0.1, z_loss=1e-3),
     )
-    computing = Computing(backend=torch_rows, chunk_bytes=32 * 4 * 101, head_gradient=mode)
+    computing = LossBackendOptions(backend=torch_rows, chunk_bytes=32 * 4 * 101, head_gradient=mode)
     value, _ = mixed_loss(
         inputs.hidden,
         inputs.head,

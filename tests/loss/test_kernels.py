@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bigmix.loss.fused import Computing, mixed_loss
-from bigmix.loss.requests import COLUMNS, LSE, OBJECTIVE, REFERENCE_LSE, ChunkWork, ReferenceWork
-from bigmix.loss.terms import LogitRule, LossTokens, Reference, Statistic, Terms
+from bigmix.loss.requests import COLUMNS, LSE, OBJECTIVE, REFERENCE_LSE, ChunkTask, ReferenceTask
+from bigmix.loss.terms import LogitRule, LossTerms, LossTokens, ReferenceStates, Statistic
 from bigmix.loss.torch_kernel import torch_rows
 
 triton = pytest.importorskip("triton")
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN, CAPPED = LogitRule(), LogitRule(scale=0.5, softcap=4.0)
-ALL_TERMS = Terms(label_smoothing=0.1, z_loss=1e-3, entropy=True)
+ALL_TERMS = LossTerms(label_smoothing=0.1, z_loss=1e-3, entropy=True)
 # The interpreter cuts fp32 to bf16 where a GPU rounds: errors up to a whole step instead of half of
 # one.
 ROUNDING = {
@@ -41,9 +41,9 @@ ASKED = {
     "scale": {"rule": LogitRule(scale=0.25)},
     "softcap": {"rule": LogitRule(softcap=3.0)},
     "bias, scale and softcap": {"bias": True, "rule": CAPPED},
-    "smoothing": {"terms": Terms(label_smoothing=0.2)},
-    "z-loss": {"terms": Terms(z_loss=1e-2)},
-    "entropy": {"terms": Terms(entropy=True)},
+    "smoothing": {"terms": LossTerms(label_smoothing=0.2)},
+    "z-loss": {"terms": LossTerms(z_loss=1e-2)},
+    "entropy": {"terms": LossTerms(entropy=True)},
     "reference": {"reference": PLAIN},
     "reference with a rule": {"reference": CAPPED},
     "all": {"bias": True, "rule": CAPPED, "terms": ALL_TERMS, "reference": LogitRule(softcap=3.0)},
@@ -87,16 +87,16 @@ def chunk(
         "narrow": outputs.view(torch.bfloat16)[:, :vocabulary] if dtype == torch.float32 else None,
         "none": None,
     }
-    return ChunkWork(
+    return ChunkTask(
         outputs_CV=outputs,
         gradient_CV=places[gradient],
         bias_V=normal(vocabulary) if bias else None,
         labels_C=torch.randint(vocabulary, (tokens,), generator=draw).to(DEVICE),
         coefficients_C=torch.rand(tokens, generator=draw).to(DEVICE),
         rule=rule,
-        terms=terms or Terms(),
+        terms=terms or LossTerms(),
         reference=reference
-        and ReferenceWork(
+        and ReferenceTask(
             outputs_CV=(normal(tokens, vocabulary) * spread).to(dtype),
             bias_V=normal(vocabulary).to(dtype) if bias else None,
             rule=reference,
@@ -215,14 +215,14 @@ def test_rows_may_lie_apart(block):
     work, expected = chunk(), chunk()
     wide[:, :1000] = work.outputs_CV
     part = wide[:, :1000]
-    strided = ChunkWork(
+    strided = ChunkTask(
         outputs_CV=part,
         gradient_CV=part,
         bias_V=None,
         labels_C=work.labels_C,
         coefficients_C=work.coefficients_C,
         rule=PLAIN,
-        terms=Terms(),
+        terms=LossTerms(),
         reference=None,
     )
     triton_rows(strided, block=block)
@@ -247,7 +247,7 @@ def test_extreme_logits_are_as_right_as_others(block):
 @pytest.mark.parametrize("block", [None, 128])
 def test_of_equal_logits_the_first_is_the_likeliest(block):
     for places in ([5, 133, 700], [700, 900], [130, 129, 3 * 128 + 1], range(0, 1000, 90)):
-        work = chunk(tokens=len(places), gradient="none", terms=Terms())
+        work = chunk(tokens=len(places), gradient="none", terms=LossTerms())
         work.outputs_CV[:, list(places)] = 100.0
         work.labels_C.copy_(torch.tensor(list(places)))
         hits = triton_rows(work, block=block)[:, 1 + Statistic.HITS]
@@ -310,7 +310,7 @@ def test_the_loss_is_the_same_by_both_backends():
         coefficients_N=torch.rand(24, generator=draw).to(DEVICE),
         num_groups=3,
     )
-    reference = Reference(
+    reference = ReferenceStates(
         hidden_KD=normal(10, 16),
         head_VD=normal(101, 16),
         bias_V=None,

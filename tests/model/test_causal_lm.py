@@ -13,11 +13,11 @@ from support.models import FAMILIES, VOCABULARY
 from support.ranks import run_on_ranks
 
 from bigmix.errors import BadInput
-from bigmix.loss.requests import Computing
-from bigmix.loss.terms import GroupSums, LogitRule, LossTokens, Terms
+from bigmix.loss.requests import LossBackendOptions
+from bigmix.loss.terms import GroupSums, LogitRule, LossTerms, LossTokens
 from bigmix.loss.torch_kernel import torch_rows
 from bigmix.model.causal_lm import (
-    MixedModel,
+    MixedLM,
     ModelTensors,
     build,
     choose_attention,
@@ -25,7 +25,7 @@ from bigmix.model.causal_lm import (
     max_positions,
     read_config,
 )
-from bigmix.model.checks import check_model
+from bigmix.model.checks import check_packing_isolation
 from bigmix.model.engine import sharded_construction
 from bigmix.model.flops import cost_of
 
@@ -39,8 +39,8 @@ def make(family, attention="eager", dtype="fp32", **changes):
         dtype=dtype,
         attention=attention,
         activation_checkpointing=False,
-        terms=Terms(),
-        computing=Computing(backend=torch_rows, chunk_bytes=1 << 16),
+        terms=LossTerms(),
+        computing=LossBackendOptions(backend=torch_rows, chunk_bytes=1 << 16),
         seed=0,
         construction=sharded_construction({}),
     )
@@ -48,7 +48,7 @@ def make(family, attention="eager", dtype="fp32", **changes):
 
 
 class Plain:
-    """What `check_model` asks of an engine, with no engine behind it."""
+    """What `check_packing_isolation` asks of an engine, with no engine behind it."""
 
     def __init__(self, model):
         self.module, self.forward, self.device = model, model, CPU
@@ -112,11 +112,11 @@ def test_the_loss_is_that_of_the_models_own_logits(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_sound_models_pass(family, dtype):
-    check_model(Plain(make(family, dtype=dtype)), VOCABULARY)
+    check_packing_isolation(Plain(make(family, dtype=dtype)), VOCABULARY)
 
 
 def test_a_model_that_looks_across_documents_is_refused():
-    class Leaking(MixedModel):
+    class Leaking(MixedLM):
         def hidden(self, ids_BT, positions_BT):
             return self.lm.base_model(
                 input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)
@@ -125,7 +125,7 @@ def test_a_model_that_looks_across_documents_is_refused():
     model = make("llama", "sdpa")
     model.__class__ = Leaking
     with pytest.raises(BadInput, match="looks across documents in a packed row"):
-        check_model(Plain(model), VOCABULARY)
+        check_packing_isolation(Plain(model), VOCABULARY)
 
 
 def test_logits_that_are_made_in_an_unknown_way_are_refused():
@@ -133,7 +133,7 @@ def test_logits_that_are_made_in_an_unknown_way_are_refused():
     head = model.lm.get_output_embeddings()
     head.settings = replace(head.settings, rule=LogitRule())
     with pytest.raises(BadInput, match="by its own logits"):
-        check_model(Plain(model), VOCABULARY)
+        check_packing_isolation(Plain(model), VOCABULARY)
 
 
 def test_choices_are_explained():

@@ -23,14 +23,14 @@ from bigmix.data.batch import assemble
 from bigmix.data.loader import step_batch
 from bigmix.data.mixture import Mixture
 from bigmix.data.packing import PADDING
-from bigmix.data.records import Portion
+from bigmix.data.records import RankRows
 from bigmix.data.run_plan import one_stage
-from bigmix.data.stream import Packer
-from bigmix.loss.requests import Computing
-from bigmix.loss.terms import GroupSums, Terms
+from bigmix.data.stream import PackingOptions
+from bigmix.loss.requests import LossBackendOptions
+from bigmix.loss.terms import GroupSums, LossTerms
 from bigmix.loss.torch_kernel import torch_rows
 from bigmix.model.causal_lm import build, read_config
-from bigmix.model.inputs import tensors
+from bigmix.model.inputs import to_device
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS, SEED = 3, 0
@@ -39,10 +39,10 @@ BF16 = 3e-2  # 8 bits of a number are 2 ** -8 = 0.4 % each time it is rounded
 # Not a multiple of what rows are padded to: each row has padding, and full rows of text a document
 # that is cut.
 PACKERS = {
-    "text": Packer(row_tokens=50, pad_to_multiple=16),
-    "whole": Packer(row_tokens=50, pad_to_multiple=16, whole_below=30),
-    "chat": Packer(row_tokens=50, pad_to_multiple=16),
-    "cut": Packer(row_tokens=50, pad_to_multiple=16, long_documents="truncate"),
+    "text": PackingOptions(row_tokens=50, pad_to_multiple=16),
+    "whole": PackingOptions(row_tokens=50, pad_to_multiple=16, whole_below=30),
+    "chat": PackingOptions(row_tokens=50, pad_to_multiple=16),
+    "cut": PackingOptions(row_tokens=50, pad_to_multiple=16, long_documents="truncate"),
 }
 # Families that have flex attention, with heads as wide as its kernel asks for.
 WIDE = {"llama": {"hidden_size": 64}, "qwen": {"hidden_size": 64}, "gemma": {"head_dim": 16}}
@@ -93,14 +93,14 @@ class Part:
         self.in_loss = np.arange(len(self.ids)) > 0
 
 
-def parts_of(plan, portion, step):
+def parts_of(plan, rank_rows, step):
     """Each micro-batch of a step with every part in a group of its own, beside these parts."""
-    places = plan.places(portion, step)
+    places = plan.places(rank_rows, step)
     streams = plan.streams
     rows = assemble([streams[name] for name in places.names], places)
     shards_P = np.repeat(places.shards_R, np.diff(rows.parts_R1))
     at = 0
-    for batch in step_batch(plan, portion, step).micro_batches:
+    for batch in step_batch(plan, rank_rows, step).micro_batches:
         parts = []
         for index in range(len(batch.starts_P)):
             part = Part(plan, batch, index, rows.documents_P[at])
@@ -119,8 +119,8 @@ def parts_of(plan, portion, step):
 
 
 def batches(plan, micro_batch_rows):
-    portion = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=micro_batch_rows)
-    return [pair for step in range(1, STEPS + 1) for pair in parts_of(plan, portion, step)]
+    rank_rows = RankRows(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=micro_batch_rows)
+    return [pair for step in range(1, STEPS + 1) for pair in parts_of(plan, rank_rows, step)]
 
 
 def make(family, attention, dtype="fp32", **changes):
@@ -133,8 +133,8 @@ def make(family, attention, dtype="fp32", **changes):
         dtype=dtype,
         attention=built,
         activation_checkpointing=False,
-        terms=Terms(),
-        computing=Computing(backend=torch_rows, chunk_bytes=1 << 14),
+        terms=LossTerms(),
+        computing=LossBackendOptions(backend=torch_rows, chunk_bytes=1 << 14),
         seed=1,
         construction=torch.device("cpu"),
     )
@@ -150,7 +150,7 @@ def gradient_of(model):
 
 def forward(model, batch, parts):
     coefficients = [COEFFICIENTS[part.source] for part in parts]
-    value, sums_GM = model(tensors(batch, coefficients, DEVICE))
+    value, sums_GM = model(to_device(batch, coefficients, DEVICE))
     return value, GroupSums.of(sums_GM).nll_G.tolist()
 
 
@@ -193,7 +193,7 @@ def test_the_rows_hold_all_that_is_claimed(plan):
     """Without documents that are cut, padding, masks and short documents the tests below would
     prove less.
     """
-    portion = Portion(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=4)
+    rank_rows = RankRows(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=4)
     parts = [part for _, parts in batches(plan, 4) for part in parts]
     documents = [part for part in parts if not part.is_padding]
     for name in PACKERS:
@@ -206,7 +206,7 @@ def test_the_rows_hold_all_that_is_claimed(plan):
     ends = {(row.id.shard, row.id.row, int(row.documents_P[-1])) for row in rows}
     assert any((r.id.shard, r.id.row - 1, int(r.documents_P[0])) in ends for r in rows)
     assert all(int(row.positions_T[0]) == 0 and len(row.ids_T) == 64 for row in rows)
-    assert step_batch(plan, portion, 1).micro_batches[0].ids_BT.shape == (4, 64)
+    assert step_batch(plan, rank_rows, 1).micro_batches[0].ids_BT.shape == (4, 64)
 
 
 @pytest.mark.parametrize("micro_batch_rows", [1, 4])

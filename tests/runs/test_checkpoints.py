@@ -14,7 +14,7 @@ from support.ranks import environment, run_on_ranks
 from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.world import World
 from bigmix.runs.checkpoints import folders, other_versions, prune, put_aside
-from bigmix.runs.resume import newest_whole
+from bigmix.runs.resume import newest_complete
 
 ONE = Cluster(World(rank=0, local_rank=0, size=1, local_size=1))
 WHOLE_PARAMETERS = {"stage": 3, "stage3_param_persistence_threshold": 100}
@@ -182,7 +182,7 @@ def flip_a_byte(path):
 )
 def test_a_torn_checkpoint_is_named_and_passed_over(three_checkpoints, spoil, said):
     spoil(three_checkpoints / "step-000006")
-    found = newest_whole(three_checkpoints, ONE)
+    found = newest_complete(three_checkpoints, ONE)
     assert found.listed.path.name == "step-000005" and found.listed.position.step == 5
     if said is None:
         assert found.torn == ()
@@ -191,15 +191,15 @@ def test_a_torn_checkpoint_is_named_and_passed_over(three_checkpoints, spoil, sa
         assert "step-000006" in found.torn[0] and said in found.torn[0]
         (aside,) = put_aside(three_checkpoints, after_step=5)
         assert aside.name == "aside-step-000006"
-    assert newest_whole(three_checkpoints, ONE).torn == ()
+    assert newest_complete(three_checkpoints, ONE).torn == ()
 
 
 def test_no_whole_checkpoint_is_none(three_checkpoints):
     for path in folders(three_checkpoints):
         flip_a_byte(path / "state-00000.safetensors")
-    found = newest_whole(three_checkpoints, ONE)
+    found = newest_complete(three_checkpoints, ONE)
     assert found.listed is None and len(found.torn) == 3
-    assert newest_whole(three_checkpoints / "nowhere", ONE).listed is None
+    assert newest_complete(three_checkpoints / "nowhere", ONE).listed is None
 
 
 def test_another_version_of_the_format_is_refused(three_checkpoints):

@@ -18,11 +18,11 @@ from bigmix.data.shards.manifest import (
 from bigmix.data.shards.prefetch import Ahead
 from bigmix.data.shards.retry import Retry
 from bigmix.data.shards.shard import ShardWriter, with_lengths
-from bigmix.data.source import Depot, Reading, read_source
-from bigmix.data.stream import Packer, Stream
+from bigmix.data.source import RemoteReadOptions, ShardStore, read_source
+from bigmix.data.stream import PackingOptions, Stream
 from bigmix.text.chat_template import PLAIN_SHA256
 
-READING = Reading(
+READING = RemoteReadOptions(
     folder=Path(tempfile.gettempdir()) / "bigmix-test-cache",
     max_bytes=1 << 30,
     retry=Retry(tries=3, first_wait_s=0.01, timeout_s=2.0),
@@ -76,9 +76,9 @@ def write_source(
     return folder
 
 
-def open_stream(name: str, path: str, packer: Packer, seed: int = 0) -> Stream:
+def open_stream(name: str, path: str, packing: PackingOptions, seed: int = 0) -> Stream:
     """The rows of a prepared source."""
-    return Depot(READING).stream(name, read_source(path), packer, seed=seed)
+    return ShardStore(READING).stream(name, read_source(path), packing, seed=seed)
 
 
 WORDS = [

@@ -20,18 +20,20 @@ from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.world import World, world_of
 from bigmix.model.engine import join
 from bigmix.runs.checkpoints import Position
-from bigmix.runs.resume import newest_whole
-from bigmix.runs.saver import Keeping, Saver
-from bigmix.runs.state_file import MOMENTS, FlatState, Piece
+from bigmix.runs.resume import newest_complete
+from bigmix.runs.saver import RetentionPolicy, Saver
+from bigmix.runs.state_file import MOMENTS, FlatState, ParameterPiece
 
 ONE = Cluster(World(rank=0, local_rank=0, size=1, local_size=1))
 
 
 def save_for_ever(folder, cluster):
     """Saves states of 6 MB a rank without end; whoever started this kills it."""
-    saver = Saver(folder, cluster, Keeping(newest=2), in_background=True, tell=sys.stderr.write)
+    saver = Saver(
+        folder, cluster, RetentionPolicy(newest=2), in_background=True, tell=sys.stderr.write
+    )
     size, rank = 500_000, cluster.world.rank
-    pieces = (Piece(name="weight", start=rank * size, count=size, offset=0),)
+    pieces = (ParameterPiece(name="weight", start=rank * size, count=size, offset=0),)
     for step in range(1, 1 << 30):
         moments = {key: torch.full((size,), float(step)) for key in MOMENTS}
         flat = FlatState(pieces=pieces, weights=torch.zeros(size), moments=moments, step=step)
@@ -61,7 +63,7 @@ def kill_once(folder, draw, everybody):
         time.sleep(0 if everybody else 0.02)
     for child in ranks:
         os.waitpid(child, 0)
-    found = newest_whole(folder, ONE)
+    found = newest_complete(folder, ONE)
     return {
         "torn": found.torn,
         "newest": found.listed.position.step if found.listed else None,

@@ -5,7 +5,7 @@ from dataclasses import replace
 from support.corpora import write_source
 
 from bigmix.data.loader import step_batch
-from bigmix.data.records import Portion
+from bigmix.data.records import RankRows
 from bigmix.recipe import load_recipe, plain
 from bigmix.runs.checkpoints import Position
 from bigmix.train.inputs import open_inputs
@@ -47,9 +47,9 @@ def opened(*overrides):
 
 def position(recipe, inputs, step=AT):
     tokens = dict.fromkeys(recipe.sources, 0)
-    portion = Portion(rank=0, ranks=1, rows_per_step=recipe.rows_per_step, micro_batch_rows=2)
+    rank_rows = RankRows(rank=0, ranks=1, rows_per_step=recipe.rows_per_step, micro_batch_rows=2)
     for k in range(inputs.plan.chapter.after + 1, step + 1):
-        for name, count in step_batch(inputs.plan, portion, k).tokens.items():
+        for name, count in step_batch(inputs.plan, rank_rows, k).tokens.items():
             tokens[name] += count
     for name, count in inputs.plan.chapter.tokens.items():
         tokens[name] = tokens.get(name, 0) + count

@@ -14,7 +14,7 @@ from bigmix.commands.main import main
 from bigmix.errors import BadInput
 from bigmix.evaluation.inputs import open_held_out
 from bigmix.recipe import load_recipe
-from bigmix.train.inputs import open_inputs, what_it_follows_from
+from bigmix.train.inputs import baseline_cache_key, open_inputs
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_tasks_are_asked_alike_in_a_run_and_in_an_evaluation(world):
 def test_what_is_found_before_the_first_step_follows_from_the_template_of_tasks(world):
     one, other = opened(), opened("sources.chat.held_out=null", "held_out={chat: held}")
     recipe = load_recipe("recipe.yaml")
-    assert what_it_follows_from(recipe, one, 2) == what_it_follows_from(recipe, other, 2)
+    assert baseline_cache_key(recipe, one, 2) == baseline_cache_key(recipe, other, 2)
     text = opened("sources={web: {path: web, role: task, share: 1, held_out: web}}")
     with_chat, without = (replace(inputs, held_out={}) for inputs in (one, text))
-    assert what_it_follows_from(recipe, with_chat, 2) != what_it_follows_from(recipe, without, 2)
+    assert baseline_cache_key(recipe, with_chat, 2) != baseline_cache_key(recipe, without, 2)

@@ -19,7 +19,7 @@ _PASSED_BY = {"checkpoints", EXPORT, "tensorboard", "log", "samples"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class ResultFolder:
     """A folder of results.
 
     `is_named` says that it was given itself, and not found in a folder that was given.
@@ -29,15 +29,15 @@ class Place:
     is_named: bool
 
 
-def find_places(given: Sequence[Path]) -> list[Place]:
+def find_result_folders(given: Sequence[Path]) -> list[ResultFolder]:
     """Each folder given, or in place of one that holds no results itself all those in it, however
     deep, in order.
     """
-    places: list[Place] = []
+    places: list[ResultFolder] = []
     for folder in given:
         inside = [] if _is_result(folder) else list(_inside(folder))
-        places += [Place(folder=path, is_named=False) for path in inside] or [
-            Place(folder=folder, is_named=True)
+        places += [ResultFolder(folder=path, is_named=False) for path in inside] or [
+            ResultFolder(folder=folder, is_named=True)
         ]
     return places
 
@@ -82,7 +82,7 @@ SAMPLES = "samples"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
+class TaskSample:
     """One example of a task: what was asked, what would be right, what came out, and its scores by
     name.
     """
@@ -93,7 +93,7 @@ class Sample:
     scores: Mapping[str, float]
 
 
-def read_samples(folder: Path, step: int) -> dict[str, list[Sample]]:
+def read_samples(folder: Path, step: int) -> dict[str, list[TaskSample]]:
     """The samples of each task at a step; a task without any is absent."""
     return {
         path.parent.name: _read(path)
@@ -101,14 +101,14 @@ def read_samples(folder: Path, step: int) -> dict[str, list[Sample]]:
     }
 
 
-def _read(path: Path) -> list[Sample]:
+def _read(path: Path) -> list[TaskSample]:
     samples = []
     # Not splitlines, which also divides at line ends that stand inside of a text.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, raw in enumerate(lines[:-1], start=1):
         try:
             line = json.loads(raw)
-            sample = Sample(
+            sample = TaskSample(
                 prompt=str(line["prompt"]),
                 references=[str(text) for text in line["references"]],
                 outputs=[str(text) for text in line["outputs"]],

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigmix.commands.compare.law import Fit, fit_source
-from bigmix.commands.compare.measures import FORGETTING, LOSS, Estimate
-from bigmix.commands.compare.points import Arrangement, Point, arrange, points_of
-from bigmix.commands.compare.read import BASE, Found, Run
+from bigmix.commands.compare.measures import FORGETTING, LOSS, MeasuredValue
+from bigmix.commands.compare.points import Arrangement, RunPoint, arrange, points_of
+from bigmix.commands.compare.read import BASE, FinishedRun, ReadRun
 
 SAME_BASE = 1e-3  # relative difference of step-0 losses: kernels and numbers of GPUs differ by less
 SAME_TOKENS = 0.02  # relative difference of task tokens; the last step is not cut to the token
@@ -29,12 +29,12 @@ class Comparison:
     `detail` is a further one, or empty.
     """
 
-    runs: Sequence[Run]
-    points: Sequence[Point]
+    runs: Sequence[FinishedRun]
+    points: Sequence[RunPoint]
     arrangement: Arrangement
     roles: Mapping[str, str]
-    base: Mapping[str, Mapping[str, Estimate]]
-    base_tasks: Mapping[str, Mapping[str, Estimate]]
+    base: Mapping[str, Mapping[str, MeasuredValue]]
+    base_tasks: Mapping[str, Mapping[str, MeasuredValue]]
     scores: Mapping[str, Sequence[str]]
     judged: str | None
     fits: Mapping[str, Fit | str]
@@ -64,11 +64,11 @@ class Summary:
     unknown_letters: str
 
 
-def judge(found: Found) -> Comparison:
+def judge(found: ReadRun) -> Comparison:
     """Put the runs side by side; the first run that evaluated a source gives that source's base."""
     runs = found.runs
-    base: dict[str, Mapping[str, Estimate]] = {}
-    base_tasks: dict[str, Mapping[str, Estimate]] = {}
+    base: dict[str, Mapping[str, MeasuredValue]] = {}
+    base_tasks: dict[str, Mapping[str, MeasuredValue]] = {}
     for run in runs:
         base = {**run.first.sources, **base}
         base_tasks = {**run.first.tasks, **base_tasks}
@@ -93,7 +93,7 @@ def judge(found: Found) -> Comparison:
     )
 
 
-def lost(point: Point, source: str) -> float | None:
+def lost(point: RunPoint, source: str) -> float | None:
     """Held-out loss after training minus before it, in nats/token, mean over seeds; above 0
     knowledge was lost.
     """
@@ -101,7 +101,7 @@ def lost(point: Point, source: str) -> float | None:
     return None if spread is None else spread.mean
 
 
-def gained(point: Point, source: str) -> float | None:
+def gained(point: RunPoint, source: str) -> float | None:
     """Held-out loss before training minus after it, in nats/token, mean over seeds; above 0 the
     model learned.
     """
@@ -109,7 +109,7 @@ def gained(point: Point, source: str) -> float | None:
     return None if value is None else 0.0 - value
 
 
-def _roles(runs: Sequence[Run], base: Mapping[str, object]) -> dict[str, str]:
+def _roles(runs: Sequence[FinishedRun], base: Mapping[str, object]) -> dict[str, str]:
     """Task sources first.
 
     A source that is only evaluated is replay, unless some run trains it as a task.
@@ -119,7 +119,7 @@ def _roles(runs: Sequence[Run], base: Mapping[str, object]) -> dict[str, str]:
     return {name: "task" if name in tasks else "replay" for name in ordered}
 
 
-def _scores(runs: Sequence[Run]) -> dict[str, list[str]]:
+def _scores(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
     found: dict[str, dict[str, None]] = {}
     for run in runs:
         for task, scores in run.final.tasks.items():
@@ -127,7 +127,7 @@ def _scores(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {task: list(scores) for task, scores in found.items()}
 
 
-def _judged(points: Sequence[Point], replays: Sequence[str]) -> str | None:
+def _judged(points: Sequence[RunPoint], replays: Sequence[str]) -> str | None:
     """What the points replay comes before what they only keep by kinship; of those, what one-way
     training lost most of.
     """
@@ -138,7 +138,7 @@ def _judged(points: Sequence[Point], replays: Sequence[str]) -> str | None:
 
 
 def _say(
-    points: Sequence[Point], arrangement: Arrangement, roles: Mapping[str, str]
+    points: Sequence[RunPoint], arrangement: Arrangement, roles: Mapping[str, str]
 ) -> tuple[str, str]:
     """The first one-way and the first two-way point, those of the main line before others: nothing
     is picked by its result.
@@ -165,7 +165,7 @@ def _say(
     return f"{kept}{_task_clause(one, two, tasks)}.", detail
 
 
-def _over_shares(main: Sequence[Point], source: str, tasks: Sequence[str]) -> str:
+def _over_shares(main: Sequence[RunPoint], source: str, tasks: Sequence[str]) -> str:
     """The smallest and the largest share of replay, against none."""
     one, least, most = main[0], main[1], main[-1]
     values = [lost(point, source) or 0.0 for point in (one, least, most)]
@@ -182,7 +182,7 @@ def _over_shares(main: Sequence[Point], source: str, tasks: Sequence[str]) -> st
     )
 
 
-def _seeds(points: Sequence[Point]) -> str:
+def _seeds(points: Sequence[RunPoint]) -> str:
     counts = [len(point.runs) for point in points]
     shown = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
     runs = sum(counts)
@@ -198,11 +198,11 @@ def percent(share: float | None) -> str:
     return "an unknown share" if share is None else f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
 
 
-def _evaluated(source: str, *points: Point) -> bool:
+def _evaluated(source: str, *points: RunPoint) -> bool:
     return all(lost(point, source) is not None for point in points)
 
 
-def _alone(point: Point, replays: Sequence[str], tasks: Sequence[str]) -> str:
+def _alone(point: RunPoint, replays: Sequence[str], tasks: Sequence[str]) -> str:
     forgot = {name: value for name in replays if (value := lost(point, name)) is not None}
     learned = {name: value for name in tasks if (value := gained(point, name)) is not None}
     words = [f"forgot {value:.2f} nats/token on `{name}`" for name, value in forgot.items()]
@@ -213,7 +213,7 @@ def _alone(point: Point, replays: Sequence[str], tasks: Sequence[str]) -> str:
     return f"{start}; no {other} run was given to compare it with."
 
 
-def _kept(one: Point, two: Point, source: str, *, named: bool) -> str:
+def _kept(one: RunPoint, two: RunPoint, source: str, *, named: bool) -> str:
     lost_one, lost_two = lost(one, source) or 0.0, lost(two, source) or 0.0
     ones = f"one-way training ({one.name})" if named else "one-way training"
     twos = f"Two-way training ({two.name})" if named else "Two-way training"
@@ -229,7 +229,7 @@ def _kept(one: Point, two: Point, source: str, *, named: bool) -> str:
     return f"{twos} kept {kept} % of what {ones} lost on `{source}` {numbers}"
 
 
-def _is_lost(point: Point, source: str) -> bool:
+def _is_lost(point: RunPoint, source: str) -> bool:
     """Whether more was forgotten than is told, beyond doubt: by its interval, or with each of
     several seeds.
     """
@@ -240,7 +240,7 @@ def _is_lost(point: Point, source: str) -> bool:
     return doubt is None or doubt > 0
 
 
-def _task_clause(one: Point, two: Point, tasks: Sequence[str]) -> str:
+def _task_clause(one: RunPoint, two: RunPoint, tasks: Sequence[str]) -> str:
     losses = {
         task: (ones.mean, twos.mean)
         for task in tasks
@@ -263,7 +263,7 @@ def _task_words(one: float, two: float, *, on: str) -> str:
     return f"{word} task loss{on} ({two:.2f} against {one:.2f})"
 
 
-def _mean_sentence(one: Point, two: Point, sources: Sequence[str]) -> str:
+def _mean_sentence(one: RunPoint, two: RunPoint, sources: Sequence[str]) -> str:
     means = [sum(lost(point, s) or 0.0 for s in sources) / len(sources) for point in (two, one)]
     return (
         f"Over all {len(sources)} replay sources the mean forgetting is "
@@ -272,7 +272,7 @@ def _mean_sentence(one: Point, two: Point, sources: Sequence[str]) -> str:
 
 
 def _warnings(
-    found: Found, base: Mapping[str, Mapping[str, Estimate]], points: Sequence[Point]
+    found: ReadRun, base: Mapping[str, Mapping[str, MeasuredValue]], points: Sequence[RunPoint]
 ) -> Iterator[str]:
     if found.left_out:
         yield (
@@ -297,7 +297,7 @@ def _warnings(
 
 
 def _other_start(
-    run: Run, runs: Sequence[Run], base: Mapping[str, Mapping[str, Estimate]]
+    run: FinishedRun, runs: Sequence[FinishedRun], base: Mapping[str, Mapping[str, MeasuredValue]]
 ) -> Iterator[str]:
     """A run that was evaluated on other data than the first one that was, or began as another
     model.
@@ -319,9 +319,9 @@ def _other_start(
             )
 
 
-def _repeated(points: Sequence[Point]) -> Iterator[str]:
+def _repeated(points: Sequence[RunPoint]) -> Iterator[str]:
     """Points of the same settings: the runs of the later one repeat seeds of the first."""
-    firsts: dict[tuple[tuple[str, str], ...], Point] = {}
+    firsts: dict[tuple[tuple[str, str], ...], RunPoint] = {}
     for point in points:
         first = firsts.setdefault(tuple(point.settings.items()), point)
         if first is not point:
@@ -331,7 +331,7 @@ def _repeated(points: Sequence[Point]) -> Iterator[str]:
             )
 
 
-def _unequal_tokens(runs: Sequence[Run]) -> Iterator[str]:
+def _unequal_tokens(runs: Sequence[FinishedRun]) -> Iterator[str]:
     """Runs of which the recipe fixes all tokens have fewer of the task by design."""
     tokens = {
         run.name: run.task_tokens

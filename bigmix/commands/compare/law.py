@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigmix.commands.compare.measures import FORGETTING, Spread
-from bigmix.commands.compare.points import Point
+from bigmix.commands.compare.points import RunPoint
 
 # Relative spread below which no point counts as better known: a tiny spread of three seeds is
 # chance.
@@ -77,7 +77,7 @@ class Fit:
     passed_over: Sequence[float]
 
 
-def fit_source(points: Sequence[Point], source: str) -> Fit | str:
+def fit_source(points: Sequence[RunPoint], source: str) -> Fit | str:
     """The law over the points of a line, or a sentence that says why there is none."""
     known = [
         (point.share, spread)

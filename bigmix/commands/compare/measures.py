@@ -33,7 +33,7 @@ _T_975 = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
+class MeasuredValue:
     """A value and the ends of its 95 % interval, where that is known."""
 
     value: float
@@ -89,7 +89,7 @@ SOURCE_MEASURES = (
 _READ = tuple(m.key for m in SOURCE_MEASURES if m.key not in (FORGETTING, GAIN))
 
 
-def spread_of(estimates: Sequence[Estimate]) -> Spread:
+def spread_of(estimates: Sequence[MeasuredValue]) -> Spread:
     """The same measure of one or more runs that differ in their seed alone."""
     values = [estimate.value for estimate in estimates]
     if len(values) == 1:
@@ -100,7 +100,7 @@ def spread_of(estimates: Sequence[Estimate]) -> Spread:
     return Spread(mean=mean, deviation=deviation, low=mean - half, high=mean + half, values=values)
 
 
-def sources_of(line: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
+def sources_of(line: Mapping[str, Any]) -> dict[str, dict[str, MeasuredValue]]:
     """The measures of each source in a line of an evaluation, by source and measure."""
     prefix = f"{LOSS}/"
     names = [key.removeprefix(prefix) for key in line if key.startswith(prefix)]
@@ -129,22 +129,22 @@ def sizes_of(line: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _of_source(line: Mapping[str, Any], name: str) -> dict[str, Estimate]:
+def _of_source(line: Mapping[str, Any], name: str) -> dict[str, MeasuredValue]:
     found = {}
     for key in _READ:
         stem = "held_out" if key == LOSS else key
         if (value := line.get(f"{key}/{name}")) is not None:
             low, high = line.get(f"{stem}_low/{name}"), line.get(f"{stem}_high/{name}")
-            found[key] = Estimate(value=value, low=low, high=high)
+            found[key] = MeasuredValue(value=value, low=low, high=high)
     if "perplexity" not in found:
         found["perplexity"] = _perplexity(found[LOSS])
     return found
 
 
-def _perplexity(loss: Estimate) -> Estimate:
+def _perplexity(loss: MeasuredValue) -> MeasuredValue:
     ends = loss.interval or (None, None)
     low, high = (None if end is None else _exp(end) for end in ends)
-    return Estimate(value=_exp(loss.value), low=low, high=high)
+    return MeasuredValue(value=_exp(loss.value), low=low, high=high)
 
 
 def _exp(loss: float) -> float:
@@ -152,14 +152,14 @@ def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def forgotten(line: Mapping[str, Any], name: str, *, before: float) -> dict[str, Estimate]:
+def forgotten(line: Mapping[str, Any], name: str, *, before: float) -> dict[str, MeasuredValue]:
     """What a source lost since the loss `before`, and the same as a gain."""
     lost = line[f"{LOSS}/{name}"] - before
     low, high = line.get(f"forgetting_low/{name}"), line.get(f"forgetting_high/{name}")
     return {
-        FORGETTING: Estimate(value=lost, low=low, high=high),
+        FORGETTING: MeasuredValue(value=lost, low=low, high=high),
         # 0.0 - 0.0 is 0.0, where -0.0 would print a sign.
-        GAIN: Estimate(
+        GAIN: MeasuredValue(
             value=0.0 - lost,
             low=None if high is None else 0.0 - high,
             high=None if low is None else 0.0 - low,
@@ -167,17 +167,17 @@ def forgotten(line: Mapping[str, Any], name: str, *, before: float) -> dict[str,
     }
 
 
-def tasks_of(line: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
+def tasks_of(line: Mapping[str, Any]) -> dict[str, dict[str, MeasuredValue]]:
     """The scores of each task in a line of an evaluation, by task and score; all are fractions,
     higher is better.
     """
-    found: dict[str, dict[str, Estimate]] = {}
+    found: dict[str, dict[str, MeasuredValue]] = {}
     for key, value in line.items():
         prefix, _, rest = key.partition("/")
         if prefix == "task" and value is not None:
             name, _, score = rest.rpartition("/")
             low, high = line.get(f"task_low/{rest}"), line.get(f"task_high/{rest}")
-            found.setdefault(name, {})[score] = Estimate(value=value, low=low, high=high)
+            found.setdefault(name, {})[score] = MeasuredValue(value=value, low=low, high=high)
     return found
 
 

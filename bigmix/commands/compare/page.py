@@ -29,8 +29,8 @@ from bigmix.commands.compare.sections import (
 )
 from bigmix.commands.compare.tables import (
     NOTE,
-    Row,
-    Table,
+    MeasureRow,
+    MeasureTable,
     cells_of,
     has_shares,
     heads_of,
@@ -154,7 +154,7 @@ def _law(comparison: Comparison, pictures: Pictures) -> Iterator[str]:
             yield wide(f"The law of {source}", plain_table([escape(source), *LAW_HEADS], rows))
 
 
-def _result(table: Table, comparison: Comparison, styles: Mapping[str, Style]) -> str:
+def _result(table: MeasureTable, comparison: Comparison, styles: Mapping[str, Style]) -> str:
     with_share = has_shares(comparison)
     heads = [escape(head) for head in heads_of(table, with_share=with_share)]
     first = f"{escape(table.name)}<small>{escape(table.role)}</small>"
@@ -173,7 +173,7 @@ def _result(table: Table, comparison: Comparison, styles: Mapping[str, Style]) -
     )
 
 
-def _result_row(row: Row, styles: Mapping[str, Style], *, with_share: bool) -> str:
+def _result_row(row: MeasureRow, styles: Mapping[str, Style], *, with_share: bool) -> str:
     moods = {-1: " bad", 0: "", 1: " good"}
     cells = "".join(
         f'<td class="number{moods[cell.sign]}"><span>{escape(cell.value)}</span>'

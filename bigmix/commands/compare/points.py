@@ -8,30 +8,37 @@ from dataclasses import dataclass
 from itertools import chain, count, takewhile
 from pathlib import Path
 
-from bigmix.commands.compare.measures import Estimate, Spread, spread_of
-from bigmix.commands.compare.read import BASE, SEED_FOLDER, Evaluation, Kind, Run, names_of
+from bigmix.commands.compare.measures import MeasuredValue, Spread, spread_of
+from bigmix.commands.compare.read import (
+    BASE,
+    SEED_FOLDER,
+    Evaluation,
+    FinishedRun,
+    RunKind,
+    names_of,
+)
 
 _OF_NO_POINT = {"seed", "output"}  # what may differ between the runs of a point
 EVALUATED_MODEL = (  # stands among the settings of a model that was evaluated outside of a run
     "evaluated model"
 )
 
-Settings = Mapping[str, str]
+PointSettings = Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
+class RunPoint:
     """The runs of one recipe.
 
     `share` is replay's part of the rows, 0 for one-way, None where it is not known.
     """
 
     name: str
-    runs: Sequence[Run]
-    settings: Settings
+    runs: Sequence[FinishedRun]
+    settings: PointSettings
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> RunKind:
         """Whether replay was trained."""
         return self.runs[0].kind
 
@@ -69,7 +76,7 @@ class Point:
         return found if final in found else [*found, final]
 
 
-def _spread(found: Sequence[Estimate | None]) -> Spread | None:
+def _spread(found: Sequence[MeasuredValue | None]) -> Spread | None:
     known = [estimate for estimate in found if estimate is not None]
     return spread_of(known) if known and len(known) == len(found) else None
 
@@ -82,7 +89,7 @@ class ShareLine:
     """
 
     name: str
-    points: Sequence[Point]
+    points: Sequence[RunPoint]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,26 +99,26 @@ class Arrangement:
     """
 
     lines: Sequence[ShareLine]
-    remedies: Sequence[Point]
+    remedies: Sequence[RunPoint]
 
     @property
-    def main(self) -> Sequence[Point]:
+    def main(self) -> Sequence[RunPoint]:
         """The points of the first line."""
         return self.lines[0].points
 
     @property
-    def ordered(self) -> list[Point]:
+    def ordered(self) -> list[RunPoint]:
         """All points: those of the lines, by share, then the others."""
         return [*(point for line in self.lines for point in line.points), *self.remedies]
 
 
-def points_of(runs: Sequence[Run]) -> list[Point]:
+def points_of(runs: Sequence[FinishedRun]) -> list[RunPoint]:
     """Runs put together where their recipes differ in seed and output alone, in the order given.
 
     One that repeats recipe and seed of another is a point of its own: its numbers say nothing about
     other seeds.
     """
-    grouped: dict[tuple[frozenset[tuple[str, str]], int], list[Run]] = {}
+    grouped: dict[tuple[frozenset[tuple[str, str]], int], list[FinishedRun]] = {}
     seen: Counter[tuple[frozenset[tuple[str, str]], int]] = Counter()
     for run in runs:
         settings = frozenset(_settings(run).items())
@@ -119,19 +126,19 @@ def points_of(runs: Sequence[Run]) -> list[Point]:
         seen[settings, run.seed] += 1
     names = _point_names(list(grouped.values()))
     return [
-        Point(name=name, runs=group, settings=dict(sorted(settings)))
+        RunPoint(name=name, runs=group, settings=dict(sorted(settings)))
         for name, ((settings, _), group) in zip(names, grouped.items(), strict=True)
     ]
 
 
-def _settings(run: Run) -> dict[str, str]:
+def _settings(run: FinishedRun) -> dict[str, str]:
     settings = {key: value for key, value in run.settings.items() if key not in _OF_NO_POINT}
     if run.model is not None:
         settings[EVALUATED_MODEL] = SEED_FOLDER.sub("seed-*", run.model)
     return settings
 
 
-def _point_names(groups: Sequence[Sequence[Run]]) -> list[str]:
+def _point_names(groups: Sequence[Sequence[FinishedRun]]) -> list[str]:
     """By the folder that they have in common but for their seeds, or by what their names begin
     with; each name once.
     """
@@ -162,14 +169,14 @@ def _beginning(names: Sequence[str]) -> str:
     return "".join(letters[0] for letters in alike).rstrip("-_./ ")
 
 
-def arrange(points: Sequence[Point]) -> Arrangement:
+def arrange(points: Sequence[RunPoint]) -> Arrangement:
     """Which points differ in replay's share alone.
 
     A line has two shares above 0, or it is the first one.
     """
     rests = [_without_replay(point) for point in points]
     mixes = [_mix(point) for point in points]
-    groups: dict[tuple[str, str], list[Point]] = {}
+    groups: dict[tuple[str, str], list[RunPoint]] = {}
     for point, rest, mix in zip(points, rests, mixes, strict=True):
         if point.kind == "two-way":
             groups.setdefault((rest, mix), []).append(point)
@@ -202,11 +209,11 @@ def _named(line: ShareLine, main: ShareLine) -> ShareLine:
     return ShareLine(name=", ".join(words), points=line.points)
 
 
-def _replays(point: Point) -> list[str]:
+def _replays(point: RunPoint) -> list[str]:
     return [name for name, source in point.runs[0].sources.items() if source.role == "replay"]
 
 
-def _without_replay(point: Point) -> str:
+def _without_replay(point: RunPoint) -> str:
     """All settings but those of replay and of what is only evaluated, as a text to be compared."""
     ours = tuple(f"sources.{name}." for name in _replays(point))
     kept = [
@@ -218,7 +225,7 @@ def _without_replay(point: Point) -> str:
     return "\n".join(kept)
 
 
-def _mix(point: Point) -> str:
+def _mix(point: RunPoint) -> str:
     """The settings of replay but a share that is one number, as a text to be compared."""
     kept = []
     for name in _replays(point):

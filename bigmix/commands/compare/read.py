@@ -16,14 +16,14 @@ from bigmix.commands.compare.folders import (
     EVALUATION,
     EXPORT,
     RECIPE,
-    Place,
-    Sample,
-    find_places,
+    ResultFolder,
+    TaskSample,
+    find_result_folders,
     read_samples,
 )
 from bigmix.commands.compare.measures import (
     LOSS,
-    Estimate,
+    MeasuredValue,
     diverged_in,
     examples_of,
     forgotten,
@@ -40,7 +40,7 @@ SEED_FOLDER = re.compile(r"seed-\d+")  # where a sweep puts the runs of a point
 # the token.
 WHOLE_AT = 0.95
 
-Kind = Literal["one-way", "two-way"]
+RunKind = Literal["one-way", "two-way"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,15 +78,15 @@ class Evaluation:
 
     step: int
     task_tokens: int | None
-    sources: Mapping[str, Mapping[str, Estimate]]
-    tasks: Mapping[str, Mapping[str, Estimate]]
+    sources: Mapping[str, Mapping[str, MeasuredValue]]
+    tasks: Mapping[str, Mapping[str, MeasuredValue]]
     examples: Mapping[str, int]
     diverged: Sequence[str] = ()
     sizes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class FinishedRun:
     """One run, or one model evaluated outside of a run, as its folder tells it.
 
     `settings` are the leaves of its recipe by dotted key, `model` is what was evaluated outside of
@@ -96,7 +96,7 @@ class Run:
 
     name: str
     folder: Path
-    kind: Kind
+    kind: RunKind
     seed: int
     steps: int
     sources: Mapping[str, TrainedSource]
@@ -107,7 +107,7 @@ class Run:
     settings: Mapping[str, str]
     model: str | None
     command: str
-    samples: Mapping[int, Mapping[str, Sequence[Sample]]]
+    samples: Mapping[int, Mapping[str, Sequence[TaskSample]]]
 
     @property
     def first(self) -> Evaluation:
@@ -136,14 +136,14 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class ReadRun:
     """The runs that were read, and why others, which were not named one by one, were left out."""
 
-    runs: Sequence[Run]
+    runs: Sequence[FinishedRun]
     left_out: Sequence[str]
 
 
-def read_runs(given: Sequence[Path]) -> Found:
+def read_runs(given: Sequence[Path]) -> ReadRun:
     """Read every run; raises BadInput with the faults of all that were named.
 
     A run that was only found in a folder, such as one of a sweep that is not through, is left out
@@ -153,8 +153,8 @@ def read_runs(given: Sequence[Path]) -> Found:
         raise BadInput("no run was given, one or more are needed; name the output folders of runs")
     faults: list[str] = []
     left_out: list[str] = []
-    runs: list[Run] = []
-    places = find_places(given)
+    runs: list[FinishedRun] = []
+    places = find_result_folders(given)
     for place, name in zip(places, names_of([p.folder for p in places]), strict=True):
         try:
             runs.append(_read_place(place, name))
@@ -172,7 +172,7 @@ def read_runs(given: Sequence[Path]) -> Found:
             left_out.append(f"{run.folder} evaluates the export of a run that is compared itself")
     if faults or not runs:
         raise BadInput(*faults, *left_out)
-    return Found(runs=runs, left_out=left_out)
+    return ReadRun(runs=runs, left_out=left_out)
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -194,7 +194,7 @@ def _name(path: Path, paths: Sequence[Path]) -> str:
     return str(path)
 
 
-def _read_place(place: Place, name: str) -> Run:
+def _read_place(place: ResultFolder, name: str) -> FinishedRun:
     is_evaluation = (place.folder / EVALUATION).is_file()
     needed = (RECIPE, EVALUATION if is_evaluation else METRICS)
     missing = [file for file in needed if not (place.folder / file).is_file()]
@@ -211,7 +211,7 @@ def _read_place(place: Place, name: str) -> Run:
         ) from error
 
 
-def _read_run(folder: Path, name: str, recipe: Mapping[str, Any]) -> Run:
+def _read_run(folder: Path, name: str, recipe: Mapping[str, Any]) -> FinishedRun:
     lines = read_lines(folder / METRICS)
     training = [line for line in lines if not line.get("eval")]
     evaluations = _evaluations(lines, _tasks(recipe))
@@ -231,7 +231,7 @@ def _read_run(folder: Path, name: str, recipe: Mapping[str, Any]) -> Run:
     )
 
 
-def _read_evaluation(folder: Path, name: str, recipe: Mapping[str, Any]) -> Run:
+def _read_evaluation(folder: Path, name: str, recipe: Mapping[str, Any]) -> FinishedRun:
     """A model that was evaluated outside of a run; where it lies in the folder of one, that run's
     log says what it saw.
     """
@@ -272,11 +272,11 @@ def _run(
     evaluations: Sequence[Evaluation],
     command: str,
     model: str | None,
-) -> Run:
+) -> FinishedRun:
     sources = _trained_sources(recipe)
     task_tokens, total_tokens = _tokens(training[-1], recipe)
     steps = (evaluations[0].step, evaluations[-1].step)
-    return Run(
+    return FinishedRun(
         name=name,
         folder=folder,
         kind="two-way" if len(_tasks(recipe)) < len(sources) else "one-way",

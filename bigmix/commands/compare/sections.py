@@ -14,10 +14,10 @@ from html import escape
 
 from bigmix.commands.compare.charts.styles import Style
 from bigmix.commands.compare.charts.svg import Mark, mark_svg
-from bigmix.commands.compare.folders import Sample
+from bigmix.commands.compare.folders import TaskSample
 from bigmix.commands.compare.judge import Comparison, percent
-from bigmix.commands.compare.points import Point
-from bigmix.commands.compare.read import BASE, Realised, Run, TrainedSource
+from bigmix.commands.compare.points import RunPoint
+from bigmix.commands.compare.read import BASE, FinishedRun, Realised, TrainedSource
 from bigmix.commands.compare.tables import ABSENT
 
 
@@ -70,7 +70,7 @@ def variables(styles: Mapping[str, Style], *, dark: bool) -> str:
 _MOST_COLUMNS = 4  # points that stand beside each other; more stand below each other
 
 
-def settings_part(points: Sequence[Point], styles: Mapping[str, Style]) -> str:
+def settings_part(points: Sequence[RunPoint], styles: Mapping[str, Style]) -> str:
     """A table of the settings that differ, and those in common on request."""
     settings = [_without_absent_sources(point, points) for point in points]
     keys = sorted({key for own in settings for key in own})
@@ -86,7 +86,7 @@ def settings_part(points: Sequence[Point], styles: Mapping[str, Style]) -> str:
 
 
 def _differing(
-    points: Sequence[Point], differing: Mapping[str, Sequence[str]], styles: Mapping[str, Style]
+    points: Sequence[RunPoint], differing: Mapping[str, Sequence[str]], styles: Mapping[str, Style]
 ) -> str:
     names = [named(point.name, styles) for point in points]
     keys = [f"<code>{escape(key)}</code>" for key in differing]
@@ -99,7 +99,7 @@ def _differing(
     return wide("How the recipes differ", table)
 
 
-def _without_absent_sources(point: Point, points: Sequence[Point]) -> dict[str, str]:
+def _without_absent_sources(point: RunPoint, points: Sequence[RunPoint]) -> dict[str, str]:
     """The settings; those of a source that another point lacks are told once, by its path, where
     the points agree on them.
     """
@@ -149,7 +149,7 @@ _BUDGETS = {
 }
 
 
-def budget_sentences(points: Sequence[Point]) -> list[str]:
+def budget_sentences(points: Sequence[RunPoint]) -> list[str]:
     """Which of the ways to count the points follow, in words; with their names where they follow
     several.
     """
@@ -161,7 +161,7 @@ def budget_sentences(points: Sequence[Point]) -> list[str]:
     return [f"{_BUDGETS[kind]} ({', '.join(names)})." for kind, names in kinds.items()]
 
 
-def _budget(point: Point) -> str:
+def _budget(point: RunPoint) -> str:
     """`train.steps` wins over what the budget says."""
     if point.settings.get("train.steps", ABSENT) != ABSENT:
         return "steps"
@@ -188,7 +188,7 @@ def training_table(comparison: Comparison, styles: Mapping[str, Style]) -> str:
     return wide("What each point was trained on", plain_table(heads, rows))
 
 
-def _training(point: Point) -> list[str]:
+def _training(point: RunPoint) -> list[str]:
     run = point.runs[0]
     replays = [name for name, source in run.sources.items() if source.role == "replay"]
     parts = [_parts(run.sources[name], run.realised[name]) for name in replays]
@@ -247,7 +247,7 @@ def bars(comparison: Comparison) -> Iterator[str]:
         yield from _bars_of_run(run, colours)
 
 
-def _bars_of_run(run: Run, colours: Mapping[str, str]) -> Iterator[str]:
+def _bars_of_run(run: FinishedRun, colours: Mapping[str, str]) -> Iterator[str]:
     if len(run.sources) == 1:
         yield f"<p>All of it was <code>{escape(next(iter(run.sources)))}</code>.</p>"
         return
@@ -301,17 +301,17 @@ def outputs_part(comparison: Comparison, styles: Mapping[str, Style]) -> Iterato
             yield _example(prompt, {name: s for name, s in found.items() if s}, styles)
 
 
-def _final(run: Run) -> Mapping[str, Sequence[Sample]]:
+def _final(run: FinishedRun) -> Mapping[str, Sequence[TaskSample]]:
     return run.samples[run.steps]
 
 
-def _first(points: Sequence[Point], task: str) -> dict[str, Sample]:
+def _first(points: Sequence[RunPoint], task: str) -> dict[str, TaskSample]:
     """Outputs of the base, by prompt, from the first run that has them."""
     kept = (point.runs[0].samples.get(0, {}).get(task) for point in points)
     return {sample.prompt: sample for sample in next((found for found in kept if found), ())}
 
 
-def _example(prompt: str, found: Mapping[str, Sample], styles: Mapping[str, Style]) -> str:
+def _example(prompt: str, found: Mapping[str, TaskSample], styles: Mapping[str, Style]) -> str:
     references = next(iter(found.values())).references
     rights = "".join(f"<pre>{_text(text)}</pre>" for text in references[:3])
     rows = "".join(
@@ -338,7 +338,7 @@ def _text(text: str) -> str:
     )
 
 
-def _scores(sample: Sample) -> str:
+def _scores(sample: TaskSample) -> str:
     return ", ".join(
         f"{name.replace('_', ' ')} {value:.3g}" for name, value in sample.scores.items()
     )

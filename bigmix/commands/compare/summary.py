@@ -9,8 +9,8 @@ from typing import Any
 from bigmix.commands.compare.charts.frontier import Frontier
 from bigmix.commands.compare.judge import Comparison
 from bigmix.commands.compare.law import Fit, Prediction
-from bigmix.commands.compare.measures import FORGETTING, GAIN, LOSS, Estimate, Spread
-from bigmix.commands.compare.points import Point
+from bigmix.commands.compare.measures import FORGETTING, GAIN, LOSS, MeasuredValue, Spread
+from bigmix.commands.compare.points import RunPoint
 from bigmix.commands.compare.read import BASE, Evaluation
 
 
@@ -70,7 +70,7 @@ def _of_model(comparison: Comparison, evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _of_source(measures: Mapping[str, Estimate]) -> dict[str, Any]:
+def _of_source(measures: Mapping[str, MeasuredValue]) -> dict[str, Any]:
     """The loss is under its short name, with its interval beside it; other intervals are under
     `intervals`.
     """
@@ -91,11 +91,11 @@ def _of_source(measures: Mapping[str, Estimate]) -> dict[str, Any]:
     }
 
 
-def _of_estimate(found: Estimate) -> dict[str, Any]:
+def _of_estimate(found: MeasuredValue) -> dict[str, Any]:
     return {"value": found.value, "interval": list(found.interval) if found.interval else None}
 
 
-def _of_point(comparison: Comparison, point: Point) -> dict[str, Any]:
+def _of_point(comparison: Comparison, point: RunPoint) -> dict[str, Any]:
     measures = {
         name: {
             measure: _of_spread(spread)

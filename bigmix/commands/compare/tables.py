@@ -11,13 +11,13 @@ from bigmix.commands.compare.measures import (
     FORGETTING,
     GAIN,
     SOURCE_MEASURES,
-    Estimate,
     Measure,
+    MeasuredValue,
     Spread,
     score_measure,
     spread_of,
 )
-from bigmix.commands.compare.points import Point
+from bigmix.commands.compare.points import RunPoint
 from bigmix.commands.compare.read import BASE
 
 ABSENT = "–"
@@ -57,7 +57,7 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class MeasureRow:
     """A point, a run or the base; `replay` is replay's share of its rows."""
 
     name: str
@@ -66,13 +66,13 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
+class MeasureTable:
     """All that was measured on one held-out source or one task."""
 
     name: str
     role: str
     heads: Sequence[str]
-    rows: Sequence[Row]
+    rows: Sequence[MeasureRow]
 
     @property
     def title(self) -> str:
@@ -80,29 +80,31 @@ class Table:
         return f"{self.name} ({self.role})"
 
 
-def tables(comparison: Comparison) -> list[Table]:
+def tables(comparison: Comparison) -> list[MeasureTable]:
     """One for each source and each task; a row for the base, then one for each point."""
     return list(_tables(comparison, comparison.arrangement.ordered))
 
 
-def narrow_tables(comparison: Comparison) -> list[Table]:
+def narrow_tables(comparison: Comparison) -> list[MeasureTable]:
     """The same for a terminal: without the perplexity, which is exp(loss)."""
     measures = [measure for measure in SOURCE_MEASURES if measure.key != "perplexity"]
     return list(_tables(comparison, comparison.arrangement.ordered, measures))
 
 
-def tables_of_runs(comparison: Comparison) -> list[Table]:
+def tables_of_runs(comparison: Comparison) -> list[MeasureTable]:
     """The same with a row for each run; none where every point has one run, as its row says all."""
     points = comparison.arrangement.ordered
     if all(len(point.runs) == 1 for point in points):
         return []
     runs = [run for point in points for run in point.runs]
-    return list(_tables(comparison, [Point(name=r.name, runs=[r], settings={}) for r in runs]))
+    return list(_tables(comparison, [RunPoint(name=r.name, runs=[r], settings={}) for r in runs]))
 
 
 def _tables(
-    comparison: Comparison, points: Sequence[Point], measures: Sequence[Measure] = SOURCE_MEASURES
-) -> Iterator[Table]:
+    comparison: Comparison,
+    points: Sequence[RunPoint],
+    measures: Sequence[Measure] = SOURCE_MEASURES,
+) -> Iterator[MeasureTable]:
     for source, role in comparison.roles.items():
         hidden = FORGETTING if role == "task" else GAIN
         spreads = {
@@ -124,20 +126,20 @@ def _tables(
 def _table(
     name: str,
     role: str,
-    points: Sequence[Point],
+    points: Sequence[RunPoint],
     spreads: Mapping[Measure, Sequence[Spread | None]],
-    base: Mapping[str, Estimate],
-) -> Table:
+    base: Mapping[str, MeasuredValue],
+) -> MeasureTable:
     """Measures that nobody has are left out."""
     measured = [m for m, found in spreads.items() if any(spread is not None for spread in found)]
-    rows = [Row(name=BASE, replay=ABSENT, cells=[_cell_of_base(base, m) for m in measured])]
+    rows = [MeasureRow(name=BASE, replay=ABSENT, cells=[_cell_of_base(base, m) for m in measured])]
     for index, point in enumerate(points):
         cells = [_cell(spreads[measure][index], measure) for measure in measured]
-        rows.append(Row(name=point.name, replay=percent(point.written_share), cells=cells))
-    return Table(name=name, role=role, heads=[m.label for m in measured], rows=rows)
+        rows.append(MeasureRow(name=point.name, replay=percent(point.written_share), cells=cells))
+    return MeasureTable(name=name, role=role, heads=[m.label for m in measured], rows=rows)
 
 
-def _cell_of_base(base: Mapping[str, Estimate], measure: Measure) -> Cell:
+def _cell_of_base(base: Mapping[str, MeasuredValue], measure: Measure) -> Cell:
     found = base.get(measure.key)
     if found is None or measure.key in (FORGETTING, GAIN):
         return Cell(value=ABSENT)
@@ -179,12 +181,12 @@ def has_shares(comparison: Comparison) -> bool:
     return len(comparison.points) > 2
 
 
-def cells_of(row: Row, *, with_share: bool) -> list[Cell]:
+def cells_of(row: MeasureRow, *, with_share: bool) -> list[Cell]:
     """The cells that follow a row's name."""
     return [*([Cell(value=row.replay)] if with_share else []), *row.cells]
 
 
-def heads_of(table: Table, *, with_share: bool) -> list[str]:
+def heads_of(table: MeasureTable, *, with_share: bool) -> list[str]:
     """The heads of those cells."""
     return [*(["replay"] if with_share else []), *table.heads]
 

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bigmix.commands.arguments import add_recipe_arguments, tell_replaced
+from bigmix.commands.arguments import add_recipe_arguments, report_replaced_shards
 from bigmix.data.run_plan import RunPlan
 from bigmix.errors import DONE, BadInput
 from bigmix.recipe import Recipe, SweepRun, load
 from bigmix.runs.layout import state_of
-from bigmix.terminal import Table, Terminal, tame_libraries
-from bigmix.train.inputs import RunInputs, look_at_all, moving_shares, open_inputs
+from bigmix.terminal import Table, Terminal, quiet_third_party_logs
+from bigmix.train.inputs import RunInputs, moving_shares, open_each, open_inputs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,7 @@ def _sweep(known: argparse.Namespace) -> int:
 
 def show_runs(runs: Sequence[SweepRun], *, ranks: int, as_json: bool) -> int:
     """Check the runs and print them; raises BadInput with all faults of all runs."""
-    shown = look_at_all(runs, _shown, ranks=ranks, verify=False)
+    shown = open_each(runs, _shown, ranks=ranks, verify=False)
     if as_json:
         print(json.dumps([asdict(one) for one in shown], indent=2))
         return DONE
@@ -81,7 +81,7 @@ def show_runs(runs: Sequence[SweepRun], *, ranks: int, as_json: bool) -> int:
 
 
 def _shown(run: SweepRun, inputs: RunInputs) -> _Shown:
-    state = state_of(run.recipe, steps=inputs.plan.steps, evaluates=inputs.has_exam)
+    state = state_of(run.recipe, steps=inputs.plan.steps, evaluates=inputs.has_evaluation)
     return _Shown(
         number=run.number,
         name=run.name,
@@ -137,7 +137,7 @@ def add_plan(subparsers: Any) -> None:
 
 
 def _plan(known: argparse.Namespace) -> int:
-    tame_libraries()
+    quiet_third_party_logs()
     loaded = load(known.recipe, known.overrides)
     _check(known)
     if len(loaded.chosen) > 1:
@@ -151,7 +151,7 @@ def _plan(known: argparse.Namespace) -> int:
 
     machine = Machine(gpus=known.gpus, gpu=known.gpu, device_gib=known.device_gib, mfu=known.mfu)
     plan, bad = inputs.around_bad_shards(1, lambda plan: forecast(recipe, inputs, plan, machine))
-    tell_replaced(bad, 1)
+    report_replaced_shards(bad, 1)
     warnings = [*moving_shares(recipe), *warnings_of(recipe, plan, machine)]
     if known.json:
         print(json.dumps(as_json(plan, machine, warnings), indent=2))

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bigmix.data.packing import Lost, RowTable
-from bigmix.data.records import RowPlaces
+from bigmix.data.packing import DroppedTokens, RowTable
+from bigmix.data.records import RowIds
 from bigmix.data.run_plan import RunPlan
 from bigmix.data.stream import Stream
 from bigmix.loss.objective import weigh
@@ -23,45 +23,47 @@ from bigmix.types import Ints
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tally:
+class RowCounts:
     """Rows of a run [R]: tokens, loss tokens, and the sum over parts of their squared lengths."""
 
     tokens_R: Ints
     loss_tokens_R: Ints
-    squares_R: Ints
+    sum_sq_lengths_R: Ints
 
 
-def tally_of(plan: RunPlan, name: str, num_rows: int) -> Tally:
+def row_counts(plan: RunPlan, name: str, num_rows: int) -> RowCounts:
     """The first `num_rows` rows of a source in the order in which they are trained, over all
     epochs.
     """
-    parts = [tally_of_rows(part.stream, part.places()) for part in plan.drawn(name, num_rows)]
+    parts = [row_counts_of(part.stream, part.places()) for part in plan.drawn(name, num_rows)]
 
     def joined(columns: Iterable[Ints]) -> Ints:
         return np.concatenate([np.zeros(0, np.int64), *columns])
 
-    return Tally(
+    return RowCounts(
         tokens_R=joined(part.tokens_R for part in parts),
         loss_tokens_R=joined(part.loss_tokens_R for part in parts),
-        squares_R=joined(part.squares_R for part in parts),
+        sum_sq_lengths_R=joined(part.sum_sq_lengths_R for part in parts),
     )
 
 
-def tally_of_rows(stream: Stream, places: RowPlaces) -> Tally:
+def row_counts_of(stream: Stream, places: RowIds) -> RowCounts:
     """Rows of a stream."""
     columns_3R = np.empty((3, len(places.rows_R)), np.int64)
     for shard in np.unique(places.shards_R).tolist():
         own = np.flatnonzero(places.shards_R == shard)
         columns_3R[:, own] = _columns(stream.table(shard))[:, places.rows_R[own]]
-    tokens_R, loss_tokens_R, squares_R = columns_3R
-    return Tally(tokens_R=tokens_R, loss_tokens_R=loss_tokens_R, squares_R=squares_R)
+    tokens_R, loss_tokens_R, sum_sq_lengths_R = columns_3R
+    return RowCounts(
+        tokens_R=tokens_R, loss_tokens_R=loss_tokens_R, sum_sq_lengths_R=sum_sq_lengths_R
+    )
 
 
 def _columns(table: RowTable) -> Ints:
     """Tokens, loss tokens and squares of every row of a shard [3, R]."""
-    _, _, low_R, high_R, tokens_R, squares_R = table.rows_R6.T
+    _, _, low_R, high_R, tokens_R, sum_sq_lengths_R = table.rows_R6.T
     before_K = np.concatenate([[0], np.cumsum(table.runs_K2[:, 1], dtype=np.int64)])
-    return np.stack([tokens_R, before_K[high_R] - before_K[low_R], squares_R])
+    return np.stack([tokens_R, before_K[high_R] - before_K[low_R], sum_sq_lengths_R])
 
 
 EXACT_ROWS = 2_000_000  # a longer run is estimated from the rows that come first
@@ -93,7 +95,7 @@ class SourceCounts:
     read: int
     documents: int
     dropped: Mapping[str, int]
-    lost: Lost
+    lost: DroppedTokens
 
     @property
     def filled(self) -> float:
@@ -121,7 +123,7 @@ class Counts:
     """
 
     steps: int
-    squares: int
+    sum_sq_lengths: int
     is_exact: bool
     sources: Mapping[str, SourceCounts]
 
@@ -151,18 +153,18 @@ def count(recipe: Recipe, plan: RunPlan) -> Counts:
     rows = plan.counts(plan.steps)
     epochs = plan.epochs(plan.steps)
     is_exact = num_rows <= EXACT_ROWS
-    tallies = {name: tally_of(plan, name, n) for name, n in rows.items() if is_exact}
+    row_counts_by_source = {name: row_counts(plan, name, n) for name, n in rows.items() if is_exact}
     sums = {
-        name: _sums(tallies[name]) if is_exact else _estimate(plan, name, n)
+        name: _sums(row_counts_by_source[name]) if is_exact else _estimate(plan, name, n)
         for name, n in rows.items()
     }
     if is_exact:
-        walk = _walk(recipe, plan, tallies)
+        walk = _walk(recipe, plan, row_counts_by_source)
     else:
         walk = _sample(recipe, plan, {name: each["loss_tokens"] for name, each in sums.items()})
     return Counts(
         steps=plan.steps,
-        squares=sum(each["squares"] for each in sums.values()),
+        sum_sq_lengths=sum(each["squares"] for each in sums.values()),
         is_exact=is_exact,
         sources={
             name: SourceCounts(
@@ -187,8 +189,8 @@ def count(recipe: Recipe, plan: RunPlan) -> Counts:
     )
 
 
-def _sums(tally: Tally) -> dict[str, int]:
-    return {unit: int(getattr(tally, f"{unit}_R").sum()) for unit in _UNITS}
+def _sums(row_counts: RowCounts) -> dict[str, int]:
+    return {unit: int(getattr(row_counts, f"{unit}_R").sum()) for unit in _UNITS}
 
 
 def _estimate(plan: RunPlan, name: str, num_rows: int) -> dict[str, int]:
@@ -196,20 +198,20 @@ def _estimate(plan: RunPlan, name: str, num_rows: int) -> dict[str, int]:
     sums = dict.fromkeys(_UNITS, 0)
     for part in plan.drawn(name, num_rows):
         count = part.end - part.begin
-        tally = tally_of_rows(part.stream, part.places(SAMPLE_ROWS))
-        for unit, total in _sums(tally).items():
+        row_counts = row_counts_of(part.stream, part.places(SAMPLE_ROWS))
+        for unit, total in _sums(row_counts).items():
             sums[unit] += round(total * count / min(count, SAMPLE_ROWS))
     return sums
 
 
-def _walk(recipe: Recipe, plan: RunPlan, tallies: Mapping[str, Tally]) -> _Walk:
+def _walk(recipe: Recipe, plan: RunPlan, row_counts_by_source: Mapping[str, RowCounts]) -> _Walk:
     """Every step as the run will weigh it."""
     before = {
-        name: np.concatenate([[0], np.cumsum(tally.loss_tokens_R)]).tolist()
-        for name, tally in tallies.items()
+        name: np.concatenate([[0], np.cumsum(row_counts.loss_tokens_R)]).tolist()
+        for name, row_counts in row_counts_by_source.items()
     }
-    gradient, wanted, steps = (dict.fromkeys(tallies, 0.0) for _ in range(3))
-    seen = dict.fromkeys(tallies, 0)
+    gradient, wanted, steps = (dict.fromkeys(row_counts_by_source, 0.0) for _ in range(3))
+    seen = dict.fromkeys(row_counts_by_source, 0)
     for step in range(1, plan.steps + 1):
         drawn = plan.counts(step)
         rows = {name: drawn[name] - n for name, n in seen.items()}

@@ -119,9 +119,9 @@ def _with_reference(
     shown = [counts.sources[name] for name in recipe.reference.sources]
     tokens = sum(source.tokens for source in shown)
     everything = max(1, sum(source.tokens for source in counts.sources.values()))
-    squares = round(counts.squares * tokens / everything)
+    sum_sq_lengths = round(counts.sum_sq_lengths * tokens / everything)
     loss_tokens = sum(source.loss_tokens for source in shown)
-    return flops + reference.cost.of_step(tokens, loss_tokens, squares) / 3
+    return flops + reference.cost.of_step(tokens, loss_tokens, sum_sq_lengths) / 3
 
 
 def flops_of(shape: Shape, counts: Counts) -> float | None:
@@ -134,7 +134,7 @@ def flops_of(shape: Shape, counts: Counts) -> float | None:
     return shape.cost.of_step(
         sum(source.tokens for source in sources),
         sum(source.loss_tokens for source in sources),
-        counts.squares,
+        counts.sum_sq_lengths,
     )
 
 

@@ -16,8 +16,8 @@ from bigmix.commands.plan.shape import Shape
 from bigmix.loss.chunks import LossShape, chunk_tokens
 from bigmix.model.ds_config import zero_stage
 
-Place = Literal["device", "host", "nvme"]
-PLACES: tuple[Place, ...] = ("device", "host", "nvme")
+MemoryPlace = Literal["device", "host", "nvme"]
+PLACES: tuple[MemoryPlace, ...] = ("device", "host", "nvme")
 PHASES = ("forward", "backward", "step")
 _DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # DeepSpeed's own defaults, for files that leave the keys out.
@@ -76,10 +76,10 @@ class Setting:
         """A number of zero_optimization."""
         return int(self.keys.get("zero_optimization", {}).get(key, default))
 
-    def offload(self, what: str) -> Place:
+    def offload(self, what: str) -> MemoryPlace:
         """Where the optimizer's states or the weights live."""
         given = self.keys.get("zero_optimization", {}).get(f"offload_{what}") or {}
-        places: dict[str, Place] = {"cpu": "host", "nvme": "nvme"}
+        places: dict[str, MemoryPlace] = {"cpu": "host", "nvme": "nvme"}
         return places.get(given.get("device", "none"), "device")
 
 
@@ -90,7 +90,7 @@ class Part:
     """
 
     name: str
-    place: Place
+    place: MemoryPlace
     forward: int
     backward: int
     step: int
@@ -102,11 +102,11 @@ class Memory:
 
     parts: tuple[Part, ...]
 
-    def total(self, phase: str, place: Place = "device") -> int:
+    def total(self, phase: str, place: MemoryPlace = "device") -> int:
         """The bytes of a phase."""
         return sum(getattr(part, phase) for part in self.parts if part.place == place)
 
-    def peak(self, place: Place = "device") -> int:
+    def peak(self, place: MemoryPlace = "device") -> int:
         """The most bytes of any phase."""
         return max(self.total(phase, place) for phase in PHASES)
 
@@ -136,7 +136,7 @@ def shard_of(shape: Shape, ranks: int) -> int:
     return sum(-(-n // ranks) for n in (*shape.matrices, *shape.vectors))
 
 
-def _always(name: str, place: Place, size: int) -> Part:
+def _always(name: str, place: MemoryPlace, size: int) -> Part:
     return Part(name=name, place=place, forward=size, backward=size, step=size)
 
 

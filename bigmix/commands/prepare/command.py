@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bigmix.commands.arguments import INPUTS, columns_of, count
 from bigmix.data.shards.manifest import Manifest, read_manifest
 from bigmix.errors import DONE, BadInput
-from bigmix.terminal import Table, Terminal, tame_libraries
+from bigmix.terminal import Table, Terminal, quiet_third_party_logs
 
 if TYPE_CHECKING:
     from bigmix.commands.prepare.job import PrepareSettings
@@ -66,7 +66,7 @@ def add_prepare(subparsers: Any) -> None:
 
 
 def _prepare(known: argparse.Namespace) -> int:
-    tame_libraries()
+    quiet_third_party_logs()
     terminal = Terminal()
     if known.merge:
         _merge(terminal, known)
@@ -249,7 +249,7 @@ def add_tokenizer(subparsers: Any) -> None:
 
 
 def _train_tokenizer(known: argparse.Namespace) -> int:
-    tame_libraries()
+    quiet_third_party_logs()
     # transformers takes seconds to import: `bigmix --help` should not.
     from bigmix.text.tokenizer import load_tokenizer, train_tokenizer
 

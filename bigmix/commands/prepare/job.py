@@ -19,7 +19,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from bigmix.commands.prepare.parts import PartRows, Place, files_of, listing, rows_before, share_out
+from bigmix.commands.prepare.parts import (
+    InputFile,
+    PartRows,
+    files_of,
+    listing,
+    rows_before,
+    share_out,
+)
 from bigmix.commands.prepare.progress import (
     PARTS,
     TOKENIZER_FOLDER,
@@ -119,7 +126,7 @@ MANY_UNKNOWN = 0.01  # a share of the tokens that does
 _SAMPLES, _SAMPLED = 64, 4_000  # texts that are looked at for that, and characters of each
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-Report = Callable[[int, int], None]  # documents read and tokens written so far
+ReportProgress = Callable[[int, int], None]  # documents read and tokens written so far
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +143,7 @@ class Prepared:
     first_dropped: Mapping[str, str]
 
 
-def prepare(settings: PrepareSettings, report: Report = lambda *_: None) -> Prepared:
+def prepare(settings: PrepareSettings, report: ReportProgress = lambda *_: None) -> Prepared:
     """Tokenise the inputs into the output folder, which has a manifest only when it is whole.
 
     What was stopped goes on at its last whole shard and ends with the same bytes. Raises BadInput
@@ -265,7 +272,7 @@ def _uncut(rows: Sequence[RawRow], split_on: str | None) -> Iterator[str]:
     )
 
 
-def _prepare_part(settings: PrepareSettings, job: Job, report: Report) -> Progress:
+def _prepare_part(settings: PrepareSettings, job: Job, report: ReportProgress) -> Progress:
     """Do what is left of a part."""
     output = Path(settings.output)
     places = listing(settings.inputs)
@@ -342,7 +349,9 @@ def _begun(settings: PrepareSettings, job: Job, identity: Mapping[str, str]) -> 
     return begun
 
 
-def _identity(settings: PrepareSettings, job: Job, places: Sequence[Place]) -> Mapping[str, str]:
+def _identity(
+    settings: PrepareSettings, job: Job, places: Sequence[InputFile]
+) -> Mapping[str, str]:
     """What the tokens of a part depend on.
 
     Bad lines that are skipped are none of it: they stop a run, or do not.

@@ -20,10 +20,10 @@ from bigmix.text.readers import (
     LINE_SUFFIXES,
     PARQUET_SUFFIXES,
     SAVED_DATASET,
+    LineSpan,
     RawLine,
     RawRow,
     ReadOptions,
-    Span,
     format_of,
     opened,
     places_of,
@@ -33,11 +33,11 @@ from bigmix.text.readers import (
 PIECE_BYTES = 64 << 20
 PIECES_PER_PART = 8  # at least, where inputs can be cut: how evenly the bytes are shared out
 
-Piece = Sequence[Span]
+InputPiece = Sequence[LineSpan]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class InputFile:
     """One input with its size; a dataset of the hub has none."""
 
     name: str
@@ -46,14 +46,14 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Weighed:
-    span: Span
+    span: LineSpan
     size: int
 
 
-def listing(inputs: Sequence[str]) -> Sequence[Place]:
+def listing(inputs: Sequence[str]) -> Sequence[InputFile]:
     """The places behind the inputs; BadInput where one is not there."""
     return [
-        Place(name=name, size=sum(size for _, size, _ in files_of(name)))
+        InputFile(name=name, size=sum(size for _, size, _ in files_of(name)))
         for name in places_of(inputs)
     ]
 
@@ -68,7 +68,7 @@ def files_of(place: str) -> Iterator[tuple[str, int, int]]:
         yield str(file), found.st_size, found.st_mtime_ns
 
 
-def share_out(places: Sequence[Place], parts: int) -> Sequence[Sequence[Piece]]:
+def share_out(places: Sequence[InputFile], parts: int) -> Sequence[Sequence[InputPiece]]:
     """The pieces of each part, in the order of the inputs; a piece is about as much as is read
     between two restarts.
 
@@ -94,7 +94,7 @@ def share_out(places: Sequence[Place], parts: int) -> Sequence[Sequence[Piece]]:
     return [list(_grouped(each, target)) for each in spans]
 
 
-def _cut(place: Place, target: int, parts: int, total: int) -> Iterator[_Weighed]:
+def _cut(place: InputFile, target: int, parts: int, total: int) -> Iterator[_Weighed]:
     suffix = format_of(place.name)
     is_line = suffix in LINE_SUFFIXES and place.name.endswith(suffix or "")
     if is_line and place.size > target:
@@ -105,13 +105,13 @@ def _cut(place: Place, target: int, parts: int, total: int) -> Iterator[_Weighed
         yield from _cut_saved(place, target)
     elif parts > 1 and (place.name.startswith(HUB) or place.size > total // parts):
         for part in range(parts):
-            span = Span(place=place.name, dealt=(part, parts))
+            span = LineSpan(place=place.name, dealt=(part, parts))
             yield _Weighed(span=span, size=place.size // parts)
     else:
-        yield _Weighed(span=Span(place=place.name), size=place.size)
+        yield _Weighed(span=LineSpan(place=place.name), size=place.size)
 
 
-def _cut_lines(place: Place, target: int) -> Iterator[_Weighed]:
+def _cut_lines(place: InputFile, target: int) -> Iterator[_Weighed]:
     """Stretches that begin where a line begins."""
     starts = [0]
     with opened(place.name) as file:
@@ -122,10 +122,10 @@ def _cut_lines(place: Place, target: int) -> Iterator[_Weighed]:
                 starts.append(file.tell())
     ends = sorted({*starts, place.size})
     for start, stop in pairwise(ends):
-        yield _Weighed(span=Span(place=place.name, start=start, stop=stop), size=stop - start)
+        yield _Weighed(span=LineSpan(place=place.name, start=start, stop=stop), size=stop - start)
 
 
-def _cut_row_groups(place: Place, target: int) -> Iterator[_Weighed]:
+def _cut_row_groups(place: InputFile, target: int) -> Iterator[_Weighed]:
     with opened(place.name) as stream:
         metadata = pyarrow.parquet.read_metadata(stream)
         sizes = [metadata.row_group(k).total_byte_size for k in range(metadata.num_row_groups)]
@@ -134,11 +134,11 @@ def _cut_row_groups(place: Place, target: int) -> Iterator[_Weighed]:
     for stop, group in enumerate(sizes, 1):
         size += group * scale
         if size >= target or stop == len(sizes):
-            yield _Weighed(span=Span(place=place.name, start=start, stop=stop), size=int(size))
+            yield _Weighed(span=LineSpan(place=place.name, start=start, stop=stop), size=int(size))
             start, size = stop, 0.0
 
 
-def _cut_saved(place: Place, target: int) -> Iterator[_Weighed]:
+def _cut_saved(place: InputFile, target: int) -> Iterator[_Weighed]:
     # datasets takes a second to import, which only those pay who read with it.
     import datasets
 
@@ -148,12 +148,12 @@ def _cut_saved(place: Place, target: int) -> Iterator[_Weighed]:
         start, stop = rows * index // count, rows * (index + 1) // count
         if stop > start:
             size = place.size // count
-            yield _Weighed(span=Span(place=place.name, start=start, stop=stop), size=size)
+            yield _Weighed(span=LineSpan(place=place.name, start=start, stop=stop), size=size)
 
 
-def _grouped(spans: Sequence[_Weighed], target: int) -> Iterator[Piece]:
+def _grouped(spans: Sequence[_Weighed], target: int) -> Iterator[InputPiece]:
     """Neighbours together until they reach the size of a piece."""
-    piece: list[Span] = []
+    piece: list[LineSpan] = []
     size = 0
     for each in spans:
         piece.append(each.span)
@@ -168,7 +168,7 @@ def _grouped(spans: Sequence[_Weighed], target: int) -> Iterator[Piece]:
 class PartRows:
     """The rows of a part from where it stands, and where it stands after so many rows."""
 
-    def __init__(self, pieces: Sequence[Piece], options: ReadOptions, begun: Progress) -> None:
+    def __init__(self, pieces: Sequence[InputPiece], options: ReadOptions, begun: Progress) -> None:
         self._pieces = pieces
         self._options = options
         self._begun = begun
@@ -195,12 +195,12 @@ class PartRows:
         return self._begun.piece + at, read - self._before[at]
 
 
-def _rows_of(piece: Piece, options: ReadOptions) -> Iterator[RawRow | RawLine]:
+def _rows_of(piece: InputPiece, options: ReadOptions) -> Iterator[RawRow | RawLine]:
     return (row for span in piece for row in read_span(span, options))
 
 
 def rows_before(
-    pieces: Sequence[Sequence[Piece]], options: ReadOptions, begun: Progress
+    pieces: Sequence[Sequence[InputPiece]], options: ReadOptions, begun: Progress
 ) -> Iterator[RawRow | RawLine]:
     """All rows of earlier parts, and those of this part that are done."""
     own = pieces[begun.part]

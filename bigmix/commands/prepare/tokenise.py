@@ -121,7 +121,7 @@ BATCH_CHARACTERS = 1 << 18
 HASH_BYTES = 16
 
 Hashes = npt.NDArray[np.bytes_]
-Rows = Sequence[RawRow | RawLine]
+RawRows = Sequence[RawRow | RawLine]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,7 +238,7 @@ def hashed(
     return _worked(job, hashes_of, rows, processes)
 
 
-def tokenise(job: Job, rows: Rows) -> TokenisedBatch:
+def tokenise(job: Job, rows: RawRows) -> TokenisedBatch:
     """Tokenise one batch."""
     found = list(_documents(job, rows))
     documents = [each for each in found if isinstance(each, _Found)]
@@ -252,7 +252,7 @@ def tokenise(job: Job, rows: Rows) -> TokenisedBatch:
     return batch.select(fits, sorted(dropped))
 
 
-def hashes_of(job: Job, rows: Rows) -> Hashes:
+def hashes_of(job: Job, rows: RawRows) -> Hashes:
     """The hashes of the documents of one batch."""
     return _hashes([each for each in _documents(job, rows) if isinstance(each, _Found)])
 
@@ -320,7 +320,7 @@ def _hashes(found: Sequence[_Found]) -> Hashes:
     return np.frombuffer(b"".join(digests), f"S{HASH_BYTES}")
 
 
-def _documents(job: Job, rows: Rows) -> Iterator[_Found | DroppedRow]:
+def _documents(job: Job, rows: RawRows) -> Iterator[_Found | DroppedRow]:
     """A document for each row, or why there is none."""
     for number, raw in enumerate(rows):
         row = parsed(raw, job.read)
@@ -350,7 +350,7 @@ def _template(job: Job) -> Template:
     return job.template
 
 
-def _dropped(rows: Rows, row: int, reason: str) -> DroppedRow:
+def _dropped(rows: RawRows, row: int, reason: str) -> DroppedRow:
     # The name of a file need not be UTF-8.
     file = rows[row].file.encode(errors="backslashreplace").decode()
     return DroppedRow(row, reason, f"{file}:{rows[row].number}")
@@ -358,7 +358,7 @@ def _dropped(rows: Rows, row: int, reason: str) -> DroppedRow:
 
 def _worked(
     job: Job,
-    work: Callable[[Job, Rows], ResultT],
+    work: Callable[[Job, RawRows], ResultT],
     rows: Iterable[RawRow | RawLine],
     processes: int,
 ) -> Generator[ResultT, None, None]:
@@ -371,7 +371,7 @@ def _worked(
     return in_processes(light, work, batches, processes)
 
 
-def _batches(rows: Iterable[RawRow | RawLine]) -> Iterator[Rows]:
+def _batches(rows: Iterable[RawRow | RawLine]) -> Iterator[RawRows]:
     batch: list[RawRow | RawLine] = []
     characters = 0
     for row in rows:

@@ -67,7 +67,7 @@ def is_held_out(hashes: Hashes, fraction: float) -> Flags:
     return flags
 
 
-Position = tuple[int, int]  # a piece, and a row in it
+PartPosition = tuple[int, int]  # a piece, and a row in it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +91,7 @@ class PartWriter:
         rules: Rules,
         *,
         seen: Seen,
-        position: Callable[[int], Position],
+        position: Callable[[int], PartPosition],
     ) -> None:
         """Go on from `begun`; `position` tells where the part stands after so many rows of it."""
         self._output = output

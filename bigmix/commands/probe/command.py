@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigmix.commands.arguments import INPUTS, columns_of, count
 from bigmix.errors import DONE
-from bigmix.terminal import Table, Terminal, tame_libraries
+from bigmix.terminal import Table, Terminal, quiet_third_party_logs
 
 if TYPE_CHECKING:
     from bigmix.commands.probe.score import Recall, Recalled
@@ -73,7 +73,7 @@ def _make(known: argparse.Namespace) -> int:
 
 
 def _score(known: argparse.Namespace) -> int:
-    tame_libraries()
+    quiet_third_party_logs()
     # Seconds of imports: torch and transformers.
     from bigmix.commands.probe.score import recall
 

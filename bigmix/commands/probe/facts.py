@@ -8,7 +8,7 @@ from typing import Literal
 
 from bigmix.seeding import key_of, permutation
 
-Language = Literal["en", "zh"]
+FactLanguage = Literal["en", "zh"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class Person:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class World:
+class FactWorld:
     """What people of a language are made of: first and family names in syllables, attributes, how
     sentences are joined.
     """
@@ -53,7 +53,7 @@ class World:
         return f"{wording.format(name=person.name)}{self.between}{value}{self.stop}"
 
 
-def people(world: World, count: int, seed: int) -> Iterator[Person]:
+def people(world: FactWorld, count: int, seed: int) -> Iterator[Person]:
     """`count` people with different names, a pure function of the seed; at most `most_people` of
     them.
     """
@@ -71,12 +71,12 @@ def people(world: World, count: int, seed: int) -> Iterator[Person]:
         )
 
 
-def most_people(world: World) -> int:
+def most_people(world: FactWorld) -> int:
     """How many different names there are."""
     return len(world.first_names) * len(world.family_names)
 
 
-def document(world: World, person: Person, key: int) -> str:
+def document(world: FactWorld, person: Person, key: int) -> str:
     """A short text that tells all about a person, in an order and in wordings that the key
     decides.
     """
@@ -97,7 +97,7 @@ def _each(heads: str, tails: str) -> Sequence[str]:
     return [head + tail for head in heads.split() for tail in tails.split()]
 
 
-_ENGLISH = World(
+_ENGLISH = FactWorld(
     first_names=_each(
         "Bel Dor Fen Gal Hest Jor Kav Lum Mir Nol Or Pell Quin Rav Sten Tav Ul Ved Wil Yan",
         "a en is or un",
@@ -184,7 +184,7 @@ _ENGLISH = World(
     stop=".",
 )
 
-_CHINESE = World(
+_CHINESE = FactWorld(
     first_names=_each("安 柏 承 鼎 恩 方 广 和 景 可", "川 岚 明 宁 然 山 亭 文 远 舟"),
     family_names=_each("云 风 白 青 石 江 松 霜 夜 星", "木 里 门 丘 上 野 渡 原"),
     join_name="{family}{first}",
@@ -243,4 +243,4 @@ _CHINESE = World(
     stop="。",
 )
 
-WORLDS: Mapping[Language, World] = {"en": _ENGLISH, "zh": _CHINESE}
+WORLDS: Mapping[FactLanguage, FactWorld] = {"en": _ENGLISH, "zh": _CHINESE}

@@ -12,9 +12,9 @@ from typing import Any
 
 from bigmix.commands.probe.facts import (
     WORLDS,
-    Language,
+    FactLanguage,
+    FactWorld,
     Person,
-    World,
     document,
     most_people,
     people,
@@ -36,7 +36,7 @@ class Planting:
     people: int
     times: int
     seed: int
-    language: Language
+    language: FactLanguage
     columns: Mapping[str, str] | None = None
 
 
@@ -85,7 +85,7 @@ def plant(inputs: Sequence[str], planting: Planting, folder: Path) -> Planted:
     )
 
 
-def _check(planting: Planting, world: World) -> None:
+def _check(planting: Planting, world: FactWorld) -> None:
     most = most_people(world)
     if planting.people > most:
         raise BadInput(
@@ -104,7 +104,7 @@ def _check_folder(inputs: Sequence[str], folder: Path) -> None:
             )
 
 
-def _documents(world: World, everybody: Sequence[Person], planting: Planting) -> Sequence[str]:
+def _documents(world: FactWorld, everybody: Sequence[Person], planting: Planting) -> Sequence[str]:
     """All planted documents in the order in which they are planted."""
     order = permutation(len(everybody) * planting.times, key_of(planting.seed, "order"))
     return [
@@ -157,7 +157,7 @@ def _written(path: Path) -> Iterator[gzip.GzipFile]:
 
 
 def _questions(
-    world: World, everybody: Sequence[Person], seed: int
+    world: FactWorld, everybody: Sequence[Person], seed: int
 ) -> Iterator[tuple[Mapping[str, str], Mapping[str, str]]]:
     """For each fact the beginning of a sentence that was planted, and of one that never was."""
     for index, person in enumerate(everybody):

@@ -19,8 +19,8 @@ from bigmix.commands.probe.plant import NEW_QUESTIONS, QUESTIONS, SETTINGS
 from bigmix.errors import BadInput
 from bigmix.evaluation.bootstrap import interval, resampled_sums
 from bigmix.evaluation.tasks.examples import open_tasks
-from bigmix.evaluation.tasks.inference_model import Speaker
-from bigmix.evaluation.tasks.prompts import Asked, ask, language_of
+from bigmix.evaluation.tasks.inference_model import InferenceModel
+from bigmix.evaluation.tasks.prompts import PreparedTask, chat_format_of, tokenise_tasks
 from bigmix.evaluation.tasks.runner import score_tasks
 from bigmix.model.causal_lm import max_positions
 from bigmix.recipe.task import Task
@@ -72,9 +72,9 @@ def recall(model: str, probe: Path, *, batch_rows: int) -> dict[Wording, Recalle
         )
         for wording, file in _FILES.items()
     }
-    speaker, positions = _open(model)
-    asked = ask(open_tasks(tasks), language_of(model, []), positions)
-    right = _right(speaker, asked)
+    loaded, positions = _open(model)
+    asked = tokenise_tasks(open_tasks(tasks), chat_format_of(model, []), positions)
+    right = _right(loaded, asked)
     return {
         wording: _recalled(right[wording], _attributes(probe / file))
         for wording, file in _FILES.items()
@@ -98,7 +98,7 @@ def _attributes(path: Path) -> list[str]:
     return [json.loads(line)["attribute"] for line in lines]
 
 
-def _open(model: str) -> tuple[Speaker, int | None]:
+def _open(model: str) -> tuple[InferenceModel, int | None]:
     """The model in this process, in the precision it is stored in, and its positions."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -107,13 +107,13 @@ def _open(model: str) -> tuple[Speaker, int | None]:
         raise BadInput(
             f"model {model} cannot be loaded ({error}); give a folder such as RUN/export"
         ) from error
-    return Speaker(lm=lm.to(device).eval(), device=device), max_positions(lm.config)
+    return InferenceModel(lm=lm.to(device).eval(), device=device), max_positions(lm.config)
 
 
-def _right(speaker: Speaker, asked: Mapping[str, Asked]) -> dict[str, list[float]]:
+def _right(model: InferenceModel, asked: Mapping[str, PreparedTask]) -> dict[str, list[float]]:
     """1 for each fact that is told and 0 for each that is not, in the order of the questions."""
     results = score_tasks(
-        speaker,
+        model,
         Cluster(World(rank=0, local_rank=0, size=1, local_size=1)),
         asked,
         seed=0,

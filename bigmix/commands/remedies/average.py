@@ -33,18 +33,18 @@ _MOST_NAMED = 10
 _ROUNDING = 1e-9  # of a sum of weights: 0.33, 0.56 and 0.11 are a little above 1
 # Files of a model that go with its weights, by their endings.
 _COMPANIONS = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"})
-Report = Callable[[int], None]  # tensors done
+ReportTensors = Callable[[int], None]  # tensors done
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Member:
+class AveragedModel:
     """The folder of a model and its weight in the average."""
 
     folder: Path
     weight: float
 
 
-def members_of(folders: Sequence[Path], weights: Sequence[float]) -> Sequence[Member]:
+def members_of(folders: Sequence[Path], weights: Sequence[float]) -> Sequence[AveragedModel]:
     """The members of an average: each model after the first has its own weight, the first one has
     what is left.
 
@@ -66,7 +66,7 @@ def members_of(folders: Sequence[Path], weights: Sequence[float]) -> Sequence[Me
     if faults:
         raise BadInput(*faults)
     return [
-        Member(folder=folder, weight=weight)
+        AveragedModel(folder=folder, weight=weight)
         for folder, weight in zip(folders, [max(left, 0.0), *weights], strict=True)
     ]
 
@@ -88,12 +88,12 @@ def folder_of(name: str) -> Path:
 
 
 def average(
-    members: Sequence[Member],
+    members: Sequence[AveragedModel],
     output: Path,
     *,
     shard_bytes: int,
     command: str,
-    report: Report = lambda _: None,
+    report: ReportTensors = lambda _: None,
 ) -> None:
     """Write the average of models to a folder, tensor by tensor, in fp32 sums; beside first and
     then in one step.
@@ -119,7 +119,7 @@ def average(
 
 
 def _averages(
-    files: Sequence[WeightFiles], weights: Sequence[float], report: Report
+    files: Sequence[WeightFiles], weights: Sequence[float], report: ReportTensors
 ) -> Iterator[tuple[str, Tensor]]:
     for done, name in enumerate(files[0].names, 1):
         yield name, weighted([each.read(name) for each in files], weights)
@@ -141,7 +141,7 @@ def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total.to(dtype)
 
 
-def _config_faults(members: Sequence[Member]) -> Iterator[str]:
+def _config_faults(members: Sequence[AveragedModel]) -> Iterator[str]:
     configs = [_config(member.folder) for member in members]
     for member, config in zip(members[1:], configs[1:], strict=True):
         for key in sorted(configs[0].keys() | config.keys()):
@@ -164,7 +164,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
     return found
 
 
-def _tokenizer_faults(members: Sequence[Member]) -> Iterator[str]:
+def _tokenizer_faults(members: Sequence[AveragedModel]) -> Iterator[str]:
     """A model may lie without a tokenizer; two that are there must be the same."""
     known = [m.folder for m in members if (m.folder / "tokenizer.json").is_file()]
     prints = [fingerprint_of(str(folder)) for folder in known]
@@ -214,7 +214,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _copy_companions(members: Sequence[Member], beside: Path) -> None:
+def _copy_companions(members: Sequence[AveragedModel], beside: Path) -> None:
     """What goes with the last model: configuration, tokenizer, chat template; with the dtype that
     the weights have.
     """
@@ -228,7 +228,7 @@ def _copy_companions(members: Sequence[Member], beside: Path) -> None:
     config.save_pretrained(beside)
 
 
-def _card(members: Sequence[Member], command: str) -> str:
+def _card(members: Sequence[AveragedModel], command: str) -> str:
     rows = [[str(member.folder), f"{member.weight:g}"] for member in members]
     return (
         front_matter(str(members[0].folder))

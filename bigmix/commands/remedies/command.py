@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bigmix.commands.arguments import count
 from bigmix.commands.prepare.command import fraction_of, tell_held_out, tell_source
 from bigmix.errors import DONE, BadInput
-from bigmix.terminal import Terminal, tame_libraries
+from bigmix.terminal import Terminal, quiet_third_party_logs
 
 if TYPE_CHECKING:
     from bigmix.commands.remedies.self_replay import Made, SelfReplay
@@ -44,7 +44,7 @@ def add_average(subparsers: Any) -> None:
 
 
 def _average(known: argparse.Namespace) -> int:
-    tame_libraries()
+    quiet_third_party_logs()
     # transformers takes seconds to import: `bigmix --help` should not.
     from bigmix.commands.remedies.average import average, folder_of, members_of
 
@@ -111,7 +111,7 @@ def add_self_replay(subparsers: Any) -> None:
 
 
 def _self_replay(known: argparse.Namespace) -> int:
-    tame_libraries()
+    quiet_third_party_logs()
     # transformers takes seconds to import: `bigmix --help` should not.
     from bigmix.commands.remedies.self_replay import self_replay
 

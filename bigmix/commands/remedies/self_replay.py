@@ -31,7 +31,7 @@ from bigmix.text.tokenizer import Tokenizer, load_tokenizer
 VERSION = 1
 _USUAL_TOKENS = 512
 _MOST_EMPTY = 5_000  # documents in a row
-Report = Callable[[int, int], None]  # documents and tokens so far
+ReportGenerated = Callable[[int, int], None]  # documents and tokens so far
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +89,7 @@ class _Sample:
     is_cut: bool
 
 
-def self_replay(wanted: SelfReplay, report: Report = lambda *_: None) -> Made:
+def self_replay(wanted: SelfReplay, report: ReportGenerated = lambda *_: None) -> Made:
     """Sample documents until they have enough tokens, write them to OUTPUT.jsonl, and prepare them.
 
     Raises BadInput where the settings are not allowed, or where the files at the output are of
@@ -204,7 +204,11 @@ def _read(path: Path) -> list[_Sample]:
 
 
 def _sample(
-    wanted: SelfReplay, tokenizer: Tokenizer, most: int, samples: list[_Sample], report: Report
+    wanted: SelfReplay,
+    tokenizer: Tokenizer,
+    most: int,
+    samples: list[_Sample],
+    report: ReportGenerated,
 ) -> None:
     """Append documents until all of them have enough tokens; where that is does not depend on the
     batch.

@@ -119,7 +119,7 @@ PART_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
+class ByteSpan:
     """Bytes [start, stop) of a file; stop None is its end.
 
     `size` is the whole file's where it is known beforehand.
@@ -131,7 +131,7 @@ class Span:
 
 
 def parts_of(
-    url: str, span: Span, opener: Opener, *, retry: Retry, watch: Watch
+    url: str, span: ByteSpan, opener: Opener, *, retry: Retry, watch: Watch
 ) -> Iterator[bytes]:
     """The bytes of a span in order, each once.
 
@@ -189,7 +189,7 @@ def _reason(error: Exception) -> str:
 class _Reading:
     """How far a file has been read, and what is known of it."""
 
-    def __init__(self, url: str, span: Span) -> None:
+    def __init__(self, url: str, span: ByteSpan) -> None:
         self.at = span.start
         self._url = url
         self._stop = span.stop

@@ -32,7 +32,7 @@ BLOCK_TOKENS = 1 << 17
 TAR_BLOCK = 512
 KEPT_ARRAYS = 256  # arrays of blocks that a shard read in ranges keeps in memory
 
-Tokens = npt.NDArray[np.unsignedinteger[Any]]
+TokenIds = npt.NDArray[np.unsignedinteger[Any]]
 Bytes = npt.NDArray[np.uint8]
 
 # The columns of the table of blocks, all uint64.
@@ -64,7 +64,7 @@ class ShardWriter:
         self._masked = masked
         self._tar = tarfile.open(self._beside, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self._table: list[list[int]] = []
-        self._ids: list[Tokens] = []
+        self._ids: list[TokenIds] = []
         self._masks: list[Flags] = []
         self._lengths: list[Ints] = []
         self._open_tokens = 0
@@ -72,11 +72,11 @@ class ShardWriter:
         self._loss_tokens = 0
         self.tokens = 0
 
-    def add(self, ids: Tokens, loss_mask: Flags | None) -> None:
+    def add(self, ids: TokenIds, loss_mask: Flags | None) -> None:
         """Append a document: ids [T] and, for a chat, which of them are in the loss [T]."""
         self.add_many(ids, np.array([len(ids)]), loss_mask)
 
-    def add_many(self, ids: Tokens, lengths: Ints, loss_mask: Flags | None) -> None:
+    def add_many(self, ids: TokenIds, lengths: Ints, loss_mask: Flags | None) -> None:
         """Append documents of `lengths` [D] that stand end to end [T]; the file is that of adding
         one after the other.
         """
@@ -91,7 +91,7 @@ class ShardWriter:
             self._append(ids[token:end], lengths[document:stop], mask)
             document, token = stop, end
 
-    def _append(self, ids: Tokens, lengths: Ints, loss_mask: Flags | None) -> None:
+    def _append(self, ids: TokenIds, lengths: Ints, loss_mask: Flags | None) -> None:
         """Documents of which none but the last fills the block."""
         self._ids.append(ids)
         self._lengths.append(lengths)
@@ -261,9 +261,9 @@ class Shard:
         """Where each document begins, and behind the last one the end of all."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
-    def tokens(self, start: int, stop: int) -> Tokens:
+    def tokens(self, start: int, stop: int) -> TokenIds:
         """The ids at token positions [start, stop)."""
-        ids: Tokens = np.frombuffer(self.piece(start, stop), self._dtype)
+        ids: TokenIds = np.frombuffer(self.piece(start, stop), self._dtype)
         return ids
 
     def piece(self, start: int, stop: int) -> bytes:

@@ -23,10 +23,10 @@ from bigmix.data.shards.location import WEB, scheme_of, shown
 from bigmix.data.shards.retry import (
     PART_BYTES,
     Ask,
+    ByteSpan,
     Opened,
     Opener,
     Retry,
-    Span,
     Transient,
     Watch,
     missing,
@@ -59,14 +59,14 @@ def read_file(url: str, *, retry: Retry | None = None, watch: Watch | None = Non
     Raises BadInput for a file that is missing or may not be read, BigmixError when the tries are
     spent.
     """
-    return b"".join(_parts(url, Span(), retry, watch))
+    return b"".join(_parts(url, ByteSpan(), retry, watch))
 
 
 def read_range(
     url: str, start: int, stop: int, *, retry: Retry | None = None, watch: Watch | None = None
 ) -> bytes:
     """The bytes [start, stop) of a file; fewer where the file ends before `stop`."""
-    return b"".join(_parts(url, Span(start=start, stop=stop), retry, watch))
+    return b"".join(_parts(url, ByteSpan(start=start, stop=stop), retry, watch))
 
 
 def copy_to(
@@ -84,12 +84,12 @@ def copy_to(
     disk is full.
     """
     with path.open("ab") as file:
-        span = Span(start=file.tell(), size=size)
+        span = ByteSpan(start=file.tell(), size=size)
         for part in _parts(url, span, retry, watch):
             file.write(part)
 
 
-def _parts(url: str, span: Span, retry: Retry | None, watch: Watch | None) -> Iterator[bytes]:
+def _parts(url: str, span: ByteSpan, retry: Retry | None, watch: Watch | None) -> Iterator[bytes]:
     return parts_of(url, span, _opener(url), retry=retry or Retry(), watch=watch or Watch())
 
 

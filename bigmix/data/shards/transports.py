@@ -165,7 +165,7 @@ def open_pipe(url: str, ask: Ask) -> Opened:
     """Start the command of `pipe:COMMAND` and pass over its first `ask.start` bytes; it is run by
     bash with pipefail.
     """
-    body = _Output(url, ask.timeout_s)
+    body = _CommandOutput(url, ask.timeout_s)
     try:
         left = ask.start
         while left:
@@ -179,7 +179,7 @@ def open_pipe(url: str, ask: Ask) -> Opened:
     return Opened(body=body, size=None)
 
 
-class _Output:
+class _CommandOutput:
     """The output of a running command; its end counts only once the command has ended well."""
 
     def __init__(self, url: str, timeout_s: float) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from bigmix.errors import BadInput
 from bigmix.evaluation.tasks.matching import label_of, last_number, plain_label
 from bigmix.recipe.task import PARTS, Task
-from bigmix.seeding import spread
+from bigmix.seeding import evenly_spaced
 from bigmix.text.formats import Conversation, Layout, Turn, document_of
 from bigmix.text.readers import LINE_SUFFIXES, ReadOptions, format_of, read_rows
 
@@ -107,7 +107,7 @@ def _open(task: Task) -> TaskFile:
         ]
     if faults:
         raise BadInput(*faults)
-    return TaskFile(task=task, examples=spread(examples, task.examples), labels=labels)
+    return TaskFile(task=task, examples=evenly_spaced(examples, task.examples), labels=labels)
 
 
 def _label_faults(

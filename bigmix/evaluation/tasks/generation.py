@@ -22,8 +22,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from bigmix.evaluation.tasks.inference_model import Speaker, padded
-from bigmix.evaluation.tasks.prompts import Tokens
+from bigmix.evaluation.tasks.inference_model import InferenceModel, padded
+from bigmix.evaluation.tasks.prompts import PromptTokens
 from bigmix.recipe.task import Task
 from bigmix.seeding import keys_of
 from bigmix.text.tokenizer import Tokenizer
@@ -35,12 +35,12 @@ _MANTISSA = 53  # bits of a double
 class Prompt:
     """The tokens of a prompt, and the key of the chance by which its output is drawn."""
 
-    tokens: Tokens
+    tokens: PromptTokens
     key: int
 
 
 def generate(
-    speaker: Speaker,
+    model: InferenceModel,
     tokenizer: Tokenizer,
     task: Task,
     stops: frozenset[int],
@@ -53,7 +53,7 @@ def generate(
     """
     width = max(len(prompt.tokens) for prompt in prompts)
     tokens = [prompt.tokens for prompt in prompts]
-    ids_RT, mask_RT = padded(tokens, width, speaker.device, at_left=True)
+    ids_RT, mask_RT = padded(tokens, width, model.device, at_left=True)
     config = GenerationConfig(
         max_new_tokens=task.max_new_tokens,
         do_sample=False,
@@ -61,14 +61,14 @@ def generate(
         eos_token_id=sorted(stops),
         pad_token_id=min(stops),
     )
-    with _own_settings(speaker.lm, config), torch.no_grad():
-        written_RT = speaker.lm.generate(
+    with _own_settings(model.lm, config), torch.no_grad():
+        written_RT = model.lm.generate(
             input_ids=ids_RT,
             attention_mask=mask_RT,
             generation_config=config,
-            logits_processor=LogitsProcessorList(_drawing(task, prompts, width, speaker.device)),
+            logits_processor=LogitsProcessorList(_drawing(task, prompts, width, model.device)),
             stopping_criteria=StoppingCriteriaList(_stopping(tokenizer, task, width)),
-            synced_gpus=speaker.in_step,
+            synced_gpus=model.in_step,
         )
     return [
         _text(tokenizer, task, stops, prompt.tokens, written)
@@ -156,7 +156,7 @@ def _text(
     tokenizer: Tokenizer,
     task: Task,
     stops: frozenset[int],
-    prompt: Tokens,
+    prompt: PromptTokens,
     written: Sequence[int],
 ) -> str:
     end = next((at for at, token in enumerate(written) if token in stops), len(written))

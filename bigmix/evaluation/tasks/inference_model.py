@@ -22,11 +22,11 @@ from bigmix.model.engine import is_sharded, whole_parameters
 _ROOM = 2  # times the copy: activations and the cache of keys and values need some, too
 _MEMORY = Path("/proc/meminfo")
 
-Weights = Literal["auto", "whole", "sharded"]
+WeightPlacement = Literal["auto", "whole", "sharded"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Speaker:
+class InferenceModel:
     """A causal language model of transformers in evaluation mode, and where its inputs must be.
 
     `in_step`: each forward is a collective, so that all ranks must make the same number of them.
@@ -50,20 +50,20 @@ def padded(
 
 
 @contextmanager
-def speaking(
-    lm: Any, device: torch.device, cluster: Cluster, weights: Weights = "auto"
-) -> Iterator[Speaker]:
+def gathered_for_inference(
+    lm: Any, device: torch.device, cluster: Cluster, weights: WeightPlacement = "auto"
+) -> Iterator[InferenceModel]:
     """A language model that can be asked inside; it must be in evaluation mode. A collective.
 
     A model with whole weights is taken as it is. Of a sharded one a whole copy is made where that
     is asked for or fits.
     """
     if not is_sharded(lm):
-        yield Speaker(lm=lm, device=device)
+        yield InferenceModel(lm=lm, device=device)
     elif weights == "sharded" or (weights == "auto" and not _fits(lm, device, cluster)):
-        yield Speaker(lm=lm, device=device, in_step=True)
+        yield InferenceModel(lm=lm, device=device, in_step=True)
     else:
-        yield Speaker(lm=_whole_copy(lm, device), device=device)
+        yield InferenceModel(lm=_whole_copy(lm, device), device=device)
 
 
 def _fits(lm: Any, device: torch.device, cluster: Cluster) -> bool:

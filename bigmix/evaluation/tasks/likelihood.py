@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from bigmix.evaluation.tasks.inference_model import Speaker, padded
+from bigmix.evaluation.tasks.inference_model import InferenceModel, padded
 from bigmix.evaluation.tasks.prompts import Question
 
 
-def log_likelihoods(speaker: Speaker, questions: Sequence[Question]) -> list[list[float]]:
+def log_likelihoods(model: InferenceModel, questions: Sequence[Question]) -> list[list[float]]:
     """For each question the log-likelihood of each of its labels, in nats; all have the same number
     of labels.
 
     Where the speaker is in step with other ranks, a collective: two forwards, whatever the
     questions.
     """
-    device, num_labels = speaker.device, len(questions[0].labels)
+    device, num_labels = model.device, len(questions[0].labels)
     # The last token of the prompt is shown with the labels: its prediction is each label's first.
     prompts = [question.prompt[:-1] for question in questions]
     width = max(1, *map(len, prompts))
@@ -31,7 +31,7 @@ def log_likelihoods(speaker: Speaker, questions: Sequence[Question]) -> list[lis
     wide = max(map(len, shown)) - 1
     inputs_RT, own_RT = padded([ids[:-1] for ids in shown], wide, device, at_left=False)
     labels_RT, _ = padded([ids[1:] for ids in shown], wide, device, at_left=False)
-    logits_RTV = _logits(speaker, ids_BT, mask_BT, inputs_RT, own_RT)
+    logits_RTV = _logits(model, ids_BT, mask_BT, inputs_RT, own_RT)
     nll_RT = torch.nn.functional.cross_entropy(
         logits_RTV.float().transpose(1, 2), labels_RT, reduction="none"
     )
@@ -40,7 +40,7 @@ def log_likelihoods(speaker: Speaker, questions: Sequence[Question]) -> list[lis
 
 
 def _logits(
-    speaker: Speaker, ids_BT: Tensor, mask_BT: Tensor, inputs_RT: Tensor, own_RT: Tensor
+    model: InferenceModel, ids_BT: Tensor, mask_BT: Tensor, inputs_RT: Tensor, own_RT: Tensor
 ) -> Tensor:
     """Logits [R, T, V] of rows behind prompts, each of which is read once for all rows of its
     own.
@@ -48,14 +48,14 @@ def _logits(
     num_labels, width = len(inputs_RT) // len(ids_BT), ids_BT.shape[1]
     mask_RT = torch.cat([mask_BT.repeat_interleave(num_labels, dim=0), own_RT], dim=1)
     positions_RT = (mask_RT.cumsum(dim=1) - 1).clamp(min=0)
-    cache = DynamicCache(config=speaker.lm.config)
-    known = inspect.signature(speaker.lm.forward).parameters
+    cache = DynamicCache(config=model.lm.config)
+    known = inspect.signature(model.lm.forward).parameters
     # Its name since transformers 5.24, and before.
     cached = {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
     # Where the model knows it, the logits of a whole prompt are spared.
     fewest = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     with torch.no_grad():
-        speaker.lm(
+        model.lm(
             input_ids=ids_BT,
             attention_mask=mask_BT,
             position_ids=(mask_BT.cumsum(dim=1) - 1).clamp(min=0),
@@ -63,7 +63,7 @@ def _logits(
             **fewest,
         )
         cache.batch_repeat_interleave(num_labels)
-        logits_RTV: Tensor = speaker.lm(
+        logits_RTV: Tensor = model.lm(
             input_ids=inputs_RT,
             attention_mask=mask_RT,
             position_ids=positions_RT[:, width:],

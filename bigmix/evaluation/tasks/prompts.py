@@ -19,11 +19,11 @@ from bigmix.text.tokenizer import Tokenizer, load_tokenizer
 
 _PROBE = "a"  # an answer, for the template to be written up to it
 
-Tokens = tuple[int, ...]
+PromptTokens = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Language:
+class ChatFormat:
     """The tokenizer that a model speaks, and the template of its chats; None where prompts are text
     unless a task says chat.
     """
@@ -39,8 +39,8 @@ class Question:
     """
 
     example: Example
-    prompt: Tokens
-    labels: tuple[Tokens, ...]
+    prompt: PromptTokens
+    labels: tuple[PromptTokens, ...]
 
     @property
     def longest(self) -> int:
@@ -49,7 +49,7 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class PreparedTask:
     """A task that is ready to be asked; `dropped` examples have no place in the model."""
 
     task: Task
@@ -61,7 +61,7 @@ class Asked:
     tokenizer: Tokenizer
 
 
-def language_of(folder_or_name: str, manifests: Sequence[Manifest]) -> Language:
+def chat_format_of(folder_or_name: str, manifests: Sequence[Manifest]) -> ChatFormat:
     """The tokenizer at a place, and the chat template that these prepared sources were written
     with.
 
@@ -86,13 +86,13 @@ def language_of(folder_or_name: str, manifests: Sequence[Manifest]) -> Language:
                 f"the chat template of {folder_or_name} is not the one that the sources were"
                 " written with; restore it, or prepare them again"
             )
-        return Language(tokenizer=tokenizer, template=template)
-    return Language(tokenizer=tokenizer, template=None)
+        return ChatFormat(tokenizer=tokenizer, template=template)
+    return ChatFormat(tokenizer=tokenizer, template=None)
 
 
-def ask(
-    files: Mapping[str, TaskFile], language: Language, max_positions: int | None
-) -> dict[str, Asked]:
+def tokenise_tasks(
+    files: Mapping[str, TaskFile], language: ChatFormat, max_positions: int | None
+) -> dict[str, PreparedTask]:
     """Write the examples of each task as tokens.
 
     Raises BadInput with all examples that the template cannot write or that do not fit the model's
@@ -110,7 +110,7 @@ def ask(
     return asked
 
 
-def _ask(file: TaskFile, language: Language, max_positions: int | None) -> Asked:
+def _ask(file: TaskFile, language: ChatFormat, max_positions: int | None) -> PreparedTask:
     task, tokenizer = file.task, language.tokenizer
     template = _template(task, language)
     by_labels = file.labels if task.by == "likelihood" else ()
@@ -126,7 +126,7 @@ def _ask(file: TaskFile, language: Language, max_positions: int | None) -> Asked
             f" with their answers (the longest has {longest} tokens and {more} to come); lower"
             " max_new_tokens, or set long_prompts: drop"
         )
-    return Asked(
+    return PreparedTask(
         task=task,
         labels=file.labels,
         questions=fitting,
@@ -137,7 +137,7 @@ def _ask(file: TaskFile, language: Language, max_positions: int | None) -> Asked
     )
 
 
-def _template(task: Task, language: Language) -> Template | None:
+def _template(task: Task, language: ChatFormat) -> Template | None:
     """How a task is written as a chat; None where it is text."""
     if task.format == "text" or (task.format == "auto" and language.template is None):
         return None
@@ -185,7 +185,7 @@ def _question(
     )
 
 
-def _shared(written: Sequence[tuple[Tokens, Tokens]]) -> int:
+def _shared(written: Sequence[tuple[PromptTokens, PromptTokens]]) -> int:
     """Tokens that all prompts begin with; a label may change how the end of its prompt is cut."""
     first = written[0][0]
     shared = min(len(prompt) for prompt, _ in written)
@@ -196,7 +196,7 @@ def _shared(written: Sequence[tuple[Tokens, Tokens]]) -> int:
 
 def _as_chat(
     tokenizer: Tokenizer, template: Template, example: Example, answers: Sequence[str]
-) -> list[tuple[Tokens, Tokens]]:
+) -> list[tuple[PromptTokens, PromptTokens]]:
     """The tokens before each answer, and those that training would learn of it: the end of the turn
     among them.
     """
@@ -225,7 +225,7 @@ def _as_chat(
 
 def _as_text(
     tokenizer: Tokenizer, example: Example, separator: str, labels: Sequence[str]
-) -> list[tuple[Tokens, Tokens]]:
+) -> list[tuple[PromptTokens, PromptTokens]]:
     """The tokens of the prompt, and those of each label behind it; without labels, one pair with no
     label.
     """

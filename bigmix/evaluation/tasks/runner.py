@@ -14,12 +14,12 @@ from bigmix.cluster.signals import Activity
 from bigmix.cluster.world import World
 from bigmix.evaluation.tasks.execution import passes, program_of
 from bigmix.evaluation.tasks.generation import Prompt, generate
-from bigmix.evaluation.tasks.inference_model import Speaker
+from bigmix.evaluation.tasks.inference_model import InferenceModel
 from bigmix.evaluation.tasks.likelihood import log_likelihoods
-from bigmix.evaluation.tasks.prompts import Asked, Question
-from bigmix.evaluation.tasks.scoring import Answered, Score, judge, scored
+from bigmix.evaluation.tasks.prompts import PreparedTask, Question
+from bigmix.evaluation.tasks.scoring import Answered, Score, score_answers, scored
 from bigmix.files import replace_text
-from bigmix.seeding import key_of, spread
+from bigmix.seeding import evenly_spaced, key_of
 
 SAMPLES = "samples"
 
@@ -49,9 +49,9 @@ class TaskResult:
 
 
 def score_tasks(
-    speaker: Speaker,
+    model: InferenceModel,
     cluster: Cluster,
-    tasks: Mapping[str, Asked],
+    tasks: Mapping[str, PreparedTask],
     *,
     seed: int,
     activity: Activity,
@@ -65,7 +65,7 @@ def score_tasks(
     """
     results = {}
     for name, asked in tasks.items():
-        outputs = _outputs_of_rank(speaker, cluster, name, asked, seed=seed, activity=activity)
+        outputs = _outputs_of_rank(model, cluster, name, asked, seed=seed, activity=activity)
         if outputs is None:
             return None
         activity.begin(f"scores of {name}")
@@ -134,7 +134,7 @@ class _Batch:
     is_idle: bool
 
 
-def _batches(asked: Asked, world: World) -> Sequence[_Batch]:
+def _batches(asked: PreparedTask, world: World) -> Sequence[_Batch]:
     """What a rank asks, in as many batches as each of the others; questions of like lengths
     together, the longest first.
     """
@@ -152,10 +152,10 @@ def _batches(asked: Asked, world: World) -> Sequence[_Batch]:
 
 
 def _outputs_of_rank(
-    speaker: Speaker,
+    model: InferenceModel,
     cluster: Cluster,
     name: str,
-    asked: Asked,
+    asked: PreparedTask,
     *,
     seed: int,
     activity: Activity,
@@ -167,9 +167,9 @@ def _outputs_of_rank(
         activity.begin(f"task {name}, batch {number} of {len(batches)}")
         if any(cluster.sum_counts([activity.stop_requested()])):
             return None
-        if batch.is_idle and not speaker.in_step:
+        if batch.is_idle and not model.in_step:
             continue
-        texts = _answers(speaker, asked, batch.rows, key_of(seed, "task", name))
+        texts = _answers(model, asked, batch.rows, key_of(seed, "task", name))
         if not batch.is_idle:
             outputs += _outputs(
                 asked, batch.rows, texts, lambda: activity.begin(f"programs of {name}")
@@ -178,25 +178,25 @@ def _outputs_of_rank(
 
 
 def _answers(
-    speaker: Speaker, asked: Asked, rows: Sequence[tuple[Question, int]], key: int
+    model: InferenceModel, asked: PreparedTask, rows: Sequence[tuple[Question, int]], key: int
 ) -> list[str]:
     """What the model answers to each row."""
     if asked.task.by == "likelihood":
         questions = [question for question, _ in rows]
         return [
             asked.labels[int(np.argmax(_normalised(asked, question, values)))]
-            for question, values in zip(questions, log_likelihoods(speaker, questions), strict=True)
+            for question, values in zip(questions, log_likelihoods(model, questions), strict=True)
         ]
     prompts = [
         Prompt(tokens=question.prompt, key=key_of(key, question.example.index, number))
         for question, number in rows
     ]
-    texts = generate(speaker, asked.tokenizer, asked.task, asked.stops, prompts)
+    texts = generate(model, asked.tokenizer, asked.task, asked.stops, prompts)
     # A chat's answer has its spaces from the template; those of a text may be code's.
     return [text.strip() for text in texts] if asked.is_chat else texts
 
 
-def _normalised(asked: Asked, question: Question, values: Sequence[float]) -> list[float]:
+def _normalised(asked: PreparedTask, question: Question, values: Sequence[float]) -> list[float]:
     """The log-likelihoods of the labels, divided as the task says."""
     lengths = {
         "none": [1] * len(values),
@@ -207,7 +207,7 @@ def _normalised(asked: Asked, question: Question, values: Sequence[float]) -> li
 
 
 def _outputs(
-    asked: Asked,
+    asked: PreparedTask,
     rows: Sequence[tuple[Question, int]],
     texts: Sequence[str],
     runs_program: Callable[[], None],
@@ -223,13 +223,13 @@ def _outputs(
         yield _Output(index=question.example.index, number=number, text=text, passes=is_passed)
 
 
-def _passes(asked: Asked, question: Question, text: str) -> bool:
+def _passes(asked: PreparedTask, question: Question, text: str) -> bool:
     example, task = question.example, asked.task
     program = program_of(text, None if asked.is_chat else example.shown, example.test)
     return passes(program, timeout_s=task.execute_timeout_s, memory_mib=task.execute_memory_mib)
 
 
-def _judged(name: str, asked: Asked, outputs: Sequence[_Output]) -> TaskResult:
+def _judged(name: str, asked: PreparedTask, outputs: Sequence[_Output]) -> TaskResult:
     """The result of a task from the outputs of all ranks."""
     by_example: dict[int, list[_Output]] = {}
     for output in sorted(outputs, key=lambda output: (output.index, output.number)):
@@ -243,7 +243,9 @@ def _judged(name: str, asked: Asked, outputs: Sequence[_Output]) -> TaskResult:
         )
         for index, own in by_example.items()
     ]
-    judged = {kind: judge(kind, answered, asked.task, asked.labels) for kind in asked.task.scores}
+    judged = {
+        kind: score_answers(kind, answered, asked.task, asked.labels) for kind in asked.task.scores
+    }
     samples = [
         Sample(
             prompt=answered[at].example.shown,
@@ -251,7 +253,7 @@ def _judged(name: str, asked: Asked, outputs: Sequence[_Output]) -> TaskResult:
             outputs=answered[at].outputs,
             scores={k: float(j.values_N[at]) for k, j in judged.items() if j.values_N is not None},
         )
-        for at in spread(range(len(answered)), asked.task.samples)
+        for at in evenly_spaced(range(len(answered)), asked.task.samples)
     ]
     return TaskResult(
         scores={kind: scored(f"{name}/{kind}", each) for kind, each in judged.items()},

@@ -40,7 +40,7 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Judged:
+class ScoredAnswers:
     """A score as a function of sums over examples; `values_N` is what each example has by itself,
     None where that has no meaning.
     """
@@ -50,7 +50,9 @@ class Judged:
     values_N: Floats | None
 
 
-def judge(name: str, answered: Sequence[Answered], task: Task, labels: tuple[str, ...]) -> Judged:
+def score_answers(
+    name: str, answered: Sequence[Answered], task: Task, labels: tuple[str, ...]
+) -> ScoredAnswers:
     """The statistics of one of the scores of a task."""
     if name in _BY_TEXT:
         return _mean([_mean_over_outputs(_BY_TEXT[name], each) for each in answered])
@@ -67,7 +69,7 @@ def judge(name: str, answered: Sequence[Answered], task: Task, labels: tuple[str
     return _overlap(name, answered, task)
 
 
-def scored(name: str, judged: Judged) -> Score:
+def scored(name: str, judged: ScoredAnswers) -> Score:
     """The score over all examples with its interval; `name` decides the draws."""
     sums_RK = resampled_sums(judged.statistics_NK, key_of("interval", name))
     low, high = interval(np.array([judged.value_of(sums_K) for sums_K in sums_RK]))
@@ -81,9 +83,9 @@ def pass_at(k: int, outputs: int, passed: int) -> float:
     return 1.0 - math.comb(outputs - passed, k) / math.comb(outputs, k)
 
 
-def _mean(values: Sequence[float]) -> Judged:
+def _mean(values: Sequence[float]) -> ScoredAnswers:
     values_N = np.array(values, np.float64)
-    return Judged(
+    return ScoredAnswers(
         statistics_NK=np.stack([values_N, np.ones_like(values_N)], axis=1),
         value_of=lambda sums_K: float(sums_K[0] / sums_K[1]),
         values_N=values_N,
@@ -110,7 +112,7 @@ def _rouge(name: str, answered: Sequence[Answered]) -> list[float]:
     return [sum(each) / len(each) for each in values]
 
 
-def _macro_f1(answered: Sequence[Answered], labels: tuple[str, ...]) -> Judged:
+def _macro_f1(answered: Sequence[Answered], labels: tuple[str, ...]) -> ScoredAnswers:
     """The mean of each label's F1, over labels that are a reference or an answer; no label is an
     answer of its own class.
     """
@@ -125,7 +127,7 @@ def _macro_f1(answered: Sequence[Answered], labels: tuple[str, ...]) -> Judged:
         if found is not None:
             said[at, places[found]] = 1
             right[at, places[found]] = found == wanted
-    return Judged(
+    return ScoredAnswers(
         statistics_NK=np.concatenate([right, said, is_label], axis=1),
         value_of=_macro_f1_of,
         values_N=None,
@@ -138,14 +140,14 @@ def _macro_f1_of(sums_K: Floats) -> float:
     return float((2 * right[seen] / (said + is_label)[seen]).mean())
 
 
-def _overlap(name: str, answered: Sequence[Answered], task: Task) -> Judged:
+def _overlap(name: str, answered: Sequence[Answered], task: Task) -> ScoredAnswers:
     outputs = [each.outputs[0] for each in answered]
     references = [each.example.references for each in answered]
     if name == "bleu":
         found = bleu_statistics(outputs, references, task.bleu_tokenizer)
     else:
         found = chrf_statistics(outputs, references)
-    return Judged(
+    return ScoredAnswers(
         statistics_NK=found.statistics_NK,
         value_of=found.value_of,
         values_N=np.array([found.value_of(row_K) for row_K in found.statistics_NK]),

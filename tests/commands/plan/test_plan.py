@@ -12,7 +12,7 @@ from support.corpora import write_source
 from support.ranks import ROOT, environment, free_port, start_script
 
 from bigmix.commands.main import main
-from bigmix.commands.plan.counts import tally_of
+from bigmix.commands.plan.counts import row_counts
 from bigmix.commands.plan.forecast import Machine, forecast
 from bigmix.commands.plan.memory import Setting, memory_of
 from bigmix.commands.plan.shape import Activations, Shape, shape_of
@@ -91,12 +91,14 @@ def test_rows_are_counted_without_being_read(here):
     inputs = open_inputs(load_recipe("recipe.yaml"), ranks=1, verify=False)
     for name, stream in inputs.plan.streams.items():
         count = 2 * stream.rows_per_epoch + 3
-        tally = tally_of(inputs.plan, name, count)
+        tally = row_counts(inputs.plan, name, count)
         rows = [stream.read(stream.locate(index)) for index in range(count)]
         assert tally.tokens_R.tolist() == [row.tokens for row in rows]
         assert tally.loss_tokens_R.tolist() == [int((row.labels_T != IGNORE).sum()) for row in rows]
-        squares = [int((np.diff(row.starts_P, append=row.tokens) ** 2).sum()) for row in rows]
-        assert tally.squares_R.tolist() == squares
+        sum_sq_lengths = [
+            int((np.diff(row.starts_P, append=row.tokens) ** 2).sum()) for row in rows
+        ]
+        assert tally.sum_sq_lengths_R.tolist() == sum_sq_lengths
 
 
 def test_a_long_run_is_estimated_and_says_so(here, monkeypatch):

@@ -26,7 +26,7 @@ from bigmix.commands.prepare.progress import PARTS
 from bigmix.data.shards.manifest import read_manifest
 from bigmix.data.shards.shard import open_shard
 from bigmix.errors import BAD_INPUT, FAILED, BadInput
-from bigmix.text.readers import RawRow, ReadOptions, Span, parsed, read_rows, read_span
+from bigmix.text.readers import LineSpan, RawRow, ReadOptions, parsed, read_rows, read_span
 from bigmix.text.tokenizer import train_tokenizer
 
 TEXTS = generated_texts(900, seed=5)
@@ -385,6 +385,6 @@ def test_parts_of_one_long_file_are_of_the_same_size(tmp_path):
 def test_a_stretch_names_the_byte_from_which_its_lines_are_counted(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}\n')
-    span = Span(place=str(path), start=9, stop=18)
+    span = LineSpan(place=str(path), start=9, stop=18)
     (row,) = [parsed(row, ReadOptions()) for row in read_span(span, ReadOptions())]
     assert row == RawRow(file=f"{path} from byte 9", number=1, columns={"a": 2})

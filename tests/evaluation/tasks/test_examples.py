@@ -12,7 +12,7 @@ from support.templates import CHATML, GENERATION_WITH_END, LAST_THINKS, TALK
 
 from bigmix.errors import BadInput
 from bigmix.evaluation.tasks.examples import open_tasks
-from bigmix.evaluation.tasks.prompts import Language, ask
+from bigmix.evaluation.tasks.prompts import ChatFormat, tokenise_tasks
 from bigmix.recipe import load_recipe
 from bigmix.recipe.task import Task
 from bigmix.text.chat_template import encode_chat, open_template
@@ -182,7 +182,9 @@ def test_settings_that_do_not_fit_are_refused_with_the_recipe(tmp_path, settings
 
 
 def asked(file, tokenizer, template, positions=None):
-    return ask({"t": file}, Language(tokenizer=tokenizer, template=template), positions)["t"]
+    return tokenise_tasks(
+        {"t": file}, ChatFormat(tokenizer=tokenizer, template=template), positions
+    )["t"]
 
 
 @pytest.mark.parametrize("source", [None, CHATML, GENERATION_WITH_END, LAST_THINKS])

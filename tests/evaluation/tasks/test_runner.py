@@ -13,8 +13,8 @@ from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.signals import UNWATCHED
 from bigmix.cluster.world import World
 from bigmix.evaluation.tasks.examples import open_tasks
-from bigmix.evaluation.tasks.inference_model import speaking
-from bigmix.evaluation.tasks.prompts import Language, ask
+from bigmix.evaluation.tasks.inference_model import gathered_for_inference
+from bigmix.evaluation.tasks.prompts import ChatFormat, tokenise_tasks
 from bigmix.evaluation.tasks.runner import score_tasks
 from bigmix.recipe.task import Task
 from bigmix.text.chat_template import open_template
@@ -129,10 +129,12 @@ def test_the_likeliest_label_is_that_of_a_plain_loop(exported):
 def test_an_exported_model_in_a_plain_process_answers_the_same(exported, tasks):
     model, tokenizer, outputs = exported
     files = open_tasks({name: Task.model_validate(task) for name, task in tasks.items()})
-    language = Language(tokenizer=tokenizer, template=open_template(tokenizer, "plain"))
+    language = ChatFormat(tokenizer=tokenizer, template=open_template(tokenizer, "plain"))
     alone = Cluster(World(rank=0, local_rank=0, size=1, local_size=1))
-    with speaking(model, torch.device("cpu"), alone) as speaker:
-        results = score_tasks(speaker, alone, ask(files, language, 128), seed=7, activity=UNWATCHED)
+    with gathered_for_inference(model, torch.device("cpu"), alone) as speaker:
+        results = score_tasks(
+            speaker, alone, tokenise_tasks(files, language, 128), seed=7, activity=UNWATCHED
+        )
     for name, result in results.items():
         assert [list(sample.outputs) for sample in result.samples] == outputs[name]
 

@@ -19,7 +19,7 @@ from bigmix.evaluation.tasks.examples import Example
 from bigmix.evaluation.tasks.execution import passes, program_of
 from bigmix.evaluation.tasks.matching import exact_match, last_number, numeric_match, token_f1
 from bigmix.evaluation.tasks.overlap import tokenizer_of
-from bigmix.evaluation.tasks.scoring import Answered, judge, pass_at, scored
+from bigmix.evaluation.tasks.scoring import Answered, pass_at, score_answers, scored
 from bigmix.recipe.task import Task
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "it", "was", "glad", "of", "that"]
@@ -49,7 +49,7 @@ def answered(outputs, references, passed=None):
 
 def score(name, answers, labels=(), **settings):
     task = Task(path="-", scores=[name], execute=True, outputs=9, temperature=1.0, **settings)
-    return scored("x", judge(name, answers, task, labels))
+    return scored("x", score_answers(name, answers, task, labels))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_rouge_is_rouge_scores_and_knows_chinese(texts):
             scorer.score_multi(own, output)[name].fmeasure
             for output, own in zip(outputs, references, strict=True)
         ]
-        found = judge(name, answered(outputs, references), Task(path="-", scores=[name]), ())
+        found = score(name, answered(outputs, references), Task(path="-", scores=[name]), ())
         assert found.values_N.tolist() == pytest.approx(expected, abs=1e-12)
     # 猫 坐 垫 of 4 and 3 characters: precision 1, recall 3/4.
     assert score("rouge1", answered(["猫坐垫"], [["猫坐垫上"]])).value == pytest.approx(6 / 7)

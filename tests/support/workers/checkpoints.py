@@ -19,8 +19,8 @@ from support.workers.engines import (
 )
 
 from bigmix.runs.checkpoints import Position
-from bigmix.runs.resume import newest_whole
-from bigmix.runs.saver import Keeping, Saver
+from bigmix.runs.resume import newest_complete
+from bigmix.runs.saver import RetentionPolicy, Saver
 from bigmix.runs.state_file import StateReader
 
 
@@ -62,7 +62,7 @@ def train(engine, cluster, rank, ranks, count):
 
 def saver(folder, cluster, said=None, keep=9, every=0, in_background=True):
     tell = (said if said is not None else []).append
-    keeping = Keeping(newest=keep, every=every)
+    keeping = RetentionPolicy(newest=keep, every=every)
     return Saver(Path(folder), cluster, keeping, in_background=in_background, tell=tell)
 
 
@@ -85,7 +85,7 @@ def restored(rank, ranks, cluster, folder, family, file, dtype):
     there.
     """
     engine = make_engine(family, 1, ranks, file, dtype)
-    listed = newest_whole(Path(folder), cluster).listed
+    listed = newest_complete(Path(folder), cluster).listed
     engine.put_back(StateReader(listed.path).fill)
     state, taken = whole_state(engine), steps_of_adam(engine)
     sums = train(engine, cluster, rank, ranks, 1)
@@ -179,7 +179,7 @@ def averages(rank, ranks, cluster, folder, family, file, dtype, first, last):
     dense_file = Path(folder).parent / "dense.pt"
     dense = masters(engine)
     if first > 1:
-        engine.put_back(StateReader(newest_whole(Path(folder), cluster).listed.path).fill)
+        engine.put_back(StateReader(newest_complete(Path(folder), cluster).listed.path).fill)
         dense = torch.load(dense_file)
     found = {"fp32": 0.0, "model": 0.0, "exact": True, "moved": 0.0}
     for index in range(first, last + 1):
@@ -211,7 +211,7 @@ def joined(rank, ranks, cluster, folder, family, file, dtype):
     checkpoint without one on.
     """
     engine = make_engine(family, 1, ranks, file, dtype, ema=DECAY)
-    engine.put_back(StateReader(newest_whole(Path(folder), cluster).listed.path).fill)
+    engine.put_back(StateReader(newest_complete(Path(folder), cluster).listed.path).fill)
     weights = masters(engine)
     with engine.evaluating():
         kept = masters(engine)

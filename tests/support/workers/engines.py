@@ -17,22 +17,29 @@ from support.models import FAMILIES, VOCABULARY
 
 from bigmix.cluster.collectives import leave
 from bigmix.cluster.world import world_of
-from bigmix.data.records import MicroBatch, Portion, StepBatch
+from bigmix.data.records import MicroBatch, RankRows, StepBatch
 from bigmix.loss.objective import StepShares
-from bigmix.loss.requests import Computing
-from bigmix.loss.terms import GroupSums, Terms
+from bigmix.loss.requests import LossBackendOptions
+from bigmix.loss.terms import GroupSums, LossTerms
 from bigmix.loss.torch_kernel import torch_rows
-from bigmix.model.causal_lm import FrozenModel, build, load, read_config
+from bigmix.model.causal_lm import InferenceLM, build, load, read_config
 from bigmix.model.ds_config import fill, read_ds_config
-from bigmix.model.engine import AdamW, Engine, Frozen, give_back_memory, join, sharded_construction
+from bigmix.model.engine import (
+    AdamW,
+    Engine,
+    InferenceEngine,
+    join,
+    release_memory,
+    sharded_construction,
+)
 from bigmix.model.export import export
-from bigmix.model.inputs import Anchor
-from bigmix.runs.resume import alone
+from bigmix.model.inputs import ReferenceModel
+from bigmix.runs.resume import locked_folder
 from bigmix.train import step
 
 ROW = 64
-NO_TERMS = Terms()
-ALL_TERMS = Terms(label_smoothing=0.1, z_loss=1e-2, entropy=True)
+NO_TERMS = LossTerms()
+ALL_TERMS = LossTerms(label_smoothing=0.1, z_loss=1e-2, entropy=True)
 KAPPAS = {"web": 0.3, "rare": 0.7}
 WEIGHING = {"web": "square_root", "chat": "document"}
 SOURCES = ("web", "chat", "rare")
@@ -100,13 +107,15 @@ def batch_of(rows, rank, ranks, accumulation):
         substituted=dict.fromkeys(SOURCES, 0),
         tokens=dict.fromkeys(SOURCES, 1),
         loss_tokens={s: loss_tokens(own, s) for s in SOURCES},
-        squares=0,
+        sum_sq_lengths=0,
     )
 
 
-def aim(objective, anchor=None, weighing=None):
-    weighing = dict.fromkeys(SOURCES, "token") | (weighing or {})
-    return step.TrainingObjective(objective=objective, weighing=weighing, reference=anchor)
+def aim(objective, anchor=None, document_weights=None):
+    document_weights = dict.fromkeys(SOURCES, "token") | (document_weights or {})
+    return step.TrainingObjective(
+        objective=objective, document_weights=document_weights, reference=anchor
+    )
 
 
 class RecordingEngine(Engine):
@@ -155,7 +164,7 @@ def make_engine(
         attention="eager" if family == "gemma" else "sdpa",
         activation_checkpointing=checkpointing,
         terms=terms,
-        computing=Computing(backend=torch_rows, chunk_bytes=VOCABULARY * 4 * 20),
+        computing=LossBackendOptions(backend=torch_rows, chunk_bytes=VOCABULARY * 4 * 20),
         seed=3,
         construction=sharded_construction(keys),
     )
@@ -179,8 +188,8 @@ def reference(family, weights, rows, objective):
         dtype="fp32",
         attention="eager",
         activation_checkpointing=False,
-        terms=Terms(),
-        computing=Computing(backend=torch_rows),
+        terms=LossTerms(),
+        computing=LossBackendOptions(backend=torch_rows),
         seed=0,
         construction=sharded_construction({}),
     ).double()
@@ -206,13 +215,13 @@ def reference(family, weights, rows, objective):
 def take_step(engine, cluster, batch, aim, *, lr=1e-3, chance=0):
     """A step on batches that all ranks have."""
     rows = len(batch.micro_batches[0].ids_BT)
-    portion = Portion(
+    rank_rows = RankRows(
         rank=cluster.world.rank,
         ranks=cluster.world.size,
         rows_per_step=rows * len(batch.micro_batches) * cluster.world.size,
         micro_batch_rows=rows,
     )
-    synced = step.sync(cluster, batch, aim, portion, stop=False)
+    synced = step.sync(cluster, batch, aim, rank_rows, stop=False)
     settings = step.StepSettings(shares=SHARES, lr=lr, dropout_seed=chance)
     return step.run(engine, cluster, synced.ready, aim, settings, lambda _: None)
 
@@ -257,8 +266,8 @@ def make_anchor(family, accumulation, ranks, device, file):
         seed=4,
         construction=sharded_construction(keys),
     )
-    model = FrozenModel(lm)
-    return Anchor(model=model, engine=Frozen(model, keys, device), weights=KAPPAS)
+    model = InferenceLM(lm)
+    return ReferenceModel(model=model, engine=InferenceEngine(model, keys, device), weights=KAPPAS)
 
 
 def weight_of(source, flags):
@@ -392,7 +401,7 @@ def models_left(rank, ranks, cluster):
         models = [weakref.ref(engine.module), weakref.ref(anchor.model)]
         engine.close()
         del engine, anchor
-        give_back_memory()
+        release_memory()
         left.append([model() is not None for model in models])
     return left
 
@@ -417,8 +426,8 @@ def sharded_build(rank, ranks, cluster):
             dtype="fp32",
             attention="eager",
             activation_checkpointing=False,
-            terms=Terms(),
-            computing=Computing(backend=torch_rows),
+            terms=LossTerms(),
+            computing=LossBackendOptions(backend=torch_rows),
             seed=3,
             construction=sharded_construction(keys),
         )
@@ -452,7 +461,7 @@ def export_differences(rank, ranks, cluster, folder, families, file, dtype, shar
             path,
             shard_bytes=shard_bytes,
             texts={"README.md": "# a model"},
-            doing=lambda _: None,
+            on_activity=lambda _: None,
         )
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype="auto", attn_implementation=engine.module.lm.config._attn_implementation
@@ -468,7 +477,7 @@ def holds(rank, ranks, cluster, folder):
     """Whether the folder of a run is ours, twice in a row."""
     found = []
     for _ in range(2):
-        with alone(Path(folder), cluster, wait_s=0.3) as is_ours:
+        with locked_folder(Path(folder), cluster, wait_s=0.3) as is_ours:
             found.append(is_ours)
     return found
 

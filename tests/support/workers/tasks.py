@@ -18,8 +18,8 @@ from support.workers.engines import (
 
 from bigmix.cluster.signals import UNWATCHED
 from bigmix.evaluation.tasks.examples import open_tasks
-from bigmix.evaluation.tasks.inference_model import speaking
-from bigmix.evaluation.tasks.prompts import Language, ask
+from bigmix.evaluation.tasks.inference_model import gathered_for_inference
+from bigmix.evaluation.tasks.prompts import ChatFormat, tokenise_tasks
 from bigmix.evaluation.tasks.runner import score_tasks, task_line
 from bigmix.model.export import export
 from bigmix.recipe.task import Task
@@ -33,15 +33,15 @@ for config in FAMILIES.values():
 def asked_tasks(tokenizer, tasks, positions):
     language = load_tokenizer(tokenizer)
     files = open_tasks({name: Task.model_validate(task) for name, task in tasks.items()})
-    return ask(
-        files, Language(tokenizer=language, template=open_template(language, "plain")), positions
+    return tokenise_tasks(
+        files, ChatFormat(tokenizer=language, template=open_template(language, "plain")), positions
     )
 
 
 def scored(engine, cluster, asked, weights, activity=UNWATCHED):
     with (
         engine.evaluating(),
-        speaking(engine.module.lm, engine.device, cluster, weights) as speaker,
+        gathered_for_inference(engine.module.lm, engine.device, cluster, weights) as speaker,
     ):
         assert speaker.in_step == (weights == "sharded")
         return score_tasks(speaker, cluster, asked, seed=7, activity=activity)
@@ -72,7 +72,7 @@ def answers(rank, ranks, cluster, folder, tokenizer, tasks, families, modes):
                 Path(folder) / family,
                 shard_bytes=2**30,
                 texts={},
-                doing=lambda what: None,
+                on_activity=lambda what: None,
             )
     return found
 

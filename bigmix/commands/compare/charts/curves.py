@@ -21,11 +21,11 @@ from bigmix.commands.compare.charts.axes import (
 from bigmix.commands.compare.charts.styles import MAX_NAMED, Style, styles_of
 from bigmix.commands.compare.charts.svg import Area, Mark, Scene, Shape, Stroke, Words, width_of
 from bigmix.commands.compare.judge import Comparison
-from bigmix.commands.compare.measures import FORGETTING, LOSS, Estimate, spread_of
-from bigmix.commands.compare.points import Point
+from bigmix.commands.compare.measures import FORGETTING, LOSS, MeasuredValue, spread_of
+from bigmix.commands.compare.points import RunPoint
 from bigmix.commands.compare.read import BASE, Evaluation
 
-Pick = Callable[[Evaluation], Estimate | None]
+Pick = Callable[[Evaluation], MeasuredValue | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +136,7 @@ def _curves(comparison: Comparison, pick: Pick) -> list[Curve]:
     return drawn
 
 
-def _dots(point: Point, pick: Pick, *, by_tokens: bool) -> Iterator[Dot]:
+def _dots(point: RunPoint, pick: Pick, *, by_tokens: bool) -> Iterator[Dot]:
     for evaluations in point.shared_steps():
         found = [estimate for e in evaluations if (estimate := pick(e)) is not None]
         if len(found) < len(evaluations):

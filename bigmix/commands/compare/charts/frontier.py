@@ -29,7 +29,7 @@ from bigmix.commands.compare.charts.svg import (
 )
 from bigmix.commands.compare.judge import Comparison
 from bigmix.commands.compare.measures import FORGETTING, LOSS, Better, Spread
-from bigmix.commands.compare.points import Point
+from bigmix.commands.compare.points import RunPoint
 
 HEIGHT = 330
 _FAR_PX = 14  # of a label from its point: others may be nearer to it
@@ -43,7 +43,7 @@ class Spot:
     Dominated: another point has forgotten less and does the task as well, or the reverse.
     """
 
-    point: Point
+    point: RunPoint
     task: Spread
     forgetting: Spread
     is_dominated: bool
@@ -100,7 +100,7 @@ def _measured(comparison: Comparison) -> Iterator[_Measured]:
             )
 
 
-def _frontier(points: Sequence[Point], replay: str, measured: _Measured) -> Frontier:
+def _frontier(points: Sequence[RunPoint], replay: str, measured: _Measured) -> Frontier:
     known = [
         (point, task, lost)
         for point in points

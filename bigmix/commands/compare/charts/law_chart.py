@@ -13,7 +13,7 @@ from bigmix.commands.compare.charts.svg import Mark, Scene, Shape, Stroke, Words
 from bigmix.commands.compare.judge import Comparison, percent
 from bigmix.commands.compare.law import Fit, Law, Prediction, fit_law
 from bigmix.commands.compare.measures import FORGETTING, Spread
-from bigmix.commands.compare.points import Point
+from bigmix.commands.compare.points import RunPoint
 from bigmix.commands.compare.tables import ABSENT
 
 
@@ -63,7 +63,7 @@ def _curve(axes: Axes, law: Law, largest: float, *, colour: str, dash: tuple[flo
 
 
 def _measured(
-    comparison: Comparison, axes: Axes, measured: Sequence[tuple[Point, Spread]]
+    comparison: Comparison, axes: Axes, measured: Sequence[tuple[RunPoint, Spread]]
 ) -> Iterator[Shape]:
     styles = styles_of(comparison)
     for point, spread in measured:

@@ -20,7 +20,7 @@ from bigmix.commands.compare.charts.svg import (
     width_of,
 )
 from bigmix.commands.compare.judge import Comparison, percent
-from bigmix.commands.compare.points import Point
+from bigmix.commands.compare.points import RunPoint
 
 ONE_WAY = ("#c2500a", "#ff9a57")
 # Teal to deep blue on white, deep teal to pale blue on black; the middle is what a single share
@@ -75,7 +75,7 @@ def styles_of(comparison: Comparison) -> dict[str, Style]:
 _Look = tuple[tuple[str, str], str, Sequence[float], str]
 
 
-def _looks(comparison: Comparison) -> Iterator[tuple[Point, _Look]]:
+def _looks(comparison: Comparison) -> Iterator[tuple[RunPoint, _Look]]:
     """Lines over the share first; of each point colours, shape, dash, label."""
     is_sweep = len(comparison.points) > 2
     labels = labels_of([point.name for point in comparison.points])

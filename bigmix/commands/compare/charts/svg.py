@@ -16,7 +16,7 @@ from html import escape
 from typing import Literal, TypeAlias
 
 XY: TypeAlias = tuple[float, float]
-Anchor = Literal["start", "middle", "end"]
+TextAnchor = Literal["start", "middle", "end"]
 TEXT_PX = 12
 _LETTER_PX, _BOLD_LETTER_PX = 6.9, 7.9  # mean width of a letter in a wide font
 _WIDE_LETTER_PX = TEXT_PX + 0.5  # of a Chinese, Japanese or Korean one
@@ -47,7 +47,7 @@ class Words:
     at: XY
     text: str
     colour: str = "soft"
-    anchor: Anchor = "start"
+    anchor: TextAnchor = "start"
     is_bold: bool = False
 
 
