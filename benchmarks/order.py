@@ -18,10 +18,10 @@ Indices = npt.NDArray[np.int64]
 
 def compare(folder: Path, shards: int, rows: int) -> dict[str, Any]:
     """The measures of every order by its name; a peer that is not installed gives its reason."""
-    places, sizes = ours.simulated_order(folder, shards, rows)
+    row_ids, sizes = ours.simulated_order(folder, shards, rows)
     begins = np.concatenate([[0], np.cumsum(sizes)])
     count = int(begins[-1])
-    own = begins[places.shards_R] + places.rows_R
+    own = begins[row_ids.shards_R] + row_ids.rows_R
     orders = {
         "bigmix": own,
         "true shuffle": np.random.default_rng(0).permutation(count)[:rows],

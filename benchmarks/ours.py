@@ -170,4 +170,4 @@ def simulated_order(folder: Path, shards: int, rows: int) -> tuple[RowIds, list[
     write_simulated(folder, shards)
     stream = simulated_plan(folder).streams["text"]
     tokens = stream.manifest.shards.column("tokens")
-    return stream.places(np.arange(rows)), (-(-tokens // ROW_TOKENS)).tolist()
+    return stream.row_ids(np.arange(rows)), (-(-tokens // ROW_TOKENS)).tolist()

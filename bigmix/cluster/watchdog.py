@@ -39,10 +39,12 @@ _STOP, _VERDICT, _BEAT = "stop", "verdict", "beat/{}"
 class Watchdog:
     """Watches the ranks of a run from joining to leaving; a collective to make."""
 
-    def __init__(self, cluster: Cluster, flag: StopSignal, limits: Limits, folder: Path) -> None:
+    def __init__(
+        self, cluster: Cluster, stop_signal: StopSignal, limits: Limits, folder: Path
+    ) -> None:
         """`folder` is where each rank writes its stacks."""
         self._rank, self._size = cluster.world.rank, cluster.world.size
-        self._flag = flag
+        self._stop_signal = stop_signal
         self._limits = limits
         self._stacks = _Stacks(folder, self._rank)
         self._doing = (0, "setting up")
@@ -57,7 +59,7 @@ class Watchdog:
         keys = [_STOP, _VERDICT, *map(_BEAT.format, range(self._size))]
         self._board = KeyValueStore(cluster, keys, timedelta(seconds=limits.dead_s))
         self._closing = threading.Event()
-        flag.defer_signals()
+        stop_signal.defer_signals()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -131,13 +133,13 @@ class Watchdog:
         """One round: tell, read, judge."""
         self._stacks.write_unless_called_again(self._limits.hang_s + self._limits.dead_s)
         self._tell()
-        if self._must_save and self._flag.is_set():
-            self._board.write_once(_STOP, self._flag.reason or "its time is over")
+        if self._must_save and self._stop_signal.is_set():
+            self._board.write_once(_STOP, self._stop_signal.reason or "its time is over")
         stop, given, *texts = self._board.read([_STOP, _VERDICT, *map(_BEAT.format, self._watched)])
         if given:
             return shutdown_reason_of(given)
         if stop:
-            self._flag.ask(stop)
+            self._stop_signal.ask(stop)
         self._beats.take(dict(zip(self._watched, map(heartbeat_of, texts), strict=True)))
         found = self._request() or self._dead_peer() or self._beats.silence()
         found = found or (self._beats.hang() if self._rank == 0 else None)
@@ -150,12 +152,12 @@ class Watchdog:
         self._board.write(_BEAT.format(self._rank), to_text(beat))
 
     def _request(self) -> ShutdownReason | None:
-        if self._flag.reason is None or self._must_save:
+        if self._stop_signal.reason is None or self._must_save:
             return None
         return ShutdownReason(
             text=(
-                f"asked by {self._flag.reason} on rank {self._rank} during {self._doing[1]}:"
-                f" {self._flag.nothing_lost}"
+                f"asked by {self._stop_signal.reason} on rank {self._rank} during {self._doing[1]}:"
+                f" {self._stop_signal.nothing_lost}"
             ),
             code=REQUEUE,
         )

@@ -102,7 +102,7 @@ def _words(known: argparse.Namespace) -> list[str]:
     return [known.recipe, *known.overrides, *given]
 
 
-def main(arguments: Sequence[str], flag: StopSignal) -> int:
+def main(arguments: Sequence[str], stop_signal: StopSignal) -> int:
     """Evaluate on this rank until it is done or the flag is set; returns the exit code."""
     parser = argparse.ArgumentParser(prog="launch/evaluate.py")
     _add_arguments(parser)
@@ -115,13 +115,13 @@ def main(arguments: Sequence[str], flag: StopSignal) -> int:
     world = world_of(os.environ)
     try:
         recipe = load_recipe(known.recipe, known.overrides)
-        return _run(recipe, known, world, flag)
+        return _run(recipe, known, world, stop_signal)
     except BigmixError as error:
         report_error(error, world)
         return error.exit_code
 
 
-def _run(recipe: Recipe, known: argparse.Namespace, world: World, flag: StopSignal) -> int:
+def _run(recipe: Recipe, known: argparse.Namespace, world: World, stop_signal: StopSignal) -> int:
     model = _model(recipe, known)
     inputs = open_held_out(
         recipe, verify=world.local_rank == 0, machines=world.size // world.local_size
@@ -137,7 +137,7 @@ def _run(recipe: Recipe, known: argparse.Namespace, world: World, flag: StopSign
         output=_out(recipe, known),
         command=shlex.join(["bigmix", "evaluate", *_words(known), "--ranks", str(world.size)]),
     )
-    evaluate_standalone(recipe, inputs, order, world, Terminal(enabled=world.is_first), flag)
+    evaluate_standalone(recipe, inputs, order, world, Terminal(enabled=world.is_first), stop_signal)
     return DONE
 
 

@@ -115,7 +115,7 @@ def _lines(recipe: Recipe, plan: RunPlan, step: int, rank: int, ranks: int) -> I
     rank_rows = RankRows(
         rank=rank, ranks=ranks, rows_per_step=recipe.rows_per_step, micro_batch_rows=size
     )
-    for index, row_id in enumerate(plan.places(rank_rows, step).ids()):
+    for index, row_id in enumerate(plan.row_ids_of_rank(rank_rows, step).ids()):
         row = streams[row_id.source].read(row_id)
         digest = hashlib.sha256(row.ids_T[: row.tokens].astype("<u4").tobytes()).hexdigest()
         place = f"{row_id.source} {row_id.epoch} {row_id.shard} {row_id.row}"

@@ -29,12 +29,12 @@ def evaluate(arguments: Sequence[str]) -> int:
 def _end_well(
     arguments: Sequence[str], work: Callable[[Sequence[str], StopSignal], int], nothing_lost: str
 ) -> int:
-    flag = StopSignal(nothing_lost=nothing_lost)
+    stop_signal = StopSignal(nothing_lost=nothing_lost)
     # Nothing that is imported is garbage, and to look for some takes a sixth of a start: not before
     # there is an engine.
     gc.disable()
     try:
-        code = work(arguments, flag)
+        code = work(arguments, stop_signal)
     except Exception:  # told as any program tells it, but ended as below
         traceback.print_exc()
         code = FAILED
@@ -47,17 +47,17 @@ def _end_well(
     return code
 
 
-def _train(arguments: Sequence[str], flag: StopSignal) -> int:
+def _train(arguments: Sequence[str], stop_signal: StopSignal) -> int:
     # Seconds of imports, during which a signal must find the guard.
     from bigmix.commands.train_rank import main as train
 
-    return train(arguments, flag)
+    return train(arguments, stop_signal)
 
 
-def _evaluate(arguments: Sequence[str], flag: StopSignal) -> int:
+def _evaluate(arguments: Sequence[str], stop_signal: StopSignal) -> int:
     from bigmix.commands.evaluate import main as evaluate_rank
 
-    return evaluate_rank(arguments, flag)
+    return evaluate_rank(arguments, stop_signal)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from bigmix.train.inputs import RunInputs, open_inputs
 USAGE = "usage: deepspeed launch/train.py RECIPE.yaml [key=value ...]"
 
 
-def main(arguments: Sequence[str], flag: StopSignal) -> int:
+def main(arguments: Sequence[str], stop_signal: StopSignal) -> int:
     """Run a recipe on this rank until it is done or the flag is set; returns the exit code."""
     # The deepspeed launcher puts --local_rank=N first; the environment has it too.
     given = [word for word in arguments if not word.startswith("--local_rank")]
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str], flag: StopSignal) -> int:
     try:
         loaded = load(given[0], given[1:])
         if loaded.recipe.sweep is not None:
-            return _run_sweep(loaded.chosen, world, flag)
+            return _run_sweep(loaded.chosen, world, stop_signal)
         recipe = loaded.recipe
         inputs = open_inputs(
             recipe,
@@ -33,27 +33,27 @@ def main(arguments: Sequence[str], flag: StopSignal) -> int:
             verify=world.local_rank == 0,
             machines=world.size // world.local_size,
         )
-        return _run(recipe, inputs, world, flag)
+        return _run(recipe, inputs, world, stop_signal)
     except BigmixError as error:
         report_error(error, world)
         return error.exit_code
 
 
-def _run(recipe: Recipe, inputs: RunInputs, world: World, flag: StopSignal) -> int:
+def _run(recipe: Recipe, inputs: RunInputs, world: World, stop_signal: StopSignal) -> int:
     quiet_third_party_logs()
     # Seconds of imports, and only for a recipe that can run.
     from bigmix.train.run import run
 
-    run(recipe, inputs, world, Terminal(enabled=world.is_first, every=1), flag)
+    run(recipe, inputs, world, Terminal(enabled=world.is_first, every=1), stop_signal)
     return DONE
 
 
-def _run_sweep(runs: Sequence[SweepRun], world: World, flag: StopSignal) -> int:
+def _run_sweep(runs: Sequence[SweepRun], world: World, stop_signal: StopSignal) -> int:
     quiet_third_party_logs()
     # As above.
     from bigmix.train.run import run_all
 
-    run_all(runs, world, Terminal(enabled=world.is_first, every=1), flag)
+    run_all(runs, world, Terminal(enabled=world.is_first, every=1), stop_signal)
     return DONE
 
 

@@ -1,5 +1,5 @@
 """Places of rows in any streams go in; their ids and what is in the loss come out, laid end to end
-in the order of the places.
+in the order of the row_ids.
 
 A micro-batch goes in, the weight of the loss tokens of each of its parts comes out: what counts
 alike in the loss.
@@ -57,17 +57,17 @@ class AssembledRows:
         )
 
 
-def assemble(streams: Sequence[Stream], places: RowIds) -> AssembledRows:
+def assemble(streams: Sequence[Stream], row_ids: RowIds) -> AssembledRows:
     """Gather rows shard by shard, in the order in which the shards are first needed."""
-    groups = places.by_shard()
-    found = [streams[source].rows(shard, places.rows_R[own]) for source, shard, own in groups]
-    counts_4R = np.empty((4, len(places.rows_R)), np.int64)
+    groups = row_ids.by_shard()
+    found = [streams[source].rows(shard, row_ids.rows_R[own]) for source, shard, own in groups]
+    counts_4R = np.empty((4, len(row_ids.rows_R)), np.int64)
     for (_, _, own), rows in zip(groups, found, strict=True):
         counts_4R[:, own] = rows.parts_R, rows.runs_R, rows.tokens_R, rows.sum_sq_lengths_R
     parts_R1, runs_R1 = (np.concatenate([[0], np.cumsum(counts)]) for counts in counts_4R[:2])
     width = streams[0].packing.width
     parts_2P, runs_2K = np.empty((2, parts_R1[-1]), np.int64), np.empty((2, runs_R1[-1]), np.int64)
-    ids_RT = np.empty((len(places.rows_R), width), np.int32)
+    ids_RT = np.empty((len(row_ids.rows_R), width), np.int32)
     for (_, _, own), rows in zip(groups, found, strict=True):
         at_P, at_K = ragged(parts_R1[own], rows.parts_R), ragged(runs_R1[own], rows.runs_R)
         parts_2P[:, at_P] = rows.starts_P + np.repeat(own * width, rows.parts_R), rows.documents_P
@@ -78,13 +78,13 @@ def assemble(streams: Sequence[Stream], places: RowIds) -> AssembledRows:
         ids_RT[own] = ids.reshape(len(own), width)
     loss_tokens = np.concatenate([[0], np.cumsum(runs_2K[1])])
     return AssembledRows(
-        sources_R=places.sources_R,
+        sources_R=row_ids.sources_R,
         tokens_R=counts_4R[2],
         loss_tokens_R=np.diff(loss_tokens[runs_R1]),
         sum_sq_lengths_R=counts_4R[3],
         parts_R1=parts_R1.tolist(),
         runs_R1=runs_R1.tolist(),
-        sources_P=np.repeat(places.sources_R, counts_4R[0]),
+        sources_P=np.repeat(row_ids.sources_R, counts_4R[0]),
         starts_P=parts_2P[0],
         documents_P=parts_2P[1],
         begins_K=runs_2K[0],

@@ -37,24 +37,24 @@ _Floats = npt.NDArray[np.float64]
 
 
 def mix(
-    recipe: Recipe, stages: Sequence[SequenceLengthStage], chapter: RecipeSegment = FIRST_SEGMENT
+    recipe: Recipe, stages: Sequence[SequenceLengthStage], segment: RecipeSegment = FIRST_SEGMENT
 ) -> RunPlan:
     """The plan of a run, or of the rest of it from a chapter on.
 
     Raises BadInput with every fault: shares that leave nothing, a budget that is never reached, a
     source that would be gone through more often than it may.
     """
-    sizes = _sizes(recipe, stages, chapter)
-    shares = _shares(recipe, sizes, chapter, _share)
-    loss_shares = _shares(recipe, sizes, chapter, _loss_share)
-    shares, loss_shares = shares.later(chapter.after), loss_shares.later(chapter.after)
+    sizes = _sizes(recipe, stages, segment)
+    shares = _shares(recipe, sizes, segment, _share)
+    loss_shares = _shares(recipe, sizes, segment, _loss_share)
+    shares, loss_shares = shares.later(segment.after), loss_shares.later(segment.after)
     faults = [
-        *_empty_steps("share", shares, chapter),
-        *_empty_steps("loss_share", loss_shares, chapter),
+        *_empty_steps("share", shares, segment),
+        *_empty_steps("loss_share", loss_shares, segment),
     ]
     if faults:
         raise BadInput(*faults)
-    return _within_epochs(recipe, stages, shares, loss_shares, chapter)
+    return _within_epochs(recipe, stages, shares, loss_shares, segment)
 
 
 def _share(member: Source | Group) -> Any:
@@ -68,13 +68,13 @@ def _loss_share(member: Source | Group) -> Any:
 def _shares(
     recipe: Recipe,
     sizes: Mapping[str, float],
-    chapter: RecipeSegment,
+    segment: RecipeSegment,
     share_of: Callable[[Source | Group], Any],
 ) -> Shares:
     """The shares in numbers and points: what follows from sizes, and what controllers have decided
     on.
     """
-    now = {n: chapter.shares.get(n, c.start) for n, c in recipe.controllers.items()}
+    now = {n: segment.shares.get(n, c.start) for n, c in recipe.controllers.items()}
     values = {**sizes, **now}
     sources = {
         name: ShareMember(share=_number(share_of(source), values.get(name)), group=source.group)
@@ -121,7 +121,7 @@ def _with_the_rest(shares: Shares, controlled: Collection[str]) -> Shares:
 
 
 def _sizes(
-    recipe: Recipe, stages: Sequence[SequenceLengthStage], chapter: RecipeSegment
+    recipe: Recipe, stages: Sequence[SequenceLengthStage], segment: RecipeSegment
 ) -> dict[str, float]:
     """The shares that follow from the sizes of sources.
 
@@ -137,11 +137,11 @@ def _sizes(
     seen: list[int] = []
     rooms: list[_RowBudget] = []
     for _ in range(_STEPS_TRIED):
-        shares = _shares(recipe, sizes, chapter, _share).later(chapter.after)
-        seen.append(count_steps(recipe, stages, shares, chapter))
+        shares = _shares(recipe, sizes, segment, _share).later(segment.after)
+        seen.append(count_steps(recipe, stages, shares, segment))
         # Between numbers of steps that follow each other in a circle, the largest keeps all limits.
         steps = max(seen) if seen[-1] in seen[:-1] else seen[-1]
-        rooms = [_room(recipe, stages, shares, chapter, epochs, steps) for epochs in levels]
+        rooms = [_room(recipe, stages, shares, segment, epochs, steps) for epochs in levels]
         given = [unimax(room.capacities, room.rows) for room in rooms]
         found = {name: float(rows) for level in given for name, rows in level.items()}
         if found.items() <= sizes.items():
@@ -167,11 +167,11 @@ def _room(
     recipe: Recipe,
     stages: Sequence[SequenceLengthStage],
     shares: Shares,
-    chapter: RecipeSegment,
+    segment: RecipeSegment,
     epochs: Mapping[str, float],
     steps: int,
 ) -> _RowBudget:
-    after = chapter.after
+    after = segment.after
     table = shares.table(np.arange(max(steps - after, 1)))
     together = sum((table[name] for name in epochs), np.zeros(max(steps - after, 1)))
     firsts = [stage.first_step - 1 - after for stage in stages]
@@ -179,7 +179,7 @@ def _room(
     capacities = {}
     for name, limit in epochs.items():
         per_epoch = [stage.streams[name].rows_per_epoch for stage in stages]
-        left = limit - chapter.rows.get(name, 0) / per_epoch[0]
+        left = limit - segment.rows.get(name, 0) / per_epoch[0]
         alone = sum(n / of for n, of in zip(rows, per_epoch, strict=True))
         # Where rows change their length, a source goes on at the next whole row.
         capacities[name] = max(0, floor(left * sum(rows) / alone + 1e-6) - len(stages) + 1)
@@ -197,11 +197,11 @@ def _too_small(room: _RowBudget) -> Iterator[str]:
         )
 
 
-def _empty_steps(kind: str, shares: Shares, chapter: RecipeSegment) -> Iterator[str]:
+def _empty_steps(kind: str, shares: Shares, segment: RecipeSegment) -> Iterator[str]:
     empty = _first_empty(shares)
     if empty is not None:
         yield (
-            f"{kind} of every source is 0 at step {chapter.after + empty}; at each step one must be"
+            f"{kind} of every source is 0 at step {segment.after + empty}; at each step one must be"
             " above 0, move a point or add a constant share"
         )
 
@@ -218,17 +218,17 @@ def _within_epochs(
     stages: Sequence[SequenceLengthStage],
     shares: Shares,
     loss_shares: Shares,
-    chapter: RecipeSegment,
+    segment: RecipeSegment,
 ) -> RunPlan:
     """Go from limit to limit: the source that comes first to its own is refused, ends the run, or
     leaves it.
 
     Shares count from the beginning of the chapter, steps from that of the run.
     """
-    after = chapter.after
+    after = segment.after
     while True:
-        steps = count_steps(recipe, stages, shares, chapter)
-        plan = _plan(recipe, stages, shares, loss_shares, chapter, steps)
+        steps = count_steps(recipe, stages, shares, segment)
+        plan = _plan(recipe, stages, shares, loss_shares, segment, steps)
         ends = {
             n: end for n in recipe.sources if (end := _last_step(recipe, plan, n, steps)) < steps
         }
@@ -307,7 +307,7 @@ def _last_step(recipe: Recipe, plan: RunPlan, name: str, steps: int, *, spare_ro
     limit = recipe.sources[name].max_epochs
     if limit is None or _epochs(plan, name, steps, spare_rows) <= limit:
         return steps
-    within, beyond = plan.chapter.after, steps
+    within, beyond = plan.segment.after, steps
     while beyond - within > 1:
         middle = (within + beyond) // 2
         if _epochs(plan, name, middle, spare_rows) <= limit:
@@ -375,13 +375,13 @@ def _fits(recipe: Recipe, plan: RunPlan, name: str, share: float) -> bool:
     changed = recipe.model_copy(update={"sources": sources})
     limit, stages = sources[name].max_epochs, plan.stages
     assert limit is not None
-    chapter, ends = plan.chapter, plan.mixture.shares.ends
-    shares = _shares(changed, _sizes(changed, stages, chapter), chapter, _share).later(
-        chapter.after
+    segment, ends = plan.segment, plan.mixture.shares.ends
+    shares = _shares(changed, _sizes(changed, stages, segment), segment, _share).later(
+        segment.after
     )
     shares = replace(shares, ends=ends)
-    steps = count_steps(changed, stages, shares, chapter)
-    fitting = _plan(changed, stages, shares, shares, chapter, steps)
+    steps = count_steps(changed, stages, shares, segment)
+    fitting = _plan(changed, stages, shares, shares, segment, steps)
     return fitting.epochs(steps)[name] <= limit
 
 
@@ -390,31 +390,31 @@ def _plan(
     stages: Sequence[SequenceLengthStage],
     shares: Shares,
     loss_shares: Shares,
-    chapter: RecipeSegment,
+    segment: RecipeSegment,
     steps: int,
 ) -> RunPlan:
     return RunPlan(
-        mixture=Mixture(shares, recipe.rows_per_step, _whole_rows(recipe, shares, chapter)),
+        mixture=Mixture(shares, recipe.rows_per_step, _whole_rows(recipe, shares, segment)),
         stages=stages,
         seed=recipe.seed,
         steps=steps,
         loss_shares=loss_shares,
-        chapter=chapter,
+        segment=segment,
     )
 
 
-def _whole_rows(recipe: Recipe, shares: Shares, chapter: RecipeSegment) -> dict[str, int] | None:
+def _whole_rows(recipe: Recipe, shares: Shares, segment: RecipeSegment) -> dict[str, int] | None:
     """The rows of each source up to the next decision, where shares were decided and stay until
     then.
 
     They are whole, and what a source was owed is counted in, so that a small share is met over many
     decisions.
     """
-    if not chapter.shares or shares.last_change:
+    if not segment.shares or shares.last_change:
         return None
     every = recipe.train.evaluate_every
-    rows = recipe.rows_per_step * (every - chapter.after % every)
-    due = {name: share * rows + chapter.owed.get(name, 0.0) for name, share in shares.at(0).items()}
+    rows = recipe.rows_per_step * (every - segment.after % every)
+    due = {name: share * rows + segment.owed.get(name, 0.0) for name, share in shares.at(0).items()}
     return apportion(due, rows)
 
 
@@ -422,7 +422,7 @@ def count_steps(
     recipe: Recipe,
     stages: Sequence[SequenceLengthStage],
     shares: Shares,
-    chapter: RecipeSegment = FIRST_SEGMENT,
+    segment: RecipeSegment = FIRST_SEGMENT,
 ) -> int:
     """Optimizer steps of the run that the budget allows, from the mean number of tokens in a row of
     each source.
@@ -436,8 +436,8 @@ def count_steps(
     goal = budget.task_tokens or budget.total_tokens
     assert goal is not None
     names = recipe.task_names if budget.task_tokens else tuple(recipe.sources)
-    after = chapter.after
-    goal -= sum(chapter.tokens.get(name, 0) for name in names)
+    after = segment.after
+    goal -= sum(segment.tokens.get(name, 0) for name in names)
     if goal <= 0:
         return after
     last = max(shares.last_change, stages[-1].first_step - 1 - after)

@@ -48,10 +48,10 @@ class RowRange:
     end: int
     bad: frozenset[int]
 
-    def places(self, most: int | None = None) -> RowIds:
+    def row_ids(self, most: int | None = None) -> RowIds:
         """Which rows are read, of the first `most` of them."""
         end = self.end if most is None else min(self.end, self.begin + most)
-        return self.stream.places(np.arange(self.begin, end), self.bad)
+        return self.stream.row_ids(np.arange(self.begin, end), self.bad)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,10 +82,10 @@ class RunPlan:
         steps: int,
         loss_shares: Shares,
         quarantine: Quarantine = EMPTY,
-        chapter: RecipeSegment = FIRST_SEGMENT,
+        segment: RecipeSegment = FIRST_SEGMENT,
         notes: Sequence[str] = (),
     ) -> None:
-        """`mixture` and `loss_shares` count from the first row of `chapter`, where the first of the
+        """`mixture` and `loss_shares` count from the first row of `segment`, where the first of the
         stages begins; `steps` counts from the first step of the run.
 
         `notes` say in words where a limit of epochs changed the run. Raises BigmixError where the
@@ -97,7 +97,7 @@ class RunPlan:
         self.notes = notes
         self.rows_per_step = mixture.rows_per_step
         self.quarantine = quarantine
-        self.chapter = chapter
+        self.segment = segment
         self._seed = seed
         self.stages = stages
         self._first_steps = [stage.first_step for stage in stages]
@@ -132,7 +132,7 @@ class RunPlan:
             "steps": self.steps,
             "loss_shares": self.loss_shares,
             "quarantine": self.quarantine,
-            "chapter": self.chapter,
+            "segment": self.segment,
             "notes": self.notes,
         }
         return RunPlan(**(same | changes))
@@ -157,26 +157,26 @@ class RunPlan:
         """The shares of a step, counted from 1; a schedule's points count the steps that are
         done.
         """
-        before = step - 1 - self.chapter.after
+        before = step - 1 - self.segment.after
         return StepShares(rows=self.mixture.shares.at(before), loss=self.loss_shares.at(before))
 
     def counts(self, step: int) -> dict[str, int]:
         """How many rows of each source the chapter has drawn after a step."""
-        return self.mixture.counts((step - self.chapter.after) * self.rows_per_step)
+        return self.mixture.counts((step - self.segment.after) * self.rows_per_step)
 
     def owed(self, step: int) -> dict[str, float]:
         """By how many rows each source has drawn less after a step than its shares since the run
         began.
         """
         shares, drawn = self.mixture.shares, self.counts(step)
-        steps = step - self.chapter.after
+        steps = step - self.segment.after
         changing = shares.table(np.arange(min(steps, shares.last_change)))
         last, resting = shares.at(shares.last_change), max(steps - shares.last_change, 0)
         due = {n: self.rows_per_step * (changing[n].sum() + resting * last[n]) for n in drawn}
-        before = self.chapter.owed
+        before = self.segment.owed
         return {n: round(float(due[n]) - drawn[n] + before.get(n, 0.0), 9) for n in drawn}
 
-    def standing(self, step: int) -> dict[str, SourcePosition]:
+    def source_positions(self, step: int) -> dict[str, SourcePosition]:
         """Where each source stands after a step."""
         at = max(0, bisect_right(self._first_steps, step) - 1)
         starts, streams, drawn = self._starts[at], self.stages[at].streams, self.counts(step)
@@ -193,7 +193,7 @@ class RunPlan:
         """
         return self._locate(step, 1, 0, self.rows_per_step).ids()
 
-    def places(self, rank_rows: RankRows, step: int) -> RowIds:
+    def row_ids_of_rank(self, rank_rows: RankRows, step: int) -> RowIds:
         """The rows of one rank in a step, counted from 1."""
         return self._locate(step, 1, rank_rows.rows.start, rank_rows.rows.stop)
 
@@ -205,7 +205,7 @@ class RunPlan:
             rows, streams = self._rows(step, 1, 0, self.rows_per_step), self.streams_at(step)
             for name, shards in bad.items():
                 own = rows.sources_R == self.mixture.names.index(name)
-                as_drawn = streams[name].places(rows.indices_R[own])
+                as_drawn = streams[name].row_ids(rows.indices_R[own])
                 counts[name] = int(np.isin(as_drawn.shards_R, list(shards)).sum())
         return counts
 
@@ -249,12 +249,12 @@ class RunPlan:
             for stream in self.stages[at - 1].streams.values():
                 stream.release()
         streams = self.stages[at].streams
-        places = self._locate(first, steps, start, stop)
-        return assemble([streams[name] for name in places.names], places)
+        row_ids = self._locate(first, steps, start, stop)
+        return assemble([streams[name] for name in row_ids.names], row_ids)
 
     def epochs(self, step: int) -> dict[str, float]:
         """How many times each source has been gone through after a step."""
-        return {name: found.row / found.of for name, found in self.standing(step).items()}
+        return {name: found.row / found.of for name, found in self.source_positions(step).items()}
 
     def drawn(self, name: str, rows: int) -> Iterator[RowRange]:
         """What the first `rows` rows of a source in the run are, in stretches between which a stage
@@ -300,7 +300,7 @@ class RunPlan:
         return max((s.streams[name].lost for s in self.stages), key=lambda lost: lost.tokens)
 
     def _zero(self) -> dict[str, _Start]:
-        rows = self.chapter.rows
+        rows = self.segment.rows
         return {name: _Start(drawn=0, index=rows.get(name, 0)) for name in self.mixture.names}
 
     def _next_starts(
@@ -330,8 +330,8 @@ class RunPlan:
             own = np.flatnonzero(rows.sources_R == source)
             if len(own):
                 bad = self._bad_at(name, first)
-                places = streams[name].places(rows.indices_R[own], bad)
-                columns_3R[:, own] = places.epochs_R, places.shards_R, places.rows_R
+                row_ids = streams[name].row_ids(rows.indices_R[own], bad)
+                columns_3R[:, own] = row_ids.epochs_R, row_ids.shards_R, row_ids.rows_R
         return RowIds(
             names=self.mixture.names,
             sources_R=rows.sources_R,
@@ -358,7 +358,7 @@ class RunPlan:
         begins at a place that changes from step to step, so that no rank is given one kind of row
         for ever.
         """
-        begin, count = (step - 1 - self.chapter.after) * self.rows_per_step, self.rows_per_step
+        begin, count = (step - 1 - self.segment.after) * self.rows_per_step, self.rows_per_step
         shift = key_of(self._seed, "step", step) % count
         low, high = start + shift, stop + shift
         ranges = [(low, min(high, count)), (max(low - count, 0), high - count)]

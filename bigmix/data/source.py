@@ -340,9 +340,9 @@ def needed_in_order(
     """
     for batches in stages:
         held: dict[str, dict[int, None]] = {name: {} for name in sources}
-        for places in batches:
-            for source, shard, _ in places.by_shard():
-                name = places.names[source]
+        for row_ids in batches:
+            for source, shard, _ in row_ids.by_shard():
+                name = row_ids.names[source]
                 if name in held and _is_opened(shard, held[name]):
                     yield sources[name], shard
             # Else the rest of the run would be gone through for a shard that never comes.

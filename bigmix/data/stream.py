@@ -135,9 +135,9 @@ class Stream:
 
     def locate(self, index: int) -> RowId:
         """Which row the source's `index`-th is, counted from 0 over all epochs."""
-        return self.places(np.array([index])).ids()[0]
+        return self.row_ids(np.array([index])).ids()[0]
 
-    def places(self, indices_R: Ints, bad: frozenset[int] = frozenset()) -> RowIds:
+    def row_ids(self, indices_R: Ints, bad: frozenset[int] = frozenset()) -> RowIds:
         """Which rows these are, counted from 0 over all epochs; rows of `bad` shards are replaced
         by some of the others.
         """

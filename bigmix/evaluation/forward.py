@@ -139,20 +139,20 @@ def _parts_of_rank(
 
 
 def _read(stream: Stream, rows: _Slice, pieces: Sequence[bytes] | None) -> _Read:
-    places = RowIds(
+    row_ids = RowIds(
         names=(stream.name,),
         sources_R=np.zeros(len(rows.row_ids), np.int64),
         epochs_R=np.zeros(len(rows.row_ids), np.int64),
         shards_R=np.array([row_id.shard for row_id in rows.row_ids]),
         rows_R=np.array([row_id.row for row_id in rows.row_ids]),
     )
-    found = assemble([stream], places)
+    found = assemble([stream], row_ids)
     batch = found.micro_batch(0, len(rows.row_ids))
     if rows.is_idle:
         none = np.zeros(0, np.int64)
         batch = replace(batch, begins_K=none, lengths_K=none)
     parts_R = np.diff(found.parts_R1)
-    shards_P = np.repeat(places.shards_R, parts_R)
+    shards_P = np.repeat(row_ids.shards_R, parts_R)
     ids_P5 = np.stack(
         [
             shards_P,

@@ -61,7 +61,7 @@ def evaluate_standalone(
     order: EvaluationRequest,
     world: World,
     terminal: Terminal,
-    flag: StopSignal,
+    stop_signal: StopSignal,
 ) -> None:
     """Evaluate the models of an order on the held-out sources of a recipe; a collective.
 
@@ -82,13 +82,13 @@ def evaluate_standalone(
     cluster = join(world)
     log_to_file(order.output / LOG, world)
     limits = Limits(dead_s=recipe.train.dead_after_s, hang_s=60 * recipe.train.hang_minutes)
-    watchdog = Watchdog(cluster, flag, limits, order.output / LOG)
+    watchdog = Watchdog(cluster, stop_signal, limits, order.output / LOG)
     room = _Services(
         recipe=recipe,
         inputs=inputs,
         asked=asked,
         cluster=cluster,
-        activity=Activity(begin=watchdog.doing, stop_requested=flag.is_set),
+        activity=Activity(begin=watchdog.doing, stop_requested=stop_signal.is_set),
     )
     try:
         lines = []

@@ -168,14 +168,14 @@ def check_packing_isolation(engine: Evaluable, vocabulary: int, *, named: str = 
         _check_loss(engine, ids_BT, positions_BT, named)
 
 
-def check_reference_model(anchor: ReferenceModel, vocabulary: int, *, named: str) -> None:
+def check_reference_model(reference: ReferenceModel, vocabulary: int, *, named: str) -> None:
     """The same of a frozen model: documents of one row must not see each other in it either.
 
     A collective.
     """
-    ids_BT, positions_BT = _two_documents(vocabulary, anchor.engine.device)
-    hidden_BTD = anchor.engine.forward(ids_BT, positions_BT)
-    _check_isolation(hidden_BTD, anchor.model.lm.config, named)
+    ids_BT, positions_BT = _two_documents(vocabulary, reference.engine.device)
+    hidden_BTD = reference.engine.forward(ids_BT, positions_BT)
+    _check_isolation(hidden_BTD, reference.model.lm.config, named)
 
 
 def _two_documents(vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:

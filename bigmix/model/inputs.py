@@ -100,7 +100,7 @@ def rows_of_sources(micro_batch: MicroBatch, chosen_S: Sequence[bool]) -> Ints:
 def to_device_with_reference(
     micro_batch: MicroBatch,
     rows_U: Ints,
-    anchor: ReferenceModel,
+    reference: ReferenceModel,
     *,
     coefficients_S: Sequence[float],
     divergences_S: Sequence[float],
@@ -120,7 +120,7 @@ def to_device_with_reference(
     ordered = replace(micro_batch, begins_K=begins_K[order_K], lengths_K=lengths_K[order_K])
     batch = to_device(ordered, coefficients_S, device, weights_P)
     shown_U = array_to_device(rows_U if len(rows_U) else np.zeros(1, np.int64), device)
-    hidden_UTD = anchor.engine.forward(batch.ids_BT[shown_U], batch.positions_BT[shown_U])
+    hidden_UTD = reference.engine.forward(batch.ids_BT[shown_U], batch.positions_BT[shown_U])
     own_K = begins_K[is_of_rows_K]
     places_K = np.searchsorted(rows_U, own_K // row_tokens) * row_tokens + own_K % row_tokens
     count = int(lengths_K[is_of_rows_K].sum())
@@ -132,7 +132,7 @@ def to_device_with_reference(
         reference=ReferenceTensors(
             hidden_KD=hidden_UTD.flatten(0, 1)[places_X],
             coefficients_K=numbers_to_device(divergences_S, device)[batch.tokens.groups_N[:count]],
-            rule=anchor.model.rule,
-            head=lambda: anchor.engine.gathered(anchor.model.head),
+            rule=reference.model.rule,
+            head=lambda: reference.engine.gathered(reference.model.head),
         ),
     )

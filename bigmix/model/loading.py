@@ -57,9 +57,9 @@ def open_reference(
         )
     )
     engine = InferenceEngine(model, place.keys, place.device)
-    anchor = ReferenceModel(model=model, engine=engine, weights=weights or {})
-    check_reference_model(anchor, origin.config.vocab_size, named=origin.named)
-    return anchor
+    reference = ReferenceModel(model=model, engine=engine, weights=weights or {})
+    check_reference_model(reference, origin.config.vocab_size, named=origin.named)
+    return reference
 
 
 def open_evaluated(

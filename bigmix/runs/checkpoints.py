@@ -32,17 +32,17 @@ class Position:
     """Where a run stands: the last finished step, and what the next ones follow from.
 
     `report` is what its report has added up, `losses` what the next one is held against, `recipe`
-    the settings as plain values, `chapter` from where they hold, `standing` where each source
-    stands and `content` a checksum of its shards; `decisions` are those of controllers, oldest
-    first.
+    the settings as plain values, `segment` from where they hold, `source_positions` where each
+    source stands and `content` a checksum of its shards; `decisions` are those of controllers,
+    oldest first.
     """
 
     step: int
     report: Mapping[str, Any]
     losses: Sequence[float] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    chapter: RecipeSegment = field(default_factory=RecipeSegment)
-    standing: Mapping[str, SourcePosition] = field(default_factory=dict)
+    segment: RecipeSegment = field(default_factory=RecipeSegment)
+    source_positions: Mapping[str, SourcePosition] = field(default_factory=dict)
     content: Mapping[str, str] = field(default_factory=dict)
     quarantine: Quarantine = field(default_factory=Quarantine)
     decisions: Sequence[Decision] = ()
@@ -55,8 +55,10 @@ class Position:
             report=value["report"],
             losses=value["losses"],
             recipe=value["recipe"],
-            chapter=RecipeSegment(**value["chapter"]),
-            standing={name: SourcePosition(**found) for name, found in value["standing"].items()},
+            segment=RecipeSegment(**value["chapter"]),
+            source_positions={
+                name: SourcePosition(**found) for name, found in value["standing"].items()
+            },
             content=value["content"],
             quarantine=Quarantine.from_json(value["quarantine"]),
             # Releases without controllers wrote none.
@@ -65,7 +67,11 @@ class Position:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self) | {"quarantine": self.quarantine.to_json()}
+        values = asdict(self) | {"quarantine": self.quarantine.to_json()}
+        # The format is older than these names.
+        values["chapter"] = values.pop("segment")
+        values["standing"] = values.pop("source_positions")
+        return values
 
     @property
     def trained_tokens(self) -> Mapping[str, int]:

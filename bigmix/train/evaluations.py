@@ -81,7 +81,7 @@ def _found(run: Run, state: TrainState, base: Baseline) -> EvaluationResult:
     """
     activity = Activity(
         begin=lambda what: run.watchdog.doing(f"{what}, after step {state.step}"),
-        stop_requested=run.flag.is_set,
+        stop_requested=run.stop_signal.is_set,
     )
     found = run.evaluator.evaluate(state.step, base, activity, tasks_after(run, state))
     if found is None:

@@ -113,7 +113,7 @@ def _source(recipe: Recipe, plan: RunPlan, name: str, rows: int) -> list[Cell]:
         name,
         recipe.sources[name].role,
         stream.manifest.kind,
-        f"{rows / max((plan.steps - plan.chapter.after) * recipe.rows_per_step, 1):.1%}",
+        f"{rows / max((plan.steps - plan.segment.after) * recipe.rows_per_step, 1):.1%}",
         stream.manifest.documents,
         rows,
         f"{plan.epochs(plan.steps)[name]:.2f}",

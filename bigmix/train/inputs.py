@@ -103,16 +103,16 @@ class RunInputs:
         """The manifest of the first source; all agree about the tokenizer."""
         return next(iter(self.plan.streams.values())).manifest
 
-    def resumed_plan(self, recipe: Recipe, position: Position, *, new_chapter: bool) -> RunPlan:
-        """The plan from a checkpoint on; `new_chapter`: from there on rows are drawn as this recipe
+    def resumed_plan(self, recipe: Recipe, position: Position, *, new_segment: bool) -> RunPlan:
+        """The plan from a checkpoint on; `new_segment`: from there on rows are drawn as this recipe
         says and not as before.
 
         A source whose rows have another length, or are packed otherwise, goes on at the same
         fraction of its epoch; a new one begins. Raises BadInput where the recipe leaves nothing to
         train from there.
         """
-        chapter = self._chapter(recipe, position) if new_chapter else position.chapter
-        return self._plan(recipe, position, chapter)
+        segment = self._segment(recipe, position) if new_segment else position.segment
+        return self._plan(recipe, position, segment)
 
     def decided_plan(self, recipe: Recipe, plan: RunPlan, position: Position) -> RunPlan:
         """The plan after a decision of controllers, which is the last one of the position; `plan`
@@ -122,9 +122,9 @@ class RunInputs:
         `max_epochs`.
         """
         owed = plan.owed(position.step)
-        return self._plan(recipe, position, replace(self._chapter(recipe, position), owed=owed))
+        return self._plan(recipe, position, replace(self._segment(recipe, position), owed=owed))
 
-    def _chapter(self, recipe: Recipe, position: Position) -> RecipeSegment:
+    def _segment(self, recipe: Recipe, position: Position) -> RecipeSegment:
         """The chapter that begins at a position."""
         streams = stages_from(self.plan.stages, position.step)[0].streams
         decided = position.decisions[-1].shares if position.decisions else {}
@@ -132,15 +132,15 @@ class RunInputs:
             after=position.step,
             rows={
                 name: same_fraction(old.row, old.of, streams[name].rows_per_epoch)
-                for name, old in position.standing.items()
+                for name, old in position.source_positions.items()
                 if name in self.sources
             },
             tokens=position.trained_tokens,
             shares={name: share for name, share in decided.items() if name in recipe.controllers},
         )
 
-    def _plan(self, recipe: Recipe, position: Position, chapter: RecipeSegment) -> RunPlan:
-        plan = mix(recipe, stages_from(self.plan.stages, chapter.after), chapter)
+    def _plan(self, recipe: Recipe, position: Position, segment: RecipeSegment) -> RunPlan:
+        plan = mix(recipe, stages_from(self.plan.stages, segment.after), segment)
         return plan.with_quarantine(position.quarantine)
 
     def around_bad_shards(

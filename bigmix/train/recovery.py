@@ -56,7 +56,7 @@ def nonfinite_rows(
     plan: RunPlan, rank_rows: RankRows, step: int, micro_batches: Sequence[int]
 ) -> list[NonfiniteRow]:
     """The rows of some micro-batches of a rank in a step; their shards are read again."""
-    row_ids = plan.places(rank_rows, step).ids()
+    row_ids = plan.row_ids_of_rank(rank_rows, step).ids()
     streams = plan.streams_at(step)
     found = []
     for micro_batch in micro_batches:
@@ -164,7 +164,7 @@ def roll_back(run: Run, state: TrainState, back: RollBack) -> TrainState:
 
 def _is_of_other_rows(run: Run, state: TrainState, position: Position) -> bool:
     """Whether a position is from before the recipe was changed, where its rows have no meaning."""
-    if position.step >= state.plan.chapter.after:
+    if position.step >= state.plan.segment.after:
         return False
     # Only decisions begin rows anew under the same recipe.
     old = from_plain(position.recipe, "a checkpoint")
@@ -179,7 +179,7 @@ def _at_decisions_of(run: Run, state: TrainState, position: Position) -> TrainSt
     if not run.recipe.controllers:
         return state
     now = replace(position, quarantine=state.plan.quarantine)
-    plan = run.inputs.resumed_plan(run.recipe, now, new_chapter=False)
+    plan = run.inputs.resumed_plan(run.recipe, now, new_segment=False)
     run.metrics.report.follow(plan.epochs)
     return replace(state, plan=plan, decisions=tuple(position.decisions))
 

@@ -43,7 +43,7 @@ class Shared:
 
 
 def run(
-    recipe: Recipe, inputs: RunInputs, world: World, terminal: Terminal, flag: StopSignal
+    recipe: Recipe, inputs: RunInputs, world: World, terminal: Terminal, stop_signal: StopSignal
 ) -> None:
     """Train to the end of the budget, from the newest whole checkpoint if there is one.
 
@@ -57,7 +57,7 @@ def run(
                 f"output {recipe.output} is being trained in by another command; wait for it or"
                 " stop it, or give another output"
             )
-        run_in(cluster, recipe, inputs, terminal, flag, Shared())
+        run_in(cluster, recipe, inputs, terminal, stop_signal, Shared())
     leave()
 
 
@@ -66,11 +66,11 @@ def run_in(
     recipe: Recipe,
     inputs: RunInputs,
     terminal: Terminal,
-    flag: StopSignal,
+    stop_signal: StopSignal,
     shared: Shared,
 ) -> None:
     """Train in a process group that is there and stays, with what runs before it have left."""
-    with _watched(cluster, recipe, terminal, flag) as watchdog:
+    with _watched(cluster, recipe, terminal, stop_signal) as watchdog:
         start = find_resume_point(recipe, inputs.content, cluster)
         plan = _plan_from(start, recipe, inputs)
         if _is_finished(recipe, inputs, plan, cluster, start):
@@ -81,7 +81,7 @@ def run_in(
         context = RunContext(
             cluster=cluster,
             terminal=terminal,
-            flag=flag,
+            stop_signal=stop_signal,
             watchdog=watchdog,
             baselines=shared.baselines,
         )
@@ -96,11 +96,11 @@ def run_in(
 
 @contextmanager
 def _watched(
-    cluster: Cluster, recipe: Recipe, terminal: Terminal, flag: StopSignal
+    cluster: Cluster, recipe: Recipe, terminal: Terminal, stop_signal: StopSignal
 ) -> Iterator[Watchdog]:
     """Inside, the ranks are watched; where one fails, all end. A collective."""
     limits = Limits(dead_s=recipe.train.dead_after_s, hang_s=60 * recipe.train.hang_minutes)
-    watchdog = Watchdog(cluster, flag, limits, Path(recipe.output) / LOG)
+    watchdog = Watchdog(cluster, stop_signal, limits, Path(recipe.output) / LOG)
     try:
         yield watchdog
     except BaseException as error:
@@ -116,7 +116,7 @@ def _plan_from(start: ResumePoint, recipe: Recipe, inputs: RunInputs) -> RunPlan
     if start.checkpoint is None:
         return inputs.plan
     moves_rows = any(change.moves_rows for change in start.changes)
-    return inputs.resumed_plan(recipe, start.checkpoint.position, new_chapter=moves_rows)
+    return inputs.resumed_plan(recipe, start.checkpoint.position, new_segment=moves_rows)
 
 
 def _is_finished(
@@ -140,7 +140,9 @@ def _check_saved(run: Run, state: TrainState) -> None:
         )
 
 
-def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: StopSignal) -> None:
+def run_all(
+    runs: Sequence[SweepRun], world: World, terminal: Terminal, stop_signal: StopSignal
+) -> None:
     """Train every run that is not done, those last that failed before; a failure leaves the others
     as they are.
 
@@ -159,7 +161,7 @@ def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: St
     passed, elsewhere = list[SweepRun](), list[SweepRun]()
     # Those that another command trained are asked for once more: it may have been ending.
     for wait_s, run in chain(((0, run) for run in waiting), ((ENDING_S, run) for run in passed)):
-        if any(cluster.gather(flag.is_set())):
+        if any(cluster.gather(stop_signal.is_set())):
             raise Interrupted(
                 f"stopped on request before {run.name}; the same command goes on from there"
             )
@@ -171,7 +173,7 @@ def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: St
                 )
                 continue
             terminal.note(f"\nsweep: run {run.number}, {run.name}")
-            failure = _attempt(run, cluster, flag, shared)
+            failure = _attempt(run, cluster, stop_signal, shared)
         if failure is not None:
             failures[run.name] = failure
             terminal.warning(f"run {run.name} failed: {failure}")
@@ -186,11 +188,13 @@ def run_all(runs: Sequence[SweepRun], world: World, terminal: Terminal, flag: St
     terminal.note(f"sweep: all {len(runs)} runs{others} are done")
 
 
-def _attempt(run: SweepRun, cluster: Cluster, flag: StopSignal, shared: Shared) -> str | None:
+def _attempt(
+    run: SweepRun, cluster: Cluster, stop_signal: StopSignal, shared: Shared
+) -> str | None:
     """One run, and back with all that it has taken; why it failed, if it did."""
     failure = None
     try:
-        _run(run, cluster, flag, shared)
+        _run(run, cluster, stop_signal, shared)
     except Interrupted:
         _write(cluster, run, is_ended=True)
         raise
@@ -230,7 +234,7 @@ def _in_order(
 def _run(
     run: SweepRun,
     cluster: Cluster,
-    flag: StopSignal,
+    stop_signal: StopSignal,
     shared: Shared,
 ) -> None:
     """One run; raises on every rank alike where any of them cannot open its inputs."""
@@ -250,7 +254,7 @@ def _run(
     if cluster.world.is_first:
         begin_attempt(Path(run.recipe.output))
     terminal = Terminal(enabled=cluster.world.is_first, every=1)
-    run_in(cluster, run.recipe, inputs, terminal, flag, shared)
+    run_in(cluster, run.recipe, inputs, terminal, stop_signal, shared)
     _write(cluster, run, is_ended=True)
 
 

@@ -60,7 +60,7 @@ class RunContext:
 
     cluster: Cluster
     terminal: Terminal
-    flag: StopSignal
+    stop_signal: StopSignal
     watchdog: Watchdog
     baselines: dict[str, BaselineEvaluation]
 
@@ -120,9 +120,9 @@ def set_up(
         metrics=RunMetrics(_report(recipe, plan, built, world, device), log, terminal, health),
         saver=saver,
         health=health,
-        clock=StepClock(context.flag, watchdog, saver, ends_of(recipe)),
+        clock=StepClock(context.stop_signal, watchdog, saver, ends_of(recipe)),
         terminal=terminal,
-        flag=context.flag,
+        stop_signal=context.stop_signal,
         watchdog=watchdog,
         baselines=context.baselines,
     )

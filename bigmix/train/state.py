@@ -43,7 +43,7 @@ class Run:
     health: Health
     clock: StepClock
     terminal: Terminal
-    flag: StopSignal
+    stop_signal: StopSignal
     watchdog: Watchdog
     baselines: dict[str, BaselineEvaluation]
 
@@ -56,7 +56,7 @@ class Run:
             self.rank_rows,
             first=state.step + 1,
             ahead=self.recipe.train.prefetch_steps,
-            gives_up=self.flag.is_set,
+            gives_up=self.stop_signal.is_set,
         )
 
 
@@ -164,8 +164,8 @@ def position_of(run: Run, state: TrainState) -> Position:
         report=run.metrics.report.state(),
         losses=run.health.state(),
         recipe=plain(run.recipe),
-        chapter=plan.chapter,
-        standing=plan.standing(state.step),
+        segment=plan.segment,
+        source_positions=plan.source_positions(state.step),
         content=run.inputs.content,
         quarantine=plan.quarantine,
         decisions=state.decisions,

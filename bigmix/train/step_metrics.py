@@ -49,10 +49,19 @@ class StepClock:
     """
 
     def __init__(
-        self, flag: StopSignal, watchdog: Watchdog, saver: Saver, ends: Mapping[str, float | None]
+        self,
+        stop_signal: StopSignal,
+        watchdog: Watchdog,
+        saver: Saver,
+        ends: Mapping[str, float | None],
     ) -> None:
         """`ends` are the arguments of `StopFlag.set_end`."""
-        self._flag, self._watchdog, self._saver, self._ends = flag, watchdog, saver, ends
+        self._stop_signal, self._watchdog, self._saver, self._ends = (
+            stop_signal,
+            watchdog,
+            saver,
+            ends,
+        )
         self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._saves_counted_s = 0.0
         self._began = self._fetched = 0.0
@@ -68,14 +77,14 @@ class StepClock:
 
     def must_stop(self) -> bool:
         """Whether a stop was requested, or the next step may not end in time."""
-        return self._flag.is_set(needed_s=max(self._recent_s, default=0.0))
+        return self._stop_signal.is_set(needed_s=max(self._recent_s, default=0.0))
 
     def lap(self) -> StepTimes:
         """A step ends: what it took."""
         ended = time.perf_counter()
         if not self._recent_s:
             # From now on: however little time there is, each start of a run comes a step further.
-            self._flag.set_end(**self._ends)
+            self._stop_signal.set_end(**self._ends)
         times = StepTimes(
             data_wait_s=self._fetched - self._began,
             save_wait_s=self._saver.wait_s - self._saves_counted_s,

@@ -122,7 +122,9 @@ def test_the_rows_are_the_same_on_any_ranks_however_many_are_read_together(
     whole = plan(folders, BAD, lengths)
     for step in (1, 4, 5, 6, 7, 9, 12, 30):
         rows = [
-            row for rank in range(ranks) for row in whole.places(rank_rows(rank, ranks), step).ids()
+            row
+            for rank in range(ranks)
+            for row in whole.row_ids_of_rank(rank_rows(rank, ranks), step).ids()
         ]
         assert rows == whole.row_ids(step)
         parts = [step_batch(whole, rank_rows(rank, ranks), step) for rank in range(ranks)]
@@ -138,7 +140,9 @@ def test_what_is_fetched_ahead_is_what_is_read(folders, monkeypatch, lengths):
     for first in (1, 5, 6):
         gathered = [p for stage in the_plan.gathered(own, first=first, last=20) for p in stage]
         rows = [row for places in gathered for row in places.ids()]
-        read = [row for step in range(first, 21) for row in the_plan.places(own, step).ids()]
+        read = [
+            row for step in range(first, 21) for row in the_plan.row_ids_of_rank(own, step).ids()
+        ]
         # What is read together with the first step may begin before it, and with the last one end
         # behind it.
         assert any(rows[at : at + len(read)] == read for at in range(0, 96, 16))
@@ -243,7 +247,7 @@ def test_each_epoch_has_other_substitutes(folders):
 
     def substitutes(epoch):
         indices = np.arange(epoch * count, (epoch + 1) * count)
-        before, after = stream.places(indices), stream.places(indices, frozenset({1}))
+        before, after = stream.row_ids(indices), stream.row_ids(indices, frozenset({1}))
         own = before.shards_R == 1
         return set(zip(after.shards_R[own].tolist(), after.rows_R[own].tolist(), strict=True))
 

@@ -38,7 +38,7 @@ def changed(overrides, *more, step=AT):
     """
     old, before = opened(*overrides)
     new, inputs = opened(*overrides, *more)
-    return before, resumed(inputs, new, position(old, before, step), new_chapter=True)
+    return before, resumed(inputs, new, position(old, before, step), new_segment=True)
 
 
 def drawn(inputs, name, first, last):
@@ -54,7 +54,7 @@ def drawn(inputs, name, first, last):
 
 def test_without_a_change_the_rest_is_the_rest():
     recipe, inputs = opened("sources.web.share=[[0, 0.1], [20, 0.9]]")
-    going_on = resumed(inputs, recipe, position(recipe, inputs), new_chapter=False)
+    going_on = resumed(inputs, recipe, position(recipe, inputs), new_segment=False)
     for step in range(AT + 1, 21):
         assert going_on.plan.row_ids(step) == inputs.plan.row_ids(step)
 
@@ -99,7 +99,7 @@ def test_a_source_that_joins_begins_and_one_that_leaves_changes_nothing_for_othe
     )
     old, inputs = opened()
     rest = open_inputs(left, ranks=1, verify=False)
-    rest = resumed(rest, left, position(old, inputs), new_chapter=True)
+    rest = resumed(rest, left, position(old, inputs), new_segment=True)
     assert set(rest.plan.counts(AT + 1)) == {"web", "chat"}
     web = drawn(rest, "web", AT + 1, AT + 4)
     begin = len(drawn(inputs, "web", 1, AT))
@@ -110,7 +110,7 @@ def test_with_longer_rows_each_source_goes_on_at_the_same_fraction_of_its_epoch(
     before, after = changed(["sequence_length=32"], "sequence_length=64")
     for name, epoch in before.plan.epochs(AT).items():
         of = after.plan.streams[name].rows_per_epoch
-        assert 0 <= after.plan.standing(AT)[name].row / of - epoch < 1 / of
+        assert 0 <= after.plan.source_positions(AT)[name].row / of - epoch < 1 / of
 
 
 def test_a_budget_counts_what_was_trained_before():
@@ -142,16 +142,16 @@ def test_epochs_before_the_change_count_for_a_limit():
 def test_a_run_may_change_twice():
     old, before = opened()
     middle, second = opened("sources.web.share=1")
-    second = resumed(second, middle, position(old, before), new_chapter=True)
+    second = resumed(second, middle, position(old, before), new_segment=True)
     new, third = opened("sources.web.share=0.1")
-    third = resumed(third, new, position(middle, second, 12), new_chapter=True)
+    third = resumed(third, new, position(middle, second, 12), new_segment=True)
     rows = [
         *drawn(before, "web", 1, AT),
         *drawn(second, "web", AT + 1, 12),
         *drawn(third, "web", 13, 18),
     ]
     assert rows == [before.plan.streams["web"].locate(n) for n in range(len(rows))]
-    again = resumed(third, new, position(new, third, 15), new_chapter=False)
+    again = resumed(third, new, position(new, third, 15), new_segment=False)
     assert all(again.plan.row_ids(k) == third.plan.row_ids(k) for k in range(16, 21))
 
 

@@ -246,8 +246,8 @@ def test_a_controller_that_cannot_work_is_refused_before_the_run(overrides, said
 def after(recipe, inputs, step, shares, earlier=()):
     """The inputs after a decision on shares, and where the run then stands."""
     now = Decision(step=step, progress=0.5, shares=shares, forgetting={})
-    standing = replace(position(recipe, inputs, step), decisions=(*earlier, now))
-    return with_decision(inputs, recipe, standing), standing
+    source_positions = replace(position(recipe, inputs, step), decisions=(*earlier, now))
+    return with_decision(inputs, recipe, source_positions), source_positions
 
 
 def rows_of(inputs, first, last):
@@ -309,7 +309,7 @@ def test_small_shares_are_met_over_many_decisions_and_each_row_comes_in_its_turn
     recipe, inputs = opened(
         *HELD, "sources.code.share=0.02", "sources.chat.share=1", "budget.steps=200"
     )
-    standing, due = position(recipe, inputs, 0), dict.fromkeys(recipe.sources, 0.0)
+    source_positions, due = position(recipe, inputs, 0), dict.fromkeys(recipe.sources, 0.0)
     drawn = {name: [] for name in recipe.sources}
     for number in range(1, 31):
         step = number * EVERY
@@ -321,9 +321,11 @@ def test_small_shares_are_met_over_many_decisions_and_each_row_comes_in_its_turn
         for name, rows in drawn.items():
             assert abs(len(rows) - due[name]) <= 1 + 1e-6, (name, step)
         counts = {name: len(rows) for name, rows in drawn.items()}
-        assert {n: s.row for n, s in inputs.plan.standing(step).items()} == counts
+        assert {n: s.row for n, s in inputs.plan.source_positions(step).items()} == counts
         share = 0.013 if number % 3 else 0.3
-        inputs, standing = after(recipe, inputs, step, {"web": share}, standing.decisions)
+        inputs, source_positions = after(
+            recipe, inputs, step, {"web": share}, source_positions.decisions
+        )
     for name, rows in drawn.items():
         stream = inputs.plan.streams[name]
         assert sorted(map(str, rows)) == sorted(str(stream.locate(n)) for n in range(len(rows)))
@@ -342,11 +344,11 @@ def test_rows_since_a_decision_are_exact_in_every_prefix():
 
 def test_a_checkpoint_brings_the_decided_rows_back():
     recipe, inputs = opened(*HELD, "budget={task_tokens: 9000}")
-    later, standing = after(recipe, inputs, EVERY, {"web": 0.4})
-    saved = replace(position(recipe, later, 8), decisions=standing.decisions)
+    later, source_positions = after(recipe, inputs, EVERY, {"web": 0.4})
+    saved = replace(position(recipe, later, 8), decisions=source_positions.decisions)
     read = Position.from_json(json.loads(json.dumps(saved.to_json())))
-    assert read.decisions[0] == standing.decisions[0] and read.chapter == later.plan.chapter
-    back = resumed(opened(*HELD, "budget={task_tokens: 9000}")[1], recipe, read, new_chapter=False)
+    assert read.decisions[0] == source_positions.decisions[0] and read.segment == later.plan.segment
+    back = resumed(opened(*HELD, "budget={task_tokens: 9000}")[1], recipe, read, new_segment=False)
     assert back.plan.steps == later.plan.steps > inputs.plan.steps
     for step in range(9, back.plan.steps + 1):
         assert back.plan.row_ids(step) == later.plan.row_ids(step)
@@ -361,10 +363,10 @@ def test_checkpoints_without_decisions_are_read():
 
 def test_a_changed_recipe_keeps_the_decided_share():
     recipe, inputs = opened(*HELD)
-    later, standing = after(recipe, inputs, EVERY, {"web": 0.4})
+    later, source_positions = after(recipe, inputs, EVERY, {"web": 0.4})
     changed, fresh = opened(*HELD, "sources.chat.share=0.25")
-    saved = replace(position(recipe, later, 8), decisions=standing.decisions)
-    going_on = resumed(fresh, changed, saved, new_chapter=True)
+    saved = replace(position(recipe, later, 8), decisions=source_positions.decisions)
+    going_on = resumed(fresh, changed, saved, new_segment=True)
     assert going_on.plan.shares_of_step(9).rows == pytest.approx(
         {"web": 0.4, "code": 0.3, "chat": 0.3}
     )

@@ -96,6 +96,6 @@ def test_unimax_stands_beside_its_like_alone():
 def test_after_a_change_the_epochs_that_are_left_are_divided():
     recipe, before = opened(*GROUP, *of(3), "budget.steps=30")
     new, inputs = opened(*GROUP, *of(3), "budget.steps=30", "sources.chat.share=0.8")
-    after = resumed(inputs, new, position(recipe, before, 15), new_chapter=True)
+    after = resumed(inputs, new, position(recipe, before, 15), new_segment=True)
     epochs = after.plan.epochs(30)
     assert 2.8 < epochs["code"] <= 3 and epochs["web"] <= 3

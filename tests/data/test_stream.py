@@ -128,7 +128,9 @@ def test_any_number_of_ranks_trains_the_same_rows(folders, ranks):
         rows = [
             row
             for rank in range(ranks)
-            for row in plan(folders).places(replace(rank_rows, rank=rank, ranks=ranks), step).ids()
+            for row in plan(folders)
+            .row_ids_of_rank(replace(rank_rows, rank=rank, ranks=ranks), step)
+            .ids()
         ]
         assert rows == the_plan.row_ids(step)
         together = np.concatenate([m.ids_BT for part in parts for m in part.micro_batches])
@@ -144,7 +146,7 @@ def test_no_rank_is_left_with_one_source(folders):
     seen = [set() for _ in range(ranks)]
     for step in range(1, 9):
         for rank in range(ranks):
-            rows = plan(folders).places(replace(rank_rows, rank=rank), step).ids()
+            rows = plan(folders).row_ids_of_rank(replace(rank_rows, rank=rank), step).ids()
             seen[rank] |= {row.source for row in rows}
     assert all(sources == set(SHARES) for sources in seen)
 
@@ -316,9 +318,9 @@ def test_a_row_of_a_million_shards_is_found_as_one_of_ten():
     rows = simulated(1_000_000)
     far = 3 * rows.rows_per_epoch + 12_345_678_901
     place = rows.locate(far)
-    assert place.epoch == 3 and place == rows.places(np.array([0, far, 5])).ids()[1]
+    assert place.epoch == 3 and place == rows.row_ids(np.array([0, far, 5])).ids()[1]
     # A window of neighbours comes from its sixteen shards, each about as often as the others.
-    window = rows.places(np.arange(16 * 31_250 // 2)).shards_R
+    window = rows.row_ids(np.arange(16 * 31_250 // 2)).shards_R
     shards, counts = np.unique(window, return_counts=True)
     assert len(shards) == 16 and counts.min() > 0.9 * counts.max()
 
@@ -326,7 +328,7 @@ def test_a_row_of_a_million_shards_is_found_as_one_of_ten():
 def test_neighbours_are_no_more_alike_than_in_a_true_shuffle():
     """Serial correlation of the place in the corpus, inside a window of shards."""
     rows = simulated(16)
-    places = rows.places(np.arange(100_000))
+    places = rows.row_ids(np.arange(100_000))
     corpus = places.shards_R * 31_250 + places.rows_R
     assert abs(np.corrcoef(corpus[:-1], corpus[1:])[0, 1]) < 0.012
     same_shard = (places.shards_R[:-1] == places.shards_R[1:]).mean()

@@ -95,7 +95,7 @@ class Part:
 
 def parts_of(plan, rank_rows, step):
     """Each micro-batch of a step with every part in a group of its own, beside these parts."""
-    places = plan.places(rank_rows, step)
+    places = plan.row_ids_of_rank(rank_rows, step)
     streams = plan.streams
     rows = assemble([streams[name] for name in places.names], places)
     shards_P = np.repeat(places.shards_R, np.diff(rows.parts_R1))

@@ -48,17 +48,17 @@ def opened(*overrides):
 def position(recipe, inputs, step=AT):
     tokens = dict.fromkeys(recipe.sources, 0)
     rank_rows = RankRows(rank=0, ranks=1, rows_per_step=recipe.rows_per_step, micro_batch_rows=2)
-    for k in range(inputs.plan.chapter.after + 1, step + 1):
+    for k in range(inputs.plan.segment.after + 1, step + 1):
         for name, count in step_batch(inputs.plan, rank_rows, k).tokens.items():
             tokens[name] += count
-    for name, count in inputs.plan.chapter.tokens.items():
+    for name, count in inputs.plan.segment.tokens.items():
         tokens[name] = tokens.get(name, 0) + count
     return Position(
         step=step,
         report={"totals": {"tokens": tokens}},
         recipe=plain(recipe),
-        chapter=inputs.plan.chapter,
-        standing=inputs.plan.standing(step),
+        segment=inputs.plan.segment,
+        source_positions=inputs.plan.source_positions(step),
         content=inputs.content,
         quarantine=inputs.plan.quarantine,
     )
@@ -77,9 +77,9 @@ output: runs/two-way
 """
 
 
-def resumed(inputs, recipe, position, *, new_chapter):
+def resumed(inputs, recipe, position, *, new_segment):
     """The inputs with the plan from a position on."""
-    return replace(inputs, plan=inputs.resumed_plan(recipe, position, new_chapter=new_chapter))
+    return replace(inputs, plan=inputs.resumed_plan(recipe, position, new_segment=new_segment))
 
 
 def decided(inputs, recipe, position):

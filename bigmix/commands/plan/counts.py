@@ -35,7 +35,7 @@ def row_counts(plan: RunPlan, name: str, num_rows: int) -> RowCounts:
     """The first `num_rows` rows of a source in the order in which they are trained, over all
     epochs.
     """
-    parts = [row_counts_of(part.stream, part.places()) for part in plan.drawn(name, num_rows)]
+    parts = [row_counts_of(part.stream, part.row_ids()) for part in plan.drawn(name, num_rows)]
 
     def joined(columns: Iterable[Ints]) -> Ints:
         return np.concatenate([np.zeros(0, np.int64), *columns])
@@ -198,7 +198,7 @@ def _estimate(plan: RunPlan, name: str, num_rows: int) -> dict[str, int]:
     sums = dict.fromkeys(_UNITS, 0)
     for part in plan.drawn(name, num_rows):
         count = part.end - part.begin
-        row_counts = row_counts_of(part.stream, part.places(SAMPLE_ROWS))
+        row_counts = row_counts_of(part.stream, part.row_ids(SAMPLE_ROWS))
         for unit, total in _sums(row_counts).items():
             sums[unit] += round(total * count / min(count, SAMPLE_ROWS))
     return sums

@@ -111,10 +111,10 @@ def batch_of(rows, rank, ranks, accumulation):
     )
 
 
-def aim(objective, anchor=None, document_weights=None):
+def aim(objective, reference=None, document_weights=None):
     document_weights = dict.fromkeys(SOURCES, "token") | (document_weights or {})
     return step.TrainingObjective(
-        objective=objective, document_weights=document_weights, reference=anchor
+        objective=objective, document_weights=document_weights, reference=reference
     )
 
 
@@ -330,15 +330,15 @@ def whole_objective_errors(rank, ranks, cluster, families, other, file):
             engine = make_engine(
                 family, accumulation, ranks, file, terms=ALL_TERMS, checkpointing=True
             )
-            anchor = make_anchor(other, accumulation, ranks, engine.device, file)
+            reference = make_anchor(other, accumulation, ranks, engine.device, file)
             rows = documents(True)
             batch = batch_of(rows, rank, ranks, accumulation)
-            with deepspeed.zero.GatheredParameters(list(anchor.model.parameters())):
+            with deepspeed.zero.GatheredParameters(list(reference.model.parameters())):
                 theirs = {
-                    n: p.detach().double().clone() for n, p in anchor.model.named_parameters()
+                    n: p.detach().double().clone() for n, p in reference.model.named_parameters()
                 }
             weights = whole_weights(engine)
-            result = take_step(engine, cluster, batch, aim("per_source", anchor, WEIGHING))
+            result = take_step(engine, cluster, batch, aim("per_source", reference, WEIGHING))
             expected, kl = dense_objective(family, weights, other, theirs, rows)
             worst = max(
                 float((engine.gradients[n] - g).norm() / g.norm()) for n, g in expected.items()
@@ -380,10 +380,10 @@ def units_of_gathering(rank, ranks, cluster, families, file):
     found = {}
     for family in families:
         engine = make_engine(family, 1, ranks, file)
-        anchor = make_anchor(family, 1, ranks, engine.device, file)
+        reference = make_anchor(family, 1, ranks, engine.device, file)
         found[family] = [
             [type(module).__name__ for module in get_z3_leaf_modules(model)]
-            for model in (engine.module, anchor.model)
+            for model in (engine.module, reference.model)
         ]
     return found
 
@@ -395,12 +395,12 @@ def models_left(rank, ranks, cluster):
     left = []
     for _ in range(3):
         engine = make_engine("llama", 4, ranks)
-        anchor = make_anchor("llama", 4, ranks, engine.device, "ds_configs/cpu.json")
+        reference = make_anchor("llama", 4, ranks, engine.device, "ds_configs/cpu.json")
         batch = batch_of(documents(True), rank, ranks, 4)
-        take_step(engine, cluster, batch, aim("per_source", anchor))
-        models = [weakref.ref(engine.module), weakref.ref(anchor.model)]
+        take_step(engine, cluster, batch, aim("per_source", reference))
+        models = [weakref.ref(engine.module), weakref.ref(reference.model)]
         engine.close()
-        del engine, anchor
+        del engine, reference
         release_memory()
         left.append([model() is not None for model in models])
     return left
