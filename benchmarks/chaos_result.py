@@ -16,7 +16,7 @@ from chaos_faults import NOTES, hashes
 from bigmix.data.run_plan import RunPlan
 from bigmix.recipe import load_recipe
 from bigmix.runs.checkpoints import FOLDER, CheckpointManifest, read_checkpoint
-from bigmix.train.inputs import Inputs, open_inputs
+from bigmix.train.inputs import RunInputs, open_inputs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +87,7 @@ def last_checkpoint(folder: Path) -> CheckpointManifest | str:
     return read_checkpoint(folder / "run" / FOLDER / f"step-{STEPS:06d}")
 
 
-def inputs_of(data: Path, ranks: int) -> Inputs:
+def inputs_of(data: Path, ranks: int) -> RunInputs:
     """The sources of the data as a run of so many ranks opens them."""
     paths = [f"sources.{name}.path={data / name}" for name in ("web", "chat")]
     recipe = load_recipe(str(data / "recipe.yaml"), paths)

@@ -81,7 +81,7 @@ def make_engine(layers: int, width: int, ranks: int) -> Engine:
         attention="sdpa",
         activation_checkpointing=False,
         terms=LossTerms(),
-        computing=LossBackendOptions(
+        options=LossBackendOptions(
             backend=backend_of(choose_backend("torch", device_of(world_of(os.environ))).value)
         ),
         seed=0,

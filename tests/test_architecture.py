@@ -53,11 +53,13 @@ COVERED_BY = {
     "system/test_recovery.py": {"train/recovery"},
     "system/test_run.py": {
         "commands/inspect",
+        "train/evaluations",
         "train/export",
         "train/header",
         "train/loop",
         "train/run",
         "train/setup",
+        "train/state",
         "train/step_metrics",
     },
     "system/test_sweep.py": {"recipe/sweep", "runs/layout"},

@@ -18,8 +18,8 @@ def loss_with(chunk_bytes: int | None) -> Loss:
         backend = backend_of(choose_backend("auto", hidden_TD.device).value)
         coefficients_G = (labels_T != IGNORE).sum().float().reciprocal().reshape(1)
         tokens = tokens_of_labels(labels_T, coefficients_G)
-        computing = LossBackendOptions(backend=backend, chunk_bytes=chunk_bytes)
-        objective, _ = mixed_loss(hidden_TD, head_VD, None, tokens, computing=computing)
+        options = LossBackendOptions(backend=backend, chunk_bytes=chunk_bytes)
+        objective, _ = mixed_loss(hidden_TD, head_VD, None, tokens, options=options)
         assert isinstance(objective, torch.Tensor)
         return objective
 

@@ -63,7 +63,7 @@ class Case:
             rule=self.rule,
             terms=self.terms,
             reference=self.reference,
-            computing=LossBackendOptions(
+            options=LossBackendOptions(
                 backend=self.backend, chunk_bytes=rows * itemsize * len(self.head)
             ),
         )
@@ -351,15 +351,15 @@ class LargestTensor(TorchDispatchMode):
 
 def test_nothing_of_the_size_of_all_logits_exists_and_without_gradient_no_gradient_does():
     inputs = case(640, 640, hidden=64, vocabulary=512, bias=False)
-    computing = LossBackendOptions(backend=torch_rows, chunk_bytes=32 * 4 * 512)
+    options = LossBackendOptions(backend=torch_rows, chunk_bytes=32 * 4 * 512)
     arguments = (inputs.hidden.detach(), inputs.head.detach(), None, inputs.tokens)
     with LargestTensor(*arguments[:2]) as evaluated, torch.no_grad():
-        value, _ = mixed_loss(*arguments, computing=computing)
+        value, _ = mixed_loss(*arguments, options=options)
     assert evaluated.elements == 32 * 512
     arguments[0].requires_grad_()
     arguments[1].requires_grad_()
     with LargestTensor(*arguments[:2]) as trained:
-        mixed_loss(*arguments, computing=computing)[0].backward()
+        mixed_loss(*arguments, options=options)[0].backward()
     assert trained.elements == max(512 * 64, 640 * 64)
     assert not value.requires_grad
     assert error(value, dense(inputs)[0]) < 1e-6
@@ -532,7 +532,7 @@ def test_both_ways_to_the_head_gradient_give_it(mode, dtype):
         rule=LogitRule(scale=0.5, softcap=5.0),
         terms=LossTerms(label_smoothing=0.1, z_loss=1e-3),
     )
-    computing = LossBackendOptions(backend=torch_rows, chunk_bytes=32 * 4 * 101, head_gradient=mode)
+    options = LossBackendOptions(backend=torch_rows, chunk_bytes=32 * 4 * 101, head_gradient=mode)
     value, _ = mixed_loss(
         inputs.hidden,
         inputs.head,
@@ -541,7 +541,7 @@ def test_both_ways_to_the_head_gradient_give_it(mode, dtype):
         rule=inputs.rule,
         terms=inputs.terms,
         reference=inputs.reference,
-        computing=computing,
+        options=options,
     )
     value.backward()
     exact = dense(inputs)

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from bigmix.loss.fused import Computing, mixed_loss
+from bigmix.loss.fused import LossBackendOptions, mixed_loss
 from bigmix.loss.requests import COLUMNS, LSE, OBJECTIVE, REFERENCE_LSE, ChunkTask, ReferenceTask
 from bigmix.loss.terms import LogitRule, LossTerms, LossTokens, ReferenceStates, Statistic
 from bigmix.loss.torch_kernel import torch_rows
@@ -326,7 +326,7 @@ def test_the_loss_is_the_same_by_both_backends():
             rule=CAPPED,
             terms=ALL_TERMS,
             reference=reference,
-            computing=Computing(backend=backend, chunk_bytes=16 * 4 * 101),
+            options=LossBackendOptions(backend=backend, chunk_bytes=16 * 4 * 101),
         )
         value.backward()
         results.append([value.detach(), sums, *(leaf.grad for leaf in leaves)])

@@ -40,7 +40,7 @@ def make(family, attention="eager", dtype="fp32", **changes):
         attention=attention,
         activation_checkpointing=False,
         terms=LossTerms(),
-        computing=LossBackendOptions(backend=torch_rows, chunk_bytes=1 << 16),
+        options=LossBackendOptions(backend=torch_rows, chunk_bytes=1 << 16),
         seed=0,
         construction=sharded_construction({}),
     )

@@ -134,7 +134,7 @@ def make(family, attention, dtype="fp32", **changes):
         attention=built,
         activation_checkpointing=False,
         terms=LossTerms(),
-        computing=LossBackendOptions(backend=torch_rows, chunk_bytes=1 << 14),
+        options=LossBackendOptions(backend=torch_rows, chunk_bytes=1 << 14),
         seed=1,
         construction=torch.device("cpu"),
     )

@@ -185,20 +185,20 @@ def test_a_torn_checkpoint_is_named_and_passed_over(three_checkpoints, spoil, sa
     found = newest_complete(three_checkpoints, ONE)
     assert found.listed.path.name == "step-000005" and found.listed.position.step == 5
     if said is None:
-        assert found.torn == ()
+        assert found.damaged == ()
     else:
-        assert len(found.torn) == 1
-        assert "step-000006" in found.torn[0] and said in found.torn[0]
+        assert len(found.damaged) == 1
+        assert "step-000006" in found.damaged[0] and said in found.damaged[0]
         (aside,) = put_aside(three_checkpoints, after_step=5)
         assert aside.name == "aside-step-000006"
-    assert newest_complete(three_checkpoints, ONE).torn == ()
+    assert newest_complete(three_checkpoints, ONE).damaged == ()
 
 
 def test_no_whole_checkpoint_is_none(three_checkpoints):
     for path in folders(three_checkpoints):
         flip_a_byte(path / "state-00000.safetensors")
     found = newest_complete(three_checkpoints, ONE)
-    assert found.listed is None and len(found.torn) == 3
+    assert found.listed is None and len(found.damaged) == 3
     assert newest_complete(three_checkpoints / "nowhere", ONE).listed is None
 
 

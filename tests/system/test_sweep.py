@@ -208,7 +208,7 @@ def test_a_swept_share_is_the_fraction_of_the_rows_and_the_others_keep_their_rat
     (here / "shares.yaml").write_text(yaml.safe_dump(settings))
     for run, share in zip(load("shares.yaml").runs, (0.05, 0.25), strict=True):
         inputs = open_inputs(run.recipe, ranks=1, verify=False)
-        rows = inputs.shares_of_step(1).rows
+        rows = inputs.plan.shares_of_step(1).rows
         assert rows["web"] == pytest.approx(share, abs=1e-9)
         assert rows["chat"] == pytest.approx(3 * rows["maths"], rel=1e-9)
 
@@ -222,7 +222,7 @@ def test_a_swept_share_inside_a_group_is_that_of_the_group(here):
     settings["sweep"] = {"sources.web.share": [0.4]}
     (here / "shares.yaml").write_text(yaml.safe_dump(settings))
     (run,) = load("shares.yaml").runs
-    rows = open_inputs(run.recipe, ranks=1, verify=False).shares_of_step(1).rows
+    rows = open_inputs(run.recipe, ranks=1, verify=False).plan.shares_of_step(1).rows
     assert rows["web"] == pytest.approx(0.25 * 0.4) and rows["chat"] == pytest.approx(0.75)
 
 

@@ -69,7 +69,7 @@ def _columns(table: RowTable) -> Ints:
 EXACT_ROWS = 2_000_000  # a longer run is estimated from the rows that come first
 SAMPLE_ROWS = 50_000  # of each source and length of rows, for an estimate
 SAMPLE_STEPS = 1_000
-_UNITS = ("tokens", "loss_tokens", "squares")
+_UNITS = ("tokens", "loss_tokens", "sum_sq_lengths")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +164,7 @@ def count(recipe: Recipe, plan: RunPlan) -> Counts:
         walk = _sample(recipe, plan, {name: each["loss_tokens"] for name, each in sums.items()})
     return Counts(
         steps=plan.steps,
-        sum_sq_lengths=sum(each["squares"] for each in sums.values()),
+        sum_sq_lengths=sum(each["sum_sq_lengths"] for each in sums.values()),
         is_exact=is_exact,
         sources={
             name: SourceCounts(

@@ -164,7 +164,7 @@ def make_engine(
         attention="eager" if family == "gemma" else "sdpa",
         activation_checkpointing=checkpointing,
         terms=terms,
-        computing=LossBackendOptions(backend=torch_rows, chunk_bytes=VOCABULARY * 4 * 20),
+        options=LossBackendOptions(backend=torch_rows, chunk_bytes=VOCABULARY * 4 * 20),
         seed=3,
         construction=sharded_construction(keys),
     )
@@ -189,7 +189,7 @@ def reference(family, weights, rows, objective):
         attention="eager",
         activation_checkpointing=False,
         terms=LossTerms(),
-        computing=LossBackendOptions(backend=torch_rows),
+        options=LossBackendOptions(backend=torch_rows),
         seed=0,
         construction=sharded_construction({}),
     ).double()
@@ -427,7 +427,7 @@ def sharded_build(rank, ranks, cluster):
             attention="eager",
             activation_checkpointing=False,
             terms=LossTerms(),
-            computing=LossBackendOptions(backend=torch_rows),
+            options=LossBackendOptions(backend=torch_rows),
             seed=3,
             construction=sharded_construction(keys),
         )
