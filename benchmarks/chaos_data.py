@@ -37,9 +37,9 @@ sources:
   web: {{path: web, role: replay, share: [[0, 0.5], [8, 0.25]]}}
   chat: {{path: chat, role: task, share: 0.75}}
 budget: {{steps: {STEPS}}}
-train: {{lr: 1e-2, schedule: constant, micro_batch_rows: 2, save_every: {SAVE_EVERY},
-         log_every: 1, prefetch_steps: 1,
-        dead_after_s: 20, hang_minutes: 0.5}}
+train: {{lr: 1e-2, schedule: constant, micro_batch_rows: 2, log_every: 1, prefetch_steps: 1}}
+checkpoint: {{every: {SAVE_EVERY}}}
+health: {{dead_after_s: 20, hang_minutes: 0.5}}
 deepspeed: {ROOT}/ds_configs/cpu.json
 output: run
 """

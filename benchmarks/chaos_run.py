@@ -238,7 +238,7 @@ class Run:
         self.folder, self.case = folder, case
         self.result = Result(case=case)
         policy = "replace" if case.fault.name == "shard-replace" else "fail"
-        self._words = [*words, f"train.save={case.save}", f"bad_shards={policy}"]
+        self._words = [*words, f"checkpoint.background={case.save}", f"bad_shards={policy}"]
         case.fault.write(folder / FAULT)
 
     def go(self) -> None:

@@ -146,7 +146,7 @@ class HeartbeatMonitor:
         if others:
             text += f"; {_named(others)} at {self.newest(others[0]).doing}"
         return ShutdownReason(
-            text=f"{text}; where this is no fault but slow, raise train.hang_minutes"
+            text=f"{text}; where this is no fault but slow, raise health.hang_minutes"
         )
 
 

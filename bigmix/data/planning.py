@@ -412,7 +412,7 @@ def _whole_rows(recipe: Recipe, shares: Shares, segment: RecipeSegment) -> dict[
     """
     if not segment.shares or shares.last_change:
         return None
-    every = recipe.train.evaluate_every
+    every = recipe.evaluate.every
     rows = recipe.rows_per_step * (every - segment.after % every)
     due = {name: share * rows + segment.owed.get(name, 0.0) for name, share in shares.at(0).items()}
     return apportion(due, rows)

@@ -81,7 +81,7 @@ def evaluate_standalone(
     }
     cluster = join(world)
     log_to_file(order.output / LOG, world)
-    limits = Limits(dead_s=recipe.train.dead_after_s, hang_s=60 * recipe.train.hang_minutes)
+    limits = Limits(dead_s=recipe.health.dead_after_s, hang_s=60 * recipe.health.hang_minutes)
     watchdog = Watchdog(cluster, stop_signal, limits, order.output / LOG)
     room = _Services(
         recipe=recipe,
@@ -138,11 +138,10 @@ def _findings(
 
 
 def _exam(room: _Services) -> HeldOutSpec:
-    train = room.recipe.train
     return HeldOutSpec(
         held_out=room.inputs.streams,
-        micro_batch_rows=train.micro_batch_rows,
-        max_rows=train.evaluate_rows,
+        micro_batch_rows=room.recipe.train.micro_batch_rows,
+        max_rows=room.recipe.evaluate.rows,
         pieces=token_bytes_in(room.inputs.tokenizer_folder),
         base=None,
     )
@@ -179,7 +178,7 @@ def _examined(
         cluster=room.cluster,
         held_out=held_out_spec,
         tasks=room.asked[model.named],
-        weights=recipe.train.task_weights,
+        weights=recipe.evaluate.task_weights,
         seed=recipe.seed,
     )
     found = evaluator.evaluate(step, base, room.activity)

@@ -14,7 +14,10 @@ from bigmix.recipe.models import Recipe
 from bigmix.recipe.sections import (
     Budget,
     Cache,
+    Checkpoint,
+    Evaluate,
     Group,
+    HealthSettings,
     HeldOut,
     Loss,
     ModelSettings,
@@ -38,6 +41,9 @@ _TABLES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("tasks.NAME", Task),
     ("budget", Budget),
     ("train", Train),
+    ("evaluate", Evaluate),
+    ("checkpoint", Checkpoint),
+    ("health", HealthSettings),
     ("cache", Cache),
     ("sweep", Sweep),
 )

@@ -3,6 +3,7 @@ names.
 """
 
 import re
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,31 @@ Count = Annotated[PositiveInt, BeforeValidator(whole_number)]
 CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(whole_number)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 SchedulePoint = tuple[CountOrZero, NonNegative]
+
+
+class AtResume(Enum):
+    """What a setting may do when a run is resumed; one without a mark may change and is reported,
+    since it decides what is learned from there on.
+    """
+
+    FREE = "changes speed, memory or what is written, never what is learned"
+    FREE_WITHOUT_CONTROLLERS = "free, unless shares are decided on what is evaluated"
+    FIXED = "decides what the state of a run is: a run with another value is another run"
+
+
+class Rows(Enum):
+    """Whether other rows are drawn once a setting changes; without a mark those of a source or a
+    group do, and no others.
+    """
+
+    MOVE = "other rows are drawn"
+    STAY = "the same rows are drawn"
+
+
+class BeforeFirstStep(Enum):
+    """Whether a setting matters before the first step; one without a mark does."""
+
+    IGNORED = "two runs that differ in it find the same numbers before their first step"
 
 
 class Settings(BaseModel):

@@ -6,13 +6,15 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from bigmix.errors import BadInput
+from bigmix.recipe.marks import tables_in
 from bigmix.recipe.models import Recipe
+from bigmix.recipe.moved import MOVED, with_moved_keys
 from bigmix.recipe.sweep import SweepPoint, SweepRun, chosen, points_of, tree_of
 from bigmix.recipe.tree import Path_, leaves, put
 
@@ -121,7 +123,7 @@ def from_plain(tree: Mapping[str, Any], place: str) -> Recipe:
     from.
     """
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(with_moved_keys(tree))
     except ValidationError as error:
         raise BadInput(*_messages(error, {}, place)) from error
 
@@ -253,6 +255,9 @@ def _is_at_most_0(value: Any) -> bool:
 
 
 def _unknown(key: Path_) -> str:
+    moved = MOVED.get(".".join(key))
+    if moved is not None:
+        return f"{'.'.join(key)} is {moved.key} now; write {moved.example}"
     known = list(_fields_at(key[:-1]))
     near = difflib.get_close_matches(key[-1], known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
@@ -265,12 +270,5 @@ def _fields_at(prefix: Path_) -> Sequence[str]:
     for name in prefix:
         fields = [table.model_fields[name] for table in tables if name in table.model_fields]
         if fields:
-            tables = [table for field in fields for table in _tables_in(field.annotation)]
+            tables = [table for field in fields for table in tables_in(field.annotation)]
     return tuple(name for table in tables for name in table.model_fields)
-
-
-def _tables_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models inside an annotation such as dict[str, Source]."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [table for part in get_args(annotation) for table in _tables_in(part)]

@@ -8,12 +8,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from bigmix.recipe.fields import Count, CountOrZero, Name, PathOrUrl, Settings
+from bigmix.recipe.fields import (
+    AtResume,
+    BeforeFirstStep,
+    Count,
+    CountOrZero,
+    Name,
+    PathOrUrl,
+    Rows,
+    Settings,
+)
 from bigmix.recipe.sections import (
     Budget,
     Cache,
+    Checkpoint,
+    Evaluate,
     FurtherHeldOut,
     Group,
+    HealthSettings,
     Length,
     Loss,
     ModelSettings,
@@ -29,49 +41,57 @@ from bigmix.recipe.task import Task
 class Recipe(Settings):
     """A whole run."""
 
-    model: ModelSettings
-    sequence_length: Length
+    model: Annotated[ModelSettings, AtResume.FIXED]
+    sequence_length: Annotated[Length, Rows.MOVE, BeforeFirstStep.IGNORED]
     """Tokens of a row; a number, or [step, tokens] pairs for rows whose length changes at these
     steps.
     """
-    rows_per_step: Count
+    rows_per_step: Annotated[Count, Rows.MOVE, BeforeFirstStep.IGNORED]
     """Rows of one optimizer step, over all ranks and micro-batches."""
-    objective: Literal["per_source", "per_token"] = "per_source"
+    objective: Annotated[Literal["per_source", "per_token"], BeforeFirstStep.IGNORED] = "per_source"
     """per_source: a source's share is its weight in the gradient; per_token: the classic weighted
     mean over tokens.
     """
     loss: Loss = Loss()
     """Terms of the objective beside the loss of the tokens."""
-    reference: Reference | None = None
+    reference: Annotated[Reference | None, BeforeFirstStep.IGNORED] = None
     """A frozen model to stay near to."""
-    sources: Annotated[dict[Name, Source], Field(min_length=1)]
+    sources: Annotated[dict[Name, Source], Field(min_length=1), BeforeFirstStep.IGNORED]
     """The streams that are mixed, by name."""
-    groups: dict[Name, Group] = Field(default={})
+    groups: Annotated[dict[Name, Group], BeforeFirstStep.IGNORED] = Field(default={})
     """Groups of sources, by name."""
-    pad_to_multiple: Count = 1
+    pad_to_multiple: Annotated[Count, AtResume.FREE] = 1
     """Rows are padded to a multiple of so many tokens, for backends that want it."""
-    cache: Cache = Cache()
-    bad_shards: Literal["fail", "replace"] = "fail"
+    cache: Annotated[Cache, AtResume.FREE, BeforeFirstStep.IGNORED] = Cache()
+    bad_shards: Annotated[Literal["fail", "replace"], AtResume.FREE, BeforeFirstStep.IGNORED] = (
+        "fail"
+    )
     """What happens when a shard cannot be read. fail: the run ends and names it; replace: from then
     on rows of its source's other shards are trained in place of its own, counted as
     substituted_rows.
     """
-    tasks: dict[Name, Task] = Field(default={})
+    tasks: Annotated[dict[Name, Task], AtResume.FREE] = Field(default={})
     """Questions that the model is asked at evaluations, by name."""
-    held_out: dict[Name, FurtherHeldOut] = Field(default={})
+    held_out: Annotated[dict[Name, FurtherHeldOut], BeforeFirstStep.IGNORED] = Field(default={})
     """Further prepared folders, by name, that are evaluated and never trained on; forgetting is
     measured on them too. A path, or a table of path, long_documents and whole_below, which decide
     the rows as in a source.
     """
-    budget: Budget = Budget()
+    budget: Annotated[Budget, BeforeFirstStep.IGNORED] = Budget()
     train: Train
-    deepspeed: PathOrUrl = "ds_configs/zero3.json"
+    evaluate: Evaluate = Evaluate()
+    """When the model is evaluated, and what is measured."""
+    checkpoint: Annotated[Checkpoint, AtResume.FREE, BeforeFirstStep.IGNORED] = Checkpoint()
+    """When the run is saved, stopped and exported."""
+    health: Annotated[HealthSettings, BeforeFirstStep.IGNORED] = HealthSettings()
+    """What counts as a fault of the run, and what is done about it."""
+    deepspeed: Annotated[PathOrUrl, AtResume.FREE] = "ds_configs/zero3.json"
     """File with DeepSpeed's own keys; what follows from this recipe is filled in."""
-    output: PathOrUrl
+    output: Annotated[PathOrUrl, AtResume.FREE, BeforeFirstStep.IGNORED]
     """Folder of the run."""
-    seed: Annotated[CountOrZero, Field(lt=2**62)] = 0
+    seed: Annotated[CountOrZero, Field(lt=2**62), AtResume.FIXED] = 0
     """Decides the order of the data and the weights of a model from scratch."""
-    sweep: Sweep | None = None
+    sweep: Annotated[Sweep | None, BeforeFirstStep.IGNORED] = None
     """Several runs in place of one, see docs/sweep.md; each is a folder in `output`."""
 
     @model_validator(mode="after")
@@ -150,7 +170,7 @@ class Recipe(Settings):
             yield from faults_of_controller(
                 f"{table}.{name}.share",
                 controller,
-                evaluate_every=self.train.evaluate_every,
+                evaluate_every=self.evaluate.every,
                 held_out=tuple(self.held_out_paths),
                 looked_at=self.looked_at(controller),
                 tasks=[n for n in self.task_names if self._is_in(n, name)],
@@ -196,10 +216,10 @@ class Recipe(Settings):
             )
 
     def _evaluation_faults(self) -> Iterator[str]:
-        if self.train.evaluate_kl and self.model.path is None:
+        if self.evaluate.kl and self.model.path is None:
             yield (
-                "train.evaluate_kl is true, and a model from scratch has no model.path to measure a"
-                " divergence to; set train.evaluate_kl=false, or give model.path"
+                "evaluate.kl is true, and a model from scratch has no model.path to measure a"
+                " divergence to; set evaluate.kl=false, or give model.path"
             )
 
     @property
@@ -214,7 +234,7 @@ class Recipe(Settings):
         before training.
         """
         is_reference = self.reference is not None and self.reference_path == self.model.path
-        return self.train.evaluate_kl and not is_reference
+        return self.evaluate.kl and not is_reference
 
     @property
     def lengths(self) -> tuple[tuple[int, int], ...]:

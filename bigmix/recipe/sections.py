@@ -6,12 +6,15 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, mod
 
 from bigmix.recipe.fields import (
     A_NUMBER,
+    AtResume,
+    BeforeFirstStep,
     Count,
     CountOrZero,
     Name,
     NonNegative,
     PathOrUrl,
     Positive,
+    Rows,
     Settings,
 )
 from bigmix.recipe.shares import GroupShare, Share, SourceShare, fault_of_points, kind_of
@@ -41,7 +44,7 @@ class ModelSettings(Settings):
     """
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """Attention backend. auto: flash_attention_2 where it is installed and can run, else sdpa."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, AtResume.FREE] = False
     """Recompute each layer in backward instead of keeping its activations: less memory, about a
     third more time.
     """
@@ -63,7 +66,7 @@ class Group(Settings):
     """Fraction of the rows for all members together: of the run, or of the group that this one is
     in; a number, points or a controller.
     """
-    loss_share: Share | None = None
+    loss_share: Annotated[Share | None, Rows.STAY] = None
     """Fraction of the gradient; default: the share."""
     group: Name | None = None
     """The group that this one is in."""
@@ -99,24 +102,25 @@ class Cache(Settings):
 class Source(Settings):
     """One named stream of documents."""
 
-    path: PathOrUrl
+    # Its content must stay, which is checked on its own.
+    path: Annotated[PathOrUrl, AtResume.FREE, Rows.STAY]
     """Prepared source, as `bigmix prepare` makes it: a folder, a URL of one (s3, gs, https, hf, any
     of fsspec), a brace pattern of its shards, or `pipe:` with a command in which {} is the file.
     """
-    role: Literal["task", "replay"]
+    role: Annotated[Literal["task", "replay"], Rows.STAY]
     """task: what the model is to learn; replay: pretraining data that keeps what it knows."""
     share: SourceShare
     """Fraction of the rows; a number, points [step, share] with straight lines between them,
     {temperature: 0.5}, {unimax: 4}, or a controller. Shares are normalised to sum to 1 in each
     group.
     """
-    loss_share: Share | None = None
+    loss_share: Annotated[Share | None, Rows.STAY] = None
     """Fraction of the gradient; default: the share."""
     group: Name | None = None
     """The group whose share this source divides with the other members; default: none, the share is
     one of the run.
     """
-    weigh: Weighing = "token"
+    weigh: Annotated[Weighing, Rows.STAY] = "token"
     """What counts alike in the source's loss: each token, each document whatever its length, or
     square_root: between them.
     """
@@ -126,7 +130,7 @@ class Source(Settings):
     """What happens where the run would need more than max_epochs. error: it is refused; stop: it
     ends there; renormalise: it goes on without the source.
     """
-    held_out: PathOrUrl | None = None
+    held_out: Annotated[PathOrUrl | None, Rows.STAY] = None
     """Prepared folder that is evaluated and never trained on."""
     long_documents: Literal["drop", "truncate"] = "drop"
     """What happens to a conversation longer than a row; text is always split, with nothing lost."""
@@ -163,40 +167,95 @@ class Budget(Settings):
 
 
 class Train(Settings):
-    """How the weights are moved, and how often the run looks up."""
+    """What moves the weights."""
 
-    lr: Positive
+    lr: Annotated[Positive, BeforeFirstStep.IGNORED]
     """Highest learning rate of AdamW."""
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    schedule: Annotated[Literal["cosine", "linear", "wsd", "constant"], BeforeFirstStep.IGNORED] = (
+        "cosine"
+    )
     """Learning rate after the warm-up; wsd: constant, then a linear decay over the last `decay` of
     the steps.
     """
-    warmup: NonNegative = 0.03
+    warmup: Annotated[NonNegative, BeforeFirstStep.IGNORED] = 0.03
     """Linear warm-up: below 1 a fraction of the steps, else a number of steps."""
-    decay: Annotated[float, Field(gt=0, le=1), A_NUMBER] = 0.2
+    decay: Annotated[Annotated[float, Field(gt=0, le=1), A_NUMBER], BeforeFirstStep.IGNORED] = 0.2
     """Fraction of the steps that the decay of wsd takes."""
-    final_lr: Annotated[float, Field(ge=0, le=1), A_NUMBER] = 0.0
+    final_lr: Annotated[Annotated[float, Field(ge=0, le=1), A_NUMBER], BeforeFirstStep.IGNORED] = (
+        0.0
+    )
     """Learning rate that the schedule ends at, one step after the last, as a fraction of lr."""
-    weight_decay: NonNegative = 0.1
+    weight_decay: Annotated[NonNegative, BeforeFirstStep.IGNORED] = 0.1
     """Decoupled weight decay of matrices; biases and norms have none."""
-    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
+    betas: Annotated[tuple[_Beta, _Beta], BeforeFirstStep.IGNORED] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
-    eps: Positive = 1e-8
+    eps: Annotated[Positive, BeforeFirstStep.IGNORED] = 1e-8
     """AdamW's epsilon."""
-    ema: Annotated[float, Field(gt=0, lt=1), A_NUMBER] | None = None
+    ema: Annotated[
+        Annotated[float, Field(gt=0, lt=1), A_NUMBER] | None, BeforeFirstStep.IGNORED
+    ] = None
     """Decay per step of an exponential moving average of the weights, such as 0.999: evaluations
     and the export are then of the average, the training is not changed; 4 bytes a parameter over
     all ranks. Default: none is kept.
     """
-    clip: NonNegative = 1.0
+    clip: Annotated[NonNegative, BeforeFirstStep.IGNORED] = 1.0
     """Largest gradient norm; 0 switches clipping off."""
-    micro_batch_rows: Count = 1
+    micro_batch_rows: Annotated[Count, AtResume.FREE] = 1
     """Rows of one forward pass on one rank; accumulation follows from it.
 
     It changes speed and memory, never the result.
     """
-    steps: Count | None = None
+    steps: Annotated[Count | None, BeforeFirstStep.IGNORED] = None
     """Optimizer steps, in place of what the budget gives."""
+    pass_over: Annotated[tuple[Count, ...], BeforeFirstStep.IGNORED] = ()
+    """Steps whose rows are not trained: the weights stay as they are."""
+    log_every: Annotated[Count, AtResume.FREE, BeforeFirstStep.IGNORED] = 10
+    """Steps between two readings of the device; metrics.jsonl has a line for every step all the
+    same.
+    """
+    prefetch_steps: Annotated[Count, AtResume.FREE, BeforeFirstStep.IGNORED] = 2
+    """Steps whose rows are made ready ahead of need."""
+
+
+class Evaluate(Settings):
+    """When the model is evaluated, and what is measured."""
+
+    every: Annotated[
+        CountOrZero, AtResume.FREE_WITHOUT_CONTROLLERS, Rows.MOVE, BeforeFirstStep.IGNORED
+    ] = 0
+    """Steps between held-out evaluations; 0: only before the first and after the last step."""
+    rows: Annotated[Count | None, AtResume.FREE_WITHOUT_CONTROLLERS] = None
+    """Rows of each held-out source that an evaluation reads at most, spread evenly; default: all of
+    them.
+    """
+    kl: Annotated[bool, AtResume.FREE] = False
+    """Measure KL(base || model) in held-out evaluations, to `model.path` as it is before training:
+    it is held in memory beside the model.
+    """
+    task_weights: Annotated[Literal["auto", "whole", "sharded"], AtResume.FREE] = "auto"
+    """How the weights of a ZeRO-3 model are held while it answers tasks. whole: gathered once into
+    a copy on each rank; sharded: anew for each token, slow; auto: whole where the copy fits twice
+    into the memory that is free.
+    """
+
+
+class Checkpoint(Settings):
+    """When the run is saved, stopped and exported."""
+
+    every: CountOrZero = 0
+    """Steps between checkpoints; 0: only after the last step."""
+    background: bool = True
+    """Whether steps go on while a checkpoint is written, from a copy in host memory, 12 bytes a
+    parameter over all ranks (16 with ema); false: they wait for the disk.
+    """
+    keep: Count = 2
+    """Newest checkpoints that are kept."""
+    keep_every: CountOrZero = 0
+    """Checkpoints of every step that is a multiple of this are kept as well; 0: of none."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest whole checkpoint of `output` if there is one; never: refuse an
+    output that holds a run.
+    """
     max_minutes: Positive | None = None
     """Minutes after which the run saves a checkpoint and ends with 75, as after a signal; the same
     command goes on. Default: no limit.
@@ -205,63 +264,6 @@ class Train(Settings):
     """Minutes before the end of its Slurm job, where SLURM_JOB_END_TIME tells it, at which the run
     saves and ends with 75.
     """
-    hang_minutes: Positive = 10.0
-    """Minutes without progress on any rank, of whatever kind, after which all end with their stacks
-    in `output`/log; raise it where one file takes longer to come.
-    """
-    dead_after_s: Positive = 60.0
-    """Seconds without a sign of life after which a rank counts as dead; one that dies on a machine
-    with others is noticed at once.
-    """
-    evaluate_every: CountOrZero = 0
-    """Steps between held-out evaluations; 0: only before the first and after the last step."""
-    evaluate_rows: Count | None = None
-    """Rows of each held-out source that an evaluation reads at most, spread evenly; default: all of
-    them.
-    """
-    evaluate_kl: bool = False
-    """Measure KL(base || model) in held-out evaluations, to `model.path` as it is before training:
-    it is held in memory beside the model.
-    """
-    task_weights: Literal["auto", "whole", "sharded"] = "auto"
-    """How the weights of a ZeRO-3 model are held while it answers tasks. whole: gathered once into
-    a copy on each rank; sharded: anew for each token, slow; auto: whole where the copy fits twice
-    into the memory that is free.
-    """
-    save_every: CountOrZero = 0
-    """Steps between checkpoints; 0: only after the last step."""
-    save: Literal["background", "blocking"] = "background"
-    """background: steps go on while a checkpoint is written, from a copy in host memory, 12 bytes a
-    parameter over all ranks (16 with ema); blocking: they wait for the disk.
-    """
-    keep_checkpoints: Count = 2
-    """Newest checkpoints that are kept."""
-    keep_every: CountOrZero = 0
-    """Checkpoints of every so many-th step are kept as well; 0: of none."""
-    log_every: Count = 10
-    """Steps between two readings of the device; metrics.jsonl has a line for every step all the
-    same.
-    """
-    prefetch_steps: Count = 2
-    """Steps whose rows are made ready ahead of need."""
-    pass_over: tuple[Count, ...] = ()
-    """Steps whose rows are not trained: the weights stay as they are."""
-    roll_back_after: Count | None = 3
-    """Steps in a row without a finite gradient after which the run goes back to the last checkpoint
-    and passes over them; each such step is skipped on all ranks in any case. null: never.
-    """
-    most_roll_backs: CountOrZero = 3
-    """Times that a run may go back before it ends as failed."""
-    spike_deviations: Positive | None = None
-    """A loss so many standard deviations above the mean of the last 100 steps is told as a spike; 6
-    is a start. Default: none is.
-    """
-    spikes_roll_back: bool = False
-    """Go back to the last checkpoint and pass over a step with a spike, too."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest whole checkpoint of `output` if there is one; never: refuse an
-    output that holds a run.
-    """
     export: bool = True
     """Write a Hugging Face folder to `output`/export after the last step."""
     export_shard_gib: Positive = 4.0
@@ -269,8 +271,33 @@ class Train(Settings):
     rank while it is written.
     """
 
+
+class HealthSettings(Settings):
+    """What counts as a fault of a run, and what is done about it."""
+
+    hang_minutes: Annotated[Positive, AtResume.FREE] = 10.0
+    """Minutes without progress on any rank, of whatever kind, after which all end with their stacks
+    in `output`/log; raise it where one file takes longer to come.
+    """
+    dead_after_s: Annotated[Positive, AtResume.FREE] = 60.0
+    """Seconds without a sign of life after which a rank counts as dead; one that dies on a machine
+    with others is noticed at once.
+    """
+    roll_back_after: Count | None = 3
+    """Steps in a row without a finite gradient after which the run goes back to the last checkpoint
+    and passes over them; each such step is skipped on all ranks in any case. null: never.
+    """
+    most_roll_backs: Annotated[CountOrZero, AtResume.FREE] = 3
+    """Times that a run may go back before it ends as failed."""
+    spike_deviations: Positive | None = None
+    """A loss so many standard deviations above the mean of the last 100 steps is told as a spike; 6
+    is a start. Default: none is.
+    """
+    spikes_roll_back: bool = False
+    """Go back to the last checkpoint and pass over a step with a spike, too."""
+
     @model_validator(mode="after")
-    def _spikes(self) -> "Train":
+    def _spikes(self) -> "HealthSettings":
         if self.spikes_roll_back and self.spike_deviations is None:
             raise ValueError(
                 "spikes_roll_back is true and spike_deviations is not given, so that no loss is a"
@@ -288,18 +315,18 @@ class Loss(Settings):
     """Coefficient of the square of each token's log-normaliser, which keeps logits from growing;
     1e-4 is usual.
     """
-    entropy: bool = False
+    entropy: Annotated[bool, AtResume.FREE] = False
     """Log the mean entropy of the predictions of each source, for a little time."""
-    backend: Literal["auto", "triton", "torch"] = "auto"
+    backend: Annotated[Literal["auto", "triton", "torch"], AtResume.FREE] = "auto"
     """What computes the rows of the logits. auto: triton on a GPU where it is installed, else
     torch.
     """
-    head_gradient: Literal["auto", "accumulate", "recompute"] = "auto"
+    head_gradient: Annotated[Literal["auto", "accumulate", "recompute"], AtResume.FREE] = "auto"
     """How the head's gradient is made of several chunks. accumulate: their products are added up in
     fp32; recompute: logits are made twice, with no fp32 copy: a third more time in the head, 2
     bytes less for each of its weights. auto: accumulate, but recompute in bf16 on a CPU.
     """
-    chunk_mib: Count | None = None
+    chunk_mib: Annotated[Count | None, AtResume.FREE] = None
     """Memory for the logits of one chunk, in MiB; default: by sizes and device, see docs/loss.md.
     """
 

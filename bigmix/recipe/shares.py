@@ -146,8 +146,8 @@ def faults_of_controller(
     unknown = [name for name in looked_at if name not in held_out]
     if not evaluate_every:
         yield (
-            f"{key} has a controller, which decides after evaluations, and train.evaluate_every is"
-            " 0; set train.evaluate_every=50, or another number of steps"
+            f"{key} has a controller, which decides after evaluations, and evaluate.every is"
+            " 0; set evaluate.every=50, or another number of steps"
         )
     if unknown:
         yield f"{key}.held_out names {', '.join(unknown)}; known held-out sets are: {known}"

@@ -68,7 +68,7 @@ def is_through(recipe: Recipe, *, step: int, steps: int, evaluates: bool) -> boo
     folder = Path(recipe.output)
     return (
         step >= steps
-        and ((folder / EXPORT).is_dir() or not recipe.train.export)
+        and ((folder / EXPORT).is_dir() or not recipe.checkpoint.export)
         and (not evaluates or has_evaluation(folder / METRICS, step))
     )
 

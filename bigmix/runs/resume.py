@@ -18,7 +18,9 @@ from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.world import World
 from bigmix.errors import BadInput
 from bigmix.files import lock, replace_text
-from bigmix.recipe import Group, Recipe, Source, differences, from_plain, to_yaml
+from bigmix.recipe import Recipe, differences, from_plain, to_yaml
+from bigmix.recipe.fields import AtResume
+from bigmix.recipe.marks import at_resume, moves_rows
 from bigmix.runs.checkpoints import (
     FOLDER,
     CheckpointManifest,
@@ -76,50 +78,6 @@ class RollBack:
 CHECKPOINTS, LOG = FOLDER, "log"
 SKIPPED_STEPS, CHANGES, LOCK = "passed-over.json", "changes.jsonl", ".lock"
 ENDING_S = 60  # that a command may take to end, and a server of files to see that a machine is gone
-# These change speed, memory and what is written down, never what is learned.
-_FREE = frozenset(
-    f"train.{name}"
-    for name in [
-        "micro_batch_rows",
-        "max_minutes",
-        "stop_before_end_minutes",
-        "hang_minutes",
-        "dead_after_s",
-        "evaluate_every",
-        "evaluate_rows",
-        "evaluate_kl",
-        "save_every",
-        "keep_checkpoints",
-        "keep_every",
-        "save",
-        "log_every",
-        "prefetch_steps",
-        "resume",
-        "export",
-        "export_shard_gib",
-        "most_roll_backs",
-        "task_weights",
-    ]
-) | {
-    "output",
-    "bad_shards",
-    "deepspeed",
-    "pad_to_multiple",
-    "model.activation_checkpointing",
-    "loss.entropy",
-    "loss.backend",
-    "loss.head_gradient",
-    "loss.chunk_mib",
-}
-
-
-# With controllers, what is evaluated decides what is learned.
-_EVALUATING = ("train.evaluate_every", "train.evaluate_rows")
-# These decide what the state of a run is; under other ones it has no meaning.
-_FIXED = ("model.", "seed")
-_OF_SOURCES = {*Source.model_fields, *Group.model_fields}
-# Settings of a source or a group that leave its rows as they are.
-_NO_ROWS = ("loss_share", "weigh", "role", "held_out", "path")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,16 +93,7 @@ class RecipeChange:
     @property
     def moves_rows(self) -> bool:
         """Whether other rows are drawn from there on, and not only learned from otherwise."""
-        table, *parts = self.key.split(".")
-        # The name of a source may have dots, and a share may be a table.
-        setting = next((part for part in reversed(parts[1:]) if part in _OF_SOURCES), "")
-        # Controllers have whole rows drawn up to their next decision; without them this setting is
-        # free.
-        if self.key == "train.evaluate_every":
-            return True
-        return table in ("sequence_length", "rows_per_step") or (
-            table in ("sources", "groups") and setting not in _NO_ROWS
-        )
+        return moves_rows(self.key)
 
     def __str__(self) -> str:
         return f"{self.key} is {self.new!r}, it was {self.old!r}"
@@ -207,10 +156,10 @@ def find_resume_point(recipe: Recipe, content: Mapping[str, str], cluster: Clust
 def _faults(recipe: Recipe, folder: Path) -> Iterator[str]:
     if not (folder / RECIPE).is_file():
         return
-    if recipe.train.resume == "never":
+    if recipe.checkpoint.resume == "never":
         yield (
-            f"output {folder} holds a run already and train.resume is never; give another output,"
-            " delete the folder, or set train.resume=auto"
+            f"output {folder} holds a run already and checkpoint.resume is never; give another"
+            " output, delete the folder, or set checkpoint.resume=auto"
         )
     yield from other_versions(folder / CHECKPOINTS)
 
@@ -231,7 +180,7 @@ def _changes(
         f" {position.step}; it cannot go on with another one, put the old value back or give"
         " another output"
         for change in changes
-        if change.key.startswith(_FIXED)
+        if at_resume(change.key) is AtResume.FIXED
     ]
     faults += [
         f"sources.{name}.path: the shards in {recipe.sources[name].path} are not those of"
@@ -246,14 +195,11 @@ def _changes(
 
 
 def _is_free(key: str, recipe: Recipe) -> bool:
-    """Whether a setting may be another one at any time.
-
-    The path of a source may: its content must not.
-    """
-    path_of_source = key.startswith("sources.") and key.endswith(".path")
-    if key in _EVALUATING and recipe.controllers:
-        return False
-    return key in _FREE or key.startswith(("cache.", "tasks.")) or path_of_source
+    """Whether a setting may change at a resume without a word."""
+    mark = at_resume(key)
+    if mark is AtResume.FREE_WITHOUT_CONTROLLERS:
+        return not recipe.controllers
+    return mark is AtResume.FREE
 
 
 def keep_changes(folder: Path, after_step: int, changes: Sequence[RecipeChange]) -> None:

@@ -175,7 +175,7 @@ class Saver:
             return (
                 f"{self._folder} has {free / 2**30:.2f} GiB free and a checkpoint needs"
                 f" {(needed + _SPARE_BYTES) / 2**30:.2f} GiB; free space, or keep fewer with"
-                " train.keep_checkpoints"
+                " checkpoint.keep"
             )
         return None
 

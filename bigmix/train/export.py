@@ -51,7 +51,7 @@ def export_model(run: Run, state: TrainState, tokenizer_folder: Path) -> None:
         run.cluster,
         tokenizer_folder,
         folder,
-        shard_bytes=int(recipe.train.export_shard_gib * 2**30),
+        shard_bytes=int(recipe.checkpoint.export_shard_gib * 2**30),
         texts=texts,
         on_activity=run.watchdog.doing,
     )

@@ -39,7 +39,9 @@ from bigmix.errors import BadInput
 from bigmix.evaluation.tasks.examples import TaskFile, open_tasks
 from bigmix.model.ds_config import fill, read_ds_config
 from bigmix.recipe import Recipe, SweepRun, plain
+from bigmix.recipe.marks import matters_before_first_step
 from bigmix.recipe.schedule import warmup_steps
+from bigmix.recipe.tree import leaves
 from bigmix.runs.checkpoints import Position
 
 # Only texts with `whole_below` open their shards to count rows, and without their number the order
@@ -243,7 +245,7 @@ def moving_shares(recipe: Recipe) -> Iterator[str]:
         yield (
             f"the share of {name} begins at {controller.start:g} and moves between"
             f" {controller.least:g} and {controller.most:g}: {controller.controller} decides after"
-            f" every {recipe.train.evaluate_every} steps; what is told before the run supposes that"
+            f" every {recipe.evaluate.every} steps; what is told before the run supposes that"
             " it stays"
         )
 
@@ -384,68 +386,11 @@ def open_each(
     return found
 
 
-# What is of no effect before the first step. A setting that is not named here counts, so that a new
-# one is on the safe side.
-_LATER = frozenset(
-    {
-        "sources",
-        "groups",
-        "held_out",
-        "budget",
-        "objective",
-        "rows_per_step",
-        "reference",
-        "bad_shards",
-        "cache",
-        "output",
-        "sweep",
-        "sequence_length",
-    }
-)
-
-
-_LATER_IN_TRAIN = frozenset(
-    {
-        "lr",
-        "schedule",
-        "warmup",
-        "decay",
-        "final_lr",
-        "weight_decay",
-        "betas",
-        "eps",
-        "clip",
-        "steps",
-        "max_minutes",
-        "stop_before_end_minutes",
-        "hang_minutes",
-        "dead_after_s",
-        "evaluate_every",
-        "save_every",
-        "save",
-        "keep_checkpoints",
-        "keep_every",
-        "log_every",
-        "prefetch_steps",
-        "pass_over",
-        "roll_back_after",
-        "most_roll_backs",
-        "spike_deviations",
-        "spikes_roll_back",
-        "resume",
-        "export",
-        "export_shard_gib",
-        "ema",
-    }
-)
-
-
 def baseline_cache_key(recipe: Recipe, inputs: RunInputs, ranks: int) -> str:
     """Two runs with the same text here find the same numbers before their first step, to the last
     bit.
     """
-    settings = {key: value for key, value in plain(recipe).items() if key not in _LATER}
-    settings["train"] = {k: v for k, v in settings["train"].items() if k not in _LATER_IN_TRAIN}
+    settings = {k: v for k, v in leaves(plain(recipe)).items() if matters_before_first_step(k)}
     # It draws the weights of a model from scratch, and answers to tasks that are drawn.
     if recipe.model.path is not None and not any(t.temperature for t in recipe.tasks.values()):
         del settings["seed"]

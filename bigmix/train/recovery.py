@@ -141,13 +141,13 @@ def roll_back(run: Run, state: TrainState, back: RollBack) -> TrainState:
         raise BigmixError(
             f"{back.reason}, and there is no checkpoint from before that to go back to; the same"
             " command begins anew and passes over step"
-            f" {', '.join(map(str, sorted(passed.steps)))}; a smaller train.save_every loses less"
+            f" {', '.join(map(str, sorted(passed.steps)))}; a smaller checkpoint.every loses less"
         )
-    if len(passed.times) > recipe.train.most_roll_backs:
+    if len(passed.times) > recipe.health.most_roll_backs:
         raise BigmixError(
-            f"{back.reason}, and the run has gone back {recipe.train.most_roll_backs} times"
+            f"{back.reason}, and the run has gone back {recipe.health.most_roll_backs} times"
             f" already; look at the rows in {folder / LOG / NOT_FINITE} and at the learning rate;"
-            " train.most_roll_backs allows more"
+            " health.most_roll_backs allows more"
         )
     step = found.position.step
     run.terminal.warning(

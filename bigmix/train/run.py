@@ -77,7 +77,7 @@ def run_in(
             terminal.note(f"{recipe.output} is finished: all {plan.steps} steps are done")
             return
         # Now, so that a tokenizer that cannot be fetched is not found out at the end.
-        tokenizer_folder = inputs.tokenizer_folder if recipe.train.export else None
+        tokenizer_folder = inputs.tokenizer_folder if recipe.checkpoint.export else None
         context = RunContext(
             cluster=cluster,
             terminal=terminal,
@@ -99,7 +99,7 @@ def _watched(
     cluster: Cluster, recipe: Recipe, terminal: Terminal, stop_signal: StopSignal
 ) -> Iterator[Watchdog]:
     """Inside, the ranks are watched; where one fails, all end. A collective."""
-    limits = Limits(dead_s=recipe.train.dead_after_s, hang_s=60 * recipe.train.hang_minutes)
+    limits = Limits(dead_s=recipe.health.dead_after_s, hang_s=60 * recipe.health.hang_minutes)
     watchdog = Watchdog(cluster, stop_signal, limits, Path(recipe.output) / LOG)
     try:
         yield watchdog

@@ -185,7 +185,7 @@ def _evaluator(
         cluster=cluster,
         held_out=_exam(recipe, inputs, base),
         tasks=tasks,
-        weights=recipe.train.task_weights,
+        weights=recipe.evaluate.task_weights,
         seed=recipe.seed,
     )
 
@@ -266,14 +266,14 @@ def _frozen(
         )
     if recipe.has_own_base:
         return anchor, opened(recipe.model.path, configs.model, "model.path")
-    return anchor, anchor if recipe.train.evaluate_kl else None
+    return anchor, anchor if recipe.evaluate.kl else None
 
 
 def _exam(recipe: Recipe, inputs: RunInputs, base: ReferenceModel | None) -> HeldOutSpec:
     return HeldOutSpec(
         held_out=inputs.held_out,
         micro_batch_rows=recipe.train.micro_batch_rows,
-        max_rows=recipe.train.evaluate_rows,
+        max_rows=recipe.evaluate.rows,
         pieces=token_bytes_in(inputs.tokenizer_folder) if inputs.held_out else None,
         base=base,
     )
@@ -322,9 +322,9 @@ def _portion(recipe: Recipe, world: World) -> RankRows:
 
 def _health(recipe: Recipe) -> Health:
     return Health(
-        skips=recipe.train.roll_back_after,
-        deviations=recipe.train.spike_deviations,
-        spikes_roll_back=recipe.train.spikes_roll_back,
+        skips=recipe.health.roll_back_after,
+        deviations=recipe.health.spike_deviations,
+        spikes_roll_back=recipe.health.spikes_roll_back,
     )
 
 
@@ -336,12 +336,12 @@ def _skipped_steps(recipe: Recipe, cluster: Cluster) -> frozenset[int]:
 
 
 def _saver(recipe: Recipe, cluster: Cluster, terminal: Terminal) -> Saver:
-    train = recipe.train
+    checkpoint = recipe.checkpoint
     return Saver(
         Path(recipe.output) / CHECKPOINTS,
         cluster,
-        RetentionPolicy(newest=train.keep_checkpoints, every=train.keep_every),
-        in_background=train.save == "background",
+        RetentionPolicy(newest=checkpoint.keep, every=checkpoint.keep_every),
+        in_background=checkpoint.background,
         tell=terminal.warning,
     )
 

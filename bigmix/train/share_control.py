@@ -53,7 +53,7 @@ def _is_due(run: Run, state: TrainState) -> bool:
     """Decisions fall on evaluations between steps; one that was taken before a resume stands."""
     is_between = 0 < state.step < state.plan.steps
     is_taken = bool(state.decisions) and state.decisions[-1].step >= state.step
-    falls_here = is_between and state.step % run.recipe.train.evaluate_every == 0
+    falls_here = is_between and state.step % run.recipe.evaluate.every == 0
     return bool(run.recipe.controllers) and falls_here and not is_taken
 
 

@@ -89,12 +89,12 @@ class Due:
 
 def due_after(run: Run, state: TrainState) -> Due:
     """What follows the step that was just trained."""
-    train = run.recipe.train
+    recipe = run.recipe
     # While steps are skipped the weights may be what is wrong.
-    saves = run.saver.is_due(state.step, train.save_every) and run.health.is_well
+    saves = run.saver.is_due(state.step, recipe.checkpoint.every) and run.health.is_well
     save = state.is_last or saves
     return Due(
-        log=save or state.step % train.log_every == 0,
+        log=save or state.step % recipe.train.log_every == 0,
         save=save,
         evaluate=evaluates_after(run, state),
     )
@@ -104,7 +104,7 @@ def evaluates_after(run: Run, state: TrainState) -> bool:
     """Whether an evaluation follows a step; one comes before the first step and one after the
     last.
     """
-    every = run.recipe.train.evaluate_every
+    every = run.recipe.evaluate.every
     is_due = state.step == 0 or state.is_last or (every > 0 and state.step % every == 0)
     return is_due and bool(run.inputs.held_out or tasks_after(run, state))
 

@@ -100,9 +100,9 @@ def ends_of(recipe: Recipe) -> dict[str, float | None]:
     since 1970, early enough for its Slurm job to end well.
     """
     end_time = os.environ.get("SLURM_JOB_END_TIME", "")
-    early_s = 60 * recipe.train.stop_before_end_minutes
+    early_s = 60 * recipe.checkpoint.stop_before_end_minutes
     job_ends_at = int(end_time) - early_s if end_time.isdigit() else None
-    return {"max_minutes": recipe.train.max_minutes, "job_ends_at": job_ends_at}
+    return {"max_minutes": recipe.checkpoint.max_minutes, "job_ends_at": job_ends_at}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

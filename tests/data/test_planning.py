@@ -304,7 +304,7 @@ EVERYTHING = [
     *LIMITS,
     *LONGER,
     "budget.steps=24",
-    "train.save_every=3",
+    "checkpoint.every=3",
 ]
 
 

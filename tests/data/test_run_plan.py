@@ -176,7 +176,7 @@ def run(tmp_path):
 
 
 def test_what_speeds_a_run_up_changes_nothing(run):
-    found = begun(run, "train.micro_batch_rows=4", "train.save_every=3", "cache.size=1G")
+    found = begun(run, "train.micro_batch_rows=4", "checkpoint.every=3", "cache.size=1G")
     assert (
         isinstance(found.checkpoint, CheckpointManifest)
         and found.step == AT
@@ -227,7 +227,7 @@ def test_what_leaves_the_rows_begins_no_chapter(run, override, moves):
         ("model.config.hidden_size=64", "model.config.hidden_size is 64, and the run in"),
         ("seed=3", "seed is 3, and the run in"),
         ("sources.web.path=more", "sources.web.path: the shards in more are not those of web"),
-        ("train.resume=never", "train.resume is never"),
+        ("checkpoint.resume=never", "checkpoint.resume is never"),
     ],
 )
 def test_what_has_no_meaning_for_a_run_is_refused(run, override, said):
@@ -245,7 +245,7 @@ def test_a_source_may_move(run, data):
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_shares_and_longer_rows(data):
     first = ["output=run", "train.steps=16", "sequence_length=32"]
-    codes, said = end(start(data, 2, *first, "train.max_minutes=0.0001"))
+    codes, said = end(start(data, 2, *first, "checkpoint.max_minutes=0.0001"))
     assert codes == [75, 75], said
     then = [*first[:2], "sequence_length=64", "sources.web.share=1.5", "train.lr=5e-3"]
     codes, said = end(start(data, 2, *then))

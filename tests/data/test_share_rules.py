@@ -24,7 +24,7 @@ from bigmix.train.inputs import moving_shares
 from bigmix.train.state import progress
 
 EVERY = 5
-BASE = ["sources.web.held_out=web", "sources.code.held_out=code", f"train.evaluate_every={EVERY}"]
+BASE = ["sources.web.held_out=web", "sources.code.held_out=code", f"evaluate.every={EVERY}"]
 HELD = [*BASE, "sources.web.share={controller: forgetting, limit: 0.02}"]
 
 
@@ -197,8 +197,8 @@ TABLE = "sources.web.share={controller: forgetting, limit: 0.02"
     ("overrides", "said"),
     [
         (
-            [f"{TABLE}}}", "train.evaluate_every=0"],
-            "train.evaluate_every is 0; set train.evaluate_every=50",
+            [f"{TABLE}}}", "evaluate.every=0"],
+            "evaluate.every is 0; set evaluate.every=50",
         ),
         (
             [f"{TABLE}}}", "sources.web.held_out=null", "sources.code.held_out=null"],

@@ -154,13 +154,13 @@ def test_models_that_do_not_fit_the_sources_are_refused_together(data, monkeypat
 
 def test_a_divergence_to_nothing_is_refused(data):
     scratch = ["model.path=null", "model.config={model_type: llama}"]
-    with pytest.raises(BadInput, match="train.evaluate_kl is true, and a model from scratch"):
+    with pytest.raises(BadInput, match="evaluate.kl is true, and a model from scratch"):
         load_recipe(str(data / "recipe.yaml"), scratch)
 
 
 @pytest.mark.slow
 def test_without_a_base_nothing_is_said_of_forgetting(data):
-    words = ["--model", "tuned", "--base", "none", "--output", "alone", "train.evaluate_rows=1"]
+    words = ["--model", "tuned", "--base", "none", "--output", "alone", "evaluate.rows=1"]
     codes, said = end(start(data, "evaluate.py", 1, *words))
     assert codes == [0], said
     (line,) = evaluated(data / "alone")["lines"]

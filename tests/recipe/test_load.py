@@ -52,7 +52,7 @@ def test_all_faults_come_at_once_with_their_lines(tmp_path):
     lines = "\n".join(found)
     assert "recipe.yaml:5: sources.web.share is 0, must be above 0; to leave web out" in lines
     assert "recipe.yaml:8: train.schedule is 'cosin'" in lines
-    assert "recipe.yaml:10: sede is not a setting; did you mean seed?" in lines
+    assert "recipe.yaml:12: sede is not a setting; did you mean seed?" in lines
     assert "override rows_per_step=-1: rows_per_step is -1" in lines
 
 
@@ -90,7 +90,7 @@ def test_a_path_in_the_home_folder_is_there(tmp_path, monkeypatch):
 
 
 def test_settings_that_would_do_nothing_or_overflow_are_refused(tmp_path):
-    (fault,) = faults(tmp_path, GOOD, "train.spikes_roll_back=true")
+    (fault,) = faults(tmp_path, GOOD, "health.spikes_roll_back=true")
     assert "set spike_deviations=6" in fault
     (fault,) = faults(tmp_path, GOOD, f"seed={2**63}")
     assert "seed" in fault

@@ -44,7 +44,8 @@ sources:
   chat: {path: chat, role: task, share: 0.5, held_out: chat}
 held_out: {few: few}
 budget: {steps: 2}
-train: {lr: 1e-2, micro_batch_rows: 1, evaluate_kl: true, log_every: 1}
+train: {lr: 1e-2, micro_batch_rows: 1, log_every: 1}
+evaluate: {kl: true}
 deepspeed: ds_configs/cpu.json
 output: run
 """

@@ -21,7 +21,8 @@ sources:
   code: {path: code, role: replay, share: 0.25}
   chat: {path: chat, role: task, share: 0.5}
 budget: {steps: 20}
-train: {lr: 1e-2, micro_batch_rows: 2, log_every: 1, export: false}
+train: {lr: 1e-2, micro_batch_rows: 2, log_every: 1}
+checkpoint: {export: false}
 deepspeed: ds_configs/cpu.json
 output: run
 """
@@ -72,7 +73,9 @@ sources:
   web:   {path: data/web, role: replay, share: 0.2}
   gsm8k: {path: data/gsm8k, role: task, share: 0.8, held_out: data/gsm8k-test}
 budget: {task_tokens: 2e6}
-train: {lr: 2e-5, schedule: cosine, warmup: 0.03, evaluate_every: 100, save_every: 500}
+train: {lr: 2e-5, schedule: cosine, warmup: 0.03}
+evaluate: {every: 100}
+checkpoint: {every: 500}
 output: runs/two-way
 """
 

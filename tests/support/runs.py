@@ -18,7 +18,9 @@ sources:
   web: {path: web, role: replay, share: [[0, 0.5], [8, 0.25]]}
   chat: {path: chat, role: task, share: 0.75, held_out: held}
 budget: {steps: 8}
-train: {lr: 1e-2, micro_batch_rows: 2, save_every: 2, evaluate_every: 4, log_every: 1}
+train: {lr: 1e-2, micro_batch_rows: 2, log_every: 1}
+evaluate: {every: 4}
+checkpoint: {every: 2}
 deepspeed: ds_configs/cpu.json
 output: run
 """
@@ -89,7 +91,7 @@ def weights(folder):
     return (folder / "export/model.safetensors").read_bytes()
 
 
-LONG = ("budget.steps=100000", "train.keep_checkpoints=1", "sources.web.share=0.25")
+LONG = ("budget.steps=100000", "checkpoint.keep=1", "sources.web.share=0.25")
 
 
 def catches(process, number):

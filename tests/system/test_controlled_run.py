@@ -32,8 +32,8 @@ TASK = [
     "sources.task={path: task, role: task, share: 1, held_out: task-held}",
     "train.lr=3e-3",
     "budget={task_tokens: 24K}",
-    "train.evaluate_every=6",
-    "train.evaluate_rows=8",
+    "evaluate.every=6",
+    "evaluate.rows=8",
 ]
 HELD = [*TASK, f"sources.web.share={{controller: forgetting, limit: {LIMIT}, start: 0.05}}"]
 
@@ -99,7 +99,7 @@ def test_the_budget_is_met_and_the_learning_rate_has_no_jump(held):
 
 @pytest.mark.slow
 def test_a_killed_run_takes_the_same_decisions_and_ends_bit_equal(data, held):
-    saves = ["output=killed", *HELD, "train.save_every=4"]
+    saves = ["output=killed", *HELD, "checkpoint.every=4"]
     for step in ("step-000012", "step-000020"):
         killed = start(data, 2, *saves)
         wait_for(data / "killed/checkpoints" / step, killed)
@@ -128,9 +128,9 @@ def test_the_decisions_are_in_the_checkpoint_and_told(held):
 
 @pytest.mark.slow
 def test_forgetting_is_held_where_one_way_and_a_small_share_forget(data, held):
-    one_way = [*TASK, "sources.web.share=1e-9", "train.export=false"]
+    one_way = [*TASK, "sources.web.share=1e-9", "checkpoint.export=false"]
     forgets = curve(run(data, "one-way", *one_way)[0])
-    small = [*TASK, "sources.web.share=0.05", "sources.task.share=0.95", "train.export=false"]
+    small = [*TASK, "sources.web.share=0.05", "sources.task.share=0.95", "checkpoint.export=false"]
     forgets_less = curve(run(data, "small", *small)[0])
     found = curve(held[0])
     last = found.popitem()[1]
@@ -148,7 +148,7 @@ def test_a_rule_of_ones_own_that_fails_ends_the_run_and_mended_goes_on(data):
         *TASK,
         "sources.web.share={controller: 'mine.py:rule', start: 0.1}",
         "budget={steps: 13}",
-        "train.save_every=0",
+        "checkpoint.every=0",
     ]
     (data / "mine.py").write_text("def rule(reading):\n    return 1 / (reading.step - 12)\n")
     codes, said = end(start(data, 2, "output=own", *own))

@@ -77,9 +77,9 @@ def test_when_a_rank_is_killed_the_other_ends_soon_and_says_which(data, victim):
 @pytest.mark.parametrize(
     ("frozen", "limits", "words"),
     [
-        (1, ["train.hang_minutes=0.1"], "no rank has come further for 6 s: rank 1 at "),
-        (1, ["train.dead_after_s=4"], "rank 1 gave no sign of life for 4 s, the last at "),
-        (0, ["train.dead_after_s=4"], "rank 0 "),
+        (1, ["health.hang_minutes=0.1"], "no rank has come further for 6 s: rank 1 at "),
+        (1, ["health.dead_after_s=4"], "rank 1 gave no sign of life for 4 s, the last at "),
+        (0, ["health.dead_after_s=4"], "rank 0 "),
     ],
 )
 def test_when_a_rank_is_frozen_the_other_ends_after_the_limit(data, frozen, limits, words):
@@ -105,8 +105,8 @@ def test_one_rank_that_hangs_ends_itself(data):
             "output=alone",
             "cache.folder=alone-cache",
             f"sources.web.path={server.url}/web",
-            "train.hang_minutes=0.1",
-            "train.evaluate_rows=2",
+            "health.hang_minutes=0.1",
+            "evaluate.rows=2",
         )
         codes, said = end(ranks)
     assert codes == [1], said
@@ -116,7 +116,7 @@ def test_one_rank_that_hangs_ends_itself(data):
 
 def test_an_error_on_one_rank_ends_the_other_with_its_message(data):
     shutil.copytree(data / "held", data / "bad-held")
-    common = ("output=failed", *LONG, "train.evaluate_every=2")
+    common = ("output=failed", *LONG, "evaluate.every=2")
     ranks = start_unlike(
         data, *([*common, f"sources.chat.held_out={path}"] for path in ("held", "bad-held"))
     )
@@ -131,7 +131,7 @@ def test_an_error_on_one_rank_ends_the_other_with_its_message(data):
 def test_a_shard_that_one_rank_cannot_read_ends_all_after_a_checkpoint(data):
     shutil.copytree(data / "web", data / "bad")
     # Shards are opened again when the length of rows changes.
-    common = ("output=unread", *LONG, "sequence_length=[[0, 64], [24, 32]]", "train.save_every=10")
+    common = ("output=unread", *LONG, "sequence_length=[[0, 64], [24, 32]]", "checkpoint.every=10")
     ranks = start_unlike(data, *([*common, f"sources.web.path={path}"] for path in ("web", "bad")))
     wait_for(data / "unread/checkpoints/step-000010", ranks)
     for path in (data / "bad").glob("*.tar"):
@@ -151,7 +151,7 @@ def test_a_signal_to_a_rank_that_waits_for_another_reaches_that_one_at_its_data(
             "output=waiting",
             "cache.folder=waiting-cache",
             *LONG,
-            "train.save_every=0",
+            "checkpoint.every=0",
             "sources.web.share=[[0, 0], [4, 0], [5, 0.5]]",
             "sequence_length=[[0, 64], [4, 32]]",  # rows of one length are read together
         )
@@ -188,7 +188,7 @@ def test_a_signal_during_start_up_ends_at_once(data, number, after_s):
 
 
 def test_a_signal_in_an_evaluation_leaves_it_out_and_the_next_start_makes_up_for_it(data):
-    much = ("sources.chat.held_out=much", "train.save_every=0")
+    much = ("sources.chat.held_out=much", "checkpoint.every=0")
     codes, said = end(start(data, 2, "output=whole", *much))
     assert codes == [0, 0], said
     folder = data / "evaluating"
@@ -234,7 +234,7 @@ def test_a_second_signal_ends_at_once(data):
     assert ranks[0].wait(timeout=3) == 128 + signal.SIGUSR1
     ranks[1].kill()
     end(ranks)
-    codes, said = end(start(data, 2, "output=second", *LONG, "train.max_minutes=0.0001"))
+    codes, said = end(start(data, 2, "output=second", *LONG, "checkpoint.max_minutes=0.0001"))
     assert codes == [75, 75] and "going on after step" in said, said
 
 
@@ -258,7 +258,7 @@ def test_ranks_stop_well_when_the_first_process_of_deepspeed_is_killed(data):
 def test_a_run_stops_in_time_for_the_end_of_its_job(data):
     os.environ["SLURM_JOB_END_TIME"] = str(int(time.time()) + 60)
     try:
-        ranks = start(data, 1, "output=job", *LONG, "train.stop_before_end_minutes=1")
+        ranks = start(data, 1, "output=job", *LONG, "checkpoint.stop_before_end_minutes=1")
     finally:
         del os.environ["SLURM_JOB_END_TIME"]
     codes, said = end(ranks)

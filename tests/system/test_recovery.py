@@ -17,8 +17,8 @@ STEPS = [
     "model.config.attention_dropout=0",
     "train.steps=12",
     "train.schedule=constant",
-    "train.save_every=3",
-    "train.evaluate_every=0",
+    "checkpoint.every=3",
+    "evaluate.every=0",
 ]
 
 
@@ -113,7 +113,7 @@ def test_decisions_on_shares_are_taken_back_with_the_steps(data):
     """
     moving = [
         "sources.web.share={controller: forgetting, limit: 0.1, held_out: [chat]}",
-        "train.evaluate_every=3",
+        "evaluate.every=3",
     ]
     said = ended(start_faulty(data, 2, nan(5, 6, 7), "output=moved", *moving))
     assert "the run goes back to step 3" in said and said.count("after step 6: web ") == 2
@@ -131,7 +131,7 @@ def test_decisions_on_shares_are_taken_back_with_the_steps(data):
 
 def test_a_run_that_goes_back_too_often_or_has_nowhere_to_go_ends_as_failed(data):
     said = ended(
-        start_faulty(data, 1, nan(5, 6, 7, rank=0), "output=two", "train.most_roll_backs=0"), 1
+        start_faulty(data, 1, nan(5, 6, 7, rank=0), "output=two", "health.most_roll_backs=0"), 1
     )
     assert "the run has gone back 0 times already; look at the rows in" in said
     said = ended(start_faulty(data, 2, nan(*range(5, 21)), "output=four", "train.steps=20"), 1)
@@ -144,10 +144,10 @@ def test_a_run_that_goes_back_too_often_or_has_nowhere_to_go_ends_as_failed(data
 
 def test_a_spike_is_told_and_where_asked_for_passed_over(data):
     spike = {"spike": {"rank": 0, "steps": [28]}}
-    long = ["train.steps=32", "train.spike_deviations=8", "train.lr=1e-4", "train.save_every=9"]
+    long = ["train.steps=32", "health.spike_deviations=8", "train.lr=1e-4", "checkpoint.every=9"]
     said = ended(start_faulty(data, 2, spike, "output=spike", *long))
     assert "the loss of step 28 is" in said and "standard deviations above those" in said
-    again = [*long, "train.spikes_roll_back=true"]
+    again = [*long, "health.spikes_roll_back=true"]
     said = ended(start_faulty(data, 2, spike, "output=spike-back", *again))
     assert "the loss leapt up: the run goes back to step 27 and passes over step 28" in said
     ended(start(data, 2, *STEPS, "output=spike-told", *long, "train.pass_over=[28]"))
@@ -200,7 +200,7 @@ def test_a_run_moves_from_two_ranks_to_one_to_four_and_back(data):
     """The same rows in the same steps, and losses that differ by the order of additions alone."""
     ended(start(data, 2, *STEPS, "output=fixed"))
     for ranks in (2, 1, 4):
-        ended(start(data, ranks, *STEPS, "output=moving", "train.max_minutes=0.0001"), 75)
+        ended(start(data, ranks, *STEPS, "output=moving", "checkpoint.max_minutes=0.0001"), 75)
     said = ended(start(data, 2, *STEPS, "output=moving"))
     assert "written by 4 ranks and read by 2" in said
     fixed, moving = lines(data / "fixed"), lines(data / "moving")

@@ -94,7 +94,7 @@ print("collects:", gc.isenabled(), "compiler:", "torch._inductor.compile_fx" in 
 
 @pytest.mark.slow
 def test_a_rank_starts_without_the_compiler_and_collects_garbage_once_it_trains(data):
-    words = ["recipe.yaml", "output=own", "budget.steps=1", "train.evaluate_every=0"]
+    words = ["recipe.yaml", "output=own", "budget.steps=1", "evaluate.every=0"]
     done = subprocess.run(
         [sys.executable, "-c", OWN_RANK, *words],
         cwd=data,
@@ -146,7 +146,7 @@ def test_a_run_that_is_killed_resumes_bit_for_bit(whole, data):
 
 @pytest.mark.slow
 def test_a_run_that_is_out_of_time_saves_and_goes_on_to_the_same_end(whole, data):
-    codes, said = end(start(data, 2, "output=timed", "train.max_minutes=0.0001"))
+    codes, said = end(start(data, 2, "output=timed", "checkpoint.max_minutes=0.0001"))
     assert codes == [75, 75], said
     assert "stopped on request after step 1 of 8" in said
     assert (data / "timed/checkpoints/latest").read_text() == "step-000001\n"
@@ -157,7 +157,7 @@ def test_a_run_that_is_out_of_time_saves_and_goes_on_to_the_same_end(whole, data
 
 @pytest.mark.slow
 def test_a_run_with_an_average_of_its_weights_resumes_bit_for_bit(whole, data):
-    averaged = ["train.ema=0.9", "train.export_shard_gib=0.00001"]
+    averaged = ["train.ema=0.9", "checkpoint.export_shard_gib=0.00001"]
     codes, said = end(start(data, 2, "output=averaged", *averaged))
     assert codes == [0, 0], said
     assert "evaluated as the average with decay 0.9" in said

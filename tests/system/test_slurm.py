@@ -24,7 +24,7 @@ from bigmix.data.shards.manifest import read_manifest
 
 PATIENCE_S = 150
 STEPS = 60
-LONG = [f"budget.steps={STEPS}", "train.save_every=10", "train.evaluate_every=20"]
+LONG = [f"budget.steps={STEPS}", "checkpoint.every=10", "evaluate.every=20"]
 TRAINING = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 pytestmark = pytest.mark.slow
@@ -217,7 +217,7 @@ def test_a_run_that_fails_twice_at_the_same_point_is_given_up(slurm, data):
 
 
 def test_a_job_is_restarted_so_often_and_not_more(slurm, data):
-    words = ["recipe.yaml", f"output={data}/restarted", "train.max_minutes=0.0001"]
+    words = ["recipe.yaml", f"output={data}/restarted", "checkpoint.max_minutes=0.0001"]
     job = train(slurm, data, *words, MAX_RESTARTS="0")
     assert job.end() == ("FAILED", "75"), job.log
     assert "it was restarted 0 times and MAX_RESTARTS is 0" in job.log

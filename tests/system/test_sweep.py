@@ -28,7 +28,9 @@ sources:
   web: {path: web, role: replay, share: 0.5, held_out: web-held, whole_below: 20}
   chat: {path: chat, role: task, share: 0.75, held_out: held}
 budget: {steps: 4}
-train: {lr: 1e-2, micro_batch_rows: 2, save_every: 2, evaluate_every: 2, log_every: 1}
+train: {lr: 1e-2, micro_batch_rows: 2, log_every: 1}
+evaluate: {every: 2}
+checkpoint: {every: 2}
 deepspeed: ds_configs/cpu.json
 output: run
 sweep:
@@ -36,7 +38,7 @@ sweep:
   seeds: 2
   points:
     kl: {reference.sources.web: 0.5}
-    bad: {train: {lr: 1e30, most_roll_backs: 0}}
+    bad: {train: {lr: 1e30}, health: {most_roll_backs: 0}}
 """
 RUNS = [f"{point}/seed-{seed}" for seed in (0, 1) for point in ("web-0", "web-0.25", "kl", "bad")]
 GOOD = [name for name in RUNS if not name.startswith("bad")]
@@ -197,7 +199,7 @@ def test_a_source_without_a_share_is_evaluated_as_it_is_with_one(here):
     one, other = (
         open_inputs(r, ranks=1, verify=False).held_out["web"] for r in (without, with_web)
     )
-    assert one.packer == other.packer and one.packer.whole_below == 20
+    assert one.packing == other.packing and one.packing.whole_below == 20
     assert one.rows_per_epoch == other.rows_per_epoch
 
 

@@ -16,7 +16,8 @@ rows_per_step: 4
 sources:
   chat: {path: chat, role: task, share: 1}
 budget: {steps: 3}
-train: {lr: 1e-2, micro_batch_rows: 2, evaluate_every: 2, log_every: 1}
+train: {lr: 1e-2, micro_batch_rows: 2, log_every: 1}
+evaluate: {every: 2}
 deepspeed: ds_configs/cpu.json
 output: run
 tasks:

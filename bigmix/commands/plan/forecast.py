@@ -156,7 +156,7 @@ def _setting(recipe: Recipe, keys: Mapping[str, Any], machine: Machine, dtype: s
         device_bytes=int(machine.device_gib * 2**30),
         loss_chunk_mib=recipe.loss.chunk_mib,
         activation_checkpointing=recipe.model.activation_checkpointing,
-        saves_in_background=recipe.train.save == "background",
+        saves_in_background=recipe.checkpoint.background,
         keeps_average=recipe.train.ema is not None,
         holds_base=recipe.has_own_base,
     )
@@ -166,6 +166,6 @@ def _disk(recipe: Recipe, shape: Shape, setting: Setting) -> Disk:
     checkpoint = setting.state_bytes * shape.parameters
     return Disk(
         checkpoint=checkpoint,
-        checkpoints=checkpoint * (recipe.train.keep_checkpoints + 1),
-        export=setting.weight_bytes * shape.parameters if recipe.train.export else 0,
+        checkpoints=checkpoint * (recipe.checkpoint.keep + 1),
+        export=setting.weight_bytes * shape.parameters if recipe.checkpoint.export else 0,
     )

@@ -147,7 +147,7 @@ def _states(shape: Shape, setting: Setting) -> Iterator[Part]:
     states = shard if stage else whole
     held = setting.weight_bytes * (shard if stage == 3 else whole)
     yield _always("weights", weights, held)
-    yield _always("base weights (evaluate_kl)", weights, held * setting.holds_base)
+    yield _always("base weights (evaluate.kl)", weights, held * setting.holds_base)
     has_master = stage > 0 or setting.dtype != "fp32"
     yield _always("master weights, fp32", optimizer, 4 * states * has_master)
     yield _always("Adam moments, fp32", optimizer, 8 * states)

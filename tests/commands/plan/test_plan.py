@@ -33,7 +33,8 @@ sources:
   web: {path: web, role: replay, share: [[0, 0.5], [8, 0.1]]}
   chat: {path: chat, role: task, share: 0.75, loss_share: 0.5}
 budget: {steps: 20}
-train: {lr: 1e-2, micro_batch_rows: 2, log_every: 20, export: false}
+train: {lr: 1e-2, micro_batch_rows: 2, log_every: 20}
+checkpoint: {export: false}
 deepspeed: ds_configs/cpu.json
 output: run
 """
@@ -367,7 +368,8 @@ sequence_length: 256
 rows_per_step: 4
 sources: {web: {path: web, role: replay, share: 1}}
 budget: {steps: 2}
-train: {lr: 1e-3, micro_batch_rows: 2, log_every: 1, export: false}
+train: {lr: 1e-3, micro_batch_rows: 2, log_every: 1}
+checkpoint: {export: false}
 deepspeed: ds_configs/cpu.json
 output: run
 """
