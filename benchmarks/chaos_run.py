@@ -238,7 +238,11 @@ class Run:
         self.folder, self.case = folder, case
         self.result = Result(case=case)
         policy = "replace" if case.fault.name == "shard-replace" else "fail"
-        self._words = [*words, f"checkpoint.background={case.save}", f"bad_shards={policy}"]
+        self._words = [
+            *words,
+            f"checkpoint.background={str(case.save == 'background').lower()}",
+            f"bad_shards={policy}",
+        ]
         case.fault.write(folder / FAULT)
 
     def go(self) -> None:
