@@ -1,7 +1,4 @@
-"""What a run has to say goes in; out go a live bar on a terminal, or plain lines in a file.
-
-Nothing else prints.
-"""
+"""What a person sees: a live bar, tables and colours on a terminal, plain lines in a file."""
 
 import logging
 import os

@@ -1,6 +1,4 @@
-"""The recipe's models go in, docs/recipe.md comes out: every setting with its type, default and
-meaning.
-"""
+"""Writes docs/recipe.md: every setting with its type, default and meaning."""
 
 import sys
 from collections.abc import Iterator

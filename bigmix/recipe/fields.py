@@ -1,5 +1,5 @@
-"""What the tables of a recipe have in common: how models are checked, counts as people write them,
-names.
+"""The types of settings: numbers as people write them, paths, names, and the marks that say how a
+setting behaves.
 """
 
 import re

@@ -1,6 +1,4 @@
-"""A YAML file and dotted overrides go in, a whole recipe or the list of all its faults comes
-out.
-"""
+"""Reads a recipe from YAML and overrides, and reports all of its faults at once."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence

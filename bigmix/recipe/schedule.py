@@ -1,4 +1,4 @@
-"""A step and the length of the run go in, the learning rate of that step comes out."""
+"""The learning rate as a function of the step."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The parts of a recipe, each a frozen model of its settings that is checked by itself."""
+"""The tables of a recipe, each a frozen model of its settings."""
 
 from typing import Annotated, Any, Literal, TypeVar
 

@@ -1,6 +1,4 @@
-"""The ways to write a share go in, their types come out, with what is wrong with shares side by
-side.
-"""
+"""The ways to write a share, and the faults of shares next to each other."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,6 +1,4 @@
-"""A recipe with a sweep goes in, its points come out: each with its name and the settings that it
-has otherwise.
-"""
+"""The points of a sweep: their names, their settings, and the runs that were chosen."""
 
 import copy
 import json

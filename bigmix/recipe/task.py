@@ -1,5 +1,5 @@
-"""The settings of a task: a file of questions, how the model is asked them and how its answers are
-judged.
+"""The settings of a task: a file of examples, how the model is prompted, and how its outputs are
+scored.
 """
 
 import re

@@ -1,6 +1,4 @@
-"""A recipe as plain tables goes in with keys and values; out come its leaves, or the same with
-other values.
-"""
+"""A recipe as nested tables of plain values: its leaves, and how to set one."""
 
 from typing import Any
 

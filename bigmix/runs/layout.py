@@ -1,5 +1,6 @@
-"""The folder of a run, or one that holds several, goes in; out come the runs in it and how far each
-is. No torch here.
+"""The files in the folder of a run, and how far the run is.
+
+Nothing here imports torch.
 """
 
 import json

@@ -1,9 +1,4 @@
-"""A recipe goes in, where its run begins comes out: at step 0, at a checkpoint, or nowhere since it
-is finished.
-
-The folder of a run's checkpoints goes in; out comes the newest whole one, and its states in an
-engine of any number of ranks.
-"""
+"""Where a run begins: at its first step, at a checkpoint, or nowhere since it is complete."""
 
 import json
 import logging

@@ -36,12 +36,12 @@ def evaluate(run: Run, state: TrainState) -> TrainState:
     run.metrics.flush(state.plan.steps)
     base = run.metrics.report.base
     known = set(base.losses)
-    found = _found(run, state, base) if state.step else _first_found(run, state, base)
+    found = _result(run, state, base) if state.step else _baseline_result(run, state, base)
     _show(run, state, found)
     decided = _decide(run, state, found.line)
     if tasks_after(run, decided) != tasks_after(run, state):
-        # The decision has made this step the last one, after which more is asked.
-        found = _found(run, decided, base)
+        # The decision has made this step the last one, which is evaluated on more tasks.
+        found = _result(run, decided, base)
         _show(run, state, found)
     if run.cluster.world.is_first:
         folder = Path(run.recipe.output)
@@ -56,15 +56,15 @@ def _show(run: Run, state: TrainState, found: EvaluationResult) -> None:
     show_evaluation(run.terminal, run.recipe, f"step {state.step:,}", found)
 
 
-def _first_found(run: Run, state: TrainState, base: Baseline) -> EvaluationResult:
-    """What is found before the first step, by an equal run before this one where there was one; a
-    collective.
+def _baseline_result(run: Run, state: TrainState, base: Baseline) -> EvaluationResult:
+    """The evaluation before the first step, taken from an earlier run of this process where that
+    must find the same; a collective.
     """
     folder = Path(run.recipe.output)
     key = baseline_cache_key(run.recipe, run.inputs, run.cluster.world.size)
     first = run.baselines.get(key)
     if first is None:
-        found = _found(run, state, base)
+        found = _result(run, state, base)
         run.baselines[key] = BaselineEvaluation(found=found, base=base.copy(), folder=folder)
         return found
     if first.folder != folder:
@@ -75,9 +75,10 @@ def _first_found(run: Run, state: TrainState, base: Baseline) -> EvaluationResul
     return first.found
 
 
-def _found(run: Run, state: TrainState, base: Baseline) -> EvaluationResult:
-    """What is found after a step; a collective that does not return where a rank is asked to
-    stop.
+def _result(run: Run, state: TrainState, base: Baseline) -> EvaluationResult:
+    """The evaluation after a step; a collective.
+
+    Raises Interrupted on a stop request, once everything trained so far is saved.
     """
     activity = Activity(
         begin=lambda what: run.watchdog.doing(f"{what}, after step {state.step}"),

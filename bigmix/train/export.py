@@ -1,9 +1,7 @@
-"""A recipe, its inputs and the lines of its run go in; the model card of the export comes out, in
-Markdown.
+"""The end of a run: the exported model, its card, and a first text generated with it.
 
-Numbers are those of metrics.jsonl: the last evaluation, and the totals of the last step.
-
-The folder of an export goes in, loaded anew; what the model says behind a prompt comes out.
+The numbers of the card are those of metrics.jsonl: the last evaluation and the totals of the last
+step.
 """
 
 import re
@@ -86,12 +84,13 @@ def _check(run: Run, state: TrainState, folder: Path) -> None:
         run.terminal.note("generation check left out: no document can be read for a prompt")
         return
     try:
-        said = check_generation(folder, prompt)
+        generated = check_generation(folder, prompt)
     except (OSError, ValueError, RuntimeError) as error:
         run.terminal.warning(f"generation check: {folder} does not load and generate ({error})")
         return
     run.terminal.note(
-        f"generation check, from {folder} loaded anew: {said.prompt!r} -> {said.continuation!r}"
+        f"generation check, from {folder} loaded again: {generated.prompt!r} ->"
+        f" {generated.continuation!r}"
     )
 
 
@@ -113,10 +112,10 @@ def model_card(recipe: Recipe, inputs: RunInputs, lines: Sequence[Mapping[str, A
 
 def front_matter(base: str | None) -> str:
     """The head of a model card: what hubs read of it."""
-    told: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base is not None:
-        told["base_model"] = base
-    return f"---\n{yaml.safe_dump(told | {'tags': ['bigmix']}, sort_keys=False)}---\n\n"
+        values["base_model"] = base
+    return f"---\n{yaml.safe_dump(values | {'tags': ['bigmix']}, sort_keys=False)}---\n\n"
 
 
 def versions() -> str:
@@ -145,19 +144,19 @@ def _opening(recipe: Recipe) -> str:
 def _training(recipe: Recipe, last: Mapping[str, Any]) -> str:
     train = recipe.train
     tokens = sum(int(last.get(f"total_tokens/{name}", 0)) for name in recipe.sources)
-    said = [
+    lines = [
         f"- steps: {last.get('step', 0):,} of {recipe.rows_per_step} rows; {tokens:,} tokens",
         f"- objective: {recipe.objective}",
         f"- optimizer: AdamW, learning rate {train.lr:g}, {train.schedule}; seed {recipe.seed}",
     ]
     if train.ema is not None:
-        said.append(f"- weights: their average over the steps, with a decay of {train.ema:g}")
+        lines.append(f"- weights: their average over the steps, with a decay of {train.ema:g}")
     if recipe.reference is not None:
         weights = ", ".join(
             f"{kappa:g} on {name}" for name, kappa in recipe.reference.sources.items()
         )
-        said.append(f"- divergence from {recipe.reference_path}: weight {weights}")
-    return "## Training\n\n" + "\n".join(said) + "\n"
+        lines.append(f"- divergence from {recipe.reference_path}: weight {weights}")
+    return "## Training\n\n" + "\n".join(lines) + "\n"
 
 
 def _mixture(recipe: Recipe, inputs: RunInputs, last: Mapping[str, Any]) -> str:
@@ -168,7 +167,7 @@ def _mixture(recipe: Recipe, inputs: RunInputs, last: Mapping[str, Any]) -> str:
             [
                 name,
                 source.role,
-                _said_share(source.share),
+                _format_share(source.share),
                 *(
                     _percent(last.get(f"{key}/{name}"))
                     for key in ("share_rows", "share_tokens", "share_loss_tokens", "gradient_share")
@@ -254,7 +253,7 @@ def _reproduction(recipe: Recipe) -> str:
     )
 
 
-def _said_share(share: SourceShare) -> str:
+def _format_share(share: SourceShare) -> str:
     if isinstance(share, tuple):
         return ", ".join(f"{value:g} at step {step}" for step, value in share)
     return str(share)
@@ -271,13 +270,13 @@ def _number(value: float | None, digits: int, sign: str = "") -> str:
 def _with_interval(
     value: float | None, low: float | None, high: float | None, *, sign: str = ""
 ) -> str:
-    said = _number(value, 4, sign)
+    number = _number(value, 4, sign)
     if low is None or high is None:
-        return said
-    return f"{said} ({_number(low, 4, sign)} to {_number(high, 4, sign)})"
+        return number
+    return f"{number} ({_number(low, 4, sign)} to {_number(high, 4, sign)})"
 
 
-LARGEST_GIB = 8.0  # of weights that are loaded a second time, beside what the run holds
+LARGEST_GIB = 8.0  # of weights that are loaded a second time, on top of what the run holds
 _LONGEST_PROMPT, _SHORTEST_PROMPT, _CONTINUATION = 64, 8, 24  # tokens
 
 

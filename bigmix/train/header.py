@@ -1,4 +1,4 @@
-"""What a run is about to do goes in, the words and tables for the terminal come out."""
+"""What the terminal shows of a run before its first step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +25,7 @@ def show_header(
     attention: Choice,
     loss: Choice,
 ) -> None:
-    """Say what will be trained on what, before the first step."""
+    """Show what will be trained on what, before the first step."""
     train, model = recipe.train, recipe.model
     made = model.path or f"{(model.config or {})['model_type']} from scratch, seed {recipe.seed}"
     tokens = recipe.rows_per_step * recipe.longest_row
@@ -55,7 +55,7 @@ def show_header(
 
 
 def _loss(recipe: Recipe, backend: Choice) -> str:
-    """The terms of the objective beside the nll, and what computes them."""
+    """The terms of the objective besides the nll, and the backend that computes them."""
     terms = [
         f"label smoothing {recipe.loss.label_smoothing:g}" if recipe.loss.label_smoothing else "",
         f"z-loss {recipe.loss.z_loss:g}" if recipe.loss.z_loss else "",
@@ -118,14 +118,14 @@ def _source(recipe: Recipe, plan: RunPlan, name: str, rows: int) -> list[Cell]:
         rows,
         f"{plan.epochs(plan.steps)[name]:.2f}",
         f"{plan.fill_ratio(name, rows):.1%}",
-        _said_lost(plan.lost(name)),
+        _format_dropped(plan.lost(name)),
     ]
 
 
-def _said_lost(lost: DroppedTokens) -> str:
-    """Documents that packing leaves out or cuts, in words."""
-    said = [
+def _format_dropped(lost: DroppedTokens) -> str:
+    """The documents that packing drops or cuts."""
+    parts = [
         f"{lost.dropped:,} too long" if lost.dropped else "",
         f"{lost.truncated:,} cut" if lost.truncated else "",
     ]
-    return ", ".join(filter(None, said)) or "none"
+    return ", ".join(filter(None, parts)) or "none"

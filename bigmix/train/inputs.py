@@ -1,10 +1,6 @@
-"""A recipe goes in, everything it names is opened and checked before training: its sources, its
-DeepSpeed file.
+"""Opens and checks everything that a recipe names before anything is trained.
 
-No torch here: a fault is told within a second.
-
-The runs of a sweep go in; each is opened and looked at before the first one is trained. No torch
-here.
+Nothing here imports torch, so that a fault is reported within a second.
 """
 
 import json
@@ -245,7 +241,7 @@ def moving_shares(recipe: Recipe) -> Iterator[str]:
         yield (
             f"the share of {name} begins at {controller.start:g} and moves between"
             f" {controller.least:g} and {controller.most:g}: {controller.controller} decides after"
-            f" every {recipe.evaluate.every} steps; what is told before the run supposes that"
+            f" every {recipe.evaluate.every} steps; what is shown before the run supposes that"
             " it stays"
         )
 
@@ -398,6 +394,6 @@ def baseline_cache_key(recipe: Recipe, inputs: RunInputs, ranks: int) -> str:
         name: [str(stream.packing), *(shard.sha256 for shard in stream.manifest.shards)]
         for name, stream in inputs.held_out.items()
     }
-    # Tasks are asked as the chats of the sources are written.
+    # Tasks are prompted in the chat format of the sources.
     templates = {m.template.sha256 for m in inputs.manifests if m.template is not None}
     return json.dumps([settings, data, sorted(templates), ranks], sort_keys=True)

@@ -1,8 +1,5 @@
-"""What went wrong in a step goes in; out comes a run that can go on: back at a checkpoint, or
-without a bad shard.
-
-A step that had no finite gradient goes in; the rows that may be to blame come out, each with its
-documents.
+"""Recovers a run from steps without a finite gradient, from spikes of the loss and from bad
+shards.
 """
 
 import json
@@ -85,8 +82,8 @@ NOT_FINITE = "not-finite.jsonl"
 
 
 def observe(run: Run, state: TrainState, result: StepResult) -> None:
-    """Take note of a step: where it was skipped since its gradient was not finite, say which rows
-    may be to blame; then a collective.
+    """Take note of a step; where its gradient was not finite, report the rows that may be the
+    cause, which is a collective.
     """
     run.health.observe(result.step, skipped=result.skipped)
     if result.skipped:
@@ -114,12 +111,12 @@ def report_nonfinite_rows(run: Run, state: TrainState, step: int, finite_M: Sequ
     )
     more = f" and {len(everywhere) - 1} rows more" if len(everywhere) > 1 else ""
     run.terminal.warning(
-        f"step {step} was skipped on all ranks: {what} for {_said(everywhere[0])}{more}; all are"
-        f" listed in {path}"
+        f"step {step} was skipped on all ranks: {what} for {_format_row(everywhere[0])}{more};"
+        f" all are listed in {path}"
     )
 
 
-def _said(row: NonfiniteRow) -> str:
+def _format_row(row: NonfiniteRow) -> str:
     documents = f"{row.first_document} to {row.last_document}"
     if row.first_document == row.last_document:
         documents = str(row.first_document)
@@ -127,7 +124,7 @@ def _said(row: NonfiniteRow) -> str:
 
 
 def roll_back(run: Run, state: TrainState, back: RollBack) -> TrainState:
-    """Go back to the last checkpoint before some steps, which are passed over from now on.
+    """Go back to the last checkpoint before some steps, which are skipped from now on.
 
     A collective, while no loader is open. Raises BigmixError where there is none, or where the run
     has gone back too often.
@@ -135,15 +132,16 @@ def roll_back(run: Run, state: TrainState, back: RollBack) -> TrainState:
     run.watchdog.doing("going back to a checkpoint")
     run.saver.finish()
     recipe, folder = run.recipe, Path(run.recipe.output)
-    passed = _passed_over(run, folder, back)
+    skipped_steps = _record_skipped(run, folder, back)
     found = newest_complete(folder / CHECKPOINTS, run.cluster, before=min(back.steps)).listed
     if found is None or _is_of_other_rows(run, state, found.position):
         raise BigmixError(
             f"{back.reason}, and there is no checkpoint from before that to go back to; the same"
-            " command begins anew and passes over step"
-            f" {', '.join(map(str, sorted(passed.steps)))}; a smaller checkpoint.every loses less"
+            " command starts from scratch and skips step"
+            f" {', '.join(map(str, sorted(skipped_steps.steps)))}; a smaller checkpoint.every loses"
+            " less"
         )
-    if len(passed.times) > recipe.health.most_roll_backs:
+    if len(skipped_steps.times) > recipe.health.most_roll_backs:
         raise BigmixError(
             f"{back.reason}, and the run has gone back {recipe.health.most_roll_backs} times"
             f" already; look at the rows in {folder / LOG / NOT_FINITE} and at the learning rate;"
@@ -151,7 +149,7 @@ def roll_back(run: Run, state: TrainState, back: RollBack) -> TrainState:
         )
     step = found.position.step
     run.terminal.warning(
-        f"{back.reason}: the run goes back to step {step} and passes over step"
+        f"{back.reason}: the run goes back to step {step} and skips step"
         f" {', '.join(map(str, back.steps))}"
     )
     if run.cluster.world.is_first:
@@ -166,7 +164,7 @@ def _is_of_other_rows(run: Run, state: TrainState, position: Position) -> bool:
     """Whether a position is from before the recipe was changed, where its rows have no meaning."""
     if position.step >= state.plan.segment.after:
         return False
-    # Only decisions begin rows anew under the same recipe.
+    # Under the same recipe only decisions begin a new segment.
     old = from_plain(position.recipe, "a checkpoint")
     return not run.recipe.controllers or any(
         RecipeChange(key=key, old=before, new=after).moves_rows
@@ -184,17 +182,17 @@ def _at_decisions_of(run: Run, state: TrainState, position: Position) -> TrainSt
     return replace(state, plan=plan, decisions=tuple(position.decisions))
 
 
-def _passed_over(run: Run, folder: Path, back: RollBack) -> SkippedSteps:
-    """What the run passes over with these steps, written down before anything else: a run that dies
-    now knows of them.
+def _record_skipped(run: Run, folder: Path, back: RollBack) -> SkippedSteps:
+    """The steps that the run skips, these included; written first, so that a run that dies now
+    knows of them.
     """
     own = None
     if run.cluster.world.is_first:
         own = SkippedSteps(times=(*read_skipped_steps(folder).times, back))
         write_skipped_steps(folder, own)
-    passed, *_ = run.cluster.gather(own)
-    assert isinstance(passed, SkippedSteps)
-    return passed
+    recorded, *_ = run.cluster.gather(own)
+    assert isinstance(recorded, SkippedSteps)
+    return recorded
 
 
 def replace_shards(run: Run, state: TrainState, found: Sequence[BadShard]) -> TrainState:

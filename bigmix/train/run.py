@@ -1,9 +1,4 @@
-"""A recipe and its inputs go in, a trained model comes out: the whole run, from joining the cluster
-to the export.
-
-The runs of a sweep go in; they are trained one after another in one process group, and those that
-fail are told.
-"""
+"""A run from joining the process group to the exported model, and the runs of a sweep."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -34,8 +29,8 @@ from bigmix.train.state import Run, TrainState
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What runs in one process leave to those after them: evaluations before the first step,
-    engines that are to be closed.
+    """What the runs of one process share: evaluations before the first step, and the engines that
+    must be closed.
     """
 
     baselines: dict[str, BaselineEvaluation] = field(default_factory=dict)
@@ -45,10 +40,10 @@ class Shared:
 def run(
     recipe: Recipe, inputs: RunInputs, world: World, terminal: Terminal, stop_signal: StopSignal
 ) -> None:
-    """Train to the end of the budget, from the newest whole checkpoint if there is one.
+    """Train to the end of the budget, from the newest complete checkpoint if there is one.
 
-    Raises BadInput before the first step, and Interrupted after a whole checkpoint when the flag is
-    set.
+    Raises BadInput before the first step, and Interrupted after a complete checkpoint when a stop
+    was requested.
     """
     cluster = join(world)
     with locked_folder(Path(recipe.output), cluster, wait_s=ENDING_S) as is_ours:
@@ -74,7 +69,7 @@ def run_in(
         start = find_resume_point(recipe, inputs.content, cluster)
         plan = _plan_from(start, recipe, inputs)
         if _is_finished(recipe, inputs, plan, cluster, start):
-            terminal.note(f"{recipe.output} is finished: all {plan.steps} steps are done")
+            terminal.note(f"{recipe.output} is complete: all {plan.steps} steps are done")
             return
         # Now, so that a tokenizer that cannot be fetched is not found out at the end.
         tokenizer_folder = inputs.tokenizer_folder if recipe.checkpoint.export else None
@@ -146,9 +141,9 @@ def run_all(
     """Train every run that is not done, those last that failed before; a failure leaves the others
     as they are.
 
-    A run that another command trains is passed over, and tried once more after the others. Raises
-    BadInput before the first one, Interrupted after a whole checkpoint when the flag is set, and
-    BigmixError at the end where runs have failed.
+    A run that another command trains is skipped, and tried once more after the others. Raises
+    BadInput before the first run, Interrupted after a complete checkpoint when a stop was
+    requested, and BigmixError at the end where runs have failed.
     """
     done = open_each(
         runs, _look, ranks=world.size, verify=world.local_rank == 0, machines=_machines(world)
@@ -159,7 +154,7 @@ def run_all(
     failures: dict[str, str] = {}
     shared = Shared()
     passed, elsewhere = list[SweepRun](), list[SweepRun]()
-    # Those that another command trained are asked for once more: it may have been ending.
+    # Runs that another command trained are tried once more: it may have been ending.
     for wait_s, run in chain(((0, run) for run in waiting), ((ENDING_S, run) for run in passed)):
         if any(cluster.gather(stop_signal.is_set())):
             raise Interrupted(
@@ -179,10 +174,10 @@ def run_all(
             terminal.warning(f"run {run.name} failed: {failure}")
     leave()
     if failures:
-        told = "".join(f"\n{name}: {reason}" for name, reason in failures.items())
+        reasons = "".join(f"\n{name}: {reason}" for name, reason in failures.items())
         raise BigmixError(
             f"{len(failures)} of {len(runs)} runs failed, the others are done; the same command"
-            f" tries them again{told}"
+            f" tries them again{reasons}"
         )
     others = f" but {len(elsewhere)}, which other commands train," if elsewhere else ""
     terminal.note(f"sweep: all {len(runs)} runs{others} are done")

@@ -1,6 +1,4 @@
-"""A recipe and its inputs go in, everything that the training loop moves values between comes
-out.
-"""
+"""Builds the services of a run and restores its newest checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -249,9 +247,7 @@ def _report(
 def _frozen(
     recipe: Recipe, configs: Configs, place: DevicePlacement
 ) -> tuple[ReferenceModel | None, ReferenceModel | None]:
-    """The model that the run stays near to, and the one that evaluations measure divergences to;
-    often the same.
-    """
+    """The reference model, and the base that evaluations measure divergences to; often the same."""
 
     def opened(
         path: str | None, config: Any, named: str, weights: Mapping[str, float] | None = None
@@ -291,10 +287,10 @@ def _computing(recipe: Recipe, backend: Choice) -> LossBackendOptions:
 def _resume(run: Run, start: ResumePoint) -> None:
     terminal, world, folder = run.terminal, run.cluster.world, Path(run.recipe.output)
     for fault in start.damaged:
-        terminal.warning(f"checkpoint passed over: {fault}")
+        terminal.warning(f"checkpoint skipped: {fault}")
     if world.is_first:
         for path in put_aside(folder / CHECKPOINTS, after_step=start.step):
-            terminal.note(f"what is left of it is kept as {path}")
+            terminal.note(f"it is kept as {path}")
     if start.checkpoint is None:
         return
     restore(run, start.checkpoint)

@@ -1,6 +1,4 @@
-"""An evaluation's numbers go in; out comes a run that goes on with the shares that its controllers
-decide on.
-"""
+"""The decisions of controllers on shares, taken after an evaluation."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -50,7 +48,7 @@ def decide_shares(run: Run, state: TrainState, line: MetricsRecord) -> TrainStat
 
 
 def _is_due(run: Run, state: TrainState) -> bool:
-    """Decisions fall on evaluations between steps; one that was taken before a resume stands."""
+    """Decisions fall on evaluations between steps; one that was taken before a resume holds."""
     is_between = 0 < state.step < state.plan.steps
     is_taken = bool(state.decisions) and state.decisions[-1].step >= state.step
     falls_here = is_between and state.step % run.recipe.evaluate.every == 0

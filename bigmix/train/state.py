@@ -1,4 +1,4 @@
-"""The state of a run: its services (`Run`) and where it stands (`TrainState`)."""
+"""The state of a run: its services (`Run`) and its position (`TrainState`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainState:
-    """Where a run stands after `step`: a change is a new value.
+    """The position of a run after `step`; a change is a new value.
 
     `skipped_steps` are not trained. `decisions` are those of controllers, oldest first.
     """
@@ -118,7 +118,7 @@ def tasks_after(run: Run, state: TrainState) -> frozenset[str]:
 
 
 def step_settings(run: Run, state: TrainState, number: int) -> StepSettings:
-    """What step `number` takes besides its batch."""
+    """The settings of step `number`."""
     return StepSettings(
         shares=state.plan.shares_of_step(number),
         lr=_learning_rate(run, state, number),

@@ -1,5 +1,6 @@
-"""A step's batch goes in, the weights have moved when its result comes out; sums and counts travel
-apart, one division.
+"""One optimizer step, from the batch of each rank to moved weights.
+
+Sums and counts are kept apart and divided once, with the counts of the whole step.
 """
 
 import time
@@ -118,7 +119,7 @@ class SyncedBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepSettings:
-    """What a step takes besides its batch.
+    """The settings of one step.
 
     `dropout_seed` is of this rank and this step, so that a resumed run drops the units that an
     uninterrupted one does.
@@ -140,8 +141,8 @@ def sync(
     """Agree on the next step: a collective, the one sum before the first forward.
 
     `batch` is what this rank has read: its batch, the shard that it could not read, or None where
-    it was asked to stop while it waited. A rank without a batch takes part all the same; then no
-    rank trains the step. `stop` is whether this rank was asked to stop: if any was, none trains.
+    a stop was requested while it waited. A rank without a batch takes part as well; then no rank
+    trains the step. `stop` is whether a stop was requested of this rank: if of any, none trains.
     """
     own = None if isinstance(batch, BadShard) else batch
     micro_batches = [] if own is None else [_weighed(m, objective) for m in own.micro_batches]
@@ -316,7 +317,7 @@ def _on_device(
 class Stopwatch:
     """Adds up the seconds of named parts.
 
-    On a GPU it marks the stream and reads the marks when asked: no waiting.
+    On a GPU it marks the stream and reads the marks only in `seconds`, so that nothing waits.
     """
 
     def __init__(self, device: torch.device) -> None:

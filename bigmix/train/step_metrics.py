@@ -1,6 +1,4 @@
-"""Results of steps and evaluations go in, the lines of metrics.jsonl come out, with what a run has
-added up so far.
-"""
+"""Times, adds up and writes what the steps of a run measure, and watches its health."""
 
 import math
 import os
@@ -83,7 +81,7 @@ class StepClock:
         """A step ends: what it took."""
         ended = time.perf_counter()
         if not self._recent_s:
-            # From now on: however little time there is, each start of a run comes a step further.
+            # Only now: however little time there is, each start of a run trains at least a step.
             self._stop_signal.set_end(**self._ends)
         times = StepTimes(
             data_wait_s=self._fetched - self._began,
@@ -107,9 +105,7 @@ def ends_of(recipe: Recipe) -> dict[str, float | None]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spike:
-    """A step whose loss stands `deviations` standard deviations above the mean of those
-    before it.
-    """
+    """A step whose loss is `deviations` standard deviations above the mean of those before it."""
 
     step: int
     loss: float
@@ -117,9 +113,9 @@ class Spike:
 
 
 class Health:
-    """Counts steps without a finite gradient in a row, and tells spikes of the loss.
+    """Counts consecutive steps without a finite gradient, and detects spikes of the loss.
 
-    `skips` in a row ask for a roll-back, None: never. A loss more than `deviations` standard
+    `skips` in a row call for a roll-back, None: never. A loss more than `deviations` standard
     deviations above the mean of the last 100 is a spike, which is not added to them, None: none is;
     `spikes_roll_back`: each one asks for it.
     """
@@ -245,9 +241,9 @@ class MetricsAccumulator:
         self._waiting = []
         return lines
 
-    def passed_over(self, step: int) -> MetricsRecord:
+    def skipped_step(self, step: int) -> MetricsRecord:
         """The line of a step that is not trained; every step before it must have been read."""
-        assert not self._waiting, "read the report before a step is passed over"
+        assert not self._waiting, "read the metrics before a step is skipped"
         return {"step": step, "passed_over": True, "skipped": self._skipped} | self._sums(step)
 
     def follow(self, epochs: Callable[[int], Mapping[str, float]]) -> None:
@@ -255,7 +251,7 @@ class MetricsAccumulator:
         self._epochs = epochs
 
     def begin_interval(self) -> None:
-        """Begin to add losses up anew for `interval_losses`."""
+        """Begin a new interval of `interval_losses`."""
         self._interval = dict.fromkeys(self._sources, (0.0, 0))
 
     def interval_losses(self) -> dict[str, float]:
@@ -391,8 +387,9 @@ class RunMetrics:
         self.report.add(TimedStep(result=result, times=times, peak_gib=peak_gib))
 
     def flush(self, steps: int) -> None:
-        """Read and write the steps that were taken in, of a run of so many steps; all ranks learn
-        of the same spikes.
+        """Read and write the steps that were added; `steps` are those of the run.
+
+        All ranks learn of the same spikes.
         """
         lines = self.report.read()
         for line in lines:
@@ -407,10 +404,10 @@ class RunMetrics:
             self._terminal.progress(int(lines[-1]["step"] or 0), steps, lines[-1])
 
     def skip(self, step: int, steps: int) -> None:
-        """Write down that a step of a run of so many steps is not trained."""
+        """Record that a step is not trained; `steps` are those of the run."""
         self.flush(steps)
-        self.write(self.report.passed_over(step))
-        self._terminal.note(f"step {step} is passed over: its rows are not trained")
+        self.write(self.report.skipped_step(step))
+        self._terminal.note(f"step {step} is skipped as requested: its rows are not trained")
 
     def write(self, line: MetricsRecord) -> None:
         """Write one line."""

@@ -52,7 +52,7 @@ def without(data, output, *steps):
     """The same run, told beforehand to pass over some steps."""
     passed = f"train.pass_over={list(steps)}"
     said = ended(start(data, 2, *STEPS, f"output={output}", passed))
-    assert f"step {steps[0]} is passed over" in said
+    assert f"step {steps[0]} is skipped as requested" in said
     return data / output
 
 
@@ -86,7 +86,7 @@ def test_a_run_without_its_last_checkpoint_is_not_done(data):
 def test_after_three_in_a_row_the_run_goes_back_and_passes_over_them(data):
     said = ended(start_faulty(data, 2, nan(5, 6, 7), "output=three"))
     assert (
-        "3 steps in a row had no finite gradient: the run goes back to step 3 and passes over step"
+        "3 steps in a row had no finite gradient: the run goes back to step 3 and skips step"
         " 5, 6, 7" in said
     )
     told = without(data, "three-told", 5, 6, 7)
@@ -139,7 +139,7 @@ def test_a_run_that_goes_back_too_often_or_has_nowhere_to_go_ends_as_failed(data
     said = ended(start_faulty(data, 1, nan(1, 2, 3, rank=0), "output=none"), 1)
     assert "there is no checkpoint from before that to go back to" in said
     said = ended(start(data, 1, *STEPS, "output=none"))
-    assert "step 2 is passed over" in said
+    assert "step 2 is skipped as requested" in said
 
 
 def test_a_spike_is_told_and_where_asked_for_passed_over(data):
@@ -149,7 +149,7 @@ def test_a_spike_is_told_and_where_asked_for_passed_over(data):
     assert "the loss of step 28 is" in said and "standard deviations above those" in said
     again = [*long, "health.spikes_roll_back=true"]
     said = ended(start_faulty(data, 2, spike, "output=spike-back", *again))
-    assert "the loss leapt up: the run goes back to step 27 and passes over step 28" in said
+    assert "the loss leapt up: the run goes back to step 27 and skips step 28" in said
     ended(start(data, 2, *STEPS, "output=spike-told", *long, "train.pass_over=[28]"))
     assert weights(data / "spike-back") == weights(data / "spike-told")
 

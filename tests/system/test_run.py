@@ -120,7 +120,7 @@ def test_an_export_says_what_it_is_and_speaks(whole):
     )
     assert (folder / "export/chat_template.jinja").read_text() == PLAIN
     assert "deepspeed launch/train.py recipe.yaml" in card and "rows_per_step: 8" in card
-    assert "generation check, from whole/export loaded anew: '[" in said
+    assert "generation check, from whole/export loaded again: '[" in said
 
 
 def test_tensorboard_shows_the_run(whole):
@@ -247,7 +247,7 @@ def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(whole, data):
     assert codes == [0, 0], said
     assert weights(data / "asked") == weights(whole[0])
     codes, said = end(start(data, 2, "output=asked"))
-    assert codes == [0, 0] and "is finished: all 8 steps are done" in said
+    assert codes == [0, 0] and "is complete: all 8 steps are done" in said
 
 
 @pytest.fixture
