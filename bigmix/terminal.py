@@ -33,7 +33,7 @@ Cell: TypeAlias = str | int | float | Change | None
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Columns of text stand left, columns of numbers right; None is shown as a dash."""
+    """Columns of text are aligned left, columns of numbers right; None is shown as a dash."""
 
     title: str
     columns: Sequence[str]
@@ -79,7 +79,7 @@ class Terminal:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         file = file or sys.stdout
-        # FORCE_COLOR would put escape codes into a log; rich knows dumb terminals by itself.
+        # FORCE_COLOR would put escape codes into a log; rich recognises dumb terminals itself.
         console = Console(
             file=file, force_terminal=file.isatty(), highlight=False, quiet=not enabled
         )
@@ -105,7 +105,7 @@ class Terminal:
         self.table(sources)
 
     def progress(self, step: int, total: int, fields: Mapping[str, float | int | None]) -> None:
-        """Show a step; `fields` has the keys of metrics.jsonl, of which the telling ones are
+        """Show a step; `fields` has the keys of metrics.jsonl, of which the important ones are
         shown.
         """
         now = self._clock()
@@ -128,11 +128,11 @@ class Terminal:
         The rates count from its first call, so that they are right where work goes on from an
         earlier run.
         """
-        began = said = self._clock()
+        began = shown = self._clock()
         first: tuple[int, ...] = ()
 
         def show(*counts: int) -> None:
-            nonlocal began, said, first
+            nonlocal began, shown, first
             if not first:
                 first, began = counts, self._clock()
             seconds = max(self._clock() - began, 1e-9)
@@ -142,8 +142,8 @@ class Terminal:
             ]
             if self._is_live:
                 self._show(Text("  ".join(parts)))
-            elif self._clock() - said >= PLAIN_EVERY_S:
-                said = self._clock()
+            elif self._clock() - shown >= PLAIN_EVERY_S:
+                shown = self._clock()
                 self._line("  ".join(parts))
 
         return show
@@ -294,7 +294,7 @@ def _plain_progress(
 
 
 def _telling(fields: Mapping[str, float | int | None]) -> Sequence[tuple[str, str]]:
-    """The numbers that a person watches: losses first, then speed, then what tells of trouble."""
+    """The numbers that a person watches: losses first, then speed, then signs of trouble."""
     losses = [(k.removeprefix("loss/"), v) for k, v in fields.items() if k.startswith("loss/")]
     shown = [(name, "–" if value is None else f"{value:.3f}") for name, value in losses]
     if not losses and (loss := fields.get("loss")) is not None:

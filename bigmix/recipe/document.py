@@ -50,7 +50,7 @@ _HEAD = """\
 # The recipe
 
 A run is one YAML file. Unknown keys are refused with the nearest known one, and all faults are
-told at once. Any setting can be changed on the command line:
+reported at once. Any setting can be changed on the command line:
 `train.steps=100 sources.web.share=0.2 budget.task_tokens=null`. Counts may be written `200M`,
 `512K` (1K is 1000) or `2e6`. `bigmix recipe show RECIPE` prints a recipe with all its defaults,
 `bigmix recipe schema` a JSON schema for editors.

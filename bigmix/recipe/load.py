@@ -16,12 +16,12 @@ from bigmix.recipe.moved import MOVED, with_moved_keys
 from bigmix.recipe.sweep import SweepPoint, SweepRun, chosen, points_of, tree_of
 from bigmix.recipe.tree import Path_, leaves, put
 
-_MOST_NAMED = 3  # points that a fault is told of by name
+_MOST_NAMED = 3  # points that a fault names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
-    """A recipe, and where it is a sweep its runs: all of them, and those that are asked for."""
+    """A recipe; of a sweep also its runs, all of them and those that `only` and `part` choose."""
 
     recipe: Recipe
     runs: Sequence[SweepRun] = ()
@@ -93,16 +93,18 @@ def _runs(
 
 
 def _lines_of(point: SweepPoint, lines: Mapping[Path_, str]) -> dict[Path_, str]:
-    """Where the settings of a point stand: in the sweep, and those that it does not change in the
-    recipe.
+    """The lines of the settings of a point: in the sweep, and in the recipe for those that it does
+    not change.
     """
-    within = tuple(point.said_in.split(".", 2))
-    said = {
+    within = tuple(point.source.split(".", 2))
+    lines_of_sweep = {
         tuple(".".join(key[len(within) :]).split(".")): place
         for key, place in lines.items()
         if key[: len(within)] == within
     }
-    return dict(lines) | {key: place for key, place in said.items() if key in point.settings}
+    return dict(lines) | {
+        key: place for key, place in lines_of_sweep.items() if key in point.settings
+    }
 
 
 def _of_points(fault: str, names: Sequence[str], num_points: int) -> str:
@@ -127,12 +129,12 @@ def from_plain(tree: Mapping[str, Any], place: str) -> Recipe:
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
-    """The whole recipe as plain values."""
+    """The recipe with all its defaults as plain values."""
     return recipe.model_dump(mode="json")
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The whole recipe with its defaults, as YAML that `load_recipe` reads back equal."""
+    """The recipe with all its defaults, as YAML that `load_recipe` reads back equal."""
     tree = plain(recipe)
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
@@ -146,7 +148,7 @@ def differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _read_yaml(path: str) -> tuple[dict[str, Any], dict[Path_, str]]:
-    """The tree of a YAML file, and for each of its keys where it stands."""
+    """The tree of a YAML file, and the line of each of its keys."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -177,8 +179,8 @@ def _walk(
         place = f"{path}:{key_node.start_mark.line + 1}"
         if key in lines:
             yield (
-                f"{place}: {'.'.join(key)} stands here again (first at {lines[key]}); delete one of"
-                " the two"
+                f"{place}: {'.'.join(key)} is here a second time (first at {lines[key]}); delete"
+                " one of the two"
             )
         lines[key] = place
         if isinstance(value_node, yaml.MappingNode):
@@ -198,18 +200,18 @@ def _parse_override(override: str) -> tuple[Path_, Any]:
 
 
 def _messages(error: ValidationError, lines: Mapping[Path_, str], path: str) -> Iterator[str]:
-    said = set()
+    seen = set()
     for fault in error.errors():
         key = tuple(part for part in map(str, fault["loc"]) if not _is_type_tag(part))
         for text in _text(fault, key).splitlines():
             message = f"{_place(key, lines, path)}: {text}"
-            if message not in said:
-                said.add(message)
+            if message not in seen:
+                seen.add(message)
                 yield message
 
 
 def _is_type_tag(part: str) -> bool:
-    """pydantic names the member of a union that it tried; people do not know it."""
+    """pydantic names the member of a union that it tried, which means nothing to a user."""
     return part == "[key]" or part.startswith(("<", "tuple[", "constrained-", "function-"))
 
 

@@ -1,4 +1,4 @@
-"""What the fields of a recipe say about themselves, looked up by dotted key."""
+"""The marks on the fields of a recipe (see `fields`), looked up by dotted key."""
 
 from collections.abc import Iterator, Sequence
 from enum import Enum

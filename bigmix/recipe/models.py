@@ -39,7 +39,7 @@ from bigmix.recipe.task import Task
 
 
 class Recipe(Settings):
-    """A whole run."""
+    """A run: what is trained, on what, and how."""
 
     model: Annotated[ModelSettings, AtResume.FIXED]
     sequence_length: Annotated[Length, Rows.MOVE, BeforeFirstStep.IGNORED]
@@ -53,15 +53,15 @@ class Recipe(Settings):
     mean over tokens.
     """
     loss: Loss = Loss()
-    """Terms of the objective beside the loss of the tokens."""
+    """Terms of the objective besides the loss of the tokens."""
     reference: Annotated[Reference | None, BeforeFirstStep.IGNORED] = None
-    """A frozen model to stay near to."""
+    """A frozen model that the run stays close to."""
     sources: Annotated[dict[Name, Source], Field(min_length=1), BeforeFirstStep.IGNORED]
     """The streams that are mixed, by name."""
     groups: Annotated[dict[Name, Group], BeforeFirstStep.IGNORED] = Field(default={})
     """Groups of sources, by name."""
     pad_to_multiple: Annotated[Count, AtResume.FREE] = 1
-    """Rows are padded to a multiple of so many tokens, for backends that want it."""
+    """Rows are padded to a multiple of this number of tokens, for backends that need it."""
     cache: Annotated[Cache, AtResume.FREE, BeforeFirstStep.IGNORED] = Cache()
     bad_shards: Annotated[Literal["fail", "replace"], AtResume.FREE, BeforeFirstStep.IGNORED] = (
         "fail"
@@ -71,7 +71,7 @@ class Recipe(Settings):
     substituted_rows.
     """
     tasks: Annotated[dict[Name, Task], AtResume.FREE] = Field(default={})
-    """Questions that the model is asked at evaluations, by name."""
+    """Tasks that evaluations measure, by name."""
     held_out: Annotated[dict[Name, FurtherHeldOut], BeforeFirstStep.IGNORED] = Field(default={})
     """Further prepared folders, by name, that are evaluated and never trained on; forgetting is
     measured on them too. A path, or a table of path, long_documents and whole_below, which decide
@@ -129,7 +129,7 @@ class Recipe(Settings):
     def _source_faults(self) -> list[str]:
         both = [n for n, s in self.sources.items() if s.held_out is not None and n in self.held_out]
         return [
-            f"held_out.{name} is given beside sources.{name}.held_out; keep one of them"
+            f"held_out.{name} and sources.{name}.held_out are both given; keep one of them"
             for name in both
         ]
 
@@ -155,7 +155,7 @@ class Recipe(Settings):
                 )
 
     def _outside(self, group: str | None) -> list[str]:
-        """A group and those around it; a group inside itself comes twice at most."""
+        """A group and the groups around it; a group inside itself is listed twice at most."""
         found: list[str] = []
         while group in self.groups and found.count(group) < 2:
             found.append(group)
@@ -172,12 +172,12 @@ class Recipe(Settings):
                 controller,
                 evaluate_every=self.evaluate.every,
                 held_out=tuple(self.held_out_paths),
-                looked_at=self.looked_at(controller),
+                watched_sets=self.watched_sets(controller),
                 tasks=[n for n in self.task_names if self._is_in(n, name)],
             )
 
     def _shares_in(self, level: str | None) -> dict[str, Any]:
-        """The shares side by side in a group, or outside of groups, by their keys."""
+        """The shares of the members of a group, or of those outside of groups, by their keys."""
         members: dict[str, Source | Group] = {f"sources.{n}": s for n, s in self.sources.items()}
         members |= {f"groups.{n}": group for n, group in self.groups.items()}
         return {f"{key}.share": m.share for key, m in members.items() if m.group == level}
@@ -257,7 +257,7 @@ class Recipe(Settings):
         members: dict[str, Source | Group] = {**self.sources, **self.groups}
         return {n: m.share for n, m in members.items() if isinstance(m.share, Controller)}
 
-    def looked_at(self, controller: Controller) -> tuple[str, ...]:
+    def watched_sets(self, controller: Controller) -> tuple[str, ...]:
         """The held-out sets that a controller judges by."""
         replay = (n for n, s in self.sources.items() if s.role == "replay" and s.held_out)
         return controller.held_out or tuple(replay)

@@ -108,7 +108,7 @@ class Source(Settings):
     of fsspec), a brace pattern of its shards, or `pipe:` with a command in which {} is the file.
     """
     role: Annotated[Literal["task", "replay"], Rows.STAY]
-    """task: what the model is to learn; replay: pretraining data that keeps what it knows."""
+    """task: what the model shall learn; replay: pretraining data that keeps what it knows."""
     share: SourceShare
     """Fraction of the rows; a number, points [step, share] with straight lines between them,
     {temperature: 0.5}, {unimax: 4}, or a controller. Shares are normalised to sum to 1 in each
@@ -159,7 +159,7 @@ class Budget(Settings):
     """How long the run is; exactly one of the three."""
 
     task_tokens: Count | None = None
-    """Tokens of the task sources; replay comes on top. Runs that are to be compared fix this."""
+    """Tokens of the task sources; replay comes on top. Runs that will be compared fix this."""
     total_tokens: Count | None = None
     """Tokens of all sources; replay takes the place of task tokens."""
     steps: Count | None = None
@@ -230,12 +230,12 @@ class Evaluate(Settings):
     """
     kl: Annotated[bool, AtResume.FREE] = False
     """Measure KL(base || model) in held-out evaluations, to `model.path` as it is before training:
-    it is held in memory beside the model.
+    it is held in memory next to the model.
     """
     task_weights: Annotated[Literal["auto", "whole", "sharded"], AtResume.FREE] = "auto"
-    """How the weights of a ZeRO-3 model are held while it answers tasks. whole: gathered once into
-    a copy on each rank; sharded: anew for each token, slow; auto: whole where the copy fits twice
-    into the memory that is free.
+    """How the weights of a ZeRO-3 model are held while tasks are evaluated. whole: gathered once
+    into a copy on each rank; sharded: gathered for each token, slow; auto: whole where the copy
+    fits twice into the memory that is free.
     """
 
 
@@ -253,12 +253,12 @@ class Checkpoint(Settings):
     keep_every: CountOrZero = 0
     """Checkpoints of every step that is a multiple of this are kept as well; 0: of none."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest whole checkpoint of `output` if there is one; never: refuse an
-    output that holds a run.
+    """auto: continue from the newest complete checkpoint of `output` if there is one; never: refuse
+    an output that holds a run.
     """
     max_minutes: Positive | None = None
     """Minutes after which the run saves a checkpoint and ends with 75, as after a signal; the same
-    command goes on. Default: no limit.
+    command continues it. Default: no limit.
     """
     stop_before_end_minutes: NonNegative = 5.0
     """Minutes before the end of its Slurm job, where SLURM_JOB_END_TIME tells it, at which the run
@@ -277,7 +277,7 @@ class HealthSettings(Settings):
 
     hang_minutes: Annotated[Positive, AtResume.FREE] = 10.0
     """Minutes without progress on any rank, of whatever kind, after which all end with their stacks
-    in `output`/log; raise it where one file takes longer to come.
+    in `output`/log; raise it where one file takes longer to arrive.
     """
     dead_after_s: Annotated[Positive, AtResume.FREE] = 60.0
     """Seconds without a sign of life after which a rank counts as dead; one that dies on a machine
@@ -285,16 +285,16 @@ class HealthSettings(Settings):
     """
     roll_back_after: Count | None = 3
     """Steps in a row without a finite gradient after which the run goes back to the last checkpoint
-    and passes over them; each such step is skipped on all ranks in any case. null: never.
+    and skips them; each such step is skipped on all ranks in any case. null: never.
     """
     most_roll_backs: Annotated[CountOrZero, AtResume.FREE] = 3
     """Times that a run may go back before it ends as failed."""
     spike_deviations: Positive | None = None
-    """A loss so many standard deviations above the mean of the last 100 steps is told as a spike; 6
-    is a start. Default: none is.
+    """A loss this many standard deviations above the mean of the last 100 steps is reported as a
+    spike; 6 is a start. Default: none is.
     """
     spikes_roll_back: bool = False
-    """Go back to the last checkpoint and pass over a step with a spike, too."""
+    """Whether a spike, too, makes the run go back to the last checkpoint and skip its step."""
 
     @model_validator(mode="after")
     def _spikes(self) -> "HealthSettings":
@@ -307,7 +307,7 @@ class HealthSettings(Settings):
 
 
 class Loss(Settings):
-    """What the objective holds beside the loss of the tokens, and how it is computed."""
+    """Terms of the objective besides the loss of the tokens, and how the loss is computed."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1), A_NUMBER] = 0.0
     """Part of each label's probability that is spread over the whole vocabulary."""
@@ -332,7 +332,7 @@ class Loss(Settings):
 
 
 class Reference(Settings):
-    """A frozen model that chosen sources stay near to, by the divergence KL(reference || model) of
+    """A frozen model that chosen sources stay close to, by the divergence KL(reference || model) of
     their loss tokens.
     """
 
@@ -382,7 +382,7 @@ class Sweep(Settings):
     seeds: Count = 1
     """Runs of each point: with the recipe's seed, the next one, and so on."""
     points: dict[Name, dict[str, Any]] = Field(default={})
-    """Further points, by name: the settings that each has otherwise than the recipe."""
+    """Further points, by name: the settings in which each differs from the recipe."""
     only: Chosen = ()
     """Runs to take alone: by number or name as `bigmix sweep` lists them, or all of a point by its
     name.

@@ -32,7 +32,7 @@ class UniMax(Settings):
 
 
 class Controller(Settings):
-    """A share, of a source or a group, that is decided anew after each held-out evaluation;
+    """A share, of a source or a group, that is decided after each held-out evaluation;
     docs/controller.md says how.
     """
 
@@ -51,11 +51,11 @@ class Controller(Settings):
     most: Annotated[float, Field(gt=0, lt=1), A_NUMBER] = 0.5
     """Largest fraction that is decided on."""
     held_out: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
-    """Held-out sets that are looked at; default: those of the replay sources."""
+    """Held-out sets that are watched; default: those of the replay sources."""
     judge: Literal["worst", "mean"] = "worst"
-    """Which forgetting counts where several sets are looked at."""
+    """Which forgetting counts where several sets are watched."""
     aim: Annotated[float, Field(gt=0, le=1), A_NUMBER] = 0.8
-    """Part of the limit that is aimed at; the rest is room for what comes between two evaluations.
+    """Fraction of the limit that is aimed at; the rest allows for changes between two evaluations.
     """
     gain: Positive = 0.5
     """How strongly the share answers: it is multiplied by (expected forgetting / what is aimed at)
@@ -64,8 +64,8 @@ class Controller(Settings):
 
 
 def kind_of(value: Any) -> str:
-    """Which of the ways to write a value is meant, so that its faults are told and not those of the
-    other ways.
+    """Which of the ways to write a value is meant, so that its faults are reported and not those of
+    the other ways.
     """
     if isinstance(value, list | tuple):
         return "<points>"
@@ -123,7 +123,7 @@ def faults_side_by_side(level: str | None, shares: Mapping[str, Any]) -> Iterato
         )
     elif sum(controlled.values()) >= 1:
         yield (
-            f"{', '.join(controlled)}: together they may come to {sum(controlled.values()):g} of"
+            f"{', '.join(controlled)}: together they may reach {sum(controlled.values()):g} of"
             f" the rows {where}, must stay below 1; lower `most`"
         )
 
@@ -134,14 +134,14 @@ def faults_of_controller(
     *,
     evaluate_every: int,
     held_out: Sequence[str],
-    looked_at: Sequence[str],
+    watched_sets: Sequence[str],
     tasks: Sequence[str],
 ) -> Iterator[str]:
     """What is wrong with a controller in a run with these held-out sets; `tasks` are the task
     sources that it moves.
     """
     known = ", ".join(held_out) or "none"
-    unknown = [name for name in looked_at if name not in held_out]
+    unknown = [name for name in watched_sets if name not in held_out]
     if not evaluate_every:
         yield (
             f"{key} has a controller, which decides after evaluations, and evaluate.every is"
@@ -149,7 +149,7 @@ def faults_of_controller(
         )
     if unknown:
         yield f"{key}.held_out names {', '.join(unknown)}; known held-out sets are: {known}"
-    if not looked_at:
+    if not watched_sets:
         yield (
             f"{key} has a controller, and no replay source has a held-out set to look at; give one"
             f" of them held_out, or name others with {key}.held_out (known are: {known})"

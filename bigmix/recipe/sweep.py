@@ -21,11 +21,11 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepPoint:
-    """One choice of settings; `said_in` is the key of the sweep that has them."""
+    """One choice of settings; `source` is the key of the sweep that has them."""
 
     name: str
     settings: Mapping[Path_, Any]
-    said_in: str
+    source: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ def points_of(sweep: Sweep) -> Sequence[SweepPoint]:
     points = [
         *(_combinations(axes) if axes or not named else ()),
         *(
-            SweepPoint(name=n, settings=_by_path(s), said_in=f"sweep.points.{n}")
+            SweepPoint(name=n, settings=_by_path(s), source=f"sweep.points.{n}")
             for n, s in named.items()
         ),
     ]
@@ -83,10 +83,10 @@ def _axis_faults(axes: Mapping[str, Any]) -> Iterator[str]:
 def _own_faults(axes: Mapping[str, Any], named: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     keys = [(f"sweep.{key}", key) for key in axes]
     keys += [(f"sweep.points.{n}.{key}", key) for n, settings in named.items() for key in settings]
-    for said_in, key in keys:
+    for source, key in keys:
         if key.split(".")[0] in _OWN:
             yield (
-                f"{said_in}: {key} is the sweep's to give; set sweep.seeds for runs with several"
+                f"{source}: {key} is set by the sweep; set sweep.seeds for runs with several"
                 " seeds, and the recipe's own output for the folder of all"
             )
 
@@ -101,7 +101,7 @@ def _combinations(axes: Mapping[str, Sequence[Any]]) -> Iterator[SweepPoint]:
         chosen = dict(zip(axes, values, strict=True))
         parts = sorted(f"{short[key]}-{value_name(value)}" for key, value in chosen.items())
         yield SweepPoint(
-            name="_".join(parts) or NO_POINT, settings=_by_path(chosen), said_in="sweep"
+            name="_".join(parts) or NO_POINT, settings=_by_path(chosen), source="sweep"
         )
 
 
@@ -166,7 +166,7 @@ def tree_of(
     tree = copy.deepcopy(dict(recipe))
     tree.pop("sweep", None)
     for key, value in point.settings.items():
-        put(tree, key, copy.deepcopy(value), point.said_in)
+        put(tree, key, copy.deepcopy(value), point.source)
     _read_shares(tree)
     _scale_others(tree, point)
     for name in [key[1] for key in point.settings if key[0] == "sources" and _is_share(key)]:
@@ -190,23 +190,23 @@ def _scale_others(tree: dict[str, Any], point: SweepPoint) -> None:
     """A swept share is the very fraction of the rows: the others divide the rest in the ratio that
     the recipe gives.
 
-    Left alone where a share beside it is no number, or where the swept ones leave nothing.
+    Left alone where a share next to it is no number, or where the swept ones leave nothing.
     """
     members = [(t, n, m) for t in ("sources", "groups") for n, m in (tree.get(t) or {}).items()]
     swept = {key[:2] for key in point.settings if _is_share(key)}
     for level in {m.get("group") for t, n, m in members if (t, n) in swept}:
-        beside = {(t, n): m for t, n, m in members if m.get("group") == level}
-        shares = [m.get("share") for m in beside.values()]
-        fixed = [key for key in beside if key not in swept]
+        neighbours = {(t, n): m for t, n, m in members if m.get("group") == level}
+        shares = [m.get("share") for m in neighbours.values()]
+        fixed = [key for key in neighbours if key not in swept]
         if not fixed or not all(_is_fraction(share) for share in shares):
             continue
-        left = 1 - sum(beside[key]["share"] for key in beside if key in swept)
-        total = sum(beside[key]["share"] for key in fixed)
+        left = 1 - sum(neighbours[key]["share"] for key in neighbours if key in swept)
+        total = sum(neighbours[key]["share"] for key in fixed)
         if left > 0 and total > 0:
             for key in fixed:
                 # Fractions with few digits keep the mixture's cycle short; a source's share stays
                 # exact to 1e-12.
-                beside[key]["share"] = round(beside[key]["share"] / total * left, 12)
+                neighbours[key]["share"] = round(neighbours[key]["share"] / total * left, 12)
 
 
 def _is_share(key: Path_) -> bool:

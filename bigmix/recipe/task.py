@@ -48,7 +48,7 @@ _PASS_AT = re.compile(r"pass@([1-9][0-9]*)")
 
 
 class Task(Settings):
-    """A file of questions that the model is asked at evaluations, and how its answers are judged;
+    """A file of examples that evaluations prompt the model with, and how its outputs are scored;
     see docs/tasks.md.
     """
 
@@ -65,13 +65,13 @@ class Task(Settings):
     finds likeliest is its answer.
     """
     format: Literal["auto", "chat", "text"] = "auto"
-    """chat: asked by the chat template of the sources, text: the prompt as it stands. auto: chat
+    """chat: prompts in the chat template of the sources, text: the prompt as it is. auto: chat
     where a source is a chat.
     """
     columns: dict[str, str] = Field(default={})
     """Which column plays which part where it is not named after it, such as {prompt: text}."""
     examples: Count | None = None
-    """Examples that are asked at most, spread evenly over the file; default: all."""
+    """Largest number of examples, spread evenly over the file; default: all."""
     when: Literal["ends", "last", "every"] = "ends"
     """The evaluations it is part of. ends: before the first and after the last step; last: after
     the last; every: all.
@@ -93,23 +93,23 @@ class Task(Settings):
     other scores their mean.
     """
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Texts that end an output, beside the end of a turn or document; they are not part of it."""
+    """Texts that end an output, besides the end of a turn or document; they are not part of it."""
     labels: tuple[str, ...] = ()
     """The labels that can be answered; default: those of the file."""
     length_normalise: Literal["none", "tokens", "bytes"] = "none"
     """What the log-likelihood of a label is divided by, so that long ones have a chance."""
     separator: str = " "
-    """Between a prompt and a label, where prompts are asked as text and by likelihood."""
+    """Between a prompt and a label, where prompts are text and scored by likelihood."""
     long_prompts: Literal["fail", "drop"] = "fail"
     """What happens where a prompt and its answer do not fit the model's positions. fail: the run is
-    refused; drop: they are not asked, and counted.
+    refused; drop: they are left out, and counted.
     """
     bleu_tokenizer: Literal["auto", "13a", "zh", "char", "intl", "none"] = "auto"
     """How sacrebleu cuts texts into words. auto: zh where most references are Chinese, else 13a."""
     execute: bool = False
     """Run what the model writes, for pass@K.
 
-    It is code that nobody has read: limits on time and memory, but no jail.
+    No one has read that code: it has limits of time and memory, but no sandbox.
     """
     execute_timeout_s: Positive = 10.0
     """Seconds after which a program counts as failed."""

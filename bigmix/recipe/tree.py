@@ -17,10 +17,10 @@ def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def put(tree: dict[str, Any], key: Path_, value: Any, said_in: str) -> None:
+def put(tree: dict[str, Any], key: Path_, value: Any, source: str) -> None:
     """Set one value; tables on the way are made where there are none.
 
-    Raises BadInput where something else stands in the way; `said_in` is where the user gave the
+    Raises BadInput where a value on the way is no table; `source` is where the user gave the
     value.
     """
     for depth, name in enumerate(key[:-1]):
@@ -28,6 +28,6 @@ def put(tree: dict[str, Any], key: Path_, value: Any, said_in: str) -> None:
             tree[name] = {}
         if not isinstance(tree[name], dict):
             inside = ".".join(key[: depth + 1])
-            raise BadInput(f"{said_in}: {inside} is {tree[name]!r} and has no keys")
+            raise BadInput(f"{source}: {inside} is {tree[name]!r} and has no keys")
         tree = tree[name]
     tree[key[-1]] = value

@@ -65,7 +65,7 @@ def _order(folder: Path) -> tuple[str, int, str]:
 
 
 def is_through(recipe: Recipe, *, step: int, steps: int, evaluates: bool) -> bool:
-    """Whether nothing is left to do after a step that is trained, in a run of so many steps."""
+    """Whether nothing is left to do once `step` of `steps` is trained."""
     folder = Path(recipe.output)
     return (
         step >= steps
@@ -75,7 +75,7 @@ def is_through(recipe: Recipe, *, step: int, steps: int, evaluates: bool) -> boo
 
 
 def state_of(recipe: Recipe, *, steps: int, evaluates: bool) -> State:
-    """How far a run is, as its folder tells it."""
+    """How far a run is, as its folder shows."""
     folder = Path(recipe.output)
     step = newest_step(folder / FOLDER)
     if is_through(recipe, step=step, steps=steps, evaluates=evaluates):

@@ -29,7 +29,7 @@ from bigmix.runs.layout import RECIPE
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundCheckpoint:
-    """The newest whole checkpoint, None where there is none, and what is wrong with each
+    """The newest complete checkpoint, None where there is none, and what is wrong with each
     newer one.
     """
 
@@ -87,7 +87,9 @@ class RecipeChange:
 
     @property
     def moves_rows(self) -> bool:
-        """Whether other rows are drawn from there on, and not only learned from otherwise."""
+        """Whether other rows are drawn from there on, and not only other things learned from
+        them.
+        """
         return moves_rows(self.key)
 
     def __str__(self) -> str:
@@ -133,7 +135,7 @@ def find_resume_point(recipe: Recipe, content: Mapping[str, str], cluster: Clust
     collective.
 
     Raises BadInput on every rank where the folder holds a run and `resume` is never, or where the
-    run cannot go on with this recipe: each setting that stands in the way is named with its old and
+    run cannot go on with this recipe: each setting that prevents it is named with its old and
     its new value.
     """
     folder = Path(recipe.output)
@@ -180,7 +182,8 @@ def _changes(
     faults += [
         f"sources.{name}.path: the shards in {recipe.sources[name].path} are not those of"
         f" {old.sources[name].path} that the run in {recipe.output} has read until step"
-        f" {position.step}; restore them, or give the source another name: it then begins anew"
+        f" {position.step}; restore them, or give the source another name: it then starts"
+        " from its first row"
         for name, digest in content.items()
         if position.content.get(name, digest) != digest
     ]
@@ -261,7 +264,9 @@ def read_skipped_steps(folder: Path) -> SkippedSteps:
 
 
 def write_skipped_steps(folder: Path, passed: SkippedSteps) -> None:
-    """Keep them, beside the checkpoints: those that the run goes back to know nothing of them."""
+    """Keep the skipped steps outside of the checkpoints: the one that the run goes back to does not
+    know them.
+    """
     times = [{"steps": back.steps, "reason": back.reason} for back in passed.times]
     replace_text(
         folder / SKIPPED_STEPS, json.dumps({"version": 1, "times": times}, indent=1) + "\n"

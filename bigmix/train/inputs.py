@@ -169,7 +169,7 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
     """
     faults: list[str] = [*_row_faults(recipe, ranks)]
     for controller in recipe.controllers.values():
-        collect(faults, rule_of, controller, recipe.looked_at(controller))
+        collect(faults, rule_of, controller, recipe.watched_sets(controller))
     notes: list[str] = []
     ds_keys = collect(faults, _ds_keys, recipe, ranks)
     tasks = collect(faults, open_tasks, recipe.tasks)

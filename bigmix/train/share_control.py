@@ -65,7 +65,7 @@ def _shares(run: Run, state: TrainState, line: MetricsRecord) -> dict[str, float
     try:
         return {
             name: decide(
-                rule_of(controller, run.recipe.looked_at(controller)),
+                rule_of(controller, run.recipe.watched_sets(controller)),
                 controller.controller,
                 _reading(run, state, name, line),
             )

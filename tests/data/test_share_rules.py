@@ -225,7 +225,7 @@ TABLE = "sources.web.share={controller: forgetting, limit: 0.02"
         ),
         (
             [f"{TABLE}}}", f"sources.code.share={TABLE[18:]}}}"],
-            "together they may come to 1 of the rows outside of groups",
+            "together they may reach 1 of the rows outside of groups",
         ),
         (
             [f"{TABLE}}}", "groups={old: {share: 1}}", "sources.web.group=old"],

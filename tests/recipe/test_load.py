@@ -112,7 +112,7 @@ def test_settings_that_would_do_nothing_or_overflow_are_refused(tmp_path):
         ("role: task", "role: replay", "no source has role: task"),
         ("lr: 2e-5", "lr: .inf", "train.lr"),
         ("output: runs/two-way", "", "output is missing"),
-        ("rows_per_step: 64", "rows_per_step: 64\nseed: 1\nseed: 2", "seed stands here again"),
+        ("rows_per_step: 64", "rows_per_step: 64\nseed: 1\nseed: 2", "seed is here a second time"),
         ("model: {path: base}", "model: {path: [}", "is not YAML"),
         (GOOD, "[]", "holds no settings"),
         (
@@ -128,7 +128,7 @@ def test_settings_that_would_do_nothing_or_overflow_are_refused(tmp_path):
         ),
         ("output:", "loss: {label_smoothing: 1}\noutput:", "loss.label_smoothing is 1"),
         ("output:", "loss: {backend: cuda}\noutput:", "loss.backend is 'cuda'"),
-        ("output:", "held_out: {gsm8k: x}\noutput:", "is given beside sources.gsm8k.held_out"),
+        ("output:", "held_out: {gsm8k: x}\noutput:", "and sources.gsm8k.held_out are both given"),
     ],
 )
 def test_each_fault_is_named(tmp_path, old, new, said):

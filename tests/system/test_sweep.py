@@ -187,7 +187,7 @@ def test_all_faults_of_all_points_are_told_at_once_with_their_points_and_lines(h
         in faults("recipe.yaml", "sweep.train.lrr=[1]")[0]
     )
     assert "must be a list of values" in faults("recipe.yaml", "sweep.sedes=3")[0]
-    assert "seed is the sweep's to give" in faults("recipe.yaml", "sweep.seed=[1]")[0]
+    assert "seed is set by the sweep" in faults("recipe.yaml", "sweep.seed=[1]")[0]
     assert (
         "2 points have the name" in faults("recipe.yaml", "sweep.sources.web.share=[0.1,1e-1]")[0]
     )
