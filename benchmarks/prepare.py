@@ -132,8 +132,8 @@ def cost_of_tokenizer(
 WORK = """
 import json, os, sys, time
 from pathlib import Path
-from bigmix.terminal import tame_libraries
-tame_libraries()
+from bigmix.terminal import quiet_third_party_logs
+quiet_third_party_logs()
 from bigmix.commands.prepare.job import prepare
 from bigmix.commands.prepare.job import PrepareSettings
 

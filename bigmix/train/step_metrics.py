@@ -53,7 +53,7 @@ class StepClock:
         saver: Saver,
         ends: Mapping[str, float | None],
     ) -> None:
-        """`ends` are the arguments of `StopFlag.set_end`."""
+        """`ends` are the arguments of `StopSignal.set_end`."""
         self._stop_signal, self._watchdog, self._saver, self._ends = (
             stop_signal,
             watchdog,
@@ -94,7 +94,7 @@ class StepClock:
 
 
 def ends_of(recipe: Recipe) -> dict[str, float | None]:
-    """When a run must stop by itself, as `StopFlag.set_end` takes it: `job_ends_at` in seconds
+    """When a run must stop by itself, as `StopSignal.set_end` takes it: `job_ends_at` in seconds
     since 1970, early enough for its Slurm job to end well.
     """
     end_time = os.environ.get("SLURM_JOB_END_TIME", "")
