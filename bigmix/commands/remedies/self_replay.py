@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar
 
 from bigmix.commands.prepare.job import Prepared, PrepareSettings, faults_of_settings, prepare
 from bigmix.commands.prepare.progress import faults_of_output
@@ -27,6 +26,7 @@ from bigmix.errors import BadInput, BigmixError
 from bigmix.evaluation.tasks.generation import TokenSampler
 from bigmix.files import replace_text
 from bigmix.model.causal_lm import max_positions, read_config
+from bigmix.model.loading import open_whole
 from bigmix.seeding import key_of
 from bigmix.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -245,17 +245,9 @@ class _Writer:
     """A model in memory that makes documents up."""
 
     def __init__(self, model: str, tokenizer: Tokenizer, sampling: Sampling, most: int) -> None:
-        disable_progress_bar()  # in a log its states run together
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
-        try:
-            lm: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise BadInput(
-                f"the model {model} cannot be loaded ({str(error).strip().splitlines()[0]}); give"
-                " the folder or the hub name of a causal language model"
-            ) from error
-        self._lm = lm.to(self._device).eval()
+        dtype = "bf16" if self._device.type == "cuda" else "fp32"
+        self._lm = lm = open_whole(model, dtype=dtype, device=self._device)
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._ends = _ends(lm.generation_config, tokenizer)
