@@ -32,7 +32,7 @@ from bigmix.loss.objective import StepShares
 from bigmix.loss.requests import LossBackendOptions
 from bigmix.loss.terms import LossTerms
 from bigmix.model.causal_lm import build, read_config
-from bigmix.model.ds_config import fill, read_ds_config
+from bigmix.model.ds_config import BatchSize, complete, read_ds_config
 from bigmix.model.engine import AdamW, Engine, device_of, join, sharded_construction
 from bigmix.runs.checkpoints import Position
 from bigmix.runs.saver import RetentionPolicy, Saver
@@ -66,14 +66,8 @@ def model_config(layers: int, width: int) -> dict[str, Any]:
 
 def make_engine(layers: int, width: int, ranks: int) -> Engine:
     """The engine that takes the steps."""
-    keys = fill(
-        read_ds_config("ds_configs/cpu.json"),
-        micro_batch_rows=ROWS,
-        accumulation=1,
-        ranks=ranks,
-        clip=1.0,
-        dtype="fp32",
-    )
+    batch_size = BatchSize(micro_batch_rows=ROWS, accumulation=1, ranks=ranks)
+    keys = complete(read_ds_config("ds_configs/cpu.json"), batch_size, "fp32", clip=1.0)
     model = build(
         read_config(None, model_config(layers, width)),
         None,

@@ -37,7 +37,7 @@ COVERED_BY = {
     "data/shards/test_storage.py": {"data/shards/transports"},
     "data/test_planning.py": {"data/planning", "recipe/shares"},
     "data/test_share_rules.py": {"train/share_control"},
-    "evaluation/tasks/test_runner.py": {"evaluation/tasks/generation", "recipe/task"},
+    "evaluation/tasks/test_runner.py": {"recipe/task"},
     "evaluation/test_evaluator.py": {
         "commands/evaluate",
         "evaluation/evaluator",

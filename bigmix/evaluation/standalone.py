@@ -28,7 +28,7 @@ from bigmix.files import replace_text
 from bigmix.loss.backend import backend_options_of, choose_backend
 from bigmix.model.causal_lm import choose_dtype
 from bigmix.model.checks import Evaluated, read_evaluated
-from bigmix.model.ds_config import fill
+from bigmix.model.ds_config import complete_for_evaluation
 from bigmix.model.engine import device_of, join
 from bigmix.model.loading import DevicePlacement, ModelSource, open_evaluated, open_reference
 from bigmix.recipe import Recipe, to_yaml
@@ -39,8 +39,6 @@ from bigmix.terminal import Terminal
 
 EVALUATION = "evaluation.json"
 _VERSION = 1
-# A file that fixes them must not stand in the way of another number of ranks.
-_OF_STEPS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,14 +153,7 @@ def _place(room: _Services) -> DevicePlacement:
     recipe, world = room.recipe, room.cluster.world
     device = device_of(world)
     dtype = choose_dtype(recipe.model.dtype, device).value
-    keys = fill(
-        {key: value for key, value in room.inputs.ds_keys.items() if key not in _OF_STEPS},
-        micro_batch_rows=recipe.train.micro_batch_rows,
-        accumulation=1,
-        ranks=world.size,
-        clip=recipe.train.clip,
-        dtype=dtype,
-    )
+    keys = complete_for_evaluation(room.inputs.ds_keys, recipe, world.size, dtype)
     return DevicePlacement(keys=keys, dtype=dtype, device=device)
 
 

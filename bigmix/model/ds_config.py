@@ -1,14 +1,14 @@
-"""A file of DeepSpeed's own keys and what the recipe decides go in, the whole DeepSpeed
-configuration comes out.
-"""
+"""The DeepSpeed configuration: the keys of a file, completed with what the recipe decides."""
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bigmix
 from bigmix.errors import BadInput
+from bigmix.recipe import Recipe
 
 _REPOSITORY = Path(bigmix.__file__).resolve().parent.parent
 _OURS = {
@@ -17,8 +17,27 @@ _OURS = {
     "fp16": "model.dtype, bf16 or fp32",
     "elasticity": "the ranks that are started, on any number of which a run goes on",
 }
+_BATCH_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)
 _TABLES = ("zero_optimization", "bf16")
 _STAGES = (1, 2, 3)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchSize:
+    """How the rows of a step are divided: each of `ranks` takes `accumulation` micro-batches."""
+
+    micro_batch_rows: int
+    accumulation: int
+    ranks: int
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step, over all ranks and micro-batches."""
+        return self.micro_batch_rows * self.accumulation * self.ranks
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
@@ -62,24 +81,47 @@ def _stage_of(keys: Mapping[str, Any]) -> Any:
     return keys.get("zero_optimization", {}).get("stage", 0)
 
 
-def fill(
-    keys: Mapping[str, Any],
-    *,
-    micro_batch_rows: int,
-    accumulation: int,
-    ranks: int,
-    clip: float,
-    dtype: str,
-) -> dict[str, Any]:
-    """The configuration with what follows from the recipe put in.
+def batch_size_of(recipe: Recipe, ranks: int) -> BatchSize:
+    """How a step of the recipe is divided over the ranks, of whose rows it is a multiple."""
+    micro_batch_rows = recipe.train.micro_batch_rows
+    return BatchSize(
+        micro_batch_rows=micro_batch_rows,
+        accumulation=recipe.rows_per_step // (ranks * micro_batch_rows),
+        ranks=ranks,
+    )
 
-    Raises BadInput for each key that says something else than the recipe, and for a ZeRO stage that
-    shards nothing.
+
+def complete_for_training(
+    keys: Mapping[str, Any], recipe: Recipe, ranks: int, dtype: str
+) -> dict[str, Any]:
+    """The configuration of a run on so many ranks; raises BadInput as `complete` does."""
+    return complete(keys, batch_size_of(recipe, ranks), dtype, recipe.train.clip)
+
+
+def complete_for_evaluation(
+    keys: Mapping[str, Any], recipe: Recipe, ranks: int, dtype: str
+) -> dict[str, Any]:
+    """The configuration of an evaluation without training; raises BadInput as `complete` does.
+
+    The sizes of steps that a file may fix are left out: they would refuse another number of ranks.
+    """
+    free = {key: value for key, value in keys.items() if key not in _BATCH_KEYS}
+    micro_batch_rows = recipe.train.micro_batch_rows
+    batch = BatchSize(micro_batch_rows=micro_batch_rows, accumulation=1, ranks=ranks)
+    return complete(free, batch, dtype, recipe.train.clip)
+
+
+def complete(keys: Mapping[str, Any], batch: BatchSize, dtype: str, clip: float) -> dict[str, Any]:
+    """The configuration with everything that follows from the recipe: the sizes of a step, the
+    precision (`dtype` is bf16 or fp32) and the norm at which gradients are clipped.
+
+    Raises BadInput for each key that contradicts the recipe, and for a ZeRO stage that shards
+    nothing.
     """
     decided: dict[str, Any] = {
-        "train_batch_size": micro_batch_rows * accumulation * ranks,
-        "train_micro_batch_size_per_gpu": micro_batch_rows,
-        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": batch.rows_per_step,
+        "train_micro_batch_size_per_gpu": batch.micro_batch_rows,
+        "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": clip,
         "bf16": dict(keys.get("bf16", {})) | {"enabled": dtype == "bf16"},
     }

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 
 from bigmix import __version__
 from bigmix.data.stream import Stream
-from bigmix.errors import BigmixError
+from bigmix.errors import BadInput, BigmixError
 from bigmix.model.causal_lm import max_positions
 from bigmix.model.export import export
+from bigmix.model.loading import open_whole
 from bigmix.recipe import Recipe, to_yaml
 from bigmix.recipe.shares import SourceShare
 from bigmix.runs.layout import EXPORT
@@ -85,7 +85,7 @@ def _check(run: Run, state: TrainState, folder: Path) -> None:
         return
     try:
         generated = check_generation(folder, prompt)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (BadInput, OSError, ValueError, RuntimeError) as error:
         run.terminal.warning(f"generation check: {folder} does not load and generate ({error})")
         return
     run.terminal.note(
@@ -318,7 +318,7 @@ def check_generation(folder: Path, prompt: Sequence[int]) -> GeneratedText:
     """Load a folder as any other program would, on the CPU, and let it go on from a prompt
     greedily.
     """
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = open_whole(folder, dtype="auto", device=torch.device("cpu"))
     room = max_positions(model.config) or _LONGEST_PROMPT + _CONTINUATION
     ids_BT = torch.tensor([list(prompt)])[:, : max(1, room - _CONTINUATION)]
     with torch.no_grad():

@@ -6,10 +6,9 @@ from typing import Any
 from bigmix.cluster.world import World
 from bigmix.data.packing import DroppedTokens
 from bigmix.data.run_plan import RunPlan
-from bigmix.model.ds_config import zero_stage
+from bigmix.model.ds_config import batch_size_of, zero_stage
 from bigmix.recipe import Recipe
 from bigmix.terminal import Cell, Table, Terminal
-from bigmix.train.inputs import accumulation
 from bigmix.types import Choice
 
 
@@ -29,7 +28,7 @@ def show_header(
     train, model = recipe.train, recipe.model
     made = model.path or f"{(model.config or {})['model_type']} from scratch, seed {recipe.seed}"
     tokens = recipe.rows_per_step * recipe.longest_row
-    micro = f"{accumulation(recipe, world.size)} x {train.micro_batch_rows}"
+    micro = f"{batch_size_of(recipe, world.size).accumulation} x {train.micro_batch_rows}"
     rows = [
         ("model", f"{made}, {num_parameters:,} parameters"),
         ("precision", f"{dtype.value} ({dtype.reason})"),

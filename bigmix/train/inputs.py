@@ -33,7 +33,7 @@ from bigmix.data.source import (
 from bigmix.data.stream import Stream
 from bigmix.errors import BadInput
 from bigmix.evaluation.tasks.examples import TaskFile, open_tasks
-from bigmix.model.ds_config import fill, read_ds_config
+from bigmix.model.ds_config import complete_for_training, read_ds_config
 from bigmix.recipe import Recipe, SweepRun, plain
 from bigmix.recipe.marks import matters_before_first_step
 from bigmix.recipe.schedule import warmup_steps
@@ -296,11 +296,6 @@ def _streams(
     }
 
 
-def accumulation(recipe: Recipe, ranks: int) -> int:
-    """Micro-batches of a step on each rank."""
-    return recipe.rows_per_step // (ranks * recipe.train.micro_batch_rows)
-
-
 def _row_faults(recipe: Recipe, ranks: int) -> Iterator[str]:
     micro_batch = recipe.train.micro_batch_rows
     if recipe.rows_per_step % (ranks * micro_batch):
@@ -323,14 +318,7 @@ def _ds_keys(recipe: Recipe, ranks: int) -> Mapping[str, Any]:
             " optimizer to the cpu"
         )
     if recipe.rows_per_step % (ranks * recipe.train.micro_batch_rows) == 0:
-        fill(
-            keys,
-            micro_batch_rows=recipe.train.micro_batch_rows,
-            accumulation=accumulation(recipe, ranks),
-            ranks=ranks,
-            clip=recipe.train.clip,
-            dtype=keys_dtype(recipe, keys),
-        )
+        complete_for_training(keys, recipe, ranks, keys_dtype(recipe, keys))
     return keys
 
 

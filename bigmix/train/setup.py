@@ -22,7 +22,7 @@ from bigmix.loss.requests import LossBackendOptions
 from bigmix.loss.terms import LossTerms, Statistic
 from bigmix.model.causal_lm import DTYPES, build, choose_attention, choose_dtype, logit_rule
 from bigmix.model.checks import Configs, check_packing_isolation, read_configs
-from bigmix.model.ds_config import fill
+from bigmix.model.ds_config import complete_for_training
 from bigmix.model.engine import AdamW, Engine, device_of, sharded_construction
 from bigmix.model.flops import Cost, cost_of, count_parameters, peak_flops
 from bigmix.model.inputs import ReferenceModel
@@ -42,7 +42,7 @@ from bigmix.runs.resume import (
 from bigmix.runs.saver import RetentionPolicy, Saver
 from bigmix.terminal import Terminal
 from bigmix.train.header import show_header
-from bigmix.train.inputs import RunInputs, accumulation
+from bigmix.train.inputs import RunInputs
 from bigmix.train.state import Run, TrainState, restore
 from bigmix.train.step import TrainingObjective
 from bigmix.train.step_metrics import Health, MetricsAccumulator, RunMetrics, StepClock, ends_of
@@ -143,7 +143,7 @@ def _build(
     check_backend(
         options, rule=logit_rule(config), terms=terms, dtype=DTYPES[dtype.value], device=device
     )
-    keys = _keys(recipe, inputs, world, dtype.value)
+    keys = complete_for_training(inputs.ds_keys, recipe, world.size, dtype.value)
     watchdog.doing("making the model")
     model = build(
         config,
@@ -185,17 +185,6 @@ def _evaluator(
         tasks=tasks,
         weights=recipe.evaluate.task_weights,
         seed=recipe.seed,
-    )
-
-
-def _keys(recipe: Recipe, inputs: RunInputs, world: World, dtype: str) -> dict[str, Any]:
-    return fill(
-        inputs.ds_keys,
-        micro_batch_rows=recipe.train.micro_batch_rows,
-        accumulation=accumulation(recipe, world.size),
-        ranks=world.size,
-        clip=recipe.train.clip,
-        dtype=dtype,
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from bigmix import __version__
-from bigmix.model.ds_config import fill, read_ds_config
+from bigmix.model.ds_config import BatchSize, complete, read_ds_config
 from bigmix.recipe import Recipe, load_recipe
 from bigmix.recipe.document import document
 
@@ -56,14 +56,8 @@ def test_every_deepspeed_file_takes_what_the_recipe_decides():
         "cpu",
     }
     for file in files:
-        keys = fill(
-            read_ds_config(f"ds_configs/{file.name}"),
-            micro_batch_rows=2,
-            accumulation=4,
-            ranks=8,
-            clip=1.0,
-            dtype="bf16",
-        )
+        batch = BatchSize(micro_batch_rows=2, accumulation=4, ranks=8)
+        keys = complete(read_ds_config(f"ds_configs/{file.name}"), batch, "bf16", clip=1.0)
         assert keys["train_batch_size"] == 64 and keys["bf16"]["enabled"] is True
         json.dumps(keys)
 

@@ -14,10 +14,10 @@ from bigmix.commands.plan.shape import Shape, shape_of
 from bigmix.data.run_plan import RunPlan
 from bigmix.model.causal_lm import choose_attention, choose_dtype
 from bigmix.model.checks import read_configs
-from bigmix.model.ds_config import fill
+from bigmix.model.ds_config import complete_for_training
 from bigmix.model.flops import PEAKS
 from bigmix.recipe import Recipe
-from bigmix.train.inputs import RunInputs, accumulation
+from bigmix.train.inputs import RunInputs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,14 +141,7 @@ def flops_of(shape: Shape, counts: Counts) -> float | None:
 def _setting(recipe: Recipe, keys: Mapping[str, Any], machine: Machine, dtype: str) -> Setting:
     rows = recipe.train.micro_batch_rows
     return Setting(
-        keys=fill(
-            keys,
-            micro_batch_rows=rows,
-            accumulation=accumulation(recipe, machine.gpus),
-            ranks=machine.gpus,
-            clip=recipe.train.clip,
-            dtype=dtype,
-        ),
+        keys=complete_for_training(keys, recipe, machine.gpus, dtype),
         ranks=machine.gpus,
         dtype=dtype,
         on_gpu=machine.device.type == "cuda",

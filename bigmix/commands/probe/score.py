@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import transformers
 
 from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.signals import UNWATCHED
@@ -23,6 +22,7 @@ from bigmix.evaluation.tasks.inference_model import InferenceModel
 from bigmix.evaluation.tasks.prompts import PreparedTask, chat_format_of, tokenise_tasks
 from bigmix.evaluation.tasks.runner import score_tasks
 from bigmix.model.causal_lm import max_positions
+from bigmix.model.loading import open_whole
 from bigmix.recipe.task import Task
 from bigmix.seeding import key_of
 
@@ -101,13 +101,8 @@ def _attributes(path: Path) -> list[str]:
 def _open(model: str) -> tuple[InferenceModel, int | None]:
     """The model in this process, in the precision it is stored in, and its positions."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"model {model} cannot be loaded ({error}); give a folder such as RUN/export"
-        ) from error
-    return InferenceModel(lm=lm.to(device).eval(), device=device), max_positions(lm.config)
+    lm = open_whole(model, dtype="auto", device=device)
+    return InferenceModel(lm=lm, device=device), max_positions(lm.config)
 
 
 def _right(model: InferenceModel, asked: Mapping[str, PreparedTask]) -> dict[str, list[float]]:
@@ -124,10 +119,6 @@ def _right(model: InferenceModel, asked: Mapping[str, PreparedTask]) -> dict[str
         name: [sample.scores["exact_match"] for sample in result.samples]
         for name, result in results.items()
     }
-
-
-def _unheard(what: str) -> None:
-    """Progress of a minute's work, which nobody is shown."""
 
 
 def _recalled(right: list[float], attributes: list[str]) -> Recalled:

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar
 
 from bigmix.commands.prepare.job import Prepared, PrepareSettings, faults_of_settings, prepare
 from bigmix.commands.prepare.progress import faults_of_output
 from bigmix.errors import BadInput, BigmixError
+from bigmix.evaluation.tasks.generation import TokenSampler
 from bigmix.files import replace_text
 from bigmix.model.causal_lm import max_positions, read_config
+from bigmix.model.loading import open_whole
 from bigmix.seeding import key_of
 from bigmix.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -243,17 +245,9 @@ class _Writer:
     """A model in memory that makes documents up."""
 
     def __init__(self, model: str, tokenizer: Tokenizer, sampling: Sampling, most: int) -> None:
-        disable_progress_bar()  # in a log its states run together
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
-        try:
-            lm: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise BadInput(
-                f"the model {model} cannot be loaded ({str(error).strip().splitlines()[0]}); give"
-                " the folder or the hub name of a causal language model"
-            ) from error
-        self._lm = lm.to(self._device).eval()
+        dtype = "bf16" if self._device.type == "cuda" else "fp32"
+        self._lm = lm = open_whole(model, dtype=dtype, device=self._device)
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._ends = _ends(lm.generation_config, tokenizer)
@@ -265,7 +259,7 @@ class _Writer:
         # has learned.
         lm.generation_config = transformers.GenerationConfig(
             max_new_tokens=most,
-            do_sample=False,  # the processor draws, and leaves one token to choose
+            do_sample=False,  # the sampler draws, and leaves one token to choose
             eos_token_id=self._ends,
             pad_token_id=tokenizer.eos_id,
         )
@@ -278,18 +272,17 @@ class _Writer:
             np.random.default_rng(key_of(self._sampling.seed, "self-replay", n)) for n in numbers
         ]
         prompt_BT = torch.tensor([self._prompt(draw) for draw in draws], device=self._device)
-        chances_BT = np.stack([draw.random(self._most) for draw in draws])
-        processor = _Draw(
-            torch.from_numpy(chances_BT).to(self._device),
-            self._barred_V,
-            prompt_tokens=prompt_BT.shape[1],
-            sampling=self._sampling,
+        uniforms_BT = np.stack([draw.random(self._most) for draw in draws])
+        sampler = TokenSampler(
+            torch.from_numpy(uniforms_BT).to(self._device),
+            prompt_BT.shape[1],
+            partial(probabilities, self._sampling, self._barred_V),
         )
         with torch.no_grad():
             made_BT = self._lm.generate(
                 prompt_BT,
                 attention_mask=torch.ones_like(prompt_BT),
-                logits_processor=transformers.LogitsProcessorList([processor]),
+                logits_processor=transformers.LogitsProcessorList([sampler]),
             )
         start = prompt_BT.shape[1] - self._sampling.prompt_tokens
         for number, ids in zip(numbers, made_BT[:, start:].tolist(), strict=True):
@@ -333,36 +326,23 @@ def _barred(tokenizer: Tokenizer, ends: Sequence[int], vocabulary: int) -> Tenso
     return barred_V
 
 
-class _Draw:
-    """Draws the next token of each document [B] where its own chance falls among the probabilities
-    [V], one after another.
-
-    With the chances [B, T] given, a document is the same in any batch.
+def probabilities(sampling: Sampling, barred_V: Tensor, logits_BV: Tensor) -> Tensor:
+    """The probabilities [B, V] that the next tokens are drawn with, by temperature and top_p;
+    barred ids have 0.
     """
-
-    def __init__(
-        self, chances_BT: Tensor, barred_V: Tensor, *, prompt_tokens: int, sampling: Sampling
-    ) -> None:
-        self._chances_BT = chances_BT
-        self._barred_V = barred_V
-        self._prompt_tokens = prompt_tokens
-        self._sampling = sampling
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits that leave nothing but the token that is drawn."""
-        logits_BV = scores.double().masked_fill(self._barred_V, -torch.inf)
-        probabilities_BV = (logits_BV / self._sampling.temperature).softmax(1)
-        if self._sampling.top_p < 1:
-            probabilities_BV = _truncated(probabilities_BV, self._sampling.top_p)
-        heights_BV = probabilities_BV.cumsum(1)
-        chance_B1 = self._chances_BT[:, input_ids.shape[1] - self._prompt_tokens, None]
-        drawn_B1 = torch.searchsorted(heights_BV, chance_B1 * heights_BV[:, -1:], right=True)
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn_B1, 0.0)
+    logits_BV = logits_BV.double().masked_fill(barred_V, -torch.inf)
+    probabilities_BV = (logits_BV / sampling.temperature).softmax(1)
+    if sampling.top_p < 1:
+        probabilities_BV = _truncated(probabilities_BV, sampling.top_p)
+    return probabilities_BV
 
 
 def _truncated(probabilities_BV: Tensor, top_p: float) -> Tensor:
     """Without the least probable tokens, as long as the others have `top_p` together (Holtzman et
     al., 2020).
+
+    Not transformers' TopPLogitsWarper: of tokens that are equally probable, which are common among
+    logits in bf16, it keeps others, and the documents of a seed would change.
     """
     sorted_BV, order_BV = probabilities_BV.sort(1, descending=True)
     before_BV = sorted_BV.cumsum(1) - sorted_BV

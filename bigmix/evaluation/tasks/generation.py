@@ -4,9 +4,10 @@ Letters: R rows of a batch, T tokens, V vocabulary.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -93,41 +94,65 @@ def _drawing(
     task: Task, prompts: Sequence[Prompt], width: int, device: torch.device
 ) -> Iterator[LogitsProcessor]:
     if task.temperature:
-        chances_RT = np.stack([_chances(prompt.key, task.max_new_tokens) for prompt in prompts])
-        yield _Drawn(task, torch.from_numpy(chances_RT).to(device), width)
+        uniforms_RT = np.stack([_uniforms(prompt.key, task.max_new_tokens) for prompt in prompts])
+        yield TokenSampler(
+            torch.from_numpy(uniforms_RT).to(device), width, partial(_probabilities, task)
+        )
 
 
-def _chances(key: int, count: int) -> npt.NDArray[np.float64]:
+def _uniforms(key: int, count: int) -> npt.NDArray[np.float64]:
     """Numbers in [0, 1) that follow from a key."""
     words = keys_of(key, np.arange(count)) >> np.uint64(64 - _MANTISSA)
-    chances: npt.NDArray[np.float64] = words.astype(np.float64) / 2**_MANTISSA
-    return chances
+    uniforms: npt.NDArray[np.float64] = words.astype(np.float64) / 2**_MANTISSA
+    return uniforms
 
 
-class _Drawn(LogitsProcessor):  # type: ignore[misc]
-    """Leaves of each row's tokens the one that its own chance falls on, so that greedy search takes
-    it.
+def _probabilities(task: Task, scores_RV: Tensor) -> Tensor:
+    """The distribution that a task draws from, by its temperature and top_p."""
+    scores_RV = scores_RV / task.temperature
+    if task.top_p < 1:
+        scores_RV = TopPLogitsWarper(task.top_p)(None, scores_RV)
+    return scores_RV.double().softmax(dim=-1)
 
-    torch.multinomial draws for all rows together: what a row gets would depend on its neighbours.
+
+class TokenSampler(LogitsProcessor):  # type: ignore[misc]
+    """Draws the next token of each row and leaves it alone among the logits, so that greedy search
+    takes it.
+
+    Token t behind a prompt of `prompt_width` tokens is drawn with the number uniforms_RT[row, t]
+    from [0, 1). torch.multinomial draws for all rows together: what a row gets would depend on its
+    neighbours. `probabilities` turns logits [R, V] into weights in fp64, which need not sum to 1.
     """
 
-    def __init__(self, task: Task, chances_RT: Tensor, width: int) -> None:
-        self._temperature = task.temperature
-        self._top_p = TopPLogitsWarper(task.top_p) if task.top_p < 1 else None
-        self._chances_RT = chances_RT
-        self._width = width
+    def __init__(
+        self,
+        uniforms_RT: Tensor,
+        prompt_width: int,
+        probabilities: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._uniforms_RT = uniforms_RT
+        self._prompt_width = prompt_width
+        self._probabilities = probabilities
 
     def __call__(self, ids_RT: Tensor, scores_RV: Tensor) -> Tensor:
-        scores_RV = scores_RV / self._temperature
-        if self._top_p is not None:
-            scores_RV = self._top_p(ids_RT, scores_RV)
-        sums_RV = scores_RV.double().softmax(dim=-1).cumsum(dim=-1)
-        chance_R1 = self._chances_RT[:, ids_RT.shape[1] - self._width, None] * sums_RV[:, -1:]
-        drawn_R1 = torch.searchsorted(sums_RV, chance_R1, right=True)
-        drawn_R1 = drawn_R1.clamp(
-            max=sums_RV.shape[1] - 1
-        )  # a product may be rounded up to the sum
-        return torch.full_like(scores_RV, -torch.inf).scatter(1, drawn_R1, 0.0)
+        uniforms_R = self._uniforms_RT[:, ids_RT.shape[1] - self._prompt_width]
+        drawn_R = draw_ids(self._probabilities(scores_RV), uniforms_R)
+        return torch.full_like(scores_RV, -torch.inf).scatter(1, drawn_R[:, None], 0.0)
+
+
+def draw_ids(weights_RV: Tensor, uniforms_R: Tensor) -> Tensor:
+    """The id [R] that each row's number u falls on when the weights are laid end to end.
+
+    That is the first id v with w_0 + ... + w_v > u (w_0 + ... + w_V-1): 0.3 falls on id 1 of the
+    weights 0.1, 0.4 and 0.5. Where rounding lifts the product to the sum, it is the last id of
+    positive weight.
+    """
+    sums_RV = weights_RV.cumsum(dim=-1)
+    reached_R1 = uniforms_R[:, None] * sums_RV[:, -1:]
+    drawn_R = torch.searchsorted(sums_RV, reached_R1, right=True)[:, 0]
+    ids_V = torch.arange(weights_RV.shape[1], device=weights_RV.device)
+    last_R = torch.where(weights_RV > 0, ids_V, 0).amax(dim=-1)
+    return torch.minimum(drawn_R, last_R)
 
 
 def _stopping(tokenizer: Tokenizer, task: Task, width: int) -> Iterator[StoppingCriteria]:
@@ -136,7 +161,12 @@ def _stopping(tokenizer: Tokenizer, task: Task, width: int) -> Iterator[Stopping
 
 
 class _Stopped(StoppingCriteria):  # type: ignore[misc]
-    """Ends a row once one of the texts is in it."""
+    """Ends a row once one of the texts is in what was written behind its prompt.
+
+    transformers' StopStringCriteria stops earlier: it also looks into the prompt, so that a prompt
+    that ends in a line break and a model that writes another one are a stop at two line breaks.
+    And it writes out every token of the vocabulary first, which takes seconds for a large one.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], width: int) -> None:
         self._tokenizer = tokenizer

@@ -4,6 +4,7 @@ are a source like any other.
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ import transformers
 from support.models import FAMILIES
 
 from bigmix.commands.main import main
-from bigmix.commands.remedies.self_replay import Sampling, _Draw
+from bigmix.commands.remedies.self_replay import Sampling, probabilities
 from bigmix.data.shards.manifest import read_manifest
+from bigmix.evaluation.tasks.generation import TokenSampler
 from bigmix.seeding import key_of
 from bigmix.text.tokenizer import load_tokenizer
 
@@ -103,11 +105,27 @@ def test_tokens_come_as_often_as_they_are_probable(top_p):
         expected = torch.where(torch.isin(torch.arange(50), torch.tensor(kept)), expected, 0)
         expected /= expected.sum()
     chances = ((torch.arange(draws) + 0.5) / draws)[:, None].double()
-    draw = _Draw(chances, barred, prompt_tokens=1, sampling=Sampling(temperature=0.8, top_p=top_p))
-    drawn = draw(torch.zeros(draws, 1), logits.expand(draws, 50)).argmax(1)
+    sampling = Sampling(temperature=0.8, top_p=top_p)
+    sampler = TokenSampler(chances, 1, partial(probabilities, sampling, barred))
+    drawn = sampler(torch.zeros(draws, 1), logits.expand(draws, 50)).argmax(1)
     found = torch.bincount(drawn, minlength=50) / draws
     assert float((found - expected).abs().max()) < 2 / draws
     assert not (found[expected == 0] > 0).any()
+
+
+def test_top_p_keeps_the_tokens_that_transformers_keeps_unless_some_are_equally_probable():
+    none_barred, sampling = torch.zeros(64, dtype=torch.bool), Sampling(top_p=0.5)
+    theirs = transformers.TopPLogitsWarper(0.5)
+
+    def kept_by_both(logits):
+        ours = probabilities(sampling, none_barred, logits) > 0
+        return ours, theirs(None, logits.double()) > -torch.inf
+
+    torch.manual_seed(0)
+    ours, others = kept_by_both(torch.randn(200, 64))
+    assert torch.equal(ours, others)
+    ours, others = kept_by_both(torch.zeros(1, 64))  # as many of them, and not the same
+    assert ours.sum() == others.sum() == 32 and not torch.equal(ours, others)
 
 
 def test_the_texts_do_not_depend_on_the_batch_or_on_interruptions(model, made, tmp_path):

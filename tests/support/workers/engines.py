@@ -23,7 +23,7 @@ from bigmix.loss.requests import LossBackendOptions
 from bigmix.loss.terms import GroupSums, LossTerms
 from bigmix.loss.torch_kernel import torch_rows
 from bigmix.model.causal_lm import InferenceLM, build, load, read_config
-from bigmix.model.ds_config import fill, read_ds_config
+from bigmix.model.ds_config import BatchSize, complete, read_ds_config
 from bigmix.model.engine import (
     AdamW,
     Engine,
@@ -135,14 +135,10 @@ class RecordingEngine(Engine):
 
 
 def filled(accumulation, ranks, file="ds_configs/cpu.json", dtype="fp32"):
-    return fill(
-        read_ds_config(file),
-        micro_batch_rows=8 // ranks // accumulation,
-        accumulation=accumulation,
-        ranks=ranks,
-        clip=0.0,
-        dtype=dtype,
+    batch = BatchSize(
+        micro_batch_rows=8 // ranks // accumulation, accumulation=accumulation, ranks=ranks
     )
+    return complete(read_ds_config(file), batch, dtype, clip=0.0)
 
 
 def make_engine(
@@ -412,14 +408,8 @@ def sharded_build(rank, ranks, cluster):
     """
     found = {}
     for family, settings in FAMILIES.items():
-        keys = fill(
-            read_ds_config("ds_configs/cpu.json"),
-            micro_batch_rows=1,
-            accumulation=1,
-            ranks=ranks,
-            clip=0.0,
-            dtype="fp32",
-        )
+        batch = BatchSize(micro_batch_rows=1, accumulation=1, ranks=ranks)
+        keys = complete(read_ds_config("ds_configs/cpu.json"), batch, "fp32", clip=0.0)
         model = build(
             read_config(None, settings),
             None,
