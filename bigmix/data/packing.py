@@ -25,6 +25,25 @@ LongDocuments = Literal["drop", "truncate"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PackingOptions:
+    """How documents become rows of `row_tokens` tokens.
+
+    Chats longer than a row are dropped or cut; texts shorter than `whole_below` tokens are never
+    split. Rows are then padded to a multiple of `pad_to_multiple` tokens.
+    """
+
+    row_tokens: int
+    long_documents: LongDocuments = "drop"
+    whole_below: int = 0
+    pad_to_multiple: int = 1
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row with the padding to a multiple."""
+        return -(-self.row_tokens // self.pad_to_multiple) * self.pad_to_multiple
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DroppedTokens:
     """Documents that were longer than a row, dropped or cut, and the tokens that went with them."""
 
@@ -67,7 +86,7 @@ class _Run:
     copies: int
 
 
-def pack_text(lengths: Ints, row_tokens: int, whole_below: int) -> Packing:
+def pack_text(lengths: Ints, options: PackingOptions) -> Packing:
     """Documents laid end to end and cut into rows, those shorter than `whole_below` tokens never
     inside.
 
@@ -75,6 +94,7 @@ def pack_text(lengths: Ints, row_tokens: int, whole_below: int) -> Packing:
     0 the parts are [0, 4) | [4, 5) [5, 8) | [8, 9); with `whole_below` 5 they are [0, 4) | [4, 5) |
     [5, 9).
     """
+    row_tokens, whole_below = options.row_tokens, options.whole_below
     firsts, starts, stops, documents = [0], list[int](), list[int](), list[int]()
     room, at = row_tokens, 0
     for document, length in enumerate(lengths.tolist()):
@@ -99,12 +119,12 @@ def pack_text(lengths: Ints, row_tokens: int, whole_below: int) -> Packing:
     return Packing(firsts=first_a, starts=start_a, stops=stop_a, documents=document_a)
 
 
-def pack_chat(lengths: Ints, row_tokens: int, long_documents: LongDocuments) -> Packing:
+def pack_chat(lengths: Ints, options: PackingOptions) -> Packing:
     """Whole documents in as few rows as best-fit-decreasing finds; one longer than a row is dropped
     or cut.
     """
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    fitted = _fitted(lengths, row_tokens, long_documents)
+    fitted, row_tokens = _fitted(lengths, options), options.row_tokens
     order = np.argsort(-fitted, kind="stable")[: np.count_nonzero(fitted)]
     runs = list(_best_fit(np.bincount(fitted, minlength=row_tokens + 1), row_tokens))
     rows = [np.repeat(np.arange(run.first, run.first + run.rows), run.copies) for run in runs]
@@ -120,26 +140,26 @@ def pack_chat(lengths: Ints, row_tokens: int, long_documents: LongDocuments) -> 
     )
 
 
-def count_chat_rows(lengths: Ints, row_tokens: int, long_documents: LongDocuments) -> int:
+def count_chat_rows(lengths: Ints, options: PackingOptions) -> int:
     """How many rows `pack_chat` makes, at a fraction of its cost."""
-    fitted = _fitted(lengths, row_tokens, long_documents)
+    fitted, row_tokens = _fitted(lengths, options), options.row_tokens
     runs = _best_fit(np.bincount(fitted, minlength=row_tokens + 1), row_tokens)
     return max((run.first + run.rows for run in runs), default=0)
 
 
-def lost(lengths: Ints, row_tokens: int, long_documents: LongDocuments) -> DroppedTokens:
+def lost(lengths: Ints, options: PackingOptions) -> DroppedTokens:
     """What packing chats leaves out: documents longer than a row."""
-    long = lengths[lengths > row_tokens]
-    if long_documents == "drop":
+    long = lengths[lengths > options.row_tokens]
+    if options.long_documents == "drop":
         return DroppedTokens(dropped=len(long), tokens=int(long.sum()))
-    return DroppedTokens(truncated=len(long), tokens=int((long - row_tokens).sum()))
+    return DroppedTokens(truncated=len(long), tokens=int((long - options.row_tokens).sum()))
 
 
-def _fitted(lengths: Ints, row_tokens: int, long_documents: LongDocuments) -> Ints:
+def _fitted(lengths: Ints, options: PackingOptions) -> Ints:
     """The tokens of each document that a row takes; 0 where it is left out."""
-    if long_documents == "truncate":
-        return np.minimum(lengths, row_tokens)
-    return np.where(lengths > row_tokens, 0, lengths)
+    if options.long_documents == "truncate":
+        return np.minimum(lengths, options.row_tokens)
+    return np.where(lengths > options.row_tokens, 0, lengths)
 
 
 def _best_fit(count_of_length: Ints, row_tokens: int) -> Iterator[_Run]:
@@ -225,8 +245,8 @@ def ragged(firsts: Ints, counts: Ints) -> Ints:
     return numbers
 
 
-def rows_of(table: RowTable, shard: Shard, indices: Ints, padding: bytes) -> PackedRows:
-    """Rows of a shard by their numbers; `padding` is a row's bytes of it."""
+def rows_of(table: RowTable, shard: Shard, indices: Ints, options: PackingOptions) -> PackedRows:
+    """Rows of a shard by their numbers."""
     first, end, low, high, tokens, sum_sq_lengths = table.rows_R6[indices].T
     parts_P4 = table.parts_P4[ragged(first, end - first)]
     runs_K2 = table.runs_K2[ragged(low, high - low)]
@@ -237,17 +257,18 @@ def rows_of(table: RowTable, shard: Shard, indices: Ints, padding: bytes) -> Pac
         sum_sq_lengths_R=sum_sq_lengths,
         starts_P=parts_P4[:, 1],
         documents_P=parts_P4[:, 3],
-        pieces=shard.pieces_at(parts_P4[:, 0], parts_P4[:, 2], padding),
+        pieces=shard.pieces_at(parts_P4[:, 0], parts_P4[:, 2], bytes(options.width * shard.width)),
         begins_K=runs_K2[:, 0],
         lengths_K=runs_K2[:, 1],
     )
 
 
-def cut_rows(shard: Shard, indices: Ints, row_tokens: int, padding: bytes) -> PackedRows:
+def cut_rows(shard: Shard, indices: Ints, options: PackingOptions) -> PackedRows:
     """Rows of a text that is cut anywhere: each one slice of the shard, of which no table is made.
 
     A rank of thousands needs few rows of each shard.
     """
+    row_tokens, padding = options.row_tokens, bytes(options.width * shard.width)
     parts, tokens, starts, documents, pieces = [], [], list[int](), list[int](), list[bytes]()
     for start in (indices * row_tokens).tolist():
         stop = min(start + row_tokens, shard.num_tokens)
@@ -290,16 +311,16 @@ def _text_rows(
     )
 
 
-def text_table(packing: Packing, shard: Shard, width: int) -> RowTable:
+def text_table(packing: Packing, shard: Shard, options: PackingOptions) -> RowTable:
     """Rows of text: each token but the first of a part is in the loss."""
     lengths_P = packing.stops - packing.starts
     starts_P = _starts(packing, lengths_P)
     kept = np.flatnonzero(lengths_P > 1)
     runs_K2 = np.stack([starts_P[kept], lengths_P[kept] - 1], axis=1)
-    return _table(packing, shard, starts_P, runs_K2, kept, width)
+    return _table(packing, shard, starts_P, runs_K2, kept, options.width)
 
 
-def chat_table(packing: Packing, shard: Shard, width: int) -> RowTable:
+def chat_table(packing: Packing, shard: Shard, options: PackingOptions) -> RowTable:
     """Rows of chats: what the masks of the shard say is in the loss."""
     starts_P = _starts(packing, packing.stops - packing.starts)
     begins, ends = shard.loss_runs()
@@ -310,7 +331,8 @@ def chat_table(packing: Packing, shard: Shard, width: int) -> RowTable:
     lengths_K = np.minimum(ends[run_K], packing.stops[part_K]) - begins[run_K]
     # The token at t is predicted at t - 1.
     begins_K = begins[run_K] - 1 - packing.starts[part_K] + starts_P[part_K]
-    return _table(packing, shard, starts_P, np.stack([begins_K, lengths_K], axis=1), part_K, width)
+    runs_K2 = np.stack([begins_K, lengths_K], axis=1)
+    return _table(packing, shard, starts_P, runs_K2, part_K, options.width)
 
 
 def _starts(packing: Packing, lengths_P: Ints) -> Ints:

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from bigmix.data.packing import (
     PADDING,
     DroppedTokens,
-    LongDocuments,
     PackedRows,
+    PackingOptions,
     RowTable,
     chat_table,
     count_chat_rows,
@@ -39,25 +39,6 @@ WINDOW_SHARDS = 16
 OPEN_SHARDS = 2 * WINDOW_SHARDS
 
 OpenShard = Callable[[int], Shard]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PackingOptions:
-    """How documents become rows of `row_tokens` tokens.
-
-    Chats longer than a row are dropped or cut; texts shorter than `whole_below` tokens are never
-    split. Rows are then padded to a multiple of `pad_to_multiple` tokens.
-    """
-
-    row_tokens: int
-    long_documents: LongDocuments = "drop"
-    whole_below: int = 0
-    pad_to_multiple: int = 1
-
-    @property
-    def width(self) -> int:
-        """Tokens of a row with the padding to a multiple."""
-        return -(-self.row_tokens // self.pad_to_multiple) * self.pad_to_multiple
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +70,6 @@ class Stream:
         self.manifest = manifest
         self.packing = packing
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self._padding = bytes(packing.width * self.dtype.itemsize)
         self._seed = seed
         self._lengths = lengths
         self._documents_before = np.concatenate(
@@ -126,7 +106,7 @@ class Stream:
         if self.manifest.kind == "text":
             return DroppedTokens()
         assert self._lengths is not None
-        return lost(self._lengths, self.packing.row_tokens, self.packing.long_documents)
+        return lost(self._lengths, self.packing)
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -176,8 +156,8 @@ class Stream:
         try:
             shard = self._shard(shard_index)
             if self._is_cut_anywhere:
-                return cut_rows(shard, indices, self.packing.row_tokens, self._padding)
-            return rows_of(self.table(shard_index), shard, indices, self._padding)
+                return cut_rows(shard, indices, self.packing)
+            return rows_of(self.table(shard_index), shard, indices, self.packing)
         except Unreadable as error:
             raise self._bad(shard_index, error) from error
 
@@ -247,10 +227,7 @@ class Stream:
     def _count(self, index: int) -> int:
         if self.manifest.kind == "text":
             return len(self.table(index).rows_R6)
-        packing = self.packing
-        return count_chat_rows(
-            self._chat_lengths(index), packing.row_tokens, packing.long_documents
-        )
+        return count_chat_rows(self._chat_lengths(index), self.packing)
 
     def _shard(self, index: int) -> Shard:
         """An opened shard, of its whole size also where it was opened long ago."""
@@ -269,13 +246,10 @@ class Stream:
             raise self._bad(index, error) from error
 
     def _table_of(self, index: int, shard: Shard) -> RowTable:
-        options = self.packing
         if self.manifest.kind == "text":
-            packed = pack_text(shard.lengths, options.row_tokens, options.whole_below)
-            return text_table(packed, shard, options.width)
-        lengths = self._chat_lengths(index)
-        packed = pack_chat(lengths, options.row_tokens, options.long_documents)
-        return chat_table(packed, shard, options.width)
+            return text_table(pack_text(shard.lengths, self.packing), shard, self.packing)
+        packed = pack_chat(self._chat_lengths(index), self.packing)
+        return chat_table(packed, shard, self.packing)
 
     def _chat_lengths(self, index: int) -> Ints:
         assert self._lengths is not None, "a chat source has lengths"
