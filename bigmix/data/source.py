@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bigmix.data.packing import PackingOptions
+from bigmix.data.packing import LAYOUTS, PackingOptions
 from bigmix.data.quarantine import BadShard
 from bigmix.data.records import RowIds
 from bigmix.data.shards.cache import CacheFault, Lease, ShardCache
@@ -224,7 +224,7 @@ class ShardStore:
         # block.
         ranges = (
             self._reading.ranges
-            and source.manifest.kind == "text"
+            and LAYOUTS[source.manifest.kind].is_contiguous
             and source.location.scheme != "pipe"
         )
         return not source.location.is_local and not ranges

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigmix.data.packing import PackingOptions, count_chat_rows, lost, pack_chat, pack_text
+from bigmix.data.packing import (
+    ChatRows,
+    PackingOptions,
+    count_chat_rows,
+    pack_chat,
+    pack_text,
+)
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 
@@ -61,7 +67,7 @@ def test_chats_are_whole_and_what_is_too_long_is_counted(lengths, row_tokens, to
             assert stop - start == min(lengths[document], row_tokens)
             seen.append(document)
     long = [i for i, length in enumerate(lengths) if length > row_tokens]
-    left_out = lost(np.array(lengths), options)
+    left_out = ChatRows(options=options).dropped(np.array(lengths))
     assert len(seen) == len(set(seen)) == len(lengths) - left_out.dropped
     assert (left_out.dropped if too_long == "drop" else left_out.truncated) == len(long)
     kept_tokens = int((packing.stops - packing.starts).sum())
@@ -91,12 +97,12 @@ def test_chats_of_real_lengths_fill_their_rows(mean):
     draw = np.random.default_rng(0)
     lengths = np.clip(draw.lognormal(mean, 0.7, 20_000), 20, 2048).astype(int)
     packing = pack_chat(lengths, PackingOptions(row_tokens=2048))
-    assert lengths.sum() / (packing.rows * 2048) > 0.99
+    assert lengths.sum() / (packing.num_rows * 2048) > 0.99
 
 
 def test_no_chat_fits_and_none_is_there():
     options = PackingOptions(row_tokens=4, whole_below=2)
     for lengths in (np.array([9, 9]), np.zeros(0, np.int64)):
         packing = pack_chat(lengths, options)
-        assert packing.rows == 0 == count_chat_rows(lengths, options)
-    assert pack_text(np.zeros(0, np.int64), options).rows == 0
+        assert packing.num_rows == 0 == count_chat_rows(lengths, options)
+    assert pack_text(np.zeros(0, np.int64), options).num_rows == 0
