@@ -10,6 +10,7 @@ from reader import Reader
 
 from bigmix.data.loader import Loader, step_batch
 from bigmix.data.mixture import Mixture
+from bigmix.data.packing import PackingOptions
 from bigmix.data.records import RankRows, RowIds, StepBatch
 from bigmix.data.run_plan import RunPlan, SequenceLengthStage, one_stage
 from bigmix.data.shards.manifest import (
@@ -24,7 +25,7 @@ from bigmix.data.shards.prefetch import Ahead
 from bigmix.data.shards.retry import Retry
 from bigmix.data.shards.shard import Shard, ShardWriter, with_lengths
 from bigmix.data.source import RemoteReadOptions, ShardStore, read_source
-from bigmix.data.stream import PackingOptions, Stream
+from bigmix.data.stream import Stream
 
 ROWS_PER_STEP = 64
 SHARD_TOKENS = 64_000_000  # what `bigmix prepare` makes if nothing is said

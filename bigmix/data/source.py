@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bigmix.data.packing import LAYOUTS, PackingOptions
 from bigmix.data.quarantine import BadShard
 from bigmix.data.records import RowIds
 from bigmix.data.shards.cache import CacheFault, Lease, ShardCache
@@ -29,7 +30,7 @@ from bigmix.data.shards.prefetch import Ahead, FetchAhead, Needed
 from bigmix.data.shards.retry import Changed, Retry, Stopped, Watch
 from bigmix.data.shards.shard import Bytes, ByteSource, Shard, Unreadable, mapped
 from bigmix.data.shards.storage import read_file, read_range
-from bigmix.data.stream import OPEN_SHARDS, PackingOptions, Stream
+from bigmix.data.stream import OPEN_SHARDS, Stream
 from bigmix.errors import BadInput, BigmixError
 from bigmix.files import sha256_of
 from bigmix.recipe import HeldOut, Recipe
@@ -223,7 +224,7 @@ class ShardStore:
         # block.
         ranges = (
             self._reading.ranges
-            and source.manifest.kind == "text"
+            and LAYOUTS[source.manifest.kind].is_contiguous
             and source.location.scheme != "pipe"
         )
         return not source.location.is_local and not ranges

@@ -7,26 +7,20 @@ name, epoch), so that another source changes nothing here.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
 
 from bigmix.data.packing import (
+    LAYOUTS,
     PADDING,
     DroppedTokens,
-    LongDocuments,
     PackedRows,
+    PackingOptions,
+    RowLayout,
     RowTable,
-    chat_table,
-    count_chat_rows,
-    cut_rows,
-    lost,
-    pack_chat,
-    pack_text,
     ragged,
-    rows_of,
-    text_table,
 )
 from bigmix.data.quarantine import BadShard, Substitution, substitution
 from bigmix.data.records import Row, RowId, RowIds
@@ -39,25 +33,6 @@ WINDOW_SHARDS = 16
 OPEN_SHARDS = 2 * WINDOW_SHARDS
 
 OpenShard = Callable[[int], Shard]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PackingOptions:
-    """How documents become rows of `row_tokens` tokens.
-
-    Chats longer than a row are dropped or cut; texts shorter than `whole_below` tokens are never
-    split. Rows are then padded to a multiple of `pad_to_multiple` tokens.
-    """
-
-    row_tokens: int
-    long_documents: LongDocuments = "drop"
-    whole_below: int = 0
-    pad_to_multiple: int = 1
-
-    @property
-    def width(self) -> int:
-        """Tokens of a row with the padding to a multiple."""
-        return -(-self.row_tokens // self.pad_to_multiple) * self.pad_to_multiple
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +64,6 @@ class Stream:
         self.manifest = manifest
         self.packing = packing
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self._padding = bytes(packing.width * self.dtype.itemsize)
         self._seed = seed
         self._lengths = lengths
         self._documents_before = np.concatenate(
@@ -99,7 +73,7 @@ class Stream:
         self.table = lru_cache(maxsize=OPEN_SHARDS)(self._make_table)
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._substitution = lru_cache(maxsize=2)(self._make_substitution)
-        self._is_cut_anywhere = manifest.kind == "text" and not packing.whole_below
+        self._layout: RowLayout = LAYOUTS[manifest.kind](options=packing)
         self._rows_of_shard = self._count_rows()
         self.rows_per_epoch = int(self._rows_of_shard.sum())
         # Counting may have opened shards, and what is fetched ahead supposes that none is open.
@@ -123,10 +97,7 @@ class Stream:
     @cached_property
     def lost(self) -> DroppedTokens:
         """Documents that packing leaves out or cuts in an epoch."""
-        if self.manifest.kind == "text":
-            return DroppedTokens()
-        assert self._lengths is not None
-        return lost(self._lengths, self.packing.row_tokens, self.packing.long_documents)
+        return self._layout.dropped(self._lengths)
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -165,7 +136,8 @@ class Stream:
     def lengths_of(self, shard_index: int) -> Ints:
         """The tokens of each document of a shard; raises BadShard where it cannot be read."""
         if self._lengths is not None:
-            return self._chat_lengths(shard_index)
+            before, after = self._documents_before[shard_index : shard_index + 2]
+            return self._lengths[before:after].astype(np.int64)
         try:
             return self._shard(shard_index).lengths
         except Unreadable as error:
@@ -174,10 +146,8 @@ class Stream:
     def rows(self, shard_index: int, indices: Ints) -> PackedRows:
         """Rows of a shard by their numbers; raises BadShard where it cannot be read."""
         try:
-            shard = self._shard(shard_index)
-            if self._is_cut_anywhere:
-                return cut_rows(shard, indices, self.packing.row_tokens, self._padding)
-            return rows_of(self.table(shard_index), shard, indices, self._padding)
+            shard, table = self._shard(shard_index), partial(self.table, shard_index)
+            return self._layout.read(shard, indices, table)
         except Unreadable as error:
             raise self._bad(shard_index, error) from error
 
@@ -239,17 +209,12 @@ class Stream:
         )
 
     def _count_rows(self) -> npt.NDArray[np.int64]:
-        tokens = self.manifest.shards.column("tokens")
-        if self._is_cut_anywhere:
-            return -(-tokens // self.packing.row_tokens)
-        return np.array([self._count(index) for index in range(len(tokens))], np.int64)
-
-    def _count(self, index: int) -> int:
-        if self.manifest.kind == "text":
-            return len(self.table(index).rows_R6)
-        packing = self.packing
-        return count_chat_rows(
-            self._chat_lengths(index), packing.row_tokens, packing.long_documents
+        tokens_S = self.manifest.shards.column("tokens")
+        counts_S = self._layout.count_rows(tokens_S, self.lengths_of)
+        if counts_S is not None:
+            return counts_S
+        return np.array(
+            [len(self.table(shard).rows_R6) for shard in range(len(tokens_S))], np.int64
         )
 
     def _shard(self, index: int) -> Shard:
@@ -263,21 +228,8 @@ class Stream:
 
     def _make_table(self, index: int) -> RowTable:
         """The rows of a shard."""
+        lengths_D = self.lengths_of(index)
         try:
-            return self._table_of(index, self._shard(index))
+            return self._layout.table(self._shard(index), lengths_D)
         except Unreadable as error:
             raise self._bad(index, error) from error
-
-    def _table_of(self, index: int, shard: Shard) -> RowTable:
-        options = self.packing
-        if self.manifest.kind == "text":
-            packed = pack_text(shard.lengths, options.row_tokens, options.whole_below)
-            return text_table(packed, shard, options.width)
-        lengths = self._chat_lengths(index)
-        packed = pack_chat(lengths, options.row_tokens, options.long_documents)
-        return chat_table(packed, shard, options.width)
-
-    def _chat_lengths(self, index: int) -> Ints:
-        assert self._lengths is not None, "a chat source has lengths"
-        before, after = self._documents_before[index : index + 2]
-        return self._lengths[before:after].astype(np.int64)

@@ -24,13 +24,14 @@ from bigmix.commands.plan.counts import row_counts
 from bigmix.data import run_plan
 from bigmix.data.loader import open_loader, step_batch
 from bigmix.data.mixture import Mixture
+from bigmix.data.packing import PackingOptions
 from bigmix.data.quarantine import BadShard, Quarantine, substitution
 from bigmix.data.records import RankRows
 from bigmix.data.run_plan import SequenceLengthStage, one_stage
 from bigmix.data.shards.cache import CacheFull
 from bigmix.data.shards.retry import Stopped
 from bigmix.data.source import needed_in_order, read_source
-from bigmix.data.stream import WINDOW_SHARDS, PackingOptions
+from bigmix.data.stream import WINDOW_SHARDS
 from bigmix.errors import BadInput, BigmixError
 from bigmix.recipe import load_recipe
 from bigmix.train.inputs import open_inputs

@@ -17,6 +17,7 @@ from support.servers import s3_server, web_server
 from bigmix.commands.main import main
 from bigmix.data import run_plan
 from bigmix.data.loader import open_loader
+from bigmix.data.packing import PackingOptions
 from bigmix.data.quarantine import BadShard, Quarantine
 from bigmix.data.records import RankRows
 from bigmix.data.shards.cache import CacheFull
@@ -29,7 +30,7 @@ from bigmix.data.source import (
     read_source,
     room_in_use,
 )
-from bigmix.data.stream import OPEN_SHARDS, PackingOptions
+from bigmix.data.stream import OPEN_SHARDS
 from bigmix.errors import BadInput, BigmixError
 from bigmix.recipe import load_recipe
 from bigmix.train.inputs import open_inputs

@@ -12,11 +12,12 @@ from support.corpora import endless_plan, open_stream, write_source
 
 from bigmix.data.loader import Loader, step_batch
 from bigmix.data.mixture import Mixture
+from bigmix.data.packing import PackingOptions
 from bigmix.data.records import RankRows
 from bigmix.data.run_plan import SequenceLengthStage, one_stage
 from bigmix.data.shards.manifest import Manifest, ShardTable, TokenizerEntry, read_manifest
 from bigmix.data.shards.shard import open_shard
-from bigmix.data.stream import PackingOptions, Stream
+from bigmix.data.stream import Stream
 from bigmix.errors import BigmixError
 from bigmix.seeding import keys_of, shuffled
 from bigmix.types import IGNORE

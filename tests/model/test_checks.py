@@ -22,10 +22,9 @@ from transformers.utils import is_flash_attn_2_available
 from bigmix.data.batch import assemble
 from bigmix.data.loader import step_batch
 from bigmix.data.mixture import Mixture
-from bigmix.data.packing import PADDING
+from bigmix.data.packing import PADDING, PackingOptions
 from bigmix.data.records import RankRows
 from bigmix.data.run_plan import one_stage
-from bigmix.data.stream import PackingOptions
 from bigmix.loss.requests import LossBackendOptions
 from bigmix.loss.terms import GroupSums, LossTerms
 from bigmix.loss.torch_kernel import torch_rows

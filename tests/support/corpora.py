@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from support.models import VOCABULARY
 
+from bigmix.data.packing import PackingOptions
 from bigmix.data.run_plan import RunPlan
 from bigmix.data.shards.manifest import (
     Manifest,
@@ -19,7 +20,7 @@ from bigmix.data.shards.prefetch import Ahead
 from bigmix.data.shards.retry import Retry
 from bigmix.data.shards.shard import ShardWriter, with_lengths
 from bigmix.data.source import RemoteReadOptions, ShardStore, read_source
-from bigmix.data.stream import PackingOptions, Stream
+from bigmix.data.stream import Stream
 from bigmix.text.chat_template import PLAIN_SHA256
 
 READING = RemoteReadOptions(

@@ -269,6 +269,11 @@ class Manifest(_Frozen):
         PlainSerializer(ShardTable.to_lists, when_used="json"),
     ]
 
+    @property
+    def has_loss_masks(self) -> bool:
+        """Whether the shards say which tokens are in the loss; in a text all but the first are."""
+        return self.kind == "chat"
+
 
 def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
     """The smallest type that holds every id: 65536 entries fit uint16."""

@@ -468,7 +468,7 @@ def with_lengths(folder: Path, manifest: Manifest) -> Manifest:
     """The manifest of a chat source with its file of lengths, which is written now; that of a text
     as it is.
     """
-    if manifest.kind == "text":
+    if not manifest.has_loss_masks:
         return manifest
     lengths = write_lengths(folder, manifest.dtype, manifest.shards)
     return manifest.model_copy(update={"lengths": lengths})
