@@ -35,7 +35,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from bigmix.recipe.fields import whole_number
 from bigmix.text.chat_template import open_template, render_chat
 from bigmix.text.formats import Conversation, Text, document_of, recognise
-from bigmix.text.readers import ReadOptions, read_rows
+from bigmix.text.readers import ReadOptions, read_records
 from bigmix.text.tokenizer import load_tokenizer, train_tokenizer
 
 BATCH = 256
@@ -72,7 +72,7 @@ def generate(path: Path, kind: str, size: int) -> None:
 
 def strings_of(path: Path, tokenizer: Path) -> tuple[str, list[str]]:
     """What the tokenizer is given when this file is prepared."""
-    rows = [dict(row.columns or {}) for row in read_rows([str(path)], ReadOptions())]
+    rows = [dict(row.columns or {}) for row in read_records([str(path)], ReadOptions())]
     layout = recognise(rows[:BATCH], kind=None, columns=None)
     loaded = load_tokenizer(str(tokenizer))
     template = open_template(loaded, "plain") if layout.kind == "chat" else None
@@ -255,7 +255,7 @@ def measure(top: Path, path: Path, known: argparse.Namespace) -> None:
 
 
 def trained(path: Path, vocab_size: int, folder: Path) -> Path:
-    rows = islice(read_rows([str(path)], ReadOptions()), 3000)
+    rows = islice(read_records([str(path)], ReadOptions()), 3000)
     sample = (json.dumps(row.columns or {}, ensure_ascii=False) for row in rows)
     return train_tokenizer(sample, vocab_size=vocab_size, kind="bpe", folder=folder)
 

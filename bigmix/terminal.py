@@ -18,6 +18,8 @@ from rich.text import Text
 PLAIN_COLUMNS = 120  # a file has no width; tables in it are laid out for this one
 REFRESHES_PER_S = 2
 PLAIN_EVERY_S = 10
+UNKNOWN = "–"  # in place of a number that is not known
+GIB = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +139,7 @@ class Terminal:
                 first, began = counts, self._clock()
             seconds = max(self._clock() - began, 1e-9)
             parts = [
-                f"{n:,} {name} ({_short((n - n0) / seconds)}/s)"
+                f"{n:,} {name} ({short((n - n0) / seconds)}/s)"
                 for n, n0, name in zip(counts, first, names, strict=True)
             ]
             if self._is_live:
@@ -196,7 +198,9 @@ def evaluation_table(title: str, results: Sequence[HeldOutRow]) -> Table:
         "role": [r.role for r in results],
         "loss": [f"{r.loss.value:.3f}{_margin(r.loss.margin)}" for r in results],
         "bits/byte": [r.bits_per_byte for r in results],
-        "accuracy": [_percent(r.token_accuracy) for r in results],
+        "accuracy": [
+            None if r.token_accuracy is None else percent(r.token_accuracy) for r in results
+        ],
         "KL": [r.kl_to_base for r in results],
         "forgetting": [
             (
@@ -219,8 +223,60 @@ def _margin(margin: float | None) -> str:
     return "" if margin is None else f" ±{margin:.3f}"
 
 
-def _percent(part: float | None) -> str | None:
-    return None if part is None else f"{part:.1%}"
+def short(value: float, *, billion: str = "G") -> str:
+    """A number with three digits: 1234567 becomes 1.23M; `billion` is the letter for 10^9."""
+    for size, letter in ((1e9, billion), (1e6, "M"), (1e3, "k")):
+        # From 999.5 on, three digits round up to the next unit.
+        if abs(value) >= size * 0.9995:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def short_binary(value: int) -> str:
+    """A power of two: 2048 becomes 2K."""
+    for size, letter in ((1 << 20, "M"), (1 << 10, "K")):
+        if value >= size:
+            return f"{value // size}{letter}"
+    return str(value)
+
+
+def percent(part: float | None, decimals: int = 1) -> str:
+    """A part of a whole: 0.456 becomes 45.6%; a dash where it is not known."""
+    return UNKNOWN if part is None else f"{part:.{decimals}%}"
+
+
+def share_percent(share: float | None) -> str:
+    """A share as a sentence has it, with decimals only where it has them: 0.2 becomes 20 %.
+
+    The space does not break, so that no line begins with the sign.
+    """
+    return "an unknown share" if share is None else f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
+
+
+def duration(seconds: float) -> str:
+    """A time in its largest unit: 5400 becomes 1.5 hours."""
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.1f} seconds"
+
+
+def clock_time(seconds: float) -> str:
+    """A time as on a clock: 5400 becomes 1:30:00, and a day more 1d 1:30:00."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days}d " * (days > 0) + f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def gib(num_bytes: float, decimals: int = 1) -> str:
+    """Bytes in GiB: 1.5 GiB."""
+    return f"{num_bytes / GIB:,.{decimals}f} GiB"
+
+
+def gib_or_mib(num_bytes: float) -> str:
+    """Bytes in GiB, or in MiB where they are less than one GiB: 1.5 GiB, 20.0 MiB."""
+    return gib(num_bytes) if num_bytes >= GIB else f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def quiet_third_party_logs() -> None:
@@ -296,7 +352,7 @@ def _plain_progress(
 def _telling(fields: Mapping[str, float | int | None]) -> Sequence[tuple[str, str]]:
     """The numbers that a person watches: losses first, then speed, then signs of trouble."""
     losses = [(k.removeprefix("loss/"), v) for k, v in fields.items() if k.startswith("loss/")]
-    shown = [(name, "–" if value is None else f"{value:.3f}") for name, value in losses]
+    shown = [(name, UNKNOWN if value is None else f"{value:.3f}") for name, value in losses]
     if not losses and (loss := fields.get("loss")) is not None:
         shown.append(("loss", f"{loss:.3f}"))
     for key, (name, write) in _SHOWN.items():
@@ -308,31 +364,17 @@ def _telling(fields: Mapping[str, float | int | None]) -> Sequence[tuple[str, st
     return shown
 
 
-def _short(value: float) -> str:
-    """Three digits: 1234567 becomes 1.23M."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size * 0.9995:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
-
-
 _SHOWN: Mapping[str, tuple[str, Callable[[float], str]]] = {
-    "tokens_per_s": ("tokens/s", _short),
-    "mfu": ("MFU", lambda value: f"{value:.1%}"),
+    "tokens_per_s": ("tokens/s", short),
+    "mfu": ("MFU", percent),
     "lr": ("lr", lambda value: f"{value:.2e}"),
     "grad_norm": ("grad norm", lambda value: f"{value:.2f}"),
-    "peak_gib": ("memory", lambda value: f"{value:.1f} GiB"),
+    "peak_gib": ("memory", lambda value: gib(value * GIB)),
 }
 
 
 def _eta(left_s: float | None) -> str:
-    if left_s is None:
-        return "eta -:--:--"
-    minutes, seconds = divmod(round(left_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    clock = f"{hours}:{minutes:02}:{seconds:02}"
-    return f"eta {days}d {clock}" if days else f"eta {clock}"
+    return "eta -:--:--" if left_s is None else f"eta {clock_time(left_s)}"
 
 
 def _rich_table(table: Table) -> RichTable:
@@ -359,7 +401,7 @@ def _is_text(cell: Cell) -> bool:
 
 def _cell(cell: Cell) -> Text:
     if cell is None:
-        return Text("–", style="dim")
+        return Text(UNKNOWN, style="dim")
     if isinstance(cell, str):
         return Text(cell)
     if isinstance(cell, Change):

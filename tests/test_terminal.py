@@ -16,8 +16,16 @@ from bigmix.terminal import (
     Measured,
     Table,
     Terminal,
+    clock_time,
+    duration,
     evaluation_table,
+    gib,
+    gib_or_mib,
+    percent,
     quiet_third_party_logs,
+    share_percent,
+    short,
+    short_binary,
 )
 
 SIX = ("web", "books", "wikipedia", "code", "gsm8k-chat", "instructions")
@@ -167,7 +175,30 @@ def test_taming_keeps_what_the_user_set_and_quietens_the_rest(
 
 def test_taming_imports_none_of_the_libraries() -> None:
     code = (
-        "import sys; from bigmix.terminal import quiet_third_party_logs; quiet_third_party_logs();"
+        "import sys; from bigmix.terminal import quiet_third_party_logs as quiet; quiet();"
         "sys.exit(bool({'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_numbers_are_short_and_have_their_unit() -> None:
+    assert [short(value) for value in (0.5, 999.4, 999.6, 1_234_567, -2.5e9)] == [
+        "0.5",
+        "999",
+        "1k",
+        "1.23M",
+        "-2.5G",
+    ]
+    assert short(2.5e9, billion="B") == "2.5B"
+    assert [short_binary(value) for value in (512, 2048, 1 << 20)] == ["512", "2K", "1M"]
+    assert [percent(0.456), percent(0.456, 0), percent(None)] == ["45.6%", "46%", "–"]
+    assert share_percent(0.125) == "12.5\N{NO-BREAK SPACE}%"
+    assert [duration(seconds) for seconds in (5, 90, 5400, 2 * 86400)] == [
+        "5.0 seconds",
+        "1.5 minutes",
+        "1.5 hours",
+        "2.0 days",
+    ]
+    assert [clock_time(59.6), clock_time(90_061)] == ["0:01:00", "1d 1:01:01"]
+    assert [gib(3 << 29), gib(1 << 41, 2)] == ["1.5 GiB", "2,048.00 GiB"]
+    assert gib_or_mib(20 << 20) == "20.0 MiB"

@@ -28,6 +28,7 @@ from bigmix.runs.state_file import (
     tensors_of,
     write_state,
 )
+from bigmix.terminal import gib
 
 _SPARE_BYTES = 64 << 20  # room on the disk for logs and exports beside a checkpoint
 
@@ -173,8 +174,8 @@ class Saver:
         if free < needed + _SPARE_BYTES:
             shutil.rmtree(beside, ignore_errors=True)
             return (
-                f"{self._folder} has {free / 2**30:.2f} GiB free and a checkpoint needs"
-                f" {(needed + _SPARE_BYTES) / 2**30:.2f} GiB; free space, or keep fewer with"
+                f"{self._folder} has {gib(free, 2)} free and a checkpoint needs"
+                f" {gib(needed + _SPARE_BYTES, 2)}; free space, or keep fewer with"
                 " checkpoint.keep"
             )
         return None

@@ -26,9 +26,10 @@ from bigmix.text.chat_tokens import (
     MARK_OPEN,
     EncodedChat,
     RenderedChat,
+    Spans,
     encode_chats,
 )
-from bigmix.text.formats import Conversation, Dropped, Turn
+from bigmix.text.formats import Conversation, Dropped, Turn, utf8_of
 from bigmix.text.tokenizer import Tokenizer, special_tokens
 from bigmix.types import Flags
 
@@ -68,14 +69,6 @@ class Template:
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.source.encode()).hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Rendered:
-    """A conversation as text; `spans` are the characters [begin, end) that are in the loss."""
-
-    text: str
-    spans: Sequence[tuple[int, int]]
 
 
 def open_template(tokenizer: Tokenizer, name: Literal["plain", "tokenizer"]) -> Template:
@@ -136,30 +129,31 @@ def render_chat(
         rendered = _rendered(tokenizer, template, conversation, hidden)
     except (jinja2.TemplateError, TypeError):
         return Dropped(reason="refused_by_template")
+    except UnicodeEncodeError:  # some filters of Jinja encode
+        return Dropped(reason="not_unicode")
     if rendered is None:
         return Dropped(reason="answers_not_found")
+    text, spans = rendered
     answers = [turn for turn in conversation.messages if turn["role"] == "assistant"]
-    spans = rendered.spans
     if not all(map(_is_learned, answers)):
         if len(spans) != len(answers):
             return Dropped(reason="weights_not_found")
         spans = [span for span, turn in zip(spans, answers, strict=True) if _is_learned(turn)]
-    try:
-        rendered.text.encode()
-        if any(turn.get("tool_calls") for turn in answers):
-            # Only the template knows what it has written of the calls.
-            said = [_without_specials(tokenizer, rendered.text[b:e], hidden) for b, e in spans]
-        else:
-            said = [turn["content"] for turn in answers if _is_learned(turn)]
-        answer_bytes = sum(len(text.encode()) for text in said)
-    except UnicodeEncodeError:  # half of a surrogate pair: JSON can write it, UTF-8 cannot
+    if any(turn.get("tool_calls") for turn in answers):
+        # Only the template knows what it has written of the calls.
+        learned = [_without_specials(tokenizer, text[b:e], hidden) for b, e in spans]
+    else:
+        learned = [turn["content"] for turn in answers if _is_learned(turn)]
+    utf8, utf8_of_answers = utf8_of(text), utf8_of("".join(learned))
+    if utf8 is None or utf8_of_answers is None:
         return Dropped(reason="not_unicode")
     return RenderedChat(
-        text=rendered.text,
+        text=text,
+        utf8=utf8,
         spans=spans,
         hidden=hidden.strings,
-        answer_bytes=answer_bytes,
-        turns=len(conversation.messages),
+        answer_bytes=len(utf8_of_answers),
+        num_turns=len(conversation.messages),
     )
 
 
@@ -177,7 +171,7 @@ def _without_specials(tokenizer: Tokenizer, text: str, hidden: "_Hidden") -> str
 
 def _rendered(
     tokenizer: Tokenizer, template: Template, conversation: Conversation, hidden: "_Hidden"
-) -> _Rendered | None:
+) -> tuple[str, Spans] | None:
     """The text of a conversation and where its answers are; None where they are not found."""
     if template.name == "plain" and _is_simple(tokenizer, conversation):
         return _simple(tokenizer, template, conversation.messages, hidden)
@@ -202,20 +196,20 @@ def _are_words(specials: re.Pattern[str]) -> bool:
 
 def _simple(
     tokenizer: Tokenizer, template: Template, messages: Sequence[Turn], hidden: "_Hidden"
-) -> _Rendered:
+) -> tuple[str, Spans]:
     """What the plain template writes of simple turns, ten times as fast as Jinja."""
     eos = tokenizer.eos_token
-    text, spans = "", list[tuple[int, int]]()
+    text, answers = "", list[tuple[int, int]]()
     for turn in messages:
         content = hidden.hide(turn["content"])
         if turn["role"] == "assistant":
             text += "Assistant:"
             begin = len(text)
             text += f" {content}{eos}"
-            spans.append((begin, len(text)))
+            answers.append((begin, len(text)))
         else:
             text += f"{SPEAKERS[turn['role']]}: {content}\n\n"
-    return _Rendered(text=text, spans=[(b, _turn_end(text, e, template)) for b, e in spans])
+    return text, _with_turn_ends(text, answers, template)
 
 
 def _unfit(template: Template, conversation: Conversation) -> str | None:
@@ -232,7 +226,7 @@ def _unfit(template: Template, conversation: Conversation) -> str | None:
 
 def _render(
     tokenizer: Tokenizer, source: str, messages: Sequence[Turn], tools: Sequence[Any] | None
-) -> tuple[str, Sequence[tuple[int, int]]]:
+) -> tuple[str, Spans]:
     # transformers takes half a second to import, which worker processes pay only where they need
     # it.
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -249,18 +243,14 @@ def _render(
 
 def _marked_spans(
     tokenizer: Tokenizer, template: Template, messages: Sequence[Turn], tools: Sequence[Any] | None
-) -> _Rendered | None:
-    text, spans = _render(tokenizer, template.source, messages, tools)
-    if not spans:
-        return None
-    return _Rendered(
-        text=text, spans=[(begin, _turn_end(text, end, template)) for begin, end in spans]
-    )
+) -> tuple[str, Spans] | None:
+    text, answers = _render(tokenizer, template.source, messages, tools)
+    return (text, _with_turn_ends(text, answers, template)) if answers else None
 
 
 def _sentinel_spans(
     tokenizer: Tokenizer, template: Template, messages: Sequence[Turn], tools: Sequence[Any] | None
-) -> _Rendered | None:
+) -> tuple[str, Spans] | None:
     """Render with marks for the answers; where the answers, put back, give the true text, that is
     where they are.
     """
@@ -282,15 +272,11 @@ def _sentinel_spans(
     for trim in (str, str.strip, str.rstrip, str.lstrip):  # many templates trim what they are given
         text, spans = _put_back(pieces[::2], [trim(answer) for answer in answers])
         if text == truth:
-            return _Rendered(
-                text=text, spans=[(begin, _turn_end(text, end, template)) for begin, end in spans]
-            )
+            return text, _with_turn_ends(text, spans, template)
     return None
 
 
-def _put_back(
-    between: Sequence[str], answers: Sequence[str]
-) -> tuple[str, Sequence[tuple[int, int]]]:
+def _put_back(between: Sequence[str], answers: Sequence[str]) -> tuple[str, Spans]:
     text, spans = between[0], []
     for answer, after in zip(answers, between[1:], strict=True):
         spans.append((len(text), len(text) + len(answer)))
@@ -298,9 +284,14 @@ def _put_back(
     return text, spans
 
 
-def _turn_end(text: str, end: int, template: Template) -> int:
-    found = next((own for own in template.turn_ends if text.startswith(own, end)), "")
-    return end + len(found)
+def _with_turn_ends(text: str, answers: Spans, template: Template) -> Spans:
+    """The answers, each with as much of the end of a turn as follows it."""
+
+    def ended(end: int) -> int:
+        found = next((own for own in template.turn_ends if text.startswith(own, end)), "")
+        return end + len(found)
+
+    return [(begin, ended(end)) for begin, end in answers]
 
 
 @lru_cache(maxsize=8)

@@ -18,6 +18,7 @@ from bigmix.types import Flags, Ints
 # Unicode promises that these four are never characters of a text.
 HIDDEN_OPEN, HIDDEN_CLOSE, MARK_OPEN, MARK_CLOSE = "\ufdd0\ufdd1\ufdd2\ufdd3"
 HIDDEN = re.compile(f"{HIDDEN_OPEN}([0-9]+){HIDDEN_CLOSE}")
+Spans = Sequence[tuple[int, int]]  # characters [begin, end) of a text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,10 +48,11 @@ class RenderedChat:
     """
 
     text: str
-    spans: Sequence[tuple[int, int]]
+    utf8: bytes
+    spans: Spans
     hidden: Sequence[str]
     answer_bytes: int
-    turns: int
+    num_turns: int
 
 
 def encode_chats(
@@ -118,36 +120,35 @@ def _of_bytes(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> tuple[Enco
     [D].
     """
     table = tokenizer.token_bytes or ()
-    utf8 = [chat.text.encode() for chat in chats]
     found = tokenizer.encode_rendered_together([chat.text for chat in chats])
     ids = found.split()
     is_exact = np.array(
         [
-            b"".join(map(table.__getitem__, each.tolist())) == text
-            for each, text in zip(ids, utf8, strict=True)
+            b"".join(map(table.__getitem__, each.tolist())) == chat.utf8
+            for each, chat in zip(ids, chats, strict=True)
         ],
         np.bool_,
     )
     kept = found.ids[np.repeat(is_exact, found.counts)]
     ends = np.cumsum(tokenizer.token_widths[kept])
-    spans = _spans_in_bytes(compress(zip(chats, utf8, strict=True), is_exact))
+    spans = _spans_in_bytes(compress(chats, is_exact))
     mask = _within(spans, ends - tokenizer.token_widths[kept], ends)
     counts = found.counts[is_exact]
     return EncodedChats(ids=kept, loss_mask=mask, counts=counts), is_exact
 
 
-def _spans_in_bytes(chats: Iterable[tuple[RenderedChat, bytes]]) -> Ints:
+def _spans_in_bytes(chats: Iterable[RenderedChat]) -> Ints:
     """Begin and end of all that is in the loss, in bytes from the start of the first conversation
     [N, 2].
     """
     borders, at = list[int](), 0
-    for chat, utf8 in chats:
-        done, place, is_ascii = 0, at, len(utf8) == len(chat.text)
+    for chat in chats:
+        done, place, is_ascii = 0, at, len(chat.utf8) == len(chat.text)
         for border in chain.from_iterable(chat.spans):
             place += border - done if is_ascii else len(chat.text[done:border].encode())
             done = border
             borders.append(place)
-        at += len(utf8)
+        at += len(chat.utf8)
     return np.array(borders, np.int64).reshape(-1, 2)
 
 

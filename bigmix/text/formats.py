@@ -84,6 +84,16 @@ class Layout:
         return f"{self.kind} from {parts}"
 
 
+def utf8_of(text: str) -> bytes | None:
+    """The text in UTF-8; None where it has half of a surrogate pair, which JSON can spell and UTF-8
+    cannot.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Text:
     text: str

@@ -111,26 +111,19 @@ BLOCK_ROWS = 256  # rows that go together where an input is dealt out
 BROKEN = (OSError, EOFError, zlib.error, tarfile.TarError, pyarrow.ArrowException)
 
 
-class RawRow(NamedTuple):
-    """One row of an input: `number` counts from 1, lines in a JSON-lines file and rows elsewhere.
+class RawRecord(NamedTuple):
+    """One record of an input, with the file that it is from.
 
-    `columns` is None for a line that is no JSON object, where the caller asked to go on after such
-    lines.
+    `number` counts lines in a JSON-lines file and records elsewhere, from 1. A line of a JSON-lines
+    file stays unread in `line` until `parsed` reads it: as bytes it is cheap to skip and to send to
+    another process. `columns` is None until then, and afterwards for a line that is no JSON object
+    where such lines are skipped.
     """
 
     file: str
     number: int
     columns: Mapping[str, Any] | None
-
-
-class RawLine(NamedTuple):
-    """A line of a JSON-lines file that is not parsed yet: it is cheap to read, to skip and to give
-    to another process.
-    """
-
-    file: str
-    number: int
-    line: bytes
+    line: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,7 +152,7 @@ class ReadOptions:
     skip_bad_lines: bool = False
 
 
-def read_rows(inputs: Sequence[str], options: ReadOptions) -> Iterator[RawRow]:
+def read_records(inputs: Sequence[str], options: ReadOptions) -> Iterator[RawRecord]:
     """All rows of all inputs, in the order of the inputs, the files of a glob or folder sorted by
     name.
 
@@ -214,7 +207,7 @@ def format_of(name: str) -> str | None:
     return path.suffix if path.suffix in known else None
 
 
-def read_span(span: LineSpan, options: ReadOptions) -> Iterator[RawRow | RawLine]:
+def read_span(span: LineSpan, options: ReadOptions) -> Iterator[RawRecord]:
     """The rows of a span; `parsed` makes rows of lines.
 
     Raises BadInput while reading where a file is broken.
@@ -226,7 +219,7 @@ def read_span(span: LineSpan, options: ReadOptions) -> Iterator[RawRow | RawLine
     return (row for at, row in enumerate(rows) if at // BLOCK_ROWS % parts == index)
 
 
-def _read(span: LineSpan, options: ReadOptions) -> Iterator[RawRow | RawLine]:
+def _read(span: LineSpan, options: ReadOptions) -> Iterator[RawRecord]:
     place, suffix = span.place, format_of(span.place)
     if place.startswith(HUB):
         rows: Iterable[Mapping[str, Any]] = _read_hub(place)
@@ -247,7 +240,7 @@ def _read(span: LineSpan, options: ReadOptions) -> Iterator[RawRow | RawLine]:
     unit = "row group" if suffix in PARQUET_SUFFIXES else "row"
     file = place if span.start == 0 else f"{place} from {unit} {span.start}"
     for number, columns in enumerate(rows, 1):
-        yield RawRow(file=file, number=number, columns=columns)
+        yield RawRecord(file=file, number=number, columns=columns)
 
 
 @contextmanager
@@ -310,7 +303,7 @@ def _decoded(
         ) from error
 
 
-def _read_lines(span: LineSpan) -> Iterator[RawLine]:
+def _read_lines(span: LineSpan) -> Iterator[RawRecord]:
     file = span.place if span.start == 0 else f"{span.place} from byte {span.start}"
     with opened(span.place) as stream:
         if span.start:
@@ -318,25 +311,26 @@ def _read_lines(span: LineSpan) -> Iterator[RawLine]:
         left = math.inf if span.stop is None else span.stop - span.start
         for number, line in enumerate(stream, 1):
             if not line.isspace():
-                yield RawLine(file=file, number=number, line=line)
+                yield RawRecord(file=file, number=number, columns=None, line=line)
             left -= len(line)
             if left <= 0:
                 return
 
 
-def parsed(row: RawRow | RawLine, options: ReadOptions) -> RawRow:
-    """The row in a line; BadInput where it holds no JSON object and such lines are not to be
-    skipped.
+def parsed(record: RawRecord, options: ReadOptions) -> RawRecord:
+    """The record with its line read, where it has one.
+
+    Raises BadInput where the line holds no JSON object and such lines are not to be skipped.
     """
-    if isinstance(row, RawRow):
-        return row
-    columns, fault = _parsed(row.line)
+    if record.line is None:
+        return record
+    columns, fault = _parsed(record.line)
     if fault is not None and not options.skip_bad_lines:
         raise BadInput(
-            f"{row.file}, line {row.number}: {fault}; mend the line or give --skip-bad-lines "
+            f"{record.file}, line {record.number}: {fault}; mend the line or give --skip-bad-lines "
             "to drop and count such lines"
         )
-    return RawRow(file=row.file, number=row.number, columns=columns)
+    return RawRecord(file=record.file, number=record.number, columns=columns)
 
 
 def _parsed(line: bytes) -> tuple[Mapping[str, Any] | None, str | None]:
@@ -352,7 +346,7 @@ def _parsed(line: bytes) -> tuple[Mapping[str, Any] | None, str | None]:
     return value, None
 
 
-def _read_json(span: LineSpan, options: ReadOptions) -> Iterator[RawRow | RawLine]:
+def _read_json(span: LineSpan, options: ReadOptions) -> Iterator[RawRecord]:
     """A file that is one array of objects, or in spite of its name JSON lines."""
     place = span.place
     with opened(place) as stream:
@@ -370,7 +364,7 @@ def _read_json(span: LineSpan, options: ReadOptions) -> Iterator[RawRow | RawLin
                 f"{place}, element {number}: a JSON {type(row).__name__}, not an object; mend it or"
                 " give --skip-bad-lines to drop and count such elements"
             )
-        yield RawRow(file=place, number=number, columns=row if isinstance(row, dict) else None)
+        yield RawRecord(file=place, number=number, columns=row if isinstance(row, dict) else None)
 
 
 def _read_parquet(span: LineSpan) -> Iterator[Mapping[str, Any]]:
@@ -436,7 +430,7 @@ def raw_documents(
 
     Raises BadInput where there is no row, or where no known layout fits them.
     """
-    read = islice(read_rows(inputs, ReadOptions()), limit)
+    read = islice(read_records(inputs, ReadOptions()), limit)
     rows = (row.columns for row in read if row.columns is not None)
     first = list(islice(rows, _FIRST_ROWS))
     if not first:

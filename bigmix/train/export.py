@@ -24,6 +24,7 @@ from bigmix.recipe import Recipe, to_yaml
 from bigmix.recipe.shares import SourceShare
 from bigmix.runs.layout import EXPORT
 from bigmix.runs.metrics_log import METRICS, read_lines
+from bigmix.terminal import UNKNOWN, percent
 from bigmix.text.chat_template import PLAIN, PLAIN_SHA256
 from bigmix.text.tokenizer import load_tokenizer
 from bigmix.train.inputs import RunInputs
@@ -169,7 +170,7 @@ def _mixture(recipe: Recipe, inputs: RunInputs, last: Mapping[str, Any]) -> str:
                 source.role,
                 _format_share(source.share),
                 *(
-                    _percent(last.get(f"{key}/{name}"))
+                    percent(last.get(f"{key}/{name}"), 2)
                     for key in ("share_rows", "share_tokens", "share_loss_tokens", "gradient_share")
                 ),
                 f"{last.get(f'total_tokens/{name}') or 0:,}",
@@ -259,12 +260,8 @@ def _format_share(share: SourceShare) -> str:
     return str(share)
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2%}"
-
-
 def _number(value: float | None, digits: int, sign: str = "") -> str:
-    return "–" if value is None else f"{value:{sign}.{digits}f}"
+    return UNKNOWN if value is None else f"{value:{sign}.{digits}f}"
 
 
 def _with_interval(

@@ -12,14 +12,14 @@ import pytest
 
 from bigmix.errors import BadInput
 from bigmix.text import readers
-from bigmix.text.readers import ReadOptions, read_rows
+from bigmix.text.readers import ReadOptions, read_records
 
 ROWS = [{"text": "one\n"}, {"text": "zwei 混合"}, {"text": "three"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
 def read(*inputs, **options):
-    return list(read_rows([str(each) for each in inputs], ReadOptions(**options)))
+    return list(read_records([str(each) for each in inputs], ReadOptions(**options)))
 
 
 def columns(*inputs, **options):

@@ -10,6 +10,7 @@ from bigmix.commands.compare.law import Fit, fit_source
 from bigmix.commands.compare.measures import FORGETTING, LOSS, MeasuredValue
 from bigmix.commands.compare.points import Arrangement, RunPoint, arrange, points_of
 from bigmix.commands.compare.read import BASE, FinishedRun, ReadRun
+from bigmix.terminal import share_percent
 
 SAME_BASE = 1e-3  # relative difference of step-0 losses: kernels and numbers of GPUs differ by less
 SAME_TOKENS = 0.02  # relative difference of task tokens; the last step is not cut to the token
@@ -177,8 +178,8 @@ def _over_shares(main: Sequence[RunPoint], source: str, tasks: Sequence[str]) ->
     at = f"; over all shares the task loss is {' and '.join(losses)}" if losses else ""
     return (
         f"Without replay training forgot {values[0]:.2f} nats/token of `{source}`, with"
-        f" {percent(least.written_share)} of replay {values[1]:.2f}, with"
-        f" {percent(most.written_share)} {values[2]:.2f}{at}."
+        f" {share_percent(least.written_share)} of replay {values[1]:.2f}, with"
+        f" {share_percent(most.written_share)} {values[2]:.2f}{at}."
     )
 
 
@@ -191,11 +192,6 @@ def _seeds(points: Sequence[RunPoint]) -> str:
         if runs > 1
         else ""
     )
-
-
-def percent(share: float | None) -> str:
-    """A share as per cent, with decimals where it has them; no line is broken before the sign."""
-    return "an unknown share" if share is None else f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
 
 
 def _evaluated(source: str, *points: RunPoint) -> bool:

@@ -15,10 +15,11 @@ from html import escape
 from bigmix.commands.compare.charts.styles import Style
 from bigmix.commands.compare.charts.svg import Mark, mark_svg
 from bigmix.commands.compare.folders import TaskSample
-from bigmix.commands.compare.judge import Comparison, percent
+from bigmix.commands.compare.judge import Comparison
 from bigmix.commands.compare.points import RunPoint
 from bigmix.commands.compare.read import BASE, FinishedRun, Realised, TrainedSource
 from bigmix.commands.compare.tables import ABSENT
+from bigmix.terminal import share_percent
 
 
 def code(text: str) -> str:
@@ -199,7 +200,7 @@ def _training(point: RunPoint) -> list[str]:
         _mean([r.steps for r in point.runs]),
         _mean([r.task_tokens for r in point.runs]),
         _mean([r.total_tokens for r in point.runs]),
-        *(ABSENT if share is None else percent(share) for share in shares),
+        *(ABSENT if share is None else share_percent(share) for share in shares),
     ]
 
 

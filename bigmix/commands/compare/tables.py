@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from bigmix.commands.compare.judge import Comparison, percent
+from bigmix.commands.compare.judge import Comparison
 from bigmix.commands.compare.measures import (
     FORGETTING,
     GAIN,
@@ -19,6 +19,7 @@ from bigmix.commands.compare.measures import (
 )
 from bigmix.commands.compare.points import RunPoint
 from bigmix.commands.compare.read import BASE
+from bigmix.terminal import share_percent
 
 ABSENT = "–"
 NOTE = (
@@ -135,7 +136,9 @@ def _table(
     rows = [MeasureRow(name=BASE, replay=ABSENT, cells=[_cell_of_base(base, m) for m in measured])]
     for index, point in enumerate(points):
         cells = [_cell(spreads[measure][index], measure) for measure in measured]
-        rows.append(MeasureRow(name=point.name, replay=percent(point.written_share), cells=cells))
+        rows.append(
+            MeasureRow(name=point.name, replay=share_percent(point.written_share), cells=cells)
+        )
     return MeasureTable(name=name, role=role, heads=[m.label for m in measured], rows=rows)
 
 

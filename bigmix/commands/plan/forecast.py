@@ -17,6 +17,7 @@ from bigmix.model.checks import read_configs
 from bigmix.model.ds_config import complete_for_training
 from bigmix.model.flops import PEAKS
 from bigmix.recipe import Recipe
+from bigmix.terminal import GIB
 from bigmix.train.inputs import RunInputs
 
 
@@ -146,7 +147,7 @@ def _setting(recipe: Recipe, keys: Mapping[str, Any], machine: Machine, dtype: s
         dtype=dtype,
         on_gpu=machine.device.type == "cuda",
         tokens=rows * recipe.longest_row,
-        device_bytes=int(machine.device_gib * 2**30),
+        device_bytes=int(machine.device_gib * GIB),
         loss_chunk_mib=recipe.loss.chunk_mib,
         activation_checkpointing=recipe.model.activation_checkpointing,
         saves_in_background=recipe.checkpoint.background,

@@ -8,11 +8,10 @@ from bigmix.commands.plan.forecast import Forecast, Machine
 from bigmix.commands.plan.memory import PHASES, PLACES
 from bigmix.commands.plan.shape import Shape
 from bigmix.recipe import Recipe
-from bigmix.terminal import Cell, Table, Terminal
+from bigmix.terminal import GIB, Cell, Table, Terminal, duration, gib_or_mib, percent
 
 JSON_VERSION = 1
 UNITS = ("rows", "tokens", "loss_tokens", "gradient")
-GIB = 1 << 30
 
 
 def show(
@@ -97,10 +96,11 @@ def _settings(recipe: Recipe, plan: Forecast, machine: Machine) -> Iterator[tupl
     yield "engine", f"ZeRO-{setting.stage} on {machine.gpus} {unit}, {recipe.deepspeed}"
     yield "run", f"{plan.counts.steps:,} steps of {recipe.rows_per_step} rows; each rank {micro}"
     yield "memory", _memory_words(plan, machine)
+    export = f"; export {gib_or_mib(disk.export)}" if disk.export else ""
     yield (
         "disk",
-        f"{_gib(disk.checkpoint)} a checkpoint, up to {_gib(disk.checkpoints)} with the one being"
-        " written" + (f"; export {_gib(disk.export)}" if disk.export else ""),
+        f"{gib_or_mib(disk.checkpoint)} a checkpoint, up to {gib_or_mib(disk.checkpoints)} with the"
+        f" one being written{export}",
     )
     yield "time", _time(plan, machine)
 
@@ -117,12 +117,12 @@ def _sizes(shape: Shape) -> str:
 def _memory_words(plan: Forecast, machine: Machine) -> str:
     memory = plan.memory
     said = (
-        f"{_gib(memory.peak())} of {machine.device_gib:g} GiB at the peak of a rank"
+        f"{gib_or_mib(memory.peak())} of {machine.device_gib:g} GiB at the peak of a rank"
         f" ({memory.peak_phase})"
     )
     for place in PLACES[1:]:
         size = memory.peak(place)
-        said += f", {_gib(size)} on {place}" if size else ""
+        said += f", {gib_or_mib(size)} on {place}" if size else ""
     return said
 
 
@@ -133,16 +133,9 @@ def _time(plan: Forecast, machine: Machine) -> str:
     hours = plan.seconds / 3600
     flops = f"{plan.flops:.3g} FLOPs"
     return (
-        f"{_duration(plan.seconds)} at MFU {machine.mfu:.0%} ({flops}, {hours * machine.gpus:,.1f}"
+        f"{duration(plan.seconds)} at MFU {machine.mfu:.0%} ({flops}, {hours * machine.gpus:,.1f}"
         " GPU hours)"
     )
-
-
-def _duration(seconds: float) -> str:
-    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {name}"
-    return f"{seconds:.1f} seconds"
 
 
 def _sources(plan: Forecast) -> Table:
@@ -170,8 +163,8 @@ def _sources(plan: Forecast) -> Table:
                 source.tokens,
                 source.loss_tokens,
                 f"{source.epochs:.2f}",
-                f"{source.filled:.1%}",
-                f"{source.steps / plan.counts.steps:.0%}",
+                percent(source.filled),
+                percent(source.steps / plan.counts.steps, 0),
             ]
             for name, source in plan.counts.sources.items()
         ],
@@ -183,7 +176,7 @@ def _shares(plan: Forecast) -> Table:
     return Table(
         title="shares of the run",
         columns=("source", *(unit.replace("_", " ") for unit in UNITS), "gradient in the recipe"),
-        rows=[[name, *(f"{each[name]:.1%}" for each in shares)] for name in plan.counts.sources],
+        rows=[[name, *(percent(each[name]) for each in shares)] for name in plan.counts.sources],
     )
 
 
@@ -214,7 +207,3 @@ def _memory(plan: Forecast) -> Table:
             rows.append([f"all on the {place}", place, *totals])
     heads = ("part", "place", *PHASES)
     return Table(title=f"memory of a rank, {unit}", columns=heads, rows=rows)
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"

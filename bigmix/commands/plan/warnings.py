@@ -9,12 +9,12 @@ from bigmix.commands.plan.counts import SourceCounts
 from bigmix.commands.plan.forecast import Forecast, Machine
 from bigmix.loss.objective import surely_from
 from bigmix.recipe import Recipe
+from bigmix.terminal import GIB, gib
 
 MOST_EPOCHS = 4  # beyond, repeated data teaches less and less (Muennighoff et al., 2023)
 MOST_PADDING = 0.15
 MOST_DROPPED = 0.05
 MOST_DRIFT = 0.05  # of a gradient share from the share
-GIB = 1 << 30
 ROOM = 0.9  # of a device: its context, the communication library and fragmentation take the rest
 
 
@@ -100,13 +100,13 @@ def _drifted(recipe: Recipe, plan: Forecast) -> Iterator[str]:
 
 
 def _too_large(recipe: Recipe, plan: Forecast, machine: Machine) -> Iterator[str]:
-    needed = plan.memory.peak() / GIB
-    if needed <= ROOM * machine.device_gib:
+    needed = plan.memory.peak()
+    if needed <= ROOM * machine.device_gib * GIB:
         return
-    fits = "does not fit" if needed > machine.device_gib else "leaves too little room on"
+    fits = "does not fit" if needed > machine.device_gib * GIB else "leaves too little room on"
     remedies = "; or ".join(_remedies(recipe, plan)) or "take more GPUs"
     yield (
-        f"a rank needs {needed:.1f} GiB at its peak ({plan.memory.peak_phase}), which {fits} "
+        f"a rank needs {gib(needed)} at its peak ({plan.memory.peak_phase}), which {fits} "
         f"{machine.device_gib:g} GiB; {remedies}"
     )
 

@@ -6,7 +6,7 @@
 import argparse
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ from bigmix.commands.arguments import INPUTS, columns_of, count
 from bigmix.data.shards.manifest import Manifest, read_manifest
 from bigmix.errors import DONE, BadInput
 from bigmix.terminal import Table, Terminal, quiet_third_party_logs
+from bigmix.text.formats import Conversation, Text, utf8_of
 
 if TYPE_CHECKING:
     from bigmix.commands.prepare.job import PrepareSettings
-from collections.abc import Iterator
 
 _PICTURE = "report.png"
 
@@ -277,9 +277,7 @@ class _Encodable:
 
     def __iter__(self) -> Iterator[str]:
         for text in self._texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError:
+            if utf8_of(text) is None:
                 self.others += 1
             else:
                 yield text
@@ -289,7 +287,6 @@ def _texts(
     inputs: list[str], columns: Mapping[str, str] | None, limit: int | None
 ) -> Iterator[str]:
     """The text of each document, of a chat that of all its turns."""
-    from bigmix.text.formats import Conversation, Text
     from bigmix.text.readers import raw_documents
 
     for document in raw_documents(inputs, columns=columns, limit=limit):

@@ -40,7 +40,7 @@ from bigmix.commands.prepare.progress import (
     read_progress,
     remove_begun,
 )
-from bigmix.commands.prepare.tokenise import Job, hashed, start_early, tokenised
+from bigmix.commands.prepare.tokenise import Job, hashes_of, in_batches, start_early, tokenise
 from bigmix.commands.prepare.writer import PartWriter, Rules, Seen
 from bigmix.data.shards.location import MANIFEST
 from bigmix.data.shards.manifest import (
@@ -54,7 +54,7 @@ from bigmix.data.shards.manifest import (
 from bigmix.errors import BadInput, BigmixError
 from bigmix.text.chat_template import Template, check_first, encode_chat, open_template
 from bigmix.text.formats import Conversation, Document, Kind, Layout, Text, document_of, recognise
-from bigmix.text.readers import TEXT_SUFFIXES, RawRow, ReadOptions, format_of, read_rows
+from bigmix.text.readers import TEXT_SUFFIXES, RawRecord, ReadOptions, format_of, read_records
 from bigmix.text.tokenizer import Tokenizer, load_tokenizer
 
 LARGEST_HELD_OUT = 0.5
@@ -157,7 +157,7 @@ def prepare(settings: PrepareSettings, report: ReportProgress = lambda *_: None)
     if faults:
         raise BadInput(*faults)
     if settings.processes > 1:
-        start_early(tokenised.__module__)
+        start_early()
     with _started(settings, output), _told_when_full(output):
         job, warnings = _job(settings, load_tokenizer(settings.tokenizer))
         progress = _prepare_part(settings, job, report)
@@ -217,7 +217,7 @@ def _job(settings: PrepareSettings, tokenizer: Tokenizer) -> tuple[Job, Sequence
     """Decide from the first rows of all parts what the source is, and check that its chats can be
     learned from.
     """
-    first = islice(read_rows(settings.inputs, settings.read), settings.limit)
+    first = islice(read_records(settings.inputs, settings.read), settings.limit)
     rows = list(islice(first, FIRST_ROWS))
     columns = [row.columns for row in rows if row.columns is not None]
     if not columns:
@@ -260,7 +260,7 @@ def _unknown(tokenizer: Tokenizer, documents: Sequence[Document]) -> Iterator[st
         )
 
 
-def _uncut(rows: Sequence[RawRow], split_on: str | None) -> Iterator[str]:
+def _uncut(rows: Sequence[RawRecord], split_on: str | None) -> Iterator[str]:
     """A warning where a mark between documents cuts nothing among the first rows."""
     numbers = [row.number for row in rows if format_of(row.file) in TEXT_SUFFIXES]
     if split_on is None or max(numbers, default=1) > 1:
@@ -284,7 +284,7 @@ def _prepare_part(settings: PrepareSettings, job: Job, report: ReportProgress) -
     seen = Seen()
     if settings.deduplicate:
         before = rows_before(pieces, settings.read, progress)
-        with closing(hashed(job, before, settings.processes)) as batches:
+        with closing(in_batches(hashes_of, job, before, settings.processes)) as batches:
             for hashes in batches:
                 seen.add(hashes)
     _save_tokenizer(job.tokenizer, output)
@@ -297,7 +297,8 @@ def _prepare_part(settings: PrepareSettings, job: Job, report: ReportProgress) -
     left = None if settings.limit is None else settings.limit - progress.source.read
     report(writer.read, writer.tokens)
     try:
-        with closing(tokenised(job, islice(rows, left), settings.processes)) as batches:
+        left_rows = islice(rows, left)
+        with closing(in_batches(tokenise, job, left_rows, settings.processes)) as batches:
             for batch in batches:
                 writer.add(batch)
                 report(writer.read, writer.tokens)

@@ -21,8 +21,7 @@ from bigmix.text.readers import (
     PARQUET_SUFFIXES,
     SAVED_DATASET,
     LineSpan,
-    RawLine,
-    RawRow,
+    RawRecord,
     ReadOptions,
     format_of,
     opened,
@@ -176,7 +175,7 @@ class PartRows:
         # read now.
         self._before = [begun.source.read - begun.row]
 
-    def __iter__(self) -> Iterator[RawRow | RawLine]:
+    def __iter__(self) -> Iterator[RawRecord]:
         skipped = self._begun.row
         for piece in self._pieces[self._begun.piece :]:
             count = 0
@@ -195,13 +194,13 @@ class PartRows:
         return self._begun.piece + at, read - self._before[at]
 
 
-def _rows_of(piece: InputPiece, options: ReadOptions) -> Iterator[RawRow | RawLine]:
+def _rows_of(piece: InputPiece, options: ReadOptions) -> Iterator[RawRecord]:
     return (row for span in piece for row in read_span(span, options))
 
 
 def rows_before(
     pieces: Sequence[Sequence[InputPiece]], options: ReadOptions, begun: Progress
-) -> Iterator[RawRow | RawLine]:
+) -> Iterator[RawRecord]:
     """All rows of earlier parts, and those of this part that are done."""
     own = pieces[begun.part]
     for piece in (*(p for part in pieces[: begun.part] for p in part), *own[: begun.piece]):

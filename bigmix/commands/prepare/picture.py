@@ -9,6 +9,7 @@ from typing import Any
 
 from bigmix.data.shards.manifest import LOSS_BINS, TURN_BINS, Manifest, Statistics
 from bigmix.errors import BadInput
+from bigmix.terminal import short_binary
 
 INK, GREY, FAINT, BLUE = "#1b1f24", "#6b7280", "#e6e8eb", "#3b6fb6"
 PANEL_INCHES = (4.8, 3.0)
@@ -52,7 +53,7 @@ def draw(manifest: Manifest, *, title: str, path: Path) -> None:
 def _panels(is_chat: bool, found: Statistics) -> Sequence[_Panel]:
     by_length = found.documents_by_length
     low, high = _used(by_length)
-    names = [_short(1 << k) for k in range(low, high)]
+    names = [short_binary(1 << k) for k in range(low, high)]
     axis = "tokens of the document, from"
     panels = [
         _Panel(title="documents", axis=axis, labels=names, counts=by_length[low:high]),
@@ -76,14 +77,6 @@ def _used(counts: Sequence[int]) -> tuple[int, int]:
     """The first bin that is not empty, and the one behind the last."""
     filled = [k for k, count in enumerate(counts) if count]
     return filled[0], filled[-1] + 1
-
-
-def _short(value: int) -> str:
-    """A power of two as it is spoken of: 2048 becomes 2K."""
-    for size, letter in ((1 << 20, "M"), (1 << 10, "K")):
-        if value >= size:
-            return f"{value // size}{letter}"
-    return str(value)
 
 
 def _bars(axes: Any, panel: _Panel) -> None:

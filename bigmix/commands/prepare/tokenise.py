@@ -26,102 +26,20 @@ from bigmix.data.shards.manifest import token_dtype
 from bigmix.errors import BigmixError
 from bigmix.text.chat_template import Template, render_chat
 from bigmix.text.chat_tokens import RenderedChat, encode_together
-from bigmix.text.formats import Document, Dropped, Layout, Text, document_of
-from bigmix.text.readers import RawLine, RawRow, ReadOptions, parsed
+from bigmix.text.formats import Document, Dropped, Layout, Text, document_of, utf8_of
+from bigmix.text.readers import RawRecord, ReadOptions, parsed
 from bigmix.text.tokenizer import Tokenizer
 from bigmix.types import Flags, Ints
 
 IN_FLIGHT = 3  # batches per process that are read ahead: bounds the memory
 
-JobT = TypeVar("JobT")
-Batch = TypeVar("Batch")
-ResultT = TypeVar("ResultT")
-
-
-def in_processes(
-    job: JobT, work: Callable[[JobT, Batch], ResultT], batches: Iterable[Batch], processes: int
-) -> Generator[ResultT, None, None]:
-    """`work(job, batch)` for each batch.
-
-    To be closed by who does not take all of it: that ends the processes.
-
-    Raises BigmixError where a process dies.
-    """
-    pool = ProcessPoolExecutor(
-        processes, _context(work.__module__), initializer=_begin, initargs=(job,)
-    )
-    waiting: deque[Future[ResultT]] = deque()
-    try:
-        for batch in batches:
-            waiting.append(pool.submit(_work, work, batch))
-            if len(waiting) >= IN_FLIGHT * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise BigmixError(
-            f"one of {processes} tokenising processes died, most likely for want of memory; run"
-            " again with fewer --processes"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _context(module: str) -> Any:
-    """How workers start: not by a fork of this process, whose tokenizer and reader threads a fork
-    would break.
-    """
-    if not _has_forkserver():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module])  # the imports are paid once, not by each worker
-    return context
-
-
-def start_early(module: str) -> None:
-    """Begin the imports that workers of a module need, while this process has other things to
-    do.
-    """
-    _context(module)
-    if _has_forkserver():
-        forkserver.ensure_running()
-
-
-def _has_forkserver() -> bool:
-    return "forkserver" in multiprocessing.get_all_start_methods()
-
-
-# The job of a worker process, given once: a tokenizer is too large to travel with each batch.
-_job: Any
-
-
-def _begin(job: Any) -> None:
-    global _job
-    # ctrl-C reaches the whole group; the main process alone decides what follows.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The processes are the parallelism.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _job = job
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _work(work: Callable[[Any, Batch], ResultT], batch: Batch) -> ResultT:
-    return work(_job, batch)
-
-
 BATCH_ROWS = 256
 BATCH_CHARACTERS = 1 << 18
 HASH_BYTES = 16
 
+ResultT = TypeVar("ResultT")
 Hashes = npt.NDArray[np.bytes_]
-RawRows = Sequence[RawRow | RawLine]
+RawRecords = Sequence[RawRecord]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,25 +138,7 @@ class _Found(NamedTuple):
     chat: RenderedChat | None
 
 
-def tokenised(
-    job: Job, rows: Iterable[RawRow | RawLine], processes: int
-) -> Generator[TokenisedBatch, None, None]:
-    """Tokenise rows in batches; the documents and their order do not depend on the number of
-    processes.
-
-    To be closed by who does not take all of it: that ends the processes.
-    """
-    return _worked(job, tokenise, rows, processes)
-
-
-def hashed(
-    job: Job, rows: Iterable[RawRow | RawLine], processes: int
-) -> Generator[Hashes, None, None]:
-    """The hashes of all documents, in batches, without a look at their tokens."""
-    return _worked(job, hashes_of, rows, processes)
-
-
-def tokenise(job: Job, rows: RawRows) -> TokenisedBatch:
+def tokenise(job: Job, rows: RawRecords) -> TokenisedBatch:
     """Tokenise one batch."""
     found = list(_documents(job, rows))
     documents = [each for each in found if isinstance(each, _Found)]
@@ -252,7 +152,7 @@ def tokenise(job: Job, rows: RawRows) -> TokenisedBatch:
     return batch.select(fits, sorted(dropped))
 
 
-def hashes_of(job: Job, rows: RawRows) -> Hashes:
+def hashes_of(job: Job, rows: RawRecords) -> Hashes:
     """The hashes of the documents of one batch."""
     return _hashes([each for each in _documents(job, rows) if isinstance(each, _Found)])
 
@@ -302,7 +202,7 @@ def _encode_chats(
         loss_bytes=np.array([chat.answer_bytes for chat in chats], np.int64),
         text_bytes=np.array([len(each.utf8) for each in found], np.int64),
         characters=np.array([len(each.text) for each in found], np.int64),
-        turns=np.array([chat.turns for chat in chats], np.int64),
+        turns=np.array([chat.num_turns for chat in chats], np.int64),
         hashes=_hashes(found),
     )
 
@@ -320,17 +220,14 @@ def _hashes(found: Sequence[_Found]) -> Hashes:
     return np.frombuffer(b"".join(digests), f"S{HASH_BYTES}")
 
 
-def _documents(job: Job, rows: RawRows) -> Iterator[_Found | DroppedRow]:
+def _documents(job: Job, rows: RawRecords) -> Iterator[_Found | DroppedRow]:
     """A document for each row, or why there is none."""
     for number, raw in enumerate(rows):
         row = parsed(raw, job.read)
         if row.columns is None:
             yield _dropped(rows, number, "bad_line")
             continue
-        try:
-            found = _document(job, number, document_of(row.columns, job.layout))
-        except UnicodeEncodeError:  # half of a surrogate pair: JSON can write it, UTF-8 cannot
-            found = Dropped(reason="not_unicode")
+        found = _document(job, number, document_of(row.columns, job.layout))
         yield _dropped(rows, number, found.reason) if isinstance(found, Dropped) else found
 
 
@@ -338,11 +235,12 @@ def _document(job: Job, number: int, document: Document) -> _Found | Dropped:
     if isinstance(document, Dropped):
         return document
     if isinstance(document, Text):
-        return _Found(number, document.text, document.text.encode(), None)
+        utf8 = utf8_of(document.text)
+        if utf8 is None:
+            return Dropped(reason="not_unicode")
+        return _Found(number, document.text, utf8, None)
     chat = render_chat(job.tokenizer, _template(job), document)
-    return (
-        chat if isinstance(chat, Dropped) else _Found(number, chat.text, chat.text.encode(), chat)
-    )
+    return chat if isinstance(chat, Dropped) else _Found(number, chat.text, chat.utf8, chat)
 
 
 def _template(job: Job) -> Template:
@@ -350,33 +248,101 @@ def _template(job: Job) -> Template:
     return job.template
 
 
-def _dropped(rows: RawRows, row: int, reason: str) -> DroppedRow:
+def _dropped(rows: RawRecords, row: int, reason: str) -> DroppedRow:
     # The name of a file need not be UTF-8.
     file = rows[row].file.encode(errors="backslashreplace").decode()
     return DroppedRow(row, reason, f"{file}:{rows[row].number}")
 
 
-def _worked(
+def in_batches(
+    work: Callable[[Job, RawRecords], ResultT],
     job: Job,
-    work: Callable[[Job, RawRows], ResultT],
-    rows: Iterable[RawRow | RawLine],
+    rows: Iterable[RawRecord],
     processes: int,
 ) -> Generator[ResultT, None, None]:
+    """`work(job, batch)` for each batch of the rows, in order, in this process or in several.
+
+    The documents and their order do not depend on the number of processes. Close the generator
+    where not all of it is taken: that ends the processes. Raises BigmixError where a process dies.
+    """
     batches = _batches(rows)
     few = list(islice(batches, 2))
     batches = chain(few, batches)
     if processes == 1 or len(few) < 2:
-        return (work(job, batch) for batch in batches)
+        yield from (work(job, batch) for batch in batches)
+        return
     light = replace(job, tokenizer=job.tokenizer.for_workers())
-    return in_processes(light, work, batches, processes)
+    pool = ProcessPoolExecutor(processes, _context(), initializer=_begin, initargs=(light,))
+    waiting: deque[Future[ResultT]] = deque()
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(_work, work, batch))
+            if len(waiting) >= IN_FLIGHT * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise BigmixError(
+            f"one of {processes} tokenising processes died, most likely for want of memory; run"
+            " again with fewer --processes"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _batches(rows: Iterable[RawRow | RawLine]) -> Iterator[RawRows]:
-    batch: list[RawRow | RawLine] = []
+def start_early() -> None:
+    """Begin the imports that the processes need, while this one has other things to do."""
+    _context()
+    if _has_forkserver():
+        forkserver.ensure_running()
+
+
+def _context() -> Any:
+    """How the processes start: not by a fork of this one, whose tokenizer and reader threads a fork
+    would break.
+    """
+    if not _has_forkserver():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # the imports are paid once, not by each process
+    return context
+
+
+def _has_forkserver() -> bool:
+    return "forkserver" in multiprocessing.get_all_start_methods()
+
+
+# The job of a worker process, given once: a tokenizer is too large to travel with each batch.
+_job: Job
+
+
+def _begin(job: Job) -> None:
+    global _job
+    # ctrl-C reaches the whole group; the main process alone decides what follows.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The processes are the parallelism.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _job = job
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(work: Callable[[Job, RawRecords], ResultT], batch: RawRecords) -> ResultT:
+    return work(_job, batch)
+
+
+def _batches(rows: Iterable[RawRecord]) -> Iterator[RawRecords]:
+    batch: list[RawRecord] = []
     characters = 0
     for row in rows:
         batch.append(row)
-        characters += len(row.line) if isinstance(row, RawLine) else _characters(row.columns)
+        characters += len(row.line) if row.line is not None else _characters(row.columns)
         if len(batch) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -10,17 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from bigmix.commands.prepare.progress import SHARD, Progress, held_out_folder, write_progress
-from bigmix.commands.prepare.tokenise import DroppedRow, TokenisedBatch
+from bigmix.commands.prepare.tokenise import DroppedRow, Hashes, TokenisedBatch
 from bigmix.data.shards.manifest import Manifest, ShardEntry, ShardTable, Statistics, statistics_of
 from bigmix.data.shards.shard import ShardWriter
 from bigmix.types import Flags
 
 FRESH = 1 << 16  # hashes that are kept in a set before they are sorted into an array
-
-Hashes = npt.NDArray[np.bytes_]
 
 
 class Seen:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from bigmix.commands.arguments import INPUTS, columns_of, count
 from bigmix.errors import DONE
-from bigmix.terminal import Table, Terminal, quiet_third_party_logs
+from bigmix.terminal import Table, Terminal, percent, quiet_third_party_logs
 
 if TYPE_CHECKING:
-    from bigmix.commands.probe.score import Recall, Recalled
+    from bigmix.commands.probe.score import Recalled
 
 
 def add_probe(subparsers: Any) -> None:
@@ -101,14 +101,10 @@ def _rows(
         yield [
             model,
             str(words),
-            _percent(overall),
-            f"{overall.low:.1%}–{overall.high:.1%}",
-            *(_percent(recalled.attributes[name]) for name in attributes),
+            percent(overall.value),
+            f"{percent(overall.low)}–{percent(overall.high)}",
+            *(percent(recalled.attributes[name].value) for name in attributes),
         ]
-
-
-def _percent(recall: "Recall") -> str:
-    return f"{recall.value:.1%}"
 
 
 def _as_tree(found: "Mapping[Any, Recalled]") -> Mapping[str, Any]:

@@ -13,8 +13,8 @@ from bigmix.errors import BadInput
 from bigmix.evaluation.tasks.matching import label_of, last_number, plain_label
 from bigmix.recipe.task import PARTS, Task
 from bigmix.seeding import evenly_spaced
-from bigmix.text.formats import Conversation, Layout, Turn, document_of
-from bigmix.text.readers import LINE_SUFFIXES, ReadOptions, format_of, read_rows
+from bigmix.text.formats import Conversation, Layout, Turn, document_of, utf8_of
+from bigmix.text.readers import LINE_SUFFIXES, ReadOptions, format_of, read_records
 
 _MOST_FAULTS = 5  # of one file; the rest is counted
 _LIBRARIES = {"bleu": "sacrebleu", "chrf": "sacrebleu"} | dict.fromkeys(
@@ -90,7 +90,7 @@ def _open(task: Task) -> TaskFile:
         raise BadInput(f"path is {task.path}, must be a .jsonl file, also .jsonl.gz or .jsonl.zst")
     faults: list[str] = []
     examples = []
-    for index, row in enumerate(read_rows([task.path], ReadOptions(skip_bad_lines=True))):
+    for index, row in enumerate(read_records([task.path], ReadOptions(skip_bad_lines=True))):
         place = f"{row.file}, line {row.number}"
         try:
             examples.append(_example(task, row.columns, index, place))
@@ -213,7 +213,7 @@ def _faults(
 ) -> Iterator[str]:
     if not messages or not any(str(turn["content"]).strip() for turn in messages):
         yield "its prompt is empty"
-    if not _is_unicode("".join([*(str(turn["content"]) for turn in messages), *references])):
+    if utf8_of("".join([*(str(turn["content"]) for turn in messages), *references])) is None:
         yield "holds half of a surrogate pair, which is no text"
     if len(task.passes_at) < len(task.scores) and not any(text.strip() for text in references):
         yield f"has no answer (one of {', '.join(_ANSWERS)})"
@@ -223,12 +223,3 @@ def _faults(
         yield "its answer has no number, which numeric_match compares"
     if task.format == "text" and len(messages) > 1:
         yield "has several turns, and format is text; set format: chat"
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be written: JSON can spell half of a surrogate pair, UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -26,7 +26,7 @@ from bigmix.commands.prepare.progress import PARTS
 from bigmix.data.shards.manifest import read_manifest
 from bigmix.data.shards.shard import open_shard
 from bigmix.errors import BAD_INPUT, FAILED, BadInput
-from bigmix.text.readers import LineSpan, RawRow, ReadOptions, parsed, read_rows, read_span
+from bigmix.text.readers import LineSpan, RawRecord, ReadOptions, parsed, read_records, read_span
 from bigmix.text.tokenizer import train_tokenizer
 
 TEXTS = generated_texts(900, seed=5)
@@ -359,7 +359,7 @@ def inputs_of(folder):
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
 def test_each_row_of_each_format_belongs_to_one_part(tmp_path, count):
     inputs, options = inputs_of(tmp_path), ReadOptions(split_on="|")
-    everything = Counter(str(row.columns) for row in read_rows(inputs, options))
+    everything = Counter(str(row.columns) for row in read_records(inputs, options))
     shares = share_out(listing(inputs), count)
     found = [
         str(parsed(row, options).columns)
@@ -387,4 +387,4 @@ def test_a_stretch_names_the_byte_from_which_its_lines_are_counted(tmp_path):
     path.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}\n')
     span = LineSpan(place=str(path), start=9, stop=18)
     (row,) = [parsed(row, ReadOptions()) for row in read_span(span, ReadOptions())]
-    assert row == RawRow(file=f"{path} from byte 9", number=1, columns={"a": 2})
+    assert row == RawRecord(file=f"{path} from byte 9", number=1, columns={"a": 2})

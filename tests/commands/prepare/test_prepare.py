@@ -14,7 +14,6 @@ from support.corpora import generated_texts
 
 from bigmix.commands.main import main
 from bigmix.commands.prepare import tokenise
-from bigmix.commands.prepare import tokenise as workers
 from bigmix.commands.prepare.job import PrepareSettings, prepare
 from bigmix.data.shards.location import MANIFEST
 from bigmix.data.shards.manifest import read_manifest
@@ -22,7 +21,7 @@ from bigmix.data.shards.shard import open_shard
 from bigmix.errors import BadInput
 from bigmix.text.chat_template import encode_chat, open_template
 from bigmix.text.formats import Conversation, Layout
-from bigmix.text.readers import RawRow, ReadOptions
+from bigmix.text.readers import RawRecord, ReadOptions
 from bigmix.text.tokenizer import fingerprint_of, load_tokenizer
 
 TEXTS = generated_texts(600)
@@ -281,7 +280,7 @@ def test_rows_are_read_only_a_few_batches_ahead(tiny_tokenizer, processes):
         nonlocal taken
         for index in range(100_000):
             taken += 1
-            yield RawRow(file="f", number=index, columns={"text": "a"})
+            yield RawRecord(file="f", number=index, columns={"text": "a"})
 
     job = tokenise.Job(
         tokenizer=load_tokenizer(str(tiny_tokenizer)),
@@ -289,10 +288,10 @@ def test_rows_are_read_only_a_few_batches_ahead(tiny_tokenizer, processes):
         template=None,
         max_tokens=None,
     )
-    batches = tokenise.tokenised(job, rows(), processes)
+    batches = tokenise.in_batches(tokenise.tokenise, job, rows(), processes)
     for done in range(1, 6):
         next(batches)
-        ahead = workers.IN_FLIGHT * processes + 2
+        ahead = tokenise.IN_FLIGHT * processes + 2
         assert taken <= (done + ahead) * tokenise.BATCH_ROWS
     batches.close()
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigmix.commands.compare.charts.svg import TEXT_PX, XY, Shape, Stroke, Words, width_of
+from bigmix.terminal import short
 
 LINE_PX = 15  # between two labels
 WIDTH, HEIGHT = 420, 300
@@ -86,7 +87,7 @@ def range_of(values: Sequence[float], margin: float = 0.06) -> Range:
 
 def number_ticks(low: float, high: float, count: int = 4) -> list[tuple[float, str]]:
     """Round numbers with their texts."""
-    return [(value, short(value)) for value in ticks(low, high, count)]
+    return [(value, short(value, billion="B")) for value in ticks(low, high, count)]
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
@@ -98,14 +99,6 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [index * step for index in range(first, last + 1)]
-
-
-def short(value: float) -> str:
-    """A tick's label: 2500000 becomes 2.5M."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

@@ -15,7 +15,6 @@ from bigmix.commands.compare.charts.axes import (
     Axes,
     number_ticks,
     range_of,
-    short,
     spread,
 )
 from bigmix.commands.compare.charts.styles import MAX_NAMED, Style, styles_of
@@ -24,6 +23,7 @@ from bigmix.commands.compare.judge import Comparison
 from bigmix.commands.compare.measures import FORGETTING, LOSS, MeasuredValue, spread_of
 from bigmix.commands.compare.points import RunPoint
 from bigmix.commands.compare.read import BASE, Evaluation
+from bigmix.terminal import short
 
 Pick = Callable[[Evaluation], MeasuredValue | None]
 
@@ -197,7 +197,10 @@ def _marks(axes: Axes, curve: Curve, *, every: bool) -> Iterator[Mark]:
             shape=curve.style.shape if is_last else "circle",
             colour=curve.style.key,
             size=4.0 if is_last else 2.6,
-            tip=(f"{curve.style.name} {dot.y:.3f}", f"step {dot.step:,}, {short(dot.x)}"),
+            tip=(
+                f"{curve.style.name} {dot.y:.3f}",
+                f"step {dot.step:,}, {short(dot.x, billion='B')}",
+            ),
         )
 
 

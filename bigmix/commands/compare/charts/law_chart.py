@@ -10,11 +10,12 @@ import numpy as np
 from bigmix.commands.compare.charts.axes import HEIGHT, TOP, WIDTH, Axes, range_of, share_axes
 from bigmix.commands.compare.charts.styles import styles_of
 from bigmix.commands.compare.charts.svg import Mark, Scene, Shape, Stroke, Words
-from bigmix.commands.compare.judge import Comparison, percent
+from bigmix.commands.compare.judge import Comparison
 from bigmix.commands.compare.law import Fit, Law, Prediction, fit_law
 from bigmix.commands.compare.measures import FORGETTING, Spread
 from bigmix.commands.compare.points import RunPoint
 from bigmix.commands.compare.tables import ABSENT
+from bigmix.terminal import share_percent
 
 
 def law_scenes(comparison: Comparison) -> list[Scene]:
@@ -35,7 +36,7 @@ def _scene(comparison: Comparison, source: str, fit: Fit) -> Scene:
     smallest, largest = fit.points[1].share, max(point.share or 0.0 for point, _ in measured)
     heights = [v for _, spread in measured for v in (spread.mean, *(spread.interval or ()))]
     axes = share_axes(smallest, largest, range_of([0.0, *heights]))
-    named = [(point.share or 0.0, percent(point.written_share)) for point, _ in measured]
+    named = [(point.share or 0.0, share_percent(point.written_share)) for point, _ in measured]
     shapes: list[Shape] = [*axes.frame(x_label="replay's share of the rows, p", x_ticks=named)]
     if fit.from_smallest:
         by_two = fit_law(fit.law.at_zero, fit.points[1:3])
@@ -95,7 +96,7 @@ def law_sentences(source: str, fit: Fit | str) -> list[str]:
     if not fit.from_smallest:
         said.append("Two shares fix both constants, so nothing is left to test the law on.")
     if fit.passed_over:
-        shares = ", ".join(percent(share) for share in fit.passed_over)
+        shares = ", ".join(share_percent(share) for share in fit.passed_over)
         said.append(f"Left out of the fit, as nothing was forgotten there: {shares}.")
     return said
 
@@ -116,7 +117,7 @@ def law_rows(fit: Fit) -> list[tuple[str, list[str]]]:
     smallest = {prediction.share: prediction for prediction in fit.from_smallest}
     return [
         (
-            percent(point.share),
+            share_percent(point.share),
             [
                 f"{point.forgetting:.3f}",
                 f"{fit.law.predict(point.share):.3f}",

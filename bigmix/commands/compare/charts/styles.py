@@ -19,8 +19,9 @@ from bigmix.commands.compare.charts.svg import (
     Words,
     width_of,
 )
-from bigmix.commands.compare.judge import Comparison, percent
+from bigmix.commands.compare.judge import Comparison
 from bigmix.commands.compare.points import RunPoint
+from bigmix.terminal import share_percent
 
 ONE_WAY = ("#c2500a", "#ff9a57")
 # Teal to deep blue on white, deep teal to pale blue on black; the middle is what a single share
@@ -86,7 +87,7 @@ def _looks(comparison: Comparison) -> Iterator[tuple[RunPoint, _Look]]:
         for point in line.points:
             is_two_way = point.kind == "two-way"
             colours = _of_share(above.index(point), len(above)) if is_two_way else ONE_WAY
-            label = percent(point.written_share) if is_sweep else labels[point.name]
+            label = share_percent(point.written_share) if is_sweep else labels[point.name]
             yield point, (colours, shape, dash, label)
     for index, point in enumerate(comparison.arrangement.remedies):
         colours = _REMEDIES[index % len(_REMEDIES)]
