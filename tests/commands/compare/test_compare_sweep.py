@@ -235,7 +235,7 @@ def test_files_of_a_sweep(summary: Summary) -> None:
     assert tree["headline"].startswith("Without replay training forgot 1.1")
     page = (report / "index.html").read_text()
     for run in summary.comparison.runs:
-        assert run.command in page.replace("&#x27;", "'")
+        assert run.command in page.replace("&#39;", "'")
     assert "Task tokens are fixed: replay comes on top" in page
     tex = (report / "table.tex").read_text()
     assert r"{books-0.05} & {5~\%}" in tex
