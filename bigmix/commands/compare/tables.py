@@ -10,13 +10,13 @@ from bigmix.commands.compare.measures import (
     GAIN,
     SOURCE_MEASURES,
     Measure,
-    MeasuredValue,
     Spread,
     score_measure,
     spread_of,
 )
 from bigmix.commands.compare.points import RunPoint
 from bigmix.commands.compare.read import BASE
+from bigmix.evaluation.bootstrap import Estimate
 
 ABSENT = "–"
 NOTE = (
@@ -130,7 +130,7 @@ def _tables(
 def _measured(
     points: Sequence[RunPoint],
     spreads: Mapping[Measure, Sequence[Spread | None]],
-    base: Mapping[str, MeasuredValue],
+    base: Mapping[str, Estimate],
     *,
     with_share: bool,
 ) -> tuple[list[str], list[MeasureRow]]:
@@ -151,7 +151,7 @@ def _measured(
     return heads, rows
 
 
-def _cell_of_base(base: Mapping[str, MeasuredValue], measure: Measure) -> ResultCell:
+def _cell_of_base(base: Mapping[str, Estimate], measure: Measure) -> ResultCell:
     found = base.get(measure.key)
     if found is None or measure.key in (FORGETTING, GAIN):
         return ResultCell(value=ABSENT)
