@@ -43,26 +43,19 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """A number and half of its 95 % interval, None where that is not known."""
-
-    value: float
-    margin: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutRow:
-    """One source of one evaluation; losses and divergence in nats/token, None what was not
-    measured.
+    """One source of one evaluation: losses and divergence in nats/token, None what was not
+    measured. A margin is half of a 95 % interval.
     """
 
     source: str
     role: str
-    loss: Measured
+    loss: float
+    loss_margin: float | None = None
     bits_per_byte: float | None = None
     token_accuracy: float | None = None
     kl_to_base: float | None = None
-    forgetting: Measured | None = None
+    forgetting: Change | None = None
 
 
 class Terminal:
@@ -196,20 +189,13 @@ def evaluation_table(title: str, results: Sequence[HeldOutRow]) -> Table:
     columns: dict[str, list[Cell]] = {
         "source": [r.source for r in results],
         "role": [r.role for r in results],
-        "loss": [f"{r.loss.value:.3f}{_margin(r.loss.margin)}" for r in results],
+        "loss": [f"{r.loss:.3f}{_margin(r.loss_margin)}" for r in results],
         "bits/byte": [r.bits_per_byte for r in results],
         "accuracy": [
             None if r.token_accuracy is None else percent(r.token_accuracy) for r in results
         ],
         "KL": [r.kl_to_base for r in results],
-        "forgetting": [
-            (
-                None
-                if r.forgetting is None
-                else Change(nats=r.forgetting.value, margin=r.forgetting.margin)
-            )
-            for r in results
-        ],
+        "forgetting": [r.forgetting for r in results],
     }
     shown = {name: cells for name, cells in columns.items() if any(c is not None for c in cells)}
     return Table(

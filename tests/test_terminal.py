@@ -12,8 +12,8 @@ import pytest
 
 from bigmix.terminal import (
     Cell,
+    Change,
     HeldOutRow,
-    Measured,
     Table,
     Terminal,
     clock_time,
@@ -140,11 +140,12 @@ def test_evaluation_shows_loss_interval_and_coloured_forgetting(
         HeldOutRow(
             source=name,
             role="replay",
-            loss=Measured(value=2.5, margin=0.1),
+            loss=2.5,
+            loss_margin=0.1,
             bits_per_byte=0.9,
             token_accuracy=0.456,
             kl_to_base=0.125,
-            forgetting=Measured(value=sign * 0.25, margin=0.0125),
+            forgetting=Change(nats=sign * 0.25, margin=0.0125),
         )
         for name, sign in zip(SIX, (1, -1, 1, 1, 1, 1), strict=True)
     ]
@@ -155,7 +156,7 @@ def test_evaluation_shows_loss_interval_and_coloured_forgetting(
     assert re.search(r"\x1b\[31m *\+0\.250 ±0\.013", text)
     assert re.search(r"\x1b\[32m *-0\.250 ±0\.013", text)
     assert len(text.splitlines()) == 2 + len(SIX)  # nothing is folded
-    without = [HeldOutRow(source="web", role="replay", loss=Measured(value=2.5))]
+    without = [HeldOutRow(source="web", role="replay", loss=2.5)]
     table = evaluation_table("held out", without)
     assert table.columns == ["source", "role", "loss"]
     assert table.rows == [("web", "replay", "2.500")]

@@ -4,12 +4,30 @@
 Letters: D documents, K numbers of each, R resamples.
 """
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 
 from bigmix.types import Floats
 
 RESAMPLES = 1000
 _DRAWS = 1 << 20  # of documents at a time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A measured value and the ends of its 95 % interval; an end that is not known is NaN."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Both ends; None where one of them is not known."""
+        is_unknown = math.isnan(self.low) or math.isnan(self.high)
+        return None if is_unknown else (self.low, self.high)
 
 
 def resampled_sums(numbers_DK: Floats, key: int) -> Floats:

@@ -14,8 +14,9 @@ from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.signals import Activity
 from bigmix.data.shards.manifest import Manifest
 from bigmix.errors import BadInput
+from bigmix.evaluation.bootstrap import Estimate
 from bigmix.evaluation.forward import HeldOutSpec, evaluate
-from bigmix.evaluation.held_out import Baseline, Estimate, HeldOutResult, summarise
+from bigmix.evaluation.held_out import Baseline, HeldOutResult, summarise
 from bigmix.evaluation.tasks.examples import TaskFile
 from bigmix.evaluation.tasks.inference_model import WeightPlacement, gathered_for_inference
 from bigmix.evaluation.tasks.prompts import PreparedTask, chat_format_of, tokenise_tasks

@@ -22,7 +22,7 @@ from typing import TypeAlias
 import numpy as np
 
 from bigmix.errors import BadInput
-from bigmix.evaluation.bootstrap import interval, resampled_sums
+from bigmix.evaluation.bootstrap import Estimate, interval, resampled_sums
 from bigmix.files import put_in_place
 from bigmix.seeding import key_of
 from bigmix.types import Floats, Ints
@@ -62,15 +62,6 @@ class DocumentSums:
         """Nats per loss token; not a number where there is none."""
         tokens, nll = self.sums_DM.sum(axis=0)[[Sum.TOKENS, Sum.NLL]].tolist()
         return nll / tokens if tokens else math.nan
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
-    """A measure and the ends of its 95 % interval, which are no numbers where it is not known."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,7 +200,7 @@ def summarise(
     bits = tokens_per_byte / math.log(2)
     forgetting = None
     if base is not None:
-        change = Estimate(value=math.nan, low=math.nan, high=math.nan)
+        change = Estimate(value=math.nan)
         if base_DM is not None:
             change = estimate(lambda sums_xM: loss(sums_xM) - loss(sums_xM[..., len(Sum) :]))
         forgetting = Estimate(value=sums.loss - base.losses[name], low=change.low, high=change.high)

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Mapping
 
+from bigmix.evaluation.bootstrap import Estimate
 from bigmix.evaluation.evaluator import EvaluationResult
-from bigmix.evaluation.held_out import Estimate, HeldOutResult
+from bigmix.evaluation.held_out import HeldOutResult
 from bigmix.evaluation.tasks.runner import TaskResult
 from bigmix.recipe import Recipe
-from bigmix.terminal import Cell, HeldOutRow, Measured, Table, Terminal, evaluation_table
+from bigmix.terminal import Cell, Change, HeldOutRow, Table, Terminal, evaluation_table
 
 
 def show_evaluation(terminal: Terminal, recipe: Recipe, of: str, found: EvaluationResult) -> None:
@@ -24,17 +25,23 @@ def _told(recipe: Recipe, name: str, found: HeldOutResult) -> HeldOutRow:
     return HeldOutRow(
         source=name,
         role=source.role if source is not None else "held out",
-        loss=_measured(found.loss),
+        loss=found.loss.value,
+        loss_margin=_margin(found.loss),
         bits_per_byte=found.bits_per_byte.value,
         token_accuracy=found.token_accuracy.value,
         kl_to_base=None if found.kl_to_base is None else found.kl_to_base.value,
-        forgetting=None if found.forgetting is None else _measured(found.forgetting),
+        forgetting=None if found.forgetting is None else _change(found.forgetting),
     )
 
 
-def _measured(estimate: Estimate) -> Measured:
+def _change(forgetting: Estimate) -> Change:
+    return Change(nats=forgetting.value, margin=_margin(forgetting))
+
+
+def _margin(estimate: Estimate) -> float | None:
+    """Half of the interval, None where that is not known."""
     margin = (estimate.high - estimate.low) / 2
-    return Measured(value=estimate.value, margin=None if math.isnan(margin) else margin)
+    return None if math.isnan(margin) else margin
 
 
 def _tasks_table(title: str, results: Mapping[str, TaskResult]) -> Table:

@@ -43,7 +43,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _show(summary: "Summary") -> None:
     # As above: the tables' texts come with compare.
-    from bigmix.commands.compare.tables import ABSENT, cells_of, has_shares, heads_of, narrow_tables
+    from bigmix.commands.compare.tables import ABSENT, narrow_tables
     from bigmix.terminal import Table, Terminal
 
     comparison = summary.comparison
@@ -57,21 +57,13 @@ def _show(summary: "Summary") -> None:
             " names are boxes, on the page they are not; install a font that has them, such as"
             " Noto Sans CJK"
         )
-    with_share = has_shares(comparison)
     for table in narrow_tables(comparison):
         # Intervals are in the files: a terminal is narrow.
         rows = [
-            [
-                row.name,
-                *(
-                    None if c.value == ABSENT else c.brief
-                    for c in cells_of(row, with_share=with_share)
-                ),
-            ]
+            [row.name, *(None if cell.value == ABSENT else cell.brief for cell in row.cells)]
             for row in table.rows
         ]
-        heads = ["", *heads_of(table, with_share=with_share)]
-        terminal.table(Table(title=table.title, columns=heads, rows=rows))
+        terminal.table(Table(title=table.title, columns=["", *table.heads], rows=rows))
     for path in summary.files:
         terminal.note(f"wrote {path}")
     terminal.close()

@@ -2,14 +2,16 @@
 doubts.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bigmix.commands.compare.law import Fit, fit_source
-from bigmix.commands.compare.measures import FORGETTING, LOSS, MeasuredValue
+from bigmix.commands.compare.measures import FORGETTING, LOSS
 from bigmix.commands.compare.points import Arrangement, RunPoint, arrange, points_of
 from bigmix.commands.compare.read import BASE, FinishedRun, ReadRun
+from bigmix.evaluation.bootstrap import Estimate
 from bigmix.terminal import share_percent
 
 SAME_BASE = 1e-3  # relative difference of step-0 losses: kernels and numbers of GPUs differ by less
@@ -34,8 +36,8 @@ class Comparison:
     points: Sequence[RunPoint]
     arrangement: Arrangement
     roles: Mapping[str, str]
-    base: Mapping[str, Mapping[str, MeasuredValue]]
-    base_tasks: Mapping[str, Mapping[str, MeasuredValue]]
+    base: Mapping[str, Mapping[str, Estimate]]
+    base_tasks: Mapping[str, Mapping[str, Estimate]]
     scores: Mapping[str, Sequence[str]]
     judged: str | None
     fits: Mapping[str, Fit | str]
@@ -68,8 +70,8 @@ class Summary:
 def judge(found: ReadRun) -> Comparison:
     """Put the runs side by side; the first run that evaluated a source gives that source's base."""
     runs = found.runs
-    base: dict[str, Mapping[str, MeasuredValue]] = {}
-    base_tasks: dict[str, Mapping[str, MeasuredValue]] = {}
+    base: dict[str, Mapping[str, Estimate]] = {}
+    base_tasks: dict[str, Mapping[str, Estimate]] = {}
     for run in runs:
         base = {**run.first.sources, **base}
         base_tasks = {**run.first.tasks, **base_tasks}
@@ -232,8 +234,8 @@ def _is_lost(point: RunPoint, source: str) -> bool:
     found = point.source(source, FORGETTING)
     if found is None or found.mean < LEAST_TOLD:
         return False
-    doubt = found.low if len(found.values) == 1 else min(found.values)
-    return doubt is None or doubt > 0
+    doubt = found.estimate.low if len(found.values) == 1 else min(found.values)
+    return math.isnan(doubt) or doubt > 0
 
 
 def _task_clause(one: RunPoint, two: RunPoint, tasks: Sequence[str]) -> str:
@@ -268,7 +270,7 @@ def _mean_sentence(one: RunPoint, two: RunPoint, sources: Sequence[str]) -> str:
 
 
 def _warnings(
-    found: ReadRun, base: Mapping[str, Mapping[str, MeasuredValue]], points: Sequence[RunPoint]
+    found: ReadRun, base: Mapping[str, Mapping[str, Estimate]], points: Sequence[RunPoint]
 ) -> Iterator[str]:
     if found.left_out:
         yield (
@@ -293,7 +295,7 @@ def _warnings(
 
 
 def _other_start(
-    run: FinishedRun, runs: Sequence[FinishedRun], base: Mapping[str, Mapping[str, MeasuredValue]]
+    run: FinishedRun, runs: Sequence[FinishedRun], base: Mapping[str, Mapping[str, Estimate]]
 ) -> Iterator[str]:
     """A run that was evaluated on other data than the first one that was, or began as another
     model.

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bigmix.evaluation.bootstrap import Estimate
+
 Better = Literal["lower", "higher"]
 LOSS, FORGETTING, GAIN = "held_out_loss", "forgetting", "gain"
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; further ones are within 2 % of
@@ -33,37 +35,26 @@ _T_975 = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MeasuredValue:
-    """A value and the ends of its 95 % interval, where that is known."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Both ends, or None."""
-        return None if self.low is None or self.high is None else (self.low, self.high)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """A value over the seeds of a point: the mean, the standard deviation, and a 95 % interval.
+    """A value over the seeds of a point: the mean with a 95 % interval, and the standard deviation.
 
     The interval is Student's, of the mean over seeds; of a single run it is the run's own bootstrap
     interval, and there is no standard deviation.
     """
 
-    mean: float
+    estimate: Estimate
     deviation: float | None
-    low: float | None
-    high: float | None
     values: Sequence[float]
 
     @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return self.estimate.value
+
+    @property
     def interval(self) -> tuple[float, float] | None:
-        """Both ends, or None."""
-        return None if self.low is None or self.high is None else (self.low, self.high)
+        """Both ends of the interval; None where one of them is not known."""
+        return self.estimate.interval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,18 +80,18 @@ SOURCE_MEASURES = (
 _READ = tuple(m.key for m in SOURCE_MEASURES if m.key not in (FORGETTING, GAIN))
 
 
-def spread_of(estimates: Sequence[MeasuredValue]) -> Spread:
+def spread_of(estimates: Sequence[Estimate]) -> Spread:
     """The same measure of one or more runs that differ in their seed alone."""
     values = [estimate.value for estimate in estimates]
     if len(values) == 1:
-        only = estimates[0]
-        return Spread(mean=only.value, deviation=None, low=only.low, high=only.high, values=values)
+        return Spread(estimate=estimates[0], deviation=None, values=values)
     mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
     half = _T_975[min(len(values) - 1, len(_T_975)) - 1] * deviation / math.sqrt(len(values))
-    return Spread(mean=mean, deviation=deviation, low=mean - half, high=mean + half, values=values)
+    over_seeds = Estimate(value=mean, low=mean - half, high=mean + half)
+    return Spread(estimate=over_seeds, deviation=deviation, values=values)
 
 
-def sources_of(line: Mapping[str, Any]) -> dict[str, dict[str, MeasuredValue]]:
+def sources_of(line: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
     """The measures of each source in a line of an evaluation, by source and measure."""
     prefix = f"{LOSS}/"
     names = [key.removeprefix(prefix) for key in line if key.startswith(prefix)]
@@ -129,55 +120,55 @@ def sizes_of(line: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _of_source(line: Mapping[str, Any], name: str) -> dict[str, MeasuredValue]:
+def _of_source(line: Mapping[str, Any], name: str) -> dict[str, Estimate]:
     found = {}
     for key in _READ:
         stem = "held_out" if key == LOSS else key
         if (value := line.get(f"{key}/{name}")) is not None:
-            low, high = line.get(f"{stem}_low/{name}"), line.get(f"{stem}_high/{name}")
-            found[key] = MeasuredValue(value=value, low=low, high=high)
+            found[key] = _estimate(line, value, stem, name)
     if "perplexity" not in found:
         found["perplexity"] = _perplexity(found[LOSS])
     return found
 
 
-def _perplexity(loss: MeasuredValue) -> MeasuredValue:
-    ends = loss.interval or (None, None)
-    low, high = (None if end is None else _exp(end) for end in ends)
-    return MeasuredValue(value=_exp(loss.value), low=low, high=high)
+def _perplexity(loss: Estimate) -> Estimate:
+    low, high = loss.interval or (math.nan, math.nan)
+    return Estimate(value=_exp(loss.value), low=_exp(low), high=_exp(high))
 
 
 def _exp(loss: float) -> float:
     """exp(loss); infinite where that is beyond a float."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
-def forgotten(line: Mapping[str, Any], name: str, *, before: float) -> dict[str, MeasuredValue]:
+def _estimate(line: Mapping[str, Any], value: float, stem: str, name: str) -> Estimate:
+    """A value with its ends, which are under keys that begin with `stem` or absent."""
+    low, high = (line.get(f"{stem}_{end}/{name}") for end in ("low", "high"))
+    return Estimate(
+        value=value,
+        low=math.nan if low is None else low,
+        high=math.nan if high is None else high,
+    )
+
+
+def forgotten(line: Mapping[str, Any], name: str, *, before: float) -> dict[str, Estimate]:
     """What a source lost since the loss `before`, and the same as a gain."""
-    lost = line[f"{LOSS}/{name}"] - before
-    low, high = line.get(f"forgetting_low/{name}"), line.get(f"forgetting_high/{name}")
-    return {
-        FORGETTING: MeasuredValue(value=lost, low=low, high=high),
-        # 0.0 - 0.0 is 0.0, where -0.0 would print a sign.
-        GAIN: MeasuredValue(
-            value=0.0 - lost,
-            low=None if high is None else 0.0 - high,
-            high=None if low is None else 0.0 - low,
-        ),
-    }
+    lost = _estimate(line, line[f"{LOSS}/{name}"] - before, FORGETTING, name)
+    # 0.0 - 0.0 is 0.0, where -0.0 would print a sign.
+    gain = Estimate(value=0.0 - lost.value, low=0.0 - lost.high, high=0.0 - lost.low)
+    return {FORGETTING: lost, GAIN: gain}
 
 
-def tasks_of(line: Mapping[str, Any]) -> dict[str, dict[str, MeasuredValue]]:
+def tasks_of(line: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
     """The scores of each task in a line of an evaluation, by task and score; all are fractions,
     higher is better.
     """
-    found: dict[str, dict[str, MeasuredValue]] = {}
+    found: dict[str, dict[str, Estimate]] = {}
     for key, value in line.items():
         prefix, _, rest = key.partition("/")
         if prefix == "task" and value is not None:
             name, _, score = rest.rpartition("/")
-            low, high = line.get(f"task_low/{rest}"), line.get(f"task_high/{rest}")
-            found.setdefault(name, {})[score] = MeasuredValue(value=value, low=low, high=high)
+            found.setdefault(name, {})[score] = _estimate(line, value, "task", rest)
     return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain, count, takewhile
 from pathlib import Path
 
-from bigmix.commands.compare.measures import MeasuredValue, Spread, spread_of
+from bigmix.commands.compare.measures import Spread, spread_of
 from bigmix.commands.compare.read import (
     BASE,
     SEED_FOLDER,
@@ -17,6 +17,7 @@ from bigmix.commands.compare.read import (
     RunKind,
     names_of,
 )
+from bigmix.evaluation.bootstrap import Estimate
 
 _OF_NO_POINT = {"seed", "output"}  # what may differ between the runs of a point
 EVALUATED_MODEL = (  # stands among the settings of a model that was evaluated outside of a run
@@ -76,7 +77,7 @@ class RunPoint:
         return found if final in found else [*found, final]
 
 
-def _spread(found: Sequence[MeasuredValue | None]) -> Spread | None:
+def _spread(found: Sequence[Estimate | None]) -> Spread | None:
     known = [estimate for estimate in found if estimate is not None]
     return spread_of(known) if known and len(known) == len(found) else None
 

@@ -23,7 +23,6 @@ from bigmix.commands.compare.folders import (
 )
 from bigmix.commands.compare.measures import (
     LOSS,
-    MeasuredValue,
     diverged_in,
     examples_of,
     forgotten,
@@ -32,6 +31,7 @@ from bigmix.commands.compare.measures import (
     tasks_of,
 )
 from bigmix.errors import BadInput
+from bigmix.evaluation.bootstrap import Estimate
 from bigmix.runs.metrics_log import METRICS, read_lines
 
 BASE = "base"  # the name of the step-0 model in every output
@@ -78,8 +78,8 @@ class Evaluation:
 
     step: int
     task_tokens: int | None
-    sources: Mapping[str, Mapping[str, MeasuredValue]]
-    tasks: Mapping[str, Mapping[str, MeasuredValue]]
+    sources: Mapping[str, Mapping[str, Estimate]]
+    tasks: Mapping[str, Mapping[str, Estimate]]
     examples: Mapping[str, int]
     diverged: Sequence[str] = ()
     sizes: Mapping[str, str] = field(default_factory=dict)

@@ -9,9 +9,10 @@ from typing import Any
 from bigmix.commands.compare.charts.frontier import Frontier
 from bigmix.commands.compare.judge import Comparison
 from bigmix.commands.compare.law import Fit, Prediction
-from bigmix.commands.compare.measures import FORGETTING, GAIN, LOSS, MeasuredValue, Spread
+from bigmix.commands.compare.measures import FORGETTING, GAIN, LOSS, Spread
 from bigmix.commands.compare.points import RunPoint
 from bigmix.commands.compare.read import BASE, Evaluation
+from bigmix.evaluation.bootstrap import Estimate
 
 
 def summary_tree(comparison: Comparison, frontiers: Sequence[Frontier]) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def _of_model(comparison: Comparison, evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _of_source(measures: Mapping[str, MeasuredValue]) -> dict[str, Any]:
+def _of_source(measures: Mapping[str, Estimate]) -> dict[str, Any]:
     """The loss is under its short name, with its interval beside it; other intervals are under
     `intervals`.
     """
@@ -91,7 +92,7 @@ def _of_source(measures: Mapping[str, MeasuredValue]) -> dict[str, Any]:
     }
 
 
-def _of_estimate(found: MeasuredValue) -> dict[str, Any]:
+def _of_estimate(found: Estimate) -> dict[str, Any]:
     return {"value": found.value, "interval": list(found.interval) if found.interval else None}
 
 

@@ -1,6 +1,4 @@
-"""A comparison goes in; out come its tables as text, the same in every output, and table.md and
-table.tex.
-"""
+"""The tables of a comparison: as texts for every output, and as `table.md` and `table.tex`."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,13 +10,13 @@ from bigmix.commands.compare.measures import (
     GAIN,
     SOURCE_MEASURES,
     Measure,
-    MeasuredValue,
     Spread,
     score_measure,
     spread_of,
 )
 from bigmix.commands.compare.points import RunPoint
 from bigmix.commands.compare.read import BASE
+from bigmix.evaluation.bootstrap import Estimate
 from bigmix.terminal import share_percent
 
 ABSENT = "–"
@@ -31,9 +29,9 @@ NOTE = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cell:
-    """A value, and beside it what is known of its accuracy; `sign` is -1 or 1 for a change to the
-    worse or the better.
+class ResultCell:
+    """A value and what is known of its accuracy; `sign` is -1 for a change to the worse and 1 for
+    one to the better.
     """
 
     value: str
@@ -42,13 +40,13 @@ class Cell:
 
     @property
     def text(self) -> str:
-        """Both."""
+        """Value and accuracy."""
         return f"{self.value} {self.doubt}".rstrip()
 
     @property
     def brief(self) -> str:
-        """The value, with its standard deviation over seeds but without an interval; in one word,
-        so that it is in one line.
+        """The value, with its standard deviation over seeds but without an interval; it has no
+        space at which a line could be broken.
         """
         return (
             f"{self.value}\N{NO-BREAK SPACE}{self.doubt.replace(' ', '')}"
@@ -59,16 +57,19 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasureRow:
-    """A point, a run or the base; `replay` is replay's share of its rows."""
+    """A point, a run or the base."""
 
     name: str
-    replay: str
-    cells: Sequence[Cell]
+    cells: Sequence[ResultCell]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasureTable:
-    """All that was measured on one held-out source or one task."""
+    """All that was measured on one held-out source or one task; `heads` are those of the cells.
+
+    The first cell of a row is replay's share, unless there are two points or fewer, which their
+    names distinguish well enough.
+    """
 
     name: str
     role: str
@@ -77,12 +78,12 @@ class MeasureTable:
 
     @property
     def title(self) -> str:
-        """Name and role."""
+        """The name and, in parentheses, the role."""
         return f"{self.name} ({self.role})"
 
 
 def tables(comparison: Comparison) -> list[MeasureTable]:
-    """One for each source and each task; a row for the base, then one for each point."""
+    """A table for each source and each task; a row for the base, then one for each point."""
     return list(_tables(comparison, comparison.arrangement.ordered))
 
 
@@ -93,7 +94,7 @@ def narrow_tables(comparison: Comparison) -> list[MeasureTable]:
 
 
 def tables_of_runs(comparison: Comparison) -> list[MeasureTable]:
-    """The same with a row for each run; none where every point has one run, as its row says all."""
+    """The same with a row for each run; none where every point has one run, whose row it is."""
     points = comparison.arrangement.ordered
     if all(len(point.runs) == 1 for point in points):
         return []
@@ -106,6 +107,7 @@ def _tables(
     points: Sequence[RunPoint],
     measures: Sequence[Measure] = SOURCE_MEASURES,
 ) -> Iterator[MeasureTable]:
+    with_share = len(comparison.points) > 2
     for source, role in comparison.roles.items():
         hidden = FORGETTING if role == "task" else GAIN
         spreads = {
@@ -113,45 +115,53 @@ def _tables(
             for measure in measures
             if measure.key != hidden
         }
-        yield _table(source, role, points, spreads, comparison.base[source])
+        heads, rows = _measured(points, spreads, comparison.base[source], with_share=with_share)
+        yield MeasureTable(name=source, role=role, heads=heads, rows=rows)
     for task, scores in comparison.scores.items():
         spreads = {
             score_measure(score): [point.task(task, score) for point in points] for score in scores
         }
         counts = {run.final.examples[task] for run in comparison.runs if task in run.final.examples}
-        counted = f", {max(counts):,} examples" if len(counts) == 1 else ""
+        role = f"scores, {max(counts):,} examples" if len(counts) == 1 else "scores"
         base = comparison.base_tasks.get(task, {})
-        yield _table(task, f"scores{counted}", points, spreads, base)
+        heads, rows = _measured(points, spreads, base, with_share=with_share)
+        yield MeasureTable(name=task, role=role, heads=heads, rows=rows)
 
 
-def _table(
-    name: str,
-    role: str,
+def _measured(
     points: Sequence[RunPoint],
     spreads: Mapping[Measure, Sequence[Spread | None]],
-    base: Mapping[str, MeasuredValue],
-) -> MeasureTable:
-    """Measures that nobody has are left out."""
+    base: Mapping[str, Estimate],
+    *,
+    with_share: bool,
+) -> tuple[list[str], list[MeasureRow]]:
+    """Heads and rows of a table, without the measures that no point has."""
     measured = [m for m, found in spreads.items() if any(spread is not None for spread in found)]
-    rows = [MeasureRow(name=BASE, replay=ABSENT, cells=[_cell_of_base(base, m) for m in measured])]
+    heads = [m.label for m in measured]
+    rows = [MeasureRow(name=BASE, cells=[_cell_of_base(base, measure) for measure in measured])]
     for index, point in enumerate(points):
         cells = [_cell(spreads[measure][index], measure) for measure in measured]
-        rows.append(
-            MeasureRow(name=point.name, replay=share_percent(point.written_share), cells=cells)
-        )
-    return MeasureTable(name=name, role=role, heads=[m.label for m in measured], rows=rows)
+        rows.append(MeasureRow(name=point.name, cells=cells))
+    if with_share:
+        heads.insert(0, "replay")
+        shares = [ABSENT, *(share_percent(point.written_share) for point in points)]
+        rows = [
+            MeasureRow(name=row.name, cells=[ResultCell(value=share), *row.cells])
+            for row, share in zip(rows, shares, strict=True)
+        ]
+    return heads, rows
 
 
-def _cell_of_base(base: Mapping[str, MeasuredValue], measure: Measure) -> Cell:
+def _cell_of_base(base: Mapping[str, Estimate], measure: Measure) -> ResultCell:
     found = base.get(measure.key)
     if found is None or measure.key in (FORGETTING, GAIN):
-        return Cell(value=ABSENT)
+        return ResultCell(value=ABSENT)
     return _cell(spread_of([found]), measure)
 
 
-def _cell(spread: Spread | None, measure: Measure) -> Cell:
+def _cell(spread: Spread | None, measure: Measure) -> ResultCell:
     if spread is None:
-        return Cell(value=ABSENT)
+        return ResultCell(value=ABSENT)
     value = _number(spread.mean, measure)
     doubt = ""
     if spread.deviation is not None:
@@ -160,7 +170,7 @@ def _cell(spread: Spread | None, measure: Measure) -> Cell:
         doubt = f"[{', '.join(_number(end, measure) for end in spread.interval)}]"
     is_change = measure.is_signed and value[0] in "+−"
     sign = (1 if (value[0] == "−") == (measure.better == "lower") else -1) if is_change else 0
-    return Cell(value=value, doubt=doubt, sign=sign)
+    return ResultCell(value=value, doubt=doubt, sign=sign)
 
 
 def _number(value: float, measure: Measure) -> str:
@@ -179,32 +189,15 @@ def signed(value: float) -> str:
     return "0.000" if f"{abs(value):.3f}" == "0.000" else f"{value:+.3f}".replace("-", "−")
 
 
-def has_shares(comparison: Comparison) -> bool:
-    """Whether rows say their share: of two points the names tell enough."""
-    return len(comparison.points) > 2
-
-
-def cells_of(row: MeasureRow, *, with_share: bool) -> list[Cell]:
-    """The cells that follow a row's name."""
-    return [*([Cell(value=row.replay)] if with_share else []), *row.cells]
-
-
-def heads_of(table: MeasureTable, *, with_share: bool) -> list[str]:
-    """The heads of those cells."""
-    return [*(["replay"] if with_share else []), *table.heads]
-
-
 def markdown(comparison: Comparison) -> str:
-    """table.md: the headline, the tables and what their numbers mean."""
-    with_share = has_shares(comparison)
+    """The text of `table.md`: the headline, the tables and what their numbers mean."""
     lines = [f"{comparison.headline} {comparison.detail}".strip(), ""]
     lines += [f"> Warning: {text}\n" for text in comparison.warnings]
     for table in tables(comparison):
-        heads = [table.title, *heads_of(table, with_share=with_share)]
+        heads = [table.title, *table.heads]
         lines += [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
         for row in table.rows:
-            cells = cells_of(row, with_share=with_share)
-            lines.append(_line([row.name, *(cell.text for cell in cells)]))
+            lines.append(_line([row.name, *(cell.text for cell in row.cells)]))
         lines.append("")
     return "\n".join([*lines, NOTE, ""])
 
@@ -232,21 +225,19 @@ _TEX = {
 
 
 def latex(comparison: Comparison) -> str:
-    """table.tex: each table as a tabular for the package booktabs."""
-    with_share = has_shares(comparison)
+    """The text of `table.tex`: each table as a tabular, for the package booktabs."""
     lines = ["% Needs \\usepackage{booktabs}."]
     for table in tables(comparison):
-        heads = [table.title, *heads_of(table, with_share=with_share)]
+        heads = [table.title, *table.heads]
         lines += [rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}", r"\toprule"]
         lines += [_tex_line(heads), r"\midrule"]
         for row in table.rows:
-            cells = cells_of(row, with_share=with_share)
-            lines.append(_tex_line([row.name, *(cell.text for cell in cells)]))
+            lines.append(_tex_line([row.name, *(cell.text for cell in row.cells)]))
         lines += [r"\bottomrule", r"\end{tabular}", ""]
     return "\n".join(lines)
 
 
 def _tex_line(cells: Sequence[str]) -> str:
-    # Braces keep a cell that begins with a bracket from being read as an option of the line before.
+    # After \\, TeX reads a cell that begins with a bracket as an option, unless it is in braces.
     texts = ["".join(_TEX.get(letter, letter) for letter in cell) for cell in cells]
     return " & ".join(f"{{{text}}}" for text in texts) + r" \\"

@@ -12,12 +12,13 @@ import numpy as np
 from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.signals import Activity
 from bigmix.cluster.world import World
+from bigmix.evaluation.bootstrap import Estimate
 from bigmix.evaluation.tasks.execution import passes, program_of
 from bigmix.evaluation.tasks.generation import Prompt, generate
 from bigmix.evaluation.tasks.inference_model import InferenceModel
 from bigmix.evaluation.tasks.likelihood import log_likelihoods
 from bigmix.evaluation.tasks.prompts import PreparedTask, Question
-from bigmix.evaluation.tasks.scoring import Answered, Score, score_answers, scored
+from bigmix.evaluation.tasks.scoring import Answered, score_answers, scored
 from bigmix.files import replace_text
 from bigmix.seeding import evenly_spaced, key_of
 
@@ -42,7 +43,7 @@ class TaskResult:
     among them.
     """
 
-    scores: Mapping[str, Score]
+    scores: Mapping[str, Estimate]
     examples: int
     dropped: int
     samples: Sequence[Sample]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bigmix.evaluation.bootstrap import interval, resampled_sums
+from bigmix.evaluation.bootstrap import Estimate, interval, resampled_sums
 from bigmix.evaluation.tasks.examples import Example
 from bigmix.evaluation.tasks.matching import exact_match, label_of, numeric_match, token_f1
 from bigmix.evaluation.tasks.overlap import bleu_statistics, chrf_statistics, rouge_values
@@ -28,15 +28,6 @@ class Answered:
     example: Example
     outputs: tuple[str, ...]
     passed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Score:
-    """A score from 0 to 1 with its 95 % interval over examples."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,11 +60,11 @@ def score_answers(
     return _overlap(name, answered, task)
 
 
-def scored(name: str, judged: ScoredAnswers) -> Score:
-    """The score over all examples with its interval; `name` decides the draws."""
+def scored(name: str, judged: ScoredAnswers) -> Estimate:
+    """The score over all examples, from 0 to 1, with its interval; `name` decides the draws."""
     sums_RK = resampled_sums(judged.statistics_NK, key_of("interval", name))
     low, high = interval(np.array([judged.value_of(sums_K) for sums_K in sums_RK]))
-    return Score(value=judged.value_of(judged.statistics_NK.sum(axis=0)), low=low, high=high)
+    return Estimate(value=judged.value_of(judged.statistics_NK.sum(axis=0)), low=low, high=high)
 
 
 def pass_at(k: int, outputs: int, passed: int) -> float:

@@ -32,12 +32,13 @@ from bigmix.commands.compare.charts.styles import labels_of
 from bigmix.commands.compare.charts.svg import width_of
 from bigmix.commands.compare.judge import judge
 from bigmix.commands.compare.law import Fit, LawPoint, fit_law, fit_source
-from bigmix.commands.compare.measures import MeasuredValue, spread_of
+from bigmix.commands.compare.measures import spread_of
 from bigmix.commands.compare.points import arrange, points_of
 from bigmix.commands.compare.read import read_runs
 from bigmix.commands.compare.report import Summary, compare
 from bigmix.commands.compare.sections import budget_sentences
 from bigmix.errors import BadInput
+from bigmix.evaluation.bootstrap import Estimate
 
 SHARES = (0.0, 0.01, 0.05, 0.25)
 
@@ -84,7 +85,7 @@ def test_a_point_has_mean_and_deviation_of_its_seeds_and_students_interval(sweep
 
 
 def test_a_single_run_keeps_its_own_interval() -> None:
-    found = spread_of([MeasuredValue(value=2.0, low=1.5, high=2.25)])
+    found = spread_of([Estimate(value=2.0, low=1.5, high=2.25)])
     assert (found.mean, found.deviation, found.interval) == (2.0, None, (1.5, 2.25))
 
 
@@ -147,9 +148,7 @@ def test_the_law_is_the_best_of_a_search_over_both_constants() -> None:
 
 def test_a_share_with_one_seed_counts_as_the_least_certain_of_the_others() -> None:
     measured = {0.0: (1.0, 1.1), 0.05: (0.5, 0.6), 0.25: (0.29, 0.3), 0.5: (0.2,)}
-    spreads = {
-        p: spread_of([MeasuredValue(value=v) for v in values]) for p, values in measured.items()
-    }
+    spreads = {p: spread_of([Estimate(value=v) for v in values]) for p, values in measured.items()}
     points = [
         SimpleNamespace(share=share, source=lambda *_, at=share: spreads[at]) for share in measured
     ]
@@ -235,7 +234,7 @@ def test_files_of_a_sweep(summary: Summary) -> None:
     assert tree["headline"].startswith("Without replay training forgot 1.1")
     page = (report / "index.html").read_text()
     for run in summary.comparison.runs:
-        assert run.command in page.replace("&#x27;", "'")
+        assert run.command in page.replace("&#39;", "'")
     assert "Task tokens are fixed: replay comes on top" in page
     tex = (report / "table.tex").read_text()
     assert r"{books-0.05} & {5~\%}" in tex

@@ -20,12 +20,13 @@ from bigmix.commands.compare.charts.axes import (
 from bigmix.commands.compare.charts.styles import MAX_NAMED, Style, styles_of
 from bigmix.commands.compare.charts.svg import Area, Mark, Scene, Shape, Stroke, Words, width_of
 from bigmix.commands.compare.judge import Comparison
-from bigmix.commands.compare.measures import FORGETTING, LOSS, MeasuredValue, spread_of
+from bigmix.commands.compare.measures import FORGETTING, LOSS, spread_of
 from bigmix.commands.compare.points import RunPoint
 from bigmix.commands.compare.read import BASE, Evaluation
+from bigmix.evaluation.bootstrap import Estimate
 from bigmix.terminal import short
 
-Pick = Callable[[Evaluation], MeasuredValue | None]
+Pick = Callable[[Evaluation], Estimate | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,10 +144,9 @@ def _dots(point: RunPoint, pick: Pick, *, by_tokens: bool) -> Iterator[Dot]:
             continue
         value = spread_of(found)
         xs = [float((e.task_tokens or 0) if by_tokens else e.step) for e in evaluations]
-        ends = (min(value.values), max(value.values)) if len(found) > 1 else (value.low, value.high)
-        yield Dot(
-            x=sum(xs) / len(xs), y=value.mean, low=ends[0], high=ends[1], step=evaluations[0].step
-        )
+        own = value.interval or (None, None)
+        low, high = (min(value.values), max(value.values)) if len(found) > 1 else own
+        yield Dot(x=sum(xs) / len(xs), y=value.mean, low=low, high=high, step=evaluations[0].step)
 
 
 def _scene(
