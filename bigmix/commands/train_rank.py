@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from bigmix.cluster.signals import StopSignal
-from bigmix.cluster.world import World, world_of
+from bigmix.cluster.world import World, without_local_rank, world_of
 from bigmix.errors import BAD_INPUT, DONE, BadInput, BigmixError
 from bigmix.recipe import Recipe, SweepRun, load
 from bigmix.terminal import Terminal, quiet_third_party_logs
@@ -16,8 +16,7 @@ USAGE = "usage: deepspeed launch/train.py RECIPE.yaml [key=value ...]"
 
 def main(arguments: Sequence[str], stop_signal: StopSignal) -> int:
     """Run a recipe on this rank until it is done or the flag is set; returns the exit code."""
-    # The deepspeed launcher puts --local_rank=N first; the environment has it too.
-    given = [word for word in arguments if not word.startswith("--local_rank")]
+    given = without_local_rank(arguments)
     if not given or given[0].startswith("-"):
         print(USAGE, file=sys.stderr)
         return DONE if given in (["-h"], ["--help"]) else BAD_INPUT
@@ -31,7 +30,7 @@ def main(arguments: Sequence[str], stop_signal: StopSignal) -> int:
             recipe,
             ranks=world.size,
             verify=world.local_rank == 0,
-            machines=world.size // world.local_size,
+            machines=world.num_machines,
         )
         return _run(recipe, inputs, world, stop_signal)
     except BigmixError as error:
