@@ -87,7 +87,7 @@ def test_the_deepspeed_launcher_trains_the_same_and_needs_no_compiler(whole, dat
 OWN_RANK = """
 import gc, sys
 from bigmix.commands.rank import main
-assert main(sys.argv[1:]) == 0
+assert main("train", sys.argv[1:]) == 0
 print("collects:", gc.isenabled(), "compiler:", "torch._inductor.compile_fx" in sys.modules)
 """
 
