@@ -147,7 +147,7 @@ def _ranks(folder: Path, ranks: int, given: Sequence[str], *, executed: bool) ->
 
 def _be_rank(folder: Path, given: Sequence[str], environment: Mapping[str, str]) -> int:
     install(folder, read(folder / FAULT), environment)
-    code = rank.main(given)
+    code = rank.main("train", given)
     (folder / NOTES / MODULES).write_text("\n".join(sys.modules))
     return code
 

@@ -1,8 +1,10 @@
-"""Paths go in; a file that was written in one step, or the checksum of one, comes out."""
+"""Writes files that are complete or absent, locks them, and computes their checksums."""
 
 import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,42 +14,49 @@ CHUNK = 1 << 20
 
 
 def sha256_of(path: Path) -> str:
-    """The checksum of a file's content, in hexadecimal."""
+    """The SHA-256 checksum of a file's content, in hexadecimal."""
     return _hexdigest(path, hashlib.sha256())
 
 
 def checksum_of(path: Path) -> str:
-    """The XXH3 checksum of a file's content, 128 bits in hexadecimal: against accidents, at the
-    speed of memory.
+    """The XXH3 checksum of a file's content, 128 bits in hexadecimal.
+
+    It protects against accidents, not against attackers, and is computed at the speed of memory.
     """
     return _hexdigest(path, xxhash.xxh3_128())
 
 
 def _hexdigest(path: Path, digest: Any) -> str:
-    """A file's content in an empty digest."""
+    """Feed a file's content to an empty digest."""
     with path.open("rb", buffering=0) as file:
         while part := file.read(16 * CHUNK):
             digest.update(part)
     return str(digest.hexdigest())
 
 
-def lock(file: IO[Any]) -> bool:
-    """Hold an open file until it is closed or the process ends; False where another process holds
-    it.
+def try_lock(file: IO[Any] | int) -> bool:
+    """Lock an open file, or a file descriptor, until it is closed or the process ends.
 
-    True as well on a file system without locks.
+    Returns False at once where another process holds the lock. Raises OSError on a file system
+    without locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:
-        return True
     return True
 
 
+def lock_if_supported(file: IO[Any]) -> bool:
+    """`try_lock`, but True on a file system without locks, where nothing can be held."""
+    try:
+        return try_lock(file)
+    except OSError:
+        return True
+
+
 def sync_folder(folder: Path) -> None:
-    """See to it that the names in a folder are on the disk and not only on their way there."""
+    """Write the names in a folder through to the disk, so that a power cut cannot undo a rename."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -55,16 +64,40 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new one, never a part."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-    put_in_place(beside, path)
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Write a file under a temporary name in the same folder; at the end it replaces `path`.
+
+    Yields the temporary path. A reader sees the old or the new content and never a part, also after
+    a power cut: the content is on the disk before the rename. Where the block fails, the temporary
+    file is deleted and `path` stays as it was.
+    """
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+        put_in_place(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
-def put_in_place(beside: Path, path: Path) -> None:
-    """Give a file that is whole its name, once it is on the disk and not only on its way there."""
-    with beside.open("rb") as file:
+def temporary_path(path: Path) -> Path:
+    """The name under which a file is written until it is complete."""
+    return path.with_name(path.name + ".tmp")
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a complete file to its final name, once its content is on the disk.
+
+    For a writer that cannot be a `with` block; the others use `atomic_write`.
+    """
+    with temporary.open("rb") as file:
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    os.replace(temporary, path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 with `atomic_write`."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

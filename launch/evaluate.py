@@ -1,7 +1,7 @@
-"""Evaluates a model on a recipe's held-out sources: `deepspeed launch/evaluate.py RECIPE.yaml
-[--model FOLDER] [key=value ...]`.
+"""Evaluates a model on the held-out sources of a recipe.
 
-Runs alike under deepspeed, torchrun, srun and python.
+`deepspeed launch/evaluate.py RECIPE.yaml [--model FOLDER] [key=value ...]` runs alike under
+deepspeed, torchrun, srun and python.
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bigmix.commands.rank import evaluate
+from bigmix.commands.rank import main
 
 if __name__ == "__main__":
-    sys.exit(evaluate(sys.argv[1:]))
+    sys.exit(main("evaluate", sys.argv[1:]))

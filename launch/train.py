@@ -1,6 +1,6 @@
-"""Trains what a recipe says: `deepspeed launch/train.py RECIPE.yaml [key=value ...]`.
+"""Trains a recipe: `deepspeed launch/train.py RECIPE.yaml [key=value ...]`.
 
-Runs alike under deepspeed, torchrun, srun and python.
+It runs alike under deepspeed, torchrun, srun and python.
 """
 
 import sys
@@ -11,4 +11,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bigmix.commands.rank import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main("train", sys.argv[1:]))

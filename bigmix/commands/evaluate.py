@@ -12,7 +12,7 @@ from typing import Any
 
 from bigmix.cluster.signals import StopSignal
 from bigmix.cluster.supervisor import LaunchSpec, StopRequests, supervise
-from bigmix.cluster.world import World, world_of
+from bigmix.cluster.world import World, without_local_rank, world_of
 from bigmix.commands.arguments import add_recipe_arguments, parse_arguments
 from bigmix.commands.lm_eval import add_lm_eval_arguments, run_lm_eval, show_lm_eval
 from bigmix.commands.train import num_gpus, start_ranks
@@ -106,8 +106,7 @@ def main(arguments: Sequence[str], stop_signal: StopSignal) -> int:
     """Evaluate on this rank until it is done or the flag is set; returns the exit code."""
     parser = argparse.ArgumentParser(prog="launch/evaluate.py")
     _add_arguments(parser)
-    # The deepspeed launcher puts --local_rank=N first; the environment has it too.
-    given = [word for word in arguments if not word.startswith("--local_rank")]
+    given = without_local_rank(arguments)
     if not given:
         parser.print_usage(sys.stderr)
         return BAD_INPUT
@@ -123,9 +122,7 @@ def main(arguments: Sequence[str], stop_signal: StopSignal) -> int:
 
 def _run(recipe: Recipe, known: argparse.Namespace, world: World, stop_signal: StopSignal) -> int:
     model = _model(recipe, known)
-    inputs = open_held_out(
-        recipe, verify=world.local_rank == 0, machines=world.size // world.local_size
-    )
+    inputs = open_held_out(recipe, verify=world.local_rank == 0, machines=world.num_machines)
     quiet_third_party_logs()
     # Seconds of imports, and only for a recipe that can be evaluated.
     from bigmix.evaluation.standalone import EvaluationRequest, evaluate_standalone

@@ -1,23 +1,22 @@
-"""The command of a training run: its arguments go in, its exit code comes out."""
+"""The arguments and the exit code of a training run on one rank."""
 
 import os
 import sys
 from collections.abc import Sequence
 
 from bigmix.cluster.signals import StopSignal
-from bigmix.cluster.world import World, world_of
+from bigmix.cluster.world import World, without_local_rank, world_of
 from bigmix.errors import BAD_INPUT, DONE, BadInput, BigmixError
-from bigmix.recipe import Recipe, SweepRun, load
+from bigmix.recipe import SweepRun, load
 from bigmix.terminal import Terminal, quiet_third_party_logs
-from bigmix.train.inputs import RunInputs, open_inputs
+from bigmix.train.inputs import open_inputs
 
 USAGE = "usage: deepspeed launch/train.py RECIPE.yaml [key=value ...]"
 
 
 def main(arguments: Sequence[str], stop_signal: StopSignal) -> int:
-    """Run a recipe on this rank until it is done or the flag is set; returns the exit code."""
-    # The deepspeed launcher puts --local_rank=N first; the environment has it too.
-    given = [word for word in arguments if not word.startswith("--local_rank")]
+    """Train a recipe on this rank until it is done or is to stop; returns the exit code."""
+    given = without_local_rank(arguments)
     if not given or given[0].startswith("-"):
         print(USAGE, file=sys.stderr)
         return DONE if given in (["-h"], ["--help"]) else BAD_INPUT
@@ -31,21 +30,17 @@ def main(arguments: Sequence[str], stop_signal: StopSignal) -> int:
             recipe,
             ranks=world.size,
             verify=world.local_rank == 0,
-            machines=world.size // world.local_size,
+            machines=world.num_machines,
         )
-        return _run(recipe, inputs, world, stop_signal)
+        quiet_third_party_logs()
+        # This import takes seconds, spent only on a recipe that can run.
+        from bigmix.train.run import run
+
+        run(recipe, inputs, world, Terminal(enabled=world.is_first, every=1), stop_signal)
+        return DONE
     except BigmixError as error:
         report_error(error, world)
         return error.exit_code
-
-
-def _run(recipe: Recipe, inputs: RunInputs, world: World, stop_signal: StopSignal) -> int:
-    quiet_third_party_logs()
-    # Seconds of imports, and only for a recipe that can run.
-    from bigmix.train.run import run
-
-    run(recipe, inputs, world, Terminal(enabled=world.is_first, every=1), stop_signal)
-    return DONE
 
 
 def _run_sweep(runs: Sequence[SweepRun], world: World, stop_signal: StopSignal) -> int:
@@ -58,7 +53,7 @@ def _run_sweep(runs: Sequence[SweepRun], world: World, stop_signal: StopSignal) 
 
 
 def report_error(error: BigmixError, world: World) -> None:
-    """Once per node: the ranks of a node see the same recipe and the same files."""
+    """Print an error once per machine: its ranks see the same recipe and the same files."""
     if world.local_rank != 0:
         return
     kind = "error" if isinstance(error, BadInput) else "stopped"

@@ -23,7 +23,7 @@ import numpy as np
 
 from bigmix.errors import BadInput
 from bigmix.evaluation.bootstrap import Estimate, interval, resampled_sums
-from bigmix.files import put_in_place
+from bigmix.files import atomic_write
 from bigmix.seeding import key_of
 from bigmix.types import Floats, Ints
 
@@ -143,9 +143,8 @@ class Baseline:
 
     def write(self, folder: Path) -> None:
         """Keep them with the run."""
-        beside = folder / f".tmp-{BASELINE}"
-        beside.write_bytes(self.content())
-        put_in_place(beside, folder / BASELINE)
+        with atomic_write(folder / BASELINE) as temporary:
+            temporary.write_bytes(self.content())
 
 
 def read_baseline(folder: Path) -> bytes | None:

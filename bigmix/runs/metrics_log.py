@@ -4,7 +4,6 @@ TensorBoard's page.
 
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from bigmix.errors import BadInput
+from bigmix.files import atomic_write
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -203,12 +203,8 @@ def _take_back(path: Path, *, after_step: int) -> None:
     """
     if not path.exists():
         return
-    beside = path.with_suffix(".jsonl.part")
-    with beside.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.writelines(raw for line, raw in _lines(path) if line["step"] <= after_step)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def _wait_for_a_later_name(folder: Path) -> None:

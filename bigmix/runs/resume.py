@@ -12,7 +12,7 @@ from typing import Any
 from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.world import World
 from bigmix.errors import BadInput
-from bigmix.files import lock, replace_text
+from bigmix.files import lock_if_supported, replace_text
 from bigmix.recipe import Recipe, differences, from_plain, to_yaml
 from bigmix.recipe.fields import AtResume
 from bigmix.recipe.marks import at_resume, moves_rows
@@ -125,7 +125,7 @@ def locked_folder(folder: Path, cluster: Cluster, *, wait_s: float) -> Iterator[
             folder.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context((folder / LOCK).open("w"))
             until = time.monotonic() + wait_s
-            while not (is_ours := lock(file)) and time.monotonic() < until:
+            while not (is_ours := lock_if_supported(file)) and time.monotonic() < until:
                 time.sleep(0.2)
         yield bool(cluster.gather(is_ours)[0])
 

@@ -26,6 +26,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bigmix.errors import BadInput
+from bigmix.files import atomic_write
 from bigmix.text.sentencepiece import PROBES, read_sentencepiece
 
 if TYPE_CHECKING:
@@ -398,9 +399,8 @@ def _train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
 
 def _train_unigram(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
     path = folder / "tokenizer.model"
-    beside = folder / "tokenizer.model.tmp"
     try:
-        with beside.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_sentences(texts),
                 model_writer=file,
@@ -424,10 +424,6 @@ def _train_unigram(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
             f"sentencepiece cannot train a vocabulary of {vocab_size} ({error}); change"
             " --vocab-size or give more text"
         ) from error
-    else:
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
     return path
 
 

@@ -1,7 +1,8 @@
 """Prepared sources behind a server that counts what is fetched."""
 
-import fcntl
 from collections import Counter
+
+from bigmix.files import try_lock
 
 
 def files_of(folder):
@@ -18,12 +19,10 @@ def downloads(server):
 
 
 def in_use(folder):
-    """The files of the cache that somebody holds."""
+    """The files of the cache that a process has locked."""
     found = []
     for path in (folder / "cache").glob("*.shard"):
         with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not try_lock(file):
                 found.append(path)
     return found

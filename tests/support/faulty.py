@@ -39,4 +39,4 @@ def with_fault(kind, rank, steps):
 if __name__ == "__main__":
     for name, fault in json.loads(sys.argv[1]).items():
         with_fault(name, **fault)
-    sys.exit(main(sys.argv[2:]))
+    sys.exit(main("train", sys.argv[2:]))

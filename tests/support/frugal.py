@@ -16,4 +16,4 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 if __name__ == "__main__":
     for threshold in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
         assert ctypes.CDLL(None).mallopt(threshold, 65536)
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main("train", sys.argv[1:]))

@@ -29,7 +29,7 @@ from support.servers import web_server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bigmix.data.source import read_source
-from bigmix.files import lock
+from bigmix.files import try_lock
 from bigmix.text.chat_template import PLAIN
 from bigmix.text.tokenizer import fingerprint_of
 
@@ -87,7 +87,7 @@ def test_the_deepspeed_launcher_trains_the_same_and_needs_no_compiler(whole, dat
 OWN_RANK = """
 import gc, sys
 from bigmix.commands.rank import main
-assert main(sys.argv[1:]) == 0
+assert main("train", sys.argv[1:]) == 0
 print("collects:", gc.isenabled(), "compiler:", "torch._inductor.compile_fx" in sys.modules)
 """
 
@@ -324,6 +324,6 @@ def test_rows_are_named_alike_before_and_in_any_split(data):
 
 def test_the_folder_of_a_run_is_one_commands(tmp_path):
     with (tmp_path / ".lock").open("w") as other_command:
-        assert lock(other_command)
+        assert try_lock(other_command)
         assert run_on_ranks("holds", 2, tmp_path, {"folder": str(tmp_path)}) == [[False, False]] * 2
     assert run_on_ranks("holds", 2, tmp_path, {"folder": str(tmp_path)}) == [[True, True]] * 2

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bigmix.commands.main import main
 from bigmix.errors import BadInput
-from bigmix.files import lock
+from bigmix.files import try_lock
 from bigmix.recipe import load, load_recipe, to_yaml
 from bigmix.recipe.sweep import value_name
 from bigmix.runs.layout import begin_attempt, fails_again, run_folders, state_of
@@ -352,7 +352,7 @@ def test_a_run_that_another_command_trains_comes_last(swept, data):
     held = data / "shared/web-0/seed-0"
     held.mkdir(parents=True)
     with (held / ".lock").open("w") as other_command:
-        assert lock(other_command)
+        assert try_lock(other_command)
         started = start(data, 2, *words)
         wait_for(data / "shared/web-0.25/seed-0/export", started)
     codes, said = end(started)

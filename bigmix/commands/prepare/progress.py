@@ -28,7 +28,7 @@ from bigmix.data.shards.manifest import (
 )
 from bigmix.data.shards.shard import with_lengths
 from bigmix.errors import BadInput
-from bigmix.files import lock, replace_text
+from bigmix.files import lock_if_supported, replace_text
 
 PARTS = "parts"
 SHARD = "shard-"
@@ -130,7 +130,7 @@ def alone(output: Path, part: int, parts: int) -> Iterator[None]:
     it.
     """
     with file_of_part(output, part, parts).with_suffix(".lock").open("w") as file:
-        if not lock(file):
+        if not lock_if_supported(file):
             raise BadInput(
                 f"part {part + 1}/{parts} of {output} is being prepared by another command; wait"
                 " for it or stop it"

@@ -20,7 +20,7 @@ from bigmix.commands.probe.facts import (
     people,
 )
 from bigmix.errors import BadInput
-from bigmix.files import put_in_place, replace_text
+from bigmix.files import atomic_write, replace_text
 from bigmix.seeding import key_of, permutation
 from bigmix.text.formats import Text
 from bigmix.text.readers import places_of, raw_documents
@@ -149,11 +149,13 @@ def _write_texts(
 
 @contextmanager
 def _written(path: Path) -> Iterator[gzip.GzipFile]:
-    beside = path.with_name(path.name + ".tmp")
     # No name and no time in it: the same texts give the same file.
-    with beside.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("wb") as raw,
+        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file,
+    ):
         yield file
-    put_in_place(beside, path)
 
 
 def _questions(

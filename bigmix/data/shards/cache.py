@@ -23,7 +23,7 @@ from bigmix.data.shards.location import shown
 from bigmix.data.shards.retry import Changed, Retry, Stopped, Watch
 from bigmix.data.shards.storage import copy_to
 from bigmix.errors import BadInput, BigmixError
-from bigmix.files import sha256_of
+from bigmix.files import sha256_of, try_lock
 
 _POLL_S = 0.05
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -197,7 +197,7 @@ class ShardCache:
             if not part.exists():
                 self._make_room(file)
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
-            if _locked(descriptor, fcntl.LOCK_EX):
+            if try_lock(descriptor):
                 os.utime(descriptor)
                 return _Part(path=part, descriptor=descriptor)
             os.close(descriptor)
@@ -317,17 +317,9 @@ def _text_since(path: Path, time_ns: int) -> str | None:
         return None
 
 
-def _locked(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _is_unlocked(path: Path) -> bool:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return _locked(descriptor, fcntl.LOCK_EX)
+        return try_lock(descriptor)
     finally:
         os.close(descriptor)

@@ -25,7 +25,7 @@ import xxhash
 
 from bigmix.data.shards.manifest import LENGTHS, FileEntry, Manifest, ShardEntry
 from bigmix.errors import BigmixError
-from bigmix.files import put_in_place, sha256_of
+from bigmix.files import atomic_write, put_in_place, sha256_of, temporary_path
 from bigmix.types import Flags, Ints
 
 BLOCK_TOKENS = 1 << 17
@@ -59,7 +59,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, dtype: str, *, masked: bool) -> None:
         self._path = path
-        self._beside = path.with_name(path.name + ".tmp")
+        self._beside = temporary_path(path)
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._masked = masked
         self._tar = tarfile.open(self._beside, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
@@ -453,14 +453,13 @@ def write_lengths(folder: Path, dtype: str, shards: Sequence[ShardEntry]) -> Fil
     """
     path = folder / LENGTHS
     total = sum(entry.documents for entry in shards)
-    beside = path.with_name(path.name + ".tmp")
-    lengths = np.lib.format.open_memmap(beside, mode="w+", dtype="<u4", shape=(total,))
-    at = 0
-    for entry in shards:
-        lengths[at : at + entry.documents] = open_shard(folder, entry, dtype).lengths
-        at += entry.documents
-    lengths.flush()
-    put_in_place(beside, path)
+    with atomic_write(path) as temporary:
+        lengths = np.lib.format.open_memmap(temporary, mode="w+", dtype="<u4", shape=(total,))
+        at = 0
+        for entry in shards:
+            lengths[at : at + entry.documents] = open_shard(folder, entry, dtype).lengths
+            at += entry.documents
+        lengths.flush()
     return FileEntry(file=LENGTHS, bytes=path.stat().st_size, sha256=sha256_of(path))
 
 

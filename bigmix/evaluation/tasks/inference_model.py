@@ -9,7 +9,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,10 +16,10 @@ import transformers
 from torch import Tensor
 
 from bigmix.cluster.collectives import Cluster
+from bigmix.cluster.processes import available_memory_bytes
 from bigmix.model.engine import is_sharded, whole_parameters
 
 _ROOM = 2  # times the copy: activations and the cache of keys and values need some, too
-_MEMORY = Path("/proc/meminfo")
 
 WeightPlacement = Literal["auto", "whole", "sharded"]
 
@@ -78,9 +77,7 @@ def _free_bytes(device: torch.device, local_ranks: int) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    lines = _MEMORY.read_text(encoding="ascii").splitlines() if _MEMORY.exists() else []
-    found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] // local_ranks if found else 0
+    return available_memory_bytes() // local_ranks
 
 
 def _whole_copy(lm: Any, device: torch.device) -> Any:
