@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import parse_local_safetensors_file_metadata
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -102,6 +103,11 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes:
 
 
 def _groups(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each file, in their order.
+
+    huggingface_hub's split_torch_state_dict_into_shards needs all tensors at the same time, and
+    gives a large one a file before those that come earlier.
+    """
     group: dict[str, Tensor] = {}
     held = 0
     for name, tensor in tensors:
@@ -116,6 +122,8 @@ def _groups(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[d
 def name_shards(folder: Path, parts: Sequence[Path]) -> None:
     """Give the files of a model, in a folder, the names that loaders look for, and write the index
     where there are several.
+
+    transformers may have renamed the tensors of a file: what is in it is read from its header.
     """
     if len(parts) == 1:
         parts[0].rename(folder / WHOLE)
@@ -124,22 +132,12 @@ def name_shards(folder: Path, parts: Sequence[Path]) -> None:
     total = 0
     for number, part in enumerate(parts, 1):
         name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        header = _header(part)
-        places |= dict.fromkeys(header, name)
-        total += sum(end - start for start, end in (t["data_offsets"] for t in header.values()))
+        tensors = parse_local_safetensors_file_metadata(part).tensors
+        places |= dict.fromkeys(tensors, name)
+        total += sum(end - start for start, end in (t.data_offsets for t in tensors.values()))
         part.rename(folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """The entry of each tensor in a safetensors file: eight bytes of length stand before the
-    JSON.
-    """
-    with path.open("rb") as file:
-        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    header.pop("__metadata__", None)
-    return header
 
 
 _LAYER = re.compile(r".*?\.\d+\.")
