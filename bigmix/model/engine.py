@@ -8,7 +8,7 @@ import gc
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -26,7 +26,6 @@ from bigmix.cluster.collectives import Cluster, export_world
 from bigmix.cluster.world import World, free_port
 from bigmix.model.ds_config import zero_stage
 from bigmix.model.zero_partitions import ZeroState
-from bigmix.runs.state_file import FlatState
 
 _NO_COMPILER = "TORCHDYNAMO_DISABLE"
 
@@ -126,10 +125,11 @@ def sharded_construction(config: Mapping[str, Any]) -> Iterator[None]:
 
 
 class Engine:
-    """The model under ZeRO. One `forward` and one `backward` per micro-batch, then one `step`.
+    """The model under ZeRO: one `forward`, `backward` and `step_micro_batch` for each micro-batch.
 
     With `average_decay` it keeps an average of the weights over the steps, which evaluations and
-    the export are of.
+    the export use. `zero_state` is what this rank holds of weights, average and moments: after a
+    step that was not skipped call its `update_average`; checkpoints read and fill it.
     """
 
     def __init__(
@@ -146,14 +146,13 @@ class Engine:
             model=model, optimizer=optimizer, config=dict(config)
         )
         self._skipped = 0
-        self._zero_state = ZeroState(
+        self.zero_state = ZeroState(
             self._engine.optimizer,
             {id(parameter): name for name, parameter in model.named_parameters()},
             stage=zero_stage(config),
             rank=self._engine.global_rank,
             decay=average_decay,
         )
-        self._is_averaged = False
         gc.enable()  # off since the rank began: by now it has imported all that it needs
 
     @property
@@ -196,28 +195,20 @@ class Engine:
         was_skipped, self._skipped = skipped > self._skipped, skipped
         return was_skipped
 
-    def update_average(self) -> None:
-        """Take the weights into their average where one is kept, after a step that was not
-        skipped.
-        """
-        self._zero_state.update_average()
-
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the weights are their average where one is kept; nothing may be trained or saved.
 
         A collective.
         """
-        if not self._zero_state.keeps_average:
+        if not self.zero_state.keeps_average:
             yield
             return
-        assert not self._is_averaged, "the weights are their average already"
-        self._zero_state.exchange_average()
-        self._is_averaged = True
+        assert not self.zero_state.is_averaged, "the weights are their average already"
+        self.zero_state.exchange_average()
         yield
         # Not after an error, which other ranks may know nothing of: this one would wait for them.
-        self._zero_state.exchange_average()
-        self._is_averaged = False
+        self.zero_state.exchange_average()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -236,19 +227,6 @@ class Engine:
         any more.
         """
         self._engine.destroy()
-
-    def states(self) -> Iterator[FlatState]:
-        """What this rank holds of weights, average and moments; each is valid until the next one is
-        asked for.
-        """
-        assert not self._is_averaged, "a checkpoint is of the weights and not of their average"
-        return self._zero_state.flats()
-
-    def put_back(self, fill: Callable[[FlatState], int]) -> None:
-        """Let `fill` write what this rank holds, and return the steps that Adam has taken; a
-        collective.
-        """
-        self._zero_state.put_back(fill)
 
     def sizes(self) -> dict[str, int]:
         """The bytes of every weight in the model's dtype, by name: tied ones once, and the buffers

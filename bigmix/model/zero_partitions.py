@@ -41,6 +41,7 @@ class ZeroState:
         self._decay = decay
         self._steps = 0  # that Adam has taken
         self._averages: list[Tensor] = []
+        self._is_averaged = False
         if decay is not None:
             self._averages = [weights.detach().clone() for weights in self._weights()]
 
@@ -48,6 +49,11 @@ class ZeroState:
     def keeps_average(self) -> bool:
         """Whether an average of the weights is kept."""
         return self._decay is not None
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether weights and average have changed places."""
+        return self._is_averaged
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -79,11 +85,16 @@ class ZeroState:
             if self._stage == 3:
                 self._zero._reassign_or_swap_out_partitioned_parameters(index)
         self._show_weights()
+        self._is_averaged = not self._is_averaged
 
     def flats(self) -> Iterator[FlatState]:
-        """Each flat tensor with its moments, zero before the first step; valid until the next one
-        is asked for.
+        """Each flat tensor with its average and its moments, which are zero before the first step;
+        valid until the next one is read.
         """
+        assert not self._is_averaged, "a checkpoint is of the weights and not of their average"
+        return self._read_flats()
+
+    def _read_flats(self) -> Iterator[FlatState]:
         for index, weights in enumerate(self._weights()):
             self._swap_in(index)
             yield self._flat(index, weights)
