@@ -140,7 +140,9 @@ def with_ours(engine: Engine, cluster: Cluster, folder: Path, saver: Saver) -> C
     outside of the clock.
     """
     position = Position(step=1, report={})
-    cost = take_steps(engine, cluster, lambda: saver.save(engine.states(), position), saver.settle)
+    cost = take_steps(
+        engine, cluster, lambda: saver.save(engine.zero_state.flats(), position), saver.settle
+    )
     saver.finish()
     shutil.rmtree(folder)
     return cost
@@ -175,7 +177,9 @@ def measure(layers: int, width: int, rounds: int, folder: Path) -> tuple[dict[st
             found[title] = with_ours(engine, cluster, folder, saver)
         for title, cost in found.items():
             costs.setdefault(title, []).append(cost)
-    size = sum(3 * 4 * flat.weights.numel() for flat in engine.states()) * world.size / 2**30
+    size = (
+        sum(3 * 4 * flat.weights.numel() for flat in engine.zero_state.flats()) * world.size / 2**30
+    )
     leave()
     # The first round fills caches and makes the buffers that later saves use again.
     middle = {

@@ -33,7 +33,7 @@ COVERED_BY = {
         "commands/prepare/writer",
     },
     "commands/probe/test_probe.py": {"commands/probe/command", "commands/probe/score"},
-    "commands/remedies/test_average.py": {"commands/remedies/command", "model/export"},
+    "commands/remedies/test_average.py": {"commands/remedies/command"},
     "data/shards/test_storage.py": {"data/shards/transports"},
     "data/test_planning.py": {"data/planning", "recipe/shares"},
     "data/test_share_rules.py": {"train/share_control"},

@@ -1,4 +1,8 @@
-"""Settings go in, a causal language model that computes the mixed loss comes out."""
+"""Builds causal language models whose head computes the mixed loss.
+
+Letters: B rows, T tokens of one, D width of the hidden states, V vocabulary, G groups, K loss
+tokens with a divergence from the reference.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,10 +37,10 @@ class ModelTensors:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceTensors:
-    """What a frozen model says of the first K loss tokens: its final hidden states, and its head
-    when it is asked for.
+    """What the reference gives for the first K loss tokens: its final hidden states and its head.
 
-    Within `head()` the head's weights are whole; under ZeRO-3 they are gathered for as long.
+    Inside the context of `head()` the head's weights are whole; under ZeRO-3 they are gathered for
+    that time only.
     """
 
     hidden_KD: Tensor
@@ -59,11 +63,11 @@ class MixedLM(nn.Module):
         """The objective of the micro-batch and the sums of each group [G, Statistic]."""
         hidden_BTD = self.hidden(batch.ids_BT, batch.positions_BT)
         reference = nullcontext() if batch.reference is None else _whole(batch.reference)
-        # The reference's head is gathered here, after the body, so that it is whole for the loss
-        # alone.
-        with reference as given:
+        # The reference's head is gathered after the body of the model, so that it is whole only
+        # while the loss is computed.
+        with reference as reference_states:
             loss: tuple[Tensor, Tensor] = self.lm.get_output_embeddings()(
-                hidden_BTD.flatten(0, 1), batch.tokens, given
+                hidden_BTD.flatten(0, 1), batch.tokens, reference_states
             )
         return loss
 
@@ -73,9 +77,7 @@ class MixedLM(nn.Module):
 
 
 class InferenceLM(nn.Module):
-    """A Hugging Face causal language model whose forward gives its final hidden states [B, T,
-    D].
-    """
+    """A Hugging Face causal language model whose forward returns final hidden states [B, T, D]."""
 
     def __init__(self, lm: Any) -> None:
         super().__init__()
@@ -85,8 +87,8 @@ class InferenceLM(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """The model's own head; a property, since a module that is registered twice is hooked
-        twice.
+        """The model's own head; a property, since ZeRO-3 hooks a module as often as it is
+        registered.
         """
         return linear_head(self.lm)
 
@@ -96,15 +98,15 @@ class InferenceLM(nn.Module):
 
 
 def final_hidden(lm: Any, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
-    """Final hidden states [B, T, D]. Documents are told apart by positions that restart.
+    """Final hidden states [B, T, D]; a document begins wherever the positions restart.
 
-    An attention mask is never given: with one, even of ones, the backends stop looking at the
+    No attention mask is passed: with one, even of ones, the attention backends ignore the
     positions.
     """
     shape = ids_BT.shape
     if lm.config._attn_implementation == "flash_attention_2":
-        # transformers looks at the positions only where there is one row; a row begins a document
-        # in any case.
+        # transformers derives documents from positions only where there is one row. Joining the
+        # rows to one changes nothing, since every row begins a document.
         ids_BT, positions_BT = ids_BT.view(1, -1), positions_BT.view(1, -1)
     body = lm.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)
     hidden_BTD: Tensor = body.last_hidden_state
@@ -135,8 +137,8 @@ def _whole(reference: ReferenceTensors) -> Iterator[ReferenceStates]:
 
 
 def logit_rule(config: Any) -> LogitRule:
-    """How the architecture turns the head's output into logits (Gemma caps, Cohere multiplies,
-    Granite divides).
+    """How the architecture turns the head's output into logits: Gemma caps, Cohere multiplies and
+    Granite divides it.
     """
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
@@ -148,10 +150,10 @@ def logit_rule(config: Any) -> LogitRule:
 def read_config(
     path: str | None, config: Mapping[str, Any] | None, *, key: str = "model.path"
 ) -> Any:
-    """The Hugging Face configuration of a model folder, hub name or table of settings; `key` is the
-    path's in the recipe.
+    """The Hugging Face configuration of a model folder, a hub name or a table of settings.
 
-    Raises BadInput where there is none or its model_type is unknown.
+    `key` is the setting or option of the path, for messages. Raises BadInput where there is no
+    configuration, its model_type is unknown, or it is that of a model of several parts.
     """
     named = f"{key} {path}" if path is not None else "model.config"
     try:
@@ -186,16 +188,16 @@ def choose_dtype(dtype: str, device: torch.device) -> Choice:
         return Choice(value=dtype, reason="as the recipe says")
     if device.type == "cpu":
         return Choice(value="fp32", reason="no GPU")
-    return Choice(value="bf16", reason="a GPU is there")
+    return Choice(value="bf16", reason="a GPU is available")
 
 
 def choose_attention(attention: str, config: Any, device: torch.device, dtype: str) -> Choice:
-    """The attention backend; each of them keeps packed documents apart."""
+    """The attention backend; all of them keep packed documents apart."""
     if attention != "auto":
         return Choice(value=attention, reason="as the recipe says")
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return Choice(
-            value="eager", reason="the model caps its attention scores, which sdpa cannot"
+            value="eager", reason="the model caps its attention scores, which sdpa cannot do"
         )
     if device.type == "cuda" and dtype == "bf16" and is_flash_attn_2_available():
         return Choice(value="flash_attention_2", reason="flash-attn is installed")
@@ -214,7 +216,10 @@ def build(
     seed: int,
     construction: AbstractContextManager[None],
 ) -> MixedLM:
-    """The model to train, as `load` makes it, with the mixed loss in its head."""
+    """The model to train: what `load` makes, with the mixed loss in its head.
+
+    Raises BadInput where transformers refuses the combination of settings.
+    """
     lm = load(config, path, dtype=dtype, attention=attention, seed=seed, construction=construction)
     if activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -230,14 +235,13 @@ def load(
     seed: int,
     construction: AbstractContextManager[None],
 ) -> Any:
-    """A language model with its weights; inside `construction` each parameter is sharded as it is
-    made.
+    """A causal language model of transformers with its weights.
 
-    Without a path the weights are drawn from `seed`. Raises BadInput where transformers refuses the
-    combination.
+    Inside `construction` each parameter is sharded as soon as it exists. Without a path the weights
+    are random, from `seed`. Raises BadInput where transformers refuses the combination of settings.
     """
     torch.manual_seed(seed)
-    disable_progress_bar()  # in a log its states run together
+    disable_progress_bar()  # its updates would fill one line of a log
     options = {"dtype": DTYPES[dtype], "attn_implementation": attention}
     try:
         with construction:

@@ -1,8 +1,5 @@
-"""A recipe and a manifest go in, the configurations of its models come out; what does not fit
-together is refused.
-
-A built model goes in; it is refused where packing or the loss would silently mean something else on
-it.
+"""Checks of models: that a configuration fits the prepared sources, before a model is built, and
+that packing and the loss mean the same on a built model as on its own logits.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +22,7 @@ from bigmix.text.tokenizer import fingerprint_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Configs:
-    """Hugging Face configurations of the model and of the frozen reference."""
+    """The Hugging Face configurations of the model and of the reference, if there is one."""
 
     model: Any
     reference: Any | None
@@ -33,7 +30,7 @@ class Configs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluated:
-    """A model that is evaluated without training, and the option that names it."""
+    """A model that is evaluated without training, and the option that gave it."""
 
     named: str
     path: str
@@ -41,10 +38,10 @@ class Evaluated:
 
 
 def read_configs(recipe: Recipe, manifest: Manifest) -> Configs:
-    """The configurations of the models of a recipe, for sources of a manifest.
+    """The configurations of the models of a recipe, checked against the manifest of a source.
 
-    Raises BadInput where there is none, rows are longer than a model's positions, tokens are not
-    the model's, or the reference speaks of another vocabulary.
+    Raises BadInput with every fault: no configuration, rows longer than a model's positions,
+    sources prepared with another tokenizer, a reference with another vocabulary.
     """
     config = read_config(recipe.model.path, recipe.model.config)
     reference = None
@@ -67,11 +64,11 @@ def read_configs(recipe: Recipe, manifest: Manifest) -> Configs:
 def read_evaluated(
     recipe: Recipe, manifest: Manifest, tokenizer_folder: Path, paths: Mapping[str, str | None]
 ) -> dict[str, Evaluated]:
-    """The models at the paths of some options, for held-out sources of a manifest; an option
-    without one is left out.
+    """The models that options name, checked against the manifest of a held-out source.
 
-    Raises BadInput where there is none, where rows are longer than its positions, or where it
-    speaks of other tokens.
+    `paths` by option; an option without a path is left out. Raises BadInput with every fault: no
+    configuration, rows longer than a model's positions, sources prepared with another tokenizer,
+    models whose vocabularies differ.
     """
     models = {
         named: Evaluated(named=named, path=path, config=read_config(path, None, key=named))
@@ -82,16 +79,17 @@ def read_evaluated(
     for named, model in models.items():
         faults += _length_faults(recipe, model.config, f"{named} {model.path}")
         faults += _vocabulary_faults(manifest, model.config, f"{named} {model.path}")
-        # A run whose sources have no tokenizer exports none.
+        # A run whose sources have no tokenizer exports a model without one.
         if tokenizer_folder.is_dir() or _has_tokenizer(model.path):
             is_trained = model.path == recipe.model.path
             tokenizer = recipe.model.tokenizer if is_trained else None
             faults += _tokenizer_faults(tokenizer or model.path, manifest, named)
     sizes = {f"{named} {model.path}": model.config.vocab_size for named, model in models.items()}
     if len(set(sizes.values())) > 1:
-        said = ", ".join(f"{where} has {size}" for where, size in sizes.items())
+        listed = ", ".join(f"{where} has {size}" for where, size in sizes.items())
         faults.append(
-            f"vocabularies differ: {said}; a divergence needs one, give --base none or another base"
+            f"vocabularies differ: {listed}; a divergence needs the same one, give --base none or"
+            " another base"
         )
     if faults:
         raise BadInput(*faults)
@@ -110,8 +108,8 @@ def _reference_faults(
     if reference.vocab_size != config.vocab_size:
         yield (
             f"reference.model {path} has a vocabulary of {reference.vocab_size}, the model has"
-            f" {config.vocab_size}; a divergence needs one vocabulary, choose a reference of the"
-            " same family"
+            f" {config.vocab_size}; a divergence needs the same vocabulary, choose a reference of"
+            " the same family"
         )
     if path != recipe.model.path:
         yield from _tokenizer_faults(path, manifest, "reference.model")
@@ -137,7 +135,7 @@ def _vocabulary_faults(manifest: Manifest, config: Any, named: str) -> Iterator[
 
 
 def _tokenizer_faults(path: str | None, manifest: Manifest, key: str) -> Iterator[str]:
-    """A model from scratch has no tokenizer of its own: it learns whatever the sources speak."""
+    """A model from scratch has no tokenizer of its own: it learns the tokens of the sources."""
     if path is None:
         return
     fingerprint = fingerprint_of(path)
@@ -154,12 +152,11 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 def check_packing_isolation(engine: Evaluable, vocabulary: int, *, named: str = "model") -> None:
-    """Run two documents in one row and see that the second knows nothing of the first, and that our
-    loss is the model's.
+    """Check on two documents in one row that the second does not depend on the first, and that our
+    loss is that of the model's own logits.
 
-    A collective. Raises BadInput naming what is wrong: an attention backend that looks across
-    documents, a layer with a state of its own, logits that are made in a way that bigmix does not
-    know.
+    A collective. Raises BadInput that names the fault: an attention backend that looks across
+    documents, a layer with a state of its own, or logits made in a way that bigmix does not know.
     """
     ids_BT, positions_BT = _two_documents(vocabulary, engine.device)
     with engine.evaluating():
@@ -169,9 +166,9 @@ def check_packing_isolation(engine: Evaluable, vocabulary: int, *, named: str = 
 
 
 def check_reference_model(reference: ReferenceModel, vocabulary: int, *, named: str) -> None:
-    """The same of a frozen model: documents of one row must not see each other in it either.
+    """Check the same isolation of documents in a reference; a collective.
 
-    A collective.
+    Raises BadInput where its attention looks across documents.
     """
     ids_BT, positions_BT = _two_documents(vocabulary, reference.engine.device)
     hidden_BTD = reference.engine.forward(ids_BT, positions_BT)
@@ -179,9 +176,7 @@ def check_reference_model(reference: ReferenceModel, vocabulary: int, *, named: 
 
 
 def _two_documents(vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and positions of two rows of two documents each, of which the second ones are the
-    same.
-    """
+    """Ids and positions of two rows of two documents, with the same second document in both."""
     ids = torch.arange(2 * (_FIRST + _SECOND), device=device) * 7 % min(vocabulary, 997)
     ids_BT = ids.view(2, -1)
     ids_BT[1, _FIRST:] = ids_BT[0, _FIRST:]
@@ -202,7 +197,7 @@ def _check_isolation(hidden_BTD: Tensor, config: Any, named: str) -> None:
 
 
 def _check_loss(engine: Evaluable, ids_BT: Tensor, positions_BT: Tensor, named: str) -> None:
-    """The nll sum of the second document by our head against the model's own logits."""
+    """Compare the nll sum of the second document by our head with that by the model's logits."""
     own = ids_BT[:1, _FIRST:]
     logits_TV = engine.module.lm(input_ids=own).logits[0, :-1].float()
     expected = float(torch.nn.functional.cross_entropy(logits_TV, own[0, 1:], reduction="sum"))

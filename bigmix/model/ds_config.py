@@ -15,7 +15,7 @@ _OURS = {
     "optimizer": "train.lr, train.betas and train.weight_decay",
     "scheduler": "train.schedule and train.warmup",
     "fp16": "model.dtype, bf16 or fp32",
-    "elasticity": "the ranks that are started, on any number of which a run goes on",
+    "elasticity": "the ranks that are started; a run can resume on any number of them",
 }
 _BATCH_KEYS = (
     "train_batch_size",
@@ -41,10 +41,11 @@ class BatchSize:
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
-    """The keys of a DeepSpeed configuration file; a relative path is also looked for beside the
-    package.
+    """The keys of a DeepSpeed configuration file; a relative path is also looked up in the folder
+    that holds the package.
 
-    Raises BadInput where there is no such file or it is not a JSON object.
+    Raises BadInput where there is no such file, it is not a JSON object, or a key that must be an
+    object is none.
     """
     places = [Path(path), _REPOSITORY / path]
     found = next((place for place in places if place.is_file()), None)
@@ -82,7 +83,9 @@ def _stage_of(keys: Mapping[str, Any]) -> Any:
 
 
 def batch_size_of(recipe: Recipe, ranks: int) -> BatchSize:
-    """How a step of the recipe is divided over the ranks, of whose rows it is a multiple."""
+    """How the rows of a step are divided over ranks, where they are a multiple of the
+    micro-batches.
+    """
     micro_batch_rows = recipe.train.micro_batch_rows
     return BatchSize(
         micro_batch_rows=micro_batch_rows,
@@ -94,7 +97,7 @@ def batch_size_of(recipe: Recipe, ranks: int) -> BatchSize:
 def complete_for_training(
     keys: Mapping[str, Any], recipe: Recipe, ranks: int, dtype: str
 ) -> dict[str, Any]:
-    """The configuration of a run on so many ranks; raises BadInput as `complete` does."""
+    """The configuration of a run on a number of ranks; raises BadInput as `complete` does."""
     return complete(keys, batch_size_of(recipe, ranks), dtype, recipe.train.clip)
 
 
@@ -103,7 +106,7 @@ def complete_for_evaluation(
 ) -> dict[str, Any]:
     """The configuration of an evaluation without training; raises BadInput as `complete` does.
 
-    The sizes of steps that a file may fix are left out: they would refuse another number of ranks.
+    Sizes of steps that the file fixes are left out: they would rule out other numbers of ranks.
     """
     free = {key: value for key, value in keys.items() if key not in _BATCH_KEYS}
     micro_batch_rows = recipe.train.micro_batch_rows
@@ -128,8 +131,8 @@ def complete(keys: Mapping[str, Any], batch: BatchSize, dtype: str, clip: float)
     faults = list(_contradictions(keys, decided))
     if faults:
         raise BadInput(*faults)
-    # The optimizer is torch's AdamW: it needs no compiler, and DeepSpeed must not replace or refuse
-    # it.
+    # The optimizer is torch's AdamW, which needs no compiler; DeepSpeed must neither replace nor
+    # refuse it.
     ours = {"zero_allow_untested_optimizer": True, "steps_per_print": 1 << 40}
     zero = dict(keys.get("zero_optimization", {}))
     if zero.get("stage") == 3:
@@ -138,7 +141,7 @@ def complete(keys: Mapping[str, Any], batch: BatchSize, dtype: str, clip: float)
 
 
 def zero_stage(keys: Mapping[str, Any]) -> int:
-    """Which ZeRO stage a configuration asks for; 0 where it asks for none."""
+    """The ZeRO stage of a configuration; 0 where it has none."""
     return int(_stage_of(keys))
 
 

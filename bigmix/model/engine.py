@@ -1,6 +1,6 @@
-"""A model and DeepSpeed's keys go in, an engine that takes optimizer steps comes out.
+"""The DeepSpeed engine of a model that is trained, and of one that is not.
 
-The one module that imports deepspeed.
+The only module that imports deepspeed.
 """
 
 import functools
@@ -8,7 +8,7 @@ import gc
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -26,14 +26,13 @@ from bigmix.cluster.collectives import Cluster, export_world
 from bigmix.cluster.world import World, free_port
 from bigmix.model.ds_config import zero_stage
 from bigmix.model.zero_partitions import ZeroState
-from bigmix.runs.state_file import FlatState
 
 _NO_COMPILER = "TORCHDYNAMO_DISABLE"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdamW:
-    """Settings of the optimizer; the learning rate is set anew before every step."""
+    """Settings of the optimizer; the learning rate is set before every step."""
 
     betas: tuple[float, float]
     eps: float
@@ -41,7 +40,7 @@ class AdamW:
 
 
 def join(world: World) -> Cluster:
-    """Join the process group of the job and take this rank's device."""
+    """Join the process group of the job and select this rank's device; a collective."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device_of(world).type == "cpu":
         _use_gloo_alone()
@@ -51,8 +50,8 @@ def join(world: World) -> Cluster:
         torch.cuda.set_device(world.local_rank)
     if world.size == 1:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
-        # torchrun's own store is at its own port; a rank that looks for it here would wait for
-        # ever.
+        # torchrun's store is at torchrun's port; a rank that looked for it at this one would wait
+        # forever.
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     export_world(world)
     backend = "gloo" if device_of(world).type == "cpu" else "nccl"
@@ -62,28 +61,28 @@ def join(world: World) -> Cluster:
 
 def device_of(world: World) -> torch.device:
     """The device of a rank: its GPU where there are GPUs, else the CPU."""
-    # DeepSpeed's word counts: DS_ACCELERATOR=cpu keeps a job off the GPUs of its machine.
+    # DeepSpeed decides: DS_ACCELERATOR=cpu keeps a job off the GPUs of its machine.
     if get_accelerator().device_name() == "cuda":
         return torch.device("cuda", world.local_rank)
     return torch.device("cpu")
 
 
 def _use_gloo_alone() -> None:
-    """On a CPU DeepSpeed compiles a shared-memory collective at first use; without it, no compiler
-    is needed.
+    """Keep DeepSpeed from compiling a shared-memory collective on a CPU, so that no compiler is
+    needed.
 
-    Nor does DeepSpeed then try all its operators with the compiler, which it does when it is first
-    asked for one of them.
+    It also keeps DeepSpeed from trying all its operators with the compiler when the first of them
+    is looked up.
     """
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def _import_muon() -> None:
-    """Import an optimizer of DeepSpeed that is never used here, before DeepSpeed does so for each
+    """Import an optimizer of DeepSpeed that bigmix never uses, before DeepSpeed does so for each
     engine.
 
-    Its functions are compiled where they are defined, for which torch would import its compiler:
-    seconds of each start.
+    The module compiles its functions where it defines them, for which torch would import its
+    compiler: seconds of each start.
     """
     before = os.environ.get(_NO_COMPILER)
     os.environ[_NO_COMPILER] = "1"
@@ -99,7 +98,7 @@ def _import_muon() -> None:
 
 
 class _SeenByTransformers:
-    """What transformers asks of a DeepSpeed configuration while it makes a model."""
+    """What transformers reads of a DeepSpeed configuration while it makes a model."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
@@ -110,8 +109,8 @@ class _SeenByTransformers:
 
 @contextmanager
 def sharded_construction(config: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, transformers makes each parameter as a shard under ZeRO-3, so that no rank ever holds
-    a whole model.
+    """A context in which transformers makes each parameter as a shard under ZeRO-3, so that no rank
+    ever holds a whole model.
     """
     if zero_stage(config) < 3:
         yield
@@ -126,10 +125,11 @@ def sharded_construction(config: Mapping[str, Any]) -> Iterator[None]:
 
 
 class Engine:
-    """The model under ZeRO. One `forward` and one `backward` per micro-batch, then one `step`.
+    """The model under ZeRO: one `forward`, `backward` and `step_micro_batch` for each micro-batch.
 
     With `average_decay` it keeps an average of the weights over the steps, which evaluations and
-    the export are of.
+    the export use. `zero_state` is what this rank holds of weights, average and moments: after a
+    step that was not skipped call its `update_average`; checkpoints read and fill it.
     """
 
     def __init__(
@@ -146,15 +146,14 @@ class Engine:
             model=model, optimizer=optimizer, config=dict(config)
         )
         self._skipped = 0
-        self._zero_state = ZeroState(
+        self.zero_state = ZeroState(
             self._engine.optimizer,
             {id(parameter): name for name, parameter in model.named_parameters()},
             stage=zero_stage(config),
             rank=self._engine.global_rank,
             decay=average_decay,
         )
-        self._is_averaged = False
-        gc.enable()  # off since the rank began: by now it has imported all that it needs
+        gc.enable()  # off since the rank started: by now it has imported all that it needs
 
     @property
     def device(self) -> torch.device:
@@ -175,54 +174,45 @@ class Engine:
         """Add the micro-batch's gradient; ZeRO then holds the mean over ranks of the sum over
         micro-batches.
         """
-        # The coefficients hold the whole step's counts already: DeepSpeed must not divide by the
-        # accumulation again.
+        # The coefficients are already divided by the counts of the whole step: DeepSpeed must not
+        # divide by the number of micro-batches as well.
         self._engine.backward(objective, scale_wrt_gas=False)
 
     def step_micro_batch(self, lr: float) -> None:
-        """End a micro-batch; after the last one of the step the weights move."""
+        """End a micro-batch; the last one of the step updates the weights."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
 
     def gradient_norm(self) -> Tensor | float:
-        """Norm of the last step's gradient before clipping, over all ranks."""
+        """The norm of the last step's gradient before clipping, over all ranks."""
         norm: Tensor | float = self._engine.get_global_grad_norm()
         return norm
 
     def was_skipped(self) -> bool:
-        """Whether the last step was left out on all ranks since a gradient was not finite."""
+        """Whether the last step was skipped on all ranks because a gradient was not finite."""
         skipped = int(self._engine.skipped_steps)
         was_skipped, self._skipped = skipped > self._skipped, skipped
         return was_skipped
 
-    def update_average(self) -> None:
-        """Take the weights into their average where one is kept, after a step that was not
-        skipped.
-        """
-        self._zero_state.update_average()
-
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the weights are their average where one is kept; nothing may be trained or saved.
-
-        A collective.
+        """A context in which the weights are their average where one is kept; nothing may be
+        trained or saved inside. A collective.
         """
-        if not self._zero_state.keeps_average:
+        if not self.zero_state.keeps_average:
             yield
             return
-        assert not self._is_averaged, "the weights are their average already"
-        self._zero_state.exchange_average()
-        self._is_averaged = True
+        assert not self.zero_state.is_averaged, "the weights are their average already"
+        self.zero_state.exchange_average()
         yield
-        # Not after an error, which other ranks may know nothing of: this one would wait for them.
-        self._zero_state.exchange_average()
-        self._is_averaged = False
+        # Not after an error, which other ranks may not have: this rank would wait for them.
+        self.zero_state.exchange_average()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, forwards keep no gradient, dropout is off, and the weights are those of
-        `averaged`. A collective.
+        """A context in which forwards keep no gradient, dropout is off, and the weights are those
+        of `averaged`. A collective.
         """
         self._engine.eval()
         try:
@@ -232,37 +222,21 @@ class Engine:
             self._engine.train()
 
     def close(self) -> None:
-        """Give back what DeepSpeed holds beyond the life of the engine; nothing can be done with it
-        any more.
-        """
+        """Release what DeepSpeed holds beyond the life of the engine, which is then unusable."""
         self._engine.destroy()
 
-    def states(self) -> Iterator[FlatState]:
-        """What this rank holds of weights, average and moments; each is valid until the next one is
-        asked for.
-        """
-        assert not self._is_averaged, "a checkpoint is of the weights and not of their average"
-        return self._zero_state.flats()
-
-    def put_back(self, fill: Callable[[FlatState], int]) -> None:
-        """Let `fill` write what this rank holds, and return the steps that Adam has taken; a
-        collective.
-        """
-        self._zero_state.put_back(fill)
-
     def sizes(self) -> dict[str, int]:
-        """The bytes of every weight in the model's dtype, by name: tied ones once, and the buffers
-        that models keep.
+        """The bytes of every weight in the model's dtype, by name: tied weights once, and buffers
+        that are part of the state.
         """
         return {
-            # Under ZeRO-3 a parameter is a flat shard; the number of its elements is kept in
-            # ds_numel.
+            # Under ZeRO-3 a parameter is a flat shard; ds_numel is the size of the whole.
             name: getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
             for name, tensor in self._tensors().items()
         }
 
     def whole(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Some weights in host memory, whole on the first rank, empty on the others; a
+        """The named weights in host memory: whole on the first rank, none on the others. A
         collective.
         """
         tensors, found = self._tensors(), {}
@@ -275,7 +249,7 @@ class Engine:
                 if self._engine.global_rank == 0:
                     found[name] = tensors[name].detach().to("cpu", copy=True)
         if is_sharded:
-            # Gathers the small parameters that ZeRO keeps whole on every rank.
+            # Gathers the small parameters again, which ZeRO keeps whole on every rank.
             zero.checkpoint_event_epilogue()
         return found
 
@@ -286,8 +260,8 @@ class Engine:
         return dict(module.named_parameters()) | buffers
 
     def peak_gib(self) -> float:
-        """Most device memory in use so far, in GiB; on a CPU the most this process has had
-        resident.
+        """The largest device memory in use so far, in GiB; on a CPU the largest resident memory of
+        this process.
         """
         if self.device.type == "cuda":
             return float(get_accelerator().max_memory_allocated()) / 2**30
@@ -297,22 +271,22 @@ class Engine:
 
 
 def release_memory() -> None:
-    """Free what engines that are no longer used have left, so that the next one finds room and
+    """Free what engines that are no longer used have left behind, so that the next one has room and
     counts its own peak.
     """
-    # ZeRO-3 puts each module that begins its forward there; the outermost one is never taken away.
+    # ZeRO-3 pushes each module that begins its forward and never removes the outermost one.
     stack = getattr(parameter_offload, "FWD_MODULE_STACK", None)
     if isinstance(stack, list):
         stack.clear()
     _clear_caches_of_deepspeed()
-    gc.collect()  # engines, models and their hooks point at one another
+    gc.collect()  # engines, models and their hooks refer to one another
     if get_accelerator().device_name() == "cuda":
         get_accelerator().empty_cache()
         get_accelerator().reset_peak_memory_stats()
 
 
 def _clear_caches_of_deepspeed() -> None:
-    """Methods that cache their results keep the model, which is among their arguments."""
+    """Clear the caches of methods, which hold the model among their arguments."""
     for found in gc.get_objects():
         is_cache = isinstance(found, functools._lru_cache_wrapper)
         if is_cache and str(getattr(found, "__module__", "")).startswith("deepspeed"):
@@ -320,8 +294,8 @@ def _clear_caches_of_deepspeed() -> None:
 
 
 class InferenceEngine:
-    """A model that is never trained: sharded as the trained one where that is (ZeRO-3), else whole
-    on each rank.
+    """A model that is never trained: sharded under ZeRO-3 like the trained one, else whole on each
+    rank.
     """
 
     def __init__(self, model: nn.Module, config: Mapping[str, Any], device: torch.device) -> None:
@@ -330,7 +304,7 @@ class InferenceEngine:
         self.module: Any = model
         if self._is_sharded:
             keys = dict(config)
-            # There is no optimizer to offload; DeepSpeed would insist on one.
+            # There is no optimizer to offload, but DeepSpeed would require one.
             keys["zero_optimization"] = {
                 key: value
                 for key, value in keys["zero_optimization"].items()
@@ -345,26 +319,28 @@ class InferenceEngine:
         gc.enable()  # as in Engine
 
     def forward(self, *inputs: Any) -> Any:
-        """What the model gives, without gradient; a collective where it is sharded."""
+        """The model's output, without gradient; a collective where it is sharded."""
         with torch.no_grad():
             return self._run(*inputs)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, parts of the model keep no gradient either."""
+        """A context in which parts of the model that are called directly keep no gradient."""
         with torch.no_grad():
             yield
 
     @contextmanager
     def gathered(self, part: nn.Linear) -> Iterator[nn.Linear]:
-        """Inside, a part of the model has its whole weights; a collective where it is sharded."""
+        """A context in which a part of the model has its whole weights; a collective where it is
+        sharded.
+        """
         weights = list(part.parameters())
         with deepspeed.zero.GatheredParameters(weights, enabled=self._is_sharded):
             yield part
 
 
 Evaluable: TypeAlias = Engine | InferenceEngine
-"""What an evaluation can run: `forward` inside `evaluating`, on tensors that are on `device`."""
+"""What an evaluation can run: `forward` inside `evaluating`, with tensors on `device`."""
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -373,8 +349,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The whole weights of a model, one after another, each valid until the next one is asked for;
-    a collective.
+    """The whole weights of a model one after another, each valid until the next one is read; a
+    collective.
     """
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
@@ -382,10 +358,10 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _gather_layers_whole(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Under ZeRO-3 a layer's weights are gathered and its gradients reduced together.
+    """Let ZeRO-3 gather the weights of a layer together, and reduce its gradients together.
 
-    By default DeepSpeed does so for each module inside, which costs the host more than small layers
-    take to compute. A file that has `leaf_module` decides for itself.
+    By default DeepSpeed does so for each module inside, which costs the host more time than small
+    layers take to compute. A DeepSpeed file with `leaf_module` overrides this.
     """
     if zero_stage(config) < 3 or "leaf_module" in config["zero_optimization"]:
         return
@@ -399,7 +375,7 @@ def _optimizer(model: nn.Module, config: Mapping[str, Any], adamw: AdamW) -> Any
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
-        # Under ZeRO-3 a parameter is a flat shard; its own shape is kept in ds_shape.
+        # Under ZeRO-3 a parameter is a flat shard; ds_shape is the shape of the whole.
         shape = getattr(parameter, "ds_shape", parameter.shape)
         (decay if len(shape) >= 2 else plain).append(parameter)
     groups = [
@@ -411,7 +387,7 @@ def _optimizer(model: nn.Module, config: Mapping[str, Any], adamw: AdamW) -> Any
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     offloads = offload.get("device", "none") != "none"
     if offloads and config.get("zero_force_ds_cpu_optimizer", True):
-        # Compiled at first use: several times faster on a CPU than torch's.
+        # Compiled at first use; several times faster on a CPU than torch's.
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     on_gpu = get_accelerator().device_name() == "cuda" and not offloads
     return torch.optim.AdamW(groups, fused=on_gpu, **options)

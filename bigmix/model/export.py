@@ -1,10 +1,9 @@
-"""An engine goes in, a Hugging Face folder that transformers loads comes out.
-
-Tensors by name go in, the safetensors files of a model and their index come out; and are read back
-tensor by tensor.
+"""Writes the weights of a model as a Hugging Face folder that transformers loads, and reads such
+folders tensor by tensor.
 
 One file is `model.safetensors`; several are `model-IIIII-of-NNNNN.safetensors` with
-`model.safetensors.index.json`, which says in which of them each tensor lies.
+`model.safetensors.index.json`, which names the file of each tensor. Neither writing nor reading
+holds a whole model in memory.
 """
 
 import json
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import parse_local_safetensors_file_metadata
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,7 +31,7 @@ _METADATA = {"format": "pt"}  # transformers refuses a file without it
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Described:
-    """What a tensor is, before its values are read: dtype in the words of safetensors, such as
+    """What a tensor is, known without reading its values; dtype as safetensors writes it, such as
     BF16.
     """
 
@@ -40,12 +40,12 @@ class Described:
 
 
 class WeightFiles:
-    """The weights in the folder of a model, mapped into memory: what is not asked for is not
+    """The weights in the folder of a model, mapped into memory: only tensors that are requested are
     read.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises BadInput where the folder has no whole set of safetensors files."""
+        """Open the files; raises BadInput where one of them is missing."""
         self.folder = folder
         self._files: dict[str, Any] = {}  # by the name of each tensor in them
         with ExitStack() as stack:
@@ -65,12 +65,12 @@ class WeightFiles:
         return Described(dtype=found.get_dtype(), shape=tuple(found.get_shape()))
 
     def read(self, name: str) -> Tensor:
-        """A tensor as it is stored."""
+        """The values of a tensor, as they are stored."""
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._stack.close()
 
 
@@ -90,8 +90,9 @@ def _paths(folder: Path) -> Sequence[Path]:
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> None:
-    """Write the files of a model, each of at most `max_bytes` unless one tensor is larger; one file
-    at a time is in memory.
+    """Write the files of a model, each of at most `max_bytes` unless one tensor is larger.
+
+    The tensors of one file at a time are in memory.
     """
     parts = []
     for number, group in enumerate(_groups(tensors, max_bytes)):
@@ -102,6 +103,11 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes:
 
 
 def _groups(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each file, in their order.
+
+    huggingface_hub's split_torch_state_dict_into_shards needs all tensors at the same time, and
+    gives a large one a file before those that come earlier.
+    """
     group: dict[str, Tensor] = {}
     held = 0
     for name, tensor in tensors:
@@ -114,8 +120,10 @@ def _groups(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[d
 
 
 def name_shards(folder: Path, parts: Sequence[Path]) -> None:
-    """Give the files of a model, in a folder, the names that loaders look for, and write the index
+    """Give the files of a model in a folder the names that loaders look for, and write the index
     where there are several.
+
+    transformers may have renamed the tensors of a file, so their names are read from its header.
     """
     if len(parts) == 1:
         parts[0].rename(folder / WHOLE)
@@ -124,26 +132,16 @@ def name_shards(folder: Path, parts: Sequence[Path]) -> None:
     total = 0
     for number, part in enumerate(parts, 1):
         name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        header = _header(part)
-        places |= dict.fromkeys(header, name)
-        total += sum(end - start for start, end in (t["data_offsets"] for t in header.values()))
+        tensors = parse_local_safetensors_file_metadata(part).tensors
+        places |= dict.fromkeys(tensors, name)
+        total += sum(end - start for start, end in (t.data_offsets for t in tensors.values()))
         part.rename(folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """The entry of each tensor in a safetensors file: eight bytes of length stand before the
-    JSON.
-    """
-    with path.open("rb") as file:
-        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    header.pop("__metadata__", None)
-    return header
-
-
 _LAYER = re.compile(r".*?\.\d+\.")
-_ONE_FILE = 1 << 62  # transformers is given what goes into one file
+_ONE_FILE = 1 << 62  # bytes; transformers only gets the weights of one file at a time
 
 
 def export(
@@ -156,38 +154,38 @@ def export(
     texts: Mapping[str, str],
     on_activity: Callable[[str], None],
 ) -> None:
-    """Write weights, configuration, tokenizer and `texts` by file name to `folder`, beside first
-    and then in one step.
+    """Write weights, configuration, tokenizer and `texts`, by file name, to `folder`; a collective.
 
-    A collective. The first rank holds the weights of one file, of at most `shard_bytes` or one
-    layer, at a time. `on_activity` is told what begins.
+    Everything is written to a temporary folder, which is then renamed. The first rank holds the
+    weights of one file at a time, of at most `shard_bytes` or one layer. `on_activity` is called
+    with what begins.
     """
-    beside = folder.with_name(f".tmp-{folder.name}")
+    temporary = folder.with_name(f".tmp-{folder.name}")
     if cluster.world.is_first:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    disable_progress_bar()  # in a log its states run together
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    disable_progress_bar()  # its updates would fill one line of a log
     files = list(_files(engine.sizes(), shard_bytes))
-    parts = [beside / f"part-{number:05d}.safetensors" for number in range(len(files))]
+    parts = [temporary / f"part-{number:05d}.safetensors" for number in range(len(files))]
     with engine.averaged():
         for number, (names, part) in enumerate(zip(files, parts, strict=True), 1):
             on_activity(f"writing {folder}, file {number} of {len(files)}")
             _write(engine, cluster, names, part)
     if cluster.world.is_first:
-        name_shards(beside, parts)
+        name_shards(temporary, parts)
         if tokenizer_folder.is_dir():
-            shutil.copytree(tokenizer_folder, beside, dirs_exist_ok=True)
+            shutil.copytree(tokenizer_folder, temporary, dirs_exist_ok=True)
         for name, text in texts.items():
-            (beside / name).write_text(text, encoding="utf-8")
+            (temporary / name).write_text(text, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        temporary.rename(folder)
     cluster.barrier()
 
 
 def _write(engine: Engine, cluster: Cluster, names: Sequence[str], part: Path) -> None:
-    """Write some of the weights to a file and the configuration beside it; a collective.
+    """Write some of the weights to a file, and the configuration to its folder; a collective.
 
-    transformers writes it: it knows the names, and for some models the shapes, that its files have.
+    transformers writes them: it knows the names, and for some models the shapes, of its files.
     """
     state = engine.whole(names)
     if not cluster.world.is_first:
@@ -201,8 +199,9 @@ def _write(engine: Engine, cluster: Cluster, names: Sequence[str], part: Path) -
 
 
 def _files(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[Sequence[str]]:
-    """The names of the weights of each file; a layer is in one file: transformers may cut and join
-    weights within it.
+    """The names of the weights of each file.
+
+    A layer is never split between files: transformers may cut and join weights within one.
     """
     names: list[str] = []
     held = 0
@@ -217,8 +216,8 @@ def _files(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[Sequence[str]
 
 
 def _layers(names: Sequence[str]) -> Sequence[list[str]]:
-    """`model.layers.3.mlp.up.weight` is of the layer `model.layers.3.`; what is in none stands for
-    itself.
+    """The names by layer: `model.layers.3.mlp.up.weight` belongs to `model.layers.3.`; a weight
+    outside of all layers is a layer of its own.
     """
     layers: dict[str, list[str]] = {}
     for name in names:

@@ -1,6 +1,4 @@
-"""A model and the lengths of its documents go in, the floating-point operations that training needs
-come out.
-"""
+"""Counts the floating-point operations that training a model needs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,29 +21,29 @@ PEAKS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What one token costs: weights of the linear layers of the body, of the head, and attention
-    per pair of tokens.
+    """What the cost of a token follows from: the weights of the linear layers of the body, those of
+    the head, and the width of attention over all layers.
     """
 
-    body_weights: int
-    head_weights: int
+    num_body_weights: int
+    num_head_weights: int
     attention_width: int
 
-    def of_step(self, tokens: int, loss_tokens: int, sum_sq_lengths: int) -> float:
-        """FLOPs of forward and backward: 6 per weight and token, 6 per attention width and causal
-        pair.
+    def of_step(self, num_tokens: int, num_loss_tokens: int, sum_sq_lengths: int) -> float:
+        """FLOPs of forward and backward: 6 per weight and token, 12 per attention width and causal
+        pair of tokens.
 
         `sum_sq_lengths` is the sum of the squared document lengths; half of it are causal pairs,
-        each with two products of 2 FLOPs forward and twice that backward. The head works for loss
-        tokens alone.
+        each with two products of 2 FLOPs forward and twice that backward. The head runs on loss
+        tokens only.
         """
-        body = 6 * self.body_weights * tokens
-        head = 6 * self.head_weights * loss_tokens
+        body = 6 * self.num_body_weights * num_tokens
+        head = 6 * self.num_head_weights * num_loss_tokens
         return float(body + head + 12 * self.attention_width * sum_sq_lengths / 2)
 
 
 def cost_of(lm: Any) -> Cost | None:
-    """The cost of a causal language model; None for mixtures of experts, where it depends on the
+    """The cost of a causal language model; None for a mixture of experts, where it depends on the
     routing.
     """
     config = lm.config
@@ -56,24 +54,24 @@ def cost_of(lm: Any) -> Cost | None:
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     return Cost(
-        body_weights=sum(_numel(module.weight) for module in linear),
-        head_weights=_numel(head.weight),
+        num_body_weights=sum(_numel(module.weight) for module in linear),
+        num_head_weights=_numel(head.weight),
         attention_width=width * config.num_hidden_layers,
     )
 
 
 def count_parameters(lm: nn.Module) -> int:
-    """All weights of a model, shards counted whole."""
+    """The number of weights of a model; shards count as the whole that they are part of."""
     return sum(_numel(parameter) for parameter in lm.parameters())
 
 
 def _numel(parameter: Any) -> int:
-    """Elements of a parameter; of a ZeRO-3 shard, those of the whole."""
+    """The number of elements of a parameter; for a ZeRO-3 shard, those of the whole."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """FLOP/s that one device can do in bf16, where it is known."""
+    """The peak FLOP/s of one device in bf16; None where it is not known."""
     if device.type != "cuda" or dtype != "bf16":
         return None
     name = torch.cuda.get_device_name(device)

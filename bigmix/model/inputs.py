@@ -1,10 +1,7 @@
-"""A micro-batch goes in, its tensors on the device of the model come out; nothing waits for the
-device.
+"""Moves micro-batches to the device, with the hidden states of the reference where there is one.
 
-A micro-batch and a frozen model go in; out come its tensors with what the frozen model thinks of
-chosen sources.
-
-Letters beside those of `records`: S sources, U rows that the frozen model is shown.
+Nothing here waits for the device. Letters besides those of `data.records`: S sources, U rows that
+the reference sees.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,8 +24,8 @@ def to_device(
     device: torch.device,
     weights_P: Floats | None = None,
 ) -> ModelTensors:
-    """A micro-batch on the device, each loss token with the coefficient of its group, times the
-    weight of its part.
+    """A micro-batch on the device; the coefficient of a loss token is that of its group, times the
+    weight of its part where there are weights.
     """
     ids_BT, starts_P = (
         array_to_device(micro_batch.ids_BT, device),
@@ -60,7 +57,7 @@ def to_device(
 
 
 def array_to_device(array: Ints, device: torch.device) -> Tensor:
-    """Whole numbers as int64 on the device."""
+    """An integer array as int64 on the device."""
     return torch.from_numpy(array).to(device, non_blocking=True).long()
 
 
@@ -70,10 +67,12 @@ def numbers_to_device(numbers: Sequence[float], device: torch.device) -> Tensor:
 
 
 def runs(begins_K: Tensor, lengths_K: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Runs of numbers laid end to end, begins_K[k], begins_K[k] + 1, ..., `count` in all, and the
-    run of each.
+    """Runs of consecutive numbers laid end to end, and the run of each number.
+
+    Run k is begins_K[k], begins_K[k] + 1, ...; `count` is the sum of lengths_K. Begins 4 and 9 with
+    lengths 2 and 3 give 4, 5, 9, 10, 11 and 0, 0, 1, 1, 1.
     """
-    # With the size given, the device is not waited for.
+    # Without the size, torch would wait for the device to learn it.
     run_X = torch.repeat_interleave(lengths_K, output_size=count)
     shifts_K = begins_K - lengths_K.cumsum(0) + lengths_K
     return torch.arange(count, device=begins_K.device) + shifts_K[run_X], run_X
@@ -81,9 +80,7 @@ def runs(begins_K: Tensor, lengths_K: Tensor, count: int) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceModel:
-    """The model that a run stays near to, and the weight of the divergence for each source that
-    does.
-    """
+    """The frozen model of a KL term, and the weight of the term for each source that has one."""
 
     model: InferenceLM
     engine: InferenceEngine
@@ -91,9 +88,9 @@ class ReferenceModel:
 
 
 def rows_of_sources(micro_batch: MicroBatch, chosen_S: Sequence[bool]) -> Ints:
-    """The rows [U] of the chosen sources; a row is of one source, that of its first part."""
-    rows, tokens = micro_batch.ids_BT.shape
-    first_B = np.searchsorted(micro_batch.starts_P, np.arange(rows) * tokens)
+    """The rows [U] of the chosen sources; the source of a row is that of its first part."""
+    num_rows, num_tokens = micro_batch.ids_BT.shape
+    first_B = np.searchsorted(micro_batch.starts_P, np.arange(num_rows) * num_tokens)
     return np.flatnonzero(np.asarray(chosen_S)[micro_batch.groups_P[first_B]])
 
 
@@ -107,31 +104,36 @@ def to_device_with_reference(
     device: torch.device,
     weights_P: Floats | None,
 ) -> ModelTensors:
-    """A micro-batch on the device whose first loss tokens are those of `rows_U`, with the frozen
-    model's hidden states.
+    """A micro-batch on the device whose first loss tokens are those of `rows_U`, with the hidden
+    states of the reference for them.
 
-    `divergences_S`: the coefficient of one token's KL, by source. A collective where the frozen
-    model is sharded: a rank without such rows shows it one in vain.
+    `divergences_S` is the coefficient of one token's KL, by source. A collective where the
+    reference is sharded: a rank without such rows runs it on one row and uses nothing of it.
     """
-    row_tokens = micro_batch.ids_BT.shape[1]
+    num_row_tokens = micro_batch.ids_BT.shape[1]
     begins_K, lengths_K = micro_batch.begins_K, micro_batch.lengths_K
-    is_of_rows_K = np.isin(begins_K // row_tokens, rows_U)
+    is_of_rows_K = np.isin(begins_K // num_row_tokens, rows_U)
     order_K = np.argsort(~is_of_rows_K, kind="stable")
     ordered = replace(micro_batch, begins_K=begins_K[order_K], lengths_K=lengths_K[order_K])
     batch = to_device(ordered, coefficients_S, device, weights_P)
     shown_U = array_to_device(rows_U if len(rows_U) else np.zeros(1, np.int64), device)
     hidden_UTD = reference.engine.forward(batch.ids_BT[shown_U], batch.positions_BT[shown_U])
     own_K = begins_K[is_of_rows_K]
-    places_K = np.searchsorted(rows_U, own_K // row_tokens) * row_tokens + own_K % row_tokens
-    count = int(lengths_K[is_of_rows_K].sum())
+    row_K = np.searchsorted(rows_U, own_K // num_row_tokens)
+    places_K = row_K * num_row_tokens + own_K % num_row_tokens
+    num_kept = int(lengths_K[is_of_rows_K].sum())
     places_X, _ = runs(
-        array_to_device(places_K, device), array_to_device(lengths_K[is_of_rows_K], device), count
+        array_to_device(places_K, device),
+        array_to_device(lengths_K[is_of_rows_K], device),
+        num_kept,
     )
     return replace(
         batch,
         reference=ReferenceTensors(
             hidden_KD=hidden_UTD.flatten(0, 1)[places_X],
-            coefficients_K=numbers_to_device(divergences_S, device)[batch.tokens.groups_N[:count]],
+            coefficients_K=numbers_to_device(divergences_S, device)[
+                batch.tokens.groups_N[:num_kept]
+            ],
             rule=reference.model.rule,
             head=lambda: reference.engine.gathered(reference.model.head),
         ),

@@ -99,7 +99,7 @@ def open_whole(path: str | Path, *, dtype: str, device: torch.device) -> Any:
     `dtype` is bf16, fp32, or auto for the precision that it is stored in. Raises BadInput where
     there is no such model.
     """
-    disable_progress_bar()  # in a log its states run together
+    disable_progress_bar()  # its updates would fill one line of a log
     try:
         lm = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES.get(dtype, dtype))
     except (OSError, ValueError) as error:

@@ -1,9 +1,9 @@
-"""DeepSpeed's ZeRO optimizer goes in; out comes what this rank holds of weights, their average and
-moments, and where every parameter is in it.
+"""Reads and writes what this rank holds in DeepSpeed's ZeRO optimizer: fp32 weights, their average
+and Adam's moments.
 
-ZeRO keeps fp32 weights and the moments of Adam in flat tensors. Which elements of which parameter
-lie where in them depends on the stage and on the number of ranks; here that is told in terms of the
-parameters alone, so that another number of ranks can find them again.
+ZeRO keeps them in flat tensors. Which elements of which parameter lie where in them depends on the
+stage and on the number of ranks; here each piece is described by its parameter alone, so that
+another number of ranks can find it again.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from bigmix.runs.state_file import MOMENTS, FlatState, ParameterPiece
 
-_EXCHANGED = 1 << 24  # elements that change places at a time: what that takes in memory is bounded
+_EXCHANGED = 1 << 24  # elements exchanged at a time, to bound the memory that it needs
 
 
 class ZeroState:
-    """The flat tensors of one rank, whatever the stage.
+    """The flat tensors of one rank, at any ZeRO stage.
 
-    `names` gives the name of each parameter by its id. `optimizer` is the one that DeepSpeed has
-    wrapped: its attributes are DeepSpeed's own and are read here alone. With `decay` an exponential
-    moving average of the weights is kept beside them.
+    `names` are the names of the parameters by their id(). `optimizer` is DeepSpeed's wrapper, whose
+    attributes are private to DeepSpeed and read only here. With `decay` an exponential moving
+    average of the weights is kept next to them.
     """
 
     def __init__(
@@ -39,8 +39,9 @@ class ZeroState:
         self._stage = stage
         self._rank = rank
         self._decay = decay
-        self._steps = 0  # that Adam has taken
+        self._num_steps = 0  # of Adam
         self._averages: list[Tensor] = []
+        self._is_averaged = False
         if decay is not None:
             self._averages = [weights.detach().clone() for weights in self._weights()]
 
@@ -49,26 +50,30 @@ class ZeroState:
         """Whether an average of the weights is kept."""
         return self._decay is not None
 
+    @property
+    def is_averaged(self) -> bool:
+        """Whether the weights have changed places with their average."""
+        return self._is_averaged
+
     @torch.no_grad()
     def update_average(self) -> None:
-        """Take the weights into their average, after a step that has moved them.
+        """Update the average, after a step that has changed the weights.
 
         Step t has a decay of min(decay, (1 + t) / (10 + t)), as in TensorFlow's
-        ExponentialMovingAverage: the average is of weights alone at any time, and the model that
-        the run began with leaves it within some steps.
+        ExponentialMovingAverage: the average is a mean of real weights at any time, and the model
+        that the run began with leaves it within some steps.
         """
         if self._decay is None:
             return
-        self._steps += 1
-        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
+        self._num_steps += 1
+        decay = min(self._decay, (1 + self._num_steps) / (10 + self._num_steps))
         for average, weights in zip(self._averages, self._weights(), strict=True):
             average.lerp_(weights.detach(), 1 - decay)
 
     @torch.no_grad()
     def exchange_average(self) -> None:
-        """Let weights and average change places, bit for bit; the weights of the model follow.
-
-        A collective.
+        """Exchange weights and average, bit for bit, and update the weights of the model; a
+        collective.
         """
         if self._stage == 3:
             self._zero._partition_all_parameters()
@@ -79,11 +84,16 @@ class ZeroState:
             if self._stage == 3:
                 self._zero._reassign_or_swap_out_partitioned_parameters(index)
         self._show_weights()
+        self._is_averaged = not self._is_averaged
 
     def flats(self) -> Iterator[FlatState]:
-        """Each flat tensor with its moments, zero before the first step; valid until the next one
-        is asked for.
+        """Each flat tensor with its average and its moments, which are zero before the first step;
+        valid until the next one is read.
         """
+        assert not self._is_averaged, "a checkpoint is of the weights and not of their average"
+        return self._read_flats()
+
+    def _read_flats(self) -> Iterator[FlatState]:
         for index, weights in enumerate(self._weights()):
             self._swap_in(index)
             yield self._flat(index, weights)
@@ -91,10 +101,10 @@ class ZeroState:
 
     @torch.no_grad()
     def put_back(self, fill: Callable[[FlatState], int]) -> None:
-        """Let `fill` write weights and moments of each flat tensor and say how many steps Adam has
-        taken; a collective.
+        """Let `fill` write the weights and moments of each flat tensor, and update the weights of
+        the model; a collective.
 
-        The weights of the model follow.
+        `fill` returns the number of steps that Adam has taken.
         """
         if self._stage == 3:
             self._zero._partition_all_parameters()
@@ -102,7 +112,7 @@ class ZeroState:
             self._swap_in(index)
             flat = self._flat(index, weights)
             step = fill(flat)
-            self._steps = max(self._steps, step) if index else step
+            self._num_steps = max(self._num_steps, step) if index else step
             self._zero.optimizer.state[weights] = {
                 "step": self._step_value(weights, step),
                 **flat.moments,
@@ -111,13 +121,13 @@ class ZeroState:
                 self._zero._reassign_or_swap_out_partitioned_parameters(index)
             self._swap_out(index)
         if self._stage < 3:
-            # DeepSpeed's own view of each parameter's moments is of the tensors that are there at
-            # its first step.
+            # DeepSpeed's view of a parameter's moments is of the tensors that exist at its first
+            # step; it must see the new ones.
             self._zero._lazy_init_hp_params_optimizer_state()
         self._show_weights()
 
     def _show_weights(self) -> None:
-        """Give the model the weights as they are now."""
+        """Copy the fp32 weights into the model."""
         if self._stage == 3:
             # Gathers the small parameters that ZeRO keeps whole on every rank.
             self._zero._post_step(set())
@@ -127,8 +137,8 @@ class ZeroState:
     def _weights(self) -> list[Tensor]:
         if self._stage == 3:
             return list(self._zero.fp32_partitioned_groups_flat)
-        # ZeRO-1 in bf16 with fp32 accumulation is another class of DeepSpeed's, with another name
-        # for the same.
+        # ZeRO-1 in bf16 with fp32 accumulation is another class of DeepSpeed, with another name for
+        # the same tensors.
         own = getattr(self._zero, "single_partition_of_fp32_groups", None)
         return list(own if own is not None else self._zero.fp32_groups_flat_partition)
 
@@ -146,8 +156,8 @@ class ZeroState:
         )
 
     def _pieces_of_stage_3(self, index: int) -> Iterator[ParameterPiece]:
-        """ZeRO-3 cuts every parameter into as many slices as there are ranks; the last ones may be
-        padding.
+        """The pieces under ZeRO-3, which cuts every parameter into as many slices as there are
+        ranks; the last ones may be padding.
         """
         for parameter in self._zero.fp16_groups[index]:
             _, offset, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
@@ -158,22 +168,22 @@ class ZeroState:
                 yield ParameterPiece(name=name, start=start, count=count, offset=offset)
 
     def _pieces(self, index: int) -> Iterator[ParameterPiece]:
-        """ZeRO-1 and 2 lay all parameters of a group end to end and cut that into as many slices as
-        there are ranks.
+        """The pieces under ZeRO-1 and 2, which lay the parameters of a group end to end and cut the
+        whole into as many slices as there are ranks.
         """
         groups = getattr(self._zero, "bit16_groups", None)
         for parameter in (groups if groups is not None else self._zero.bf16_groups)[index]:
-            place = parameter._hp_mapping
-            if place is not None:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
                 yield ParameterPiece(
                     name=self._names[id(parameter)],
-                    start=place.lp_fragment_address.start,
-                    count=place.lp_fragment_address.numel,
-                    offset=place.hp_fragment_address.start,
+                    start=mapping.lp_fragment_address.start,
+                    count=mapping.lp_fragment_address.numel,
+                    offset=mapping.hp_fragment_address.start,
                 )
 
     def _step_value(self, weights: Tensor, step: int) -> Tensor | int:
-        """Adam's count of steps in the form that the optimizer keeps it."""
+        """Adam's count of steps in the form in which the optimizer keeps it."""
         optimizer = self._zero.optimizer
         if not isinstance(optimizer, torch.optim.AdamW):
             return step

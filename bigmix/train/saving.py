@@ -11,7 +11,7 @@ def save(run: Run, state: TrainState) -> None:
     run.watchdog.doing(f"saving step {state.step}")
     run.metrics.flush(state.plan.steps)
     run.metrics.sync()
-    run.saver.save(run.engine.states(), position_of(run, state))
+    run.saver.save(run.engine.zero_state.flats(), position_of(run, state))
     if state.is_last:
         run.saver.finish()
         run.watchdog.must_save(run.saver.last_step != state.step)

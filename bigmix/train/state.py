@@ -177,7 +177,7 @@ def restore(run: Run, checkpoint: CheckpointManifest) -> None:
     ranks wrote it; a collective.
     """
     run.watchdog.doing(f"reading {checkpoint.path}")
-    run.engine.put_back(StateReader(checkpoint.path).fill)
+    run.engine.zero_state.put_back(StateReader(checkpoint.path).fill)
     run.metrics.report.resume(checkpoint.position.report)
     run.health.resume(checkpoint.position.losses)
     run.saver.resume(checkpoint.position.step)

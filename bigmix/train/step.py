@@ -203,7 +203,7 @@ def run(
         watch.mark("optimizer")
     skipped = engine.was_skipped()
     if not skipped:
-        engine.update_average()
+        engine.zero_state.update_average()
         watch.mark("optimizer")
     return StepResult(
         step=batch.step,

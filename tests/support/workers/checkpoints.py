@@ -50,7 +50,7 @@ def whole_state(engine):
 
 
 def steps_of_adam(engine):
-    return sorted({flat.step for flat in engine.states()})
+    return sorted({flat.step for flat in engine.zero_state.flats()})
 
 
 def train(engine, cluster, rank, ranks, count):
@@ -74,7 +74,7 @@ def saved(rank, ranks, cluster, folder, family, file, dtype):
     train(engine, cluster, rank, ranks, 3)
     saves = saver(folder, cluster)
     state, taken = whole_state(engine), steps_of_adam(engine)
-    saves.save(engine.states(), Position(step=3, report={"seen": 24}))
+    saves.save(engine.zero_state.flats(), Position(step=3, report={"seen": 24}))
     sums = train(engine, cluster, rank, ranks, 1)
     saves.close()
     return {"state": state, "steps": taken, "sums": sums}
@@ -86,7 +86,7 @@ def restored(rank, ranks, cluster, folder, family, file, dtype):
     """
     engine = make_engine(family, 1, ranks, file, dtype)
     listed = newest_complete(Path(folder), cluster).listed
-    engine.put_back(StateReader(listed.path).fill)
+    engine.zero_state.put_back(StateReader(listed.path).fill)
     state, taken = whole_state(engine), steps_of_adam(engine)
     sums = train(engine, cluster, rank, ranks, 1)
     again = whole_state(engine)
@@ -110,7 +110,7 @@ def many_saves(rank, ranks, cluster, folder, in_background):
     for index in range(1, 7):
         train(engine, cluster, rank, ranks, 1)
         saves.settle()
-        saves.save(engine.states(), Position(step=index, report={}))
+        saves.save(engine.zero_state.flats(), Position(step=index, report={}))
     saves.close()
     return {"said": said, "last": saves.last_step, "wait_s": saves.wait_s}
 
@@ -128,7 +128,7 @@ def saves_that_fail(rank, ranks, cluster, folder):
         if rank == 1:
             most = 50_000 if index == 2 else limits[0]
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
-        saves.save(engine.states(), Position(step=index, report={}))
+        saves.save(engine.zero_state.flats(), Position(step=index, report={}))
         saves.finish()
         found.append(saves.last_step)
     saves.close()
@@ -149,7 +149,7 @@ def saves_on_a_small_disk(rank, ranks, cluster, folder):
             ballast.write_bytes(bytes(10 << 20))
         if rank == 0 and index == 3:
             ballast.unlink()
-        saves.save(engine.states(), Position(step=index, report={}))
+        saves.save(engine.zero_state.flats(), Position(step=index, report={}))
         saves.finish()
         found.append(saves.last_step)
     saves.close()
@@ -179,7 +179,9 @@ def averages(rank, ranks, cluster, folder, family, file, dtype, first, last):
     dense_file = Path(folder).parent / "dense.pt"
     dense = masters(engine)
     if first > 1:
-        engine.put_back(StateReader(newest_complete(Path(folder), cluster).listed.path).fill)
+        engine.zero_state.put_back(
+            StateReader(newest_complete(Path(folder), cluster).listed.path).fill
+        )
         dense = torch.load(dense_file)
     found = {"fp32": 0.0, "model": 0.0, "exact": True, "moved": 0.0}
     for index in range(first, last + 1):
@@ -201,7 +203,7 @@ def averages(rank, ranks, cluster, folder, family, file, dtype, first, last):
         found["exact"] &= whole_state(engine) == before
     if rank == 0:
         torch.save(dense, dense_file)
-    saves.save(engine.states(), Position(step=last, report={}))
+    saves.save(engine.zero_state.flats(), Position(step=last, report={}))
     saves.close()
     return found
 
@@ -211,7 +213,7 @@ def joined(rank, ranks, cluster, folder, family, file, dtype):
     checkpoint without one on.
     """
     engine = make_engine(family, 1, ranks, file, dtype, ema=DECAY)
-    engine.put_back(StateReader(newest_complete(Path(folder), cluster).listed.path).fill)
+    engine.zero_state.put_back(StateReader(newest_complete(Path(folder), cluster).listed.path).fill)
     weights = masters(engine)
     with engine.evaluating():
         kept = masters(engine)
