@@ -108,7 +108,7 @@ class RunInputs:
         fraction of its epoch; a new one begins. Raises BadInput where the recipe leaves nothing to
         train from there.
         """
-        segment = self._segment(recipe, position) if new_segment else position.segment
+        segment = self._segment(recipe, position) if new_segment else position.data.segment
         return self._plan(recipe, position, segment)
 
     def decided_plan(self, recipe: Recipe, plan: RunPlan, position: Position) -> RunPlan:
@@ -129,7 +129,7 @@ class RunInputs:
             after=position.step,
             rows={
                 name: same_fraction(old.row, old.of, streams[name].rows_per_epoch)
-                for name, old in position.source_positions.items()
+                for name, old in position.data.sources.items()
                 if name in self.sources
             },
             tokens=position.trained_tokens,
@@ -138,7 +138,7 @@ class RunInputs:
 
     def _plan(self, recipe: Recipe, position: Position, segment: RecipeSegment) -> RunPlan:
         plan = mix(recipe, stages_from(self.plan.stages, segment.after), segment)
-        return plan.with_quarantine(position.quarantine)
+        return plan.with_quarantine(position.data.quarantine)
 
     def around_bad_shards(
         self, step: int, work: Callable[[RunPlan], T]
