@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from bigmix.data.quarantine import Quarantine
 from bigmix.types import Ints
 
 
@@ -47,6 +48,17 @@ class RecipeSegment:
     tokens: Mapping[str, int] = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)
     owed: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataPosition:
+    """Which rows come next: from where on the recipe holds, where each source is, and the shards
+    whose rows are replaced.
+    """
+
+    segment: RecipeSegment = field(default_factory=RecipeSegment)
+    sources: Mapping[str, SourcePosition] = field(default_factory=dict)
+    quarantine: Quarantine = field(default_factory=Quarantine)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

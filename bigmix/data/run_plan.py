@@ -13,7 +13,14 @@ from bigmix.data.batch import AssembledRows, assemble
 from bigmix.data.mixture import Mixture, MixtureRows
 from bigmix.data.packing import DroppedTokens
 from bigmix.data.quarantine import EMPTY, Quarantine
-from bigmix.data.records import RankRows, RecipeSegment, RowId, RowIds, SourcePosition
+from bigmix.data.records import (
+    DataPosition,
+    RankRows,
+    RecipeSegment,
+    RowId,
+    RowIds,
+    SourcePosition,
+)
 from bigmix.data.shares import Shares
 from bigmix.data.stream import Stream
 from bigmix.errors import BigmixError
@@ -186,6 +193,14 @@ class RunPlan:
             )
             for name, start in starts.items()
         }
+
+    def position(self, step: int) -> DataPosition:
+        """From where the run goes on after a step."""
+        return DataPosition(
+            segment=self.segment,
+            sources=self.source_positions(step),
+            quarantine=self.quarantine,
+        )
 
     def row_ids(self, step: int) -> list[RowId]:
         """The rows of a step, counted from 1, over all ranks and in the order in which ranks take

@@ -3,8 +3,6 @@
 A source on local disk is mapped. The shards of others are fetched whole into a cache that the ranks
 of a machine share, in the order in which they will be needed, or read in ranges where a machine
 needs little of each.
-
-What a recipe says of its sources goes in; each of them comes out opened, or what is wrong with it.
 """
 
 import hashlib
@@ -16,16 +14,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from bigmix.data.packing import LAYOUTS, PackingOptions
-from bigmix.data.quarantine import BadShard
 from bigmix.data.records import RowIds
 from bigmix.data.shards.cache import CacheFault, Lease, ShardCache
 from bigmix.data.shards.location import MANIFEST, Location, location_of, shown
-from bigmix.data.shards.manifest import Manifest, faults_of_shards, parse_manifest, read_manifest
+from bigmix.data.shards.manifest import Manifest, parse_manifest, read_manifest
 from bigmix.data.shards.prefetch import Ahead, FetchAhead, Needed
 from bigmix.data.shards.retry import Changed, Retry, Stopped, Watch
 from bigmix.data.shards.shard import Bytes, ByteSource, Shard, Unreadable, mapped
@@ -33,7 +29,6 @@ from bigmix.data.shards.storage import read_file, read_range
 from bigmix.data.stream import OPEN_SHARDS, Stream
 from bigmix.errors import BadInput, BigmixError
 from bigmix.files import sha256_of
-from bigmix.recipe import HeldOut, Recipe
 from bigmix.types import Ints
 
 TOKENIZER = "tokenizer"
@@ -397,115 +392,3 @@ def _load_lengths(path: Path, manifest: Manifest) -> Ints:
             f"{path} cannot be used ({error}); restore the file or prepare the source again"
         ) from error
     return lengths
-
-
-RANGES_FROM = 64  # machines: each then needs fewer than two of three blocks of a shard
-CHECKSUM_BYTES = 1 << 30  # shards beyond this are checked when their first row is read
-
-
-def retry_of(recipe: Recipe) -> Retry:
-    """How the files of a recipe's sources are tried again."""
-    return Retry(tries=recipe.cache.tries, timeout_s=recipe.cache.timeout_s)
-
-
-def ahead_of(recipe: Recipe) -> Ahead:
-    """How far ahead of need they are fetched."""
-    return Ahead(files=recipe.cache.ahead_files, bytes=recipe.cache.ahead_bytes)
-
-
-def read_options_of(recipe: Recipe, machines: int) -> RemoteReadOptions:
-    """How shards that lie elsewhere are read."""
-    cache = recipe.cache
-    return RemoteReadOptions(
-        folder=Path(cache.folder).expanduser(),
-        max_bytes=cache.size,
-        retry=retry_of(recipe),
-        ahead=ahead_of(recipe),
-        ranges=cache.read == "ranges" or (cache.read == "auto" and machines >= RANGES_FROM),
-    )
-
-
-def packing_options_of(recipe: Recipe, name: str, row_tokens: int) -> PackingOptions:
-    """What decides the rows of a source or a held-out set."""
-    packed = recipe.sources.get(name) or recipe.held_out[name]
-    if isinstance(packed, str):
-        packed = HeldOut(path=packed)
-    return PackingOptions(
-        row_tokens=row_tokens,
-        long_documents=packed.long_documents,
-        whole_below=packed.whole_below,
-        pad_to_multiple=recipe.pad_to_multiple,
-    )
-
-
-def held_out_streams(
-    recipe: Recipe, shard_store: ShardStore, sources: Mapping[str, PreparedSource]
-) -> Mapping[str, Stream]:
-    """The held-out sets of a recipe, opened; raises BadInput where a shard must be opened for it
-    and is bad.
-    """
-    longest = max(length for _, length in recipe.lengths)
-    try:
-        return {
-            name: shard_store.stream(
-                name, sources[path], packing_options_of(recipe, name, longest), seed=recipe.seed
-            )
-            for name, path in recipe.held_out_paths.items()
-        }
-    except BadShard as bad:
-        raise BadInput(f"held_out of {bad.source}: {bad.reason}") from bad
-
-
-def collect(faults: list[str], check: Any, *arguments: Any) -> Any:
-    """The result of a check, or None after its faults are added to the list."""
-    try:
-        return check(*arguments)
-    except BadInput as error:
-        faults += error.faults
-        return None
-
-
-def opened_source(key: str, path: str, retry: Retry) -> PreparedSource:
-    """A source that has documents; raises BadInput, with the key of the recipe, where there is
-    none.
-    """
-    try:
-        source = read_source(path, retry)
-    except BigmixError as error:
-        raise BadInput(*(f"{key}: {fault}" for fault in str(error).splitlines())) from error
-    if not source.manifest.documents:
-        raise BadInput(f"{key}: {path} holds no document; prepare it from an input that has some")
-    return source
-
-
-def damaged_shards(source: PreparedSource, verify: bool) -> Sequence[str]:
-    """What is wrong with shards of a local source; those of others are looked at when they are
-    fetched.
-    """
-    if not source.location.is_local:
-        return ()
-    folder = Path(source.location.url(MANIFEST)).parent
-    checksum_bytes = CHECKSUM_BYTES if verify else 0
-    return faults_of_shards(str(folder), source.manifest, checksum_bytes=checksum_bytes)
-
-
-def tokenizer_faults(manifests: Mapping[str, Manifest]) -> Iterator[str]:
-    """Sources, by their paths, that were prepared with another tokenizer than the first."""
-    by_fingerprint: dict[str, str] = {}
-    for path, manifest in manifests.items():
-        by_fingerprint.setdefault(manifest.tokenizer.fingerprint, path)
-    if len(by_fingerprint) > 1:
-        first, *others = by_fingerprint.values()
-        yield (
-            f"{', '.join(others)}: prepared with another tokenizer than {first}; all sources and"
-            " held-out sets of a run need the same one, prepare them again with one --tokenizer"
-        )
-
-
-def faults_of_empty(stream: Stream) -> Iterator[str]:
-    """What is wrong with a stream without rows."""
-    if not stream.rows_per_epoch:
-        yield (
-            f"{stream.name}: none of its {stream.manifest.documents} documents fits a row of this"
-            " sequence_length; raise sequence_length, or set long_documents: truncate"
-        )

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigmix.data.shards.manifest import Manifest
-from bigmix.data.source import (
-    ShardStore,
+from bigmix.data.recipe_sources import (
     collect,
-    damaged_shards,
     faults_of_empty,
     held_out_streams,
+    open_sources,
     opened_source,
     read_options_of,
     retry_of,
     tokenizer_faults,
 )
+from bigmix.data.shards.manifest import Manifest
+from bigmix.data.source import ShardStore
 from bigmix.data.stream import Stream
 from bigmix.errors import BadInput
 from bigmix.evaluation.tasks.examples import TaskFile, open_tasks
@@ -60,14 +60,12 @@ def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOut
     ds_keys = collect(faults, read_ds_config, recipe.deepspeed)
     tasks = collect(faults, open_tasks, recipe.tasks)
     shard_store = ShardStore(read_options_of(recipe, machines))
-    sources = {}
-    for name, path in paths.items():
-        source = collect(faults, opened_source, f"held_out of {name}", path, retry_of(recipe))
-        if source is not None:
-            sources[path] = source
-            faults += [f"held_out of {name}: {fault}" for fault in damaged_shards(source, verify)]
+    keys = {f"held_out of {name}": path for name, path in paths.items()}
+    opened = open_sources(keys, retry_of(recipe), verify=verify)
+    sources = opened.sources
+    faults += opened.faults
     trained = _deciding(recipe, faults, [source.manifest for source in sources.values()])
-    faults += tokenizer_faults({path: source.manifest for path, source in sources.items()})
+    faults += tokenizer_faults(sources)
     if faults:
         raise BadInput(*faults)
     streams = held_out_streams(recipe, shard_store, sources)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bigmix.data.quarantine import Quarantine
-from bigmix.data.records import Decision, RecipeSegment, SourcePosition
+from bigmix.data.records import DataPosition, Decision, RecipeSegment, SourcePosition
 from bigmix.files import checksum_of, replace_text, sync_folder
 
 FOLDER = "checkpoints"  # in the output of a run
@@ -32,19 +32,16 @@ class Position:
     """Where a run stands: the last finished step, and what the next ones follow from.
 
     `report` is what its report has added up, `losses` what the next one is held against, `recipe`
-    the settings as plain values, `segment` from where they hold, `source_positions` where each
-    source stands and `content` a checksum of its shards; `decisions` are those of controllers,
-    oldest first.
+    the settings as plain values, `data` which rows come next and `content` a checksum of the shards
+    of each source; `decisions` are those of controllers, oldest first.
     """
 
     step: int
     report: Mapping[str, Any]
     losses: Sequence[float] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    segment: RecipeSegment = field(default_factory=RecipeSegment)
-    source_positions: Mapping[str, SourcePosition] = field(default_factory=dict)
+    data: DataPosition = field(default_factory=DataPosition)
     content: Mapping[str, str] = field(default_factory=dict)
-    quarantine: Quarantine = field(default_factory=Quarantine)
     decisions: Sequence[Decision] = ()
 
     @classmethod
@@ -55,23 +52,29 @@ class Position:
             report=value["report"],
             losses=value["losses"],
             recipe=value["recipe"],
-            segment=RecipeSegment(**value["chapter"]),
-            source_positions={
-                name: SourcePosition(**found) for name, found in value["standing"].items()
-            },
+            data=DataPosition(
+                segment=RecipeSegment(**value["chapter"]),
+                sources={
+                    name: SourcePosition(**found) for name, found in value["standing"].items()
+                },
+                quarantine=Quarantine.from_json(value["quarantine"]),
+            ),
             content=value["content"],
-            quarantine=Quarantine.from_json(value["quarantine"]),
             # Releases without controllers wrote none.
             decisions=[Decision(**decision) for decision in value.get("decisions", ())],
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        values = asdict(self) | {"quarantine": self.quarantine.to_json()}
-        # The format is older than these names.
-        values["chapter"] = values.pop("segment")
-        values["standing"] = values.pop("source_positions")
-        return values
+        """Plain values, under names of which some are older than those of the fields."""
+        values = asdict(self)
+        data = values.pop("data")
+        decisions = values.pop("decisions")
+        return values | {
+            "quarantine": self.data.quarantine.to_json(),
+            "decisions": decisions,
+            "chapter": data["segment"],
+            "standing": data["sources"],
+        }
 
     @property
     def trained_tokens(self) -> Mapping[str, int]:

@@ -11,25 +11,22 @@ from typing import Any, TypeVar
 
 from bigmix.data.planning import mix
 from bigmix.data.quarantine import BadShard
+from bigmix.data.recipe_sources import (
+    ahead_of,
+    collect,
+    faults_of_empty,
+    held_out_streams,
+    open_sources,
+    open_streams,
+    read_options_of,
+    retry_of,
+    tokenizer_faults,
+)
 from bigmix.data.records import RecipeSegment
 from bigmix.data.run_plan import RunPlan, SequenceLengthStage, same_fraction, stages_from
 from bigmix.data.shards.manifest import Manifest
 from bigmix.data.share_rules import rule_of
-from bigmix.data.source import (
-    PreparedSource,
-    ShardStore,
-    ahead_of,
-    collect,
-    damaged_shards,
-    faults_of_empty,
-    held_out_streams,
-    opened_source,
-    packing_options_of,
-    read_options_of,
-    retry_of,
-    room_in_use,
-    tokenizer_faults,
-)
+from bigmix.data.source import PreparedSource, ShardStore, room_in_use
 from bigmix.data.stream import Stream
 from bigmix.errors import BadInput
 from bigmix.evaluation.tasks.examples import TaskFile, open_tasks
@@ -109,7 +106,7 @@ class RunInputs:
         fraction of its epoch; a new one begins. Raises BadInput where the recipe leaves nothing to
         train from there.
         """
-        segment = self._segment(recipe, position) if new_segment else position.segment
+        segment = self._segment(recipe, position) if new_segment else position.data.segment
         return self._plan(recipe, position, segment)
 
     def decided_plan(self, recipe: Recipe, plan: RunPlan, position: Position) -> RunPlan:
@@ -130,7 +127,7 @@ class RunInputs:
             after=position.step,
             rows={
                 name: same_fraction(old.row, old.of, streams[name].rows_per_epoch)
-                for name, old in position.source_positions.items()
+                for name, old in position.data.sources.items()
                 if name in self.sources
             },
             tokens=position.trained_tokens,
@@ -139,7 +136,7 @@ class RunInputs:
 
     def _plan(self, recipe: Recipe, position: Position, segment: RecipeSegment) -> RunPlan:
         plan = mix(recipe, stages_from(self.plan.stages, segment.after), segment)
-        return plan.with_quarantine(position.quarantine)
+        return plan.with_quarantine(position.data.quarantine)
 
     def around_bad_shards(
         self, step: int, work: Callable[[RunPlan], T]
@@ -170,12 +167,15 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
     faults: list[str] = [*_row_faults(recipe, ranks)]
     for controller in recipe.controllers.values():
         collect(faults, rule_of, controller, recipe.watched_sets(controller))
-    notes: list[str] = []
     ds_keys = collect(faults, _ds_keys, recipe, ranks)
     tasks = collect(faults, open_tasks, recipe.tasks)
     shard_store = ShardStore(read_options_of(recipe, machines))
-    sources = _sources(recipe, faults, notes, verify=verify)
-    faults += tokenizer_faults({path: source.manifest for path, source in sources.items()})
+    paths = {f"sources.{name}.path": source.path for name, source in recipe.sources.items()}
+    replaceable = list(paths) if recipe.bad_shards == "replace" else []
+    paths |= {f"held_out of {name}": path for name, path in recipe.held_out_paths.items()}
+    opened = open_sources(paths, retry_of(recipe), verify=verify, replaceable=replaceable)
+    sources = opened.sources
+    faults += [*opened.faults, *tokenizer_faults(sources)]
     if faults:
         raise BadInput(*faults)
     stages = _stages(recipe, shard_store, sources)
@@ -192,7 +192,7 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
         held_out=held_out,
         tasks=tasks,
         notes=[
-            *notes,
+            *opened.notes,
             *moving_shares(recipe),
             *_warm_up(recipe, plan.steps),
             *plan.notes,
@@ -204,35 +204,6 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
         shard_store=shard_store,
         replaces_bad_shards=recipe.bad_shards == "replace",
     )
-
-
-def _sources(
-    recipe: Recipe, faults: list[str], notes: list[str], *, verify: bool
-) -> dict[str, PreparedSource]:
-    """Every source and held-out set that can be read, by its path; what is wrong with the others
-    joins the faults.
-
-    Damaged shards of a source join the notes where they will be replaced; a held-out set must be
-    whole.
-    """
-    places = {f"sources.{n}.path": s.path for n, s in recipe.sources.items()}
-    replaced = set(places) if recipe.bad_shards == "replace" else set[str]()
-    places |= {f"held_out of {n}": p for n, p in recipe.held_out_paths.items()}
-    found = {}
-    for key, path in places.items():
-        source = collect(faults, opened_source, key, path, retry_of(recipe))
-        if source is None:
-            continue
-        found[path] = source
-        damaged = damaged_shards(source, verify)
-        if key in replaced and 0 < len(damaged) < len(source.manifest.shards):
-            notes.append(
-                f"{key}: {len(damaged)} of {len(source.manifest.shards)} shards are damaged; where"
-                f" their rows come up, rows of the others are trained; the first is {damaged[0]}"
-            )
-        else:
-            faults += [f"{key}: {fault}" for fault in damaged]
-    return found
 
 
 def moving_shares(recipe: Recipe) -> Iterator[str]:
@@ -271,29 +242,17 @@ def _cache_notes(
 def _stages(
     recipe: Recipe, shard_store: ShardStore, sources: Mapping[str, PreparedSource]
 ) -> Sequence[SequenceLengthStage]:
+    paths = {name: source.path for name, source in recipe.sources.items()}
     try:
         return [
             SequenceLengthStage(
-                first_step=after + 1, streams=_streams(recipe, shard_store, sources, length)
+                first_step=after + 1,
+                streams=open_streams(recipe, shard_store, sources, paths, length),
             )
             for after, length in recipe.lengths
         ]
     except BadShard as bad:
         raise BadInput(f"sources.{bad.source}: {bad.reason}; {_HOW_TO_COUNT}") from bad
-
-
-def _streams(
-    recipe: Recipe, shard_store: ShardStore, sources: Mapping[str, PreparedSource], row_tokens: int
-) -> dict[str, Stream]:
-    return {
-        name: shard_store.stream(
-            name,
-            sources[source.path],
-            packing_options_of(recipe, name, row_tokens),
-            seed=recipe.seed,
-        )
-        for name, source in recipe.sources.items()
-    }
 
 
 def _row_faults(recipe: Recipe, ranks: int) -> Iterator[str]:

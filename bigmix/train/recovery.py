@@ -176,7 +176,7 @@ def _at_decisions_of(run: Run, state: TrainState, position: Position) -> TrainSt
     """The state with the shares of a position; what was decided after it is decided again."""
     if not run.recipe.controllers:
         return state
-    now = replace(position, quarantine=state.plan.quarantine)
+    now = replace(position, data=replace(position.data, quarantine=state.plan.quarantine))
     plan = run.inputs.resumed_plan(run.recipe, now, new_segment=False)
     run.metrics.report.follow(plan.epochs)
     return replace(state, plan=plan, decisions=tuple(position.decisions))

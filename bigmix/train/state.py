@@ -158,16 +158,13 @@ def progress(step: int, steps: int, decisions: Sequence[Decision]) -> float:
 
 def position_of(run: Run, state: TrainState) -> Position:
     """The state as a checkpoint keeps it; the metrics of every step must have been flushed."""
-    plan = state.plan
     return Position(
         step=state.step,
         report=run.metrics.report.state(),
         losses=run.health.state(),
         recipe=plain(run.recipe),
-        segment=plan.segment,
-        source_positions=plan.source_positions(state.step),
+        data=state.plan.position(state.step),
         content=run.inputs.content,
-        quarantine=plan.quarantine,
         decisions=state.decisions,
     )
 

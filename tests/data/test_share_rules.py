@@ -347,7 +347,10 @@ def test_a_checkpoint_brings_the_decided_rows_back():
     later, source_positions = after(recipe, inputs, EVERY, {"web": 0.4})
     saved = replace(position(recipe, later, 8), decisions=source_positions.decisions)
     read = Position.from_json(json.loads(json.dumps(saved.to_json())))
-    assert read.decisions[0] == source_positions.decisions[0] and read.segment == later.plan.segment
+    assert (
+        read.decisions[0] == source_positions.decisions[0]
+        and read.data.segment == later.plan.segment
+    )
     back = resumed(opened(*HELD, "budget={task_tokens: 9000}")[1], recipe, read, new_segment=False)
     assert back.plan.steps == later.plan.steps > inputs.plan.steps
     for step in range(9, back.plan.steps + 1):

@@ -58,10 +58,8 @@ def position(recipe, inputs, step=AT):
         step=step,
         report={"totals": {"tokens": tokens}},
         recipe=plain(recipe),
-        segment=inputs.plan.segment,
-        source_positions=inputs.plan.source_positions(step),
+        data=inputs.plan.position(step),
         content=inputs.content,
-        quarantine=inputs.plan.quarantine,
     )
 
 

@@ -92,7 +92,9 @@ def test_rouge_is_rouge_scores_and_knows_chinese(texts):
             scorer.score_multi(own, output)[name].fmeasure
             for output, own in zip(outputs, references, strict=True)
         ]
-        found = score(name, answered(outputs, references), Task(path="-", scores=[name]), ())
+        found = score_answers(
+            name, answered(outputs, references), Task(path="-", scores=[name]), ()
+        )
         assert found.values_N.tolist() == pytest.approx(expected, abs=1e-12)
     # 猫 坐 垫 of 4 and 3 characters: precision 1, recall 3/4.
     assert score("rouge1", answered(["猫坐垫"], [["猫坐垫上"]])).value == pytest.approx(6 / 7)
