@@ -81,11 +81,11 @@ def share_out(places: Sequence[InputFile], parts: int) -> Sequence[Sequence[Inpu
         target = max(1, min(PIECE_BYTES, total // (PIECES_PER_PART * parts)))
     spans: list[list[_Weighed]] = [[] for _ in range(parts)]
     cut = [list(_cut(place, target, parts, total)) for place in places]
-    shared = sum(each.size for found in cut for each in found if each.span.dealt is None)
+    shared = sum(each.size for found in cut for each in found if each.span.stripe is None)
     before = 0
     for each in (each for found in cut for each in found):
-        if each.span.dealt is not None:
-            spans[each.span.dealt[0]].append(each)
+        if each.span.stripe is not None:
+            spans[each.span.stripe[0]].append(each)
             continue
         middle = 2 * before + each.size
         spans[min(parts - 1, middle * parts // max(1, 2 * shared))].append(each)
@@ -104,7 +104,7 @@ def _cut(place: InputFile, target: int, parts: int, total: int) -> Iterator[_Wei
         yield from _cut_saved(place, target)
     elif parts > 1 and (place.name.startswith(HUB) or place.size > total // parts):
         for part in range(parts):
-            span = LineSpan(place=place.name, dealt=(part, parts))
+            span = LineSpan(place=place.name, stripe=(part, parts))
             yield _Weighed(span=span, size=place.size // parts)
     else:
         yield _Weighed(span=LineSpan(place=place.name), size=place.size)
