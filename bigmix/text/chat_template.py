@@ -1,10 +1,9 @@
-"""Conversations go in; token ids come out, with a mask of those that the model is to learn: what
-the assistant says.
+"""Renders conversations with a chat template and finds the assistant's answers in the text.
 
-A chat template writes the conversation. Which characters are the assistant's comes from the
-template's own `{% generation %}` mark, else from a second rendering in which unique marks stand for
-the answers. The end-of-turn token behind an answer belongs to it: a model that never learns it
-never stops.
+The answers are what the model learns. Which characters they are follows from the template's own
+`{% generation %}` mark, or else from a second rendering with unique marks in place of the answers.
+The token that ends a turn belongs to the answer before it: a model that never learns it never
+stops.
 """
 
 import hashlib
@@ -30,7 +29,7 @@ from bigmix.text.chat_tokens import (
     encode_chats,
 )
 from bigmix.text.formats import Conversation, Dropped, Turn, utf8_of
-from bigmix.text.tokenizer import Tokenizer, special_tokens
+from bigmix.text.tokenizer import Tokenizer
 from bigmix.types import Flags
 
 PLAIN = """\
@@ -53,34 +52,36 @@ QUESTION = "Is it?"
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """A chat template: its Jinja source, and what it writes behind the last answer to end a turn
-    ("" where nothing).
+    """A chat template.
 
-    `turn_ends` are the beginnings of that which end with a special token, the longest first: behind
-    an answer in the middle of a conversation may stand less.
+    `source` is Jinja; `marked` means that it has `{% generation %}`. `turn_end` is what it writes
+    after the last answer to end a turn, "" where nothing. `turn_ends` are the beginnings of
+    `turn_end` that end with a special token, the longest first: after an answer in the middle of a
+    conversation the template may write only one of these.
     """
 
     name: Literal["plain", "tokenizer"]
     source: str
-    marked: bool  # has {% generation %}
+    marked: bool
     turn_end: str
     turn_ends: Sequence[str]
 
     @property
     def sha256(self) -> str:
+        """The hash of the source, by which a manifest names the template."""
         return hashlib.sha256(self.source.encode()).hexdigest()
 
 
 def open_template(tokenizer: Tokenizer, name: Literal["plain", "tokenizer"]) -> Template:
-    """The plain built-in template, or the tokenizer's own.
+    """The built-in plain template, or the tokenizer's own.
 
-    Raises BadInput where the tokenizer has none, or where the template cannot render one question
-    and one answer.
+    Raises BadInput where the tokenizer has no template, or where the template cannot render one
+    question and one answer.
     """
     source = PLAIN if name == "plain" else tokenizer.chat_template
     if source is None:
         raise BadInput(
-            f"tokenizer {tokenizer.name} has no chat template, which --template tokenizer asks for;"
+            f"tokenizer {tokenizer.name} has no chat template, which --template tokenizer needs;"
             " give --template plain"
         )
     mark = f"{MARK_OPEN}0{MARK_CLOSE}"
@@ -90,7 +91,7 @@ def open_template(tokenizer: Tokenizer, name: Literal["plain", "tokenizer"]) -> 
     except (jinja2.TemplateError, TypeError) as error:
         raise BadInput(
             f"the chat template of {tokenizer.name} cannot render a question and an answer"
-            f" ({error}); mend it, or give --template plain"
+            f" ({error}); correct it, or give --template plain"
         ) from error
     specials = f"(?:{tokenizer.special_pattern.pattern})"
     found = re.match(rf"\s*{specials}+", text.rpartition(mark)[2])
@@ -111,15 +112,17 @@ def _beginnings(turn_end: str, specials: str) -> Sequence[str]:
 def encode_chat(
     tokenizer: Tokenizer, template: Template, conversation: Conversation
 ) -> EncodedChat | Dropped:
-    """Render and encode a conversation, or say why it cannot be learned from."""
+    """The tokens of a conversation; Dropped, with the reason, where nothing can be learned from
+    it.
+    """
     return encode_chats(tokenizer, [render_chat(tokenizer, template, conversation)])[0]
 
 
 def render_chat(
     tokenizer: Tokenizer, template: Template, conversation: Conversation
 ) -> RenderedChat | Dropped:
-    """Write a conversation as its template does, and find the answers in it; or say why it cannot
-    be learned from.
+    """The text of a conversation and the answers in it; Dropped, with the reason, where nothing can
+    be learned from it.
     """
     reason = _unfit(template, conversation)
     if reason is not None:
@@ -140,7 +143,7 @@ def render_chat(
             return Dropped(reason="weights_not_found")
         spans = [span for span, turn in zip(spans, answers, strict=True) if _is_learned(turn)]
     if any(turn.get("tool_calls") for turn in answers):
-        # Only the template knows what it has written of the calls.
+        # Only the rendered text shows what the template writes for the calls.
         learned = [_without_specials(tokenizer, text[b:e], hidden) for b, e in spans]
     else:
         learned = [turn["content"] for turn in answers if _is_learned(turn)]
@@ -158,12 +161,12 @@ def render_chat(
 
 
 def _is_learned(turn: Turn) -> bool:
-    """Whether an answer is in the loss: OpenAI's format leaves one out by the weight 0."""
+    """Whether an answer is in the loss: in OpenAI's format the weight 0 leaves one out."""
     return bool(turn.get("weight") != 0)
 
 
 def _without_specials(tokenizer: Tokenizer, text: str, hidden: "_Hidden") -> str:
-    """Part of a rendered text without its control tokens, and with what was hidden put back."""
+    """Part of a rendered text without its special tokens, and with the hidden strings put back."""
     return HIDDEN.sub(
         lambda found: hidden.strings[int(found[1])], tokenizer.special_pattern.sub("", text)
     )
@@ -181,23 +184,23 @@ def _rendered(
 
 
 def _is_simple(tokenizer: Tokenizer, conversation: Conversation) -> bool:
-    """Whether the plain template writes nothing but roles and contents, and no role is a special
+    """Whether the plain template writes only roles and contents, and no role contains a special
     token.
     """
     if conversation.tools or any(turn.get("tool_calls") for turn in conversation.messages):
         return False
-    return _are_words(tokenizer.special_pattern)
+    return _are_plain_roles(tokenizer.special_pattern)
 
 
 @lru_cache(maxsize=8)
-def _are_words(specials: re.Pattern[str]) -> bool:
+def _are_plain_roles(specials: re.Pattern[str]) -> bool:
     return not any(specials.search(role) for role in SPEAKERS)
 
 
 def _simple(
     tokenizer: Tokenizer, template: Template, messages: Sequence[Turn], hidden: "_Hidden"
 ) -> tuple[str, Spans]:
-    """What the plain template writes of simple turns, ten times as fast as Jinja."""
+    """What the plain template writes for simple turns, ten times as fast as Jinja."""
     eos = tokenizer.eos_token
     text, answers = "", list[tuple[int, int]]()
     for turn in messages:
@@ -218,7 +221,7 @@ def _unfit(template: Template, conversation: Conversation) -> str | None:
         return "no_assistant_turn"
     if any(not turn["content"].strip() and not turn.get("tool_calls") for turn in answers):
         return "empty_answer"
-    # Without a mark of its own, nothing says where in the text the template has put a call.
+    # Without the mark, nothing shows where in the text the template writes a call.
     if not template.marked and any(turn.get("tool_calls") for turn in answers):
         return "tool_calls_not_found"
     return None
@@ -227,8 +230,7 @@ def _unfit(template: Template, conversation: Conversation) -> str | None:
 def _render(
     tokenizer: Tokenizer, source: str, messages: Sequence[Turn], tools: Sequence[Any] | None
 ) -> tuple[str, Spans]:
-    # transformers takes half a second to import, which worker processes pay only where they need
-    # it.
+    # transformers takes half a second to import, which worker processes mostly do without.
     from transformers.utils.chat_template_utils import render_jinja_template
 
     texts, spans = render_jinja_template(
@@ -236,7 +238,7 @@ def _render(
         tools=tools,
         chat_template=source,
         return_assistant_tokens_mask=GENERATION.search(source) is not None,
-        **special_tokens(tokenizer),
+        **tokenizer.special_tokens,
     )
     return texts[0], spans[0] if spans else ()
 
@@ -251,8 +253,10 @@ def _marked_spans(
 def _sentinel_spans(
     tokenizer: Tokenizer, template: Template, messages: Sequence[Turn], tools: Sequence[Any] | None
 ) -> tuple[str, Spans] | None:
-    """Render with marks for the answers; where the answers, put back, give the true text, that is
-    where they are.
+    """The text, and the answers where a second rendering has marks in their place.
+
+    The places are right if the answers, put back for the marks, give the text of the first
+    rendering; None where they do not.
     """
     answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
     numbers = iter(range(len(answers)))
@@ -269,7 +273,7 @@ def _sentinel_spans(
     pieces = MARK.split(frame)  # text, number of an answer, text, ..., text
     if [int(number) for number in pieces[1::2]] != list(range(len(answers))):
         return None
-    for trim in (str, str.strip, str.rstrip, str.lstrip):  # many templates trim what they are given
+    for trim in (str, str.strip, str.rstrip, str.lstrip):  # many templates trim contents
         text, spans = _put_back(pieces[::2], [trim(answer) for answer in answers])
         if text == truth:
             return text, _with_turn_ends(text, spans, template)
@@ -285,7 +289,7 @@ def _put_back(between: Sequence[str], answers: Sequence[str]) -> tuple[str, Span
 
 
 def _with_turn_ends(text: str, answers: Spans, template: Template) -> Spans:
-    """The answers, each with as much of the end of a turn as follows it."""
+    """The answers, each extended over as much of the end of a turn as follows it."""
 
     def ended(end: int) -> int:
         found = next((own for own in template.turn_ends if text.startswith(own, end)), "")
@@ -300,11 +304,11 @@ def _hidden_pattern(specials: re.Pattern[str]) -> re.Pattern[str]:
 
 
 class _Hidden:
-    """Strings of special tokens inside what users wrote, replaced while the template works.
+    """Replaces strings of special tokens inside messages while a template renders them.
 
-    A template's special tokens are control; the same characters in a message are text and must stay
-    text. The signs that this module itself puts into text are hidden as well, so that no message
-    can forge them.
+    Special tokens that the template writes are control tokens; the same characters in a message are
+    text and must stay text. The signs that this module puts into text are hidden as well, so that
+    no message can forge them.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -313,9 +317,10 @@ class _Hidden:
         self.strings: list[str] = []
 
     def hide(self, value: Any) -> Any:
+        """The value (a text, or lists and tables of texts) with marks for the hidden strings."""
         if isinstance(value, str):
-            # Most texts are ASCII without the first character of a special token: that is known ten
-            # times as fast.
+            # Most texts are ASCII without the first character of any special token, which takes a
+            # tenth of the time to find out.
             if value.isascii() and not any(sign in value for sign in self._signs):
                 return value
             return self._pattern.sub(self._replacement, value)
@@ -333,28 +338,29 @@ class _Hidden:
 def check_first(
     tokenizer: Tokenizer, template: Template, samples: Sequence[EncodedChat | Dropped]
 ) -> Sequence[str]:
-    """Look at the first conversations of a source; returns warnings.
+    """Check the first conversations of a source; returns warnings.
 
-    Raises BadInput where none of them has an answer that is surely found, and where one begins with
-    two BOS.
+    Raises BadInput where no answer is found in any of them, and where one begins with two BOS
+    tokens.
     """
     chats = [sample for sample in samples if isinstance(sample, EncodedChat)]
-    lost = [sample.reason for sample in samples if isinstance(sample, Dropped)]
-    unsound = [reason for reason in lost if reason in ("answers_not_found", "refused_by_template")]
+    reasons = [sample.reason for sample in samples if isinstance(sample, Dropped)]
+    unsound = [
+        reason for reason in reasons if reason in ("answers_not_found", "refused_by_template")
+    ]
     if not any(chat.loss_mask.any() for chat in chats) and (unsound or chats):
         raise BadInput(
-            f"the chat template of {tokenizer.name} does not let the answers be told from the rest"
-            f" (of the first {len(samples)} conversations:"
+            f"the answers cannot be found in what the chat template of {tokenizer.name} writes"
+            f" (first {len(samples)} conversations:"
             f" {', '.join(sorted(set(unsound))) or 'no token in the loss'}); give --template plain,"
-            " or put {% generation %} and {% endgeneration %} around the answers in the"
-            " template"
+            " or put {% generation %} and {% endgeneration %} around the answers in the template"
         )
     if tokenizer.bos_id is not None and any(
         len(chat.ids) > 1 and (chat.ids[:2] == tokenizer.bos_id).all() for chat in chats
     ):
         raise BadInput(
             f"conversations begin with two BOS tokens ({tokenizer.text_of(tokenizer.bos_id)!r});"
-            " write it once in the chat template, or give --template plain"
+            " remove one from the chat template, or give --template plain"
         )
     return _warnings(tokenizer, template, chats)
 
@@ -364,18 +370,18 @@ def _warnings(
 ) -> Sequence[str]:
     special = np.array(sorted(tokenizer.special_ids), np.uint32)
     found = []
-    # The last token of each stretch that is learned.
+    # The last token of each answer.
     ends = [chat.ids[_ends_of(chat.loss_mask)] for chat in chats]
     if not np.isin(np.concatenate([*ends, special[:1]]), special).all():
         found.append(
             "no stop token is in the loss, so the model does not learn to end an answer; give"
-            " --template plain, or let the template end an answer with the eos token"
+            " --template plain, or a template that ends answers with the eos token"
         )
     stops = {int(token) for ids in ends for token in ids} & tokenizer.special_ids
     if tokenizer.pad_id in stops:
         found.append(
-            f"the stop token {tokenizer.text_of(tokenizer.pad_id)!r} is the pad token too; bigmix"
-            " learns it all the same, but trainers that mask pad tokens do not"
+            f"the stop token {tokenizer.text_of(tokenizer.pad_id)!r} is also the pad token; bigmix"
+            " learns it, but trainers that mask pad tokens do not"
         )
     used = {int(token) for chat in chats for token in np.unique(chat.ids)} & tokenizer.special_ids
     foreign = sorted(used - {tokenizer.bos_id, tokenizer.eos_id})
@@ -383,15 +389,15 @@ def _warnings(
         names = ", ".join(map(tokenizer.text_of, foreign))
         found.append(
             f"the chat template uses the special tokens {names}; a base model that never trained"
-            " their embeddings loses knowledge while it learns them: with such a base give"
+            " their embeddings loses knowledge while it learns them: for such a model give"
             " --template plain"
         )
     if TODAY in template.source:
-        found.append("the chat template writes today's date; the tokens are others on another day")
+        found.append("the chat template writes today's date, so the tokens change from day to day")
     return found
 
 
 def _ends_of(loss_mask: Flags) -> Flags:
-    """True for the last token of each stretch in the loss [T]."""
+    """True for each token in the loss that no other follows directly [T]."""
     ends: Flags = loss_mask & ~np.append(loss_mask[1:], False)
     return ends

@@ -1,5 +1,10 @@
-"""Rendered conversations go in, token ids and the mask of what is learned come out, for many
-conversations at once.
+"""Encodes rendered conversations, many at once, with a mask of the tokens that are learned.
+
+A token is learned where it contains a part of an answer. Most tokenizers work on bytes: the bytes
+of their tokens say where in the text each token is. Others have to report the characters of each
+token, which is slower.
+
+Letters: T tokens, D conversations, N spans.
 """
 
 import re
@@ -15,7 +20,7 @@ from bigmix.text.formats import Dropped
 from bigmix.text.tokenizer import EncodedBatch, Ids, Tokenizer
 from bigmix.types import Flags, Ints
 
-# Unicode promises that these four are never characters of a text.
+# Unicode guarantees that these four are never characters of a text.
 HIDDEN_OPEN, HIDDEN_CLOSE, MARK_OPEN, MARK_CLOSE = "\ufdd0\ufdd1\ufdd2\ufdd3"
 HIDDEN = re.compile(f"{HIDDEN_OPEN}([0-9]+){HIDDEN_CLOSE}")
 Spans = Sequence[tuple[int, int]]  # characters [begin, end) of a text
@@ -23,8 +28,8 @@ Spans = Sequence[tuple[int, int]]  # characters [begin, end) of a text
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedChat:
-    """Token ids [T], which of them are in the loss [T], and the UTF-8 bytes of the assistant's
-    answers.
+    """One conversation: token ids [T], which of them are in the loss [T], and the number of UTF-8
+    bytes in the answers.
     """
 
     ids: Ids
@@ -34,7 +39,7 @@ class EncodedChat:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedChats:
-    """The same for several conversations, end to end [T]; `counts` are the tokens of each."""
+    """Several conversations, end to end [T]; `counts` has the number of tokens of each [D]."""
 
     ids: Ids
     loss_mask: Flags
@@ -43,8 +48,10 @@ class EncodedChats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderedChat:
-    """A conversation as its template writes it, with what is in the loss and the strings that are
-    hidden in the text.
+    """A conversation as its template writes it.
+
+    `spans` are the characters of the text that are in the loss, in order and without overlap.
+    `hidden` are the strings that the text has marks for: text that spells a special token.
     """
 
     text: str
@@ -58,7 +65,7 @@ class RenderedChat:
 def encode_chats(
     tokenizer: Tokenizer, chats: Sequence[RenderedChat | Dropped]
 ) -> Sequence[EncodedChat | Dropped]:
-    """Encode conversations together; each result is what the conversation would give alone."""
+    """Encode conversations together; each result is the same as for the conversation alone."""
     whole = [chat for chat in chats if isinstance(chat, RenderedChat)]
     encoded = iter(_split(encode_together(tokenizer, whole), whole))
     return [next(encoded) if isinstance(chat, RenderedChat) else chat for chat in chats]
@@ -75,10 +82,7 @@ def _split(encoded: EncodedChats, chats: Sequence[RenderedChat]) -> Iterator[Enc
 
 
 def encode_together(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> EncodedChats:
-    """Encode conversations, end to end.
-
-    Most tokenizers need not say for it which characters a token is from.
-    """
+    """Encode conversations, end to end."""
     table = tokenizer.token_bytes
     plain = np.array([table is not None and not chat.hidden for chat in chats], np.bool_)
     by_bytes, is_exact = _of_bytes(tokenizer, list(compress(chats, plain)))
@@ -90,7 +94,7 @@ def encode_together(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> Enco
 
 
 def _merged(one: EncodedChats, other: EncodedChats, is_one: Flags) -> EncodedChats:
-    """The conversations of both in order: the next of `one` where `is_one` has a True [D]."""
+    """The conversations of both in order: the next of `one` where `is_one` is True [D]."""
     counts = np.zeros(len(is_one), np.int64)
     counts[is_one], counts[~is_one] = one.counts, other.counts
     flags = np.repeat(is_one, counts)
@@ -101,7 +105,7 @@ def _merged(one: EncodedChats, other: EncodedChats, is_one: Flags) -> EncodedCha
 
 
 def _begun(tokenizer: Tokenizer, chats: EncodedChats) -> EncodedChats:
-    """With a BOS before each conversation that has none."""
+    """The conversations with a BOS before each that has none, where the tokenizer adds one."""
     ids, mask, counts = chats.ids, chats.loss_mask, chats.counts
     firsts = np.cumsum(counts) - counts
     if tokenizer.bos_id is not None:
@@ -111,12 +115,12 @@ def _begun(tokenizer: Tokenizer, chats: EncodedChats) -> EncodedChats:
         mask = np.insert(mask, firsts[lacking], False)
         counts = counts + lacking
         firsts = np.cumsum(counts) - counts
-    mask[firsts] = False  # nothing stands before it that could predict it
+    mask[firsts] = False  # no token precedes it that could predict it
     return EncodedChats(ids=ids, loss_mask=mask, counts=counts)
 
 
 def _of_bytes(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> tuple[EncodedChats, Flags]:
-    """The conversations whose tokens, written as bytes, are their texts; and which ones these are
+    """The conversations whose tokens, as bytes, give exactly their texts; and which ones these are
     [D].
     """
     table = tokenizer.token_bytes or ()
@@ -138,7 +142,7 @@ def _of_bytes(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> tuple[Enco
 
 
 def _spans_in_bytes(chats: Iterable[RenderedChat]) -> Ints:
-    """Begin and end of all that is in the loss, in bytes from the start of the first conversation
+    """Begin and end of each span in the loss, in bytes from the start of the first conversation
     [N, 2].
     """
     borders, at = list[int](), 0
@@ -153,35 +157,36 @@ def _spans_in_bytes(chats: Iterable[RenderedChat]) -> Ints:
 
 
 def _within(spans: Ints, begins: Ints, ends: Ints) -> Flags:
-    """Which tokens [T] have a byte in one of the spans [N, 2], none of which overlap."""
+    """Which tokens [T] have a byte in one of the spans [N, 2], which do not overlap."""
     spans = spans[spans[:, 0] < spans[:, 1]]
     first = ends.searchsorted(spans[:, 0], side="right")
     behind = begins.searchsorted(spans[:, 1], side="left")
     size = len(ends) + 1
-    turns = np.bincount(first, minlength=size) - np.bincount(behind, minlength=size)
-    mask: Flags = np.cumsum(turns)[:-1] > 0
+    changes = np.bincount(first, minlength=size) - np.bincount(behind, minlength=size)
+    mask: Flags = np.cumsum(changes)[:-1] > 0
     return mask
 
 
 def _of_characters(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> EncodedChats:
-    """Ids and masks of rendered texts, seen as one long text; what was hidden is encoded as the
-    text that it is.
+    """Ids and masks of rendered texts, taken as one long text; hidden strings are encoded as
+    ordinary text.
     """
     begins = np.cumsum([0, *(len(chat.text) for chat in chats)])
-    places = [
-        place
+    pieces = [
+        piece
         for number, chat in enumerate(chats)
-        for place in _segments(chat, number, int(begins[number]))
+        for piece in _pieces(chat, number, int(begins[number]))
     ]
-    ids, covered = _tokens(tokenizer, places), _covered(chats, begins)
-    masks = covered[ids.ends] > covered[ids.begins]
-    tokens = np.bincount([place.chat for place in places], ids.counts, len(chats)).astype(int)
-    return EncodedChats(ids=ids.ids, loss_mask=masks, counts=tokens)
+    encoded, covered = _tokens(tokenizer, pieces), _covered(chats, begins)
+    mask = covered[encoded.ends] > covered[encoded.begins]
+    counts = np.bincount([piece.chat for piece in pieces], encoded.counts, len(chats)).astype(int)
+    return EncodedChats(ids=encoded.ids, loss_mask=mask, counts=counts)
 
 
-class _Segment(NamedTuple):
-    """The `width` characters of a chat from `at` on: text that is rendered, or a string that was
-    hidden.
+class _ChatPiece(NamedTuple):
+    """The `width` characters of a conversation from `at` on: rendered text, or a hidden string.
+
+    `chat` is the number of the conversation; `at` counts characters of the long text.
     """
 
     chat: int
@@ -191,20 +196,20 @@ class _Segment(NamedTuple):
     is_hidden: bool
 
 
-def _segments(chat: RenderedChat, number: int, at: int) -> Iterator[_Segment]:
+def _pieces(chat: RenderedChat, number: int, at: int) -> Iterator[_ChatPiece]:
     if not chat.hidden:
-        yield _Segment(number, at, len(chat.text), chat.text, False)
+        yield _ChatPiece(number, at, len(chat.text), chat.text, False)
         return
     for index, piece in enumerate(HIDDEN.split(chat.text)):
         is_hidden = index % 2 == 1  # then the piece is the number of the string
         width = len(piece) + (len(HIDDEN_OPEN + HIDDEN_CLOSE) if is_hidden else 0)
         text = chat.hidden[int(piece)] if is_hidden else piece
-        yield _Segment(number, at, width, text, is_hidden)
+        yield _ChatPiece(number, at, width, text, is_hidden)
         at += width
 
 
 def _covered(chats: Sequence[RenderedChat], begins: npt.NDArray[np.int64]) -> Ints:
-    """How many of the characters before each place are in the loss."""
+    """How many of the characters before each character are in the loss."""
     covered = np.zeros(begins[-1] + 1, np.int64)
     for chat, at in zip(chats, begins.tolist(), strict=False):
         for begin, end in chat.spans:
@@ -212,22 +217,20 @@ def _covered(chats: Sequence[RenderedChat], begins: npt.NDArray[np.int64]) -> In
     return np.cumsum(covered)
 
 
-def _tokens(tokenizer: Tokenizer, segments: Sequence[_Segment]) -> EncodedBatch:
-    """The tokens of all segments in order, and the characters of the long text that they are
-    from.
-    """
-    at = np.array([segment.at for segment in segments])
-    width = np.array([segment.width for segment in segments])
-    hidden = np.array([segment.is_hidden for segment in segments], np.bool_)
-    found = tokenizer.encode_rendered_batch([s.text for s in segments if not s.is_hidden])
+def _tokens(tokenizer: Tokenizer, pieces: Sequence[_ChatPiece]) -> EncodedBatch:
+    """The tokens of all pieces in order, and the characters of the long text that they are from."""
+    at = np.array([piece.at for piece in pieces])
+    width = np.array([piece.width for piece in pieces])
+    hidden = np.array([piece.is_hidden for piece in pieces], np.bool_)
+    found = tokenizer.encode_rendered_batch([p.text for p in pieces if not p.is_hidden])
     at_of, width_of = (np.repeat(values[~hidden], found.counts) for values in (at, width))
-    # A token of no width (a mark of sentencepiece) counts as the character behind it.
+    # A token without a width (a mark of sentencepiece) counts as the character after it.
     ends = at_of + np.minimum(np.maximum(found.ends, found.begins + 1), width_of)
     written = replace(found, begins=at_of + found.begins, ends=ends)
     if not hidden.any():
         return written
-    strings = tokenizer.encode([s.text for s in segments if s.is_hidden])
-    counts = np.zeros(len(segments), np.int64)
+    strings = tokenizer.encode([p.text for p in pieces if p.is_hidden])
+    counts = np.zeros(len(pieces), np.int64)
     counts[~hidden], counts[hidden] = found.counts, [len(ids) for ids in strings]
     parts = np.flatnonzero(~hidden), np.flatnonzero(hidden)
     order = np.argsort(np.concatenate([np.repeat(p, counts[p]) for p in parts]), kind="stable")

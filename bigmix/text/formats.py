@@ -1,7 +1,6 @@
-"""The first rows of an input go in, what they are comes out; then each row becomes a text or a
-conversation.
+"""Recognises what the records of an input are, and reads each as a text or a conversation.
 
-There is no registry of datasets: a layout is known by the names and the types of its columns.
+There is no list of datasets: a layout is known by the names and the types of its columns.
 """
 
 import json
@@ -12,14 +11,13 @@ from typing import Any, Literal, TypeAlias
 from bigmix.errors import BadInput
 
 Kind = Literal["text", "chat"]
-RawRow = Mapping[str, Any]
-Turn = Mapping[
-    str, Any
-]  # a message as OpenAI's API and chat templates spell it: role, content, tool_calls, ...
+Record = Mapping[str, Any]  # of an input: its values by the names of the columns
+# A message with the keys of OpenAI's API and of chat templates: role, content, tool_calls, ...
+Turn = Mapping[str, Any]
 
 TEXT_COLUMNS = ("text", "content", "raw_content", "document")
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "chat")
-# Prompt and response; the other columns of a pair are optional: `context` stands before the prompt,
+# Prompt and response; the other columns of a pair are optional: `context` comes before the prompt,
 # `input` after it.
 PAIRS: Sequence[Mapping[str, str]] = (
     {"prompt": "instruction", "response": "output", "input": "input", "context": "context"},
@@ -55,21 +53,22 @@ ROLES = {
     "ipython": "tool",
 }
 STANDARD = tuple(dict.fromkeys(ROLES.values()))
-# Which parts go together.
+# The parts that may be named together, by the one that decides.
 WAYS: Mapping[str, Sequence[str]] = {
     "text": ("text",),
     "messages": ("messages", "system", "tools"),
     "response": ("prompt", "response", "context", "input", "system", "history", "tools"),
 }
-PARTS = tuple(dict.fromkeys(part for parts in WAYS.values() for part in parts))
 CHOICE_COLUMNS = ("choices", "options")
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """How rows are read: `columns` says which column plays which part; `note` what the user should
-    know about it.
+    """How records are read.
+
+    `columns` maps each part of a document to the column that it is read from; `note` says what the
+    user should know about the choice.
     """
 
     kind: Kind
@@ -77,7 +76,7 @@ class Layout:
     note: str | None = None
 
     def described(self) -> str:
-        """In one line, for the user."""
+        """One line for the user, such as `chat from prompt=question, response=answer`."""
         parts = ", ".join(
             part if part == name else f"{part}={name}" for part, name in self.columns.items()
         )
@@ -85,8 +84,8 @@ class Layout:
 
 
 def utf8_of(text: str) -> bytes | None:
-    """The text in UTF-8; None where it has half of a surrogate pair, which JSON can spell and UTF-8
-    cannot.
+    """The text in UTF-8; None where it contains half of a surrogate pair, which JSON can write and
+    UTF-8 cannot.
     """
     try:
         return text.encode()
@@ -96,13 +95,16 @@ def utf8_of(text: str) -> bytes | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Text:
+    """A document that is one text."""
+
     text: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """Turns with roles system, user, assistant and tool; `tools` are the JSON schemas that the
-    system offers.
+    """A document of turns with the roles system, user, assistant and tool.
+
+    `tools` are the JSON schemas of the tools that the model may call.
     """
 
     messages: Sequence[Turn]
@@ -111,7 +113,7 @@ class Conversation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dropped:
-    """A document that is left out, and why, in one word that is counted."""
+    """A document that is left out; the reason is one word, by which such documents are counted."""
 
     reason: str
 
@@ -120,105 +122,108 @@ Document: TypeAlias = Text | Conversation | Dropped
 
 
 def recognise(
-    rows: Sequence[RawRow], *, kind: Kind | None, columns: Mapping[str, str] | None
+    records: Sequence[Record], *, kind: Kind | None, columns: Mapping[str, str] | None
 ) -> Layout:
-    """Tell from the first rows what they are; `kind` narrows the choice and `columns` makes it.
+    """Decide from the first records how all are read.
 
-    Raises BadInput where no known layout fits at least half of the rows.
+    `kind` restricts the choice; `columns` names the columns and leaves no choice. Raises BadInput
+    where no known layout fits at least half of the records, or where `columns` make no sense.
     """
     if columns:
-        return _explicit(columns, kind, rows)
-    candidates = [*_conversations(rows), *_pairs(rows), *_texts(rows)]
+        return _explicit(columns, kind, records)
+    candidates = [*_conversations(records), *_pairs(records), *_texts(records)]
     fitting = [
-        each for each in candidates if kind in (None, each.kind) and _fits_most(rows, each.columns)
+        each
+        for each in candidates
+        if kind in (None, each.kind) and _fits_most(records, each.columns)
     ]
     if not fitting:
-        raise BadInput(_unknown(rows, kind))
+        raise BadInput(_unknown(records, kind))
     chosen, others = fitting[0], [each for each in fitting[1:] if each.kind != fitting[0].kind]
-    return Layout(kind=chosen.kind, columns=chosen.columns, note=_note(rows, chosen, others))
+    return Layout(kind=chosen.kind, columns=chosen.columns, note=_note(records, chosen, others))
 
 
-def _conversations(rows: Sequence[RawRow]) -> Sequence[Layout]:
-    optional = {"tools": "tools"} | _system(rows)
+def _conversations(records: Sequence[Record]) -> Sequence[Layout]:
+    optional = {"tools": "tools"} | _system(records)
     return [
-        Layout(kind="chat", columns={"messages": name} | _present(rows, optional))
+        Layout(kind="chat", columns={"messages": name} | _present(records, optional))
         for name in MESSAGE_COLUMNS
     ]
 
 
-def _system(rows: Sequence[RawRow]) -> dict[str, str]:
+def _system(records: Sequence[Record]) -> dict[str, str]:
     """The column of the system turn, if there is one."""
-    found = [name for name in SYSTEM_COLUMNS if _has(rows, name)]
+    found = [name for name in SYSTEM_COLUMNS if _has(records, name)]
     return {"system": found[-1]} if found else {}
 
 
-def _pairs(rows: Sequence[RawRow]) -> Sequence[Layout]:
+def _pairs(records: Sequence[Record]) -> Sequence[Layout]:
     optional = {"tools": "tools", "history": "history"}
-    optional |= _system(rows)
+    optional |= _system(records)
     required = ("prompt", "response")
     return [
         Layout(
             kind="chat",
             columns={part: pair[part] for part in required}
             | _present(
-                rows, optional | {part: pair[part] for part in pair if part not in required}
+                records, optional | {part: pair[part] for part in pair if part not in required}
             ),
         )
         for pair in PAIRS
     ]
 
 
-def _texts(rows: Sequence[RawRow]) -> Sequence[Layout]:
+def _texts(records: Sequence[Record]) -> Sequence[Layout]:
     return [
-        Layout(kind="text", columns={"text": name}) for name in TEXT_COLUMNS if _has(rows, name)
+        Layout(kind="text", columns={"text": name}) for name in TEXT_COLUMNS if _has(records, name)
     ]
 
 
-def _has(rows: Sequence[RawRow], column: str) -> bool:
-    return any(row.get(column) is not None for row in rows)
+def _has(records: Sequence[Record], column: str) -> bool:
+    return any(record.get(column) is not None for record in records)
 
 
-def _present(rows: Sequence[RawRow], columns: Mapping[str, str]) -> dict[str, str]:
-    return {part: name for part, name in columns.items() if _has(rows, name)}
+def _present(records: Sequence[Record], columns: Mapping[str, str]) -> dict[str, str]:
+    return {part: name for part, name in columns.items() if _has(records, name)}
 
 
-def _fits_most(rows: Sequence[RawRow], columns: Mapping[str, str]) -> bool:
+def _fits_most(records: Sequence[Record], columns: Mapping[str, str]) -> bool:
     layout = Layout(kind="text" if "text" in columns else "chat", columns=columns)
-    fitting = sum(not isinstance(document_of(row, layout), Dropped) for row in rows)
-    return fitting > 0 and 2 * fitting >= len(rows)
+    fitting = sum(not isinstance(document_of(record, layout), Dropped) for record in records)
+    return fitting > 0 and 2 * fitting >= len(records)
 
 
-def _note(rows: Sequence[RawRow], chosen: Layout, others: Sequence[Layout]) -> str | None:
+def _note(records: Sequence[Record], chosen: Layout, others: Sequence[Layout]) -> str | None:
     if others:
         return (
-            f"the rows could also be read as {others[0].described()}; to do so give "
+            f"the records could also be read as {others[0].described()}; for that give "
             f"--kind {others[0].kind} or --columns"
         )
-    if any(_has_thoughts(turn) for row in rows for turn in _raw_turns(row, chosen)):
+    if any(_has_thoughts(turn) for record in records for turn in _raw_turns(record, chosen)):
         return (
-            f"turns have {' or '.join(THOUGHT_KEYS)}, which is written where the chat template does"
-            " so and learned where it marks that with {% generation %}, with the plain template"
-            " neither; put it into content to learn it"
+            f"turns have {' or '.join(THOUGHT_KEYS)}, which is written only by chat templates that"
+            " use it and learned only where they mark it with {% generation %}; the plain template"
+            " does neither; put it into content to learn it"
         )
-    choices = next((name for name in CHOICE_COLUMNS if _has(rows, name)), None)
+    choices = next((name for name in CHOICE_COLUMNS if _has(records, name)), None)
     if "prompt" in chosen.columns and choices not in (None, *chosen.columns.values()):
         return (
             f"column {choices!r} is not used, and the answer may be one of these; put them into"
-            f" {chosen.columns['prompt']!r}, or give --columns context={choices} beside prompt and"
-            " response"
+            f" {chosen.columns['prompt']!r}, or give --columns context={choices} together with"
+            " prompt and response"
         )
-    label = next((name for name in LABEL_COLUMNS if _has(rows, name)), None)
+    label = next((name for name in LABEL_COLUMNS if _has(records, name)), None)
     if chosen.kind == "text" and label is not None:
         text = chosen.columns["text"]
         return (
-            f"column {label!r} is not used; to learn it as the answer to {text!r} give "
+            f"column {label!r} is not used; to learn it as the answer to {text!r}, give "
             f"--columns prompt={text},response={label}"
         )
     return None
 
 
-def _raw_turns(row: RawRow, layout: Layout) -> Sequence[Any]:
-    value = row.get(layout.columns.get("messages", ""))
+def _raw_turns(record: Record, layout: Layout) -> Sequence[Any]:
+    value = record.get(layout.columns.get("messages", ""))
     return value if isinstance(value, list) else ()
 
 
@@ -226,82 +231,82 @@ def _has_thoughts(turn: Any) -> bool:
     return isinstance(turn, dict) and any(turn.get(key) for key in THOUGHT_KEYS)
 
 
-def _explicit(columns: Mapping[str, str], kind: Kind | None, rows: Sequence[RawRow]) -> Layout:
+def _explicit(columns: Mapping[str, str], kind: Kind | None, records: Sequence[Record]) -> Layout:
     ways = [way for way in WAYS if way in columns]
     goes_together = len(ways) == 1 and columns.keys() <= {*WAYS[ways[0]]}
     if not goes_together or (ways == ["response"] and "prompt" not in columns):
         raise BadInput(
             f"--columns names {', '.join(columns)}; allowed are text alone; messages with system"
             " and tools; or prompt and response with context, input, system, history and tools;"
-            " write for instance prompt=question,response=answer"
+            " write, for instance, prompt=question,response=answer"
         )
     layout = Layout(kind="text" if "text" in columns else "chat", columns=columns)
     if kind not in (None, layout.kind):
         raise BadInput(
             f"--kind is {kind}, but --columns describe {layout.kind}; leave one of them out"
         )
-    missing = [name for name in columns.values() if not _has(rows, name)]
+    missing = [name for name in columns.values() if not _has(records, name)]
     if missing:
         raise BadInput(
-            f"--columns names {', '.join(missing)}, which none of the first {len(rows)} rows has; "
-            f"they have {_names(rows)}"
+            f"--columns names {', '.join(missing)}, which none of the first {len(records)} records"
+            f" has; their columns are {_names(records)}"
         )
     return layout
 
 
-def _unknown(rows: Sequence[RawRow], kind: Kind | None) -> str:
+def _unknown(records: Sequence[Record], kind: Kind | None) -> str:
     wanted = "a text or a conversation" if kind is None else f"a source of kind {kind}"
     return (
-        f"the rows are not recognised as {wanted}; their columns are {_names(rows)}; say what they"
-        " are, for instance with --columns text=content or --columns"
+        f"the records are not recognised as {wanted}; their columns are {_names(records)}; name"
+        " those to read, for instance with --columns text=content or --columns"
         " prompt=question,response=answer"
     )
 
 
-def _names(rows: Sequence[RawRow]) -> str:
-    return ", ".join(dict.fromkeys(name for row in rows for name in row)) or "none"
+def _names(records: Sequence[Record]) -> str:
+    return ", ".join(dict.fromkeys(name for record in records for name in record)) or "none"
 
 
-def document_of(row: RawRow, layout: Layout) -> Document:
-    """Read one row; a row that does not fit its layout, or is empty, is dropped with a reason."""
+def document_of(record: Record, layout: Layout) -> Document:
+    """The document of one record; Dropped where the record does not fit the layout or is empty."""
     columns = layout.columns
     if "text" in columns:
-        text = row.get(columns["text"])
+        text = record.get(columns["text"])
         if not isinstance(text, str):
             return Dropped(reason="bad_row")
         return Text(text=text) if text.strip() else Dropped(reason="empty")
     if "messages" in columns:
-        turns = _turns_of(row.get(columns["messages"]))
+        turns = _turns_of(record.get(columns["messages"]))
     else:
-        turns = _turns_of_pair(row, columns)
-    tools = _tools_of(row.get(columns.get("tools", "")))
+        turns = _turns_of_pair(record, columns)
+    tools = _tools_of(record.get(columns.get("tools", "")))
     if turns is None or tools is None:
         return Dropped(reason="bad_row")
-    system = row.get(columns.get("system", ""))
+    system = record.get(columns.get("system", ""))
     if isinstance(system, str) and system.strip() and not (turns and turns[0]["role"] == "system"):
         turns = [{"role": "system", "content": system}, *turns]
     return Conversation(messages=turns, tools=tools or None)
 
 
-def _turns_of_pair(row: RawRow, columns: Mapping[str, str]) -> list[Turn] | None:
-    prompt, response = row.get(columns["prompt"]), row.get(columns["response"])
+def _turns_of_pair(record: Record, columns: Mapping[str, str]) -> list[Turn] | None:
+    prompt, response = record.get(columns["prompt"]), record.get(columns["response"])
     if isinstance(prompt, list) and isinstance(response, list) and _is_turns(prompt):
         return _turns_of([*prompt, *response])
     answer = _plain(response)
-    earlier = _history_of(row.get(columns.get("history", "")))
-    before, after = (row.get(columns.get(part, "")) for part in ("context", "input"))
-    asked_parts = [_joined(before), None if prompt is None else _joined(prompt), _joined(after)]
-    if answer is None or earlier is None or None in asked_parts:
+    earlier = _history_of(record.get(columns.get("history", "")))
+    before, after = (record.get(columns.get(part, "")) for part in ("context", "input"))
+    question = [_joined(before), None if prompt is None else _joined(prompt), _joined(after)]
+    if answer is None or earlier is None or None in question:
         return None
-    parts = [part for part in asked_parts if part and part.strip()]
+    parts = [part for part in question if part and part.strip()]
     if not parts:
         return None
-    asked = {"role": "user", "content": "\n\n".join(parts)}
-    return [*earlier, asked, {"role": "assistant", "content": answer}]
+    last = {"role": "user", "content": "\n\n".join(parts)}
+    return [*earlier, last, {"role": "assistant", "content": answer}]
 
 
 def _history_of(value: Any) -> list[Turn] | None:
-    """Earlier turns, given as a list of [question, answer]."""
+    """Earlier turns, given as a list of [question, answer]; None where it is no such list."""
     turns: list[Turn] = []
     if not isinstance(value or [], list):
         return None
@@ -317,8 +322,8 @@ def _history_of(value: Any) -> list[Turn] | None:
 
 
 def _joined(value: Any) -> str | None:
-    """All that is asked of a column: a text, a number as text, or several of them; None where it
-    holds anything else.
+    """Everything that a column adds to the question: a text, a number as text, or several of these;
+    None where it holds anything else.
     """
     if value is None:
         return ""
@@ -331,7 +336,9 @@ def _joined(value: Any) -> str | None:
 
 
 def _plain(value: Any) -> str | None:
-    """A text, a number as text, or the first of several accepted answers."""
+    """A text, a number as text, or the first of several accepted answers; None where it is none of
+    these.
+    """
     if isinstance(value, dict):
         value = value.get("text")
     if isinstance(value, list):
@@ -357,14 +364,14 @@ def _turns_of(value: Any) -> list[Turn] | None:
 
 
 def _turn_of(turn: Turn) -> Turn | None:
-    """One message with a known role, its content as text, and nothing that is None (parquet adds
-    such keys).
+    """One message with a known role, its content as text and no key that is None, which parquet
+    adds; None where the message cannot be read.
     """
     if len(turn) == 2 and turn.get("role") in STANDARD and isinstance(turn.get("content"), str):
-        return turn  # what most are, and then nothing is to be done
+        return turn  # most messages are so already
     role = ROLES.get(str(turn.get("role") or turn.get("from")).lower())
-    said = turn.get("content")
-    content = _content_of(turn.get("value") if said is None else said)
+    given = turn.get("content")
+    content = _content_of(turn.get("value") if given is None else given)
     calls = _calls_of(turn)
     if role is None or content is None or calls is None:
         return None
@@ -386,8 +393,8 @@ _READ_OTHERWISE = ("from", "value", "tool_calls", "function_call")
 
 
 def _calls_of(turn: Turn) -> list[Turn] | None:
-    """The tool calls of a turn, also in the older spelling of a single one; None where one cannot
-    be read.
+    """The tool calls of a turn, or the `function_call` of OpenAI's older format; None where one
+    cannot be read.
     """
     found = turn.get("tool_calls") or []
     if not isinstance(found, list):
@@ -399,15 +406,15 @@ def _calls_of(turn: Turn) -> list[Turn] | None:
 
 
 def _without_none(value: Any) -> Any:
-    """Nothing that is None in tables: parquet gives each the keys of all others."""
+    """The value without keys that are None: parquet gives each table the keys of all others."""
     if isinstance(value, dict):
         return {key: _without_none(each) for key, each in value.items() if each is not None}
     return [_without_none(each) for each in value] if isinstance(value, list) else value
 
 
 def _call_of(call: Any) -> Turn | None:
-    """A tool call with its arguments as an object: templates write them as JSON and would quote a
-    string twice.
+    """A tool call with its arguments as an object, since templates write them as JSON and would
+    quote a string twice; None where it cannot be read.
     """
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
@@ -418,14 +425,14 @@ def _call_of(call: Any) -> Turn | None:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except ValueError:
             return None
-    # In their order, which templates write.
+    # The order of the keys is kept: templates write it.
     named = {**_without_none({**function, "arguments": ""}), "arguments": arguments or {}}
     return {**_without_none({**call, "function": {}}), "function": named}
 
 
 def _tools_of(tools: Any) -> list[Any] | None:
-    """Tool schemas, given as a list or as its JSON; an empty list where there are none, None where
-    it is neither.
+    """Tool schemas, given as a list or as JSON; an empty list where there are none, None where they
+    cannot be read.
     """
     if isinstance(tools, str) and tools.strip():
         try:

@@ -1,9 +1,9 @@
-"""The tokens of a text go in, which of them are its last word comes out.
+"""Finds the last word of a text among its tokens.
 
-A word is what stands between white space, without the punctuation and symbols at its ends: `river`
-in `the (river).`, `3.5` in `is $3.5!`, `it's`. In scripts that are written without spaces (Chinese,
-Japanese, Thai, Lao, Khmer, Burmese) each character is a word, so that there the last word is the
-last character.
+A word is what lies between white space, without the punctuation and symbols at its ends: `river` in
+`the (river).`, `3.5` in `is $3.5!`, `it's`. In scripts that are written without spaces (Chinese,
+Japanese, Thai, Lao, Khmer, Burmese) each character is a word, so the last word is the last
+character.
 """
 
 import re
@@ -14,8 +14,8 @@ from tokenizers import decoders
 
 from bigmix.text.tokenizer import Tokenizer, byte_signs
 
-TAIL = 64  # tokens of the end of a text that are looked at; a longer word counts as none
-_BREAK = b"\n"  # what a special token is to the words around it
+TAIL = 64  # tokens at the end of a text that are searched; a longer word counts as none
+_BREAK = b"\n"  # a special token separates words as this does
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as sentencepiece writes it
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _UNSPACED = re.compile(
@@ -26,7 +26,7 @@ _NO_WORD = "PSZC"  # the Unicode categories of punctuation, symbols, white space
 
 
 def pieces_of_tokens(tokenizer: Tokenizer) -> Sequence[bytes]:
-    """The bytes that each id adds to a text; a special token adds a break."""
+    """The bytes that each id adds to a text; a special token adds a line break."""
     if isinstance(tokenizer.backend.decoder, decoders.ByteLevel):
         signs = byte_signs()
         strings = map(tokenizer.text_of, range(tokenizer.vocab_size))
@@ -47,12 +47,12 @@ def _piece(string: str) -> bytes:
 
 
 def last_word(pieces: Sequence[bytes], *, is_whole: bool) -> slice | None:
-    """Which of the tokens at the end of a text, by their bytes, hold its last word.
+    """Which of the tokens at the end of a text, given as bytes, hold its last word.
 
-    None where there is no word; and where one begins with the first token and the text before it is
-    not there (`is_whole` False), since it may have begun earlier.
+    None where there is no word; also where the word begins with the first token and the text before
+    is missing (`is_whole` is False), since it may have begun earlier.
     """
-    # What is no UTF-8 passes through, so that characters can be counted in bytes.
+    # Bytes that are not UTF-8 are kept, so that characters can be counted in bytes.
     text = b"".join(pieces).decode("utf-8", "surrogateescape")
     found = _last_word(text)
     if found is None or (found.start == 0 and not is_whole):

@@ -1,13 +1,9 @@
-"""Files, globs, folders and hub names go in, raw rows come out one by one, each with the place it
-is from.
+"""Reads the records of input files, saved datasets and datasets of the hub.
 
-Nothing is interpreted here: what a row means is decided in `recognise`. A file that ends early or
-holds what is not its format is an error that names the place; nothing ends quietly.
-
-The bytes of a WebDataset tar go in, its samples come out as rows; an archive that is cut short is
-an error.
-
-Inputs go in, their documents come out as recognised, before any tokenizer has seen them.
+Inputs are files, globs, folders and hub names; the records come one by one, each with the file and
+the line that it is from. What a record means is decided in `formats`; `raw_documents` does both. A
+file that is truncated, or is not in the format that its name says, raises BadInput with the place:
+no input ends early without an error.
 """
 
 import codecs
@@ -31,73 +27,8 @@ import pyarrow.parquet
 from bigmix.errors import BadInput
 from bigmix.text.formats import Document, Kind, document_of, recognise
 
-TAR_BLOCK = 512
-
-
-def read_tar(place: str, stream: IO[bytes]) -> Iterator[Mapping[str, Any]]:
-    """The samples of a tar: neighbouring members with one key, .txt as `text` and .json as
-    columns.
-    """
-    key, columns = None, dict[str, Any]()
-    # The tar is read through a file that can seek; only then does tarfile check what it skips.
-    source = stream if stream.seekable() else io.BytesIO(stream.read())
-    for member in _members(place, source):
-        folder, _, base = member.name.rpartition("/")
-        stem, _, suffix = base.partition(".")
-        if key is not None and key != (folder, stem):
-            yield columns
-            columns = {}
-        key = (folder, stem)
-        columns |= _member_columns(place, member.name, suffix, member.content)
-    if key is not None:
-        yield columns
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Member:
-    name: str
-    content: bytes
-
-
-def _members(place: str, source: IO[bytes]) -> Iterator[_Member]:
-    with tarfile.open(fileobj=source, mode="r:") as tar:
-        for info in tar:
-            content = tar.extractfile(info) if info.isfile() else None
-            if content is not None:
-                yield _Member(name=info.name, content=content.read())
-            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-        # tarfile takes a cut or damaged header for the end of the archive.
-        source.seek(tar.offset)
-        if source.read(TAR_BLOCK) != bytes(TAR_BLOCK):
-            raise BadInput(
-                f"{place} is cut short: no header and no end of archive at byte {tar.offset}; "
-                "fetch or write the file again"
-            )
-        # Reading on to the end also makes a compressed file check its own checksum.
-        while rest := source.read(CHUNK):
-            if rest.count(0) != len(rest):
-                raise BadInput(
-                    f"{place} goes on behind the end of its archive at byte {tar.offset}; tars that"
-                    " were joined with cat are read only when they are files of their own"
-                )
-
-
-def _member_columns(place: str, name: str, suffix: str, content: bytes) -> Mapping[str, Any]:
-    try:
-        if suffix == "txt":
-            return {"text": content.decode("utf-8-sig")}
-        if suffix == "json":
-            value = json.loads(content.decode("utf-8-sig"))
-            return value if isinstance(value, dict) else {}
-    except ValueError as error:
-        raise BadInput(
-            f"{place}, member {name}: not {suffix} in UTF-8 ({error}); mend it"
-        ) from error
-    return {}
-
-
 HUB = "hf:"
-SAVED_DATASET = "state.json"  # in a folder that datasets' save_to_disk wrote
+SAVED_DATASET = "state.json"  # in a folder that save_to_disk of datasets wrote
 SAVED_SPLITS = "dataset_dict.json"
 TEXT_SUFFIXES = (".txt",)
 LINE_SUFFIXES = (".jsonl", ".ndjson")
@@ -107,8 +38,10 @@ TAR_SUFFIXES = (".tar", ".tgz")
 PACKED_SUFFIXES = (".gz", ".zst")
 ALLOWED = ".txt, .jsonl, .json, .tar (each also .gz or .zst) and .parquet"
 CHUNK = 1 << 20
-BLOCK_ROWS = 256  # rows that go together where an input is dealt out
+TAR_BLOCK = 512
+BLOCK_RECORDS = 256  # neighbours that stay in one part where all parts read an input
 BROKEN = (OSError, EOFError, zlib.error, tarfile.TarError, pyarrow.ArrowException)
+_FIRST_RECORDS = 256
 
 
 class RawRecord(NamedTuple):
@@ -128,53 +61,76 @@ class RawRecord(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LineSpan:
-    """A stretch of one input, which is a file, a saved dataset or a hub name: all of it, or [start,
-    stop).
+    """One input (a file, a saved dataset or a hub name), or its part [start, stop).
 
-    These are bytes from the start of a line to the start of another in a JSON-lines file, row
-    groups in a parquet file, and rows in a saved dataset. `dealt` = (index, count) takes the blocks
-    of 256 rows whose number leaves `index` when divided by `count`.
+    `start` and `stop` are bytes at the start of lines in a JSON-lines file, row groups in a parquet
+    file, and records in a saved dataset. `stripe` = (index, count) keeps only the blocks of 256
+    records whose number leaves the remainder `index` when divided by `count`.
     """
 
     place: str
     start: int = 0
     stop: int | None = None
-    dealt: tuple[int, int] | None = None
+    stripe: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadOptions:
-    """`split_on` cuts a text file into documents at each place where it stands; with None a file is
-    one document.
+    """How inputs are read.
+
+    `split_on` separates the documents of a text file; with None the file is one document.
+    `skip_bad_lines` gives records without columns for lines that are no JSON object, which
+    otherwise raise BadInput.
     """
 
     split_on: str | None = None
     skip_bad_lines: bool = False
 
 
-def read_records(inputs: Sequence[str], options: ReadOptions) -> Iterator[RawRecord]:
-    """All rows of all inputs, in the order of the inputs, the files of a glob or folder sorted by
-    name.
+def raw_documents(
+    inputs: Sequence[str],
+    *,
+    kind: Kind | None = None,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+) -> Iterator[Document]:
+    """The document of each of the first `limit` records, before any tokenizer is involved.
 
-    Raises BadInput at once where an input is not there, and while reading where a file is broken.
+    The first 256 records decide how all are read. Raises BadInput where there is no record, or
+    where no known layout fits them.
+    """
+    read = islice(read_records(inputs, ReadOptions()), limit)
+    records = (record.columns for record in read if record.columns is not None)
+    first = list(islice(records, _FIRST_RECORDS))
+    if not first:
+        raise BadInput(f"no records are in {', '.join(inputs)}; give inputs with text")
+    layout = recognise(first, kind=kind, columns=columns)
+    return (document_of(record, layout) for record in chain(first, records))
+
+
+def read_records(inputs: Sequence[str], options: ReadOptions) -> Iterator[RawRecord]:
+    """All records of all inputs, in the order of the inputs; the files of a glob or folder are
+    sorted by name.
+
+    Raises BadInput at once where an input does not exist, and while reading where a file is broken.
     """
     places = places_of(inputs)
     return (
-        parsed(row, options)
+        parsed(record, options)
         for place in places
-        for row in read_span(LineSpan(place=place), options)
+        for record in read_span(LineSpan(place=place), options)
     )
 
 
 def places_of(inputs: Sequence[str]) -> Sequence[str]:
-    """The files, saved datasets and hub names behind the inputs, in order; BadInput where one is
-    not there.
+    """The files, saved datasets and hub names that the inputs mean, in order.
+
+    Raises BadInput where one does not exist or has a format that cannot be read.
     """
     return [place for each in inputs for place in _places(each)]
 
 
 def _places(given: str) -> Sequence[str]:
-    """The files behind one input; a hub name and a saved dataset stay what they are."""
     path = Path(given)
     if given.startswith(HUB) or (path / SAVED_DATASET).is_file():
         return [given]
@@ -183,7 +139,7 @@ def _places(given: str) -> Sequence[str]:
         raise BadInput(f"input {given} holds several splits ({splits}); give {given}/SPLIT")
     if path.is_file():
         if format_of(given) is None:
-            raise BadInput(f"input {given} is no file that can be read; allowed are {ALLOWED}")
+            raise BadInput(f"input {given} has a format that cannot be read; allowed are {ALLOWED}")
         return [given]
     matching = map(Path, glob.iglob(given, recursive=True))  # noqa: PTH207
     found = path.rglob("*") if path.is_dir() else matching
@@ -197,8 +153,8 @@ def _places(given: str) -> Sequence[str]:
 
 
 def format_of(name: str) -> str | None:
-    """The suffix that decides how a file is read, without that of its compression; None where it
-    cannot be.
+    """The suffix that decides how a file is read, without the suffix of its compression; None where
+    the file cannot be read.
     """
     path = Path(name)
     if path.suffix in PACKED_SUFFIXES:
@@ -208,23 +164,23 @@ def format_of(name: str) -> str | None:
 
 
 def read_span(span: LineSpan, options: ReadOptions) -> Iterator[RawRecord]:
-    """The rows of a span; `parsed` makes rows of lines.
+    """The records of a span; lines of JSON-lines files are left for `parsed` to read.
 
     Raises BadInput while reading where a file is broken.
     """
-    rows = _read(span, options)
-    if span.dealt is None:
-        return rows
-    index, parts = span.dealt
-    return (row for at, row in enumerate(rows) if at // BLOCK_ROWS % parts == index)
+    records = _read(span, options)
+    if span.stripe is None:
+        return records
+    index, count = span.stripe
+    return (record for at, record in enumerate(records) if at // BLOCK_RECORDS % count == index)
 
 
 def _read(span: LineSpan, options: ReadOptions) -> Iterator[RawRecord]:
     place, suffix = span.place, format_of(span.place)
     if place.startswith(HUB):
-        rows: Iterable[Mapping[str, Any]] = _read_hub(place)
+        records: Iterable[Mapping[str, Any]] = _read_hub(place)
     elif Path(place).is_dir():
-        rows = _read_saved(span)
+        records = _read_saved(span)
     elif suffix in LINE_SUFFIXES:
         yield from _read_lines(span)
         return
@@ -232,34 +188,35 @@ def _read(span: LineSpan, options: ReadOptions) -> Iterator[RawRecord]:
         yield from _read_json(span, options)
         return
     elif suffix in PARQUET_SUFFIXES:
-        rows = _read_parquet(span)
+        records = _read_parquet(span)
     elif suffix in TAR_SUFFIXES:
-        rows = _read_tar(place)
+        records = _read_tar(place)
     else:
-        rows = ({"text": text} for text in _read_text(place, options.split_on))
-    unit = "row group" if suffix in PARQUET_SUFFIXES else "row"
+        records = ({"text": text} for text in _read_text(place, options.split_on))
+    unit = "row group" if suffix in PARQUET_SUFFIXES else "record"
     file = place if span.start == 0 else f"{place} from {unit} {span.start}"
-    for number, columns in enumerate(rows, 1):
+    for number, columns in enumerate(records, 1):
         yield RawRecord(file=file, number=number, columns=columns)
 
 
 @contextmanager
 def opened(place: str) -> Iterator[IO[bytes]]:
-    """The unpacked bytes of a file; what is wrong with them is told with the place where it
-    shows.
+    """The decompressed bytes of a file.
+
+    Raises BadInput where the file cannot be opened, and, with the byte, where it is broken.
     """
     try:
         raw = Path(place).open("rb")  # noqa: SIM115
     except OSError as error:
         raise BadInput(
-            f"{place} cannot be opened ({error.strerror}); see to it that it may be read"
+            f"{place} cannot be opened ({error.strerror}); make it readable, or give another file"
         ) from error
     with raw as file:
         stream: IO[bytes] = file
         if place.endswith((".gz", ".tgz")):
             stream = io.BufferedReader(gzip.GzipFile(fileobj=file))
         elif place.endswith(".zst"):
-            # pyarrow unpacks several frames in one file, and raises where the last one is cut.
+            # pyarrow reads several frames in one file, and raises where the last one is truncated.
             stream = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
         try:
             yield stream
@@ -271,8 +228,8 @@ def opened(place: str) -> Iterator[IO[bytes]]:
 
 
 def _read_text(place: str, split_on: str | None) -> Iterator[str]:
-    """The documents of a text file, in bounded memory where it is split; nothing but the mark is
-    taken away.
+    """The documents of a text file, in bounded memory where it is split; only the separators are
+    removed.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     held, at = "", 0
@@ -281,10 +238,10 @@ def _read_text(place: str, split_on: str | None) -> Iterator[str]:
             held += _decoded(place, decoder, chunk, at=at)
             at += len(chunk)
             if split_on is not None:
-                *whole, held = held.split(split_on)
-                yield from whole
+                *ended, held = held.split(split_on)
+                yield from ended
         held += _decoded(place, decoder, b"", at=at, final=True)
-    # The mark at the end of a file closes the last document, it does not open an empty one.
+    # A separator at the end of a file ends the last document and does not begin an empty one.
     if held or split_on is None:
         yield held
 
@@ -292,14 +249,14 @@ def _read_text(place: str, split_on: str | None) -> Iterator[str]:
 def _decoded(
     place: str, decoder: codecs.IncrementalDecoder, chunk: bytes, *, at: int, final: bool = False
 ) -> str:
-    """The text of bytes that begin `at`, with what the decoder has kept of those before."""
-    kept = len(decoder.getstate()[0])
+    """The text of the bytes that begin at byte `at`, with those that the decoder has kept."""
+    num_kept = len(decoder.getstate()[0])
     try:
         return decoder.decode(chunk, final)
     except UnicodeDecodeError as error:
         raise BadInput(
-            f"{place} is not UTF-8 ({error.reason} at byte {at - kept + error.start:,}); convert"
-            " it, for instance with iconv"
+            f"{place} is not UTF-8 ({error.reason} at byte {at - num_kept + error.start:,});"
+            " convert it, for instance with iconv"
         ) from error
 
 
@@ -308,12 +265,12 @@ def _read_lines(span: LineSpan) -> Iterator[RawRecord]:
     with opened(span.place) as stream:
         if span.start:
             stream.seek(span.start)
-        left = math.inf if span.stop is None else span.stop - span.start
+        bytes_left = math.inf if span.stop is None else span.stop - span.start
         for number, line in enumerate(stream, 1):
             if not line.isspace():
                 yield RawRecord(file=file, number=number, columns=None, line=line)
-            left -= len(line)
-            if left <= 0:
+            bytes_left -= len(line)
+            if bytes_left <= 0:
                 return
 
 
@@ -327,16 +284,16 @@ def parsed(record: RawRecord, options: ReadOptions) -> RawRecord:
     columns, fault = _parsed(record.line)
     if fault is not None and not options.skip_bad_lines:
         raise BadInput(
-            f"{record.file}, line {record.number}: {fault}; mend the line or give --skip-bad-lines "
-            "to drop and count such lines"
+            f"{record.file}, line {record.number}: {fault}; correct the line, or give"
+            " --skip-bad-lines to drop and count such lines"
         )
     return RawRecord(file=record.file, number=record.number, columns=columns)
 
 
 def _parsed(line: bytes) -> tuple[Mapping[str, Any] | None, str | None]:
-    """A JSON object, or why the line is none."""
+    """The JSON object of a line, or why there is none."""
     try:
-        # What the codec utf-8-sig does, at a fifth of its time.
+        # The same as the codec utf-8-sig, in a fifth of its time.
         value = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
     # JSONDecodeError and UnicodeDecodeError are ValueErrors.
     except (ValueError, RecursionError) as error:
@@ -347,7 +304,7 @@ def _parsed(line: bytes) -> tuple[Mapping[str, Any] | None, str | None]:
 
 
 def _read_json(span: LineSpan, options: ReadOptions) -> Iterator[RawRecord]:
-    """A file that is one array of objects, or in spite of its name JSON lines."""
+    """A file that holds one array of objects, or JSON lines in spite of its name."""
     place = span.place
     with opened(place) as stream:
         content = stream.read()
@@ -355,39 +312,35 @@ def _read_json(span: LineSpan, options: ReadOptions) -> Iterator[RawRecord]:
         yield from _read_lines(span)
         return
     try:
-        rows = json.loads(content.decode("utf-8-sig"))
+        elements = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{place}: not JSON ({error}); mend the file") from error
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) and not options.skip_bad_lines:
+        raise BadInput(f"{place}: not JSON ({error}); correct the file") from error
+    for number, element in enumerate(elements, 1):
+        columns = element if isinstance(element, dict) else None
+        if columns is None and not options.skip_bad_lines:
             raise BadInput(
-                f"{place}, element {number}: a JSON {type(row).__name__}, not an object; mend it or"
-                " give --skip-bad-lines to drop and count such elements"
+                f"{place}, element {number}: a JSON {type(element).__name__}, not an object;"
+                " correct it, or give --skip-bad-lines to drop and count such elements"
             )
-        yield RawRecord(file=place, number=number, columns=row if isinstance(row, dict) else None)
+        yield RawRecord(file=place, number=number, columns=columns)
 
 
 def _read_parquet(span: LineSpan) -> Iterator[Mapping[str, Any]]:
     with opened(span.place) as stream, pyarrow.parquet.ParquetFile(stream) as file:
         stop = file.num_row_groups if span.stop is None else span.stop
-        for batch in file.iter_batches(BLOCK_ROWS, row_groups=range(span.start, stop)):
+        for batch in file.iter_batches(BLOCK_RECORDS, row_groups=range(span.start, stop)):
             try:
-                rows = batch.to_pylist()
+                records = batch.to_pylist()
             except (OverflowError, ValueError) as error:
                 raise BadInput(
-                    f"{span.place} holds a value that Python has none for ({error}); convert or"
+                    f"{span.place} holds a value that Python cannot represent ({error}); convert or"
                     " drop its column"
                 ) from error
-            yield from rows
-
-
-def _read_tar(place: str) -> Iterator[Mapping[str, Any]]:
-    with opened(place) as stream:
-        yield from read_tar(place, stream)
+            yield from records
 
 
 def _read_hub(place: str) -> Iterator[Mapping[str, Any]]:
-    # datasets takes a second to import, which only those pay who read with it.
+    # datasets takes a second to import: only inputs that need it pay for that.
     import datasets
 
     name, config, split = ([*place.removeprefix(HUB).split(":"), "", ""])[:3]
@@ -407,33 +360,68 @@ def _read_saved(span: LineSpan) -> Iterator[Mapping[str, Any]]:
     import datasets
 
     try:
-        whole = datasets.load_from_disk(span.place)
-        stop = len(whole) if span.stop is None else span.stop
-        yield from whole.select(range(span.start, stop))
+        saved = datasets.load_from_disk(span.place)
+        stop = len(saved) if span.stop is None else span.stop
+        yield from saved.select(range(span.start, stop))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise BadInput(
-            f"{span.place} is no whole saved dataset ({error}); save it again"
+            f"{span.place} is not a complete saved dataset ({error}); save it again"
         ) from error
 
 
-_FIRST_ROWS = 256
-
-
-def raw_documents(
-    inputs: Sequence[str],
-    *,
-    kind: Kind | None = None,
-    columns: Mapping[str, str] | None = None,
-    limit: int | None = None,
-) -> Iterator[Document]:
-    """The document of each of the first `limit` rows; the first 256 rows decide how they are read.
-
-    Raises BadInput where there is no row, or where no known layout fits them.
+def _read_tar(place: str) -> Iterator[Mapping[str, Any]]:
+    """The samples of a WebDataset tar: neighbouring members with the same key are one record, .txt
+    is its `text` and .json its other columns.
     """
-    read = islice(read_records(inputs, ReadOptions()), limit)
-    rows = (row.columns for row in read if row.columns is not None)
-    first = list(islice(rows, _FIRST_ROWS))
-    if not first:
-        raise BadInput(f"no rows are in {', '.join(inputs)}; give inputs with text")
-    layout = recognise(first, kind=kind, columns=columns)
-    return (document_of(row, layout) for row in chain(first, rows))
+    with opened(place) as stream:
+        # tarfile checks the members that it skips only in a file that can seek.
+        source = stream if stream.seekable() else io.BytesIO(stream.read())
+        key, columns = None, dict[str, Any]()
+        for name, content in _members(place, source):
+            folder, _, base = name.rpartition("/")
+            stem, _, suffix = base.partition(".")
+            if key is not None and key != (folder, stem):
+                yield columns
+                columns = {}
+            key = (folder, stem)
+            columns |= _member_columns(place, name, suffix, content)
+        if key is not None:
+            yield columns
+
+
+def _members(place: str, source: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file in a tar."""
+    with tarfile.open(fileobj=source, mode="r:") as tar:
+        for info in tar:
+            content = tar.extractfile(info) if info.isfile() else None
+            if content is not None:
+                yield info.name, content.read()
+            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has read
+        # tarfile takes a truncated or damaged header for the end of the archive.
+        source.seek(tar.offset)
+        if source.read(TAR_BLOCK) != bytes(TAR_BLOCK):
+            raise BadInput(
+                f"{place} is truncated: no header and no end of archive at byte {tar.offset}; "
+                "fetch or write the file again"
+            )
+        # Reading to the end also makes a compressed file check its own checksum.
+        while rest := source.read(CHUNK):
+            if rest.count(0) != len(rest):
+                raise BadInput(
+                    f"{place} has data after the end of its archive at byte {tar.offset}; give tars"
+                    " that were joined with cat as separate files"
+                )
+
+
+def _member_columns(place: str, name: str, suffix: str, content: bytes) -> Mapping[str, Any]:
+    try:
+        if suffix == "txt":
+            return {"text": content.decode("utf-8-sig")}
+        if suffix == "json":
+            value = json.loads(content.decode("utf-8-sig"))
+            return value if isinstance(value, dict) else {}
+    except ValueError as error:
+        raise BadInput(
+            f"{place}, member {name}: not {suffix} in UTF-8 ({error}); correct it"
+        ) from error
+    return {}

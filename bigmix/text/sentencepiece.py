@@ -1,10 +1,9 @@
-"""A sentencepiece .model goes in, the same tokenizer as a fast Hugging Face one comes out, or a
-refusal.
+"""Converts a sentencepiece .model to a fast Hugging Face tokenizer with the same ids.
 
-One implementation of a tokenizer then serves training, export and inference. The conversion is
-checked against sentencepiece itself on a probe, each time. One difference remains in unigram
-models: where two ways to cut a word have the same score to the last digit of a float32, which
-sentencepiece sums in and tokenizers does not, either may be taken.
+Training, export and inference then use one implementation. Each conversion is checked against
+sentencepiece on probes. One difference remains in unigram models: where two ways to cut a word have
+the same score to the last digit of a float32, which sentencepiece adds up in and tokenizers does
+not, either may be chosen.
 """
 
 import re
@@ -33,8 +32,8 @@ if TYPE_CHECKING:
 UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # the type of a piece
 SPACE = "▁"
-# Low enough that no segmentation chooses the piece, high enough that the other scores keep their
-# digits beside it.
+# Low enough that no segmentation chooses the piece, high enough that a sum with it keeps the digits
+# of the other scores.
 NEVER_CHOSEN = -1e4
 PROBES = (
     "",
@@ -52,10 +51,10 @@ PROBES = (
 
 
 def read_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
-    """Convert a unigram or BPE .model; the ids are those of sentencepiece, but for ties.
+    """Convert a unigram or BPE .model; the ids are those of sentencepiece, except for ties.
 
-    Raises BadInput where the file is no such model, or where the conversion would encode a probe
-    differently.
+    Raises BadInput where the file is not such a model, or where the conversion would give a probe
+    other ids.
     """
     content = path.read_bytes()
     proto = sentencepiece_model_pb2.ModelProto()
@@ -70,20 +69,21 @@ def read_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
     if kind not in (UNIGRAM, BPE) or not proto.pieces:
         raise BadInput(
             f"{path} is a sentencepiece model of type {kind} with {len(proto.pieces)} pieces;"
-            f" allowed are unigram ({UNIGRAM}) and BPE ({BPE}) with some"
+            f" allowed are unigram ({UNIGRAM}) and BPE ({BPE}) with at least one piece; give"
+            " another file"
         )
     backend = _backend(proto)
     for text in PROBES:
         if backend.encode(text, add_special_tokens=False).ids != original.encode(text):
             raise BadInput(
-                f"{path} cannot be converted without a change: {text!r} gets other ids than from"
+                f"{path} cannot be converted exactly: {text!r} gets other ids than from"
                 " sentencepiece; give the folder of the model's Hugging Face tokenizer instead"
             )
     backend.encode_special_tokens = False
     spec = {"bos_token": original.bos_id(), "eos_token": original.eos_id()}
     spec |= {"unk_token": original.unk_id(), "pad_token": original.pad_id()}
     names = {name: original.id_to_piece(index) for name, index in spec.items() if index >= 0}
-    # As AutoTokenizer: worker processes do without its import.
+    # transformers takes seconds to import, which worker processes do without.
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
@@ -110,7 +110,7 @@ def _backend(proto: Any) -> Tokenizer:
 
 
 def _is_text(piece: Any) -> bool:
-    """Whether the piece may be found in text; control, unknown and byte pieces may not."""
+    """Whether text can contain the piece; control, unknown and byte pieces it cannot."""
     return piece.type in (NORMAL, USER_DEFINED)
 
 
@@ -123,8 +123,8 @@ def _unigram(proto: Any) -> models.Unigram:
 
 
 def _bpe(proto: Any) -> models.BPE:
-    """sentencepiece joins any two pieces whose union is a piece, the best score first: these are
-    the merges.
+    """The merges of BPE: sentencepiece joins any two pieces that together are a piece, the best
+    score first.
     """
     ids = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if _is_text(piece)}
@@ -161,11 +161,11 @@ def _normalizers(spec: Any) -> list[Any]:
 
 
 def _splits_inside(pieces: list[str]) -> list[Any]:
-    """Cuts behind the first letter of each piece where it stands in text, so that it is never found
-    as one.
+    """Splits that separate the first letter of each piece from its rest, so that the piece is never
+    found in text.
 
-    A low score alone does not do: where a letter of `</s>` is unknown, any known piece is better
-    than that.
+    A low score alone is not enough: where a letter of `</s>` is unknown, any known piece scores
+    better than that letter.
     """
     rests = defaultdict(list)
     for piece in pieces:

@@ -1,11 +1,8 @@
-"""A folder, a hub name or a sentencepiece .model goes in, one kind of tokenizer comes out.
+"""Loads and trains tokenizers, and encodes texts with them.
 
-Text is only ever text: a string that looks like a special token becomes ordinary ids. Special ids
-come from a chat template (`encode_rendered`) or from the one who packs documents (`bos_id`,
-`eos_id`).
-
-A tokenizer goes in, the bytes that each of its tokens stands for come out, if its kind has such
-bytes.
+A Hugging Face folder, a hub name and a sentencepiece .model all become a `Tokenizer`. Text is only
+ever text: a string that looks like a special token becomes ordinary ids. Special ids come only from
+a chat template (`encode_rendered`) or from the code that packs documents (`bos_id`, `eos_id`).
 """
 
 import hashlib
@@ -33,67 +30,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-
-
-def bytes_of_tokens(backend: tokenizers.Tokenizer, vocab_size: int) -> Sequence[bytes] | None:
-    """The bytes of each id, b"" where an id has none; None for a tokenizer that does not work on
-    bytes.
-
-    Where the bytes of the tokens of a text, end to end, are the bytes of the text, each token is
-    from the place where its bytes stand, and the tokenizer need not be asked for it.
-    """
-    if not isinstance(backend.decoder, decoders.ByteLevel) or _trims(backend):
-        return None
-    signs = byte_signs()
-    found = [b""] * vocab_size
-    for token, index in backend.get_vocab(with_added_tokens=False).items():
-        if all(sign in signs for sign in token):
-            found[index] = bytes(signs[sign] for sign in token)
-    for index, added in backend.get_added_tokens_decoder().items():
-        found[index] = added.content.encode()
-    # Some write a space before each text; nearly none of the texts would then be its tokens.
-    probe = backend.encode("a", add_special_tokens=False).ids
-    return found if b"".join(found[token] for token in probe) == b"a" else None
-
-
-def _trims(backend: tokenizers.Tokenizer) -> bool:
-    """Whether spaces are taken from the places that are given for tokens, but not from the
-    tokens.
-    """
-    processor = backend.post_processor
-    if processor is None:
-        return False
-    return _holds(json.loads(processor.__getstate__()))
-
-
-def _holds(value: object) -> bool:
-    if isinstance(value, dict):
-        return value.get("trim_offsets") is True or any(map(_holds, value.values()))
-    return isinstance(value, list) and any(map(_holds, value))
-
-
-def byte_signs() -> dict[str, int]:
-    """The sign that byte-level vocabularies write for each byte: itself where that is visible, else
-    one from 256 on.
-    """
-    others = [byte for byte in range(256) if byte not in VISIBLE]
-    return {chr(byte): byte for byte in VISIBLE} | {
-        chr(256 + number): byte for number, byte in enumerate(others)
-    }
-
-
 Ids = npt.NDArray[np.uint32]
 END_OF_TEXT = "<|endoftext|>"
-PADDING = "<|padding|>"  # apart from the end, which is learned and must not be masked
-LONGEST_SENTENCE = 1 << 20  # bytes; sentencepiece leaves out longer ones, so texts are cut before
+PADDING = "<|padding|>"  # not the end of text, which is learned and must not be masked
+LONGEST_SENTENCE = 1 << 20  # bytes; sentencepiece leaves out longer ones, so texts are cut first
+# The bytes that byte-level vocabularies write as themselves.
+VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoded:
-    """Token ids [T] of a rendered text, and for each the character where it begins and the one
-    where it ends.
-    """
+    """Token ids [T] of a rendered text, and the characters [begin, end) that each is from."""
 
     ids: Ids
     begins: npt.NDArray[np.int64]
@@ -102,7 +49,7 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedBatch:
-    """The same for several texts, end to end [T]; `counts` are the tokens of each text."""
+    """Several rendered texts, end to end [T]; `counts` has the number of tokens of each text."""
 
     ids: Ids
     begins: npt.NDArray[np.int64]
@@ -112,7 +59,7 @@ class EncodedBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedTexts:
-    """Token ids of several texts, end to end [T]; `counts` are the tokens of each text."""
+    """Token ids of several texts, end to end [T]; `counts` has the number of tokens of each."""
 
     ids: Ids
     counts: npt.NDArray[np.int64]
@@ -125,9 +72,9 @@ class EncodedTexts:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """What turns text into ids and back.
+    """Turns text into ids and back.
 
-    `bos_id` is None where the tokenizer adds none to plain text by itself.
+    `bos_id` is None where the tokenizer adds no BOS to plain text.
     """
 
     name: str
@@ -137,22 +84,23 @@ class Tokenizer:
     pad_id: int | None
     chat_template: str | None
     special_ids: frozenset[int]
-    # Its own object: the switch between text and template is a state of the backend.
+    # A copy of its own: whether special tokens are found in text is a state of the backend.
     backend: tokenizers.Tokenizer = field(repr=False)
     unk_id: int | None
-    special_tokens: Mapping[str, Any] = field(repr=False)  # by the names that chat templates know
-    # None in a worker process, which does not save it and is spared the import of transformers.
-    whole: "PreTrainedTokenizerFast | None" = field(repr=False)
+    # By the names that chat templates know: bos_token, eos_token and so on.
+    special_tokens: Mapping[str, Any] = field(repr=False)
+    # None in a worker process, which saves no tokenizer and so need not import transformers.
+    pretrained: "PreTrainedTokenizerFast | None" = field(repr=False)
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, without special tokens."""
         return self.encode_together(texts).split()
 
     def encode_together(self, texts: Sequence[str]) -> EncodedTexts:
-        """What `encode` gives for each text, end to end."""
+        """The ids that `encode` gives for each text, end to end."""
         self.backend.encode_special_tokens = True
         encoded = _joined(self.backend.encode_batch_fast(list(texts), add_special_tokens=False))
-        # One look for the whole batch; nearly always it finds none.
+        # One check for the whole batch, which nearly always finds none.
         if not self._is_special[encoded.ids].any():
             return encoded
         arrays = [
@@ -164,14 +112,14 @@ class Tokenizer:
         )
 
     def encode_rendered_together(self, texts: Sequence[str]) -> EncodedTexts:
-        """The ids that `encode_rendered` gives for each text, end to end; without characters it is
-        faster.
+        """The ids that `encode_rendered` gives for each text, end to end; faster, since it does not
+        find the characters.
         """
         self.backend.encode_special_tokens = False
         return _joined(self.backend.encode_batch_fast(list(texts), add_special_tokens=False))
 
     def encode_rendered(self, text: str) -> Encoded:
-        """The ids of what a chat template wrote: here strings of special tokens become their
+        """The ids of a text that a chat template wrote: strings of special tokens become their
         ids.
         """
         self.backend.encode_special_tokens = False
@@ -180,7 +128,7 @@ class Tokenizer:
         return Encoded(ids=np.array(found.ids, np.uint32), begins=offsets[:, 0], ends=offsets[:, 1])
 
     def encode_rendered_batch(self, texts: Sequence[str]) -> EncodedBatch:
-        """What `encode_rendered` gives for each text, end to end."""
+        """The ids and characters that `encode_rendered` gives for each text, end to end."""
         self.backend.encode_special_tokens = False
         found = self.backend.encode_batch(list(texts), add_special_tokens=False)
         ids = [each.ids for each in found]
@@ -198,26 +146,26 @@ class Tokenizer:
         return str(self.backend.decode([int(token) for token in ids], skip_special_tokens=False))
 
     def text_of(self, token: int) -> str:
-        """The string of one id, as templates write it."""
+        """The string of one id, as chat templates write it."""
         return str(self.backend.id_to_token(token))
 
     def save(self, folder: Path) -> None:
         """Write a folder that `load_tokenizer` and transformers load, with the same fingerprint."""
-        assert self.whole is not None, "a worker process saves no tokenizer"
-        self.whole.save_pretrained(folder)
+        assert self.pretrained is not None, "a worker process saves no tokenizer"
+        self.pretrained.save_pretrained(folder)
 
     def for_workers(self) -> "Tokenizer":
-        """What encodes and renders, to be sent to other processes."""
-        return replace(self, whole=None)
+        """The tokenizer to send to other processes, which encode and render but do not save."""
+        return replace(self, pretrained=None)
 
     @property
     def eos_token(self) -> str:
-        """The string of the end."""
+        """The string of the end-of-sequence token."""
         return str(self.special_tokens["eos_token"])
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
-        """Finds the strings of special tokens, the longer first."""
+        """Matches the strings of special tokens, the longer first."""
         strings = sorted((self.text_of(token) for token in self.special_ids), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, strings)) or "(?!)")
 
@@ -228,20 +176,20 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> Sequence[bytes] | None:
-        """What `bytes_of_tokens` says of this tokenizer."""
+        """The bytes of each id; None for a tokenizer that does not work on bytes."""
         return bytes_of_tokens(self.backend, self.vocab_size)
 
     @cached_property
     def token_widths(self) -> npt.NDArray[np.int64]:
-        """How many bytes each id stands for, where `token_bytes` are known."""
+        """The number of bytes of each id, where `token_bytes` is known."""
         return np.array([len(each) for each in self.token_bytes or ()], np.int64)
 
     @cached_property
     def fingerprint(self) -> str:
-        """The same for tokenizers that give the same ids: a hash of the vocabulary, a probe and the
-        ends of documents.
+        """A hash that is the same for tokenizers that give the same ids.
 
-        Neither the chat template nor the files it was loaded from are part of it.
+        It covers the vocabulary, the ids of probes, BOS and EOS; neither the chat template nor the
+        files that the tokenizer was loaded from change it.
         """
         probes = [ids.tolist() for ids in self.encode(PROBES)]
         vocabulary = sorted(self.backend.get_vocab(with_added_tokens=True).items())
@@ -252,14 +200,14 @@ class Tokenizer:
     @cached_property
     def _is_special(self) -> npt.NDArray[np.bool_]:
         flags = np.zeros(self.vocab_size, np.bool_)
-        # Where unknown text becomes the unknown token, that is not a string taken for a special
-        # token.
+        # The unknown token is no fault: text that the vocabulary does not cover becomes it.
         flags[sorted(self.special_ids - {self.unk_id})] = True
         return flags
 
     def _encode_broken(self, text: str) -> Ids:
-        """Some vocabularies hold special tokens as ordinary pieces; cut inside their strings, none
-        can be found.
+        """Encode a text with its strings of special tokens cut in two, so that none is found.
+
+        Needed for vocabularies that hold special tokens as ordinary pieces.
         """
         cuts = [0, *(match.start() + 1 for match in self.special_pattern.finditer(text)), len(text)]
         parts = [text[begin:end] for begin, end in pairwise(cuts)]
@@ -268,14 +216,14 @@ class Tokenizer:
         if self._is_special[ids].any():
             raise BadInput(
                 f"tokenizer {self.name} makes the special token"
-                f" {self.text_of(int(ids[self._is_special[ids]][0]))!r} out of ordinary text; take"
+                f" {self.text_of(int(ids[self._is_special[ids]][0]))!r} out of ordinary text; use"
                 " a tokenizer whose special tokens are not part of its vocabulary"
             )
         return ids
 
 
 def _joined(found: Sequence[tokenizers.Encoding]) -> EncodedTexts:
-    # The quickest way from lists of Python's integers to an array.
+    # The fastest way from lists of Python's integers to an array.
     joined, counts = array("I"), []
     for each in found:
         ids = each.ids
@@ -287,7 +235,7 @@ def _joined(found: Sequence[tokenizers.Encoding]) -> EncodedTexts:
 def load_tokenizer(path_or_name: str) -> Tokenizer:
     """Load a Hugging Face folder or hub name, or a sentencepiece .model file.
 
-    Raises BadInput where there is none, where it is none of the fast kind, or where it has no
+    Raises BadInput where there is no tokenizer, where it has no fast form, or where it has no
     end-of-sequence token.
     """
     path = Path(path_or_name)
@@ -296,79 +244,80 @@ def load_tokenizer(path_or_name: str) -> Tokenizer:
             raise BadInput(
                 f"tokenizer {path_or_name} is not a file; give a .model file or a folder"
             )
-        whole = read_sentencepiece(path)
+        pretrained = read_sentencepiece(path)
     else:
-        whole = _load_pretrained(path_or_name)
-    if whole.eos_token_id is None:
+        pretrained = _load_pretrained(path_or_name)
+    if pretrained.eos_token_id is None:
         raise BadInput(
-            f"tokenizer {path_or_name} has no eos token, which must end each document; name one as"
+            f"tokenizer {path_or_name} has no eos token, which must end each document; set"
             " eos_token in its tokenizer_config.json"
         )
-    return _wrapped(path_or_name, whole)
+    return _wrapped(path_or_name, pretrained)
 
 
 def fingerprint_of(path_or_name: str) -> str:
-    """The fingerprint of the tokenizer at a place, to be compared with the one of a prepared
-    source.
+    """The fingerprint of the tokenizer at a path or of a hub name, to compare with the one in a
+    manifest.
     """
     return load_tokenizer(path_or_name).fingerprint
 
 
 def _load_pretrained(path_or_name: str) -> "PreTrainedTokenizerFast":
-    # transformers, and torch that AutoTokenizer imports, take seconds that worker processes do
+    # transformers, and torch, which AutoTokenizer imports, take seconds that worker processes do
     # without.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        whole = AutoTokenizer.from_pretrained(path_or_name)
+        pretrained = AutoTokenizer.from_pretrained(path_or_name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(
             f"tokenizer {path_or_name} cannot be loaded ({why}); give a folder with "
             "tokenizer.json, the name of a model on the hub, or a sentencepiece .model file"
         ) from error
-    if not isinstance(whole, PreTrainedTokenizerFast):
+    if not isinstance(pretrained, PreTrainedTokenizerFast):
         raise BadInput(
-            f"tokenizer {path_or_name} is a {type(whole).__name__}, which has no fast form"
+            f"tokenizer {path_or_name} is a {type(pretrained).__name__}, which has no fast form"
             " (tokenizer.json); convert it, or give its sentencepiece .model file"
         )
-    return whole
+    return pretrained
 
 
-def _wrapped(name: str, whole: "PreTrainedTokenizerFast") -> Tokenizer:
-    backend = tokenizers.Tokenizer.from_str(whole.backend_tokenizer.to_str())
+def _wrapped(name: str, pretrained: "PreTrainedTokenizerFast") -> Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(pretrained.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
     added = backend.get_added_tokens_decoder()
     special = {index for index, token in added.items() if token.special}
     first = backend.encode("a", add_special_tokens=True).ids[:1]
-    adds_bos = first == [whole.bos_token_id]
-    template = whole.chat_template
+    adds_bos = first == [pretrained.bos_token_id]
+    template = pretrained.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     return Tokenizer(
         name=name,
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
-        bos_id=whole.bos_token_id if adds_bos else None,
-        eos_id=whole.eos_token_id,
-        pad_id=whole.pad_token_id,
+        bos_id=pretrained.bos_token_id if adds_bos else None,
+        eos_id=pretrained.eos_token_id,
+        pad_id=pretrained.pad_token_id,
         chat_template=template,
-        special_ids=frozenset(special | {whole.eos_token_id}),
+        special_ids=frozenset(special | {pretrained.eos_token_id}),
         backend=backend,
-        unk_id=whole.unk_token_id,
-        special_tokens=dict(whole.special_tokens_map),
-        whole=whole,
+        unk_id=pretrained.unk_token_id,
+        special_tokens=dict(pretrained.special_tokens_map),
+        pretrained=pretrained,
     )
 
 
 def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int, kind: Literal["bpe", "unigram"], folder: Path
 ) -> Path:
-    """Train a tokenizer and return the path to load it from: the folder, for `unigram` its
+    """Train a tokenizer and return the path to load it from: the folder, or for `unigram` its
     tokenizer.model.
 
-    `bpe` works on bytes, `unigram` falls back to bytes: with both, each text comes back unchanged
-    from its ids (but for U+2581, which sentencepiece takes for a space).
+    `bpe` works on bytes and `unigram` falls back to bytes: with both, decoding the ids gives each
+    text back unchanged (except U+2581, which sentencepiece takes for a space). Raises BadInput
+    where the folder already holds a tokenizer, or where the vocabulary cannot be trained.
     """
     if (folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists():
         raise BadInput(f"{folder} already holds a tokenizer; give another folder or remove it")
@@ -378,7 +327,7 @@ def train_tokenizer(
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
-    # As above.
+    # As above: seconds of import.
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -406,7 +355,7 @@ def _train_unigram(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
                 model_writer=file,
                 model_type="unigram",
                 vocab_size=vocab_size,
-                # Nothing of a text may be lost: no normalisation, no stripped spaces, bytes for
+                # No part of a text may be lost: no normalisation, no stripped spaces, bytes for
                 # unknown characters.
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
@@ -428,13 +377,55 @@ def _train_unigram(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Lines with their ends, which sentencepiece then learns, in pieces short enough for it."""
+    """Lines with their line ends, which sentencepiece then learns, cut to the length that it
+    accepts.
+    """
     for text in texts:
         for line in text.splitlines(keepends=True):
             for begin in range(0, len(line), LONGEST_SENTENCE // 4):
                 yield line[begin : begin + LONGEST_SENTENCE // 4]
 
 
-def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What chat templates find under bos_token, eos_token and so on."""
-    return dict(tokenizer.special_tokens)
+def bytes_of_tokens(backend: tokenizers.Tokenizer, vocab_size: int) -> Sequence[bytes] | None:
+    """The bytes of each id, b"" where an id has none; None for a tokenizer that does not work on
+    bytes.
+
+    Where the bytes of the tokens of a text, end to end, are the bytes of the text, each token is
+    from the part of the text where its bytes are, and the tokenizer need not report it.
+    """
+    if not isinstance(backend.decoder, decoders.ByteLevel) or _trims(backend):
+        return None
+    signs = byte_signs()
+    found = [b""] * vocab_size
+    for token, index in backend.get_vocab(with_added_tokens=False).items():
+        if all(sign in signs for sign in token):
+            found[index] = bytes(signs[sign] for sign in token)
+    for index, added in backend.get_added_tokens_decoder().items():
+        found[index] = added.content.encode()
+    # Some write a space before each text: then hardly any text equals the bytes of its tokens.
+    probe = backend.encode("a", add_special_tokens=False).ids
+    return found if b"".join(found[token] for token in probe) == b"a" else None
+
+
+def _trims(backend: tokenizers.Tokenizer) -> bool:
+    """Whether the characters reported for tokens leave out spaces that the tokens contain."""
+    processor = backend.post_processor
+    if processor is None:
+        return False
+    return _holds(json.loads(processor.__getstate__()))
+
+
+def _holds(value: object) -> bool:
+    if isinstance(value, dict):
+        return value.get("trim_offsets") is True or any(map(_holds, value.values()))
+    return isinstance(value, list) and any(map(_holds, value))
+
+
+def byte_signs() -> dict[str, int]:
+    """The characters that byte-level vocabularies write for bytes: the byte itself where that is
+    visible, else a character from U+0100 on.
+    """
+    others = [byte for byte in range(256) if byte not in VISIBLE]
+    return {chr(byte): byte for byte in VISIBLE} | {
+        chr(256 + number): byte for number, byte in enumerate(others)
+    }

@@ -279,7 +279,7 @@ def test_a_part_that_fails_is_named_by_the_merge(slurm, texts, tiny_tokenizer):
     submit(slurm, texts, "prepare.sbatch", *words, options=PREPARING)
     wait_until_nothing_is_queued(slurm)
     logs = "".join(path.read_text() for path in texts.glob("slurm-*.log"))
-    assert "error: part 3/3 is not whole yet" in logs, logs
+    assert "error: part 3/3 is not complete" in logs, logs
     assert not (texts / "array/manifest.json").exists()
 
 

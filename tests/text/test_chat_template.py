@@ -1,5 +1,5 @@
-"""The loss falls on what the assistant says and on the token that ends its turn, or the template is
-refused.
+"""The loss covers the assistant's answers and the tokens that end its turns; templates for which
+that cannot be done are refused.
 """
 
 import random
@@ -30,10 +30,10 @@ from bigmix.errors import BadInput
 from bigmix.text.chat_template import PLAIN, check_first, encode_chat, open_template, render_chat
 from bigmix.text.chat_tokens import HIDDEN, MARK_CLOSE, MARK_OPEN, encode_chats
 from bigmix.text.formats import Conversation, Dropped
-from bigmix.text.tokenizer import END_OF_TEXT, load_tokenizer, special_tokens
+from bigmix.text.tokenizer import END_OF_TEXT, load_tokenizer
 
 TRIMMED = CHATML.replace("m.content", "m.content | trim")
-# Ends each turn with one token, and the conversation with one more.
+# It ends each turn with one token, and the conversation with one more.
 ENDS_AT_LAST = CHATML.replace("<|im_end|>\\n", "<|im_end|>") + "{{ eos_token }}"
 TWO_ENDS = CHATML.replace("<|im_end|>\\n", "<|im_end|><|endoftext|>")
 NO_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
@@ -94,7 +94,7 @@ def test_the_loss_is_exactly_the_answers_and_the_tokens_that_end_them(with_templ
     assert learned(tokenizer, encoded) == [answer + CLOSE for answer in ANSWERS]
 
 
-def test_a_template_that_trims_and_answers_with_spaces_around_them_agree(with_template):
+def test_answers_with_spaces_around_them_are_found_under_a_template_that_trims(with_template):
     tokenizer = with_template(TRIMMED)
     encoded = encode(tokenizer, chat(" Is it? ", "\n It is so. \n", "Why?", "So."))
     assert learned(tokenizer, encoded) == ["It is so." + CLOSE, "So." + CLOSE]
@@ -113,14 +113,14 @@ def test_the_end_of_each_answer_is_learned_where_the_last_one_has_more(with_temp
     first, last = learned(tokenizer, encoded)
     assert first == ANSWERS[0] + CLOSE and last == ANSWERS[1] + CLOSE + tokenizer.eos_token
     assert not any("stop token" in w for w in check_first(tokenizer, template, [encoded]))
-    # An answer in the middle that has no end is told, though the last one has.
+    # The warning comes for an answer in the middle without an end, though the last one has an end.
     bare = GENERATION.replace(
         "'<|im_end|>\\n' }}{% else", "('<|im_end|>' if loop.last else '') + '\\n' }}{% else"
     )
     tokenizer = with_template(bare)
     template = open_template(tokenizer, "tokenizer")
-    told = check_first(tokenizer, template, [encode_chat(tokenizer, template, TALK)])
-    assert any("no stop token is in the loss" in warning for warning in told)
+    warned = check_first(tokenizer, template, [encode_chat(tokenizer, template, TALK)])
+    assert any("no stop token is in the loss" in warning for warning in warned)
 
 
 @pytest.mark.parametrize("source", [None, CHATML, GENERATION])
@@ -148,12 +148,12 @@ def test_the_bytes_of_an_answer_are_those_of_its_calls_too(plain):
     ]
     template = open_template(plain, "plain")
     encoded = encode_chat(plain, template, Conversation(messages=turns, tools=None))
-    (said,) = learned(plain, encoded)
-    assert encoded.answer_bytes == len(said.removesuffix(plain.eos_token).encode()) > 50
+    (answer,) = learned(plain, encoded)
+    assert encoded.answer_bytes == len(answer.removesuffix(plain.eos_token).encode()) > 50
 
 
 @pytest.mark.parametrize("source", [CHATML, GENERATION])
-def test_any_conversation_is_masked_as_writing_it_by_hand_says(with_template, source):
+def test_any_conversation_has_the_mask_that_writing_it_by_hand_gives(with_template, source):
     tokenizer, draw = with_template(source), random.Random(0)
     template = open_template(tokenizer, "tokenizer")
     texts = [
@@ -205,7 +205,7 @@ def test_a_template_that_rewrites_answers_is_refused(with_template, rewrites):
     template = open_template(tokenizer, "tokenizer")
     sample = encode_chat(tokenizer, template, TALK)
     assert sample == Dropped(reason="answers_not_found")
-    with pytest.raises(BadInput, match="does not let the answers be told from the rest"):
+    with pytest.raises(BadInput, match="the answers cannot be found in what the chat template"):
         check_first(tokenizer, template, [sample])
 
 
@@ -228,7 +228,7 @@ def test_a_conversation_that_a_template_refuses_is_dropped(with_template):
     template = open_template(tokenizer, "tokenizer")
     samples = [encode_chat(tokenizer, template, each) for each in (chat("q", "a"), TALK)]
     assert samples[1] == Dropped(reason="refused_by_template")
-    check_first(tokenizer, template, samples)  # one of them is sound
+    check_first(tokenizer, template, samples)  # one of them has an answer
 
 
 def test_a_template_that_renders_nothing_at_all_is_refused(with_template):
@@ -273,7 +273,7 @@ def test_conversations_without_an_assistant_turn_are_counted(tiny_tokenizer, tmp
     assert prepared.first_dropped["no_assistant_turn"].endswith("chats.jsonl:5")
 
 
-def test_calls_of_tools_are_learned_where_the_template_marks_them_and_dropped_elsewhere(
+def test_tool_calls_are_learned_where_the_template_marks_them_and_dropped_elsewhere(
     with_template,
 ):
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -291,8 +291,8 @@ def warnings(tokenizer, name="tokenizer", talk=TALK):
 
 
 def test_special_tokens_that_a_base_model_may_not_know_are_a_warning(with_template):
-    told = warnings(with_template(CHATML))
-    assert f"uses the special tokens {OPEN}, {CLOSE}" in told
+    warned = warnings(with_template(CHATML))
+    assert f"uses the special tokens {OPEN}, {CLOSE}" in warned
     assert "special tokens" not in warnings(with_template(CHATML), "plain")
 
 
@@ -301,9 +301,9 @@ def test_a_template_that_never_stops_is_a_warning(with_template):
 
 
 def test_a_stop_token_that_is_the_pad_token_is_a_warning_and_learned(plain):
-    assert "is the pad token too" not in warnings(plain, "plain")
+    assert "is also the pad token" not in warnings(plain, "plain")
     plain = replace(plain, pad_id=plain.eos_id)
-    assert "is the pad token too" in warnings(plain, "plain")
+    assert "is also the pad token" in warnings(plain, "plain")
     assert encode(plain, TALK, "plain").loss_mask[-1]
 
 
@@ -312,7 +312,7 @@ def test_a_template_that_writes_the_date_is_a_warning(with_template):
     assert "today's date" in warnings(with_template(dated))
 
 
-def test_bos_stands_once_at_the_beginning_and_is_not_in_the_loss(with_template):
+def test_bos_comes_once_at_the_beginning_and_is_not_in_the_loss(with_template):
     for source in (CHATML, "{{ bos_token }}" + CHATML):
         tokenizer = with_template(source, adds_bos=True)
         encoded = encode(tokenizer, TALK)
@@ -327,7 +327,7 @@ def test_two_bos_are_refused(with_template):
 
 
 def slow_chat(tokenizer, template, conversation):
-    """Ids and mask of one conversation: rendered by Jinja, encoded piece by piece, each token
+    """Ids and mask of one conversation, rendered by Jinja, encoded piece by piece, with each token
     looked up alone.
     """
     strings = []
@@ -349,7 +349,7 @@ def slow_chat(tokenizer, template, conversation):
             tools=tools,
             chat_template=template.source,
             return_assistant_tokens_mask=template.marked,
-            **special_tokens(tokenizer),
+            **tokenizer.special_tokens,
         )
         return texts[0], spans[0] if spans else []
 
@@ -427,7 +427,7 @@ def test_chats_that_are_encoded_together_are_those_of_the_slow_way(with_template
 
 
 @pytest.mark.parametrize("talk", [chat("Q\ud800", "A"), chat("Q", "A\ud800")])
-def test_half_of_a_surrogate_pair_is_no_text(plain, talk):
+def test_half_of_a_surrogate_pair_is_dropped(plain, talk):
     assert encode(plain, talk, "plain") == Dropped(reason="not_unicode")
 
 
@@ -444,10 +444,10 @@ PIECES = [
     "Is it so?",
 ]
 KINDS = {
-    "plain": lambda whole: None,
-    "NFC": lambda whole: setattr(whole, "normalizer", normalizers.NFC()),
-    "trimmed": lambda whole: setattr(whole, "post_processor", processors.ByteLevel()),
-    "space before": lambda whole: setattr(whole, "pre_tokenizer", pre_tokenizers.ByteLevel()),
+    "plain": lambda backend: None,
+    "NFC": lambda backend: setattr(backend, "normalizer", normalizers.NFC()),
+    "trimmed": lambda backend: setattr(backend, "post_processor", processors.ByteLevel()),
+    "space before": lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.ByteLevel()),
 }
 
 

@@ -1,4 +1,4 @@
-"""Rows of the usual datasets are known by their columns."""
+"""Records of the usual datasets are recognised by their columns."""
 
 import pytest
 
@@ -8,9 +8,9 @@ from bigmix.text.formats import Conversation, Dropped, Text, document_of, recogn
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 
 
-def read(*rows, kind=None, columns=None):
-    layout = recognise(rows, kind=kind, columns=columns)
-    return [document_of(row, layout) for row in rows]
+def read(*records, kind=None, columns=None):
+    layout = recognise(records, kind=kind, columns=columns)
+    return [document_of(record, layout) for record in records]
 
 
 def only(row, **options):
@@ -82,7 +82,7 @@ def test_arguments_of_a_tool_call_given_as_json_become_an_object():
     assert document.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
 
 
-def test_rows_that_do_not_fit_are_dropped_with_a_reason():
+def test_records_that_do_not_fit_are_dropped_with_a_reason():
     rows = [{"text": "a"}, {"text": "b"}, {"text": "c"}, {"text": " \n"}, {"text": 3}, {}]
     reasons = [each.reason for each in read(*rows) if isinstance(each, Dropped)]
     assert reasons == ["empty", "bad_row", "bad_row"]
@@ -99,18 +99,18 @@ def test_rows_that_do_not_fit_are_dropped_with_a_reason():
         [{"role": "user", "content": 3}],
     ],
 )
-def test_turns_that_are_no_conversation_are_dropped(turns):
+def test_records_without_a_conversation_are_dropped(turns):
     rows = [{"messages": [USER, ASSISTANT]}] * 2 + [{"messages": turns}]
     assert read(*rows)[-1] == Dropped(reason="bad_row")
 
 
-def test_a_label_beside_a_text_is_told():
+def test_a_label_next_to_a_text_is_mentioned():
     layout = recognise([{"text": "good film", "label": "pos"}], kind=None, columns=None)
     assert layout.kind == "text"
     assert layout.note is not None and "prompt=text,response=label" in layout.note
 
 
-def test_rows_that_could_be_both_kinds_say_so_and_kind_decides():
+def test_records_that_could_be_of_both_kinds_are_mentioned_and_kind_decides():
     row = {"instruction": "Q", "output": "A", "text": "### Q\n### A"}
     layout = recognise([row], kind=None, columns=None)
     assert layout.kind == "chat" and layout.note is not None and "--kind text" in layout.note
@@ -144,15 +144,15 @@ def test_columns_that_make_no_sense_are_refused(columns, message):
         recognise([{"a": "x"}], kind=None, columns=columns)
 
 
-def test_unknown_rows_are_refused_with_their_columns():
+def test_unknown_records_are_refused_with_their_columns():
     with pytest.raises(BadInput, match="headline, body"):
         recognise([{"headline": "h", "body": "b"}], kind=None, columns=None)
 
 
-def test_all_of_a_context_is_asked_and_what_is_no_text_is_counted():
+def test_a_context_is_asked_in_full_and_one_that_is_no_text_is_counted():
     row = {"question": "Who?", "answer": "A"}
-    whole = only(row | {"context": ["One.", "", "Two."]})
-    assert whole.messages[0]["content"] == "One.\n\nTwo.\n\nWho?"
+    asked = only(row | {"context": ["One.", "", "Two."]})
+    assert asked.messages[0]["content"] == "One.\n\nTwo.\n\nWho?"
     nested = {"title": ["T"], "sentences": [["One."]]}
     found = read(row | {"context": "One."}, row | {"context": nested})
     assert found[1] == Dropped(reason="bad_row")
@@ -161,7 +161,7 @@ def test_all_of_a_context_is_asked_and_what_is_no_text_is_counted():
     )
 
 
-def test_unused_choices_and_thoughts_are_told():
+def test_unused_choices_and_thoughts_are_mentioned():
     row = {"question": "2+2?", "choices": ["3", "4"], "answer": 1}
     assert "column 'choices' is not used" in recognise([row], kind=None, columns=None).note
     used = {"prompt": "question", "response": "answer", "context": "choices"}
@@ -172,7 +172,7 @@ def test_unused_choices_and_thoughts_are_told():
     )
 
 
-def test_calls_are_those_that_were_made_whatever_parquet_adds():
+def test_tool_calls_are_those_that_were_made_whatever_parquet_adds():
     def calls(**turn):
         document = only({"messages": [USER, {"role": "assistant", "content": None} | turn]})
         return [call["function"] for call in document.messages[1]["tool_calls"]]
@@ -181,7 +181,7 @@ def test_calls_are_those_that_were_made_whatever_parquet_adds():
         return [{"id": None, "type": "function", "function": {"name": "f", "arguments": arguments}}]
 
     assert calls(tool_calls=call({"a": 1, "b": None})) == [{"name": "f", "arguments": {"a": 1}}]
-    # What was written as a text was meant.
+    # A null in arguments that are a text was written on purpose.
     as_text = calls(tool_calls=call('{"a": null}'))
     assert as_text == [{"name": "f", "arguments": {"a": None}}]
     assert calls(tool_calls=call("")) == [{"name": "f", "arguments": {}}]
@@ -196,7 +196,7 @@ def test_calls_are_those_that_were_made_whatever_parquet_adds():
 
 
 def test_columns_of_two_spellings_in_one_file_are_both_read():
-    """As parquet joins them: each row has the keys of all."""
+    """As parquet joins them: each record has the keys of all."""
     new = {"role": "user", "content": "Q", "from": None, "value": None}
     old = {"role": None, "content": None, "from": "gpt", "value": "A"}
     document = only({"messages": [new, old]})
@@ -212,7 +212,7 @@ def test_columns_of_two_spellings_in_one_file_are_both_read():
         {"prompt": "Q", "response": "A", "context": True},
     ],
 )
-def test_a_row_with_a_value_of_another_kind_is_counted(row):
+def test_a_record_with_a_value_of_another_type_is_counted(row):
     good = {key: value for key, value in row.items() if key in ("prompt", "response")}
     good = good or {"messages": [USER, ASSISTANT]}
     layout = recognise(

@@ -1,4 +1,4 @@
-"""The last word of a text is found in its tokens, whatever these cut."""
+"""The last word of a text is found in its tokens, wherever these cut the text."""
 
 import pytest
 from support.corpora import generated_texts
@@ -26,18 +26,18 @@ from bigmix.text.tokenizer import load_tokenizer, train_tokenizer
         ([], None),
     ],
 )
-def test_the_last_word_is_what_stands_between_spaces_without_punctuation(pieces, word):
+def test_the_last_word_is_what_lies_between_spaces_without_punctuation(pieces, word):
     found = last_word([piece.encode() for piece in pieces], is_whole=True)
     assert (found and "".join(pieces[found])) == word
 
 
-def test_a_word_that_may_have_begun_before_is_none():
+def test_a_word_that_may_have_begun_earlier_does_not_count():
     assert last_word([b"ver", b"."], is_whole=False) is None
     assert last_word([b" ri", b"ver"], is_whole=False) == slice(0, 2)
     assert last_word(["知识".encode()], is_whole=False) == slice(0, 1)
 
 
-def test_tokens_that_are_parts_of_a_character_are_of_its_word():
+def test_tokens_that_are_parts_of_a_character_belong_to_its_word():
     first, *rest = [bytes([byte]) for byte in "识".encode()]
     assert last_word([b"a ", "知".encode(), first, *rest, "。".encode()], is_whole=True) == slice(
         2, 5

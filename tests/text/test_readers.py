@@ -1,4 +1,4 @@
-"""Every format gives the same rows, and what is broken says so, with its place."""
+"""Every format gives the same records, and a broken file is an error that names the place."""
 
 import gzip
 import io
@@ -23,7 +23,7 @@ def read(*inputs, **options):
 
 
 def columns(*inputs, **options):
-    return [row.columns for row in read(*inputs, **options)]
+    return [record.columns for record in read(*inputs, **options)]
 
 
 def tar_of(members):
@@ -61,12 +61,12 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_each_format_gives_the_same_rows(tmp_path, name):
+def test_each_format_gives_the_same_records(tmp_path, name):
     (tmp_path / name).write_bytes(FILES[name])
     assert columns(tmp_path / name) == ROWS
 
 
-def test_parquet_saved_datasets_and_hub_names_give_the_same_rows(tmp_path, monkeypatch):
+def test_parquet_saved_datasets_and_hub_names_give_the_same_records(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     table = pyarrow.Table.from_pylist(ROWS)
@@ -79,17 +79,20 @@ def test_parquet_saved_datasets_and_hub_names_give_the_same_rows(tmp_path, monke
     assert columns(f"hf:{tmp_path / 'hub'}::train") == ROWS
 
 
-def test_a_saved_dataset_with_splits_wants_one_of_them(tmp_path):
+def test_of_a_saved_dataset_with_splits_one_must_be_named(tmp_path):
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "d")
     with pytest.raises(BadInput, match="train"):
         read(tmp_path / "d")
     assert columns(tmp_path / "d" / "train") == ROWS
 
 
-def test_rows_know_their_line_and_blank_lines_count(tmp_path):
+def test_records_know_their_line_and_blank_lines_count(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text":"a"}\n\n  \n{"text":"b"}\n')
-    assert [(row.file, row.number) for row in read(path)] == [(str(path), 1), (str(path), 4)]
+    assert [(record.file, record.number) for record in read(path)] == [
+        (str(path), 1),
+        (str(path), 4),
+    ]
 
 
 def test_folders_and_globs_are_read_in_order_of_their_names(tmp_path):
@@ -105,7 +108,7 @@ def test_folders_and_globs_are_read_in_order_of_their_names(tmp_path):
 
 
 @pytest.mark.parametrize("given", ["nothing.jsonl", "none/*.txt", "rows.csv", "empty"])
-def test_an_input_that_cannot_be_read_names_what_can(tmp_path, given):
+def test_an_input_that_cannot_be_read_is_refused_with_what_can(tmp_path, given):
     (tmp_path / "rows.csv").write_text("a,b")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match=r"\.jsonl"):
@@ -116,7 +119,7 @@ def test_an_input_that_cannot_be_read_names_what_can(tmp_path, given):
 @pytest.mark.parametrize(
     "text", ["", "a", "a--b", "--a----b--", "é混--合-\n", "a-", "a--b\n\nc--d"]
 )
-def test_a_split_text_file_is_what_splitting_the_whole_gives(tmp_path, monkeypatch, chunk, text):
+def test_a_text_file_is_split_as_its_full_text_would_be(tmp_path, monkeypatch, chunk, text):
     monkeypatch.setattr(readers, "CHUNK", chunk)
     (tmp_path / "t.txt").write_text(text)
     expected = text.split("--")
@@ -127,7 +130,7 @@ def test_a_split_text_file_is_what_splitting_the_whole_gives(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("line", [b"{nonsense", b"[1]", b'"text"', b'{"text":"\xff"}', b"\x00"])
-def test_a_broken_line_is_an_error_that_names_it_or_a_row_without_columns(tmp_path, line):
+def test_a_broken_line_is_an_error_that_names_it_or_a_record_without_columns(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text":"a"}\n' + line + b'\n{"text":"b"}\n')
     with pytest.raises(BadInput, match=r"rows\.jsonl, line 2"):
@@ -173,7 +176,7 @@ def test_a_tar_with_a_damaged_header_is_an_error_not_an_early_end(tmp_path):
 
 def test_joined_tars_are_refused_and_not_half_read(tmp_path):
     (tmp_path / "rows.tar").write_bytes(TAR + TAR)
-    with pytest.raises(BadInput, match=r"rows\.tar goes on"):
+    with pytest.raises(BadInput, match=r"rows\.tar has data after"):
         read(tmp_path / "rows.tar")
 
 
@@ -185,7 +188,7 @@ def test_a_cut_parquet_file_is_an_error_that_names_it(tmp_path):
         read(path)
 
 
-def test_members_of_a_tar_with_one_key_are_one_row(tmp_path):
+def test_members_of_a_tar_with_one_key_are_one_record(tmp_path):
     members = [
         ("1.txt", b"first"),
         ("1.json", b'{"label": 3}'),

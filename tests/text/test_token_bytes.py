@@ -1,5 +1,5 @@
-"""The bytes of the tokens of a text are the text, or the tokenizer is known not to work on
-bytes.
+"""The bytes of the tokens of a text are the text; a tokenizer that does not work on bytes is known
+as such.
 """
 
 from support.corpora import generated_texts

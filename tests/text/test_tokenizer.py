@@ -1,5 +1,5 @@
-"""Text is only ever text, the fingerprint follows the ids, and a sentencepiece model keeps
-its own.
+"""Text is only ever text, the fingerprint follows the ids, and a sentencepiece model keeps its
+ids.
 """
 
 import json
@@ -50,9 +50,10 @@ def saved(folder, backend, **names):
 
 
 def test_ids_are_those_of_transformers_without_special_tokens(tokenizer, tiny_tokenizer):
-    whole = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    pretrained = AutoTokenizer.from_pretrained(tiny_tokenizer)
     expected = [
-        whole(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in TEXTS
+        pretrained(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        for text in TEXTS
     ]
     assert [ids.tolist() for ids in tokenizer.encode(TEXTS)] == expected
 
@@ -74,39 +75,39 @@ def test_a_special_token_that_is_a_piece_of_the_vocabulary_is_not_found_in_text(
     backend = Tokenizer(models.Unigram(pieces, unk_id=0))
     backend.decoder = decoders.Fuse()
     folder = saved(tmp_path, backend, eos_token="</s>", unk_token="<unk>")
-    whole = AutoTokenizer.from_pretrained(folder)
+    pretrained = AutoTokenizer.from_pretrained(folder)
     tokenizer = load_tokenizer(str(folder))
     text = "at</s>b</s>"
-    assert tokenizer.eos_id in whole(text, split_special_tokens=True).input_ids  # the trap
+    assert tokenizer.eos_id in pretrained(text, split_special_tokens=True).input_ids  # the trap
     assert tokenizer.decode(tokenizer.encode([text])[0]) == text
     assert tokenizer.eos_id not in tokenizer.encode([text])[0]
 
 
 def test_the_size_counts_added_tokens_and_the_largest_id(tokenizer, tiny_tokenizer, tmp_path):
-    whole = AutoTokenizer.from_pretrained(tiny_tokenizer)
-    whole.add_tokens(["<new>", "<newer>"])
-    whole.save_pretrained(tmp_path)
-    assert load_tokenizer(str(tmp_path)).vocab_size == tokenizer.vocab_size + 2 == len(whole)
+    pretrained = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    pretrained.add_tokens(["<new>", "<newer>"])
+    pretrained.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).vocab_size == tokenizer.vocab_size + 2 == len(pretrained)
 
 
-def test_bos_is_only_what_the_tokenizer_adds_to_plain_text_by_itself(tiny_tokenizer, tmp_path):
-    whole = AutoTokenizer.from_pretrained(tiny_tokenizer)
-    whole.add_special_tokens({"bos_token": "<s>"})
-    whole.save_pretrained(tmp_path / "has")
-    backend = whole.backend_tokenizer
+def test_bos_is_only_what_the_tokenizer_adds_to_plain_text(tiny_tokenizer, tmp_path):
+    pretrained = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    pretrained.add_special_tokens({"bos_token": "<s>"})
+    pretrained.save_pretrained(tmp_path / "has")
+    backend = pretrained.backend_tokenizer
     backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", whole.bos_token_id)]
+        single="<s> $A", special_tokens=[("<s>", pretrained.bos_token_id)]
     )
     saved(tmp_path / "adds", backend, bos_token="<s>", eos_token=END_OF_TEXT)
     assert load_tokenizer(str(tmp_path / "has")).bos_id is None
-    assert load_tokenizer(str(tmp_path / "adds")).bos_id == whole.bos_token_id
+    assert load_tokenizer(str(tmp_path / "adds")).bos_id == pretrained.bos_token_id
 
 
-def test_the_fingerprint_outlives_saving_and_another_chat_template(tokenizer, tmp_path):
+def test_the_fingerprint_survives_saving_and_another_chat_template(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "saved")
-    whole = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    whole.chat_template = "{{ messages }}"
-    whole.save_pretrained(tmp_path / "other")
+    pretrained = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    pretrained.chat_template = "{{ messages }}"
+    pretrained.save_pretrained(tmp_path / "other")
     assert fingerprint_of(str(tmp_path / "saved")) == tokenizer.fingerprint
     assert fingerprint_of(str(tmp_path / "other")) == tokenizer.fingerprint
 
@@ -188,7 +189,7 @@ def test_training_is_the_same_each_time(tmp_path):
     assert len(prints) == 1
 
 
-def test_what_is_no_tokenizer_is_refused(tmp_path):
+def test_files_and_folders_that_are_no_tokenizer_are_refused(tmp_path):
     (tmp_path / "bad.model").write_bytes(b"nonsense")
     (tmp_path / "empty.model").write_bytes(b"")
     for name in ("bad.model", "empty.model", "missing.model", "folder"):

@@ -1,6 +1,5 @@
-"""`bigmix prepare`: raw text becomes a prepared source, at once or in parts that are merged.
-
-`bigmix tokenizer train`: raw text becomes a tokenizer.
+"""The commands `bigmix prepare`, which makes a prepared source from raw text, and `bigmix tokenizer
+train`, which trains a tokenizer on it.
 """
 
 import argparse
@@ -29,7 +28,7 @@ def add_prepare(subparsers: Any) -> None:
         help="raw text or chats to tokenised shards",
         description=(
             "Tokenise inputs into a prepared source: tar shards and a manifest. A command that was"
-            " stopped goes on at its last whole shard when it is given again."
+            " stopped continues at its last complete shard when it is given again."
         ),
     )
     add = parser.add_argument
@@ -50,18 +49,18 @@ def add_prepare(subparsers: Any) -> None:
     add("--processes", type=count, default=os.cpu_count() or 1, help="default: all cores")
     add("--max-tokens", type=count, help="drop documents with more tokens, counted")
     add("--shard-tokens", type=count, default=64_000_000, help="tokens of a shard (default 64M)")
-    add("--limit", type=count, help="read only so many rows")
-    add("--split-on", metavar="TEXT", help="cut .txt files into documents where TEXT stands")
-    add("--skip-bad-lines", action="store_true", help="count broken JSON lines, do not stop")
+    add("--limit", type=count, help="read at most this many records")
+    add("--split-on", metavar="TEXT", help="split .txt files into documents at each TEXT")
+    add("--skip-bad-lines", action="store_true", help="drop and count broken JSON lines")
     add("--deduplicate", action="store_true", help="keep the first of identical documents")
     add(
         "--held-out",
         metavar="FRACTION",
         help="put this fraction of the documents, such as 0.005, into OUTPUT-held-out",
     )
-    add("--part", metavar="I/N", help="do the I-th of N parts, such as 3/8; then --merge")
+    add("--part", metavar="I/N", help="prepare the I-th of N parts, such as 3/8; then --merge")
     add("--merge", action="store_true", help="make one source of the parts in --output")
-    add("--report", action="store_true", help=f"draw {_PICTURE} in --output; without INPUT too")
+    add("--report", action="store_true", help=f"draw {_PICTURE} in --output; works without INPUT")
     parser.set_defaults(func=_prepare)
 
 
@@ -73,7 +72,7 @@ def _prepare(known: argparse.Namespace) -> int:
     elif known.inputs or not known.report:
         _make(terminal, known)
     else:
-        tell_source(terminal, known.output, read_manifest(known.output), {})
+        report_source(terminal, known.output, read_manifest(known.output), {})
     if known.report and known.part is None:
         _draw(terminal, Path(known.output))
     return DONE
@@ -94,11 +93,11 @@ def _make(terminal: Terminal, known: argparse.Namespace) -> None:
         terminal.warning(text)
     if known.part is not None:
         counts = f"{prepared.manifest.documents:,} documents, {prepared.manifest.tokens:,} tokens"
-        terminal.note(f"part {known.part} of {known.output} is whole: {counts}")
+        terminal.note(f"part {known.part} of {known.output} is complete: {counts}")
         terminal.note(f"when all are: bigmix prepare --merge --output {known.output}")
         return
-    tell_source(terminal, known.output, prepared.manifest, prepared.first_dropped)
-    tell_held_out(terminal, prepared.held_out)
+    report_source(terminal, known.output, prepared.manifest, prepared.first_dropped)
+    report_held_out(terminal, prepared.held_out)
 
 
 def _merge(terminal: Terminal, known: argparse.Namespace) -> None:
@@ -106,15 +105,15 @@ def _merge(terminal: Terminal, known: argparse.Namespace) -> None:
 
     if known.inputs or known.part is not None:
         what = f"--part {known.part}" if known.part is not None else f"inputs {known.inputs[0]} ..."
-        raise BadInput(f"--merge has {what}, takes --output alone: the parts are what is merged")
+        raise BadInput(f"--merge has {what}, takes only --output, the folder of the parts")
     merged = merge(Path(known.output))
-    tell_source(terminal, known.output, merged.manifest, merged.first_dropped)
-    tell_held_out(terminal, merged.held_out)
+    report_source(terminal, known.output, merged.manifest, merged.first_dropped)
+    report_held_out(terminal, merged.held_out)
 
 
 def _settings(known: argparse.Namespace) -> "PrepareSettings":
-    """The settings that the words say; BadInput with all that is wrong with them."""
-    # As above.
+    """The settings that the arguments ask for; raises BadInput with all their faults."""
+    # As above: seconds of import.
     from bigmix.commands.prepare.job import PrepareSettings, faults_of_settings
     from bigmix.text.readers import ReadOptions
 
@@ -165,7 +164,7 @@ def _part_of(text: str | None, faults: list[str]) -> tuple[int, int] | None:
 
 
 def fraction_of(text: str | None, faults: list[str]) -> float:
-    """The number of --held-out, 0 where it is not given; a fault joins the others."""
+    """The number of --held-out, 0 where it is not given; adds to the faults where it is wrong."""
     if text is None:
         return 0.0
     try:
@@ -180,10 +179,10 @@ def fraction_of(text: str | None, faults: list[str]) -> float:
     return value
 
 
-def tell_source(
+def report_source(
     terminal: Terminal, output: str, manifest: Manifest, first_dropped: Mapping[str, str]
 ) -> None:
-    """The table of a prepared source."""
+    """Print the table of a prepared source."""
     loss = manifest.loss_tokens / manifest.tokens
     cells = [("documents", f"{manifest.documents:,} of {manifest.read:,}")]
     for reason, number in manifest.dropped.items():
@@ -219,8 +218,8 @@ def _lengths(manifest: Manifest) -> Sequence[tuple[str, str]]:
     return cells
 
 
-def tell_held_out(terminal: Terminal, held_out: Manifest | None) -> None:
-    """What was put aside, where something was."""
+def report_held_out(terminal: Terminal, held_out: Manifest | None) -> None:
+    """Print how many documents are held out, where there are any."""
     if held_out is not None:
         terminal.note(f"held out: {held_out.documents:,} documents, {held_out.tokens:,} tokens")
 
@@ -235,7 +234,9 @@ def _draw(terminal: Terminal, output: Path) -> None:
 
 def add_tokenizer(subparsers: Any) -> None:
     """Add `bigmix tokenizer train`."""
-    parser = subparsers.add_parser("tokenizer", help="train a tokenizer, for work from scratch")
+    parser = subparsers.add_parser(
+        "tokenizer", help="train a tokenizer, for training a model from scratch"
+    )
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     train = actions.add_parser("train", help="train on the texts of the inputs")
     add = train.add_argument
@@ -244,7 +245,7 @@ def add_tokenizer(subparsers: Any) -> None:
     add("--kind", choices=("bpe", "unigram"), default="bpe", help="default: byte-level BPE")
     add("--output", required=True, help="folder of the tokenizer")
     add("--columns", metavar="PART=COLUMN,...", help="as for `bigmix prepare`")
-    add("--limit", type=count, help="read only so many rows")
+    add("--limit", type=count, help="read at most this many records")
     train.set_defaults(func=_train_tokenizer)
 
 
@@ -259,26 +260,26 @@ def _train_tokenizer(known: argparse.Namespace) -> int:
     )
     size = load_tokenizer(str(path)).vocab_size
     terminal = Terminal()
-    if texts.others:
+    if texts.num_left_out:
         terminal.warning(
-            f"{texts.others:,} texts hold half of a surrogate pair, which is no text, and are"
-            " left out"
+            f"{texts.num_left_out:,} texts contain half of a surrogate pair, which is no text, and"
+            " are left out"
         )
     terminal.note(f"tokenizer with {size:,} entries written to {path}")
     return DONE
 
 
 class _Encodable:
-    """Those of some texts that UTF-8 can write; JSON can spell `others`, which are counted."""
+    """The texts that UTF-8 can write; the others are left out and counted."""
 
     def __init__(self, texts: Iterator[str]) -> None:
         self._texts = texts
-        self.others = 0
+        self.num_left_out = 0
 
     def __iter__(self) -> Iterator[str]:
         for text in self._texts:
             if utf8_of(text) is None:
-                self.others += 1
+                self.num_left_out += 1
             else:
                 yield text
 
@@ -286,7 +287,7 @@ class _Encodable:
 def _texts(
     inputs: list[str], columns: Mapping[str, str] | None, limit: int | None
 ) -> Iterator[str]:
-    """The text of each document, of a chat that of all its turns."""
+    """The text of each document; of a conversation the text of each turn."""
     from bigmix.text.readers import raw_documents
 
     for document in raw_documents(inputs, columns=columns, limit=limit):

@@ -1,10 +1,7 @@
-"""Raw documents go in, a prepared source comes out: shards, their manifest and the tokenizer that
-made them.
+"""Prepares a source from raw documents: checks the settings, tokenises the inputs, writes shards.
 
-The work is one part or several. A part that is stopped goes on at its last whole shard; the last
-step joins the parts.
-
-What is asked of `prepare` goes in, all that is wrong with it comes out.
+The job is one part or several; a last step merges the parts. A part that is stopped continues at
+its last complete shard.
 """
 
 import errno
@@ -21,20 +18,20 @@ from typing import Literal
 
 from bigmix.commands.prepare.parts import (
     InputFile,
-    PartRows,
+    PartRecords,
+    divide,
     files_of,
     listing,
-    rows_before,
-    share_out,
+    records_before,
 )
 from bigmix.commands.prepare.progress import (
     PARTS,
     TOKENIZER_FOLDER,
     Progress,
-    alone,
     faults_of_identity,
     faults_of_output,
     file_of_part,
+    locked_part,
     merge,
     nothing_left,
     read_progress,
@@ -57,22 +54,32 @@ from bigmix.text.formats import Conversation, Document, Kind, Layout, Text, docu
 from bigmix.text.readers import TEXT_SUFFIXES, RawRecord, ReadOptions, format_of, read_records
 from bigmix.text.tokenizer import Tokenizer, load_tokenizer
 
+# Increase with every change by which the same inputs and settings give other shards.
+PREPARE_VERSION = 1
+FIRST_RECORDS = 256  # decide how the inputs are read; their chats are checked
 LARGEST_HELD_OUT = 0.5
+MANY_DROPPED = 0.05  # the fraction of the documents above which there is a warning
+MANY_UNKNOWN = 0.01  # the same of the tokens
+_SAMPLES, _SAMPLED = 64, 4_000  # texts that are searched for unknown tokens, and characters of each
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+ReportProgress = Callable[[int, int], None]  # documents read and tokens written so far
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareSettings:
-    """What to prepare and how: `limit` counts rows, `max_tokens` the tokens of a document,
-    `shard_tokens` of a shard.
+    """What to prepare, and how.
 
-    `part` = (i, n) does the i-th of n parts, from 1; None does all the work and joins it.
-    `held_out` is the fraction of the documents that goes to a source of its own.
+    `limit` is the number of records to read, `max_tokens` the largest number of tokens in a
+    document, `shard_tokens` the number of tokens in a shard. `part` = (i, n) prepares the i-th of n
+    parts, from 1; None prepares the source in one go. `held_out` is the fraction of the documents
+    that goes to a source of its own.
     """
 
     inputs: Sequence[str]
     tokenizer: str
     output: str
-    kind: Kind | None = None  # None: what the first rows show
+    kind: Kind | None = None  # None: recognised from the first records
     template: Literal["plain", "tokenizer"] = "plain"
     columns: Mapping[str, str] | None = None  # which column plays which part; None: recognised
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -86,7 +93,7 @@ class PrepareSettings:
 
 
 def faults_of_settings(settings: PrepareSettings) -> Sequence[str]:
-    """Every setting that is not allowed."""
+    """A message for each setting that is not allowed."""
     faults = [
         f"--{name.replace('_', '-')} is {value}, must be at least 1"
         for name in ("processes", "max_tokens", "shard_tokens", "limit")
@@ -99,41 +106,30 @@ def faults_of_settings(settings: PrepareSettings) -> Sequence[str]:
         )
     if Path(settings.output).name in ("", ".."):
         faults.append(
-            f"--output is {settings.output}, must be a folder with a name: what is held out goes"
-            " beside it"
+            f"--output is {settings.output}, must be a folder with a name: the folder of held-out"
+            " documents is named after it"
         )
     if settings.read.split_on == "":
-        faults.append("--split-on is empty; give the text that stands between documents")
-    part, parts = settings.part or (1, 1)
-    if not 1 <= part <= parts:
+        faults.append("--split-on is empty; give the text that separates documents")
+    part, num_parts = settings.part or (1, 1)
+    if not 1 <= part <= num_parts:
         faults.append(
-            f"--part is {part}/{parts}, must be from 1/{parts} to {parts}/{parts}; "
+            f"--part is {part}/{num_parts}, must be from 1/{num_parts} to {num_parts}/{num_parts}; "
             "give each of these parts to one command"
         )
-    if settings.limit is not None and parts > 1:
+    if settings.limit is not None and num_parts > 1:
         faults.append(
-            f"--limit is {settings.limit}, must be left out with --part: it counts the rows of all"
-            " parts; try a limit without --part"
+            f"--limit is {settings.limit}, must be left out with --part: it counts the records of"
+            " all parts; try a limit without --part"
         )
     return faults
 
 
-# To be raised with every change by which the same inputs and settings give other shards.
-PREPARE_VERSION = 1
-FIRST_ROWS = 256  # looked at to recognise a source and to check its chats
-MANY_DROPPED = 0.05  # a share of the documents that deserves a warning
-MANY_UNKNOWN = 0.01  # a share of the tokens that does
-_SAMPLES, _SAMPLED = 64, 4_000  # texts that are looked at for that, and characters of each
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-ReportProgress = Callable[[int, int], None]  # documents read and tokens written so far
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """What was made; of a part, its share.
+    """A prepared source, or the part of it that was prepared.
 
-    `first_dropped` names for a reason where the first such document was read.
+    `first_dropped` says for each reason where the first dropped document was read.
     """
 
     manifest: Manifest
@@ -144,11 +140,11 @@ class Prepared:
 
 
 def prepare(settings: PrepareSettings, report: ReportProgress = lambda *_: None) -> Prepared:
-    """Tokenise the inputs into the output folder, which has a manifest only when it is whole.
+    """Tokenise the inputs into the output folder, which has a manifest only once it is complete.
 
-    What was stopped goes on at its last whole shard and ends with the same bytes. Raises BadInput
-    where the output holds something else, an input is broken or not recognised, or no document is
-    left.
+    Work that was stopped continues at its last complete shard and ends with the same bytes. Raises
+    BadInput where the output holds anything else, an input is broken or not recognised, or no
+    document is left; BigmixError where the disk is full.
     """
     output = Path(settings.output)
     faults = [*faults_of_settings(settings)] or [
@@ -158,13 +154,13 @@ def prepare(settings: PrepareSettings, report: ReportProgress = lambda *_: None)
         raise BadInput(*faults)
     if settings.processes > 1:
         start_early()
-    with _started(settings, output), _told_when_full(output):
+    with _started(settings, output), _full_disk_reported(output):
         job, warnings = _job(settings, load_tokenizer(settings.tokenizer))
         progress = _prepare_part(settings, job, report)
         manifest, held_out = progress.source, progress.held_out
         first_dropped = progress.first_dropped
         if settings.part is None:
-            if manifest.documents == 0:  # nothing to go on from
+            if manifest.documents == 0:  # nothing to continue from
                 file_of_part(output, 0, 1).unlink()
                 raise nothing_left(manifest)
             merged = merge(output)
@@ -182,26 +178,28 @@ def prepare(settings: PrepareSettings, report: ReportProgress = lambda *_: None)
 
 @contextmanager
 def _started(settings: PrepareSettings, output: Path) -> Iterator[None]:
-    """The folder of the work; it is gone again where all the work ends without a whole shard."""
+    """The output folder, locked for this part; removed again where the job ends without a complete
+    shard.
+    """
     try:
         (output / PARTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(
-            f"output {output} cannot be made ({error.strerror}); give another --output"
+            f"output {output} cannot be created ({error.strerror}); give another --output"
         ) from error
-    part, parts = settings.part or (1, 1)
-    with alone(output, part - 1, parts):
+    part, num_parts = settings.part or (1, 1)
+    with locked_part(output, part - 1, num_parts):
         try:
             yield
         finally:
-            # Other parts may be at work in the folder.
+            # Other parts may be in progress in the folder.
             is_empty = not (output / MANIFEST).exists() and not any(output.glob(f"{PARTS}/*.json"))
             if settings.part is None and is_empty:
                 remove_begun(output, holds_out=settings.held_out > 0)
 
 
 @contextmanager
-def _told_when_full(output: Path) -> Iterator[None]:
+def _full_disk_reported(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -209,25 +207,26 @@ def _told_when_full(output: Path) -> Iterator[None]:
             raise
         raise BigmixError(
             f"{output} cannot be written: {error.strerror}; make room and run the same command"
-            " again, it goes on at its last whole shard"
+            " again, it continues at its last complete shard"
         ) from error
 
 
 def _job(settings: PrepareSettings, tokenizer: Tokenizer) -> tuple[Job, Sequence[str]]:
-    """Decide from the first rows of all parts what the source is, and check that its chats can be
-    learned from.
+    """How the records become tokens, decided from the first records of all parts, and warnings.
+
+    Raises BadInput where there is no record, or where nothing can be learned from the chats.
     """
     first = islice(read_records(settings.inputs, settings.read), settings.limit)
-    rows = list(islice(first, FIRST_ROWS))
-    columns = [row.columns for row in rows if row.columns is not None]
+    records = list(islice(first, FIRST_RECORDS))
+    columns = [record.columns for record in records if record.columns is not None]
     if not columns:
-        raise BadInput(f"no rows are in {', '.join(settings.inputs)}; give inputs with data")
+        raise BadInput(f"no records are in {', '.join(settings.inputs)}; give inputs with data")
     layout = recognise(columns, kind=settings.kind, columns=settings.columns)
     template, warnings = None, list[str]()
-    documents = [document_of(row, layout) for row in columns]
+    documents = [document_of(record, layout) for record in columns]
     warnings.extend(_unknown(tokenizer, documents))
     if settings.limit is None:
-        warnings.extend(_uncut(rows, settings.read.split_on))
+        warnings.extend(_uncut(records, settings.read.split_on))
     if layout.kind == "chat":
         template = open_template(tokenizer, settings.template)
         chats = [each for each in documents if isinstance(each, Conversation)]
@@ -244,7 +243,7 @@ def _job(settings: PrepareSettings, tokenizer: Tokenizer) -> tuple[Job, Sequence
 
 
 def _unknown(tokenizer: Tokenizer, documents: Sequence[Document]) -> Iterator[str]:
-    """A warning where the tokenizer has no tokens for much of the first documents."""
+    """A warning where many tokens of the first documents are unknown."""
     if tokenizer.unk_id is None:
         return
     texts = [each.text for each in documents if isinstance(each, Text)]
@@ -255,35 +254,35 @@ def _unknown(tokenizer: Tokenizer, documents: Sequence[Document]) -> Iterator[st
     if part > MANY_UNKNOWN:
         yield (
             f"{part:.1%} of the tokens of the first documents are"
-            f" {tokenizer.text_of(tokenizer.unk_id)!r}: what stood there is lost; take a tokenizer"
-            " that has bytes for all it does not know"
+            f" {tokenizer.text_of(tokenizer.unk_id)!r}: the text that they replace is lost; use a"
+            " tokenizer that falls back to bytes"
         )
 
 
-def _uncut(rows: Sequence[RawRecord], split_on: str | None) -> Iterator[str]:
-    """A warning where a mark between documents cuts nothing among the first rows."""
-    numbers = [row.number for row in rows if format_of(row.file) in TEXT_SUFFIXES]
+def _uncut(records: Sequence[RawRecord], split_on: str | None) -> Iterator[str]:
+    """A warning where the first records are text files that --split-on does not split."""
+    numbers = [record.number for record in records if format_of(record.file) in TEXT_SUFFIXES]
     if split_on is None or max(numbers, default=1) > 1:
         return
     where = f"{len(numbers)} text files" if numbers else "the inputs, of which none is a text file"
     yield (
-        f"--split-on {split_on!r} cuts nothing in {where}; give what stands between documents, such"
-        " as $'\\n\\n'"
+        f"--split-on {split_on!r} splits nothing in {where}; give the text that separates"
+        " documents, such as $'\\n\\n'"
     )
 
 
 def _prepare_part(settings: PrepareSettings, job: Job, report: ReportProgress) -> Progress:
-    """Do what is left of a part."""
+    """Prepare what is left of a part."""
     output = Path(settings.output)
     places = listing(settings.inputs)
     progress = _begun(settings, job, _identity(settings, job, places))
     if progress.whole:
         return progress
-    pieces = share_out(places, progress.parts)
-    rows = PartRows(pieces[progress.part], settings.read, progress)
+    pieces = divide(places, progress.parts)
+    records = PartRecords(pieces[progress.part], settings.read, progress)
     seen = Seen()
     if settings.deduplicate:
-        before = rows_before(pieces, settings.read, progress)
+        before = records_before(pieces, settings.read, progress)
         with closing(in_batches(hashes_of, job, before, settings.processes)) as batches:
             for hashes in batches:
                 seen.add(hashes)
@@ -293,23 +292,26 @@ def _prepare_part(settings: PrepareSettings, job: Job, report: ReportProgress) -
         deduplicate=settings.deduplicate,
         held_out=settings.held_out,
     )
-    writer = PartWriter(output, progress, rules, seen=seen, position=rows.position)
-    left = None if settings.limit is None else settings.limit - progress.source.read
-    report(writer.read, writer.tokens)
+    writer = PartWriter(output, progress, rules, seen=seen, position=records.position)
+    limit = None if settings.limit is None else settings.limit - progress.source.read
+    report(writer.num_read, writer.num_tokens)
     try:
-        left_rows = islice(rows, left)
-        with closing(in_batches(tokenise, job, left_rows, settings.processes)) as batches:
+        left = islice(records, limit)
+        with closing(in_batches(tokenise, job, left, settings.processes)) as batches:
             for batch in batches:
                 writer.add(batch)
-                report(writer.read, writer.tokens)
+                report(writer.num_read, writer.num_tokens)
         return writer.save(whole=True)
     finally:
         writer.abort()
 
 
 def _begun(settings: PrepareSettings, job: Job, identity: Mapping[str, str]) -> Progress:
-    """Where the part stands: at its beginning, or where an earlier run has left it."""
-    part, parts = settings.part or (1, 1)
+    """The progress of the part: none yet, or that of an earlier command.
+
+    Raises BadInput where the earlier command had other settings.
+    """
+    part, num_parts = settings.part or (1, 1)
     output = Path(settings.output)
     nothing = Manifest(
         kind=job.layout.kind,
@@ -327,19 +329,21 @@ def _begun(settings: PrepareSettings, job: Job, identity: Mapping[str, str]) -> 
     )
     fresh = Progress(
         part=part - 1,
-        parts=parts,
+        parts=num_parts,
         identity=dict(identity),
         source=nothing,
         held_out=nothing if settings.held_out else None,
     )
-    path = file_of_part(output, part - 1, parts)
+    path = file_of_part(output, part - 1, num_parts)
     others = [
-        each for each in (output / PARTS).glob("*.json") if not each.match(f"*-of-{parts:05d}.json")
+        each
+        for each in (output / PARTS).glob("*.json")
+        if not each.match(f"*-of-{num_parts:05d}.json")
     ]
     if others:
         raise BadInput(
-            f"--part is {part}/{parts}, but {output} was begun in another number of parts"
-            f" ({others[0].name}); give that number, or remove the folder and prepare anew"
+            f"--part is {part}/{num_parts}, but {output} was begun in another number of parts"
+            f" ({others[0].name}); give that number, or remove the folder and prepare again"
         )
     if not path.exists():
         return fresh
@@ -353,9 +357,10 @@ def _begun(settings: PrepareSettings, job: Job, identity: Mapping[str, str]) -> 
 def _identity(
     settings: PrepareSettings, job: Job, places: Sequence[InputFile]
 ) -> Mapping[str, str]:
-    """What the tokens of a part depend on.
+    """Everything that the tokens of a part depend on.
 
-    Bad lines that are skipped are none of it: they stop a run, or do not.
+    `skip_bad_lines` is not part of it: it decides whether a bad line stops the command, and no
+    token. Progress files hold these texts, so that a change of them is a change of the format.
     """
     files = [each for place in places for each in files_of(place.name)]
     text = json.dumps([[place.name for place in places], files])
@@ -380,17 +385,17 @@ def _identity(
 
 
 def _save_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
-    """Write the tokenizer once; several parts may try at the same time."""
-    beside = output / f"{TOKENIZER_FOLDER}.tmp-{secrets.token_hex(4)}"
+    """Write the tokenizer, unless another part has; several may try at the same time."""
+    unfinished = output / f"{TOKENIZER_FOLDER}.tmp-{secrets.token_hex(4)}"
     try:
         if not (output / TOKENIZER_FOLDER).exists():
-            tokenizer.save(beside)
-            beside.rename(output / TOKENIZER_FOLDER)
+            tokenizer.save(unfinished)
+            unfinished.rename(output / TOKENIZER_FOLDER)
     except OSError:
         if not (output / TOKENIZER_FOLDER).exists():
             raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
@@ -408,8 +413,8 @@ def _template_entry(template: Template | None) -> TemplateEntry | None:
 
 
 def warnings_about_dropped(manifest: Manifest) -> Sequence[str]:
-    """One for each reason for which many documents were left out; holding some out was asked
-    for.
+    """A warning for each reason for which many documents were dropped; those that were held out do
+    not count.
     """
     return [
         f"{count / manifest.read:.0%} of the documents were dropped as {reason}"

@@ -1,9 +1,7 @@
-"""Inputs and a number of parts go in, the stretches of input that each part reads come out, the
-same on every machine.
+"""Divides inputs into the parts of a job, and reads the records of a part from where it stopped.
 
-Nothing but the listing of the inputs decides. Each row belongs to exactly one part.
-
-The pieces of a part and how far it is go in, the rows that are left come out.
+Only the names and sizes of the inputs decide what a part reads, so that it is the same on every
+machine. Each record belongs to exactly one part.
 """
 
 from bisect import bisect_right
@@ -30,14 +28,14 @@ from bigmix.text.readers import (
 )
 
 PIECE_BYTES = 64 << 20
-PIECES_PER_PART = 8  # at least, where inputs can be cut: how evenly the bytes are shared out
+PIECES_PER_PART = 8  # at least, where inputs can be cut: the more, the more even are the parts
 
 InputPiece = Sequence[LineSpan]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputFile:
-    """One input with its size; a dataset of the hub has none."""
+    """One input with its size in bytes, which is 0 for a dataset of the hub."""
 
     name: str
     size: int
@@ -50,7 +48,10 @@ class _Weighed:
 
 
 def listing(inputs: Sequence[str]) -> Sequence[InputFile]:
-    """The places behind the inputs; BadInput where one is not there."""
+    """The files, saved datasets and hub names that the inputs mean, with their sizes.
+
+    Raises BadInput where one does not exist.
+    """
     return [
         InputFile(name=name, size=sum(size for _, size, _ in files_of(name)))
         for name in places_of(inputs)
@@ -58,7 +59,7 @@ def listing(inputs: Sequence[str]) -> Sequence[InputFile]:
 
 
 def files_of(place: str) -> Iterator[tuple[str, int, int]]:
-    """Name, bytes and time of change (in ns) of each file of a place."""
+    """Name, size in bytes and time of change in ns of each file of an input."""
     path = Path(place)
     if place.startswith(HUB):
         return
@@ -67,33 +68,34 @@ def files_of(place: str) -> Iterator[tuple[str, int, int]]:
         yield str(file), found.st_size, found.st_mtime_ns
 
 
-def share_out(places: Sequence[InputFile], parts: int) -> Sequence[Sequence[InputPiece]]:
-    """The pieces of each part, in the order of the inputs; a piece is about as much as is read
-    between two restarts.
+def divide(places: Sequence[InputFile], num_parts: int) -> Sequence[Sequence[InputPiece]]:
+    """The pieces of each part, in the order of the inputs; a piece is what may have to be read
+    again after a restart.
 
-    Whole files and stretches of long ones go to the parts in order, so that each part has the same
-    number of bytes. An input that cannot be cut and is longer than the share of a part is read by
-    all parts: each takes its blocks of rows.
+    Files, and spans of long ones, go to the parts in order, so that each part has the same number
+    of bytes. An input that cannot be cut and is longer than a part is read by all parts, and each
+    takes its own blocks of records.
     """
     total = sum(place.size for place in places)
     target = PIECE_BYTES
-    if parts > 1:
-        target = max(1, min(PIECE_BYTES, total // (PIECES_PER_PART * parts)))
-    spans: list[list[_Weighed]] = [[] for _ in range(parts)]
-    cut = [list(_cut(place, target, parts, total)) for place in places]
-    shared = sum(each.size for found in cut for each in found if each.span.dealt is None)
+    if num_parts > 1:
+        target = max(1, min(PIECE_BYTES, total // (PIECES_PER_PART * num_parts)))
+    spans: list[list[_Weighed]] = [[] for _ in range(num_parts)]
+    cut = [list(_cut(place, target, num_parts, total)) for place in places]
+    shared = sum(each.size for found in cut for each in found if each.span.stripe is None)
     before = 0
     for each in (each for found in cut for each in found):
-        if each.span.dealt is not None:
-            spans[each.span.dealt[0]].append(each)
+        if each.span.stripe is not None:
+            spans[each.span.stripe[0]].append(each)
             continue
         middle = 2 * before + each.size
-        spans[min(parts - 1, middle * parts // max(1, 2 * shared))].append(each)
+        spans[min(num_parts - 1, middle * num_parts // max(1, 2 * shared))].append(each)
         before += each.size
     return [list(_grouped(each, target)) for each in spans]
 
 
-def _cut(place: InputFile, target: int, parts: int, total: int) -> Iterator[_Weighed]:
+def _cut(place: InputFile, target: int, num_parts: int, total: int) -> Iterator[_Weighed]:
+    """The spans of an input, of about `target` bytes each where it can be cut."""
     suffix = format_of(place.name)
     is_line = suffix in LINE_SUFFIXES and place.name.endswith(suffix or "")
     if is_line and place.size > target:
@@ -102,16 +104,16 @@ def _cut(place: InputFile, target: int, parts: int, total: int) -> Iterator[_Wei
         yield from _cut_row_groups(place, target)
     elif (Path(place.name) / SAVED_DATASET).is_file() and place.size > target:
         yield from _cut_saved(place, target)
-    elif parts > 1 and (place.name.startswith(HUB) or place.size > total // parts):
-        for part in range(parts):
-            span = LineSpan(place=place.name, dealt=(part, parts))
-            yield _Weighed(span=span, size=place.size // parts)
+    elif num_parts > 1 and (place.name.startswith(HUB) or place.size > total // num_parts):
+        for part in range(num_parts):
+            span = LineSpan(place=place.name, stripe=(part, num_parts))
+            yield _Weighed(span=span, size=place.size // num_parts)
     else:
         yield _Weighed(span=LineSpan(place=place.name), size=place.size)
 
 
 def _cut_lines(place: InputFile, target: int) -> Iterator[_Weighed]:
-    """Stretches that begin where a line begins."""
+    """Spans that begin where a line begins."""
     starts = [0]
     with opened(place.name) as file:
         for least in range(target, place.size, target):
@@ -128,7 +130,7 @@ def _cut_row_groups(place: InputFile, target: int) -> Iterator[_Weighed]:
     with opened(place.name) as stream:
         metadata = pyarrow.parquet.read_metadata(stream)
         sizes = [metadata.row_group(k).total_byte_size for k in range(metadata.num_row_groups)]
-    scale = place.size / max(1, sum(sizes))  # sizes are those before compression
+    scale = place.size / max(1, sum(sizes))  # `sizes` are without compression
     start, size = 0, 0.0
     for stop, group in enumerate(sizes, 1):
         size += group * scale
@@ -138,20 +140,21 @@ def _cut_row_groups(place: InputFile, target: int) -> Iterator[_Weighed]:
 
 
 def _cut_saved(place: InputFile, target: int) -> Iterator[_Weighed]:
-    # datasets takes a second to import, which only those pay who read with it.
+    # datasets takes a second to import: only inputs that need it pay for that.
     import datasets
 
-    rows = len(datasets.load_from_disk(place.name))
-    count = -(-place.size // target)
-    for index in range(count):
-        start, stop = rows * index // count, rows * (index + 1) // count
+    num_records = len(datasets.load_from_disk(place.name))
+    num_spans = -(-place.size // target)
+    for index in range(num_spans):
+        start = num_records * index // num_spans
+        stop = num_records * (index + 1) // num_spans
         if stop > start:
-            size = place.size // count
+            size = place.size // num_spans
             yield _Weighed(span=LineSpan(place=place.name, start=start, stop=stop), size=size)
 
 
 def _grouped(spans: Sequence[_Weighed], target: int) -> Iterator[InputPiece]:
-    """Neighbours together until they reach the size of a piece."""
+    """Pieces of neighbouring spans that together reach `target` bytes."""
     piece: list[LineSpan] = []
     size = 0
     for each in spans:
@@ -164,46 +167,46 @@ def _grouped(spans: Sequence[_Weighed], target: int) -> Iterator[InputPiece]:
         yield piece
 
 
-class PartRows:
-    """The rows of a part from where it stands, and where it stands after so many rows."""
+class PartRecords:
+    """The records of a part that are still to do, and its position after any number of records."""
 
     def __init__(self, pieces: Sequence[InputPiece], options: ReadOptions, begun: Progress) -> None:
         self._pieces = pieces
         self._options = options
         self._begun = begun
-        # Rows of the part before each piece that was opened; the first as if its rows had all been
-        # read now.
+        # Records of the part before each piece that was opened; those of the first piece that are
+        # done count as read from it.
         self._before = [begun.source.read - begun.row]
 
     def __iter__(self) -> Iterator[RawRecord]:
-        skipped = self._begun.row
+        num_done = self._begun.row
         for piece in self._pieces[self._begun.piece :]:
             count = 0
-            for row in _rows_of(piece, self._options):
+            for record in _records_of(piece, self._options):
                 count += 1
-                if count > skipped:
-                    yield row
-            skipped = 0
+                if count > num_done:
+                    yield record
+            num_done = 0
             self._before.append(self._before[-1] + count)
 
-    def position(self, read: int) -> tuple[int, int]:
-        """The piece and the row in it before which the part stands when it has read so many
-        rows.
+    def position(self, num_read: int) -> tuple[int, int]:
+        """The piece, and the record in it, that come next once `num_read` records of the part are
+        read.
         """
-        at = bisect_right(self._before, read) - 1
-        return self._begun.piece + at, read - self._before[at]
+        at = bisect_right(self._before, num_read) - 1
+        return self._begun.piece + at, num_read - self._before[at]
 
 
-def _rows_of(piece: InputPiece, options: ReadOptions) -> Iterator[RawRecord]:
-    return (row for span in piece for row in read_span(span, options))
+def _records_of(piece: InputPiece, options: ReadOptions) -> Iterator[RawRecord]:
+    return (record for span in piece for record in read_span(span, options))
 
 
-def rows_before(
+def records_before(
     pieces: Sequence[Sequence[InputPiece]], options: ReadOptions, begun: Progress
 ) -> Iterator[RawRecord]:
-    """All rows of earlier parts, and those of this part that are done."""
+    """All records of earlier parts, and those of this part that are done."""
     own = pieces[begun.part]
     for piece in (*(p for part in pieces[: begun.part] for p in part), *own[: begun.piece]):
-        yield from _rows_of(piece, options)
+        yield from _records_of(piece, options)
     if begun.row:
-        yield from islice(_rows_of(own[begun.piece], options), begun.row)
+        yield from islice(_records_of(own[begun.piece], options), begun.row)

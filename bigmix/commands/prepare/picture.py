@@ -1,5 +1,5 @@
-"""A manifest goes in, a picture of its documents comes out: how long they are, and what of a chat
-is learned.
+"""Draws the statistics of a prepared source: the lengths of documents, and how much of each chat is
+learned.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ DPI = 160
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Panel:
-    """Bars that add up to one, with what stands below them."""
+    """A bar chart of shares that add up to 100 %, with the label of its axis."""
 
     title: str
     axis: str
@@ -27,17 +27,20 @@ class _Panel:
 
 
 def draw(manifest: Manifest, *, title: str, path: Path) -> None:
-    """Write the picture of a source as PNG; BadInput where its manifest has no statistics."""
+    """Write the picture of a source as PNG.
+
+    Raises BadInput where its manifest has no statistics.
+    """
     if manifest.statistics is None:
         raise BadInput(f"{title} has no statistics to draw; prepare the source again")
-    # Matplotlib takes a second to import, and no other command draws.
+    # Matplotlib takes a second to import, and most calls of `bigmix prepare` draw nothing.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     panels = _panels(manifest.kind == "chat", manifest.statistics)
-    lines = len(panels) // 2
-    size = (2 * PANEL_INCHES[0], lines * PANEL_INCHES[1] + 0.5)
+    num_lines = len(panels) // 2
+    size = (2 * PANEL_INCHES[0], num_lines * PANEL_INCHES[1] + 0.5)
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
     figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
@@ -46,7 +49,7 @@ def draw(manifest: Manifest, *, title: str, path: Path) -> None:
         f"{title}: {counts}", x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK
     )
     for place, panel in enumerate(panels, 1):
-        _bars(figure.add_subplot(lines, 2, place), panel)
+        _bars(figure.add_subplot(num_lines, 2, place), panel)
     figure.savefig(path)
 
 
@@ -74,7 +77,7 @@ def _panels(is_chat: bool, found: Statistics) -> Sequence[_Panel]:
 
 
 def _used(counts: Sequence[int]) -> tuple[int, int]:
-    """The first bin that is not empty, and the one behind the last."""
+    """The first bin that is not empty, and the one after the last."""
     filled = [k for k, count in enumerate(counts) if count]
     return filled[0], filled[-1] + 1
 
@@ -85,8 +88,8 @@ def _bars(axes: Any, panel: _Panel) -> None:
     axes.bar(places, shares, width=0.86, color=BLUE)
     step = -(-len(shares) // 16)
     axes.set_xticks(places[::step], panel.labels[::step])
-    beside = max(0, 6 - len(shares)) / 2  # few bars stand in the middle, no wider than others
-    axes.set_xlim(-0.7 - beside, len(shares) - 0.3 + beside)
+    margin = max(0, 6 - len(shares)) / 2  # a few bars are in the middle, no wider than others
+    axes.set_xlim(-0.7 - margin, len(shares) - 0.3 + margin)
     axes.set_ylabel(f"% of the {panel.title}", fontsize=9, color=INK)
     axes.set_xlabel(panel.axis, fontsize=9, color=INK)
     axes.spines[["top", "right", "left"]].set_visible(False)

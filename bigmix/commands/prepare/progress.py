@@ -1,10 +1,7 @@
-"""What a part has done so far goes to disk and comes back: the position from which the same command
-goes on.
+"""Keeps the progress of each part of a job on disk, and merges the parts into one source.
 
-The file of a part is replaced after each shard. Merging takes these files for what the parts have
-made.
-
-The parts in a folder go in, one prepared source comes out: its manifest is written last.
+The progress file of a part is replaced after each shard, and the same command continues from it.
+Merging takes from these files what the parts have written, and writes the manifest last.
 """
 
 import shutil
@@ -37,10 +34,11 @@ HELD_OUT = "-held-out"
 
 
 class Progress(BaseModel):
-    """A part of `parts`, counted from 0: it stands before row `row` of piece `piece`; all rows
-    before are done.
+    """How far a part, counted from 0, of `parts` is.
 
-    `identity` says what the tokens depend on; two that differ do not go together.
+    Record `row` of piece `piece` comes next; all records before it are done. `identity` is
+    everything that the tokens depend on: parts with different identities cannot be merged, and a
+    part is continued only with its own identity.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,17 +56,17 @@ class Progress(BaseModel):
 
 
 def held_out_folder(output: Path) -> Path:
-    """The folder of what is held out from a source."""
+    """The folder of the documents that are held out from a source."""
     return output.with_name(output.name + HELD_OUT)
 
 
-def file_of_part(output: Path, part: int, parts: int) -> Path:
-    """Where a part, counted from 0, writes its progress."""
-    return output / PARTS / f"{part + 1:05d}-of-{parts:05d}.json"
+def file_of_part(output: Path, part: int, num_parts: int) -> Path:
+    """The progress file of a part, which is counted from 0."""
+    return output / PARTS / f"{part + 1:05d}-of-{num_parts:05d}.json"
 
 
 def write_progress(output: Path, progress: Progress) -> None:
-    """Replace the progress of a part in one step."""
+    """Replace the progress file of a part in one step."""
     path = file_of_part(output, progress.part, progress.parts)
     replace_text(path, progress.model_dump_json() + "\n")
 
@@ -80,18 +78,19 @@ def read_progress(path: Path) -> Progress:
     except ValidationError as error:
         first = str(error).splitlines()[0]
         raise BadInput(
-            f"{path} is no progress of this version of bigmix ({first}); remove the folder and"
-            " prepare anew"
+            f"{path} is not a progress file of this version of bigmix ({first}); remove the folder"
+            " and prepare again"
         ) from error
 
 
 def faults_of_output(output: Path, *, holds_out: bool) -> Sequence[str]:
-    """Why nothing can be prepared into a folder, and into that of what is held out; work that was
-    begun is no reason.
+    """Why nothing can be prepared into a folder, or into the folder of the held-out documents.
+
+    Work that was begun there and can be continued is no fault.
     """
     folders = _folders(output, holds_out=holds_out)
     if _is_begun(output):
-        # What is beside it may be of the same work, or a source of its own.
+        # The other folder may belong to the same work, or be a source of its own.
         has_position = any((output / PARTS).glob("*.json"))
         folders = tuple(f for f in folders[1:] if not (has_position or _has_shards_alone(f)))
     faults = []
@@ -107,15 +106,15 @@ def _folders(output: Path, *, holds_out: bool) -> tuple[Path, ...]:
 
 
 def _is_begun(output: Path) -> bool:
-    """Whether a folder holds what work that goes on has left, and nothing else."""
+    """Whether a folder holds only what work that can be continued has left."""
     if not (output / PARTS).is_dir():
         return False
     return all(path.name == PARTS or _is_of_shards(path) for path in output.iterdir())
 
 
 def _has_shards_alone(folder: Path) -> bool:
-    """Whether a folder holds shards without a manifest, and nothing else: what a command leaves
-    that was killed.
+    """Whether a folder holds only shards without a manifest, as a command leaves it that was
+    killed.
     """
     return folder.is_dir() and all(map(_is_of_shards, folder.iterdir()))
 
@@ -125,28 +124,29 @@ def _is_of_shards(path: Path) -> bool:
 
 
 @contextmanager
-def alone(output: Path, part: int, parts: int) -> Iterator[None]:
-    """Hold a part, counted from 0, against other commands on this machine; BadInput where one holds
-    it.
+def locked_part(output: Path, part: int, num_parts: int) -> Iterator[None]:
+    """Keep other commands on this machine from a part, which is counted from 0.
+
+    Raises BadInput where another command has locked it.
     """
-    with file_of_part(output, part, parts).with_suffix(".lock").open("w") as file:
+    with file_of_part(output, part, num_parts).with_suffix(".lock").open("w") as file:
         if not lock_if_supported(file):
             raise BadInput(
-                f"part {part + 1}/{parts} of {output} is being prepared by another command; wait"
-                " for it or stop it"
+                f"part {part + 1}/{num_parts} of {output} is being prepared by another command;"
+                " wait for it or stop it"
             )
         yield
 
 
 def remove_unlisted(folder: Path, listed: Collection[str]) -> None:
-    """Remove shards that were begun, or finished but not written down, before a run was killed."""
+    """Remove shards that a killed command had begun, or finished and not yet recorded."""
     for path in folder.glob(f"{SHARD}*.tar*"):
         if path.name not in listed:
             path.unlink()
 
 
 def remove_begun(output: Path, *, holds_out: bool) -> None:
-    """Remove what work without a whole shard has left, and nothing else."""
+    """Remove only what work without a complete shard has left."""
     for folder in _folders(output, holds_out=holds_out):
         is_anothers = folder != output and (folder / PARTS).exists()
         if (folder / MANIFEST).exists() or is_anothers:
@@ -154,28 +154,28 @@ def remove_begun(output: Path, *, holds_out: bool) -> None:
         remove_unlisted(folder, ())
         for name in (PARTS, TOKENIZER_FOLDER):
             shutil.rmtree(folder / name, ignore_errors=True)
-        with suppress(OSError):  # it is not there, or something else is in it
+        with suppress(OSError):  # it does not exist, or holds other files
             folder.rmdir()
 
 
 def differing(begun: Mapping[str, str], now: Mapping[str, str]) -> Sequence[str]:
-    """The names of the fields of two identities that are not the same."""
+    """The names of the fields in which two identities differ."""
     return [name for name in dict.fromkeys([*begun, *now]) if begun.get(name) != now.get(name)]
 
 
 def faults_of_identity(begun: Progress, now: Progress, output: Path) -> Sequence[str]:
-    """Each setting that is not the one with which the work in a folder was begun."""
+    """Each setting that differs from the one with which the work in a folder was begun."""
     return [
         f"{name} is {now.identity.get(name)}, but {output} was begun with"
-        f" {begun.identity.get(name)}; put it back, or remove the folder and prepare anew"
+        f" {begun.identity.get(name)}; set it back, or remove the folder and prepare again"
         for name in differing(begun.identity, now.identity)
     ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Merged:
-    """The whole source, what is held out from it (None where nothing is), and where the first
-    documents were dropped.
+    """A complete source, the source of the held-out documents (None where there are none), and
+    where the first document was dropped for each reason.
     """
 
     manifest: Manifest
@@ -184,12 +184,12 @@ class Merged:
 
 
 def merge(output: Path) -> Merged:
-    """Make one source of the parts in a folder, their documents in the order of the parts.
+    """Make one source of the parts in a folder, with the documents in the order of the parts.
 
-    Raises BadInput where a part is missing or not whole, where parts do not go together, or where
-    no document is left.
+    Raises BadInput where a part is missing or incomplete, where parts do not belong together, or
+    where no document is left.
     """
-    parts = _parts(output)
+    parts = _complete_parts(output)
     faults = [*_faults_of_identity(output, parts), *_faults_of_files(output, parts)]
     if faults:
         raise BadInput(*faults)
@@ -215,7 +215,7 @@ def merge(output: Path) -> Merged:
 
 
 def nothing_left(manifest: Manifest) -> BadInput:
-    """What to say of a source without a document."""
+    """The fault of a source without a document."""
     reasons = ", ".join(f"{n} {r}" for r, n in Counter(manifest.dropped).most_common())
     return BadInput(
         f"none of {manifest.read} documents is left ({reasons}); nothing was written, see"
@@ -230,8 +230,8 @@ def _written(folder: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _parts(output: Path) -> Sequence[Progress]:
-    """All parts in order; BadInput where one is not there or not whole."""
+def _complete_parts(output: Path) -> Sequence[Progress]:
+    """All parts in order; raises BadInput where one is missing or incomplete."""
     faults = list(faults_of_output(output, holds_out=False))
     found = [read_progress(path) for path in sorted((output / PARTS).glob("*-of-*.json"))]
     if faults or not found:
@@ -242,18 +242,18 @@ def _parts(output: Path) -> Sequence[Progress]:
     if len(counts) > 1:
         raise BadInput(
             f"{output} holds parts of {' and of '.join(map(str, counts))}; remove those that do not"
-            f" belong: {output / PARTS}/*-of-NNNNN.json"
+            f" belong there: {output / PARTS}/*-of-NNNNN.json"
         )
     by_part = {each.part: each for each in found}
     for part in range(counts[0]):
         if part not in by_part:
             faults.append(
                 f"part {part + 1}/{counts[0]} is missing: {file_of_part(output, part, counts[0])};"
-                " make it"
+                " prepare it"
             )
         elif not by_part[part].whole:
             faults.append(
-                f"part {part + 1}/{counts[0]} is not whole yet; run its command again, it goes on"
+                f"part {part + 1}/{counts[0]} is not complete; run its command again, it continues"
             )
     if faults:
         raise BadInput(*faults)
@@ -265,7 +265,7 @@ def _faults_of_identity(output: Path, parts: Sequence[Progress]) -> Sequence[str
     return [
         f"{output}: {name} of part 1/{first.parts} is {first.identity.get(name)}, that of part"
         f" {part.part + 1}/{first.parts} is {part.identity.get(name)}; remove the file of one of"
-        " them and prepare it like the other"
+        " the two and prepare that part like the other"
         for part in parts[1:]
         for name in differing(first.identity, part.identity)
     ]
@@ -282,7 +282,7 @@ def _faults_of_files(output: Path, parts: Sequence[Progress]) -> Sequence[str]:
 
 
 def _joined(parts: Sequence[Manifest]) -> Manifest:
-    """The sums of all counts, and the shards one after the other."""
+    """One manifest with the sums of all counts and the shards of all parts in order."""
     dropped: Counter[str] = Counter()
     statistics = Statistics()
     for part in parts:

@@ -1,7 +1,9 @@
-"""Batches of tokenised documents go in, the shards of a part and its progress come out.
+"""Writes the shards of a part of a source, and decides which documents go into them.
 
-Hashes of documents go in, the news whether each was there before comes out; and which documents are
-held out.
+Duplicates are dropped, and a fraction of the documents is held out and written to a source of its
+own; both are decided from the hashes of the documents.
+
+Letter: D documents.
 """
 
 from collections import Counter
@@ -12,17 +14,18 @@ from pathlib import Path
 import numpy as np
 
 from bigmix.commands.prepare.progress import SHARD, Progress, held_out_folder, write_progress
-from bigmix.commands.prepare.tokenise import DroppedRow, Hashes, TokenisedBatch
+from bigmix.commands.prepare.tokenise import DroppedRecord, Hashes, TokenisedBatch
 from bigmix.data.shards.manifest import Manifest, ShardEntry, ShardTable, Statistics, statistics_of
 from bigmix.data.shards.shard import ShardWriter
 from bigmix.types import Flags
 
-FRESH = 1 << 16  # hashes that are kept in a set before they are sorted into an array
+FRESH = 1 << 16  # hashes that a set holds before they are sorted into an array
 
 
 class Seen:
-    """All hashes so far, in sorted arrays that double in size: 16 bytes a document, 32 while two
-    arrays are joined.
+    """The hashes of all documents so far, in sorted arrays whose sizes double.
+
+    Takes 16 bytes for each document, 32 while two arrays are merged.
     """
 
     def __init__(self) -> None:
@@ -30,9 +33,7 @@ class Seen:
         self._sorted: list[Hashes] = []
 
     def add(self, hashes: Hashes) -> Flags:
-        """Which of the hashes [D] come here for the first time [D]; of equal ones that is the
-        first.
-        """
+        """Add hashes [D]; returns which of them are new [D]: of equal ones only the first is."""
         known = np.zeros(len(hashes), np.bool_)
         for array in self._sorted:
             places = np.minimum(array.searchsorted(hashes), len(array) - 1)
@@ -56,20 +57,18 @@ class Seen:
 
 
 def is_held_out(hashes: Hashes, fraction: float) -> Flags:
-    """Which documents are held out [D]: those whose hash lies in the first `fraction` of all
-    hashes.
-    """
+    """Which documents are held out [D]: those with a hash in the first `fraction` of all hashes."""
     first = np.frombuffer(hashes.tobytes(), ">u8")[::2]
     flags: Flags = first < np.uint64(int(fraction * 2.0**64))
     return flags
 
 
-PartPosition = tuple[int, int]  # a piece, and a row in it
+PartPosition = tuple[int, int]  # a piece, and a record in it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """When a shard is full, whether duplicates are left out, and the fraction of documents that is
+    """The size of a shard, whether duplicates are dropped, and the fraction of documents that is
     held out.
     """
 
@@ -79,7 +78,7 @@ class Rules:
 
 
 class PartWriter:
-    """The shards of one part, and the counts of what went into them and of what did not."""
+    """Writes the shards of one part, and counts the documents written and dropped."""
 
     def __init__(
         self,
@@ -90,7 +89,9 @@ class PartWriter:
         seen: Seen,
         position: Callable[[int], PartPosition],
     ) -> None:
-        """Go on from `begun`; `position` tells where the part stands after so many rows of it."""
+        """Continue from `begun`; `position` gives the position of the part after a number of its
+        records.
+        """
         self._output = output
         self._begun = begun
         self._rules = rules
@@ -98,41 +99,42 @@ class PartWriter:
         self._position = position
         self._dropped = Counter(begun.source.dropped)
         self._first_dropped = dict(begun.first_dropped)
-        self._source = _Side(output, begun, begun.source)
+        self._source = _SourceWriter(output, begun, begun.source)
         self._held_out = (
             None
             if begun.held_out is None
-            else _Side(held_out_folder(output), begun, begun.held_out)
+            else _SourceWriter(held_out_folder(output), begun, begun.held_out)
         )
-        self.read = begun.source.read
+        self.num_read = begun.source.read
 
     @property
-    def tokens(self) -> int:
-        return self._source.tokens
+    def num_tokens(self) -> int:
+        """Tokens written so far, without those that are held out."""
+        return self._source.num_tokens
 
     def add(self, batch: TokenisedBatch) -> None:
-        """Write the documents of a batch and count the others; a full shard is finished, and the
-        progress written.
+        """Write the documents of a batch and count the dropped ones; whenever a shard is full,
+        finish it and write the progress.
         """
         if self._rules.deduplicate:
             batch = self._without_duplicates(batch)
-        while (rows := self._rows_to_the_end_of_the_shard(batch)) is not None:
-            full, batch = batch.split(rows)
+        while (num_records := self._records_to_end_of_shard(batch)) is not None:
+            full, batch = batch.split(num_records)
             self._add(full)
             self.save(whole=False)
         self._add(batch)
 
     def save(self, *, whole: bool) -> Progress:
-        """Finish the open shards, and write that all rows up to here are done."""
-        piece, row = self._position(self.read)
+        """Finish the open shards, and write that all records so far are done."""
+        piece, record = self._position(self.num_read)
         source = self._source.close()
         progress = self._begun.model_copy(
             update={
                 "piece": piece,
-                "row": row,
+                "row": record,
                 "first_dropped": self._first_dropped,
                 "source": source.model_copy(
-                    update={"read": self.read, "dropped": dict(sorted(self._dropped.items()))}
+                    update={"read": self.num_read, "dropped": dict(sorted(self._dropped.items()))}
                 ),
                 "held_out": None if self._held_out is None else self._held_out.close(),
                 "whole": whole,
@@ -142,43 +144,44 @@ class PartWriter:
         return progress
 
     def abort(self) -> None:
-        """Remove the open shards, if any are."""
-        for side in filter(None, (self._source, self._held_out)):
-            side.abort()
+        """Remove the open shards, if there are any."""
+        for writer in filter(None, (self._source, self._held_out)):
+            writer.abort()
 
     def _without_duplicates(self, batch: TokenisedBatch) -> TokenisedBatch:
         is_new = self._seen.add(batch.hashes)
-        again = [DroppedRow(row, "duplicate", None) for row in batch.rows[~is_new].tolist()]
-        return batch.select(is_new, [*batch.dropped, *again])
+        duplicates = batch.records[~is_new].tolist()
+        dropped = [DroppedRecord(record, "duplicate", None) for record in duplicates]
+        return batch.select(is_new, [*batch.dropped, *dropped])
 
-    def _rows_to_the_end_of_the_shard(self, batch: TokenisedBatch) -> int | None:
-        """How many rows of a batch fill the open shard; None where they do not."""
+    def _records_to_end_of_shard(self, batch: TokenisedBatch) -> int | None:
+        """How many records of a batch fill the open shard; None where they do not fill it."""
         learned = ~self._is_held_out(batch)
-        tokens = self._source.open_tokens + np.cumsum(batch.tokens[learned])
-        at = int(tokens.searchsorted(self._rules.shard_tokens))
-        return None if at == len(tokens) else int(batch.rows[learned][at]) + 1
+        num_tokens = self._source.num_open_tokens + np.cumsum(batch.num_tokens[learned])
+        at = int(num_tokens.searchsorted(self._rules.shard_tokens))
+        return None if at == len(num_tokens) else int(batch.records[learned][at]) + 1
 
     def _is_held_out(self, batch: TokenisedBatch) -> Flags:
         return is_held_out(batch.hashes, self._rules.held_out)
 
     def _add(self, batch: TokenisedBatch) -> None:
-        self.read += batch.read
-        for row in batch.dropped:
-            self._dropped[row.reason] += 1
-            if row.place is not None:
-                self._first_dropped.setdefault(row.reason, row.place)
+        self.num_read += batch.num_read
+        for dropped in batch.dropped:
+            self._dropped[dropped.reason] += 1
+            if dropped.place is not None:
+                self._first_dropped.setdefault(dropped.reason, dropped.place)
         if self._held_out is None:
             self._source.add(batch)
             return
-        apart = self._is_held_out(batch)
-        if apart.any():
-            self._dropped["held_out"] += int(apart.sum())
-            self._held_out.add(batch.select(apart, ()))
-        self._source.add(batch.select(~apart, ()))
+        held_out = self._is_held_out(batch)
+        if held_out.any():
+            self._dropped["held_out"] += int(held_out.sum())
+            self._held_out.add(batch.select(held_out, ()))
+        self._source.add(batch.select(~held_out, ()))
 
 
-class _Side:
-    """The shards of what is learned, or of what is held out."""
+class _SourceWriter:
+    """Writes the shards of one of the two sources: the documents to learn, or those held out."""
 
     def __init__(self, folder: Path, progress: Progress, begun: Manifest) -> None:
         self._folder = folder
@@ -188,41 +191,43 @@ class _Side:
         self._loss_bytes = begun.loss_bytes
         self._statistics = begun.statistics or Statistics()
         self._writer: ShardWriter | None = None
-        self.tokens = begun.tokens
+        self.num_tokens = begun.tokens
 
     @property
-    def open_tokens(self) -> int:
+    def num_open_tokens(self) -> int:
+        """Tokens in the open shard."""
         return 0 if self._writer is None else self._writer.tokens
 
     def add(self, batch: TokenisedBatch) -> None:
-        if len(batch.rows) == 0:
+        """Write the documents of a batch, into a new shard where none is open."""
+        if len(batch.records) == 0:
             return
         if self._writer is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"{self._prefix}{len(self._shards):06d}.tar"
             self._writer = ShardWriter(path, self._begun.dtype, masked=batch.loss_mask is not None)
-        self._writer.add_many(batch.ids, batch.tokens, batch.loss_mask)
-        self.tokens += len(batch.ids)
+        self._writer.add_many(batch.ids, batch.num_tokens, batch.loss_mask)
+        self.num_tokens += len(batch.ids)
         self._loss_bytes += int(batch.loss_bytes.sum())
         self._statistics += statistics_of(
-            tokens=batch.tokens,
-            loss_tokens=batch.loss_tokens,
-            turns=batch.turns,
-            characters=batch.characters,
+            tokens=batch.num_tokens,
+            loss_tokens=batch.num_loss_tokens,
+            turns=batch.num_turns,
+            characters=batch.num_characters,
             text_bytes=batch.text_bytes,
         )
 
     def close(self) -> Manifest:
-        """Finish the open shard, if one is; what all of them hold."""
+        """Finish the open shard, if there is one; returns the counts over all shards."""
         if self._writer is not None:
             self._shards.append(self._writer.close())
             self._writer = None
-        documents = sum(shard.documents for shard in self._shards)
+        num_documents = sum(shard.documents for shard in self._shards)
         return self._begun.model_copy(
             update={
-                "read": documents,
-                "documents": documents,
-                "tokens": self.tokens,
+                "read": num_documents,
+                "documents": num_documents,
+                "tokens": self.num_tokens,
                 "loss_tokens": sum(shard.loss_tokens for shard in self._shards),
                 "loss_bytes": self._loss_bytes,
                 "statistics": self._statistics,
@@ -231,11 +236,12 @@ class _Side:
         )
 
     def abort(self) -> None:
+        """Remove the open shard, if there is one."""
         if self._writer is None:
             return
         try:
             self._writer.abort()
-        except OSError:  # on a full disk the end of the archive cannot be written
+        except OSError:  # a full disk takes not even the end of the archive
             for path in self._folder.glob(f"{self._prefix}{len(self._shards):06d}.tar.tmp"):
                 path.unlink()
         self._writer = None

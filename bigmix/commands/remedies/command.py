@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigmix.commands.arguments import count
-from bigmix.commands.prepare.command import fraction_of, tell_held_out, tell_source
+from bigmix.commands.prepare.command import fraction_of, report_held_out, report_source
 from bigmix.errors import DONE, BadInput
 from bigmix.terminal import Terminal, quiet_third_party_logs
 
@@ -157,5 +157,5 @@ def _tell(terminal: Terminal, wanted: "SelfReplay", made: "Made") -> None:
     prepared = made.prepared
     for text in prepared.warnings:
         terminal.warning(text)
-    tell_source(terminal, wanted.output, prepared.manifest, prepared.first_dropped)
-    tell_held_out(terminal, prepared.held_out)
+    report_source(terminal, wanted.output, prepared.manifest, prepared.first_dropped)
+    report_held_out(terminal, prepared.held_out)

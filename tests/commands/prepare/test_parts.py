@@ -1,5 +1,5 @@
-"""Parts, stops, duplicates and held-out documents: each document comes exactly once, whatever the
-way to it.
+"""Parts, stops, duplicates and held-out documents: each document is written exactly once, whatever
+happens on the way.
 """
 
 import json
@@ -21,7 +21,7 @@ from support.corpora import generated_texts
 from bigmix.commands.main import main
 from bigmix.commands.prepare import parts, tokenise
 from bigmix.commands.prepare.job import PrepareSettings, prepare
-from bigmix.commands.prepare.parts import listing, share_out
+from bigmix.commands.prepare.parts import divide, listing
 from bigmix.commands.prepare.progress import PARTS
 from bigmix.data.shards.manifest import read_manifest
 from bigmix.data.shards.shard import open_shard
@@ -155,10 +155,10 @@ def test_statistics_count_every_document(given, tmp_path):
         pytest.param({"deduplicate": True, "held_out": 0.2}, id="apart", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(
+def test_a_command_that_stops_anywhere_continues_to_the_same_bytes(
     given, tmp_path, monkeypatch, processes, extra
 ):
-    monkeypatch.setattr(tokenise, "BATCH_ROWS", 60)
+    monkeypatch.setattr(tokenise, "BATCH_RECORDS", 60)
     monkeypatch.setattr(parts, "PIECE_BYTES", 20_000)
     prepare(given(ROWS["text"], "whole", **extra))
     again = 0
@@ -177,7 +177,7 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(
         except KeyboardInterrupt:
             again += 1
             assert not (tmp_path / "out" / "manifest.json").exists()
-            monkeypatch.setattr(tokenise, "BATCH_ROWS", 60 + 7 * again)
+            monkeypatch.setattr(tokenise, "BATCH_RECORDS", 60 + 7 * again)
     assert again > 2
     for suffix in ("", "-held-out")[: 1 + bool(extra)]:
         assert bytes_of(tmp_path / f"out{suffix}") == bytes_of(tmp_path / f"whole{suffix}")
@@ -191,7 +191,7 @@ def started(tmp_path, tokenizer, output, *more):
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on_to_the_same_bytes(given, tmp_path, tiny_tokenizer):
+def test_a_killed_command_continues_to_the_same_bytes(given, tmp_path, tiny_tokenizer):
     given([{"text": text * 20, "n": k} for k, text in enumerate(TWICE * 3)])
     whole = started(tmp_path, tiny_tokenizer, "whole")
     assert whole.wait() == 0
@@ -210,7 +210,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes(given, tmp_path, tiny_tokeni
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told_and_the_same_command_goes_on(given, tmp_path, tiny_tokenizer):
+def test_a_full_disk_is_reported_and_the_same_command_continues(given, tmp_path, tiny_tokenizer):
     given([{"text": text * 20} for text in TWICE])
 
     def limited():
@@ -251,7 +251,7 @@ def stopped(settings, calls):
         ({"part": (1, 2)}, "another number of parts"),
     ],
 )
-def test_work_goes_on_only_with_the_settings_that_began_it(
+def test_work_continues_only_with_the_settings_that_began_it(
     given, tmp_path, tiny_tokenizer, change, named
 ):
     from transformers import AutoTokenizer
@@ -297,7 +297,7 @@ def test_a_folder_with_anything_else_in_it_is_left_alone(given, tmp_path):
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
-def test_shards_that_a_killed_run_did_not_write_down_are_removed(given, tmp_path):
+def test_shards_that_a_killed_command_did_not_record_are_removed(given, tmp_path):
     prepare(given(ROWS["text"], part=(1, 2)))
     (tmp_path / "out" / "shard-000000.tar").write_bytes(b"")
     (tmp_path / "out" / "shard-00002-000007.tar.tmp").write_bytes(b"")
@@ -306,7 +306,7 @@ def test_shards_that_a_killed_run_did_not_write_down_are_removed(given, tmp_path
     assert {path.name for path in (tmp_path / "out").glob("shard-*")} == listed
 
 
-def test_merging_names_what_is_missing_and_what_does_not_go_together(given, tmp_path, capsys):
+def test_merging_names_what_is_missing_and_what_does_not_belong_together(given, tmp_path, capsys):
     for part, tokens in ((1, 4000), (3, 5000)):
         prepare(given(ROWS["text"], part=(part, 4), shard_tokens=tokens))
     words = ["prepare", "--merge", "--output", str(tmp_path / "out")]
@@ -320,7 +320,7 @@ def test_merging_names_what_is_missing_and_what_does_not_go_together(given, tmp_
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_all_that_is_wrong_with_the_words_is_told_at_once(tmp_path, capsys):
+def test_all_faults_of_the_arguments_are_reported_at_once(tmp_path, capsys):
     words = ["prepare", "--part", "5/3", "--held-out", "0.7", "--output", str(tmp_path / "out")]
     assert main(words) == BAD_INPUT
     said = capsys.readouterr().err
@@ -330,7 +330,7 @@ def test_all_that_is_wrong_with_the_words_is_told_at_once(tmp_path, capsys):
     assert "--part is 'a'" in capsys.readouterr().err
 
 
-def test_a_report_is_drawn_of_a_source_that_is_there(given, tmp_path, capsys):
+def test_a_report_is_drawn_of_an_existing_source(given, tmp_path, capsys):
     for kind in ROWS:
         (tmp_path / "rows.jsonl").unlink(missing_ok=True)
         prepare(given(ROWS[kind], kind))
@@ -340,7 +340,7 @@ def test_a_report_is_drawn_of_a_source_that_is_there(given, tmp_path, capsys):
 
 
 def inputs_of(folder):
-    """One input of each format, long and short ones, and the rows in them."""
+    """One input of each format, long and short ones."""
     rows = [{"text": text} for text in TEXTS]
     lines = [json.dumps(row) + "\n" for row in rows]
     (folder / "a.jsonl").write_text("\n".join(lines[:400]))
@@ -357,10 +357,10 @@ def inputs_of(folder):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
-def test_each_row_of_each_format_belongs_to_one_part(tmp_path, count):
+def test_each_record_of_each_format_belongs_to_one_part(tmp_path, count):
     inputs, options = inputs_of(tmp_path), ReadOptions(split_on="|")
     everything = Counter(str(row.columns) for row in read_records(inputs, options))
-    shares = share_out(listing(inputs), count)
+    shares = divide(listing(inputs), count)
     found = [
         str(parsed(row, options).columns)
         for share in shares
@@ -376,13 +376,13 @@ def test_parts_of_one_long_file_are_of_the_same_size(tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 4))
     for count in (2, 3, 8):
-        shares = share_out(listing([str(path)]), count)
+        shares = divide(listing([str(path)]), count)
         sizes = [sum(s.stop - s.start for piece in share for s in piece) for share in shares]
         assert sum(sizes) == path.stat().st_size
         assert max(sizes) < 1.15 * path.stat().st_size / count
 
 
-def test_a_stretch_names_the_byte_from_which_its_lines_are_counted(tmp_path):
+def test_a_span_names_the_byte_from_which_its_lines_are_counted(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}\n')
     span = LineSpan(place=str(path), start=9, stop=18)

@@ -1,4 +1,6 @@
-"""A prepared source holds every document in order, counts the others, and is whole or not there."""
+"""A prepared source holds every document in order, counts the dropped ones, and is complete or
+absent.
+"""
 
 import json
 import os
@@ -69,7 +71,7 @@ def files_of(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.tar")}
 
 
-def test_a_text_is_its_ids_and_the_end(run, tmp_path, tiny_tokenizer):
+def test_a_text_becomes_its_ids_and_the_end(run, tmp_path, tiny_tokenizer):
     tokenizer = load_tokenizer(str(tiny_tokenizer))
     manifest = run([{"text": text} for text in TEXTS]).manifest
     expected = [[*ids.tolist(), tokenizer.eos_id] for ids in tokenizer.encode(TEXTS)]
@@ -80,7 +82,7 @@ def test_a_text_is_its_ids_and_the_end(run, tmp_path, tiny_tokenizer):
     assert manifest.loss_bytes == sum(len(text.encode()) for text in TEXTS)
 
 
-def test_a_chat_is_what_its_template_makes_of_it(run, tmp_path, tiny_tokenizer):
+def test_a_chat_becomes_what_its_template_makes_of_it(run, tmp_path, tiny_tokenizer):
     tokenizer = load_tokenizer(str(tiny_tokenizer))
     template = open_template(tokenizer, "plain")
     manifest = run(CHATS).manifest
@@ -100,7 +102,7 @@ def test_a_chat_is_what_its_template_makes_of_it(run, tmp_path, tiny_tokenizer):
 
 @pytest.mark.parametrize("rows", [[{"text": text} for text in TEXTS], CHATS], ids=["text", "chat"])
 def test_the_shards_do_not_depend_on_the_number_of_processes(run, tmp_path, monkeypatch, rows):
-    monkeypatch.setattr(tokenise, "BATCH_ROWS", 50)
+    monkeypatch.setattr(tokenise, "BATCH_RECORDS", 50)
     one = run(rows, "one", shard_tokens=3000)
     three = run(rows, "three", shard_tokens=3000, processes=3)
     assert len(one.manifest.shards) > 2
@@ -115,7 +117,7 @@ def test_each_shard_but_the_last_reaches_its_size_and_none_splits_a_document(run
     assert all(2000 <= shard.tokens < 2000 + longest for shard in manifest.shards[:-1])
 
 
-def test_what_is_read_is_written_or_counted_with_the_place_of_the_first(run, tmp_path):
+def test_every_record_is_written_or_counted_with_the_place_of_the_first(run, tmp_path):
     rows = [
         {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
         {"messages": [{"role": "user", "content": "Q"}]},
@@ -165,7 +167,7 @@ def test_an_output_that_holds_something_is_not_touched(run, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "no rows"),
+        ([], "no records"),
         ([{"text": "", "x": 1}], "not recognised"),
         ([{"messages": [{"role": "user", "content": "Q"}]}], "none of 1 documents is left"),
     ],
@@ -176,7 +178,7 @@ def test_an_empty_result_is_refused_and_leaves_nothing(run, tmp_path, rows, mess
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-def test_faults_of_the_settings_are_told_together(run):
+def test_faults_of_the_settings_are_reported_together(run):
     with pytest.raises(BadInput) as caught:
         run([{"text": "one"}], processes=0, max_tokens=0)
     assert len(caught.value.faults) == 2
@@ -187,7 +189,7 @@ def test_faults_of_the_settings_are_told_together(run):
 def test_after_an_interruption_nothing_is_left_and_a_rerun_works(
     run, tmp_path, monkeypatch, processes, stop_at
 ):
-    monkeypatch.setattr(tokenise, "BATCH_ROWS", 50)
+    monkeypatch.setattr(tokenise, "BATCH_RECORDS", 50)
     calls = []
 
     def interrupt(*counts):
@@ -203,7 +205,7 @@ def test_after_an_interruption_nothing_is_left_and_a_rerun_works(
 
 
 def test_progress_counts_up_to_the_whole(run, monkeypatch):
-    monkeypatch.setattr(tokenise, "BATCH_ROWS", 50)
+    monkeypatch.setattr(tokenise, "BATCH_RECORDS", 50)
     seen = []
     manifest = run([{"text": text} for text in TEXTS], report=lambda *c: seen.append(c)).manifest
     assert seen == sorted(seen) and len(seen) == 1 + len(TEXTS) / 50
@@ -221,7 +223,7 @@ def test_a_broken_line_stops_or_is_counted(run, tmp_path, tiny_tokenizer):
     assert read_manifest(str(tmp_path / "b")).dropped == {"bad_line": 1}
 
 
-def test_the_command_tells_what_was_made(tmp_path, tiny_tokenizer, capsys):
+def test_the_command_prints_what_it_made(tmp_path, tiny_tokenizer, capsys):
     path = write_rows(tmp_path / "some.jsonl", [{"text": "good", "label": "pos"}] * 3)
     arguments = ["prepare", str(path), "--tokenizer", str(tiny_tokenizer), "--processes", "1"]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
@@ -247,7 +249,7 @@ def test_the_command_trains_a_tokenizer_that_prepare_uses(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_leaves_no_source_and_no_process(tmp_path, tiny_tokenizer):
+def test_a_killed_command_leaves_no_source_and_no_process(tmp_path, tiny_tokenizer):
     path = write_rows(tmp_path / "many.jsonl", [{"text": text * 20} for text in TEXTS] * 20)
     output = tmp_path / "out"
     command = [sys.executable, "-m", "bigmix.commands", "prepare", str(path)]
@@ -273,10 +275,10 @@ def _group_lives(group):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_rows_are_read_only_a_few_batches_ahead(tiny_tokenizer, processes):
+def test_records_are_read_only_a_few_batches_ahead(tiny_tokenizer, processes):
     taken = 0
 
-    def rows():
+    def records():
         nonlocal taken
         for index in range(100_000):
             taken += 1
@@ -288,22 +290,22 @@ def test_rows_are_read_only_a_few_batches_ahead(tiny_tokenizer, processes):
         template=None,
         max_tokens=None,
     )
-    batches = tokenise.in_batches(tokenise.tokenise, job, rows(), processes)
+    batches = tokenise.in_batches(tokenise.tokenise, job, records(), processes)
     for done in range(1, 6):
         next(batches)
         ahead = tokenise.IN_FLIGHT * processes + 2
-        assert taken <= (done + ahead) * tokenise.BATCH_ROWS
+        assert taken <= (done + ahead) * tokenise.BATCH_RECORDS
     batches.close()
 
 
-def test_a_source_beside_the_output_is_left_alone(run, tmp_path):
-    """Its name ends as that of what would be held out, if anything were."""
+def test_a_source_next_to_the_output_is_left_alone(run, tmp_path):
+    """Its name is the one that held-out documents would get, if there were any."""
     run([{"text": text} for text in TEXTS[:50]], output="x-held-out")
     kept = sorted(path.name for path in (tmp_path / "x-held-out").iterdir())
     with pytest.raises(BadInput):
         run([{"text": " "}], output="x")
     assert sorted(path.name for path in (tmp_path / "x-held-out").iterdir()) == kept
-    (tmp_path / "x/parts").mkdir(parents=True)  # as a command leaves it that is killed at its start
+    (tmp_path / "x/parts").mkdir(parents=True)  # as a command that is killed early leaves it
     with pytest.raises(BadInput, match="x-held-out already holds a prepared source"):
         run([{"text": text} for text in TEXTS[:50]], output="x", held_out=0.1)
     assert run([{"text": text} for text in TEXTS[:50]], output="x").manifest.documents == 50
@@ -314,12 +316,12 @@ def test_a_source_beside_the_output_is_left_alone(run, tmp_path):
     ("words", "said"),
     [
         (["--output", "."], "--output is ., must be a folder with a name"),
-        (["--output", "rows.jsonl/x"], "cannot be made"),
+        (["--output", "rows.jsonl/x"], "cannot be created"),
         (["--output", "out", "--split-on", ""], "--split-on is empty"),
         (["--output", "out", "--columns", "text=a,text=b"], "names a part twice"),
     ],
 )
-def test_places_and_words_that_cannot_be_are_told(
+def test_impossible_arguments_are_refused(
     words, said, tmp_path, tiny_tokenizer, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -331,14 +333,12 @@ def test_places_and_words_that_cannot_be_are_told(
 @pytest.mark.parametrize(
     ("name", "mark", "said"),
     [
-        ("a.txt", "\\n\\n", ["--split-on '\\\\n\\\\n' cuts nothing in 2 text files"]),
+        ("a.txt", "\\n\\n", ["--split-on '\\\\n\\\\n' splits nothing in 2 text files"]),
         ("a.txt", "\n\n", []),
-        ("a.jsonl", "\n\n", ["cuts nothing in the inputs, of which none is a text file"]),
+        ("a.jsonl", "\n\n", ["splits nothing in the inputs, of which none is a text file"]),
     ],
 )
-def test_a_mark_between_documents_that_never_stands_there_is_told(
-    name, mark, said, tmp_path, tiny_tokenizer
-):
+def test_a_separator_that_never_occurs_is_a_warning(name, mark, said, tmp_path, tiny_tokenizer):
     if name == "a.txt":
         for file in ("a.txt", "b.txt"):
             (tmp_path / file).write_text("one river\n\nseven towers\n\n")
@@ -356,16 +356,16 @@ def test_a_mark_between_documents_that_never_stands_there_is_told(
     assert all(part in warning for part, warning in zip(said, found.warnings, strict=True))
 
 
-def test_half_of_a_surrogate_pair_is_left_out_of_a_tokenizer_and_told(tmp_path, capsys):
+def test_half_of_a_surrogate_pair_is_left_out_of_a_tokenizer_with_a_warning(tmp_path, capsys):
     rows = [{"text": text} for text in TEXTS] + [{"text": "half \ud83d one"}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     words = ["tokenizer", "train", str(path), "--vocab-size", "300", "--output"]
     for kind in ("bpe", "unigram"):
         assert main([*words, str(tmp_path / kind), "--kind", kind]) == 0
-        assert "1 texts hold half of a surrogate pair" in capsys.readouterr().out
+        assert "1 texts contain half of a surrogate pair" in capsys.readouterr().out
 
 
-def test_a_tokenizer_without_letters_for_the_texts_is_a_warning(run, tmp_path, tiny_tokenizer):
+def test_a_tokenizer_that_does_not_know_the_texts_is_a_warning(run, tmp_path, tiny_tokenizer):
     words = {"<unk>": 0, "<|endoftext|>": 1, "the": 2, "river": 3}
     whole = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -375,11 +375,13 @@ def test_a_tokenizer_without_letters_for_the_texts_is_a_warning(run, tmp_path, t
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "the river"}, {"text": "混合 the 知识"}])
     settings = {"inputs": [str(path)], "tokenizer": str(tmp_path / "few")}
     found = prepare(PrepareSettings(**settings, output=str(tmp_path / "few-out")))
-    assert any("are '<unk>': what stood there is lost" in warning for warning in found.warnings)
+    assert any(
+        "are '<unk>': the text that they replace is lost" in warning for warning in found.warnings
+    )
     assert not run([{"text": "混合"}], output="bytes").warnings
 
 
-def test_a_long_chat_is_counted_as_at_least_so_long(tmp_path, tiny_tokenizer, capsys):
+def test_the_turns_of_a_long_chat_are_a_lower_bound(tmp_path, tiny_tokenizer, capsys):
     turns = [{"role": ("user", "assistant")[at % 2], "content": "a"} for at in range(100)]
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])
     words = ["prepare", str(path), "--tokenizer", str(tiny_tokenizer)]
