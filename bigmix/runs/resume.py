@@ -20,14 +20,13 @@ from bigmix.errors import BadInput
 from bigmix.files import lock, replace_text
 from bigmix.recipe import Group, Recipe, Source, differences, from_plain, to_yaml
 from bigmix.runs.checkpoints import (
-    FOLDER,
     CheckpointManifest,
     faults_of,
     folders,
     other_versions,
     read_checkpoint,
 )
-from bigmix.runs.layout import RECIPE
+from bigmix.runs.layout import CHECKPOINTS, RECIPE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +72,6 @@ class RollBack:
     reason: str
 
 
-CHECKPOINTS, LOG = FOLDER, "log"
 SKIPPED_STEPS, CHANGES, LOCK = "passed-over.json", "changes.jsonl", ".lock"
 ENDING_S = 60  # that a command may take to end, and a server of files to see that a machine is gone
 # These change speed, memory and what is written down, never what is learned.

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigmix.errors import BadInput
-from bigmix.runs.metrics_log import METRICS
+from bigmix.runs.layout import CHECKPOINTS, EVALUATION, EXPORT, LOG, RECIPE, SAMPLES
+from bigmix.runs.metrics_log import METRICS, TENSORBOARD
 
-RECIPE, EVALUATION, EXPORT = "recipe.yaml", "evaluation.json", "export"
 # Folders of a run that hold no results and may hold many files.
-_PASSED_BY = {"checkpoints", EXPORT, "tensorboard", "log", "samples"}
+_PASSED_BY = {CHECKPOINTS, EXPORT, TENSORBOARD, LOG, SAMPLES}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +76,6 @@ def _order(name: str) -> list[tuple[int, float, str]]:
 
 def _is_number(text: str) -> bool:
     return text.replace(".", "", 1).isdecimal()
-
-
-SAMPLES = "samples"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

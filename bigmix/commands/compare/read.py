@@ -13,9 +13,6 @@ from typing import Any, Literal
 import yaml
 
 from bigmix.commands.compare.folders import (
-    EVALUATION,
-    EXPORT,
-    RECIPE,
     ResultFolder,
     TaskSample,
     find_result_folders,
@@ -32,6 +29,8 @@ from bigmix.commands.compare.measures import (
 )
 from bigmix.errors import BadInput
 from bigmix.evaluation.bootstrap import Estimate
+from bigmix.recipe.tree import leaves
+from bigmix.runs.layout import EVALUATION, EXPORT, RECIPE
 from bigmix.runs.metrics_log import METRICS, read_lines
 
 BASE = "base"  # the name of the step-0 model in every output
@@ -287,7 +286,9 @@ def _run(
         task_tokens=task_tokens,
         total_tokens=total_tokens,
         evaluations=evaluations,
-        settings=dict(_leaves(recipe)),
+        settings={
+            key: "–" if value is None else str(value) for key, value in leaves(recipe).items()
+        },
         model=model,
         command=command,
         samples={step: read_samples(folder, step) for step in steps},
@@ -470,12 +471,3 @@ def _realised(training: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> 
         )
         for name in sources
     }
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The settings by dotted key; an empty table has none."""
-    if not isinstance(tree, dict):
-        yield prefix, "–" if tree is None else str(tree)
-        return
-    for key, value in tree.items():
-        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
