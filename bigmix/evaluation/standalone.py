@@ -32,12 +32,11 @@ from bigmix.model.ds_config import complete_for_evaluation
 from bigmix.model.engine import device_of, join
 from bigmix.model.loading import DevicePlacement, ModelSource, open_evaluated, open_reference
 from bigmix.recipe import Recipe, to_yaml
-from bigmix.runs.layout import RECIPE
+from bigmix.runs.layout import EVALUATION, LOG, RECIPE
 from bigmix.runs.metrics_log import METRICS, MetricsRecord, finite, read_lines
-from bigmix.runs.resume import LOG, log_to_file
+from bigmix.runs.resume import log_to_file
 from bigmix.terminal import Terminal
 
-EVALUATION = "evaluation.json"
 _VERSION = 1
 
 

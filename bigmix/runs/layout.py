@@ -15,7 +15,10 @@ from bigmix.recipe import Recipe, load
 from bigmix.runs.checkpoints import FOLDER, newest_step
 from bigmix.runs.metrics_log import METRICS, has_evaluation
 
-RECIPE, EXPORT, ATTEMPT = "recipe.yaml", "export", "attempt.json"
+# What is in the folder of a run, besides METRICS and TENSORBOARD, which the metrics log names.
+RECIPE, ATTEMPT = "recipe.yaml", "attempt.json"
+CHECKPOINTS, EXPORT, LOG, SAMPLES = FOLDER, "export", "log", "samples"
+EVALUATION = "evaluation.json"  # of a model that was evaluated outside of a run, in its own folder
 _YAML = (".yaml", ".yml")
 
 

@@ -17,14 +17,13 @@ from bigmix.recipe import Recipe, differences, from_plain, to_yaml
 from bigmix.recipe.fields import AtResume
 from bigmix.recipe.marks import at_resume, moves_rows
 from bigmix.runs.checkpoints import (
-    FOLDER,
     CheckpointManifest,
     faults_of,
     folders,
     other_versions,
     read_checkpoint,
 )
-from bigmix.runs.layout import RECIPE
+from bigmix.runs.layout import CHECKPOINTS, RECIPE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +69,6 @@ class RollBack:
     reason: str
 
 
-CHECKPOINTS, LOG = FOLDER, "log"
 SKIPPED_STEPS, CHANGES, LOCK = "passed-over.json", "changes.jsonl", ".lock"
 ENDING_S = 60  # that a command may take to end, and a server of files to see that a machine is gone
 

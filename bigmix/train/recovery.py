@@ -16,9 +16,8 @@ from bigmix.data.run_plan import RunPlan
 from bigmix.errors import BigmixError
 from bigmix.recipe import differences, from_plain
 from bigmix.runs.checkpoints import Position, put_aside
+from bigmix.runs.layout import CHECKPOINTS, LOG
 from bigmix.runs.resume import (
-    CHECKPOINTS,
-    LOG,
     RecipeChange,
     RollBack,
     SkippedSteps,

@@ -17,8 +17,15 @@ from bigmix.evaluation.evaluator import BaselineEvaluation
 from bigmix.model.checks import read_configs
 from bigmix.model.engine import Engine, join, release_memory
 from bigmix.recipe import Recipe, SweepRun
-from bigmix.runs.layout import begin_attempt, end_attempt, fails_again, is_through, state_of
-from bigmix.runs.resume import ENDING_S, LOG, ResumePoint, find_resume_point, locked_folder
+from bigmix.runs.layout import (
+    LOG,
+    begin_attempt,
+    end_attempt,
+    fails_again,
+    is_through,
+    state_of,
+)
+from bigmix.runs.resume import ENDING_S, ResumePoint, find_resume_point, locked_folder
 from bigmix.terminal import Terminal
 from bigmix.train.export import export_model
 from bigmix.train.inputs import RunInputs, open_each, open_inputs

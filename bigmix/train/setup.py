@@ -29,10 +29,9 @@ from bigmix.model.inputs import ReferenceModel
 from bigmix.model.loading import DevicePlacement, ModelSource, open_reference
 from bigmix.recipe import Recipe, to_yaml
 from bigmix.runs.checkpoints import put_aside
+from bigmix.runs.layout import CHECKPOINTS, LOG
 from bigmix.runs.metrics_log import RunLog
 from bigmix.runs.resume import (
-    CHECKPOINTS,
-    LOG,
     ResumePoint,
     keep_changes,
     log_to_file,

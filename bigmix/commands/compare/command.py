@@ -1,4 +1,4 @@
-"""`bigmix compare RUN ... --out report/`: what each run kept and learned, side by side."""
+"""The command `bigmix compare RUN ... --out report`: what each run kept and learned."""
 
 import argparse
 from pathlib import Path
@@ -14,7 +14,7 @@ def add_compare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     """Add the command to the parser of `bigmix`."""
     parser = subparsers.add_parser(
         "compare",
-        help="runs side by side: forgetting, task gain, a page, tables and pictures",
+        help="compare runs: forgetting and task gain as a page, tables and pictures",
         description="Compare finished runs that started from the same base model.",
     )
     parser.add_argument(
@@ -23,8 +23,8 @@ def add_compare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         type=Path,
         metavar="RUN",
         help=(
-            "output folder of a run, of an evaluation, or of a sweep: one that holds such folders,"
-            " however deep"
+            "output folder of a run or of an evaluation, or a folder that holds such folders at any"
+            " depth, as that of a sweep"
         ),
     )
     parser.add_argument(
@@ -34,7 +34,7 @@ def add_compare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _compare(args: argparse.Namespace) -> int:
-    # compare draws with matplotlib and reads YAML: no other command should wait for them.
+    # The import brings numpy and jinja2, which no other command should wait for.
     from bigmix.commands.compare.report import compare
 
     _show(compare(args.runs, args.out))
@@ -42,7 +42,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _show(summary: "Summary") -> None:
-    # As above: the tables' texts come with compare.
+    # As above: the import is for this command alone.
     from bigmix.commands.compare.tables import ABSENT, narrow_tables
     from bigmix.terminal import Table, Terminal
 
@@ -53,12 +53,12 @@ def _show(summary: "Summary") -> None:
         terminal.warning(text)
     if summary.unknown_letters:
         terminal.warning(
-            f"no font of this machine has {summary.unknown_letters}: in the PNGs these letters of"
-            " names are boxes, on the page they are not; install a font that has them, such as"
-            " Noto Sans CJK"
+            f"no font on this machine has {summary.unknown_letters}: these letters of names are"
+            " boxes in the PNGs, though not on the page; install a font that has them, such as Noto"
+            " Sans CJK"
         )
     for table in narrow_tables(comparison):
-        # Intervals are in the files: a terminal is narrow.
+        # A terminal has no room for intervals; they are in the files.
         rows = [
             [row.name, *(None if cell.value == ABSENT else cell.brief for cell in row.cells)]
             for row in table.rows

@@ -1,8 +1,4 @@
-"""Paths go in; out come the folders of results in them: runs, and evaluations of models outside of
-a run.
-
-A run's folder goes in; out come the outputs that its tasks kept, to be laid side by side.
-"""
+"""Finds folders of results, those of runs and of single evaluations, and the outputs kept there."""
 
 import json
 import os
@@ -11,35 +7,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigmix.errors import BadInput
-from bigmix.runs.metrics_log import METRICS
+from bigmix.runs.layout import CHECKPOINTS, EVALUATION, EXPORT, LOG, RECIPE, SAMPLES
+from bigmix.runs.metrics_log import METRICS, TENSORBOARD
 
-RECIPE, EVALUATION, EXPORT = "recipe.yaml", "evaluation.json", "export"
 # Folders of a run that hold no results and may hold many files.
-_PASSED_BY = {"checkpoints", EXPORT, "tensorboard", "log", "samples"}
+_NOT_SEARCHED = {CHECKPOINTS, EXPORT, TENSORBOARD, LOG, SAMPLES}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResultFolder:
-    """A folder of results.
-
-    `is_named` says that it was given itself, and not found in a folder that was given.
-    """
+    """A folder of results; `is_named` where it was given itself and not found in a given folder."""
 
     folder: Path
     is_named: bool
 
 
 def find_result_folders(given: Sequence[Path]) -> list[ResultFolder]:
-    """Each folder given, or in place of one that holds no results itself all those in it, however
-    deep, in order.
+    """Each folder given; in place of one that holds no results itself, all folders of results in
+    it at any depth, in order.
     """
-    places: list[ResultFolder] = []
+    results: list[ResultFolder] = []
     for folder in given:
         inside = [] if _is_result(folder) else list(_inside(folder))
-        places += [ResultFolder(folder=path, is_named=False) for path in inside] or [
+        results += [ResultFolder(folder=path, is_named=False) for path in inside] or [
             ResultFolder(folder=folder, is_named=True)
         ]
-    return places
+    return results
 
 
 def _is_result(folder: Path) -> bool:
@@ -47,28 +40,27 @@ def _is_result(folder: Path) -> bool:
 
 
 def _inside(folder: Path) -> Iterator[Path]:
-    """A run that has not begun has a recipe and nothing else yet: it is found, so that it can be
-    counted.
+    """Folders of results in a folder, through links too, each once.
 
-    Links are followed, to each folder once.
+    A run that has not begun has only a recipe; it is among them, so that it can be counted.
     """
     seen = set[Path]()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        real = Path(place).resolve()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        real = Path(path).resolve()
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
         is_run = not {RECIPE, METRICS, EVALUATION}.isdisjoint(files)
-        passed_by = _PASSED_BY if is_run else set()
-        folders[:] = sorted(set(folders) - passed_by, key=_order)
-        if is_run and Path(place) != folder:
-            yield Path(place)
+        not_searched = _NOT_SEARCHED if is_run else set()
+        folders[:] = sorted(set(folders) - not_searched, key=_order)
+        if is_run and Path(path) != folder:
+            yield Path(path)
 
 
 def _order(name: str) -> list[tuple[int, float, str]]:
-    """Numbers inside names in the order of their values: share-0.05 before share-0.1, seed-9 before
-    seed-10.
+    """A key that sorts numbers inside names by their values: share-0.05 before share-0.1, seed-9
+    before seed-10.
     """
     parts = name.replace("_", "-").split("-")
     return [(0, float(p), "") if _is_number(p) else (1, 0.0, p) for p in parts]
@@ -78,12 +70,9 @@ def _is_number(text: str) -> bool:
     return text.replace(".", "", 1).isdecimal()
 
 
-SAMPLES = "samples"
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskSample:
-    """One example of a task: what was asked, what would be right, what came out, and its scores by
+    """One example of a task: the prompt, the right outputs, those of the model, and its scores by
     name.
     """
 
@@ -94,7 +83,10 @@ class TaskSample:
 
 
 def read_samples(folder: Path, step: int) -> dict[str, list[TaskSample]]:
-    """The samples of each task at a step; a task without any is absent."""
+    """The samples of each task at a step; a task without samples is absent.
+
+    Raises BadInput where a line of them is damaged.
+    """
     return {
         path.parent.name: _read(path)
         for path in sorted((folder / SAMPLES).glob(f"*/step-{step:06d}.jsonl"))
@@ -103,7 +95,7 @@ def read_samples(folder: Path, step: int) -> dict[str, list[TaskSample]]:
 
 def _read(path: Path) -> list[TaskSample]:
     samples = []
-    # Not splitlines, which also divides at line ends that stand inside of a text.
+    # splitlines would also split at line ends inside a text.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, raw in enumerate(lines[:-1], start=1):
         try:

@@ -1,11 +1,10 @@
-"""Runs go in; out comes what they say together: points, the base, gains and losses, a sentence, the
-doubts.
+"""Draws the conclusions of a comparison: points, the base, what was kept and learned, a headline,
+and warnings.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from bigmix.commands.compare.law import Fit, fit_source
 from bigmix.commands.compare.measures import FORGETTING, LOSS
@@ -14,22 +13,22 @@ from bigmix.commands.compare.read import BASE, FinishedRun, ReadRun
 from bigmix.evaluation.bootstrap import Estimate
 from bigmix.terminal import share_percent
 
-SAME_BASE = 1e-3  # relative difference of step-0 losses: kernels and numbers of GPUs differ by less
+SAME_BASE = 1e-3  # relative difference of losses at step 0; kernels and numbers of GPUs make less
 SAME_TOKENS = 0.02  # relative difference of task tokens; the last step is not cut to the token
-_MOST_TOLD = 8  # results that were left out; their number is told in any case
-LEAST_TOLD = 0.005  # nats/token: the headline has two decimals
+_MAX_REASONS = 8  # why results were left out; how many were is reported in any case
+LEAST_SHOWN = 0.005  # nats/token: the headline has two decimals
 ABOUT_EQUAL = 0.01  # relative difference of task losses that the headline calls about the same
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """All that the outputs are drawn from.
+    """All that the page, the tables and the summary are made of.
 
-    `base` is the model before the first step, by source and by task.
-
-    `judged` is the replay source that headline and frontiers are about, `scores` the scores of each
-    task, `fits` the law of each replay source or why there is none. `headline` is one sentence;
-    `detail` is a further one, or empty.
+    `roles` are those of the evaluated sources. `base` and `base_tasks` have the measures of the
+    model before the first step, by source and by task, `scores` the names of each task's scores.
+    `judged` is the replay source that the headline and the frontiers are about. `fits` has the law
+    of each replay source, or the reason why there is none. `headline` is one sentence, `detail`
+    another one or empty.
     """
 
     runs: Sequence[FinishedRun]
@@ -52,23 +51,12 @@ class Comparison:
 
     @property
     def replays(self) -> list[str]:
-        """The evaluated sources that carry what the base knew."""
+        """The evaluated sources of what the base knew."""
         return [name for name, role in self.roles.items() if role == "replay"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Summary:
-    """What `compare` found and the files that it wrote; `unknown_letters` of names are boxes in the
-    PNGs.
-    """
-
-    comparison: Comparison
-    files: Sequence[Path]
-    unknown_letters: str
-
-
 def judge(found: ReadRun) -> Comparison:
-    """Put the runs side by side; the first run that evaluated a source gives that source's base."""
+    """Compare the runs. The base of a source is that of the first run that evaluated it."""
     runs = found.runs
     base: dict[str, Mapping[str, Estimate]] = {}
     base_tasks: dict[str, Mapping[str, Estimate]] = {}
@@ -79,7 +67,7 @@ def judge(found: ReadRun) -> Comparison:
     arrangement = arrange(points)
     roles = _roles(runs, base)
     replays = [name for name, role in roles.items() if role == "replay"]
-    headline, detail = _say(points, arrangement, roles)
+    headline, detail = _headline(points, arrangement, roles)
     return Comparison(
         runs=runs,
         points=points,
@@ -97,25 +85,25 @@ def judge(found: ReadRun) -> Comparison:
 
 
 def lost(point: RunPoint, source: str) -> float | None:
-    """Held-out loss after training minus before it, in nats/token, mean over seeds; above 0
-    knowledge was lost.
+    """Held-out loss after training minus that before it, in nats/token, the mean over seeds; above
+    0 where knowledge was lost.
     """
     spread = point.source(source, FORGETTING)
     return None if spread is None else spread.mean
 
 
 def gained(point: RunPoint, source: str) -> float | None:
-    """Held-out loss before training minus after it, in nats/token, mean over seeds; above 0 the
-    model learned.
+    """Held-out loss before training minus that after it, in nats/token, the mean over seeds; above
+    0 where the model learned.
     """
     value = lost(point, source)
     return None if value is None else 0.0 - value
 
 
 def _roles(runs: Sequence[FinishedRun], base: Mapping[str, object]) -> dict[str, str]:
-    """Task sources first.
+    """The role of each evaluated source, task sources first.
 
-    A source that is only evaluated is replay, unless some run trains it as a task.
+    A source that is only evaluated has the role replay, unless a run trains it as a task.
     """
     tasks = {name for run in runs for name, source in run.sources.items() if source.role == "task"}
     ordered = sorted(base, key=lambda name: name not in tasks)
@@ -131,8 +119,8 @@ def _scores(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
 
 
 def _judged(points: Sequence[RunPoint], replays: Sequence[str]) -> str | None:
-    """What the points replay comes before what they only keep by kinship; of those, what one-way
-    training lost most of.
+    """The replay source that one-way training lost most of. Sources that some point replays come
+    before those that none was trained on, which are kept only as far as they are similar.
     """
     known = [name for name in replays if all(lost(point, name) is not None for point in points)]
     trained = {name for point in points for name in point.runs[0].sources}
@@ -140,11 +128,13 @@ def _judged(points: Sequence[RunPoint], replays: Sequence[str]) -> str | None:
     return max(own, key=lambda name: lost(points[0], name) or 0.0, default=None)
 
 
-def _say(
+def _headline(
     points: Sequence[RunPoint], arrangement: Arrangement, roles: Mapping[str, str]
 ) -> tuple[str, str]:
-    """The first one-way and the first two-way point, those of the main line before others: nothing
-    is picked by its result.
+    """The headline and its detail.
+
+    They are about the first one-way and the first two-way point, those of the main line before
+    others, so that none is chosen by its result.
     """
     by_settings = [*arrangement.main, *points]
     one = next((point for point in by_settings if point.kind == "one-way"), None)
@@ -159,8 +149,7 @@ def _say(
     both = [name for name in replays if _evaluated(name, one, two)]
     if not both:
         return "No replay source was evaluated in a one-way and in a two-way run.", ""
-    # What the two-way run replayed comes first; what it only kept by kinship is in the second
-    # sentence.
+    # The headline is about a source that the two-way run replayed; the others are in the detail.
     own = [name for name in both if name in two.runs[0].sources] or both
     worst = max(own, key=lambda name: lost(one, name) or 0.0)
     kept = _kept(one, two, worst, named=len(points) > 2)
@@ -169,7 +158,7 @@ def _say(
 
 
 def _over_shares(main: Sequence[RunPoint], source: str, tasks: Sequence[str]) -> str:
-    """The smallest and the largest share of replay, against none."""
+    """The headline on a line of shares: the smallest and the largest against none."""
     one, least, most = main[0], main[1], main[-1]
     values = [lost(point, source) or 0.0 for point in (one, least, most)]
     losses = [
@@ -203,11 +192,11 @@ def _evaluated(source: str, *points: RunPoint) -> bool:
 def _alone(point: RunPoint, replays: Sequence[str], tasks: Sequence[str]) -> str:
     forgot = {name: value for name in replays if (value := lost(point, name)) is not None}
     learned = {name: value for name in tasks if (value := gained(point, name)) is not None}
-    words = [f"forgot {value:.2f} nats/token on `{name}`" for name, value in forgot.items()]
-    words += [f"gained {value:.2f} nats/token on `{name}`" for name, value in learned.items()]
+    parts = [f"forgot {value:.2f} nats/token on `{name}`" for name, value in forgot.items()]
+    parts += [f"gained {value:.2f} nats/token on `{name}`" for name, value in learned.items()]
     other = "two-way" if point.kind == "one-way" else "one-way"
-    said = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-    start = f"{point.kind.capitalize()} training ({point.name}) {said or 'was not evaluated'}"
+    found = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    start = f"{point.kind.capitalize()} training ({point.name}) {found or 'was not evaluated'}"
     return f"{start}; no {other} run was given to compare it with."
 
 
@@ -222,20 +211,20 @@ def _kept(one: RunPoint, two: RunPoint, source: str, *, named: bool) -> str:
         return f"{twos} lost more than {ones} on `{source}` {numbers}"
     if lost_two <= 0:
         return f"{twos} kept all of what {ones} lost on `{source}` {numbers}"
-    # Rounded down, so that 99.6 % never reads as all.
+    # Rounded down, so that 99.6 % is not shown as 100 %.
     kept = int(100 * (1 - lost_two / lost_one))
     return f"{twos} kept {kept} % of what {ones} lost on `{source}` {numbers}"
 
 
 def _is_lost(point: RunPoint, source: str) -> bool:
-    """Whether more was forgotten than is told, beyond doubt: by its interval, or with each of
-    several seeds.
+    """Whether forgetting is large enough to be shown and certainly above 0: by its interval, or
+    with each of several seeds.
     """
     found = point.source(source, FORGETTING)
-    if found is None or found.mean < LEAST_TOLD:
+    if found is None or found.mean < LEAST_SHOWN:
         return False
-    doubt = found.estimate.low if len(found.values) == 1 else min(found.values)
-    return math.isnan(doubt) or doubt > 0
+    least = found.estimate.low if len(found.values) == 1 else min(found.values)
+    return math.isnan(least) or least > 0
 
 
 def _task_clause(one: RunPoint, two: RunPoint, tasks: Sequence[str]) -> str:
@@ -245,20 +234,20 @@ def _task_clause(one: RunPoint, two: RunPoint, tasks: Sequence[str]) -> str:
         if (ones := one.source(task, LOSS)) and (twos := two.source(task, LOSS))
     }
     clauses = [
-        _task_words(*pair, on=f" on `{task}`" if len(losses) > 1 else "")
+        _task_comparison(*pair, on=f" on `{task}`" if len(losses) > 1 else "")
         for task, pair in losses.items()
     ]
     return " at " + " and ".join(clauses) if clauses else ""
 
 
-def _task_words(one: float, two: float, *, on: str) -> str:
+def _task_comparison(one: float, two: float, *, on: str) -> str:
     if f"{one:.2f}" == f"{two:.2f}":
-        word = "the same"
+        which = "the same"
     elif abs(two - one) <= ABOUT_EQUAL * one:
-        word = "about the same"
+        which = "about the same"
     else:
-        word = "a lower" if two < one else "a higher"
-    return f"{word} task loss{on} ({two:.2f} against {one:.2f})"
+        which = "a lower" if two < one else "a higher"
+    return f"{which} task loss{on} ({two:.2f} against {one:.2f})"
 
 
 def _mean_sentence(one: RunPoint, two: RunPoint, sources: Sequence[str]) -> str:
@@ -274,10 +263,10 @@ def _warnings(
 ) -> Iterator[str]:
     if found.left_out:
         yield (
-            f"{len(found.left_out)} results that lie in the folders given are left out,"
+            f"{len(found.left_out)} results in the given folders are left out,"
             f" {len(found.runs)} are compared: "
-            + "; ".join(found.left_out[:_MOST_TOLD])
-            + (f"; and {more} more" if (more := len(found.left_out) - _MOST_TOLD) > 0 else "")
+            + "; ".join(found.left_out[:_MAX_REASONS])
+            + (f"; and {more} more" if (more := len(found.left_out) - _MAX_REASONS) > 0 else "")
         )
     for run in found.runs:
         yield from _other_start(run, found.runs, base)
@@ -297,8 +286,8 @@ def _warnings(
 def _other_start(
     run: FinishedRun, runs: Sequence[FinishedRun], base: Mapping[str, Mapping[str, Estimate]]
 ) -> Iterator[str]:
-    """A run that was evaluated on other data than the first one that was, or began as another
-    model.
+    """A warning for each source on which a run is not comparable: it was evaluated on other data
+    than the first run that was, or it began as another model.
     """
     for name, measures in run.first.sources.items():
         first = next(other for other in runs if name in other.first.sources)
@@ -307,30 +296,32 @@ def _other_start(
         if ours and theirs and ours != theirs:
             yield (
                 f"{run.name} was evaluated on other held-out data of `{name}` than {first.name}:"
-                f" {ours} and not {theirs}. Its numbers on it are not comparable."
+                f" {ours}, not {theirs}. Its numbers on that source are not comparable."
             )
         elif abs(loss - of_base) > SAME_BASE * abs(of_base):
             yield (
                 f"{run.name} does not start from the {BASE} of the other runs: its loss on `{name}`"
                 f" at step 0 is {loss:.4f}, not {of_base:.4f}. Its forgetting is measured from its"
-                " own start; other numbers are not comparable."
+                " own start; its other numbers are not comparable."
             )
 
 
 def _repeated(points: Sequence[RunPoint]) -> Iterator[str]:
-    """Points of the same settings: the runs of the later one repeat seeds of the first."""
+    """A warning for each point with the settings of an earlier one, whose seeds it repeats."""
     firsts: dict[tuple[tuple[str, str], ...], RunPoint] = {}
     for point in points:
         first = firsts.setdefault(tuple(point.settings.items()), point)
         if first is not point:
             yield (
-                f"{point.name} has the recipe and a seed of {first.name}: it stands beside it and"
-                " is no further seed."
+                f"{point.name} has the recipe and a seed of {first.name}: it is a point of its own,"
+                f" not a further seed of {first.name}."
             )
 
 
 def _unequal_tokens(runs: Sequence[FinishedRun]) -> Iterator[str]:
-    """Runs of which the recipe fixes all tokens have fewer of the task by design."""
+    """A warning where task tokens differ. Runs whose budget is `total_tokens` are not among them:
+    with more replay they have fewer task tokens by design.
+    """
     tokens = {
         run.name: run.task_tokens
         for run in runs
@@ -339,8 +330,8 @@ def _unequal_tokens(runs: Sequence[FinishedRun]) -> Iterator[str]:
     if tokens and max(tokens.values()) - min(tokens.values()) > SAME_TOKENS * max(tokens.values()):
         ends = {min(tokens, key=tokens.__getitem__), max(tokens, key=tokens.__getitem__)}
         shown = ", ".join(f"{name} {count:,}" for name, count in tokens.items() if name in ends)
-        among = f"; the ends of {len(tokens)} runs" if len(tokens) > 2 else ""
+        among = f"; least and most of {len(tokens)} runs" if len(tokens) > 2 else ""
         yield (
-            f"The runs were not trained on the same number of task tokens ({shown}{among}); "
-            "compare the curves at equal task tokens, not the last numbers."
+            f"The runs were not trained on the same number of task tokens ({shown}{among}); compare"
+            " the curves at equal task tokens, not the last numbers."
         )

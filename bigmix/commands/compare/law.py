@@ -1,24 +1,25 @@
-"""Forgetting at some shares of replay goes in; out comes the law that fits it, with what it
-predicts of points left out.
+"""Fits a law of forgetting over replay's share, and predicts points that were left out of the fit.
 
     forgetting(p) = forgetting(0) (1 + B p)^-alpha
 
-p is replay's part of all rows that were trained, task and replay together; with one objective per
-source and no loss_share of its own it is replay's weight in the gradient as well. forgetting(0) is
-what was measured one-way and is not fitted. The form is that of Bethune et al., "Scaling laws for
-forgetting during finetuning with pretraining data injection" (2025).
+p is replay's part of all rows that were trained, task and replay together; with the objective
+`per_source` and no `loss_share` it is also replay's weight in the gradient. forgetting(0) is what
+was measured of one-way training and is not fitted. The form is that of Bethune et al., "Scaling
+laws for forgetting during finetuning with pretraining data injection" (2025).
+
+Letters: P points, B values of the constant B.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bigmix.commands.compare.measures import FORGETTING, Spread
 from bigmix.commands.compare.points import RunPoint
+from bigmix.types import Floats
 
-# Relative spread below which no point counts as better known: a tiny spread of three seeds is
+# A point with a smaller relative spread has no larger weight: a tiny spread of three seeds is
 # chance.
 _LEAST_SPREAD = 0.02
 _B_GRID = np.geomspace(1e-2, 1e6, 161)
@@ -27,7 +28,7 @@ _REFINEMENTS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LawPoint:
-    """Forgetting at a share, in nats/token, and its standard error relative to it."""
+    """Forgetting at a share, in nats/token, and its standard error relative to that."""
 
     share: float
     forgetting: float
@@ -49,9 +50,7 @@ class Law:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """A point beside what the law says of it when it is fitted without it; `error` is relative to
-    the measured value.
-    """
+    """A measured point and what the law predicts there when it is fitted without that point."""
 
     share: float
     measured: float
@@ -59,15 +58,16 @@ class Prediction:
 
     @property
     def error(self) -> float:
-        """0.1 where the law says 10 % too much."""
+        """Relative to the measured value: 0.1 where the prediction is 10 % too large."""
         return self.predicted / self.measured - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
-    """The law fitted to all shares; what it says of each one when fitted to the others, and of the
-    larger ones when fitted to the two smallest. `passed_over` are shares without a positive
-    forgetting, which has no logarithm.
+    """The law fitted to all shares; the predictions of each one by a fit to the others, and of the
+    larger ones by a fit to the two smallest.
+
+    `passed_over` are the shares without a positive forgetting, of which there is no logarithm.
     """
 
     law: Law
@@ -78,7 +78,7 @@ class Fit:
 
 
 def fit_source(points: Sequence[RunPoint], source: str) -> Fit | str:
-    """The law over the points of a line, or a sentence that says why there is none."""
+    """The law over the points of a line, or a sentence with the reason why there is none."""
     known = [
         (point.share, spread)
         for point in points
@@ -96,8 +96,8 @@ def fit_source(points: Sequence[RunPoint], source: str) -> Fit | str:
     above = sorted((point for point in usable if point.share > 0), key=lambda point: point.share)
     if not zero or len(above) < 2:
         return (
-            f"No law is fitted on {source}: it takes one-way training that forgets and two or more"
-            f" shares of replay that forget as well, and there are {len(zero)} and {len(above)}."
+            f"No law is fitted on {source}: a fit needs a one-way point and two or more shares of"
+            f" replay, all of which forgot something, and there are {len(zero)} and {len(above)}."
         )
     at_zero = zero[0].forgetting
     return Fit(
@@ -110,8 +110,8 @@ def fit_source(points: Sequence[RunPoint], source: str) -> Fit | str:
 
 
 def _relative_errors(spreads: Sequence[Spread]) -> list[float]:
-    """Standard errors over seeds relative to the mean; what has one seed counts as the least
-    certain of the others.
+    """Standard errors over seeds relative to the mean; a point with one seed gets the largest of
+    the others.
     """
     known = [
         (
@@ -121,8 +121,8 @@ def _relative_errors(spreads: Sequence[Spread]) -> list[float]:
         )
         for spread in spreads
     ]
-    least_certain = max((error for error in known if error is not None), default=0.0)
-    return [least_certain if error is None else error for error in known]
+    largest = max((error for error in known if error is not None), default=0.0)
+    return [largest if error is None else error for error in known]
 
 
 def _leave_one_out(at_zero: float, above: Sequence[LawPoint]) -> list[Prediction]:
@@ -143,8 +143,8 @@ def _predict(
 
 
 def fit_law(at_zero: float, above: Sequence[LawPoint]) -> Law:
-    """Least squares on the logarithm, each point weighted by its spread; for a given B, alpha has a
-    closed form.
+    """The law that minimises the squared error of log forgetting, each point weighted by the
+    inverse square of its relative error. B is searched on a grid; alpha has a closed form for each.
     """
     shares_P = np.array([point.share for point in above])
     drops_P = np.log(at_zero / np.array([point.forgetting for point in above]))
@@ -163,17 +163,14 @@ def fit_law(at_zero: float, above: Sequence[LawPoint]) -> Law:
     )
 
 
-Array = NDArray[np.float64]
-
-
-def _alphas(grid_B: Array, shares_P: Array, drops_P: Array, weights_P: Array) -> Array:
+def _alphas(grid_B: Floats, shares_P: Floats, drops_P: Floats, weights_P: Floats) -> Floats:
     logs_BP = np.log1p(grid_B[:, None] * shares_P)
-    alphas: Array = (logs_BP * drops_P * weights_P).sum(1) / (logs_BP**2 * weights_P).sum(1)
+    alphas: Floats = (logs_BP * drops_P * weights_P).sum(1) / (logs_BP**2 * weights_P).sum(1)
     return alphas
 
 
-def _losses(grid_B: Array, shares_P: Array, drops_P: Array, weights_P: Array) -> Array:
+def _losses(grid_B: Floats, shares_P: Floats, drops_P: Floats, weights_P: Floats) -> Floats:
     alphas_B = _alphas(grid_B, shares_P, drops_P, weights_P)
     misses_BP = drops_P - alphas_B[:, None] * np.log1p(grid_B[:, None] * shares_P)
-    losses: Array = (misses_BP**2 * weights_P).sum(1)
+    losses: Floats = (misses_BP**2 * weights_P).sum(1)
     return losses

@@ -1,10 +1,8 @@
-"""What an evaluation measures, by name: its keys in metrics.jsonl, its words and digits, and which
-way is better.
-"""
+"""What an evaluation measures: how each measure is named, read from metrics.jsonl and judged."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -13,8 +11,8 @@ from bigmix.evaluation.bootstrap import Estimate
 
 Better = Literal["lower", "higher"]
 LOSS, FORGETTING, GAIN = "held_out_loss", "forgetting", "gain"
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; further ones are within 2 % of
-# the last.
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom. For more of them the last one is
+# taken, which is at most 9 % too large.
 _T_975 = (
     12.71,
     4.303,
@@ -35,31 +33,8 @@ _T_975 = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spread:
-    """A value over the seeds of a point: the mean with a 95 % interval, and the standard deviation.
-
-    The interval is Student's, of the mean over seeds; of a single run it is the run's own bootstrap
-    interval, and there is no standard deviation.
-    """
-
-    estimate: Estimate
-    deviation: float | None
-    values: Sequence[float]
-
-    @property
-    def mean(self) -> float:
-        """The mean over seeds."""
-        return self.estimate.value
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Both ends of the interval; None where one of them is not known."""
-        return self.estimate.interval
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Measure:
-    """How one measure is named, shown and judged."""
+    """How a measure is named and shown, and which way is better."""
 
     key: str
     label: str
@@ -77,7 +52,35 @@ SOURCE_MEASURES = (
     Measure(key="last_word_accuracy", label="last-word accuracy", better="higher"),
     Measure(key="kl_to_base", label="KL to the base", better="lower"),
 )
-_READ = tuple(m.key for m in SOURCE_MEASURES if m.key not in (FORGETTING, GAIN))
+_LOGGED = tuple(m.key for m in SOURCE_MEASURES if m.key not in (FORGETTING, GAIN))
+
+
+def score_measure(score: str) -> Measure:
+    """How a score of a task is shown."""
+    return Measure(key=score, label=score.replace("_", " "), better="higher")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """A value over the seeds of a point: the mean with a 95 % interval, and the standard deviation.
+
+    The interval is Student's, of the mean over seeds. A single run has no standard deviation, and
+    the interval is its own bootstrap interval.
+    """
+
+    estimate: Estimate
+    deviation: float | None
+    values: Sequence[float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return self.estimate.value
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Both ends of the interval; None where one of them is not known."""
+        return self.estimate.interval
 
 
 def spread_of(estimates: Sequence[Estimate]) -> Spread:
@@ -91,15 +94,77 @@ def spread_of(estimates: Sequence[Estimate]) -> Spread:
     return Spread(estimate=over_seeds, deviation=deviation, values=values)
 
 
-def sources_of(line: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """The evaluation of a model after `step` steps and `task_tokens` tokens of task sources, which
+    are None where they are not known.
+
+    `sources` has the measures of each held-out source by their keys, `tasks` the scores of each
+    task, `num_examples` how many examples a task was scored on. `diverged` are the sources whose
+    loss is not finite. `sizes` says on how much data each source was evaluated, to be shown.
+    """
+
+    step: int
+    task_tokens: int | None
+    sources: Mapping[str, Mapping[str, Estimate]]
+    tasks: Mapping[str, Mapping[str, Estimate]]
+    num_examples: Mapping[str, int]
+    diverged: Sequence[str] = ()
+    sizes: Mapping[str, str] = field(default_factory=dict)
+
+
+def evaluations_in(
+    lines: Sequence[Mapping[str, Any]], tasks: Sequence[str], known_tokens: int | None = None
+) -> list[Evaluation]:
+    """Every evaluation in the lines of a log, by step; of two at one step the later one counts.
+
+    `tasks` are the task sources, whose tokens are counted; `known_tokens` is that count for a model
+    whose training is not in the lines.
+    """
+    task_tokens = {0: 0}
+    for line in lines:
+        if not line.get("eval"):
+            task_tokens[line["step"]] = sum(line.get(f"total_tokens/{task}") or 0 for task in tasks)
+    logged_steps = sorted(task_tokens)
+    evaluated = {line["step"]: line for line in lines if line.get("eval") and _has_results(line)}
+    first = _sources_in(evaluated[min(evaluated)]) if evaluated else {}
+    found = []
+    for step in sorted(evaluated):
+        line = evaluated[step]
+        logged_at = max(logged for logged in logged_steps if logged <= step)
+        is_logged = step == 0 or len(logged_steps) > 1
+        sources = {
+            name: measures
+            | (_forgetting_in(line, name, before=first[name][LOSS].value) if name in first else {})
+            for name, measures in _sources_in(line).items()
+        }
+        found.append(
+            Evaluation(
+                step=step,
+                task_tokens=task_tokens[logged_at] if is_logged else known_tokens,
+                sources=sources,
+                tasks=_tasks_in(line),
+                num_examples=_examples_in(line),
+                diverged=_diverged_in(line),
+                sizes=_sizes_in(line),
+            )
+        )
+    return found
+
+
+def _has_results(line: Mapping[str, Any]) -> bool:
+    return bool(_sources_in(line) or _tasks_in(line) or _diverged_in(line))
+
+
+def _sources_in(line: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
     """The measures of each source in a line of an evaluation, by source and measure."""
     prefix = f"{LOSS}/"
     names = [key.removeprefix(prefix) for key in line if key.startswith(prefix)]
-    return {name: _of_source(line, name) for name in names if line[prefix + name] is not None}
+    return {name: _measures_in(line, name) for name in names if line[prefix + name] is not None}
 
 
-def diverged_in(line: Mapping[str, Any]) -> list[str]:
-    """The sources that were evaluated and have no finite loss, which metrics.jsonl says as null."""
+def _diverged_in(line: Mapping[str, Any]) -> list[str]:
+    """The sources that were evaluated and whose loss is not finite; it is null in metrics.jsonl."""
     prefix = f"{LOSS}/"
     return [
         key.removeprefix(prefix)
@@ -108,8 +173,10 @@ def diverged_in(line: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def sizes_of(line: Mapping[str, Any]) -> dict[str, str]:
-    """How much each source was evaluated on, in words; of an older log nothing."""
+def _sizes_in(line: Mapping[str, Any]) -> dict[str, str]:
+    """On how much data each source was evaluated, as a text; empty for the log of an earlier
+    version.
+    """
     prefix = "held_out_documents/"
     return {
         (
@@ -120,9 +187,9 @@ def sizes_of(line: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _of_source(line: Mapping[str, Any], name: str) -> dict[str, Estimate]:
+def _measures_in(line: Mapping[str, Any], name: str) -> dict[str, Estimate]:
     found = {}
-    for key in _READ:
+    for key in _LOGGED:
         stem = "held_out" if key == LOSS else key
         if (value := line.get(f"{key}/{name}")) is not None:
             found[key] = _estimate(line, value, stem, name)
@@ -142,7 +209,7 @@ def _exp(loss: float) -> float:
 
 
 def _estimate(line: Mapping[str, Any], value: float, stem: str, name: str) -> Estimate:
-    """A value with its ends, which are under keys that begin with `stem` or absent."""
+    """A value with the ends of its interval, whose keys begin with `stem`, where they are known."""
     low, high = (line.get(f"{stem}_{end}/{name}") for end in ("low", "high"))
     return Estimate(
         value=value,
@@ -151,17 +218,17 @@ def _estimate(line: Mapping[str, Any], value: float, stem: str, name: str) -> Es
     )
 
 
-def forgotten(line: Mapping[str, Any], name: str, *, before: float) -> dict[str, Estimate]:
-    """What a source lost since the loss `before`, and the same as a gain."""
+def _forgetting_in(line: Mapping[str, Any], name: str, *, before: float) -> dict[str, Estimate]:
+    """What was forgotten of a source since its loss was `before`, and the same as a gain."""
     lost = _estimate(line, line[f"{LOSS}/{name}"] - before, FORGETTING, name)
     # 0.0 - 0.0 is 0.0, where -0.0 would print a sign.
     gain = Estimate(value=0.0 - lost.value, low=0.0 - lost.high, high=0.0 - lost.low)
     return {FORGETTING: lost, GAIN: gain}
 
 
-def tasks_of(line: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
-    """The scores of each task in a line of an evaluation, by task and score; all are fractions,
-    higher is better.
+def _tasks_in(line: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
+    """The scores of each task in a line of an evaluation, by task and score; all are from 0 to 1,
+    and higher is better.
     """
     found: dict[str, dict[str, Estimate]] = {}
     for key, value in line.items():
@@ -172,7 +239,7 @@ def tasks_of(line: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
     return found
 
 
-def examples_of(line: Mapping[str, Any]) -> dict[str, int]:
+def _examples_in(line: Mapping[str, Any]) -> dict[str, int]:
     """How many examples each task was scored on."""
     prefix = "task_examples/"
     return {
@@ -180,8 +247,3 @@ def examples_of(line: Mapping[str, Any]) -> dict[str, int]:
         for key, value in line.items()
         if key.startswith(prefix)
     }
-
-
-def score_measure(score: str) -> Measure:
-    """How a score of a task is shown."""
-    return Measure(key=score, label=score.replace("_", " "), better="higher")

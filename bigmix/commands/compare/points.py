@@ -1,5 +1,5 @@
-"""Runs go in; out come points, the runs that differ in their seed alone, and the lines that
-replay's share draws.
+"""Groups runs into points, which differ in their seed alone, and points into lines over replay's
+share.
 """
 
 from collections import Counter
@@ -8,31 +8,26 @@ from dataclasses import dataclass
 from itertools import chain, count, takewhile
 from pathlib import Path
 
-from bigmix.commands.compare.measures import Spread, spread_of
+from bigmix.commands.compare.measures import Evaluation, Spread, spread_of
 from bigmix.commands.compare.read import (
     BASE,
     SEED_FOLDER,
-    Evaluation,
     FinishedRun,
     RunKind,
     names_of,
 )
 from bigmix.evaluation.bootstrap import Estimate
 
-_OF_NO_POINT = {"seed", "output"}  # what may differ between the runs of a point
-EVALUATED_MODEL = (  # stands among the settings of a model that was evaluated outside of a run
-    "evaluated model"
-)
+_FREE = {"seed", "output"}  # what may differ between the runs of a point
+# A key among the settings of a model that was evaluated outside of a run.
+EVALUATED_MODEL = "evaluated model"
 
 PointSettings = Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunPoint:
-    """The runs of one recipe.
-
-    `share` is replay's part of the rows, 0 for one-way, None where it is not known.
-    """
+    """The runs of one recipe, which differ in their seed alone; `settings` are by dotted key."""
 
     name: str
     runs: Sequence[FinishedRun]
@@ -40,18 +35,22 @@ class RunPoint:
 
     @property
     def kind(self) -> RunKind:
-        """Whether replay was trained."""
+        """Whether only task sources were trained, or replay as well."""
         return self.runs[0].kind
 
     @property
     def share(self) -> float | None:
-        """Replay's part of all rows, as logged; the mean over seeds."""
+        """Replay's part of all rows as logged, the mean over seeds: 0 for one-way training, None
+        where it is not known.
+        """
         known = [run.replay_share for run in self.runs]
         return None if None in known else sum(s for s in known if s is not None) / len(known)
 
     @property
     def written_share(self) -> float | None:
-        """Replay's part of all rows as the recipe has it; as logged where that is no one number."""
+        """Replay's part of all rows as the recipe has it, or as logged where that is not one
+        number.
+        """
         sources = self.runs[0].sources.values()
         written = [source.share for source in sources if source.role == "replay"]
         return self.share if None in written else sum(s for s in written if s is not None)
@@ -65,8 +64,8 @@ class RunPoint:
         return _spread([run.final.tasks.get(task, {}).get(score) for run in self.runs])
 
     def shared_steps(self) -> list[list[Evaluation]]:
-        """The evaluations of all runs of the point at each step that all of them have, and those
-        after their last steps.
+        """The evaluations of all runs at each step at which all were evaluated, then those after
+        their last steps where these differ.
         """
         steps = set.intersection(*({e.step for e in run.evaluations} for run in self.runs))
         found = [
@@ -84,9 +83,9 @@ def _spread(found: Sequence[Estimate | None]) -> Spread | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShareLine:
-    """Points that differ in replay's share alone, one-way first, by share.
+    """Points that differ in replay's share alone, by share, the one-way point first.
 
-    `name` says what sets the line apart.
+    `name` is what the line has otherwise than the first one, empty for that one.
     """
 
     name: str
@@ -95,8 +94,8 @@ class ShareLine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrangement:
-    """The points as lines over replay's share, the longest one first, and those that stand
-    alone.
+    """The points as lines over replay's share, the longest one first, and those outside of
+    lines.
     """
 
     lines: Sequence[ShareLine]
@@ -114,10 +113,10 @@ class Arrangement:
 
 
 def points_of(runs: Sequence[FinishedRun]) -> list[RunPoint]:
-    """Runs put together where their recipes differ in seed and output alone, in the order given.
+    """Runs grouped by recipe, leaving out seed and output, in the order given.
 
-    One that repeats recipe and seed of another is a point of its own: its numbers say nothing about
-    other seeds.
+    A run that repeats the recipe and the seed of another is a point of its own: its numbers say
+    nothing about other seeds.
     """
     grouped: dict[tuple[frozenset[tuple[str, str]], int], list[FinishedRun]] = {}
     seen: Counter[tuple[frozenset[tuple[str, str]], int]] = Counter()
@@ -133,30 +132,30 @@ def points_of(runs: Sequence[FinishedRun]) -> list[RunPoint]:
 
 
 def _settings(run: FinishedRun) -> dict[str, str]:
-    settings = {key: value for key, value in run.settings.items() if key not in _OF_NO_POINT}
+    settings = {key: value for key, value in run.settings.items() if key not in _FREE}
     if run.model is not None:
         settings[EVALUATED_MODEL] = SEED_FOLDER.sub("seed-*", run.model)
     return settings
 
 
 def _point_names(groups: Sequence[Sequence[FinishedRun]]) -> list[str]:
-    """By the folder that they have in common but for their seeds, or by what their names begin
-    with; each name once.
+    """A name for each group: of the folder that its runs are in, apart from folders of seeds, or
+    else what the names of its runs begin with. No two groups get one name.
     """
-    places = []
+    folders = []
     for runs in groups:
         alike = {_without_seed(run.folder.resolve()) for run in runs}
-        places.append(alike.pop() if len(alike) == 1 else None)
-    known = [place for place in places if place is not None]
-    unique = [place for place in known if known.count(place) == 1]
+        folders.append(alike.pop() if len(alike) == 1 else None)
+    known = [folder for folder in folders if folder is not None]
+    unique = [folder for folder in known if known.count(folder) == 1]
     named = dict(zip(unique, names_of(unique), strict=True))
     taken, found = {BASE, *named.values()}, []
-    for runs, place in zip(groups, places, strict=True):
+    for runs, folder in zip(groups, folders, strict=True):
         first = runs[0].name
         numbered = (f"{first} ({number})" for number in count(2))
         others = chain((_beginning([run.name for run in runs]), first), numbered)
         free = (name for name in others if name and name not in taken)
-        found.append(named[place] if place in named else next(free))
+        found.append(named[folder] if folder in named else next(free))
         taken.add(found[-1])
     return found
 
@@ -171,9 +170,8 @@ def _beginning(names: Sequence[str]) -> str:
 
 
 def arrange(points: Sequence[RunPoint]) -> Arrangement:
-    """Which points differ in replay's share alone.
-
-    A line has two shares above 0, or it is the first one.
+    """Find the points that differ in replay's share alone. A line has two shares above 0 or more,
+    unless it is the first one.
     """
     rests = [_without_replay(point) for point in points]
     mixes = [_mix(point) for point in points]
@@ -199,15 +197,15 @@ def arrange(points: Sequence[RunPoint]) -> Arrangement:
 
 
 def _named(line: ShareLine, main: ShareLine) -> ShareLine:
-    """Set apart by the last settings in which it differs from the first line."""
+    """The line with a name made of up to two settings in which it differs from the first line."""
     ours, theirs = line.points[-1].settings, main.points[-1].settings
     keys = [
         key
         for key in sorted({*ours, *theirs})
         if ours.get(key) != theirs.get(key) and not key.endswith((".share", ".held_out"))
     ]
-    words = [f"{key.split('.')[-1]} {ours.get(key, 'none')}" for key in keys[:2]]
-    return ShareLine(name=", ".join(words), points=line.points)
+    settings = [f"{key.split('.')[-1]} {ours.get(key, 'none')}" for key in keys[:2]]
+    return ShareLine(name=", ".join(settings), points=line.points)
 
 
 def _replays(point: RunPoint) -> list[str]:
@@ -215,7 +213,9 @@ def _replays(point: RunPoint) -> list[str]:
 
 
 def _without_replay(point: RunPoint) -> str:
-    """All settings but those of replay and of what is only evaluated, as a text to be compared."""
+    """All settings except those of replay and of sources that are only evaluated, as one text that
+    is equal where they are.
+    """
     ours = tuple(f"sources.{name}." for name in _replays(point))
     kept = [
         f"{key}={value}"
@@ -227,15 +227,17 @@ def _without_replay(point: RunPoint) -> str:
 
 
 def _mix(point: RunPoint) -> str:
-    """The settings of replay but a share that is one number, as a text to be compared."""
+    """The settings of replay except a share that is one number, as one text that is equal where
+    they are.
+    """
     kept = []
     for name in _replays(point):
         is_number = point.runs[0].sources[name].share is not None
-        passed = {f"sources.{name}.held_out", *({f"sources.{name}.share"} if is_number else ())}
+        left_out = {f"sources.{name}.held_out", *({f"sources.{name}.share"} if is_number else ())}
         kept += [
             f"{key}={value}"
             for key, value in sorted(point.settings.items())
-            if key.startswith(f"sources.{name}.") and key not in passed
+            if key.startswith(f"sources.{name}.") and key not in left_out
         ]
     return "\n".join(
         [*kept, *(f"{k}={v}" for k, v in point.settings.items() if k.startswith("groups"))]

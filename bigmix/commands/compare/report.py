@@ -1,10 +1,9 @@
-"""Folders of runs go in; out come a page, pictures, tables and a summary of what they kept and
-learned.
-"""
+"""Compares finished runs, and writes the page, the pictures, the tables and the summary."""
 
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bigmix.commands.compare.charts.curves import curve_scenes
@@ -12,7 +11,7 @@ from bigmix.commands.compare.charts.figure import draw_figure, unknown_letters
 from bigmix.commands.compare.charts.frontier import frontier_scene, frontiers
 from bigmix.commands.compare.charts.law_chart import law_scenes
 from bigmix.commands.compare.charts.styles import are_labels_enough, styles_of
-from bigmix.commands.compare.judge import Summary, judge
+from bigmix.commands.compare.judge import Comparison, judge
 from bigmix.commands.compare.page import Pictures, page
 from bigmix.commands.compare.read import read_runs
 from bigmix.commands.compare.summary import summary_tree
@@ -20,17 +19,27 @@ from bigmix.commands.compare.tables import latex, markdown
 from bigmix.errors import BadInput
 from bigmix.files import replace_text
 
-__all__ = ["Summary", "compare"]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What `compare` found and the files that it wrote.
+
+    `unknown_letters` are letters of names that no installed font has, which are boxes in the PNGs.
+    """
+
+    comparison: Comparison
+    files: Sequence[Path]
+    unknown_letters: str
 
 
 def compare(runs: Sequence[Path], out: Path) -> Summary:
-    """Write `index.html, figure.png, table.md, table.tex, summary.json` into `out`; the summary
-    goes last.
+    """Write `index.html, figure.png, table.md, table.tex, summary.json` into `out`, the summary
+    last.
 
     `frontier.png` and `law.png` are added where there are enough points for them. Raises BadInput
     with the faults of all runs, or that of `out`, before anything is written.
     """
-    _check_place(out)
+    _check_writable(out)
     comparison = judge(read_runs(runs))
     found = frontiers(comparison)
     pictures = Pictures(
@@ -55,10 +64,10 @@ def compare(runs: Sequence[Path], out: Path) -> Summary:
     styles = styles_of(comparison)
     drawn = {name: scenes for name, scenes in files.items() if scenes}
     for name in files.keys() - drawn.keys():
-        # Of an earlier comparison, where there was enough for one.
+        # It may be left of an earlier comparison, which had enough points.
         (out / name).unlink(missing_ok=True)
     for name, scenes in drawn.items():
-        # The law has its shares on the axis, and few curves have their names at their ends.
+        # The shares of a law are on its axis, and curves that are few have names at their ends.
         is_named = name == "law.png" or (name == "figure.png" and are_labels_enough(styles))
         draw_figure(scenes, styles, out / name, with_legend=not is_named)
     for name, text in texts.items():
@@ -71,9 +80,9 @@ def compare(runs: Sequence[Path], out: Path) -> Summary:
     )
 
 
-def _check_place(out: Path) -> None:
-    place = out.absolute()
-    nearest = next(path for path in (place, *place.parents) if path.exists())
+def _check_writable(out: Path) -> None:
+    path = out.absolute()
+    nearest = next(each for each in (path, *path.parents) if each.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        why = "may not be written" if nearest.is_dir() else "is no folder"
+        why = "is not writable" if nearest.is_dir() else "is not a folder"
         raise BadInput(f"--out is {out}, and {nearest} {why}; give another folder")

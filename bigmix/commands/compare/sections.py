@@ -92,8 +92,8 @@ def _moved(key: str) -> str:
 
 _BUDGETS = {
     "task_tokens": (
-        "Task tokens are fixed: replay comes on top, so a larger share trains longer on as much of"
-        " the task"
+        "Task tokens are fixed: replay comes on top, so a larger share trains longer on the same"
+        " task data"
     ),
     "total_tokens": (
         "Total tokens are fixed: replay takes the place of task tokens, so a larger share sees less"
@@ -143,7 +143,7 @@ def _training(point: RunPoint) -> list[str]:
     shares = [_sum(parts) for parts in zip(*replays, strict=True)] or [0.0] * len(_WAYS)
     return [
         str(len(point.runs)),
-        _mean([r.steps for r in point.runs]),
+        _mean([r.num_steps for r in point.runs]),
         _mean([r.task_tokens for r in point.runs]),
         _mean([r.total_tokens for r in point.runs]),
         *(ABSENT if share is None else share_percent(share) for share in shares),
@@ -263,7 +263,7 @@ def kept_outputs(comparison: Comparison) -> list[KeptOutputs]:
 
 
 def _final(run: FinishedRun) -> Mapping[str, Sequence[TaskSample]]:
-    return run.samples[run.steps]
+    return run.samples[run.num_steps]
 
 
 def _of_base(points: Sequence[RunPoint], task: str) -> dict[str, TaskSample]:

@@ -1,6 +1,4 @@
-"""A comparison goes in, summary.json's tree comes out: numbers are not rounded; what is unknown is
-null.
-"""
+"""The content of `summary.json`: all numbers of a comparison, not rounded, null where unknown."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,16 +7,20 @@ from typing import Any
 from bigmix.commands.compare.charts.frontier import Frontier
 from bigmix.commands.compare.judge import Comparison
 from bigmix.commands.compare.law import Fit, Prediction
-from bigmix.commands.compare.measures import FORGETTING, GAIN, LOSS, Spread
+from bigmix.commands.compare.measures import FORGETTING, GAIN, LOSS, Evaluation, Spread
 from bigmix.commands.compare.points import RunPoint
-from bigmix.commands.compare.read import BASE, Evaluation
+from bigmix.commands.compare.read import BASE
 from bigmix.evaluation.bootstrap import Estimate
 
 
 def summary_tree(comparison: Comparison, frontiers: Sequence[Frontier]) -> dict[str, Any]:
-    """What every output says, for programs."""
+    """The tree of summary.json, version 2; docs/compare.md describes its keys."""
     base = Evaluation(
-        step=0, task_tokens=0, sources=comparison.base, tasks=comparison.base_tasks, examples={}
+        step=0,
+        task_tokens=0,
+        sources=comparison.base,
+        tasks=comparison.base_tasks,
+        num_examples={},
     )
     runs: dict[str, Any] = {BASE: {"kind": BASE, **_of_model(comparison, base)}}
     of_run = {run.name: point for point in comparison.points for run in point.runs}
@@ -72,8 +74,8 @@ def _of_model(comparison: Comparison, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _of_source(measures: Mapping[str, Estimate]) -> dict[str, Any]:
-    """The loss is under its short name, with its interval beside it; other intervals are under
-    `intervals`.
+    """The measures of a source: the loss as `loss` with its `interval`, the others under their own
+    names, and their intervals under `intervals`.
     """
     values = {
         name: _finite(found.value) for name, found in measures.items() if name not in (LOSS, GAIN)

@@ -22,9 +22,9 @@ from bigmix.terminal import share_percent
 ABSENT = "–"
 NOTE = (
     "Loss in nats/token; forgetting: loss after training minus loss of the base, lower is better;"
-    " task gain: loss of the base minus loss after training, higher is better. In brackets the 95 %"
-    " bootstrap interval of a single run; after ± the standard deviation over the seeds of a point,"
-    " whose value is their mean."
+    " task gain: loss of the base minus loss after training, higher is better. In brackets is the"
+    " 95 % bootstrap interval of a single run; after ± is the standard deviation over the seeds of"
+    " a point, whose value is their mean."
 )
 
 
@@ -121,7 +121,11 @@ def _tables(
         spreads = {
             score_measure(score): [point.task(task, score) for point in points] for score in scores
         }
-        counts = {run.final.examples[task] for run in comparison.runs if task in run.final.examples}
+        counts = {
+            run.final.num_examples[task]
+            for run in comparison.runs
+            if task in run.final.num_examples
+        }
         role = f"scores, {max(counts):,} examples" if len(counts) == 1 else "scores"
         base = comparison.base_tasks.get(task, {})
         heads, rows = _measured(points, spreads, base, with_share=with_share)

@@ -20,9 +20,8 @@ from bigmix.evaluation.tasks.likelihood import log_likelihoods
 from bigmix.evaluation.tasks.prompts import PreparedTask, Question
 from bigmix.evaluation.tasks.scoring import Answered, score_answers, scored
 from bigmix.files import replace_text
+from bigmix.runs.layout import SAMPLES
 from bigmix.seeding import evenly_spaced, key_of
-
-SAMPLES = "samples"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

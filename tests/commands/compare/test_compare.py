@@ -1,4 +1,4 @@
-"""Run folders are made here with known numbers; what compare writes must say those numbers."""
+"""Comparisons of a few runs with known numbers, which must be in what compare writes."""
 
 import json
 import math
@@ -222,7 +222,7 @@ def test_names_from_runs_are_escaped(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in html
 
 
-def test_equal_folder_names_are_told_apart_by_their_parents(tmp_path: Path) -> None:
+def test_equal_folder_names_differ_by_their_parents(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path / seed / name, replay_share=0.2)
         for seed, name in (("seed-1", "two"), ("seed-2", "two"), ("seed-1", "base"))
@@ -231,7 +231,7 @@ def test_equal_folder_names_are_told_apart_by_their_parents(tmp_path: Path) -> N
     assert names == ["seed-1/two", "seed-2/two", "seed-1/base"]
 
 
-def test_another_base_and_other_task_tokens_are_warned_of_on_the_page(tmp_path: Path) -> None:
+def test_the_page_warns_of_another_base_and_of_other_task_tokens(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", replay_share=0.0)
     two = write_run(tmp_path / "two", replay_share=0.2, base={**BASE, "code": 1.7}, steps=64)
     warnings = compare([one, two], tmp_path / "report").comparison.warnings
@@ -241,7 +241,7 @@ def test_another_base_and_other_task_tokens_are_warned_of_on_the_page(tmp_path: 
     assert (tmp_path / "report/index.html").read_text().count('class="warning"') == 2
 
 
-def test_all_faults_of_all_runs_are_told_at_once_and_nothing_is_written(tmp_path: Path) -> None:
+def test_all_faults_of_all_runs_are_reported_at_once_and_nothing_is_written(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     unfinished = write_run(tmp_path / "unfinished", replay_share=0.0, steps=31)

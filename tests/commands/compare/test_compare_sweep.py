@@ -1,6 +1,4 @@
-"""Many runs: seeds become points, points become lines over the share, lines become frontiers and a
-law.
-"""
+"""Comparisons of many runs: points over seeds, lines over the share, frontiers and the law."""
 
 import json
 import math
@@ -89,7 +87,7 @@ def test_a_single_run_keeps_its_own_interval() -> None:
     assert (found.mean, found.deviation, found.interval) == (2.0, None, (1.5, 2.25))
 
 
-def test_shares_are_a_line_and_what_differs_otherwise_stands_alone(sweep: Path) -> None:
+def test_shares_are_a_line_and_points_that_differ_otherwise_are_not(sweep: Path) -> None:
     arrangement = arrange(points_of(read_runs([sweep]).runs))
     assert [[p.name for p in line.points] for line in arrangement.lines] == [
         [f"books-{share:g}" for share in SHARES]
@@ -146,7 +144,7 @@ def test_the_law_is_the_best_of_a_search_over_both_constants() -> None:
     assert miss(found.B, found.alpha) <= best * (1 + 1e-6)
 
 
-def test_a_share_with_one_seed_counts_as_the_least_certain_of_the_others() -> None:
+def test_a_share_with_one_seed_has_the_largest_relative_error_of_the_others() -> None:
     measured = {0.0: (1.0, 1.1), 0.05: (0.5, 0.6), 0.25: (0.29, 0.3), 0.5: (0.2,)}
     spreads = {p: spread_of([Estimate(value=v) for v in values]) for p, values in measured.items()}
     points = [
@@ -157,7 +155,7 @@ def test_a_share_with_one_seed_counts_as_the_least_certain_of_the_others() -> No
     assert errors[2] == pytest.approx(0.005 / 0.295)
 
 
-def test_left_out_points_are_predicted_and_the_errors_told(sweep: Path) -> None:
+def test_left_out_points_are_predicted_with_their_errors(sweep: Path) -> None:
     fit = judge(read_runs([sweep])).fits["books"]
     assert isinstance(fit, Fit)
     assert [p.share for p in fit.leave_one_out] == pytest.approx([0.01, 0.05, 0.25])
@@ -175,7 +173,7 @@ def test_two_shares_are_too_few_for_a_law(tmp_path: Path) -> None:
     assert "there are 1 and 1" in refused
 
 
-def test_a_share_that_forgets_nothing_has_no_place_in_the_law_and_is_told(tmp_path: Path) -> None:
+def test_a_share_that_forgets_nothing_is_left_out_of_the_law_and_listed(tmp_path: Path) -> None:
     ends = {0.0: 1.1, 0.05: 0.4, 0.1: 0.2, 0.5: -0.1}
     for share, end in ends.items():
         write_run(tmp_path / f"{share}", Recipe(share=share), Numbers(forgetting=end))
@@ -241,17 +239,17 @@ def test_files_of_a_sweep(summary: Summary) -> None:
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 6
 
 
-def test_the_same_example_stands_under_all_points(summary: Summary) -> None:
+def test_the_same_example_is_shown_for_all_points(summary: Summary) -> None:
     page = summary.files[0].read_text()
     first = page.split("<summary>Question: Mona has 5 apples")[1].split("</details>")[0]
     for name in ("base", "books-0", "books-0.25", "ema-0.999"):
         assert f"{name}</th>" in first
     assert "How many has she <now>" not in page
-    assert "6 of 8 examples that were kept" in page
-    assert "letters more" in page
+    assert "The first 6 of 8 examples that were kept" in page
+    assert "characters more" in page
 
 
-def test_an_unfinished_run_of_a_sweep_is_left_out_and_told(tmp_path: Path) -> None:
+def test_an_unfinished_run_of_a_sweep_is_left_out_with_the_reason(tmp_path: Path) -> None:
     for share in SHARES:
         write_run(tmp_path / f"s/{share}", Recipe(share=share), Numbers(forgetting=law(share)))
     write_run(tmp_path / "s/half", Recipe(share=0.4), Numbers(forgetting=0.1), steps=200)
@@ -261,9 +259,7 @@ def test_an_unfinished_run_of_a_sweep_is_left_out_and_told(tmp_path: Path) -> No
     comparison = judge(read_runs([tmp_path / "s"]))
     assert len(comparison.runs) == 4
     (warning,) = comparison.warnings
-    assert warning.startswith(
-        "2 results that lie in the folders given are left out, 4 are compared"
-    )
+    assert warning.startswith("2 results in the given folders are left out, 4 are compared")
     assert "half has trained 409,600 of 819,200 task tokens" in warning
     assert "waiting has no metrics.jsonl" in warning
     with pytest.raises(BadInput, match="half has trained"):
@@ -284,7 +280,7 @@ def test_a_model_evaluated_outside_of_a_run_is_a_point_without_a_curve(tmp_path:
     assert average.runs[0].command.startswith(
         "bigmix evaluate recipe.yaml --model runs/average-0.5"
     )
-    assert "as evaluated once outside of a run: 2." in (tmp_path / "report/index.html").read_text()
+    assert "evaluated once outside of a run: 2." in (tmp_path / "report/index.html").read_text()
 
 
 def test_the_log_of_a_run_says_what_its_evaluated_model_was_trained_on(tmp_path: Path) -> None:
@@ -369,7 +365,7 @@ def test_a_hundred_runs_are_compared(tmp_path: Path) -> None:
     )
 
 
-def test_labels_find_places_beside_each_other() -> None:
+def test_labels_do_not_overlap() -> None:
     points = [(100.0, 100.0), (104.0, 102.0), (98.0, 104.0), (102.0, 98.0)]
     bounds = (0.0, 0.0, 300.0, 200.0)
     obstacles = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
@@ -441,7 +437,7 @@ def test_a_run_and_the_evaluation_of_its_export_are_not_shown_twice(tmp_path: Pa
     )
     found = read_runs([tmp_path / "s"])
     assert [r.folder for r in found.runs] == [run]
-    assert found.left_out == [f"{own} evaluates the export of a run that is compared itself"]
+    assert found.left_out == [f"{own} evaluates the export of a run that is compared too"]
     assert len(read_runs([run, own]).runs) == 2
 
 
@@ -479,14 +475,14 @@ def test_no_two_points_have_one_name(
     assert sorted(len(point.runs) for point in found) == [1, 1, 2]
 
 
-def test_a_run_again_with_its_seed_is_no_further_seed(tmp_path: Path) -> None:
+def test_a_run_that_repeats_a_seed_is_not_a_further_seed(tmp_path: Path) -> None:
     for name in ("a", "a-again"):
         write_run(tmp_path / name, Recipe(share=0.05), Numbers(forgetting=0.4))
     write_run(tmp_path / "b", Recipe(share=0.05, seed=1), Numbers(forgetting=0.4))
     comparison = judge(read_runs([tmp_path]))
     assert [len(point.runs) for point in comparison.points] == [2, 1]
     assert comparison.points[1].source("books", "forgetting").deviation is None
-    assert any("no further seed" in warning for warning in comparison.warnings)
+    assert any("not a further seed of a." in warning for warning in comparison.warnings)
 
 
 def test_an_evaluated_model_has_the_recipe_that_it_was_trained_with(tmp_path: Path) -> None:
@@ -500,12 +496,10 @@ def test_an_evaluated_model_has_the_recipe_that_it_was_trained_with(tmp_path: Pa
 
 
 @pytest.mark.parametrize("forgetting", [(0.393,), (1.10, 1.42)])
-def test_what_each_seed_forgot_beyond_doubt_was_lost(
+def test_what_each_seed_certainly_forgot_was_lost(
     tmp_path: Path, forgetting: tuple[float, ...]
 ) -> None:
-    """However wide the interval of the loss itself is over documents, or of a mean over two
-    seeds.
-    """
+    """However wide the interval of the loss over documents is, or that of a mean over two seeds."""
     for seed, value in enumerate(forgetting):
         one = write_run(tmp_path / f"one-{seed}", Recipe(seed=seed), Numbers(forgetting=value))
         edit_lines(one, lambda line: line.update(around("held_out", "books", 3.5, 0.5)))
@@ -514,7 +508,7 @@ def test_what_each_seed_forgot_beyond_doubt_was_lost(
     assert "kept" in headline and "of what one-way training lost on `books`" in headline
 
 
-def test_a_run_that_ends_where_a_source_is_used_up_is_whole(tmp_path: Path) -> None:
+def test_a_run_that_ends_where_a_source_is_used_up_is_finished(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", Recipe(share=0.25), Numbers(forgetting=0.1))
 
     def stops(recipe: dict) -> None:
@@ -525,17 +519,17 @@ def test_a_run_that_ends_where_a_source_is_used_up_is_whole(tmp_path: Path) -> N
     with pytest.raises(BadInput, match="400 of 1,000 steps"):
         read_runs([run])
     (run / "export").mkdir()
-    assert read_runs([run]).runs[0].steps == 400
+    assert read_runs([run]).runs[0].num_steps == 400
 
 
-def test_a_run_that_lacks_a_few_steps_is_not_whole(tmp_path: Path) -> None:
+def test_a_run_that_lacks_a_few_steps_is_not_finished(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", Recipe(), Numbers(forgetting=0.1))
     edit_recipe(run, lambda recipe: recipe.update(budget={"steps": 410}))
     with pytest.raises(BadInput, match="400 of 410 steps"):
         read_runs([run])
 
 
-def test_a_run_that_diverged_is_not_called_one_that_was_not_evaluated(tmp_path: Path) -> None:
+def test_a_run_that_diverged_is_not_reported_as_not_evaluated(tmp_path: Path) -> None:
     write_run(tmp_path / "one", Recipe(), Numbers(forgetting=1.1))
     for name, sources in {
         "two": ("books",),
@@ -555,7 +549,7 @@ def test_a_run_that_diverged_is_not_called_one_that_was_not_evaluated(tmp_path: 
     assert "not evaluated" not in warned
 
 
-def test_other_held_out_data_is_not_called_another_base(tmp_path: Path) -> None:
+def test_other_held_out_data_is_not_reported_as_another_base(tmp_path: Path) -> None:
     write_run(tmp_path / "one", Recipe(), Numbers(forgetting=1.1))
     two = write_run(tmp_path / "two", Recipe(share=0.25), Numbers(forgetting=0.1))
 
@@ -612,20 +606,20 @@ def test_the_law_is_on_the_page_where_no_task_was_evaluated(tmp_path: Path) -> N
         lambda recipe: recipe.update(budget=3),
     ],
 )
-def test_a_recipe_that_is_none_is_named(tmp_path: Path, edit) -> None:
+def test_a_malformed_recipe_is_named(tmp_path: Path, edit) -> None:
     run = write_run(tmp_path / "run", Recipe(), Numbers(forgetting=1.1))
     edit_recipe(run, edit)
     with pytest.raises(BadInput, match=r"run: recipe\.yaml or metrics\.jsonl is not as bigmix"):
         read_runs([run])
 
 
-def test_a_place_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_reported_first(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="--out is .*file"):
         compare([tmp_path / "nothing"], tmp_path / "file")
 
 
-def test_long_names_keep_what_sets_them_apart() -> None:
+def test_long_names_keep_the_words_in_which_they_differ() -> None:
     assert labels_of(["gsm8k-qwen-one-way-lr1e-5", "gsm8k-qwen-two-way-lr1e-5"]) == {
         "gsm8k-qwen-one-way-lr1e-5": "one-way-lr1e-5",
         "gsm8k-qwen-two-way-lr1e-5": "two-way-lr1e-5",
@@ -633,7 +627,7 @@ def test_long_names_keep_what_sets_them_apart() -> None:
     assert labels_of(["books-0.05", "one"]) == {"books-0.05": "books-0.05", "one": "one"}
 
 
-def test_letters_that_no_font_has_are_told(tmp_path: Path) -> None:
+def test_letters_that_no_font_has_are_found(tmp_path: Path) -> None:
     assert unknown_letters(["ascii", "café"]) == ""
     assert unknown_letters(["\U0003134a", "a"]) == "\U0003134a"  # the last letter of Unicode's Han
     assert width_of("单向") > width_of("ab")

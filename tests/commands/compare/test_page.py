@@ -11,7 +11,7 @@ from bigmix.commands.compare.report import compare
 
 WIDE, NARROW = 1200, 390
 
-# What a figure must be to be seen, asked of each; texts inside of it must not be cut off.
+# The position and size of each figure, and its texts that are cut off.
 FIGURES = """
 [...document.querySelectorAll('figure svg')].map(svg => {
   const box = svg.getBoundingClientRect();
@@ -24,7 +24,7 @@ FIGURES = """
   return {left, right, width, height, cut: cut.map(text => text.textContent)};
 })
 """
-# Texts of a figure that lie over each other, in pixels of the smaller one's height.
+# Texts of a figure that overlap by more than half of a line.
 OVERLAPS = """
 [...document.querySelectorAll('figure svg')].flatMap(svg => {
   const texts = [...svg.querySelectorAll('text:not(.tip)')];
@@ -37,7 +37,7 @@ OVERLAPS = """
   })).filter(text => text);
 })
 """
-# Contrast of each text and of what lies behind it, as WCAG 2 counts it; the least of all.
+# The least contrast of a text against the background, as WCAG 2 defines it.
 CONTRAST = """
 (() => {
   const light = colour => {
@@ -77,7 +77,7 @@ def pair_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory):
     if find_browser() is None:
-        # Where it is meant to be, its absence is a fault.
+        # Where a Chromium must be installed, a missing one is a fault.
         assert os.environ.get("BIGMIX_NEEDS_CHROMIUM") != "1", "no Chromium is on PATH"
         pytest.skip("no Chromium on this machine; on a Debian: apt-get install chromium")
     with browser(tmp_path_factory.mktemp("profile")) as page:
@@ -87,7 +87,7 @@ def page(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [WIDE, NARROW])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_figures_are_seen_and_nothing_is_asked_of_the_network(
+def test_all_figures_are_visible_and_nothing_is_loaded_from_the_network(
     sweep_page: Path, pair_page: Path, page: Page, scheme: str, width: int, tmp_path: Path
 ) -> None:
     for file, num_figures in ((sweep_page, 14), (pair_page, 7)):

@@ -1,5 +1,6 @@
-"""Ranges of data go in; out come axes on a canvas, round ticks, and places for labels that do not
-collide.
+"""Axes on a canvas, round ticks, and places for labels so that they do not collide.
+
+Letters: C candidate boxes, N boxes that are taken; 4 and 2 are coordinates.
 """
 
 import math
@@ -7,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bigmix.commands.compare.charts.svg import TEXT_PX, XY, Shape, Stroke, Words, width_of
+from bigmix.commands.compare.charts.svg import TEXT_PX, XY, Label, Shape, Stroke, width_of
 from bigmix.terminal import short
+from bigmix.types import Floats
 
 LINE_PX = 15  # between two labels
 WIDTH, HEIGHT = 420, 300
@@ -18,56 +19,55 @@ LEFT, TOP, BOTTOM = 46, 14, 42
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 Range = tuple[float, float]
-Array = NDArray[np.float64]
 
 
-def _same(value: float) -> float:
+def _identity(value: float) -> float:
     return value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axes:
-    """Where data lies on the canvas.
+    """How data is mapped onto the canvas.
 
-    `bend` is applied to x before it is laid out, as for a logarithmic axis.
+    `bend` is applied to x first, such as a logarithm for a logarithmic axis.
     """
 
     x_range: Range
     y_range: Range
     right: float
     bottom: float
-    bend: Callable[[float], float] = _same
+    bend: Callable[[float], float] = _identity
 
     def x(self, value: float) -> float:
-        """From data to canvas."""
+        """The pixel of a value on the horizontal axis."""
         low, high = (self.bend(end) for end in self.x_range)
         return LEFT + (self.bend(value) - low) / (high - low) * (self.right - LEFT)
 
     def y(self, value: float) -> float:
-        """From data to canvas."""
+        """The pixel of a value on the vertical axis."""
         low, high = self.y_range
         return self.bottom - (value - low) / (high - low) * (self.bottom - TOP)
 
     def frame(self, *, x_label: str, x_ticks: Sequence[tuple[float, str]]) -> Iterator[Shape]:
-        """Grid, ticks and the label of x; y is labelled by the title."""
+        """The grid, the ticks and the label of x; the title of a chart says what y is."""
         for value in ticks(*self.y_range, 5):
             y = self.y(value)
             yield Stroke(points=[(LEFT, y), (self.right, y)], colour="line")
-            yield Words(at=(LEFT - 7, y + 4), text=f"{value:.3g}".replace("-", "−"), anchor="end")
+            yield Label(at=(LEFT - 7, y + 4), text=f"{value:.3g}".replace("-", "−"), anchor="end")
         yield Stroke(points=[(LEFT, self.bottom), (self.right, self.bottom)], colour="soft")
         taken = -math.inf
         for value, text in x_ticks:
             x, half = self.x(value), width_of(text) / 2
             if x - half > taken + 4:
-                yield Words(at=(x, self.bottom + 17), text=text, anchor="middle")
+                yield Label(at=(x, self.bottom + 17), text=text, anchor="middle")
                 taken = x + half
         middle = (LEFT + self.right) / 2
-        yield Words(at=(middle, self.bottom + 36), text=x_label, anchor="middle")
+        yield Label(at=(middle, self.bottom + 36), text=x_label, anchor="middle")
 
 
 def share_axes(smallest: float, largest: float, y_range: Range) -> Axes:
-    """Axes of anything over replay's share: x is logarithmic above the smallest one, so that 0 has
-    a place as well.
+    """Axes for values over replay's share. x is logarithmic from about the smallest share on and
+    linear below it, so that 0 is on the axis too.
     """
     return Axes(
         x_range=(0.0, largest),
@@ -79,14 +79,14 @@ def share_axes(smallest: float, largest: float, y_range: Range) -> Axes:
 
 
 def range_of(values: Sequence[float], margin: float = 0.06) -> Range:
-    """All values with a margin as a part of their range."""
+    """The range of the values, wider by `margin` times itself on either side."""
     low, high = min(values), max(values)
     space = margin * (high - low) or 0.5
     return low - space, high + space
 
 
 def number_ticks(low: float, high: float, count: int = 4) -> list[tuple[float, str]]:
-    """Round numbers with their texts."""
+    """About `count` round numbers from low to high, with their labels."""
     return [(value, short(value, billion="B")) for value in ticks(low, high, count)]
 
 
@@ -102,8 +102,8 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions of labels near the wanted ones, at least `gap` apart and, where they fit, inside
-    low..high.
+    """Positions of labels near the wanted ones, at least `gap` apart, and within low..high where
+    there is room for all.
 
     >>> spread([10.0, 11.0], 4.0, 0.0, 100.0)
     [10.0, 14.0]
@@ -124,10 +124,10 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 def place_labels(
     labels: Sequence[tuple[XY, float]], obstacles: Sequence[Box], bounds: Box
 ) -> list[XY]:
-    """The left end of the base line of each label, beside its point, where it covers least of the
-    others and of obstacles.
+    """The left end of the base line of each label: next to its point, where it covers as little as
+    possible of other labels and of obstacles.
 
-    A label is where its point is, and how wide.
+    A label is given as the position of its point and its width.
     """
     taken_N4 = np.array([*obstacles]).reshape(-1, 4)
     bounds_N4 = np.array([bounds])
@@ -136,8 +136,7 @@ def place_labels(
         boxes_C4 = np.array([*_around(at, width)])
         area = width * (TEXT_PX + 2)
         outside_C = area - _common(boxes_C4, bounds_N4).sum(1)
-        # What sticks out of the canvas counts many times over; of two equal places the better liked
-        # one is taken.
+        # The area outside of the canvas counts 20 times; of equal candidates the first one wins.
         costs_C = _common(boxes_C4, taken_N4).sum(1) + 20 * outside_C + np.arange(len(boxes_C4))
         box_4 = boxes_C4[int(np.argmin(costs_C))]
         taken_N4 = np.vstack([taken_N4, box_4])
@@ -146,19 +145,21 @@ def place_labels(
 
 
 def _around(at: XY, width: float) -> Iterator[Box]:
-    """Places around a point, the best liked first: near before far, right before left."""
+    """Candidate boxes around a point, the preferred ones first: near before far, right before
+    left.
+    """
     x, y = at
     for away in (8, 18, 30):
         for right, down in ((1, 0), (1, -1), (1, 1), (-1, 0), (-1, -1), (-1, 1), (0, -1), (0, 1)):
-            # Straight above or below, a label is centred.
+            # A label straight above or below its point is centred.
             left = x - width / 2 if right == 0 else x + away if right > 0 else x - away - width
             middle = y + down * (away + (4 if right == 0 else 0))
             yield left, middle - TEXT_PX / 2 - 1, left + width, middle + TEXT_PX / 2 + 1
 
 
-def _common(ones_C4: Array, others_N4: Array) -> Array:
-    """The area that each of the boxes shares with each of the others [C, N]."""
+def _common(ones_C4: Floats, others_N4: Floats) -> Floats:
+    """The area that each of the candidates shares with each of the others [C, N]."""
     low_CN2 = np.maximum(ones_C4[:, None, :2], others_N4[None, :, :2])
     high_CN2 = np.minimum(ones_C4[:, None, 2:], others_N4[None, :, 2:])
-    shared: Array = np.maximum(high_CN2 - low_CN2, 0.0).prod(2)
+    shared: Floats = np.maximum(high_CN2 - low_CN2, 0.0).prod(2)
     return shared

@@ -1,6 +1,4 @@
-"""A comparison goes in; out come scenes of what was forgotten and learned over the run, one for
-each source and score.
-"""
+"""Charts of what was forgotten and learned over the run, one for each source and each score."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +16,11 @@ from bigmix.commands.compare.charts.axes import (
     spread,
 )
 from bigmix.commands.compare.charts.styles import MAX_NAMED, Style, styles_of
-from bigmix.commands.compare.charts.svg import Area, Mark, Scene, Shape, Stroke, Words, width_of
+from bigmix.commands.compare.charts.svg import Area, Label, Mark, Scene, Shape, Stroke, width_of
 from bigmix.commands.compare.judge import Comparison
-from bigmix.commands.compare.measures import FORGETTING, LOSS, spread_of
+from bigmix.commands.compare.measures import FORGETTING, LOSS, Evaluation, spread_of
 from bigmix.commands.compare.points import RunPoint
-from bigmix.commands.compare.read import BASE, Evaluation
+from bigmix.commands.compare.read import BASE
 from bigmix.evaluation.bootstrap import Estimate
 from bigmix.terminal import short
 
@@ -31,9 +29,9 @@ Pick = Callable[[Evaluation], Estimate | None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dot:
-    """The mean over seeds at one evaluation.
+    """The mean over seeds at one evaluation, after `step` steps.
 
-    `low` and `high` are the least and the largest seed, or a run's interval.
+    `low` and `high` are the lowest and the highest seed, or the interval of a single run.
     """
 
     x: float
@@ -45,7 +43,7 @@ class Dot:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
-    """One point over the run."""
+    """One point of the comparison over the run."""
 
     style: Style
     dots: Sequence[Dot]
@@ -53,7 +51,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
-    """Curves of one quantity; the base stands at `base_y`, None where it was not asked."""
+    """The curves of one quantity; `base_y` is its value for the base, None where it is unknown."""
 
     title: str
     curves: Sequence[Curve]
@@ -66,8 +64,8 @@ def is_over_tokens(comparison: Comparison) -> bool:
 
 
 def curve_scenes(comparison: Comparison) -> list[Scene]:
-    """Forgetting of each replay source, on one scale, then the loss of each task source, then the
-    scores of tasks.
+    """The forgetting of each replay source, all on one scale, then the loss of each task source,
+    then the scores of tasks.
     """
     by_tokens = is_over_tokens(comparison)
     panels = [panel for panel in _panels(comparison) if panel.curves]
@@ -127,10 +125,10 @@ def _curves(comparison: Comparison, pick: Pick) -> list[Curve]:
     styles = styles_of(comparison)
     drawn = []
     for point in comparison.points:
-        # A model that was evaluated outside of a run has no way that led to it.
+        # A model that was evaluated outside of a run has no evaluations on the way.
         dots = [] if point.runs[0].model else list(_dots(point, pick, by_tokens=by_tokens))
         if len(comparison.points) > MAX_NAMED and len(point.runs) == 1:
-            # Many wide bands over each other would hide the lines.
+            # Many wide bands on top of each other would hide the lines.
             dots = [replace(dot, low=None, high=None) for dot in dots]
         if len(dots) > 1:
             drawn.append(Curve(style=styles[point.name], dots=dots))
@@ -167,7 +165,7 @@ def _scene(
     shapes += [shape for curve in panel.curves for shape in _band(axes, curve)]
     shapes += [_line(axes, curve) for curve in panel.curves]
     shapes += _ends(axes, panel) if is_named else _base_label(axes, panel)
-    # Marks last, so that a tip lies over all curves.
+    # Marks come last, so that a tip is drawn over all curves.
     shapes += [mark for curve in panel.curves for mark in _marks(axes, curve, every=is_named)]
     return Scene(title=panel.title, width=WIDTH, height=HEIGHT, shapes=shapes)
 
@@ -208,19 +206,19 @@ def _end_label(curve: Curve) -> str:
     return f"{curve.style.label} {curve.dots[-1].y:.2f}"
 
 
-def _ends(axes: Axes, panel: Panel) -> Iterator[Words]:
-    """Names at the right, moved apart."""
+def _ends(axes: Axes, panel: Panel) -> Iterator[Label]:
+    """The names of curves at their right ends, moved apart."""
     texts = [(_end_label(c), c.style.key, axes.y(c.dots[-1].y)) for c in panel.curves]
     if panel.base_y is not None:
         texts.append((_base_text(panel.base_y), "soft", axes.y(panel.base_y)))
     places = spread([y for _, _, y in texts], LINE_PX, TOP, axes.bottom)
     for (text, colour, _), y in zip(texts, places, strict=True):
-        yield Words(at=(axes.right + 8, y + 4), text=text, colour=colour, is_bold=colour != "soft")
+        yield Label(at=(axes.right + 8, y + 4), text=text, colour=colour, is_bold=colour != "soft")
 
 
-def _base_label(axes: Axes, panel: Panel) -> Iterator[Words]:
+def _base_label(axes: Axes, panel: Panel) -> Iterator[Label]:
     if panel.base_y is not None:
-        yield Words(at=(axes.right + 8, axes.y(panel.base_y) + 4), text=BASE)
+        yield Label(at=(axes.right + 8, axes.y(panel.base_y) + 4), text=BASE)
 
 
 def _base_text(base_y: float) -> str:

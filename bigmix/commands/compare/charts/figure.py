@@ -1,4 +1,4 @@
-"""Scenes go in, a PNG comes out."""
+"""Draws charts as a PNG with matplotlib."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,11 +9,11 @@ from bigmix.commands.compare.charts.styles import Style, legend
 from bigmix.commands.compare.charts.svg import (
     TEXT_PX,
     Area,
+    Label,
     Mark,
     Scene,
     Shape,
     Stroke,
-    Words,
     outline,
 )
 
@@ -22,7 +22,7 @@ PX_PER_INCH = 95
 PT_PER_PX = 72 / PX_PER_INCH
 MAX_COLUMNS = 3
 TITLE_PX, GAP_PX, MARGIN_PX = 30, 26, 16
-# Of these the ones that the machine has, each for the letters that those before it lack.
+# Fonts in order: each that is installed is used for the letters that those before it lack.
 _FAMILIES = (
     "DejaVu Sans",
     "Noto Sans CJK SC",
@@ -45,9 +45,7 @@ _INK = {"ink": "#1b1f24", "soft": "#5b6470", "line": "#e3e6ea", "paper": "#fffff
 def draw_figure(
     scenes: Sequence[Scene], styles: Mapping[str, Style], path: Path, *, with_legend: bool
 ) -> None:
-    """Draw the scenes side by side, three in a line at most, with their titles; a legend goes
-    below.
-    """
+    """Draw the scenes with their titles, three side by side at most, and a legend below them."""
     # Matplotlib takes a second to import, and no other command draws.
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -71,7 +69,7 @@ def draw_figure(
     colours = _INK | {style.key: style.light for style in styles.values()}
     top = float(MARGIN_PX)
     with rc_context({"font.family": _families()}), warnings.catch_warnings():
-        # One for each letter; unknown_letters tells of all at once.
+        # Matplotlib warns of each letter; unknown_letters finds all of them at once.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         for line, height in zip(lines, heights, strict=True):
             for index, scene in enumerate(line):
@@ -82,8 +80,8 @@ def draw_figure(
 
 
 def unknown_letters(texts: Iterable[str]) -> str:
-    """The letters of texts that no font which is drawn with has, each once and in order; they are
-    drawn as boxes.
+    """The letters of texts that are drawn as boxes, since no installed font has them: each once,
+    in order.
     """
     letters = sorted({letter for text in texts for letter in text if ord(letter) > 127})
     if not letters:
@@ -126,7 +124,7 @@ def _draw(axes: Any, shape: Shape, colours: Mapping[str, str], at: tuple[float, 
     from matplotlib.patches import Polygon
 
     colour = colours[shape.colour]
-    if isinstance(shape, Words):
+    if isinstance(shape, Label):
         _write(axes, shape, colour, at)
         return
     corners = outline(shape) if isinstance(shape, Mark) else shape.points
@@ -144,25 +142,24 @@ def _draw(axes: Any, shape: Shape, colours: Mapping[str, str], at: tuple[float, 
         artist = Polygon(
             placed, facecolor=fill, edgecolor=colour, linewidth=1.4 * PT_PER_PX, zorder=4
         )
-    # As an artist and not through plot and fill, which measure every shape anew for axes that
-    # nobody sees.
+    # plot and fill would measure every shape again to scale axes that are not shown.
     axes.add_artist(artist)
 
 
-def _write(axes: Any, words: Words, colour: str, at: tuple[float, float]) -> None:
+def _write(axes: Any, label: Label, colour: str, at: tuple[float, float]) -> None:
     from matplotlib.patheffects import withStroke
 
     axes.text(
-        words.at[0] + at[0],
-        words.at[1] + at[1],
-        words.text,
-        # A little smaller than on the page, as matplotlib's font is wider than most.
+        label.at[0] + at[0],
+        label.at[1] + at[1],
+        label.text,
+        # Slightly smaller than on the page, since matplotlib's font is wider than most.
         fontsize=0.94 * TEXT_PX * PT_PER_PX,
         color=colour,
-        ha={"start": "left", "middle": "center", "end": "right"}[words.anchor],
-        fontweight="bold" if words.is_bold else "normal",
-        # Paper around letters, so that lines do not run through them.
+        ha={"start": "left", "middle": "center", "end": "right"}[label.anchor],
+        fontweight="bold" if label.is_bold else "normal",
+        # A white outline around letters, so that lines do not run through them.
         path_effects=[withStroke(linewidth=2.0, foreground="white")],
-        # A name from a recipe may hold dollars.
+        # A name from a recipe may contain dollar signs, which would begin a formula.
         parse_math=False,
     )

@@ -1,6 +1,4 @@
-"""A comparison goes in; out come frontiers: what a task gained against what was forgotten, one for
-each loss and score.
-"""
+"""Frontiers: charts of each loss and score of a task against what was forgotten."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,11 +18,11 @@ from bigmix.commands.compare.charts.styles import Style, styles_of
 from bigmix.commands.compare.charts.svg import (
     TEXT_PX,
     XY,
+    Label,
     Mark,
     Scene,
     Shape,
     Stroke,
-    Words,
     width_of,
 )
 from bigmix.commands.compare.judge import Comparison
@@ -32,15 +30,16 @@ from bigmix.commands.compare.measures import FORGETTING, LOSS, Better, Spread
 from bigmix.commands.compare.points import RunPoint
 
 HEIGHT = 330
-_FAR_PX = 14  # of a label from its point: others may be nearer to it
-LEAST_POINTS = 3  # two are a line in any case
+_FAR_PX = 14  # from here on a label has a line to its point, since others may be nearer to it
+LEAST_POINTS = 3  # any two points are on one line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spot:
     """A point on a frontier.
 
-    Dominated: another point has forgotten less and does the task as well, or the reverse.
+    It is dominated where another point is at least as good in both the task and forgetting, and
+    better in one of them.
     """
 
     point: RunPoint
@@ -51,7 +50,7 @@ class Spot:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Frontier:
-    """All points by one measure of a task and by what they have forgotten of `replay`."""
+    """All points by one measure of a task and by what they forgot of the source `replay`."""
 
     title: str
     x_label: str
@@ -61,8 +60,8 @@ class Frontier:
 
 
 def frontiers(comparison: Comparison) -> list[Frontier]:
-    """One for the loss of each task source and one for each score of each task; none where there
-    are two points.
+    """A frontier for the loss of each task source and for each score of each task, where three
+    points or more have it.
     """
     replay = comparison.judged
     if replay is None:
@@ -73,7 +72,7 @@ def frontiers(comparison: Comparison) -> list[Frontier]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Measured:
-    """One measure of a task, of each point by its name."""
+    """One measure of a task for each point, by the name of the point."""
 
     title: str
     x_label: str
@@ -91,10 +90,10 @@ def _measured(comparison: Comparison) -> Iterator[_Measured]:
         )
     for task, scores in comparison.scores.items():
         for score in scores:
-            words = score.replace("_", " ")
+            label = score.replace("_", " ")
             yield _Measured(
-                title=f"{task}, {words}",
-                x_label=words,
+                title=f"{task}, {label}",
+                x_label=label,
                 better="higher",
                 spreads={point.name: point.task(task, score) for point in comparison.points},
             )
@@ -123,13 +122,13 @@ def _frontier(points: Sequence[RunPoint], replay: str, measured: _Measured) -> F
 
 
 def _is_dominated(cost: XY, others: Sequence[XY]) -> bool:
-    """Both are costs: lower is better."""
+    """Whether another point costs no more in both; a cost is a value of which lower is better."""
     return any(o[0] <= cost[0] and o[1] <= cost[1] and o != cost for o in others)
 
 
 def frontier_scene(comparison: Comparison, frontier: Frontier) -> Scene:
-    """Marks with their intervals and names; points of a line over the share are joined; dominated
-    ones are hollow.
+    """Marks with their intervals and names. Points of a line over the share are joined, and
+    dominated points are hollow.
     """
     styles = styles_of(comparison)
     spots = {spot.point.name: spot for spot in frontier.spots}
@@ -167,11 +166,11 @@ def _at(axes: Axes, spot: Spot) -> XY:
     return axes.x(spot.task.mean), axes.y(spot.forgetting.mean)
 
 
-def _better(axes: Axes, frontier: Frontier) -> Words:
-    """Which corner is the good one."""
+def _better(axes: Axes, frontier: Frontier) -> Label:
+    """A note in the corner of the better values."""
     if frontier.better == "lower":
-        return Words(at=(axes.x(axes.x_range[0]) + 4, axes.bottom - 6), text="↙ better")
-    return Words(at=(axes.right - 2, axes.bottom - 6), text="better ↘", anchor="end")
+        return Label(at=(axes.x(axes.x_range[0]) + 4, axes.bottom - 6), text="↙ better")
+    return Label(at=(axes.right - 2, axes.bottom - 6), text="better ↘", anchor="end")
 
 
 def _bars(axes: Axes, spot: Spot, colour: str) -> Iterator[Stroke]:
@@ -185,8 +184,8 @@ def _bars(axes: Axes, spot: Spot, colour: str) -> Iterator[Stroke]:
 
 
 def _labels(axes: Axes, frontier: Frontier, styles: Mapping[str, Style]) -> Iterator[Shape]:
-    """Beside their points, those that lie far off on a thin line; what is not dominated finds its
-    place first.
+    """Labels next to their points, with a thin line where they are far from them. Those of points
+    that are not dominated are placed first.
     """
     spots = sorted(frontier.spots, key=lambda spot: spot.is_dominated)
     texts = [styles[spot.point.name].label for spot in spots]
@@ -204,11 +203,11 @@ def _labels(axes: Axes, frontier: Frontier, styles: Mapping[str, Style]) -> Iter
         if math.dist(end, at) > _FAR_PX:
             yield Stroke(points=[at, end], colour=colour, width=0.7)
     for place, text, colour, spot in zip(places, texts, colours, spots, strict=True):
-        yield Words(at=place, text=text, colour=colour, is_bold=not spot.is_dominated)
+        yield Label(at=place, text=text, colour=colour, is_bold=not spot.is_dominated)
 
 
 def _nearest(at: XY, box: Box) -> XY:
-    """The place in a box that is nearest to a point."""
+    """The position in a box that is nearest to a point."""
     left, top, right, bottom = box
     return min(max(at[0], left), right), min(max(at[1], top), bottom)
 

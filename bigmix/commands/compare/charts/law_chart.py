@@ -1,5 +1,5 @@
-"""A fitted law goes in; out comes a scene of forgetting over replay's share, and the words that say
-how good the law is.
+"""The chart of a fitted law over replay's share, and the texts and the table that say how good the
+fit is.
 """
 
 import math
@@ -9,7 +9,7 @@ import numpy as np
 
 from bigmix.commands.compare.charts.axes import HEIGHT, TOP, WIDTH, Axes, range_of, share_axes
 from bigmix.commands.compare.charts.styles import styles_of
-from bigmix.commands.compare.charts.svg import Mark, Scene, Shape, Stroke, Words
+from bigmix.commands.compare.charts.svg import Label, Mark, Scene, Shape, Stroke
 from bigmix.commands.compare.judge import Comparison
 from bigmix.commands.compare.law import Fit, Law, Prediction, fit_law
 from bigmix.commands.compare.measures import FORGETTING, Spread
@@ -19,7 +19,7 @@ from bigmix.terminal import share_percent
 
 
 def law_scenes(comparison: Comparison) -> list[Scene]:
-    """One for each replay source that has a law."""
+    """A chart for each replay source that has a law."""
     return [
         _scene(comparison, source, fit)
         for source, fit in comparison.fits.items()
@@ -43,11 +43,11 @@ def _scene(comparison: Comparison, source: str, fit: Fit) -> Scene:
         shapes.append(_curve(axes, by_two, largest, colour="soft", dash=(3, 3)))
     shapes.append(_curve(axes, fit.law, largest, colour="ink", dash=()))
     shapes.append(
-        Words(at=(axes.right, TOP + 10), text=formula(fit.law), colour="ink", anchor="end")
+        Label(at=(axes.right, TOP + 10), text=formula(fit.law), colour="ink", anchor="end")
     )
     if fit.from_smallest:
-        words = "dashed: from the two smallest shares alone"
-        shapes.append(Words(at=(axes.right, TOP + 27), text=words, anchor="end"))
+        note = "dashed: from the two smallest shares alone"
+        shapes.append(Label(at=(axes.right, TOP + 27), text=note, anchor="end"))
     shapes += _measured(comparison, axes, measured)
     return Scene(
         title=f"{source}: forgetting over replay's share", width=WIDTH, height=HEIGHT, shapes=shapes
@@ -56,7 +56,7 @@ def _scene(comparison: Comparison, source: str, fit: Fit) -> Scene:
 
 def _curve(axes: Axes, law: Law, largest: float, *, colour: str, dash: tuple[float, ...]) -> Stroke:
     bent = np.linspace(0.0, axes.bend(largest), 80)
-    # The axis bends by log1p(largest c): the inverse places the samples evenly on it.
+    # The axis is bent by log1p(c share); the inverse spreads the samples evenly over it.
     scale = math.expm1(axes.bend(largest)) / largest
     shares = [float(share) for share in np.expm1(bent) / scale]
     points = [(axes.x(share), axes.y(law.predict(share))) for share in shares]
@@ -79,26 +79,26 @@ def _measured(
 
 
 def formula(law: Law) -> str:
-    """The law with its constants."""
+    """The law with its constants, as a text."""
     return f"{law.at_zero:.3f} / (1 + {law.B:.3g} p)^{law.alpha:.3g}"
 
 
 def law_sentences(source: str, fit: Fit | str) -> list[str]:
-    """What was fitted and what was not, or why nothing was."""
+    """What was fitted to which points, or why nothing was."""
     if isinstance(fit, str):
         return [fit]
-    said = [
+    sentences = [
         f"Forgetting of {source} is {formula(fit.law)}, with p replay's part of all rows that were"
         " trained; forgetting at p = 0 is as measured, the other two constants are fitted to"
         f" {len(fit.points) - 1} shares by least squares on the logarithm, weighted by the spread"
         " over seeds."
     ]
     if not fit.from_smallest:
-        said.append("Two shares fix both constants, so nothing is left to test the law on.")
+        sentences.append("Two shares fix both constants, so nothing is left to test the law on.")
     if fit.passed_over:
         shares = ", ".join(share_percent(share) for share in fit.passed_over)
-        said.append(f"Left out of the fit, as nothing was forgotten there: {shares}.")
-    return said
+        sentences.append(f"Left out of the fit, as nothing was forgotten there: {shares}.")
+    return sentences
 
 
 LAW_HEADS = (
@@ -110,7 +110,7 @@ LAW_HEADS = (
 
 
 def law_rows(fit: Fit) -> list[tuple[str, list[str]]]:
-    """Of each share what was measured, what the law says, and what it says when fitted without that
+    """Of each share what was measured, what the law says, and the predictions of fits without that
     share.
     """
     others = {prediction.share: prediction for prediction in fit.leave_one_out}

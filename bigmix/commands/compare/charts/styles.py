@@ -1,8 +1,7 @@
-"""Points go in; out come their colours and marks: one ordered scale for replay's share, other marks
-for all else.
+"""The colours and marks of points: an ordered scale for replay's share, other marks for the rest.
 
-Each colour has a form for light and one for dark paper, both with enough contrast; a larger share
-differs more from paper, so that the order can be read without seeing colours.
+Each colour has a version for a light and one for a dark background, both with enough contrast. A
+larger share differs more from the background, so that the order is visible without colours too.
 """
 
 import re
@@ -12,11 +11,11 @@ from itertools import takewhile
 
 from bigmix.commands.compare.charts.svg import (
     REMEDY_SHAPES,
+    Label,
     Mark,
     Scene,
     Shape,
     Stroke,
-    Words,
     width_of,
 )
 from bigmix.commands.compare.judge import Comparison
@@ -24,8 +23,7 @@ from bigmix.commands.compare.points import RunPoint
 from bigmix.terminal import share_percent
 
 ONE_WAY = ("#c2500a", "#ff9a57")
-# Teal to deep blue on white, deep teal to pale blue on black; the middle is what a single share
-# has.
+# Teal to deep blue on white, deep teal to pale blue on black; a single share has the middle one.
 _SHARES = (("#1b8077", "#2a8f8c"), ("#0072b2", "#56a9e0"), ("#0d2f66", "#d5e6ff"))
 _REMEDIES = (
     ("#a03c7c", "#e58fc4"),
@@ -44,7 +42,7 @@ _WORDS = re.compile(r"(?<=[-_/. ])")
 class Style:
     """How a point is drawn.
 
-    `key` names its colour, `label` is short enough to stand beside its mark.
+    `key` is the name of its colour, `label` a name that is short enough to be next to its mark.
     """
 
     key: str
@@ -73,11 +71,11 @@ def styles_of(comparison: Comparison) -> dict[str, Style]:
     return found
 
 
-_Look = tuple[tuple[str, str], str, Sequence[float], str]
+_Look = tuple[tuple[str, str], str, Sequence[float], str]  # colours, shape, dash, label
 
 
 def _looks(comparison: Comparison) -> Iterator[tuple[RunPoint, _Look]]:
-    """Lines over the share first; of each point colours, shape, dash, label."""
+    """The look of each point, those of lines over the share first."""
     is_sweep = len(comparison.points) > 2
     labels = labels_of([point.name for point in comparison.points])
     for number, line in enumerate(comparison.arrangement.lines):
@@ -111,9 +109,7 @@ def _blend(one: str, other: str, part: float) -> str:
 
 
 def are_labels_enough(styles: Mapping[str, Style]) -> bool:
-    """Whether the labels at the ends of curves say which point each is, so that no legend is
-    needed.
-    """
+    """Whether the labels at the ends of curves identify the points, so that no legend is needed."""
     labels = {style.label for style in styles.values()}
     return len(styles) <= MAX_NAMED and len(labels) == len(styles)
 
@@ -121,7 +117,8 @@ def are_labels_enough(styles: Mapping[str, Style]) -> bool:
 def labels_of(names: Sequence[str]) -> dict[str, str]:
     """A short label for each name.
 
-    Where one is long, words that all begin with are left out, then those that all end with.
+    Where one is too long, the words that all names begin with are left out, then those that all end
+    with.
     """
     found = [_WORDS.split(name) for name in names]
     for way in (1, -1):
@@ -134,17 +131,17 @@ def labels_of(names: Sequence[str]) -> dict[str, str]:
 
 
 def _num_alike(lists: Sequence[Sequence[str]]) -> int:
-    """How many words all lists begin with."""
+    """How many words are the same at the start of all lists."""
     return sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*lists, strict=False)))
 
 
 def _shorten(name: str, most: int) -> str:
-    """Of a long name both ends, as runs differ in either."""
+    """A long name without its middle, since runs may differ at either end."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
 
 
 def legend(styles: Mapping[str, Style], width: float) -> Scene:
-    """All marks with their names, as many beside each other as there is room for."""
+    """All marks with their names, as many in a line as there is room for."""
     shapes: list[Shape] = []
     x, y = 14.0, 14.0
     for style in styles.values():
@@ -155,6 +152,6 @@ def legend(styles: Mapping[str, Style], width: float) -> Scene:
             Stroke(points=[(x - 9, y), (x + 9, y)], colour=style.key, width=2, dash=style.dash)
         )
         shapes.append(Mark(at=(x, y), shape=style.shape, colour=style.key))
-        shapes.append(Words(at=(x + 15, y + 4), text=text, colour="ink"))
+        shapes.append(Label(at=(x + 15, y + 4), text=text, colour="ink"))
         x += 15 + width_of(text) + 26
     return Scene(title="", width=width, height=y + 14 if shapes else 0.0, shapes=shapes)

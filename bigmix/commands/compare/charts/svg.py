@@ -1,11 +1,8 @@
-"""Shapes on a canvas: what the charts are made of, so that svg.py and figure.py draw the same
-picture.
+"""The shapes that charts are made of, and how they are drawn as SVG for the page.
 
-Lengths are in pixels of the canvas, y grows downwards. A colour is the name of one of the page's
-custom properties.
-
-A scene goes in, an inline SVG comes out: no script, no outside file; a mark shows its numbers when
-pointed at.
+Lengths are in pixels of the canvas; y grows downwards. A colour is the name of a custom property of
+the page. An SVG has no script and loads no file; a mark shows its numbers under the pointer.
+figure.py draws the same shapes as a PNG.
 """
 
 import math
@@ -18,13 +15,13 @@ from typing import Literal, TypeAlias
 XY: TypeAlias = tuple[float, float]
 TextAnchor = Literal["start", "middle", "end"]
 TEXT_PX = 12
-_LETTER_PX, _BOLD_LETTER_PX = 6.9, 7.9  # mean width of a letter in a wide font
-_WIDE_LETTER_PX = TEXT_PX + 0.5  # of a Chinese, Japanese or Korean one
+_LETTER_PX, _BOLD_LETTER_PX = 6.9, 7.9  # the mean width of a letter in a wide font
+_WIDE_LETTER_PX = TEXT_PX + 0.5  # the width of a Chinese, Japanese or Korean letter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stroke:
-    """A line through points; `dash` holds lengths of strokes and gaps."""
+    """A line through points; `dash` has the lengths of strokes and gaps."""
 
     points: Sequence[XY]
     colour: str
@@ -34,15 +31,15 @@ class Stroke:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Area:
-    """A region in a thin tint."""
+    """A lightly tinted region."""
 
     points: Sequence[XY]
     colour: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Words:
-    """A text on its base line."""
+class Label:
+    """A text; `at` is on its base line."""
 
     at: XY
     text: str
@@ -53,8 +50,8 @@ class Words:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mark:
-    """A data point; `tip` is what it says when it is pointed at, empty for one that is only looked
-    at.
+    """A data point; `tip` has the lines shown under the pointer, and is empty for a mark that has
+    none.
     """
 
     at: XY
@@ -65,7 +62,7 @@ class Mark:
     tip: Sequence[str] = ()
 
 
-Shape: TypeAlias = Stroke | Area | Words | Mark
+Shape: TypeAlias = Stroke | Area | Label | Mark
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +76,7 @@ class Scene:
 
 
 def outline(mark: Mark) -> list[XY]:
-    """The corners of a mark; a circle is one with many."""
+    """The corners of a mark; a circle is a polygon with many."""
     corners, turn, stretch = _SHAPES[mark.shape]
     x, y = mark.at
     return [
@@ -91,7 +88,7 @@ def outline(mark: Mark) -> list[XY]:
     ]
 
 
-# Corners, turn and size of each: all look equally large.
+# The number of corners, the turn and the size of each; all look equally large.
 _SHAPES = {
     "circle": (24, 0.0, 1.0),
     "diamond": (4, 0.0, 1.3),
@@ -106,14 +103,14 @@ REMEDY_SHAPES = tuple(_SHAPES)[1:]
 
 
 def width_of(text: str, *, is_bold: bool = False) -> float:
-    """About how wide a text is, rather too much than too little."""
+    """About how wide a text is, more rather than less."""
     num_wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
     letter_px = _BOLD_LETTER_PX if is_bold else _LETTER_PX
     return letter_px * (len(text) - num_wide) + _WIDE_LETTER_PX * num_wide
 
 
 def draw_svg(scene: Scene) -> str:
-    """The scene as an `<svg>` element; its colours come from the page's style."""
+    """The scene as an `<svg>` element, whose colours are those of the page's style."""
     size = f"{scene.width:g} {scene.height:g}"
     shapes = "\n".join(part for shape in scene.shapes for part in _draw(shape, scene))
     return (
@@ -123,7 +120,7 @@ def draw_svg(scene: Scene) -> str:
 
 
 def mark_svg(mark: Mark) -> str:
-    """A mark alone, as it stands in the legend."""
+    """A single mark, as in the legend."""
     return f'<svg class="mark" viewBox="-7 -7 14 14" aria-hidden="true">{_polygon(mark)}</svg>'
 
 
@@ -143,8 +140,8 @@ def _draw(shape: Shape, scene: Scene) -> Iterator[str]:
             f'<polygon points="{_points(shape.points)}" style="fill:var(--{shape.colour})"'
             ' opacity=".13"/>'
         )
-    elif isinstance(shape, Words):
-        yield _words(shape)
+    elif isinstance(shape, Label):
+        yield _text(shape)
     else:
         yield from _mark(shape, scene)
 
@@ -153,12 +150,12 @@ def _points(points: Sequence[XY]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def _words(words: Words) -> str:
-    x, y = words.at
-    bold = ' font-weight="600"' if words.is_bold else ""
+def _text(label: Label) -> str:
+    x, y = label.at
+    bold = ' font-weight="600"' if label.is_bold else ""
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{words.anchor}"'
-        f' style="fill:var(--{words.colour})"{bold}>{escape(words.text)}</text>'
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{label.anchor}"'
+        f' style="fill:var(--{label.colour})"{bold}>{escape(label.text)}</text>'
     )
 
 
@@ -176,16 +173,16 @@ def _mark(mark: Mark, scene: Scene) -> Iterator[str]:
         return
     x, y = mark.at
     width = max(width_of(line) for line in mark.tip)
-    # Beside the point where there is room for the text; above it, or below it where the top of the
-    # canvas is near.
+    # Right of the mark, or left of it where there is no room; above it, or below it near the top of
+    # the canvas.
     left = x + 9 if x + 9 + width < scene.width else max(x - 9 - width, 0)
     top = y - 8 - 14 * len(mark.tip) if y > 16 + 14 * len(mark.tip) else y + 10
     tips = "".join(
         f'<text class="tip" x="{left:.1f}" y="{top + 14 * (index + 1):.1f}">{escape(line)}</text>'
         for index, line in enumerate(mark.tip)
     )
-    says = escape(", ".join(mark.tip))
+    label = escape(", ".join(mark.tip))
     yield (
-        f'<g class="point" tabindex="0" role="img" aria-label="{says}"><circle class="reach"'
+        f'<g class="point" tabindex="0" role="img" aria-label="{label}"><circle class="reach"'
         f' cx="{x:.1f}" cy="{y:.1f}" r="9"/>{_polygon(mark)}{tips}</g>'
     )
