@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from bigmix.cluster.collectives import Cluster, leave
+from bigmix.cluster.collectives import Cluster, is_joined, leave
 from bigmix.cluster.heartbeat import Limits
 from bigmix.cluster.signals import StopSignal
 from bigmix.cluster.watchdog import Watchdog
@@ -20,7 +20,7 @@ from bigmix.data.run_plan import RunPlan
 from bigmix.errors import BadInput, BigmixError, Interrupted
 from bigmix.evaluation.evaluator import BaselineEvaluation
 from bigmix.model.checks import read_configs
-from bigmix.model.engine import Engine, join, release_memory
+from bigmix.model.engine import Engine, end_process_group, join, release_memory
 from bigmix.recipe import Recipe, SweepRun
 from bigmix.runs.layout import begin_attempt, end_attempt, fails_again, is_through, state_of
 from bigmix.runs.resume import ENDING_S, LOG, ResumePoint, find_resume_point, locked_folder
@@ -41,6 +41,12 @@ class Shared:
     baselines: dict[str, BaselineEvaluation] = field(default_factory=dict)
     engines: list[Engine] = field(default_factory=list)
 
+    def close(self) -> None:
+        """Close the engines and free their memory, for the next run."""
+        while self.engines:
+            self.engines.pop().close()
+        release_memory()
+
 
 def run(
     recipe: Recipe, inputs: RunInputs, world: World, terminal: Terminal, stop_signal: StopSignal
@@ -50,15 +56,47 @@ def run(
     Raises BadInput before the first step, and Interrupted after a whole checkpoint when the flag is
     set.
     """
-    cluster = join(world)
+    _run_locked(join(world), recipe, inputs, terminal, stop_signal, Shared())
+    leave()
+
+
+def run_here(
+    recipe: Recipe, inputs: RunInputs, terminal: Terminal, stop_signal: StopSignal
+) -> None:
+    """The same with one rank, in a process that goes on afterwards: engine and process group end
+    with the run, however it ends.
+
+    Raises BadInput where the process is in a process group already.
+    """
+    if is_joined():
+        raise BadInput(
+            "this process is in a process group of torch.distributed, and the run needs one of its"
+            " own; end it with torch.distributed.destroy_process_group(), or train in another"
+            " process, such as with num_ranks=2"
+        )
+    cluster, shared = join(World(rank=0, local_rank=0, size=1, local_size=1)), Shared()
+    try:
+        _run_locked(cluster, recipe, inputs, terminal, stop_signal, shared)
+    finally:
+        shared.close()
+        end_process_group()
+
+
+def _run_locked(
+    cluster: Cluster,
+    recipe: Recipe,
+    inputs: RunInputs,
+    terminal: Terminal,
+    stop_signal: StopSignal,
+    shared: Shared,
+) -> None:
     with locked_folder(Path(recipe.output), cluster, wait_s=ENDING_S) as is_ours:
         if not is_ours:
             raise BadInput(
                 f"output {recipe.output} is being trained in by another command; wait for it or"
                 " stop it, or give another output"
             )
-        run_in(cluster, recipe, inputs, terminal, stop_signal, Shared())
-    leave()
+        run_in(cluster, recipe, inputs, terminal, stop_signal, shared)
 
 
 def run_in(
@@ -201,9 +239,7 @@ def _attempt(
     except BigmixError as error:
         failure = str(error)
         _write(cluster, run, reason=failure)
-    while shared.engines:
-        shared.engines.pop().close()
-    release_memory()
+    shared.close()
     return failure
 
 
