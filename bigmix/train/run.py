@@ -24,6 +24,7 @@ from bigmix.model.engine import Engine, end_process_group, join, release_memory
 from bigmix.recipe import Recipe, SweepRun
 from bigmix.runs.layout import begin_attempt, end_attempt, fails_again, is_through, state_of
 from bigmix.runs.resume import ENDING_S, LOG, ResumePoint, find_resume_point, locked_folder
+from bigmix.runs.saver import Saver
 from bigmix.terminal import Terminal
 from bigmix.train.export import export_model
 from bigmix.train.inputs import RunInputs, open_each, open_inputs
@@ -34,15 +35,18 @@ from bigmix.train.state import Run, TrainState
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What runs in one process leave to those after them: evaluations before the first step,
-    engines that are to be closed.
+    """What runs in one process leave to those after them: evaluations before the first step, and
+    the engines and savers that are to be closed.
     """
 
     baselines: dict[str, BaselineEvaluation] = field(default_factory=dict)
     engines: list[Engine] = field(default_factory=list)
+    savers: list[Saver] = field(default_factory=list)
 
     def close(self) -> None:
-        """Close the engines and free their memory, for the next run."""
+        """Close what a run has left, however it ended, and free its memory for the next one."""
+        while self.savers:
+            self.savers.pop().stop()
         while self.engines:
             self.engines.pop().close()
         release_memory()
@@ -125,6 +129,7 @@ def run_in(
         )
         run, state = set_up(recipe, inputs, plan, start, context)
         shared.engines.append(run.engine)
+        shared.savers.append(run.saver)
         with closing(run.metrics):
             state = train(run, state)
             if tokenizer_folder is not None:
