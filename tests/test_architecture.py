@@ -8,6 +8,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "bigmix"
 MODULES = {path.relative_to(PACKAGE).with_suffix(""): path for path in PACKAGE.rglob("*.py")}
 LARGE = 100  # lines from which on a module is tested by its room's tests, or stands below
+MOST_FUNCTION_LINES = 60
+MOST_LINES_OF_A_TRAIN_FILE = 450
+MOST_LOOP_LINES = 70
 
 # Modules that no test of their room imports, by the tests that run them.
 COVERED_BY = {
@@ -111,3 +114,47 @@ def test_each_large_module_is_tested_in_its_room_or_listed():
 def test_the_list_of_modules_that_are_tested_elsewhere_is_of_today():
     for module in set().union(*COVERED_BY.values()):
         assert Path(module) in MODULES, module
+
+
+def definitions(*kinds: type[ast.stmt]) -> Iterator[tuple[Path, ast.stmt]]:
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text())
+        yield from ((module, node) for node in ast.walk(tree) if isinstance(node, kinds))
+
+
+def num_lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_a_class_name_means_one_class():
+    places: dict[str, list[str]] = {}
+    for module, node in definitions(ast.ClassDef):
+        places.setdefault(node.name, []).append(str(module))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def test_no_function_is_longer_than_two_screens():
+    lengths = {
+        f"{module}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
+        for module, node in definitions(ast.FunctionDef, ast.AsyncFunctionDef)
+    }
+    too_long = {name: lines for name, lines in lengths.items() if lines > MOST_FUNCTION_LINES}
+    assert too_long == {}
+
+
+def test_the_loop_is_on_one_screen():
+    assert num_lines(PACKAGE / "train/loop.py") <= MOST_LOOP_LINES
+
+
+def test_the_files_of_the_trainer_are_short():
+    lengths = {path.name: num_lines(path) for path in (PACKAGE / "train").glob("*.py")}
+    too_long = {n: lines for n, lines in lengths.items() if lines > MOST_LINES_OF_A_TRAIN_FILE}
+    assert too_long == {}
+
+
+def test_the_package_is_ten_rooms_on_five_ground_modules():
+    rooms = "commands train evaluation model runs data recipe cluster text loss"
+    ground = "errors.py files.py seeding.py terminal.py types.py"
+    found = {path.name for path in PACKAGE.iterdir()} - {"__pycache__"}
+    assert found == {*rooms.split(), *ground.split(), "__init__.py", "py.typed"}
+    assert len(found) == 17

@@ -143,3 +143,8 @@ def leave() -> None:
     """End the process group, so that no rank prints a complaint about it at exit."""
     if td.is_initialized():
         td.destroy_process_group()
+
+
+def is_joined() -> bool:
+    """Whether this process is in a process group."""
+    return td.is_initialized()

@@ -17,8 +17,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -45,17 +46,29 @@ class StopSignal:
     """
 
     def __init__(
-        self, environment: Mapping[str, str] | None = None, *, nothing_lost: str = NOTHING_LOST
+        self,
+        environment: Mapping[str, str] | None = None,
+        *,
+        nothing_lost: str = NOTHING_LOST,
+        owns_process: bool = True,
     ) -> None:
-        """`nothing_lost` says what an end at once leaves behind, in its last words."""
+        """`nothing_lost` says what an end at once leaves behind, in its last words.
+
+        `owns_process`: whether the process is there for this run alone. Where it is someone else's,
+        such as a notebook's, a stop request never ends the process and nothing is listened to: what
+        `stop_requests_here` receives reaches it by `ask`.
+        """
         self.nothing_lost = nothing_lost
+        self.owns_process = owns_process
         environment = os.environ if environment is None else environment
         self._reason: str | None = None
         self._first_signal_at: float | None = None
         self._ends_at: float | None = None
         self._began_at = time.monotonic()
-        self._exits_at_once = True
+        self._exits_at_once = owns_process
         self._rank = environment.get("RANK") or environment.get("SLURM_PROCID") or "0"
+        if not owns_process:
+            return
         self._launcher = _Launcher() if {"RANK", "SLURM_PROCID"} & set(environment) else None
         self._read_end = _signals_as_bytes()
         threading.Thread(target=self._listen, name="guard", daemon=True).start()
@@ -114,6 +127,47 @@ class StopSignal:
                 f" {self.nothing_lost}",
                 REQUEUE,
             )
+
+
+@contextmanager
+def stop_requests_here() -> Iterator[StopSignal]:
+    """The stop signal of a run inside of a process that is not the run's own.
+
+    In the main thread the first SIGINT, SIGTERM or SIGUSR1 requests a stop and a later one raises
+    KeyboardInterrupt. In another thread, where Python sets no handlers, signals go where they went
+    before and only the clock stops the run.
+    """
+    stop_signal = StopSignal(owns_process=False)
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        del frame
+        if stop_signal.reason is not None:
+            raise KeyboardInterrupt
+        stop_signal.ask(signal.Signals(number).name)
+
+    with handlers_put_back():
+        if is_main_thread():
+            for number in ASKING:
+                signal.signal(number, receive)
+        yield stop_signal
+
+
+@contextmanager
+def handlers_put_back() -> Iterator[None]:
+    """What handles the signals that request a stop is afterwards as it was before."""
+    before = {number: signal.getsignal(number) for number in ASKING}
+    try:
+        yield
+    finally:
+        if is_main_thread():
+            for number, handler in before.items():
+                # None is a handler that C code has set, which Python cannot put back.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def is_main_thread() -> bool:
+    """Whether this thread may set handlers of signals."""
+    return threading.current_thread() is threading.main_thread()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from bigmix.cluster.signals import ASKING
+from bigmix.cluster.signals import ASKING, is_main_thread
 from bigmix.errors import BAD_INPUT, DONE, FAILED, REQUEUE
 
 Process = subprocess.Popen[bytes]
@@ -35,13 +35,16 @@ class LaunchSpec:
 
 
 class StopRequests:
-    """Signals that ask to stop, as they came; made in the main thread."""
+    """Signals that ask to stop, as they came; none in another thread than the main one, where
+    Python sets no handlers.
+    """
 
     def __init__(self) -> None:
         self.received: list[int] = []
         self._passed_on = 0
-        for number in ASKING:
-            signal.signal(number, self._receive)
+        if is_main_thread():
+            for number in ASKING:
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame

@@ -154,6 +154,8 @@ class Watchdog:
     def _request(self) -> ShutdownReason | None:
         if self._stop_signal.reason is None or self._must_save:
             return None
+        if not self._stop_signal.owns_process:
+            return None  # the loop stops at the next step
         return ShutdownReason(
             text=(
                 f"asked by {self._stop_signal.reason} on rank {self._rank} during {self._doing[1]}:"

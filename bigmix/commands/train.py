@@ -46,7 +46,7 @@ def _train(known: argparse.Namespace) -> int:
         newest_step=lambda: progress(recipes),
         restarts=known.restarts,
     )
-    return supervise(course, requests, _tell)
+    return supervise(course, requests, report_restart)
 
 
 def num_gpus() -> int:
@@ -78,5 +78,6 @@ def start_ranks(command: str, ranks: int, words: list[str]) -> list[Process]:
     ]
 
 
-def _tell(line: str) -> None:
+def report_restart(line: str) -> None:
+    """One line of the supervisor, on stderr."""
     print(f"bigmix train: {line}", file=sys.stderr, flush=True)

@@ -59,6 +59,13 @@ def join(world: World) -> Cluster:
     return Cluster(world)
 
 
+def end_process_group() -> None:
+    """Undo `join` in a process that may join again: DeepSpeed keeps groups of its own, which end
+    with the process group.
+    """
+    deepspeed.comm.destroy_process_group()
+
+
 def device_of(world: World) -> torch.device:
     """The device of a rank: its GPU where there are GPUs, else the CPU."""
     # DeepSpeed decides: DS_ACCELERATOR=cpu keeps a job off the GPUs of its machine.

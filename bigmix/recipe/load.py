@@ -28,13 +28,13 @@ class Loaded:
     chosen: Sequence[SweepRun] = ()
 
 
-def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe of one run; `overrides` are written `train.lr=1e-5` and win over the file.
 
     Raises BadInput with every fault, each with its line and key, or where a sweep leaves the choice
     between its runs.
     """
-    loaded = load(path, overrides)
+    loaded = load(str(path), overrides)
     if loaded.recipe.sweep is None:
         return loaded.recipe
     if len(loaded.chosen) != 1:

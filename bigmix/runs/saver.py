@@ -130,6 +130,12 @@ class Saver:
     def close(self) -> None:
         """Finish and end the thread."""
         self.finish()
+        self.stop()
+
+    def stop(self) -> None:
+        """End the thread, once what it writes is written; a checkpoint without a name stays without
+        one.
+        """
         self._thread.shutdown()
 
     def _in_host_memory(self, index: int, flat: FlatState) -> FlatState:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from bigmix.cluster.collectives import Cluster, leave
+from bigmix.cluster.collectives import Cluster, is_joined, leave
 from bigmix.cluster.heartbeat import Limits
 from bigmix.cluster.signals import StopSignal
 from bigmix.cluster.watchdog import Watchdog
@@ -15,7 +15,7 @@ from bigmix.data.run_plan import RunPlan
 from bigmix.errors import BadInput, BigmixError, Interrupted
 from bigmix.evaluation.evaluator import BaselineEvaluation
 from bigmix.model.checks import read_configs
-from bigmix.model.engine import Engine, join, release_memory
+from bigmix.model.engine import Engine, end_process_group, join, release_memory
 from bigmix.recipe import Recipe, SweepRun
 from bigmix.runs.layout import (
     LOG,
@@ -26,6 +26,7 @@ from bigmix.runs.layout import (
     state_of,
 )
 from bigmix.runs.resume import ENDING_S, ResumePoint, find_resume_point, locked_folder
+from bigmix.runs.saver import Saver
 from bigmix.terminal import Terminal
 from bigmix.train.export import export_model
 from bigmix.train.inputs import RunInputs, open_each, open_inputs
@@ -36,12 +37,21 @@ from bigmix.train.state import Run, TrainState
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What the runs of one process share: evaluations before the first step, and the engines that
-    must be closed.
+    """What runs in one process leave to those after them: evaluations before the first step, and
+    the engines and savers that are to be closed.
     """
 
     baselines: dict[str, BaselineEvaluation] = field(default_factory=dict)
     engines: list[Engine] = field(default_factory=list)
+    savers: list[Saver] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Close what a run has left, however it ended, and free its memory for the next one."""
+        while self.savers:
+            self.savers.pop().stop()
+        while self.engines:
+            self.engines.pop().close()
+        release_memory()
 
 
 def run(
@@ -53,14 +63,47 @@ def run(
     was requested.
     """
     cluster = join(world)
+    with _held_output(recipe, cluster):
+        run_in(cluster, recipe, inputs, terminal, stop_signal, Shared())
+    leave()
+
+
+def run_here(
+    recipe: Recipe, inputs: RunInputs, terminal: Terminal, stop_signal: StopSignal
+) -> None:
+    """Train on one rank, in a process that continues afterwards: the engine and the process group
+    end with the run, however it ends.
+
+    Raises BadInput where the process is in a process group already.
+    """
+    if is_joined():
+        raise BadInput(
+            "this process is in a process group of torch.distributed, and the run needs one of its"
+            " own; end it with torch.distributed.destroy_process_group(), or train in another"
+            " process, such as with num_ranks=2"
+        )
+    cluster, shared = join(World(rank=0, local_rank=0, size=1, local_size=1)), Shared()
+    try:
+        with _held_output(recipe, cluster):
+            run_in(cluster, recipe, inputs, terminal, stop_signal, shared)
+    finally:
+        shared.close()
+        end_process_group()
+
+
+@contextmanager
+def _held_output(recipe: Recipe, cluster: Cluster) -> Iterator[None]:
+    """Inside, no other command trains in the output of a recipe; a collective.
+
+    Raises BadInput where one does already.
+    """
     with locked_folder(Path(recipe.output), cluster, wait_s=ENDING_S) as is_ours:
         if not is_ours:
             raise BadInput(
                 f"output {recipe.output} is being trained in by another command; wait for it or"
                 " stop it, or give another output"
             )
-        run_in(cluster, recipe, inputs, terminal, stop_signal, Shared())
-    leave()
+        yield
 
 
 def run_in(
@@ -71,7 +114,7 @@ def run_in(
     stop_signal: StopSignal,
     shared: Shared,
 ) -> None:
-    """Train in a process group that is there and stays, with what runs before it have left."""
+    """Train in a process group that exists and stays, with what earlier runs have left."""
     with _watched(cluster, recipe, terminal, stop_signal) as watchdog:
         start = find_resume_point(recipe, inputs.content, cluster)
         plan = _plan_from(start, recipe, inputs)
@@ -89,6 +132,7 @@ def run_in(
         )
         run, state = set_up(recipe, inputs, plan, start, context)
         shared.engines.append(run.engine)
+        shared.savers.append(run.saver)
         with closing(run.metrics):
             state = train(run, state)
             if tokenizer_folder is not None:
@@ -203,9 +247,7 @@ def _attempt(
     except BigmixError as error:
         failure = str(error)
         _write(cluster, run, reason=failure)
-    while shared.engines:
-        shared.engines.pop().close()
-    release_memory()
+    shared.close()
     return failure
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from bigmix import __version__
@@ -64,6 +65,22 @@ def test_every_deepspeed_file_takes_what_the_recipe_decides():
 
 def test_the_changelog_has_this_version():
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_index_lists_every_page():
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")}
+    index = (ROOT / "docs/README.md").read_text()
+    assert pages - {"README.md"} == {page for page in pages if f"- [{page}]({page}): " in index}
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/README.md", "docs/api.md"])
+def test_links_and_file_names_of_a_page_are_of_files_that_are_there(page):
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    named = re.findall(r"`((?:bigmix|tests|launch|docs)/[\w/.]+)`", text)
+    assert links
+    for path in [*((ROOT / page).parent / link for link in links), *(ROOT / n for n in named)]:
+        assert path.exists() or "NAME" in path.name, path
 
 
 def test_the_loss_as_a_function_is_called_as_its_page_says():
