@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         batches,
         compare,
         plan,
-        train,
+        run_training,
     )
     from bigmix.errors import BadInput, BigmixError, Interrupted
     from bigmix.loss.fused import mixed_loss
@@ -41,13 +41,12 @@ __all__ = [
     "mixed_loss",
     "plan",
     "recipe_to_yaml",
+    "run_training",
     "tokens_of_labels",
-    "train",
 ]
 
-# Where each name is defined, and its name there. `train` is not among them: it is the package
-# bigmix.train, which can be called, since Python puts a package in the place of a function of
-# the same name as soon as anything in it is imported.
+# Where each name is defined, and its name there. None may be the name of a room: Python puts a
+# package in its parent under its name as soon as anything in it is imported.
 _DEFINED_IN = {
     "BadInput": ("bigmix.errors", "BadInput"),
     "BigmixError": ("bigmix.errors", "BigmixError"),
@@ -63,6 +62,7 @@ _DEFINED_IN = {
     "mixed_loss": ("bigmix.loss.fused", "mixed_loss"),
     "plan": ("bigmix.commands.api", "plan"),
     "recipe_to_yaml": ("bigmix.recipe", "to_yaml"),
+    "run_training": ("bigmix.commands.api", "run_training"),
     "tokens_of_labels": ("bigmix.loss.terms", "tokens_of_labels"),
 }
 
@@ -72,8 +72,6 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         """Import a name of the API on first use (PEP 562)."""
-        if name == "train":
-            return import_module("bigmix.train")
         if name not in _DEFINED_IN:
             raise AttributeError(f"module 'bigmix' has no attribute {name!r}")
         module, defined_as = _DEFINED_IN[name]

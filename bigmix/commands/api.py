@@ -214,7 +214,7 @@ def batches(
     )
 
 
-def train(recipe: Recipe, *, num_ranks: int = 1, num_restarts: int = 3) -> Path:
+def run_training(recipe: Recipe, *, num_ranks: int = 1, num_restarts: int = 3) -> Path:
     """Train a recipe to the end of its budget, or from where it was stopped; returns its folder.
 
     One rank trains in this process. Several are processes of their own, as `bigmix train` starts
@@ -295,7 +295,7 @@ def _check_can_train(recipe: Recipe, num_ranks: int, num_restarts: int) -> None:
         faults.append(f"num_restarts is {num_restarts}, must be 0 or more")
     if (size := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
         faults.append(
-            f"a launcher has started this process as one of {size}, and bigmix.train starts its"
+            f"a launcher has started this process as one of {size}, and run_training starts its"
             f" ranks itself (num_ranks is {num_ranks}); let the launcher start launch/train.py"
         )
     if faults:

@@ -51,13 +51,13 @@ class ControllerInput:
 Rule = Callable[[ControllerInput], float]
 
 
-def rule_of(controller: Controller, looked_at: Sequence[str]) -> Rule:
+def rule_of(controller: Controller, watched_sets: Sequence[str]) -> Rule:
     """The rule of a controller that looks at these held-out sets.
 
     Raises BadInput where it is the user's and cannot be imported.
     """
     if controller.controller == FORGETTING:
-        return partial(hold_forgetting, controller, looked_at)
+        return partial(hold_forgetting, controller, watched_sets)
     place, _, name = controller.controller.rpartition(":")
     try:
         rule = getattr(_module(place), name, None)
@@ -128,7 +128,7 @@ def _asked(rule: Rule, said: str, reading: ControllerInput) -> float:
 
 
 def hold_forgetting(
-    controller: Controller, looked_at: Sequence[str], reading: ControllerInput
+    controller: Controller, watched_sets: Sequence[str], reading: ControllerInput
 ) -> float:
     """The share that keeps forgetting at or under the limit, by a power law in what is expected at
     the next evaluation.
@@ -139,9 +139,9 @@ def hold_forgetting(
     overshoots.
     """
     assert controller.limit is not None, "a recipe without it is refused"
-    now = _judged(controller, looked_at, reading.forgetting)
-    before = reading.earlier[-1].forgetting if reading.earlier else dict.fromkeys(looked_at, 0.0)
-    last = _judged(controller, looked_at, before)
+    now = _judged(controller, watched_sets, reading.forgetting)
+    before = reading.earlier[-1].forgetting if reading.earlier else dict.fromkeys(watched_sets, 0.0)
+    last = _judged(controller, watched_sets, before)
     if now is None:
         return reading.share
     aim = controller.aim * controller.limit
@@ -162,10 +162,10 @@ def _expected(now: float, last: float) -> float:
 
 
 def _judged(
-    controller: Controller, looked_at: Sequence[str], forgetting: Mapping[str, float]
+    controller: Controller, watched_sets: Sequence[str], forgetting: Mapping[str, float]
 ) -> float | None:
     """The forgetting that counts; None where a set has none, since its loss was not finite."""
-    found = [forgetting[name] for name in looked_at if name in forgetting]
-    if len(found) < len(looked_at):
+    found = [forgetting[name] for name in watched_sets if name in forgetting]
+    if len(found) < len(watched_sets):
         return None
     return max(found) if controller.judge == "worst" else sum(found) / len(found)

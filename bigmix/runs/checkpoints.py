@@ -83,7 +83,7 @@ class Position:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FileEntry:
+class CheckpointFile:
     """A file of a checkpoint as it was written: bytes and XXH3 checksum of 128 bits."""
 
     name: str
@@ -115,7 +115,7 @@ class CheckpointManifest:
     path: Path
     position: Position
     ranks: int
-    files: tuple[FileEntry, ...]
+    files: tuple[CheckpointFile, ...]
 
 
 def folders(folder: Path, before: int | None = None) -> list[Path]:
@@ -136,7 +136,7 @@ def read_checkpoint(path: Path) -> CheckpointManifest | str:
             path=path,
             position=Position.from_json(listing["position"]),
             ranks=listing["ranks"],
-            files=tuple(FileEntry(**file) for file in listing["files"]),
+            files=tuple(CheckpointFile(**file) for file in listing["files"]),
         )
     except (OSError, ValueError, TypeError, KeyError):
         return f"{path} has no readable {LISTING}"
@@ -157,7 +157,7 @@ def other_versions(folder: Path) -> Iterator[str]:
 
 
 def publish(
-    beside: Path, final: Path, ranks: int, files: Sequence[FileEntry], position: Position
+    beside: Path, final: Path, ranks: int, files: Sequence[CheckpointFile], position: Position
 ) -> None:
     """Write the listing of a checkpoint whose files are whole, give it its name, and point `latest`
     at it, in this order.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bigmix.cluster.collectives import Cluster
-from bigmix.runs.checkpoints import FileEntry, Position, clear_unfinished, prune, publish
+from bigmix.runs.checkpoints import CheckpointFile, Position, clear_unfinished, prune, publish
 from bigmix.runs.state_file import (
     AVERAGE,
     MOMENTS,
@@ -49,7 +49,7 @@ class _Write:
 
     position: Position
     beside: Path
-    sealed: Future[FileEntry]
+    sealed: Future[CheckpointFile]
 
 
 class Saver:
@@ -203,7 +203,7 @@ class Saver:
         else:
             self._give_up(f"the checkpoint of step {write.position.step} was not written: {fault}")
 
-    def _publish(self, write: _Write, files: list[FileEntry]) -> str | None:
+    def _publish(self, write: _Write, files: list[CheckpointFile]) -> str | None:
         final = self._folder / f"step-{write.position.step:06d}"
         try:
             publish(write.beside, final, self._cluster.world.size, files, write.position)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bigmix.errors import BigmixError
 from bigmix.files import CHUNK, checksum_of
-from bigmix.runs.checkpoints import FileEntry
+from bigmix.runs.checkpoints import CheckpointFile
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -85,7 +85,7 @@ def tensors_of(flats: Iterable[FlatState]) -> tuple[dict[str, Tensor], dict[str,
 
 def write_state(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> FileEntry:
+) -> CheckpointFile:
     """Write fp32 tensors in host memory, see them on the disk, and read them back.
 
     Raises OSError where the disk takes or gives back something else.
@@ -104,7 +104,7 @@ def write_state(
             digest.update(part)
             _write_all(file, part)
         os.fsync(file.fileno())
-    sealed = FileEntry(name=path.name, bytes=path.stat().st_size, checksum=digest.hexdigest())
+    sealed = CheckpointFile(name=path.name, bytes=path.stat().st_size, checksum=digest.hexdigest())
     if checksum_of(path) != sealed.checksum:
         raise OSError(None, f"{path} does not read back as it was written")
     return sealed

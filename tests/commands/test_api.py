@@ -77,7 +77,7 @@ def test_every_name_of_the_api_is_there():
     with pytest.raises(AttributeError, match="'bigmix' has no attribute 'lod_recipe'"):
         _ = bigmix.lod_recipe
     # Also once the package of the same name is imported.
-    assert open_inputs.__module__ == "bigmix.train.inputs" and callable(bigmix.train)
+    assert open_inputs.__module__ == "bigmix.train.inputs"
 
 
 def test_type_checkers_and_users_are_given_the_same_names():
@@ -89,8 +89,7 @@ def test_type_checkers_and_users_are_given_the_same_names():
     for node in imports:
         for alias in node.names:
             found = getattr(bigmix, alias.asname or alias.name)
-            # `train` is the package, which calls the function of this name.
-            assert alias.name == "train" or found.__module__.startswith(node.module)
+            assert found.__module__.startswith(node.module)
 
 
 def test_the_page_lists_every_name():
@@ -242,15 +241,17 @@ def test_what_cannot_be_is_refused_with_what_is_allowed(recipe, data, monkeypatc
         lambda: bigmix.plan(recipe, num_ranks=3): "rows_per_step is 8, must be a multiple of",
         lambda: bigmix.batches(recipe, rank=2, num_ranks=2): "rank is 2, must be from 0 to 1",
         lambda: bigmix.batches(recipe, first_step=8): "first_step is 8, must be from 1 to 7",
-        lambda: bigmix.train(swept): "the recipe is a sweep",
-        lambda: bigmix.train(recipe, num_restarts=-1): "num_restarts is -1, must be 0 or more",
+        lambda: bigmix.run_training(swept): "the recipe is a sweep",
+        lambda: bigmix.run_training(
+            recipe, num_restarts=-1
+        ): "num_restarts is -1, must be 0 or more",
         lambda: bigmix.compare([data / "web"], data / "report"): "web",
     }.items():
         with pytest.raises(bigmix.BadInput, match=re.escape(message)):
             call()
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(bigmix.BadInput, match="a launcher has started this process as one of 4"):
-        bigmix.train(recipe)
+        bigmix.run_training(recipe)
 
 
 def test_signals_request_a_stop_and_their_handlers_are_put_back():
@@ -286,7 +287,7 @@ def test_no_process_group_may_be_there_before(recipe, tmp_path):
     )
     try:
         with pytest.raises(bigmix.BadInput, match=r"in a process group of torch\.distributed"):
-            bigmix.train(recipe)
+            bigmix.run_training(recipe)
     finally:
         torch.distributed.destroy_process_group()
     assert "RANK" not in os.environ
@@ -352,13 +353,13 @@ before = process()
 recipe = bigmix.load_recipe("recipe.yaml", ["output=here", "budget.steps=16"])
 threading.Thread(target=interrupt, daemon=True).start()
 try:
-    bigmix.train(recipe)
+    bigmix.run_training(recipe)
 except bigmix.Interrupted as error:
     print(error)
 else:
     raise SystemExit("the run was not interrupted")
 assert process() == before
-assert bigmix.train(recipe) == Path("here")
+assert bigmix.run_training(recipe) == Path("here")
 assert process() == before
 """,
     )
@@ -379,12 +380,12 @@ import bigmix
 
 handler = signal.getsignal(signal.SIGINT)
 recipe = bigmix.load_recipe("recipe.yaml", ["output=two", "budget.steps=2"])
-print(bigmix.train(recipe, num_ranks=2))
+print(bigmix.run_training(recipe, num_ranks=2))
 assert signal.getsignal(signal.SIGINT) is handler
 # A fault that only the ranks find: the model knows fewer tokens than the sources have.
 recipe = bigmix.load_recipe("recipe.yaml", ["output=small", "model.config.vocab_size=50"])
 try:
-    bigmix.train(recipe, num_ranks=2)
+    bigmix.run_training(recipe, num_ranks=2)
 except bigmix.BadInput as error:
     print(error)
 """,

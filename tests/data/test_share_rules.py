@@ -67,8 +67,8 @@ def decision(forgetting, share=0.1, step=5):
     )
 
 
-def decided(settings, given, looked_at=("web",)):
-    return decide(rule_of(settings, looked_at), "forgetting", given)
+def decided(settings, given, watched_sets=("web",)):
+    return decide(rule_of(settings, watched_sets), "forgetting", given)
 
 
 @pytest.mark.parametrize("answer", [0.2, 0.5, 0.9])
