@@ -342,7 +342,7 @@ def _saver(recipe: Recipe, cluster: Cluster, terminal: Terminal) -> Saver:
         cluster,
         RetentionPolicy(newest=train.keep_checkpoints, every=train.keep_every),
         in_background=train.save == "background",
-        tell=terminal.warning,
+        report=terminal.warning,
     )
 
 
