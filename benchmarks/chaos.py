@@ -1,11 +1,12 @@
-"""Runs that meet a fault: `python benchmarks/chaos.py [--runs 100] [--seed 0] [--faults NAME ...]
-[--exec]`.
+"""Compares runs that meet a fault with runs that do not.
 
-Each run of a small recipe meets one fault at a place that is drawn, and is started again until it
-has ended well; its weights and the rows that it has trained are compared with those of a run
-without the fault. Everything is real: the processes, gloo, ZeRO-3, the files, kill -9. The
-libraries are imported once and processes are forked from here; with `--exec` they are executables,
-which start in ten times the time. Ends with 1 where any run is not as it must be.
+    python benchmarks/chaos.py [--runs 100] [--seed 0] [--faults NAME ...] [--exec]
+
+Each run of a small recipe meets one fault at a random place and is started again until it is done.
+Its weights and the rows that it has trained are then compared with those of a run without the
+fault. Everything is real: the processes, gloo, ZeRO-3, the files, kill -9. The libraries are
+imported once and processes are forked from here; with `--exec` they are new interpreters, which
+take ten times as long to start. Ends with 1 if any run is not as it must be.
 """
 
 import argparse
@@ -17,43 +18,43 @@ from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
-os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # before torch looks for them
+os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # before torch is imported
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from chaos_run import NAMES, Bench, Result, can_mount, draw
+from chaos_run import NAMES, OUTPUTS, Bench, Result, can_mount, draw
 from fresh import progress
 from table import Table
 
-# What a rank imports while it runs; a fork has it already.
+# What a rank imports while it runs, so that a fork has it already.
 import bigmix.commands.train_rank
 import bigmix.train.run  # noqa: F401
 
-MOST_DRAWS = 4  # a signal may come when its victim has just ended
+MAX_DRAWS = 4  # a signal may come when its victim has just ended
 
 
-def run_all(names: Sequence[str], runs: int, seed: int, *, executed: bool) -> list[Result]:
-    """The faults by turns, each from a seed of its own."""
+def run_all(names: Sequence[str], num_runs: int, seed: int, *, executed: bool) -> list[Result]:
+    """Let runs meet the faults in turn, each drawn from a seed of its own."""
     with tempfile.TemporaryDirectory(prefix="bigmix-chaos-") as folder:
         bench, results = Bench(Path(folder)), []
         if not can_mount(Path(folder)):
             names = ["file-limit" if name == "disk-full" else name for name in names]
             progress("no small disk can be mounted here: the size of files is limited instead")
-        for number, name in enumerate(islice(cycle(names), runs)):
+        for number, name in enumerate(islice(cycle(names), num_runs)):
             result = _one(bench, name, f"{seed}-{number}", executed=executed)
             results.append(result)
             progress(_line(number, result))
             if result.faults:
-                progress(_said(Path(folder)))
+                progress(_last_output(Path(folder)))
     return results
 
 
 def _one(bench: Bench, name: str, seed: str, *, executed: bool) -> Result:
-    for number in range(MOST_DRAWS):
+    for number in range(MAX_DRAWS):
         case = draw(name, random.Random(f"{seed}-{number}"), executed=executed)
         result = bench.run(case)
         if result.happened:
             return result
-    result.faults.append(f"the fault did not happen in {MOST_DRAWS} draws")
+    result.faults.append(f"the fault did not happen in {MAX_DRAWS} draws")
     return result
 
 
@@ -61,7 +62,7 @@ def _line(number: int, result: Result) -> str:
     case, fault = result.case, result.case.fault
     how = "supervised" if case.way.supervised else "ranks"
     where = (
-        f"{how} {case.ranks}>{case.ranks_after} {case.save} {fault.place} {fault.step} rank"
+        f"{how} {case.num_ranks}>{case.num_ranks_after} {case.save} {fault.place} {fault.step} rank"
         f" {fault.rank} to {list(case.victims)}"
     )
     verdict = "; ".join(result.faults) or "ok"
@@ -71,14 +72,14 @@ def _line(number: int, result: Result) -> str:
     )
 
 
-def _said(folder: Path) -> str:
-    """The end of what the last run that is not as it must be has said."""
-    paths = sorted((folder / "said").glob("*"))
+def _last_output(folder: Path) -> str:
+    """The end of what was printed by the last run that is not as it must be."""
+    paths = sorted((folder / OUTPUTS).glob("*"))
     return paths[-1].read_text(errors="replace")[-4000:] if paths else ""
 
 
 def table(results: Sequence[Result], title: str) -> Table:
-    """One line a fault, and the sums."""
+    """One line for each fault, and one for all of them."""
     names = list(dict.fromkeys(result.case.fault.name for result in results))
     groups = {name: [r for r in results if r.case.fault.name == name] for name in names}
     return Table(
@@ -129,7 +130,9 @@ def main() -> int:
         metavar="NAME",
         help=f"of {', '.join(NAMES)}",
     )
-    parser.add_argument("--exec", action="store_true", dest="executed", help="start executables")
+    parser.add_argument(
+        "--exec", action="store_true", dest="executed", help="start new interpreters"
+    )
     arguments = parser.parse_args()
     results = run_all(arguments.faults, arguments.runs, arguments.seed, executed=arguments.executed)
     print(table(results, f"Chaos, {len(results)} runs").text())

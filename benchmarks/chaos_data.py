@@ -1,9 +1,6 @@
-"""A folder goes in; two small prepared sources and the recipe of a small run stand in it, and
-damage can be done to a shard.
-"""
+"""Two small prepared sources, the recipe of a small run, and damage to a shard."""
 
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +22,7 @@ TOKENIZER = TokenizerEntry(
     name="tiny", fingerprint="f" * 64, vocab_size=VOCABULARY, bos_id=None, eos_id=2
 )
 TEMPLATE = TemplateEntry(name="plain", sha256="0" * 64)
-# No dropout: which units drop out is drawn for each rank.
+# Without dropout, which draws different units on each rank.
 RECIPE = f"""\
 model: {{config: {{model_type: llama, vocab_size: {VOCABULARY}, hidden_size: 32,
                  intermediate_size: 64,
@@ -46,14 +43,14 @@ output: run
 
 
 def write_data(folder: Path) -> None:
-    """The sources `web` and `chat`, and `recipe.yaml` that names them."""
+    """Write the sources `web` and `chat`, and `recipe.yaml`, which uses them."""
     for seed, kind in enumerate(("text", "chat")):
         _write_source(folder / {"text": "web"}.get(kind, kind), kind, seed)
     (folder / "recipe.yaml").write_text(RECIPE)
 
 
 def _write_source(folder: Path, kind: str, seed: int) -> None:
-    """Tokens that count upwards with a stride of the source's own."""
+    """Write a source whose tokens count upwards in steps that depend on the seed."""
     folder.mkdir(parents=True)
     draw, dtype, entries = np.random.default_rng(seed), token_dtype(VOCABULARY), []
     for index in range(SHARDS):
@@ -82,7 +79,7 @@ def _write_source(folder: Path, kind: str, seed: int) -> None:
 
 
 def damage(path: Path, *, removed: bool) -> None:
-    """Take a shard away, or change one bit of its tokens."""
+    """Delete a shard, or change one bit of its tokens."""
     if removed:
         path.unlink()
         return
@@ -93,8 +90,3 @@ def damage(path: Path, *, removed: bool) -> None:
         last = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([last ^ 1]))
-
-
-def words(**settings: object) -> Sequence[str]:
-    """Settings as they are written behind a recipe, two underscores for a dot."""
-    return [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]

@@ -1,9 +1,8 @@
-"""A fault goes in; a rank does it to itself, once, at its step and place, and writes down the rows
-that it trains.
+"""Faults that a rank causes in itself, once, at a step and place; it also records its rows.
 
-The wrappers stand around functions of bigmix, which does the rest itself. `install` is called in a
-rank before it runs, by a fork of the benchmark or, where a rank is an executable of its own, by a
-`sitecustomize.py` with `SITE`.
+They wrap functions of bigmix, and the rest is what bigmix does. `install` is called in a rank
+before it runs: by a fork of the benchmark or, in a new interpreter, by a `sitecustomize.py` that
+holds `SITE`.
 """
 
 import hashlib
@@ -22,14 +21,14 @@ from typing import Any
 from chaos_data import damage
 
 from bigmix.cluster.watchdog import Watchdog
-from bigmix.data import loader
+from bigmix.data import run_plan
 from bigmix.model.engine import Engine
 from bigmix.runs import checkpoints, state_file
 from bigmix.train import step
 
-NOTES = "notes"  # of the benchmark, beside the run's output
+NOTES = "notes"  # the folder of the benchmark's own files, next to the run's output
 FAULT = "fault.json"
-VARIABLE = "CHAOS"  # names the folder of a run to a rank that is an executable of its own
+VARIABLE = "CHAOS"  # gives a rank in a new interpreter the folder of its run
 SITE = f"""\
 import os
 if "RANK" in os.environ and "{VARIABLE}" in os.environ:
@@ -42,8 +41,10 @@ FULL_STEPS = 4  # for which a disk stays full: at least one save falls into them
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:
-    """What is done, to whom and when; `place` begins what a rank tells the watchdog, `part` is 0 ..
-    1.
+    """What happens to which rank, and when.
+
+    place: how the activity begins that the rank then reports to its watchdog
+    part: a random number from 0 to 1, of which each fault makes its own use
     """
 
     name: str
@@ -54,37 +55,38 @@ class Fault:
     shard: str = ""
 
     def write(self, path: Path) -> None:
-        """Keep it where `read` finds it."""
+        """Write the fault to a file that `read` reads."""
         path.write_text(json.dumps(asdict(self)))
 
 
 def read(path: Path) -> Fault:
-    """The fault that `write` kept."""
+    """The fault that `write` has written."""
     return Fault(**json.loads(path.read_text()))
 
 
 def install(folder: Path, fault: Fault, environment: Mapping[str, str]) -> None:
-    """Put the wrappers into the rank of this environment; `folder` has the run and the notes."""
+    """Install the wrappers in the rank of this environment; `folder` has the run and the notes."""
     notes, rank = folder / NOTES, int(environment["RANK"])
-    # A port is of one start: all of its ranks have it, and no rank of another start.
+    # All ranks of a start have the same port, and those of another start have another.
     start = environment["MASTER_PORT"]
     path = notes / f"process-{start}-{rank}"
-    beside = notes / f"own-{path.name}"
-    beside.write_text(str(os.getpid()))
-    beside.rename(path)
-    # A step's rows are read when they are due: a shard that goes bad is met in the middle of a run
-    # of a few steps.
-    loader.ASSEMBLED_ROWS = 1
+    # The benchmark looks for names that begin with process-, and must not read half a number.
+    temporary = notes / f"own-{path.name}"
+    temporary.write_text(str(os.getpid()))
+    temporary.rename(path)
+    # Rows are read when their step is due, so that even a run of a few steps meets a bad shard in
+    # the middle.
+    run_plan.ASSEMBLED_ROWS = 1
     at = _At()
-    _note_rows(notes / f"rows-{start}-{rank}.jsonl", at)
+    _record_rows(notes / f"rows-{start}-{rank}.jsonl", at)
     if fault.name in INSIDE and (rank == fault.rank or fault.name in ON_ALL_RANKS):
         INSIDE[fault.name](folder, fault, at)
     elif rank == fault.rank and fault.place != "start":
-        _tell_when_there(notes, fault)
+        _report_when_there(notes, fault)
 
 
 class _At:
-    """The step that this rank is at, and what it does before each."""
+    """The current step of this rank, and what it does before each step."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -92,7 +94,7 @@ class _At:
 
 
 def is_first(notes: Path) -> bool:
-    """Whether the fault has not happened yet; from now on it has."""
+    """Note that the fault happens; False if it has already happened."""
     try:
         (notes / "happened").touch(exist_ok=False)
     except FileExistsError:
@@ -101,11 +103,11 @@ def is_first(notes: Path) -> bool:
 
 
 def hashes(ids_BT: Any) -> list[str]:
-    """The rows of a micro-batch by a checksum of their tokens."""
+    """A checksum of the tokens of each row of a micro-batch."""
     return [hashlib.sha1(ids_T.astype("<i4").tobytes()).hexdigest()[:12] for ids_T in ids_BT]
 
 
-def _note_rows(path: Path, at: _At) -> None:
+def _record_rows(path: Path, at: _At) -> None:
     real = step.run
 
     def run(engine: Any, cluster: Any, ready: Any, *given: Any) -> Any:
@@ -121,8 +123,8 @@ def _note_rows(path: Path, at: _At) -> None:
     step.run = run
 
 
-def _tell_when_there(notes: Path, fault: Fault) -> None:
-    """Tell the benchmark that this rank is where the fault is to happen; it sends the signal."""
+def _report_when_there(notes: Path, fault: Fault) -> None:
+    """Report to the benchmark, which sends the signal, that this rank is at the fault's place."""
     real, awaited = Watchdog.doing, f"step {fault.step}"
 
     def doing(self: Watchdog, text: str) -> None:
@@ -134,7 +136,7 @@ def _tell_when_there(notes: Path, fault: Fault) -> None:
 
 
 def _kill_in_save(folder: Path, fault: Fault, at: _At) -> None:
-    """kill -9 in the middle of one of the writes of a state file."""
+    """kill -9 in the middle of a write to a state file."""
     del at
     real, left = state_file._write_all, [int(fault.part * 7)]
 
@@ -163,8 +165,9 @@ def _kill_before_latest(folder: Path, fault: Fault, at: _At) -> None:
 
 
 def _fill_disk(folder: Path, fault: Fault, at: _At) -> None:
-    """The disk of the checkpoints is full for some steps: before a save looks at it, or only once
-    it writes.
+    """Fill the disk of the checkpoints for some steps.
+
+    Either before a save checks its free space, or once the save writes.
     """
     folder_of_checkpoints, real = folder / "run" / checkpoints.FOLDER, state_file._write_all
     filler = folder_of_checkpoints / f"filler-{os.getpid()}"
@@ -176,7 +179,7 @@ def _fill_disk(folder: Path, fault: Fault, at: _At) -> None:
         is_first(folder / NOTES)
         with filler.open("wb") as file:
             while free := shutil.disk_usage(folder_of_checkpoints).free:
-                # The other rank may be writing, and then there is less room than there was.
+                # The other rank may be writing, so that there is less room than a moment ago.
                 with suppress(OSError):
                     os.posix_fallocate(file.fileno(), file.tell(), free)
                     file.seek(free, os.SEEK_CUR)
@@ -198,7 +201,7 @@ def _fill_disk(folder: Path, fault: Fault, at: _At) -> None:
 
 
 def _limit_files(folder: Path, fault: Fault, at: _At) -> None:
-    """No file may grow beyond a size for some steps, where no small disk can be made."""
+    """Limit the size of files for some steps, in place of a small disk."""
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def before() -> None:
@@ -211,7 +214,7 @@ def _limit_files(folder: Path, fault: Fault, at: _At) -> None:
 
 
 def _no_finite_loss(num_steps: int) -> Callable[[Path, Fault, _At], None]:
-    def put_in(folder: Path, fault: Fault, at: _At) -> None:
+    def install_it(folder: Path, fault: Fault, at: _At) -> None:
         real = Engine.forward
 
         def forward(self: Engine, batch: Any) -> Any:
@@ -223,7 +226,7 @@ def _no_finite_loss(num_steps: int) -> Callable[[Path, Fault, _At], None]:
 
         Engine.forward = forward  # type: ignore[method-assign]
 
-    return put_in
+    return install_it
 
 
 def _damage_shard(folder: Path, fault: Fault, at: _At) -> None:

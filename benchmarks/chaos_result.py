@@ -1,6 +1,4 @@
-"""The folder of a run that has ended goes in; what it has trained comes out, to be held against a
-plan or another run.
-"""
+"""Reads what a run has trained from its folder, to compare it with a plan or another run."""
 
 import hashlib
 import json
@@ -21,33 +19,35 @@ from bigmix.train.inputs import RunInputs, open_inputs
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """What a run left: the rows of each step, losses, checksums of weights and moments, steps
-    trained more than once.
+    """What a run has trained.
+
+    rows: the rows of each step, as checksums of their tokens
+    losses: the loss of each step
+    weights: checksums of the files with weights and moments
+    num_repeated: how many steps were trained more than once
     """
 
     rows: Mapping[int, Counter[str]]
     losses: Mapping[int, float]
     weights: Sequence[str]
-    again: int
+    num_repeated: int
 
 
 def trained(folder: Path) -> Trained:
-    """What a run that has ended has left in its folder."""
-    rows, again = _rows_and_repeats(folder / NOTES)
+    """What a run has trained, by its folder."""
+    rows, num_repeated = _rows_and_repeats(folder / NOTES)
     metrics = [json.loads(line) for line in (folder / "run/metrics.jsonl").open()]
-    # The one of a step that was skipped is written down too.
+    # The loss of a step that was skipped is in the file as well.
     losses = {line["step"]: line["loss"] for line in metrics if line["step"] in rows}
     last = last_checkpoint(folder)
     assert isinstance(last, CheckpointManifest), last
     files = [folder / "run/export/model.safetensors", *sorted(last.path.glob("state-*"))]
     weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    return Trained(rows=rows, losses=losses, weights=weights, again=again)
+    return Trained(rows=rows, losses=losses, weights=weights, num_repeated=num_repeated)
 
 
 def _rows_and_repeats(notes: Path) -> tuple[dict[int, Counter[str]], int]:
-    """The rows of each step in the last start that trained it, and how many steps were trained
-    again.
-    """
+    """The rows of each step in the last start that trained it, and how many repeats there were."""
     lines: dict[int, dict[str, dict[str, list[Any]]]] = {}
     for path in notes.glob("rows-*"):
         _, began, rank = path.stem.split("-")
@@ -55,13 +55,13 @@ def _rows_and_repeats(notes: Path) -> tuple[dict[int, Counter[str]], int]:
             lines.setdefault(line["step"], {}).setdefault(began, {}).setdefault(rank, []).append(
                 line
             )
-    rows, again = {}, 0
+    rows, num_repeated = {}, 0
     for step, starts in lines.items():
         newest = max(starts.values(), key=lambda ranks: max(r[-1]["at"] for r in ranks.values()))
         rows[step] = Counter(row for own in newest.values() for row in own[-1]["rows"])
         times = sum(max(_times(own) for own in ranks.values()) for ranks in starts.values())
-        again += max(0, times - 1)
-    return {step: found for step, found in rows.items() if found}, again
+        num_repeated += max(0, times - 1)
+    return {step: found for step, found in rows.items() if found}, num_repeated
 
 
 def _times(lines: Sequence[Mapping[str, Any]]) -> int:
@@ -69,7 +69,7 @@ def _times(lines: Sequence[Mapping[str, Any]]) -> int:
 
 
 def rows_wrong(own: Mapping[int, Counter[str]], expected: Mapping[int, Counter[str]]) -> int:
-    """Rows that a step should have and has not, and the other way round."""
+    """How many rows are missing from a step or should not be in it, over all steps."""
     steps = own.keys() | expected.keys()
     pairs = [(own.get(step, Counter()), expected.get(step, Counter())) for step in steps]
     return sum((a - b).total() + (b - a).total() for a, b in pairs)
@@ -88,7 +88,7 @@ def last_checkpoint(folder: Path) -> CheckpointManifest | str:
 
 
 def inputs_of(data: Path, ranks: int) -> RunInputs:
-    """The sources of the data as a run of so many ranks opens them."""
+    """The sources of the data, as a run on this number of ranks opens them."""
     paths = [f"sources.{name}.path={data / name}" for name in ("web", "chat")]
     recipe = load_recipe(str(data / "recipe.yaml"), paths)
     return open_inputs(recipe, ranks=ranks, verify=False)
@@ -105,7 +105,7 @@ def first_uses(plan: RunPlan) -> dict[str, int]:
 
 
 def rows_of(plan: RunPlan) -> dict[int, Counter[str]]:
-    """The rows of each step as the plan has them."""
+    """The rows of each step by the plan, as checksums of their tokens."""
     return {
         step: Counter(
             hashes([plan.streams_at(step)[row.source].read(row).ids_T])[0]

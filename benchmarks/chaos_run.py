@@ -1,6 +1,4 @@
-"""A fault that was drawn goes in; the run that meets it is started until it ends, and what came of
-it comes out.
-"""
+"""Draws faults, starts the runs that meet them until they are done, and compares the results."""
 
 import os
 import random
@@ -17,7 +15,7 @@ from typing import Any
 import chaos_faults
 from chaos_data import SAVE_EVERY, STEPS, write_data
 from chaos_faults import FAULT, FULL_STEPS, NOTES, Fault
-from chaos_processes import Process, Way, import_what_was, start
+from chaos_processes import OUTPUT, Process, Way, import_what_was, start
 from chaos_result import (
     Trained,
     first_uses,
@@ -32,11 +30,12 @@ from chaos_result import (
 from bigmix.cluster.processes import has_ended
 from bigmix.runs.checkpoints import FOLDER
 
-MOST_STARTS = 5
-LONGEST_START_S = 120.0
+MAX_STARTS = 5
+MAX_START_S = 120.0
 KILL_OTHERS_S = 20.0  # after the first rank has failed, as srun --kill-on-bad-exit does
 DISK_BYTES = 80 << 20
-OUTSIDE = {  # sent by the benchmark, once a rank is where the fault is to happen
+OUTPUTS = "outputs"  # the folder with what runs have printed that were not as they must be
+OUTSIDE = {  # sent by the benchmark, once a rank is at the fault's place
     "kill-rank": signal.SIGKILL,
     "kill-launcher": signal.SIGKILL,
     "kill-all": signal.SIGKILL,
@@ -51,27 +50,34 @@ ONE_START = {"disk-full", "file-limit", "nan-once", "nan-three", "shard-replace"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A run and what happens to it: to `victims` (-1: the launcher) `delay_s` after a rank is at
-    the fault's place.
+    """A run and what happens to it.
+
+    A fault from outside happens to `victims` (ranks, -1 for the launcher), `delay_s` after a rank
+    is at the fault's place.
     """
 
     fault: Fault
     way: Way
-    ranks: int
-    ranks_after: int
+    num_ranks: int
+    num_ranks_after: int
     save: str
     victims: Sequence[int] = ()
     delay_s: float = 0.0
 
     @property
     def is_same_world(self) -> bool:
-        """Whether all of it is trained by the same number of ranks."""
-        return self.ranks == self.ranks_after
+        """Whether the number of ranks stays the same."""
+        return self.num_ranks == self.num_ranks_after
 
 
 @dataclass(kw_only=True, slots=True)
 class Result:
-    """What came of a case; `faults` is empty where all is as it must be."""
+    """How a run has ended; `faults` lists what is not as it must be.
+
+    ends: the exit codes of each start
+    identical: whether weights and losses are those of the run without the fault; None if they need
+        not be
+    """
 
     case: Case
     happened: bool = False
@@ -85,7 +91,7 @@ class Result:
 
 
 def draw(name: str, random_: random.Random, *, executed: bool) -> Case:
-    """A place and a time for a fault."""
+    """Draw a case for a fault: its place and time, and how the run is started."""
     place = random_.choice(PLACES) if name in OUTSIDE else "inside"
     saves = range(SAVE_EVERY, STEPS - 1, SAVE_EVERY)
     at_save = place == "saving" or name in ("kill-in-save", "kill-before-latest")
@@ -94,8 +100,8 @@ def draw(name: str, random_: random.Random, *, executed: bool) -> Case:
         # There is room again before the last save.
         step = min(step, STEPS - 1 - FULL_STEPS)
     supervised = name == "kill-launcher" or (name != "world-size" and random_.random() < 0.5)
-    ranks = random_.choice((1, 2, 4)) if name == "world-size" else 2
-    others = [number for number in (1, 2, 4) if number != ranks]
+    num_ranks = random_.choice((1, 2, 4)) if name == "world-size" else 2
+    others = [number for number in (1, 2, 4) if number != num_ranks]
     return Case(
         fault=Fault(
             name=name,
@@ -105,57 +111,57 @@ def draw(name: str, random_: random.Random, *, executed: bool) -> Case:
             rank=(
                 0
                 if name == "kill-before-latest" or name.startswith("shard")
-                else random_.randrange(ranks)
+                else random_.randrange(num_ranks)
             ),
         ),
         way=Way(supervised=supervised, executed=executed),
-        ranks=ranks,
-        ranks_after=random_.choice(others) if name == "world-size" else ranks,
+        num_ranks=num_ranks,
+        num_ranks_after=random_.choice(others) if name == "world-size" else num_ranks,
         save=random_.choice(("background", "blocking")),
-        victims=_victims(name, ranks, supervised, random_),
+        victims=_victims(name, num_ranks, supervised, random_),
         delay_s=random_.random() * (1.5 if place == "start" else 0.05),
     )
 
 
-def _victims(name: str, ranks: int, supervised: bool, random_: random.Random) -> Sequence[int]:
-    everybody = [*range(ranks), *([-1] if supervised else [])]
+def _victims(name: str, num_ranks: int, supervised: bool, random_: random.Random) -> Sequence[int]:
+    all_processes = [*range(num_ranks), *([-1] if supervised else [])]
     if name in ("kill-all", "world-size"):
-        return everybody[::-1]
+        return all_processes[::-1]
     if name == "kill-launcher":
         return [-1]
-    return [random_.choice(everybody[:ranks] if name == "kill-rank" else everybody)]
+    return [random_.choice(all_processes[:num_ranks] if name == "kill-rank" else all_processes)]
 
 
 class Bench:
-    """A folder with the data of all runs, and what runs without a fault have come to."""
+    """A folder with the data of all runs, and what runs without a fault have trained."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._known: dict[tuple[int, Sequence[int]], Trained] = {}
-        self._number = 0
+        self._num_runs = 0
         write_data(folder / "data")
 
-    def fault_free(self, ranks: int, passed: Sequence[int] = ()) -> Trained:
-        """The run without a fault, told beforehand to pass over some steps."""
-        key = (ranks, tuple(passed))
+    def fault_free(self, num_ranks: int, passed: Sequence[int] = ()) -> Trained:
+        """What a run without a fault trains, with `train.pass_over` set to some steps."""
+        key = (num_ranks, tuple(passed))
         if key not in self._known:
             case = Case(
                 fault=Fault(name="none", rank=-1),
                 way=Way(supervised=False, executed=False),
-                ranks=ranks,
-                ranks_after=ranks,
+                num_ranks=num_ranks,
+                num_ranks_after=num_ranks,
                 save="blocking",
             )
             with self._run_folder() as folder:
                 run = Run(folder, case, [f"train.pass_over={list(passed)}"])
                 run.go()
-                assert run.result.survived, run.told()
+                assert run.result.survived, run.output()
                 import_what_was(folder)
                 self._known[key] = trained(folder)
         return self._known[key]
 
     def run(self, case: Case) -> Result:
-        """Let a case happen, and compare."""
+        """Start the run of a case until it is done, and compare it."""
         began = time.monotonic()
         with self._run_folder() as folder:
             case = self._with_shard(case)
@@ -166,25 +172,25 @@ class Bench:
                     self._compare(run)
             result = run.result
             if result.faults:
-                (self.folder / "said").mkdir(exist_ok=True)
-                shutil.copy(folder / NOTES / "said", self.folder / "said" / folder.name)
+                (self.folder / OUTPUTS).mkdir(exist_ok=True)
+                shutil.copy(folder / NOTES / OUTPUT, self.folder / OUTPUTS / folder.name)
         result.seconds = time.monotonic() - began
         return result
 
     @contextmanager
     def _run_folder(self) -> Any:
-        self._number += 1
-        folder = self.folder / f"run-{self._number:04d}"
+        self._num_runs += 1
+        folder = self.folder / f"run-{self._num_runs:04d}"
         shutil.copytree(self.folder / "data", folder)
         (folder / NOTES).mkdir()
         yield folder
         shutil.rmtree(folder)
 
     def _with_shard(self, case: Case) -> Case:
-        """Where a shard goes bad: one that is first read some steps after the step of the fault."""
+        """The case with a shard to damage that is first read some steps after the fault."""
         if not case.fault.name.startswith("shard"):
             return case
-        firsts = first_uses(inputs_of(self.folder / "data", case.ranks).plan)
+        firsts = first_uses(inputs_of(self.folder / "data", case.num_ranks).plan)
         late = sorted((at, shard) for shard, at in firsts.items() if at >= 6)
         at, shard = late[int(case.fault.part * 97) % len(late)]
         return replace(case, fault=replace(case.fault, step=at - 4, shard=shard))
@@ -192,7 +198,7 @@ class Bench:
     def _compare(self, run: "Run") -> None:
         case, result, own = run.case, run.result, trained(run.folder)
         expected = self._expected(run, own)
-        result.steps_lost = own.again
+        result.steps_lost = own.num_repeated
         result.rows_wrong = rows_wrong(own.rows, expected.rows)
         if result.rows_wrong:
             result.faults.append(f"{result.rows_wrong} rows lost or repeated")
@@ -202,79 +208,79 @@ class Bench:
                 result.faults.append("the weights differ")
         elif not near(own.losses, expected.losses):
             result.faults.append("the losses differ")
-        result.faults += _lost_too_many(case, own.again)
+        result.faults += _lost_too_many(case, own.num_repeated)
 
     def _expected(self, run: "Run", own: Trained) -> Trained:
-        """What the run should have come to."""
+        """What the run should have trained."""
         fault = run.case.fault
         if fault.name.startswith("nan"):
             steps = [fault.step] if fault.name == "nan-once" else range(fault.step, fault.step + 3)
-            return self.fault_free(run.case.ranks, tuple(steps))
+            return self.fault_free(run.case.num_ranks, tuple(steps))
         if fault.name != "shard-replace":
-            return self.fault_free(run.case.ranks_after)
+            return self.fault_free(run.case.num_ranks_after)
         listed = last_checkpoint(run.folder)
         assert not isinstance(listed, str)
         quarantine = listed.position.quarantine
-        plan = inputs_of(self.folder / "data", run.case.ranks).plan.with_quarantine(quarantine)
+        plan = inputs_of(self.folder / "data", run.case.num_ranks).plan.with_quarantine(quarantine)
         if not quarantine.first_steps:
             run.result.faults.append("no shard was replaced")
         elsewhere = self._elsewhere(run.case)
         if elsewhere.rows != own.rows:
             run.result.faults.append("other rows on another number of ranks")
-        return Trained(rows=rows_of(plan), losses=elsewhere.losses, weights=(), again=0)
+        return Trained(rows=rows_of(plan), losses=elsewhere.losses, weights=(), num_repeated=0)
 
     def _elsewhere(self, case: Case) -> Trained:
-        """The same fault on another number of ranks."""
+        """What a run with the same fault trains on another number of ranks."""
         with self._run_folder() as folder:
-            run = Run(folder, replace(case, ranks=4 if case.fault.part < 0.5 else 1), [])
+            run = Run(folder, replace(case, num_ranks=4 if case.fault.part < 0.5 else 1), [])
             run.go()
             return trained(folder)
 
 
 class Run:
-    """One run, from its first start until it ends with 0 or will not."""
+    """One run, from its first start until it ends with 0 or is given up."""
 
-    def __init__(self, folder: Path, case: Case, words: Sequence[str]) -> None:
+    def __init__(self, folder: Path, case: Case, overrides: Sequence[str]) -> None:
         self.folder, self.case = folder, case
         self.result = Result(case=case)
         policy = "replace" if case.fault.name == "shard-replace" else "fail"
-        self._words = [
-            *words,
+        self._overrides = [
+            *overrides,
             f"checkpoint.background={str(case.save == 'background').lower()}",
             f"bad_shards={policy}",
         ]
         case.fault.write(folder / FAULT)
 
     def go(self) -> None:
-        """Start it again and again, as a user would."""
-        for number in range(MOST_STARTS):
-            ranks = self.case.ranks_after if number else self.case.ranks
-            ended = self._once(ranks)
+        """Start the run until it is done, as a user would."""
+        for number in range(MAX_STARTS):
+            num_ranks = self.case.num_ranks_after if number else self.case.num_ranks
+            ended = self._once(num_ranks)
             self.result.ends.append(ended)
             if set(ended) == {0}:
                 fault = last_checkpoint(self.folder)
                 self.result.survived = not isinstance(fault, str)
                 break
-            self._mend()
+            self._restore_shard()
         self.result.happened = self._has_happened()
         self.result.faults += self._wrong_ends()
 
-    def told(self) -> str:
-        """What the run has said."""
-        return (self.folder / NOTES / "said").read_text(errors="replace")
+    def output(self) -> str:
+        """What the run has printed."""
+        return (self.folder / NOTES / OUTPUT).read_text(errors="replace")
 
-    def _once(self, ranks: int) -> list[int]:
-        """One start: the exit codes."""
-        processes = start(self.folder, ranks, self._words, self.case.way)
+    def _once(self, num_ranks: int) -> list[int]:
+        """Start the run once and wait for its end; the exit codes."""
+        processes = start(self.folder, num_ranks, self._overrides, self.case.way)
         began, failed_at = time.monotonic(), None
         while any(process.poll() is None for process in processes):
             now = time.monotonic()
             self._strike(processes, now - began)
             if failed_at is None and any(process.poll() for process in processes):
                 failed_at = now
-            late = now - began > LONGEST_START_S
+            late = now - began > MAX_START_S
             if late:
-                self.result.faults.append(f"no end within {LONGEST_START_S:.0f} s")
+                self.result.faults.append(f"it did not end within {MAX_START_S:.0f} s")
             if late or (failed_at is not None and now - failed_at > KILL_OTHERS_S):
                 for process in processes:
                     process.kill()
@@ -288,13 +294,13 @@ class Run:
         return (notes / ("reached" if is_outside else "happened")).exists()
 
     def _strike(self, processes: Sequence[Process], since_s: float) -> None:
-        """Send what is to be sent, once."""
+        """Send the signal of a fault from outside, once, when its time has come."""
         fault, notes = self.case.fault, self.folder / NOTES
         number = OUTSIDE.get(fault.name)
         if number is None or (notes / "sent").exists():
             return
         if fault.place == "start":
-            if since_s < self.case.delay_s or not self._are_there():
+            if since_s < self.case.delay_s or not self._have_started():
                 return
             chaos_faults.is_first(notes)
         elif not (notes / "happened").exists():
@@ -306,11 +312,11 @@ class Run:
         if any(sent):
             (notes / "reached").touch()
 
-    def _are_there(self) -> bool:
-        return len(list((self.folder / NOTES).glob("process-*"))) == self.case.ranks
+    def _have_started(self) -> bool:
+        return len(list((self.folder / NOTES).glob("process-*"))) == self.case.num_ranks
 
     def _send(self, victim: int, number: int, processes: Sequence[Process]) -> bool:
-        """Whether the victim was there to take it."""
+        """Send a signal; False if the victim had already ended."""
         if victim < 0:
             process = processes[0].pid
         else:
@@ -323,8 +329,8 @@ class Run:
         return True
 
     def _wait_for_orphans(self) -> None:
-        """Ranks whose launcher was killed save and end by themselves."""
-        until = time.monotonic() + LONGEST_START_S
+        """Wait for ranks whose launcher was killed: they save and end on their own."""
+        until = time.monotonic() + MAX_START_S
         paths = (self.folder / NOTES).glob("process-*")
         left = [process for path in paths if not has_ended(process := int(path.read_text()))]
         while left and time.monotonic() < until:
@@ -334,28 +340,28 @@ class Run:
             self.result.faults.append("a rank outlived its launcher")
             os.kill(process, signal.SIGKILL)
 
-    def _mend(self) -> None:
-        """Restore a shard that is bad."""
+    def _restore_shard(self) -> None:
+        """Restore the shard that the fault has damaged, if the run is not to replace it."""
         shard = self.case.fault.shard
         if shard and self.case.fault.name == "shard-fail":
             shutil.copy(self.folder.parent / "data" / shard, self.folder / shard)
 
-    def _ends_when_asked(self) -> set[int]:
-        """The codes that are right after a signal."""
+    def _codes_after_stop(self) -> set[int]:
+        """The exit codes that are right after a stop request."""
         codes = {0, 75, -signal.SIGTERM, -signal.SIGUSR1}
-        # Before the ranks have met, one that waits for another is ended by whoever started it.
+        # Before the ranks have met, one that waits for another is killed by the launcher.
         return codes | {-signal.SIGKILL} if self.case.fault.place == "start" else codes
 
     def _wrong_ends(self) -> list[str]:
-        """What is not as it must be in how the starts ended."""
+        """What is not as it must be about the exit codes."""
         fault, ends = self.case.fault, self.result.ends
         wrong = [] if self.result.survived else [f"the run ended with {ends}"]
         if fault.name in ONE_START and len(ends) > 1:
-            wrong.append(f"the run did not end by itself but with {ends[0]}")
-        if fault.name in ("disk-full", "file-limit") and "the run goes on (" not in self.told():
+            wrong.append(f"the run did not end on its own but with {ends[0]}")
+        if fault.name in ("disk-full", "file-limit") and "the run continues (" not in self.output():
             wrong.append("no checkpoint was given up")
-        if fault.name in ("sigterm", "sigusr1") and not set(ends[0]) <= self._ends_when_asked():
-            wrong.append(f"asked to stop, the run ended with {ends[0]}")
+        if fault.name in ("sigterm", "sigusr1") and not set(ends[0]) <= self._codes_after_stop():
+            wrong.append(f"after a stop request the run ended with {ends[0]}")
         if (
             self.case.way.supervised
             and fault.name in ("kill-rank", "kill-in-save", "kill-before-latest")
@@ -369,7 +375,7 @@ class Run:
 
 @contextmanager
 def _small_disk(folder: Path, case: Case) -> Any:
-    """A disk of its own for the checkpoints of a run that is to fill it."""
+    """Mount a small disk for the checkpoints of a run whose fault fills it."""
     if case.fault.name != "disk-full":
         yield
         return
@@ -385,22 +391,22 @@ def _small_disk(folder: Path, case: Case) -> Any:
 
 
 def can_mount(folder: Path) -> bool:
-    """Whether a small disk can be made here."""
-    place = folder / "mount"
-    place.mkdir()
+    """Whether a small disk can be mounted here."""
+    mount = folder / "mount"
+    mount.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)],
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(mount)],
         capture_output=True,
         check=False,
     )
     if done.returncode == 0:
-        subprocess.run(["umount", str(place)], check=True)
-    place.rmdir()
+        subprocess.run(["umount", str(mount)], check=True)
+    mount.rmdir()
     return done.returncode == 0
 
 
 def _lost_too_many(case: Case, steps: int) -> list[str]:
-    # In the background the checkpoint that is on its way is not there yet, and steps go on.
+    # In the background a checkpoint is not complete at once, and the run trains on meanwhile.
     most = SAVE_EVERY if case.save == "blocking" else 2 * SAVE_EVERY - 1
     if case.fault.name in ("sigterm", "sigusr1"):
         most = 0

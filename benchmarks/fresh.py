@@ -1,6 +1,4 @@
-"""A script, a task and its arguments go in; the JSON that it ends with comes out, from an
-interpreter of its own.
-"""
+"""Runs a task of a script in a fresh interpreter and returns the JSON that it prints last."""
 
 import json
 import os
@@ -21,7 +19,7 @@ def run(
     limit_s: float,
     environment: Mapping[str, str],
 ) -> Result:
-    """The result of a task in a fresh interpreter, or {"fault": why there is none}."""
+    """The result of a task in a fresh interpreter, or {"fault": the reason why there is none}."""
     path = Path(__file__).with_name(script)
     try:
         done = subprocess.run(
@@ -33,7 +31,7 @@ def run(
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        return {"fault": f"no end within {error.timeout:.0f} s"}
+        return {"fault": f"it did not end within {error.timeout:.0f} s"}
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip() and line[0] != " "]
         return {"fault": lines[-1] if lines else f"exit code {done.returncode}"}
@@ -41,5 +39,5 @@ def run(
 
 
 def progress(text: str) -> None:
-    """A line of what goes on, apart from the tables."""
+    """Print a line about the progress, apart from the tables, to stderr."""
     print(text, file=sys.stderr, flush=True)

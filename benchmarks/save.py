@@ -1,10 +1,10 @@
-"""What a checkpoint costs the training: `python benchmarks/save.py [--layers 6] [--width 512]
-[--rounds 3]`.
+"""Measures what a checkpoint costs the training.
 
-The same model takes the same steps under ZeRO-3, once for each way to save after the first of them,
-in rounds so that all ways meet the machine in the same moods. Prints how long the loop stood still
-at the save, how much longer all steps together took than without any save, and both as parts of
-what a blocking save costs.
+`python benchmarks/save.py [--layers 6] [--width 512] [--rounds 3]` lets the same model take the
+same steps under ZeRO-3, once for each way to save after the first of them. It does so in rounds, so
+that what else happens on the machine affects all ways alike. It prints how long the loop waited at
+the save, how much longer all steps together took than without a save, and both as fractions of the
+cost of a blocking save.
 """
 
 import argparse
@@ -45,14 +45,14 @@ STEPS = 6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """Seconds that the loop stood still at a save, and seconds of all steps."""
+    """Seconds that the loop waited at a save, and seconds of all steps."""
 
-    still_s: float
+    wait_s: float
     all_s: float
 
 
 def model_config(layers: int, width: int) -> dict[str, Any]:
-    """A llama of a width."""
+    """The configuration of a llama."""
     return {
         "model_type": "llama",
         "vocab_size": VOCABULARY,
@@ -110,8 +110,8 @@ def batch() -> StepBatch:
 def take_steps(
     engine: Engine, cluster: Cluster, save: Callable[[], None], settle: Callable[[], None]
 ) -> Cost:
-    """Six steps, with a save after the first."""
-    rows, still_s = batch(), 0.0
+    """Take STEPS steps, with a save after the first; `settle` is called before each."""
+    rows, wait_s = batch(), 0.0
     objective = step.TrainingObjective(
         objective="per_source", document_weights={"web": "token"}, reference=None
     )
@@ -131,13 +131,14 @@ def take_steps(
         if index == 0:
             at = time.perf_counter()
             save()
-            still_s = time.perf_counter() - at
-    return Cost(still_s=still_s, all_s=time.perf_counter() - began)
+            wait_s = time.perf_counter() - at
+    return Cost(wait_s=wait_s, all_s=time.perf_counter() - began)
 
 
 def with_ours(engine: Engine, cluster: Cluster, folder: Path, saver: Saver) -> Cost:
-    """The steps with a save of our own; what is left to write after the last step is waited for
-    outside of the clock.
+    """The steps with a save of bigmix.
+
+    What is still to be written after the last step is not measured.
     """
     position = Position(step=1, report={})
     cost = take_steps(
@@ -149,7 +150,7 @@ def with_ours(engine: Engine, cluster: Cluster, folder: Path, saver: Saver) -> C
 
 
 def with_deepspeed(engine: Engine, cluster: Cluster, folder: Path) -> Cost:
-    """The steps with DeepSpeed's own save."""
+    """The steps with the save of DeepSpeed."""
     cost = take_steps(
         engine,
         cluster,
@@ -161,13 +162,15 @@ def with_deepspeed(engine: Engine, cluster: Cluster, folder: Path) -> Cost:
 
 
 def measure(layers: int, width: int, rounds: int, folder: Path) -> tuple[dict[str, Cost], float]:
-    """The middle cost of each way over some rounds, and the GiB of a checkpoint."""
+    """The median cost of each way to save over some rounds, and the GiB of a checkpoint."""
     world = world_of(os.environ)
     cluster = join(world)
     engine = make_engine(layers, width, world.size)
     savers = {
-        title: Saver(folder, cluster, RetentionPolicy(newest=1), in_background=ahead, tell=print)
-        for title, ahead in (("bigmix, blocking", False), ("bigmix, background", True))
+        title: Saver(
+            folder, cluster, RetentionPolicy(newest=1), in_background=in_background, report=print
+        )
+        for title, in_background in (("bigmix, blocking", False), ("bigmix, background", True))
     }
     costs: dict[str, list[Cost]] = {}
     for _ in range(rounds + 1):
@@ -181,25 +184,25 @@ def measure(layers: int, width: int, rounds: int, folder: Path) -> tuple[dict[st
         sum(3 * 4 * flat.weights.numel() for flat in engine.zero_state.flats()) * world.size / 2**30
     )
     leave()
-    # The first round fills caches and makes the buffers that later saves use again.
-    middle = {
+    # The first round fills caches and allocates the buffers that later saves use again.
+    medians = {
         title: Cost(
-            still_s=median(c.still_s for c in many[1:]), all_s=median(c.all_s for c in many[1:])
+            wait_s=median(c.wait_s for c in many[1:]), all_s=median(c.all_s for c in many[1:])
         )
         for title, many in costs.items()
     }
-    return middle, size
+    return medians, size
 
 
 def table(costs: dict[str, Cost], gib: float) -> Table:
-    """One line a way to save."""
+    """One line for each way to save."""
     plain, blocking = costs["no save"].all_s, costs["bigmix, blocking"]
     full = blocking.all_s - plain
     rows = [
         (
             title,
-            f"{cost.still_s:.3f}",
-            f"{cost.still_s / blocking.still_s:.0%}",
+            f"{cost.wait_s:.3f}",
+            f"{cost.wait_s / blocking.wait_s:.0%}",
             f"{cost.all_s - plain:+.3f}",
             f"{(cost.all_s - plain) / full:.0%}",
         )
@@ -208,7 +211,7 @@ def table(costs: dict[str, Cost], gib: float) -> Table:
     ]
     return Table(
         heading=f"A checkpoint of {gib:.2f} GiB, {STEPS} steps of {plain / STEPS:.2f} s",
-        columns=("save", "still s", "/ blocking", "steps longer by s", "/ blocking"),
+        columns=("save", "wait s", "/ blocking", "steps longer by s", "/ blocking"),
         rows=rows,
         notes=[],
     )
@@ -220,7 +223,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:

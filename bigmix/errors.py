@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions; out goes the exit code of a command."""
+"""The exceptions that end a command, and their exit codes."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ REQUEUE = 75
 
 
 class BigmixError(Exception):
-    """A failure that is told to the user in its own words, without a traceback."""
+    """A failure that is reported to the user by its message alone, without a traceback."""
 
     exit_code = FAILED
 
@@ -17,7 +17,7 @@ class BigmixError(Exception):
 class BadInput(BigmixError):
     """Input that cannot be used; nothing was started.
 
-    Holds every fault that was found, not the first.
+    Holds every fault that was found, not only the first.
     """
 
     exit_code = BAD_INPUT
@@ -28,6 +28,6 @@ class BadInput(BigmixError):
 
 
 class Interrupted(BigmixError):
-    """The run stopped on request, after a whole checkpoint; the same command goes on from there."""
+    """The run stopped on request, after a complete checkpoint from which the command resumes."""
 
     exit_code = REQUEUE

@@ -1,5 +1,4 @@
-"""A key and a count go in, a permutation comes out: chance as a pure function of (seed, name,
-epoch, index).
+"""Randomness as a pure function of keys such as (seed, source name, epoch, index).
 
 Keys are hashed with splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
 generators", 2014), so that an order is the same on every platform and with every release of numpy.
@@ -30,30 +29,32 @@ def key_of(*parts: Any) -> int:
 
 
 def evenly_spaced(items: Sequence[T], most: int | None) -> Sequence[T]:
-    """So many of the items at most, spread evenly."""
+    """At most `most` of the items (None: all), at equal distances."""
     if most is None or most >= len(items):
         return items
     return [items[index * len(items) // most] for index in range(most)]
 
 
 def keys_of(key: int, indices: Ints) -> _Words:
-    """A key of its own for each index."""
+    """A key for each index, derived from one key."""
     return _hash((indices.astype(np.uint64) + np.uint64(1)) * _STEP + np.uint64(key))
 
 
 def permutation(count: int, key: int) -> Ints:
     """The numbers 0 .. count-1 in the order that `key` decides."""
-    # The hash maps no two numbers to one, so that there are no ties for a sort to break.
+    # The hash maps no two numbers to the same one, so there are no ties for the sort to break.
     return np.argsort(keys_of(key, np.arange(count)))
 
 
 def shuffled(indices: Ints, counts: Ints, keys: _Words) -> Ints:
-    """Where each index of 0 .. count-1 goes in the permutation that its key decides; one index
-    costs what it costs alone.
+    """Where each index of 0 .. count-1 goes in the permutation that its key decides.
 
-    A Feistel network (Luby, Rackoff, 1988) over pairs (left, right) with left < a and right < b, a
-    * b just above the count; what falls outside is permuted again until it is inside (Black,
-    Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    All arguments are [N]: index n is permuted among counts[n] numbers under keys[n]. The rest of
+    the permutation is not formed, so that the cost is that of the N indices alone.
+
+    A Feistel network (Luby, Rackoff, 1988) over pairs (left, right) with left < a and right < b,
+    where a * b is just above the count; what falls outside is permuted again until it is inside
+    (Black, Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
     values = _feistel(indices.astype(np.uint64), counts, keys)
     outside = np.flatnonzero(values >= counts.astype(np.uint64))

@@ -1,4 +1,4 @@
-"""The cluster as numbers: who we are, and sums over everybody.
+"""Collectives over the ranks, and a store of short texts that they share.
 
 The one module that imports torch.distributed.
 """
@@ -17,7 +17,7 @@ from bigmix.cluster.world import World
 
 
 def export_world(world: World) -> None:
-    """Tell libraries that read the environment what `world_of` found there."""
+    """Set the variables that libraries read to what `world_of` has found, whatever the launcher."""
     numbers = {"RANK": world.rank, "LOCAL_RANK": world.local_rank, "WORLD_SIZE": world.size}
     for name, value in numbers.items():
         os.environ[name] = str(value)
@@ -26,9 +26,10 @@ def export_world(world: World) -> None:
 
 
 class Cluster:
-    """Collectives of the process group.
+    """The collectives of the process group.
 
-    Small numbers travel over CPU memory, so that no GPU is waited for.
+    Every rank must make the same calls in the same order. Counts and objects travel over CPU memory
+    (gloo), so that no GPU is waited for. With one rank no call communicates.
     """
 
     def __init__(self, world: World, timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -38,7 +39,7 @@ class Cluster:
             self._control = td.new_group(backend="gloo", timeout=timeout)
 
     def sum_counts(self, counts: Sequence[float]) -> list[float]:
-        """Each number added up over the ranks, on the CPU, in double precision."""
+        """Add up each number over the ranks, on the CPU and in double precision."""
         if self.world.size == 1:
             return list(counts)
         tensor = torch.tensor(counts, dtype=torch.float64)
@@ -46,13 +47,13 @@ class Cluster:
         return [float(number) for number in tensor]
 
     def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor added up over the ranks on its own device, in place; nothing waits for it."""
+        """Add up a tensor over the ranks on its device, in place, without waiting for it."""
         if self.world.size > 1:
             td.all_reduce(tensor)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """A value of every rank, on every rank, in order of rank."""
+        """The values of all ranks, on every rank, in order of rank; they must be picklable."""
         if self.world.size == 1:
             return [value]
         values: list[Any] = [None] * self.world.size
@@ -60,30 +61,29 @@ class Cluster:
         return values
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         if self.world.size > 1:
             td.barrier(group=self._control)
 
 
 class StoreLost(Exception):
-    """The first rank, which keeps the board, does not answer any more."""
+    """The first rank, which holds the store, no longer answers."""
 
 
 class KeyValueStore:
-    """Short texts that every rank writes and reads at any time, from any thread, without the
-    others; a collective to make.
+    """Short texts that each rank can write and read at any time and from any thread.
 
-    The first rank keeps them, in threads of their own that need no Python. Every key is given when
-    the board is made; each begins with an empty text.
+    Only the constructor is a collective. The first rank holds the texts, in threads of the store's
+    own that do not need Python to run. All keys are given to the constructor, and each begins with
+    an empty text. Every method raises StoreLost where the first rank does not answer in time.
     """
 
     def __init__(self, cluster: Cluster, keys: Sequence[str], timeout: timedelta) -> None:
-        """`timeout` is how long the first rank may take for an answer."""
+        """`timeout` is how long the first rank may take to answer."""
         world = cluster.world
         self._timeout = timeout
-        # It listens on all interfaces and on a port that is free; kept here for as long as the
-        # board.
-        self._server = _store("localhost", 0, timeout, keeps=True) if world.is_first else None
+        # It listens on all interfaces, on a free port, for as long as this object refers to it.
+        self._server = _store("localhost", 0, timeout, is_server=True) if world.is_first else None
         port = self._server.port if self._server is not None else None
         port, *_ = cluster.gather(port)
         self._client = _store(os.environ["MASTER_ADDR"], port, timeout)
@@ -93,23 +93,24 @@ class KeyValueStore:
         cluster.barrier()
 
     def write(self, key: str, text: str) -> None:
-        """Put a text in the place of the one before."""
+        """Replace the text of a key."""
         self._answer(lambda: self._client.set(key, _EMPTY + text))
 
     def write_once(self, key: str, text: str) -> str:
-        """The first text that anybody wrote under a key: this one where there is none yet."""
+        """Set the text of a key unless a rank has already done so; returns the text it now has."""
         return _read(self._answer(lambda: self._client.compare_set(key, _EMPTY, _EMPTY + text)))
 
     def read(self, keys: Sequence[str]) -> list[str]:
-        """The newest text of each key."""
+        """The current text of each key."""
         return [_read(text) for text in self._answer(lambda: self._client.multi_get(list(keys)))]
 
-    def _answer(self, ask: Callable[[], Any]) -> Any:
-        """What the store answers, asked in a thread: a frozen server makes it wait beyond its own
-        timeout.
+    def _answer(self, request: Callable[[], Any]) -> Any:
+        """The answer of the store, waited for in a thread.
+
+        A frozen server makes a request wait beyond the timeout of the store itself.
         """
         answers: SimpleQueue[Any] = SimpleQueue()
-        threading.Thread(target=_put_answer, args=(ask, answers), daemon=True).start()
+        threading.Thread(target=_put_answer, args=(request, answers), daemon=True).start()
         try:
             answer = answers.get(timeout=self._timeout.total_seconds())
         except Empty:
@@ -119,7 +120,7 @@ class KeyValueStore:
         return answer
 
 
-# The store makes no difference between an empty value and none.
+# The store cannot tell an empty value from a missing one, so every value has this prefix.
 _EMPTY = "-"
 
 
@@ -127,20 +128,20 @@ def _read(text: bytes) -> str:
     return text.decode().removeprefix(_EMPTY)
 
 
-def _put_answer(ask: Callable[[], Any], answers: "SimpleQueue[Any]") -> None:
+def _put_answer(request: Callable[[], Any], answers: "SimpleQueue[Any]") -> None:
     try:
-        answers.put(ask())
-    except RuntimeError as error:  # DistNetworkError and DistStoreError are both of this kind
+        answers.put(request())
+    except RuntimeError as error:  # DistNetworkError and DistStoreError are both RuntimeErrors
         answers.put(error)
 
 
-def _store(host: str, port: int, timeout: timedelta, *, keeps: bool = False) -> Any:
+def _store(host: str, port: int, timeout: timedelta, *, is_server: bool = False) -> Any:
     store = td.TCPStore  # type: ignore[attr-defined]
-    return store(host, port, is_master=keeps, timeout=timeout, wait_for_workers=False)
+    return store(host, port, is_master=is_server, timeout=timeout, wait_for_workers=False)
 
 
 def leave() -> None:
-    """End the process group, so that no rank prints a complaint about it at exit."""
+    """End the process group, so that no rank prints a warning about it at exit."""
     if td.is_initialized():
         td.destroy_process_group()
 

@@ -1,5 +1,6 @@
-"""Beats of ranks and a clock go in, what is wrong with them comes out: who is silent, and who holds
-up the others.
+"""Judges from the heartbeats of ranks which of them are dead, frozen or behind.
+
+Pure functions and a monitor of heartbeats and a clock; the watchdog supplies both.
 """
 
 import json
@@ -8,14 +9,16 @@ from dataclasses import asdict, dataclass
 
 from bigmix.errors import FAILED
 
-_QUIET_S = 3.0  # beats come once a second
-_MOST_NAMED = 8  # ranks in a message; of a thousand nobody wants to read them all
+_FROZEN_S = 3.0  # a rank writes a heartbeat once a second
+_MAX_NAMED = 8  # ranks that a message names; a list of a thousand would be unreadable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Seconds without a sign of life after which a rank counts as dead, and without progress
-    anywhere as a hang.
+    """When a run counts as lost.
+
+    dead_s: seconds without a heartbeat after which a rank counts as dead
+    hang_s: seconds without a new activity on any rank after which the run counts as hanging
     """
 
     dead_s: float
@@ -24,21 +27,24 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heartbeat:
-    """What a rank tells: a number that grows with each beat, how many activities it has begun, and
-    the newest.
+    """What a rank reports about itself once a second.
+
+    `serial` grows with each heartbeat. `num_activities` is how many activities the rank has begun,
+    `activity` the newest of them, such as "forward of step 12, micro-batch 3".
     """
 
     serial: int
-    count: int
-    doing: str
+    num_activities: int
+    activity: str
     has_left: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShutdownReason:
-    """Why all ranks end and with which code; `silent` are those that cannot say it themselves.
+    """Why all ranks end, and with which exit code.
 
-    `is_error`: a rank has told an error of its own, which others may well have too.
+    `silent` are the ranks that cannot report the reason themselves. `is_error`: it is an exception
+    of one rank, which the others may be about to raise as well.
     """
 
     text: str
@@ -47,110 +53,118 @@ class ShutdownReason:
     is_error: bool = False
 
 
-AT_FIRST = Heartbeat(serial=0, count=0, doing="start-up")
+NO_HEARTBEAT_YET = Heartbeat(serial=0, num_activities=0, activity="start-up")
 
 
 def to_text(record: Heartbeat | ShutdownReason) -> str:
-    """A record as it is written on the board."""
+    """A record as a text for the store that the ranks share."""
     return json.dumps(asdict(record))
 
 
 def heartbeat_of(text: str) -> Heartbeat:
-    """The beat that was written; the first one where there is none yet."""
-    return Heartbeat(**json.loads(text)) if text else AT_FIRST
+    """The heartbeat that `to_text` wrote; NO_HEARTBEAT_YET if the text is empty."""
+    return Heartbeat(**json.loads(text)) if text else NO_HEARTBEAT_YET
 
 
 def shutdown_reason_of(text: str) -> ShutdownReason:
-    """The verdict that was written."""
+    """The reason that `to_text` wrote."""
     return ShutdownReason(**json.loads(text))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Known:
-    """The newest beat of a rank, and when a new one and a new activity were last seen, by the clock
-    of who looks.
+class _Seen:
+    """The newest heartbeat of a rank, and when a new one and a new activity were last seen.
+
+    Both times are by the clock of the rank that monitors.
     """
 
-    beat: Heartbeat
-    beat_at: float
-    count_at: float
+    heartbeat: Heartbeat
+    heartbeat_at: float
+    activity_at: float
 
 
 class HeartbeatMonitor:
-    """The newest beats of some ranks. Only the clock of who looks counts, those of machines
-    differ.
+    """The newest heartbeats of some ranks.
+
+    Only the clock of the rank that monitors counts, since the clocks of machines differ.
     """
 
     def __init__(self, ranks: Iterable[int], limits: Limits, clock: Callable[[], float]) -> None:
         self._limits = limits
         self._clock = clock
         now = clock()
-        self._known = {rank: _Known(beat=AT_FIRST, beat_at=now, count_at=now) for rank in ranks}
+        self._seen = {
+            rank: _Seen(heartbeat=NO_HEARTBEAT_YET, heartbeat_at=now, activity_at=now)
+            for rank in ranks
+        }
 
-    def take(self, beats: Mapping[int, Heartbeat]) -> None:
-        """Take in what was read from the board."""
+    def update(self, heartbeats: Mapping[int, Heartbeat]) -> None:
+        """Take in the heartbeats that were just read from the store."""
         now = self._clock()
-        for rank, beat in beats.items():
-            old = self._known[rank]
-            self._known[rank] = _Known(
-                beat=beat,
-                beat_at=now if beat.serial != old.beat.serial else old.beat_at,
-                count_at=now if beat.count != old.beat.count else old.count_at,
+        for rank, heartbeat in heartbeats.items():
+            old = self._seen[rank]
+            is_new = heartbeat.serial != old.heartbeat.serial
+            is_further = heartbeat.num_activities != old.heartbeat.num_activities
+            self._seen[rank] = _Seen(
+                heartbeat=heartbeat,
+                heartbeat_at=now if is_new else old.heartbeat_at,
+                activity_at=now if is_further else old.activity_at,
             )
 
     def newest(self, rank: int) -> Heartbeat:
-        """The newest beat of one of the ranks."""
-        return self._known[rank].beat
+        """The newest heartbeat of one of the ranks."""
+        return self._seen[rank].heartbeat
 
     def has_left(self, rank: int) -> bool:
-        """Whether a rank has said that it ends."""
-        return self._known[rank].beat.has_left
+        """Whether a rank has reported that it is ending."""
+        return self._seen[rank].heartbeat.has_left
 
     def silence(self) -> ShutdownReason | None:
-        """A verdict where ranks have given no sign of life for too long."""
+        """The reason to end where ranks have sent no heartbeat for too long, else None."""
         now = self._clock()
         silent = [
             rank
-            for rank, known in self._known.items()
-            if not known.beat.has_left and now - known.beat_at > self._limits.dead_s
+            for rank, seen in self._seen.items()
+            if not seen.heartbeat.has_left and now - seen.heartbeat_at > self._limits.dead_s
         ]
         if not silent:
             return None
         return ShutdownReason(
             text=(
                 f"{_named(silent)} gave no sign of life for {self._limits.dead_s:g} s, the last at "
-                f"{self.newest(silent[0]).doing}; the process or its machine is dead or frozen"
+                f"{self.newest(silent[0]).activity}; the process or its machine is dead or frozen"
             ),
             silent=silent,
         )
 
     def hang(self) -> ShutdownReason | None:
-        """A verdict where no rank has begun anything new for too long; it names those that have
-        come least far.
+        """The reason to end where no rank has begun anything new for too long, else None.
+
+        It names the ranks that have made the least progress.
         """
         now = self._clock()
-        moving = {rank: known for rank, known in self._known.items() if not known.beat.has_left}
-        if not moving or now - max(k.count_at for k in moving.values()) <= self._limits.hang_s:
+        present = {rank: seen for rank, seen in self._seen.items() if not seen.heartbeat.has_left}
+        newest_at = max((seen.activity_at for seen in present.values()), default=now)
+        if now - newest_at <= self._limits.hang_s:
             return None
-        least = min(known.beat.count for known in moving.values())
-        behind = [rank for rank, known in moving.items() if known.beat.count == least]
-        # Of those at the same place a frozen one holds up the others.
-        quiet = [rank for rank in behind if now - moving[rank].beat_at > _QUIET_S]
-        behind = quiet or behind
-        others = [rank for rank in moving if rank not in behind]
-        frozen = ", frozen" if quiet else ""
+        least = min(seen.heartbeat.num_activities for seen in present.values())
+        behind = [rank for rank, s in present.items() if s.heartbeat.num_activities == least]
+        # Of ranks at the same activity, a frozen one is what the others wait for.
+        frozen = [rank for rank in behind if now - present[rank].heartbeat_at > _FROZEN_S]
+        behind = frozen or behind
+        others = [rank for rank in present if rank not in behind]
         text = (
-            f"no rank has come further for {self._limits.hang_s:g} s: {_named(behind)} at"
-            f" {self.newest(behind[0]).doing}{frozen}"
+            f"no rank has made progress for {self._limits.hang_s:g} s: {_named(behind)} at"
+            f" {self.newest(behind[0]).activity}{', frozen' if frozen else ''}"
         )
         if others:
-            text += f"; {_named(others)} at {self.newest(others[0]).doing}"
+            text += f"; {_named(others)} at {self.newest(others[0]).activity}"
         return ShutdownReason(
-            text=f"{text}; where this is no fault but slow, raise health.hang_minutes"
+            text=f"{text}; if this is only slow and no fault, raise health.hang_minutes"
         )
 
 
 def _named(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:_MOST_NAMED]))
-    more = f" and {len(ranks) - _MOST_NAMED} more" if len(ranks) > _MOST_NAMED else ""
+    shown = ", ".join(map(str, ranks[:_MAX_NAMED]))
+    more = f" and {len(ranks) - _MAX_NAMED} more" if len(ranks) > _MAX_NAMED else ""
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}{more}"

@@ -1,12 +1,8 @@
-"""Signals and the clock go in, one flag comes out: the run is asked to save and stop at the next
-step boundary.
+"""Stop requests: by a signal, by the end of the launcher, or by the clock.
 
-Nothing heavy is imported here: the guard stands before anything else is loaded. A thread reads the
-signals as they come, since Python's own handlers wait until the main thread is back from a
-collective or a read.
-
-Work of another thread goes in; out comes whether it is done, or its result is not waited for any
-longer.
+Nothing heavy is imported here, since the handlers are installed before anything else is loaded. A
+thread reads the signals as they arrive: Python runs its own handlers only once the main thread is
+back from a collective or a read.
 """
 
 import contextlib
@@ -27,22 +23,23 @@ from typing import Any
 from bigmix.cluster.processes import command_of, parent_of
 from bigmix.errors import REQUEUE
 
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# Of the kernel: were it one that asks, it could pass for the second request.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Sent by the kernel when the launcher dies; a stop signal could pass for a second request.
 _ORPHANED = signal.SIGUSR2
 _PR_SET_PDEATHSIG = 1
-# Ctrl-C under a launcher: SIGINT of the terminal, then SIGTERM of the launcher.
+# Ctrl-C under a launcher is one request: SIGINT from the terminal, then SIGTERM from the launcher.
 _ONE_REQUEST_S = 2.0
-_PARENT_EVERY_S = 1.0
-NOTHING_LOST = "nothing was trained since the last checkpoint; the same command goes on from there"
+_LAUNCHER_CHECK_S = 1.0
+NOTHING_LOST = "nothing was trained since the last checkpoint; run the same command to resume"
 
 
 class StopSignal:
-    """Whether a signal, the end of the launcher or the clock asks this process to stop.
+    """Whether a stop of this process is requested, by a signal, its launcher's end or the clock.
 
-    Made first of all, in the main thread. Until `defer_signals` a signal ends the process at once
-    with 75, since nothing new is in memory. A second signal, later than the doubles of the first,
-    ends it at once; checkpoints stay whole.
+    Made before anything else, in the main thread. Until `defer_signals` is called a signal ends the
+    process at once with 75, since there is nothing in memory to save; from then on it sets a flag.
+    A second signal more than two seconds after the first ends the process at once with 128 plus its
+    number; checkpoints stay complete.
     """
 
     def __init__(
@@ -56,7 +53,7 @@ class StopSignal:
 
         `owns_process`: whether the process is there for this run alone. Where it is someone else's,
         such as a notebook's, a stop request never ends the process and nothing is listened to: what
-        `stop_requests_here` receives reaches it by `ask`.
+        `stop_requests_here` receives reaches it by `request_stop`.
         """
         self.nothing_lost = nothing_lost
         self.owns_process = owns_process
@@ -71,31 +68,30 @@ class StopSignal:
             return
         self._launcher = _Launcher() if {"RANK", "SLURM_PROCID"} & set(environment) else None
         self._read_end = _signals_as_bytes()
-        threading.Thread(target=self._listen, name="guard", daemon=True).start()
+        threading.Thread(target=self._listen, name="stop-signal", daemon=True).start()
 
     @property
     def reason(self) -> str | None:
-        """Who asked to stop, the clock left out; None as long as nobody did."""
+        """What requested the stop, other than the clock; None as long as nothing did."""
         return self._reason
 
     def is_set(self, needed_s: float = 0.0) -> bool:
-        """Whether to stop: somebody asked, or what takes `needed_s` would end after the time that
-        is left.
-        """
+        """Whether to stop: on a request, or as work of `needed_s` seconds would end too late."""
         late = self._ends_at is not None and time.monotonic() + needed_s >= self._ends_at
         return late or self._reason is not None
 
-    def ask(self, reason: str) -> None:
-        """Ask this process to stop at the next step boundary."""
+    def request_stop(self, reason: str) -> None:
+        """Set the flag: the run is to stop at the next step boundary."""
         self._reason = self._reason or reason
 
     def defer_signals(self) -> None:
-        """From now on a request is a flag for somebody else to act on."""
+        """From now on a request sets the flag, and the caller sees to it that the run stops."""
         self._exits_at_once = False
 
     def set_end(self, max_minutes: float | None, job_ends_at: float | None) -> None:
-        """Stop by itself so many minutes after this process began, and before a time in seconds
-        since 1970.
+        """Stop `max_minutes` after this process began, and before `job_ends_at`, in Unix seconds.
+
+        None is no limit.
         """
         ends = [] if max_minutes is None else [self._began_at + 60 * max_minutes]
         if job_ends_at is not None:
@@ -104,9 +100,9 @@ class StopSignal:
 
     def _listen(self) -> None:
         while True:
-            ready, _, _ = select.select([self._read_end], [], [], _PARENT_EVERY_S)
+            ready, _, _ = select.select([self._read_end], [], [], _LAUNCHER_CHECK_S)
             for number in os.read(self._read_end, 64) if ready else b"":
-                if number in ASKING:
+                if number in STOP_SIGNALS:
                     self._receive(number)
             if self._reason is None and self._launcher is not None and self._launcher.has_gone():
                 self._request("the end of its launcher")
@@ -120,10 +116,10 @@ class StopSignal:
             os._exit(128 + number)
 
     def _request(self, reason: str) -> None:
-        self.ask(reason)
+        self.request_stop(reason)
         if self._exits_at_once:
             end_process(
-                f"stopped: asked by {reason} on rank {self._rank} during start-up:"
+                f"stopped: requested by {reason} on rank {self._rank} during start-up:"
                 f" {self.nothing_lost}",
                 REQUEUE,
             )
@@ -143,11 +139,11 @@ def stop_requests_here() -> Iterator[StopSignal]:
         del frame
         if stop_signal.reason is not None:
             raise KeyboardInterrupt
-        stop_signal.ask(signal.Signals(number).name)
+        stop_signal.request_stop(signal.Signals(number).name)
 
     with handlers_put_back():
         if is_main_thread():
-            for number in ASKING:
+            for number in STOP_SIGNALS:
                 signal.signal(number, receive)
         yield stop_signal
 
@@ -155,7 +151,7 @@ def stop_requests_here() -> Iterator[StopSignal]:
 @contextmanager
 def handlers_put_back() -> Iterator[None]:
     """What handles the signals that request a stop is afterwards as it was before."""
-    before = {number: signal.getsignal(number) for number in ASKING}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -172,7 +168,10 @@ def is_main_thread() -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Activity:
-    """How long work reports what begins (to the watchdog), and learns that a stop was requested."""
+    """How long-running work reports what it begins, and learns that a stop is requested.
+
+    `begin` is given the name of each activity, for the watchdog.
+    """
 
     begin: Callable[[str], None]
     stop_requested: Callable[[], bool]
@@ -181,37 +180,37 @@ class Activity:
 UNWATCHED = Activity(begin=lambda _: None, stop_requested=lambda: False)
 
 
-def end_process(last_words: str | None, code: int) -> None:
-    """Say a last line and end the process from any thread, whatever the others wait for."""
-    # The main thread may hold the locks of the standard streams, so they are flushed only if they
-    # let us.
-    if last_words is not None:
-        cursor = b"\n\x1b[?25h" if os.isatty(2) else b""  # a live bar hides it
+def end_process(message: str | None, code: int) -> None:
+    """Print a last message and end the process, from any thread and whatever the others wait for.
+
+    It is written past the standard streams, whose locks the main thread may hold; what is still in
+    their buffers is lost.
+    """
+    if message is not None:
+        cursor = b"\n\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides it
         with contextlib.suppress(OSError):
-            os.write(2, cursor + last_words.encode(errors="replace") + b"\n")
+            os.write(2, cursor + message.encode(errors="replace") + b"\n")
     os._exit(code)
 
 
 def _signals_as_bytes() -> int:
-    """Where the number of each signal that asks can be read as a byte."""
+    """A file descriptor from which the number of each signal can be read as one byte."""
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    # First, so that no signal falls between the two.
+    # Before the handlers, so that no signal is missed between the two.
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    for number in (*ASKING, _ORPHANED):
+    for number in (*STOP_SIGNALS, _ORPHANED):
         signal.signal(number, _ignore)
     return read_end
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """The wakeup descriptor has the number; SIG_IGN would keep it from there."""
+    """Do nothing: the wakeup descriptor has the number, which SIG_IGN would keep from it."""
     del number, frame
 
 
 class _Launcher:
-    """The process that started this rank, and where it is deepspeed's second process the first one
-    too.
-    """
+    """The process that started this rank; of deepspeed's launcher, which has two, both."""
 
     def __init__(self) -> None:
         self._parent = os.getppid()
@@ -220,30 +219,30 @@ class _Launcher:
         _die_with_parent()
 
     def has_gone(self) -> bool:
-        """Whether one of them has ended; without its first process deepspeed's second one would go
-        on for ever.
-        """
+        """Whether one of them has ended: deepspeed's second process runs on without its first."""
         if os.getppid() != self._parent:
             return True
         return self._runner is not None and parent_of(self._parent) != self._runner
 
 
 def _die_with_parent() -> None:
-    """Ask Linux for a signal when the launcher dies: killed with -9 it would leave its ranks
-    running.
+    """Have Linux send a signal when the launcher dies, which may not end its ranks itself.
+
+    One that is killed with -9 cannot.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _ORPHANED)
 
 
-_LOOK_UP_S = 0.2
+_WAIT_S = 0.2
 
 
 def is_done(work: "Future[Any]", gives_up: Callable[[], bool]) -> bool:
-    """Wait until work is done, or until `gives_up` says to stop waiting: then False, and the work
-    goes on.
+    """Wait until work in another thread is done; False if `gives_up` returns True before it is.
+
+    The work goes on all the same.
     """
-    while not wait([work], timeout=_LOOK_UP_S).done:
+    while not wait([work], timeout=_WAIT_S).done:
         if gives_up():
             return False
     return True

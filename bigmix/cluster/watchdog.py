@@ -1,9 +1,8 @@
-"""What each rank does now goes in; where one dies or nothing moves any more, all end with the
-reason and their stacks.
+"""Ends all ranks, with the reason and their stacks, where one dies or the run hangs.
 
-A thread of each rank writes a beat on the board once a second and reads there whether to stop (see
-`StopSignal`) or to end. The first rank looks at all beats; the ranks of a machine also look at one
-another's processes.
+Once a second a thread of each rank writes a heartbeat to a store that the ranks share, and reads
+there whether to stop (see `StopSignal`) or to shut down. The first rank watches the heartbeats of
+all; the ranks of a machine also watch one another's processes.
 """
 
 import contextlib
@@ -29,197 +28,215 @@ from bigmix.cluster.processes import Identity, has_ended, identity
 from bigmix.cluster.signals import StopSignal, end_process
 from bigmix.errors import FAILED, REQUEUE, BigmixError, Interrupted
 
-_TICK_S = 1.0
-_OWN_WORDS_S = 2.0  # for ranks that fail alike to say so themselves
-_CAUSE_S = 3.0  # for whoever knows why a collective failed
-_LINGER_S = 6.0  # of the first rank, so that the others can still read why it ends
-_STOP, _VERDICT, _BEAT = "stop", "verdict", "beat/{}"
+_ROUND_S = 1.0
+_OWN_ERROR_S = 2.0  # for ranks that fail in the same way to raise their own error
+_CAUSE_S = 3.0  # to wait for the rank that knows why a collective failed
+_LINGER_S = 6.0  # that the first rank stays, so that the others can read why it ends
+_STOP, _SHUTDOWN, _HEARTBEAT = "stop", "shutdown", "heartbeat/{}"  # keys of the store
 
 
 class Watchdog:
-    """Watches the ranks of a run from joining to leaving; a collective to make."""
+    """Watches the ranks of a run until `close` or `fail`; the constructor is a collective."""
 
     def __init__(
         self, cluster: Cluster, stop_signal: StopSignal, limits: Limits, folder: Path
     ) -> None:
-        """`folder` is where each rank writes its stacks."""
+        """`folder` is where each rank writes its stacks.
+
+        From now on signals no longer end the process at once (`StopSignal.defer_signals`).
+        """
         self._rank, self._size = cluster.world.rank, cluster.world.size
         self._stop_signal = stop_signal
         self._limits = limits
         self._stacks = _Stacks(folder, self._rank)
-        self._doing = (0, "setting up")
+        # Replaced as a whole, since two threads use it: how many activities, and the newest.
+        self._activity = (0, "setting up")
         self._serial = 0
         self._must_save = False
-        self._own: ShutdownReason | None = None
+        self._own_failure: ShutdownReason | None = None
         self._unexpected: BaseException | None = None
-        # The first rank has the whole view, the others see to the first.
+        # The first rank watches all, the others watch the first.
         self._watched = range(self._size) if cluster.world.is_first else range(1)
-        self._beats = HeartbeatMonitor(self._watched, limits, time.monotonic)
+        self._monitor = HeartbeatMonitor(self._watched, limits, time.monotonic)
         self._peers = _peers(cluster.gather(identity()), self._rank)
-        keys = [_STOP, _VERDICT, *map(_BEAT.format, range(self._size))]
-        self._board = KeyValueStore(cluster, keys, timedelta(seconds=limits.dead_s))
+        keys = [_STOP, _SHUTDOWN, *map(_HEARTBEAT.format, range(self._size))]
+        self._store = KeyValueStore(cluster, keys, timedelta(seconds=limits.dead_s))
         self._closing = threading.Event()
         stop_signal.defer_signals()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
     def doing(self, text: str) -> None:
-        """Tell what this rank does from now on.
+        """Report what this rank does from now on.
 
-        All ranks tell the same in the same order: who told least is behind.
+        All ranks report the same activities in the same order, so that the rank with the fewest is
+        behind.
         """
-        self._doing = (self._doing[0] + 1, text)
+        self._activity = (self._activity[0] + 1, text)
 
     def must_save(self, yes: bool) -> None:
-        """Tell whether memory holds what no checkpoint does; where not, a request to stop ends all
-        ranks at once.
+        """Set whether memory holds training that no checkpoint has.
+
+        Where it does not, a stop request ends all ranks at once.
         """
         self._must_save = yes
 
     def close(self) -> None:
-        """This rank is through, or all are stopped alike; it is watched no more."""
+        """Stop watching: this rank has finished, or all ranks stop in the same way."""
         self._closing.set()
         self._thread.join(timeout=_LINGER_S + self._limits.dead_s)
         self._stacks.close()
 
     def fail(self, error: BaseException) -> None:
-        """This rank ends with an error; the others, which may wait for it for ever, end with the
-        same code.
+        """Report that this rank ends with an error, and stop watching.
+
+        The other ranks, which may wait for this one for ever, end with the same exit code.
         """
         if isinstance(error, BigmixError):
-            words, code = str(error), error.exit_code
+            message, code = str(error), error.exit_code
         else:
-            words, code = f"{type(error).__name__}: {error}", FAILED
+            message, code = f"{type(error).__name__}: {error}", FAILED
             self._unexpected = error
         if not isinstance(error, Interrupted):
-            self._own = ShutdownReason(
-                text=f"rank {self._rank} failed: {words}", code=code, is_error=True
+            self._own_failure = ShutdownReason(
+                text=f"rank {self._rank} failed: {message}", code=code, is_error=True
             )
         self.close()
 
     def _run(self) -> None:
         try:
-            while not self._closing.wait(_TICK_S):
-                if self._beats.has_left(0) and self._rank:
+            while not self._closing.wait(_ROUND_S):
+                if self._monitor.has_left(0) and self._rank:
                     return
-                self._act_on(self._look())
+                reason = self._check()
+                if reason is not None and not self._raises_its_own(reason):
+                    self._shut_down(reason)
             if self._unexpected is not None:
-                self._seek_cause()
-            self._say_goodbye(self._own)
+                self._wait_for_cause()
+            self._leave(self._own_failure)
         except StoreLost as error:
             if not self._closing.is_set() or self._unexpected is not None:
-                self._end(self._without_first(error))
+                self._shut_down(self._first_rank_lost(error))
 
-    def _act_on(self, verdict: ShutdownReason | None) -> None:
-        if verdict is not None and not self._says_so_itself(verdict):
-            self._end(verdict)
+    def _wait_for_cause(self) -> None:
+        """Shut down for the reason that another rank finds, if one does.
 
-    def _seek_cause(self) -> None:
-        """End for the reason that somebody else knows: where a rank dies, the collectives of the
-        others fail.
+        Where a rank dies, collectives of the others fail with errors that do not say so.
         """
         until = time.monotonic() + _CAUSE_S
         while time.monotonic() < until:
-            verdict = self._look()
-            if verdict is not None:
-                self._end(verdict)
+            reason = self._check()
+            if reason is not None:
+                self._shut_down(reason)
             time.sleep(_CAUSE_S / 20)
 
-    def _says_so_itself(self, verdict: ShutdownReason) -> bool:
-        """Whether this rank's main thread ends with an error too: ranks often fail alike."""
-        return verdict.is_error and self._closing.wait(_OWN_WORDS_S)
+    def _raises_its_own(self, reason: ShutdownReason) -> bool:
+        """Whether the main thread of this rank ends with an error too: ranks often fail alike."""
+        return reason.is_error and self._closing.wait(_OWN_ERROR_S)
 
-    def _look(self) -> ShutdownReason | None:
-        """One round: tell, read, judge."""
+    def _check(self) -> ShutdownReason | None:
+        """One round: report, read what the others report, and judge; a reason to end, if any."""
         self._stacks.write_unless_called_again(self._limits.hang_s + self._limits.dead_s)
-        self._tell()
+        self._report()
         if self._must_save and self._stop_signal.is_set():
-            self._board.write_once(_STOP, self._stop_signal.reason or "its time is over")
-        stop, given, *texts = self._board.read([_STOP, _VERDICT, *map(_BEAT.format, self._watched)])
-        if given:
-            return shutdown_reason_of(given)
+            self._store.write_once(_STOP, self._stop_signal.reason or "the time limit")
+        keys = [_STOP, _SHUTDOWN, *map(_HEARTBEAT.format, self._watched)]
+        stop, shutdown, *texts = self._store.read(keys)
+        if shutdown:
+            return shutdown_reason_of(shutdown)
         if stop:
-            self._stop_signal.ask(stop)
-        self._beats.take(dict(zip(self._watched, map(heartbeat_of, texts), strict=True)))
-        found = self._request() or self._dead_peer() or self._beats.silence()
-        found = found or (self._beats.hang() if self._rank == 0 else None)
-        return found and shutdown_reason_of(self._board.write_once(_VERDICT, to_text(found)))
+            self._stop_signal.request_stop(stop)
+        self._monitor.update(dict(zip(self._watched, map(heartbeat_of, texts), strict=True)))
+        found = self._request() or self._dead_peer() or self._monitor.silence()
+        found = found or (self._monitor.hang() if self._rank == 0 else None)
+        # All ranks give the reason of the first that has found one.
+        return found and shutdown_reason_of(self._store.write_once(_SHUTDOWN, to_text(found)))
 
-    def _tell(self, *, has_left: bool = False) -> None:
+    def _report(self, *, has_left: bool = False) -> None:
         self._serial += 1
-        count, doing = self._doing
-        beat = Heartbeat(serial=self._serial, count=count, doing=doing, has_left=has_left)
-        self._board.write(_BEAT.format(self._rank), to_text(beat))
+        num_activities, activity = self._activity
+        heartbeat = Heartbeat(
+            serial=self._serial,
+            num_activities=num_activities,
+            activity=activity,
+            has_left=has_left,
+        )
+        self._store.write(_HEARTBEAT.format(self._rank), to_text(heartbeat))
 
     def _request(self) -> ShutdownReason | None:
+        """The reason to end where a stop is requested here and there is nothing to save."""
         if self._stop_signal.reason is None or self._must_save:
             return None
         if not self._stop_signal.owns_process:
             return None  # the loop stops at the next step
         return ShutdownReason(
             text=(
-                f"asked by {self._stop_signal.reason} on rank {self._rank} during {self._doing[1]}:"
-                f" {self._stop_signal.nothing_lost}"
+                f"requested by {self._stop_signal.reason} on rank {self._rank} during"
+                f" {self._activity[1]}: {self._stop_signal.nothing_lost}"
             ),
             code=REQUEUE,
         )
 
     def _dead_peer(self) -> ShutdownReason | None:
-        """A verdict where processes of this machine have ended without a word."""
+        """The reason to end where a process of this machine has ended without reporting it."""
         ended = [rank for rank, process in self._peers.items() if has_ended(process)]
         for rank in ended:
-            beat = heartbeat_of(self._board.read([_BEAT.format(rank)])[0])
-            if not beat.has_left:
-                return _died(rank, self._peers[rank], beat)
+            heartbeat = heartbeat_of(self._store.read([_HEARTBEAT.format(rank)])[0])
+            if not heartbeat.has_left:
+                return _died(rank, self._peers[rank], heartbeat)
         return None
 
-    def _without_first(self, error: StoreLost) -> ShutdownReason:
-        """The verdict where the first rank and its board are gone; each rank finds it by itself."""
-        beat = self._beats.newest(0)
+    def _first_rank_lost(self, error: StoreLost) -> ShutdownReason:
+        """The reason to end where the first rank and with it the store is gone."""
+        heartbeat = self._monitor.newest(0)
         if 0 in self._peers and has_ended(self._peers[0]):
-            return _died(0, self._peers[0], beat)
+            return _died(0, self._peers[0], heartbeat)
         return ShutdownReason(
             text=(
-                f"rank 0 does not answer, the last it told was {beat.doing}; its process or machine"
-                f" is dead or frozen, or the network is ({str(error).splitlines()[0]})"
+                f"rank 0 does not answer, its last report was {heartbeat.activity}; its process,"
+                " its machine or the network is dead or frozen"
+                f" ({str(error).splitlines()[0]})"
             ),
             silent=(0,),
         )
 
-    def _end(self, verdict: ShutdownReason) -> None:
-        """End this process as the verdict says; nothing after it runs."""
-        if verdict.code == FAILED:
+    def _shut_down(self, reason: ShutdownReason) -> None:
+        """End this process for a reason; does not return."""
+        if reason.code == FAILED:
             self._stacks.write(
-                f"{verdict.text}\nrank {self._rank}: {self._doing[1]}", self._unexpected
+                f"{reason.text}\nrank {self._rank}: {self._activity[1]}", self._unexpected
             )
-        # Without the first rank nobody keeps the board, and its silence would be waited for again.
-        if 0 not in verdict.silent:
+        # Without the first rank there is no store, and this would wait for its answer once more.
+        if 0 not in reason.silent:
             with contextlib.suppress(StoreLost):
-                self._say_goodbye(None, but=verdict.silent)
-        own_machine = [rank for rank in (self._rank, *self._peers) if rank not in verdict.silent]
-        words = None
+                self._leave(None, gone=reason.silent)
+        own_machine = [rank for rank in (self._rank, *self._peers) if rank not in reason.silent]
+        message = None
         if self._rank == min(own_machine, default=self._rank):
-            where = f"\nstacks: {self._stacks.pattern}" if verdict.code == FAILED else ""
-            words = f"stopped: {verdict.text}{where}"
-        end_process(words, verdict.code)
+            where = f"\nstacks: {self._stacks.pattern}" if reason.code == FAILED else ""
+            message = f"stopped: {reason.text}{where}"
+        end_process(message, reason.code)
 
-    def _say_goodbye(self, verdict: ShutdownReason | None, but: Sequence[int] = ()) -> None:
-        """Tell that this rank leaves, and why; the first rank waits until the others have heard."""
-        if verdict is not None:
-            self._board.write_once(_VERDICT, to_text(verdict))
-        self._tell(has_left=True)
+    def _leave(self, reason: ShutdownReason | None, gone: Sequence[int] = ()) -> None:
+        """Report that this rank ends, and why.
+
+        The first rank, whose store ends with it, waits until all but those `gone` have left.
+        """
+        if reason is not None:
+            self._store.write_once(_SHUTDOWN, to_text(reason))
+        self._report(has_left=True)
         if self._rank:
             return
-        others = [_BEAT.format(rank) for rank in range(1, self._size) if rank not in but]
+        others = [_HEARTBEAT.format(rank) for rank in range(1, self._size) if rank not in gone]
         until = time.monotonic() + _LINGER_S
         while time.monotonic() < until:
-            if not others or all(heartbeat_of(text).has_left for text in self._board.read(others)):
+            if not others or all(heartbeat_of(text).has_left for text in self._store.read(others)):
                 return
             time.sleep(0.05)
 
 
 def _peers(identities: Sequence[Identity], own: int) -> dict[int, int]:
-    """The process numbers of the other ranks of this machine, by rank."""
+    """The process ids of the other ranks of this machine, by rank."""
     return {
         rank: other.process
         for rank, other in enumerate(identities)
@@ -227,20 +244,18 @@ def _peers(identities: Sequence[Identity], own: int) -> dict[int, int]:
     }
 
 
-def _died(rank: int, process: int, beat: Heartbeat) -> ShutdownReason:
+def _died(rank: int, process: int, heartbeat: Heartbeat) -> ShutdownReason:
     return ShutdownReason(
         text=(
-            f"rank {rank} has died, during {beat.doing}; its process {process} ended without a"
-            " word, as after kill -9 or for want of memory"
+            f"rank {rank} has died, during {heartbeat.activity}; its process {process} ended"
+            " without a message, as after kill -9 or when memory runs out"
         ),
         silent=(rank,),
     )
 
 
 class _Stacks:
-    """The file with the Python stacks of this rank; where nothing was written it is taken away
-    again.
-    """
+    """The file with the Python stacks of this rank; an empty one is deleted at the end."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -249,7 +264,7 @@ class _Stacks:
         self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, heading: str, error: BaseException | None) -> None:
-        """Append the stacks of all threads, and where an error comes from."""
+        """Append a heading, the traceback of an error if there is one, and all threads' stacks."""
         self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {heading}\n")
         if error is not None:
             self._file.writelines(traceback.format_exception(error))
@@ -257,15 +272,15 @@ class _Stacks:
         faulthandler.dump_traceback(self._file, all_threads=True)
 
     def write_unless_called_again(self, within_s: float) -> None:
-        """Write them and end the process unless this is called again in time.
+        """Write the stacks and end the process, unless this is called again in time.
 
-        A thread without Python does it, for when some call holds Python's lock for ever and no
-        thread of ours runs.
+        A thread that needs no Python does it, for when a call holds Python's lock for ever and no
+        Python thread can run.
         """
         faulthandler.dump_traceback_later(within_s, exit=True, file=self._file)
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Cancel the timer, and delete the file if it is empty."""
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
         if not self._path.stat().st_size:

@@ -1,4 +1,4 @@
-"""`python -m bigmix.commands` is `bigmix`, where the console script is not on the PATH."""
+"""Makes `python -m bigmix.commands` the command `bigmix`, where that is not on the PATH."""
 
 import sys
 

@@ -341,7 +341,7 @@ def _train_supervised(recipe: Recipe, num_ranks: int, num_restarts: int) -> None
         spec = LaunchSpec(
             start=lambda: start_ranks("train", num_ranks, [str(path)]),
             newest_step=lambda: progress([recipe]),
-            restarts=num_restarts,
+            max_restarts=num_restarts,
         )
         code = supervise(spec, StopRequests(), report_restart)
     reasons = f"the ranks' messages are on stderr, their logs in {recipe.output}/log"

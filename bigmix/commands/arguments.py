@@ -1,4 +1,4 @@
-"""Words of the command line that several commands understand."""
+"""Arguments, checks and messages that several commands share."""
 
 import argparse
 import sys
@@ -17,15 +17,17 @@ INPUTS = (
 
 
 def count(text: str) -> int:
-    """A whole number above zero, such as 500, 64M or 2e6."""
+    """Parse a whole number above zero, such as 500, 64M or 2e6."""
     value = whole_number(text)
     if not isinstance(value, int) or value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no count; write it like 500, 64M or 2e6")
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a whole number above 0; write it like 500, 64M or 2e6"
+        )
     return value
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the recipe and the settings that are changed in it."""
+    """Add the path of a recipe and the settings that override its own."""
     parser.add_argument("recipe", metavar="RECIPE", help="path of the YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as train.lr=1e-5")
 
@@ -33,20 +35,21 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_arguments(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None
 ) -> argparse.Namespace:
-    """What argparse makes of the words; KEY=VALUE may also stand behind options, where it does not
-    look for them.
-    """
+    """Parse arguments with argparse, and accept KEY=VALUE also after options, as it does not."""
     known, rest = parser.parse_known_args(arguments)
-    strange = [word for word in rest if word.startswith("-") or "=" not in word]
-    if strange or (rest and not hasattr(known, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    if unknown or (rest and not hasattr(known, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     if rest:
         known.overrides = [*known.overrides, *rest]
     return known
 
 
 def columns_of(text: str | None) -> Mapping[str, str] | None:
-    """Which column plays which part: prompt=question,response=answer."""
+    """The column of each part from a text such as prompt=question,response=answer.
+
+    Raises BadInput where the text is written otherwise or names a part twice.
+    """
     if text is None:
         return None
     pairs = [pair.partition("=") for pair in text.split(",")]
@@ -64,20 +67,18 @@ def columns_of(text: str | None) -> Mapping[str, str] | None:
 
 
 def check_step(step: int, inputs: RunInputs) -> None:
-    """BadInput where a step is beyond the end of the run."""
+    """Raise BadInput if a step is beyond the end of the run."""
     if step > inputs.plan.steps:
         raise BadInput(f"--step is {step}, the run has {inputs.plan.steps} steps; give one of them")
 
 
 def report_moving_shares(recipe: Recipe) -> None:
-    """Say on stderr that shares move, so that what is shown holds until the first decision."""
-    for told in moving_shares(recipe):
-        print(told, file=sys.stderr)
+    """Warn on stderr where shares move: what is shown holds only until the first decision."""
+    for warning in moving_shares(recipe):
+        print(warning, file=sys.stderr)
 
 
 def report_replaced_shards(bad: Sequence[BadShard], step: int) -> None:
-    """Say on stderr which shards cannot be read, so that what is shown has rows of others in their
-    place.
-    """
+    """Report on stderr the unreadable shards, whose rows are replaced in what is shown."""
     for shard in bad:
         print(f"replaced from step {step} on: {shard}", file=sys.stderr)

@@ -86,7 +86,7 @@ def _supervised(known: argparse.Namespace) -> int:
     course = LaunchSpec(
         start=lambda: start_ranks("evaluate", ranks, _words(known)),
         newest_step=lambda: 0,
-        restarts=0,
+        max_restarts=0,
     )
     return supervise(course, requests, _tell)
 

@@ -1,4 +1,4 @@
-"""The `bigmix` command: words go in, an exit code comes out."""
+"""The `bigmix` command line: its subcommands, and how their errors are reported."""
 
 import argparse
 import sys
@@ -20,8 +20,9 @@ from bigmix.errors import FAILED, BigmixError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns 0 done, 1 failed, 2 bad input, 75 interrupted after a whole
-    checkpoint.
+    """Run one subcommand; `arguments` default to those of the process.
+
+    Returns 0 done, 1 failed, 2 bad input, 75 interrupted after a complete checkpoint.
     """
     parser = argparse.ArgumentParser(
         prog="bigmix",

@@ -15,7 +15,7 @@ from bigmix.errors import DONE, FAILED
 
 _NOTHING_LOST = {
     "train": NOTHING_LOST,
-    "evaluate": "an evaluation keeps nothing until its end; the same command begins it again",
+    "evaluate": "an evaluation keeps nothing before its end; run the same command to repeat it",
 }
 
 

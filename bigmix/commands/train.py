@@ -1,4 +1,4 @@
-"""`bigmix train RECIPE`: the ranks of this machine, started again where they fail."""
+"""`bigmix train RECIPE`: trains on this machine, and starts the ranks again where one fails."""
 
 import argparse
 import os
@@ -20,14 +20,14 @@ def add_train(subparsers: Any) -> None:
         "train",
         help="train on this machine, and start again where a rank fails",
         description=(
-            "Starts launch/train.py's ranks on this machine without another launcher;"
-            " docs/faults.md says what happens when one fails."
+            "Starts the ranks of launch/train.py on this machine without another launcher."
+            " docs/faults.md describes what happens when one of them fails."
         ),
     )
     add_recipe_arguments(parser)
-    parser.add_argument("--ranks", type=int, help="processes (default: the GPUs, or 1)")
+    parser.add_argument("--ranks", type=int, help="processes (default: one per GPU, or 1)")
     parser.add_argument(
-        "--restarts", type=int, default=3, help="how often to start again at most (default 3)"
+        "--restarts", type=int, default=3, help="how often at most to start again (default 3)"
     )
     parser.set_defaults(func=_train)
 
@@ -36,45 +36,46 @@ def _train(known: argparse.Namespace) -> int:
     requests = StopRequests()
     loaded = load(known.recipe, known.overrides)
     recipes = [run.recipe for run in loaded.chosen] or [loaded.recipe]
-    ranks = num_gpus() or 1 if known.ranks is None else known.ranks
-    if ranks < 1 or known.restarts < 0:
+    num_ranks = num_gpus() or 1 if known.ranks is None else known.ranks
+    if num_ranks < 1 or known.restarts < 0:
         raise BadInput(
-            f"--ranks is {ranks} and --restarts is {known.restarts}; give 1 or more, and 0 or more"
+            f"--ranks is {num_ranks} and --restarts is {known.restarts}; give 1 or more ranks and"
+            " 0 or more restarts"
         )
-    course = LaunchSpec(
-        start=lambda: start_ranks("train", ranks, [known.recipe, *known.overrides]),
+    spec = LaunchSpec(
+        start=lambda: start_ranks("train", num_ranks, [known.recipe, *known.overrides]),
         newest_step=lambda: progress(recipes),
-        restarts=known.restarts,
+        max_restarts=known.restarts,
     )
-    return supervise(course, requests, report_restart)
+    return supervise(spec, requests, report_restart)
 
 
 def num_gpus() -> int:
-    """The GPUs of this machine that DeepSpeed may use."""
+    """How many GPUs of this machine DeepSpeed may use."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return 0
-    # Seconds of import, for those who do not say how many ranks.
+    # This import takes seconds, which a command with --ranks need not wait for.
     import torch
 
     return torch.cuda.device_count()
 
 
-def start_ranks(command: str, ranks: int, words: list[str]) -> list[Process]:
-    """The ranks of `train` or `evaluate` on this machine."""
+def start_ranks(command: str, num_ranks: int, arguments: list[str]) -> list[Process]:
+    """Start the ranks of the command `train` or `evaluate` on this machine."""
     common = {
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    # A session of its own: Ctrl-C reaches the ranks once, from here.
+    # Each in a session of its own, so that Ctrl-C reaches the ranks once, from here.
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "bigmix.commands.rank", command, *words],
+            [sys.executable, "-m", "bigmix.commands.rank", command, *arguments],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,
         )
-        for rank in range(ranks)
+        for rank in range(num_ranks)
     ]
 
 

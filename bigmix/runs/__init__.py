@@ -1,3 +1,1 @@
-"""Checkpoints that are whole or absent, written beside the training, read on any number of
-ranks.
-"""
+"""The folder of a run on disk: checkpoints, metrics, and where the run resumes."""

@@ -1,9 +1,8 @@
-"""The folder of a run's checkpoints goes in; out comes which of them are there, which files each
-has, which must go.
+"""The checkpoints in the folder of a run: their manifests, publishing, and deleting old ones.
 
-A checkpoint is the folder `step-NNNNNN`. It is written as `.tmp-step-NNNNNN`; `checkpoint.json`,
-which lists every file with its size and checksum, is written last, and only then is the folder
-renamed. `latest` holds the name of the newest.
+A checkpoint is the folder `step-NNNNNN`. It is written as `.tmp-step-NNNNNN`; its manifest
+`checkpoint.json`, which lists every file with its size and checksum, is written last, and only then
+is the folder renamed. `latest` holds the name of the newest checkpoint.
 """
 
 import json
@@ -20,7 +19,7 @@ from bigmix.data.records import DataPosition, Decision, RecipeSegment, SourcePos
 from bigmix.files import checksum_of, replace_text, sync_folder
 
 FOLDER = "checkpoints"  # in the output of a run
-LISTING = "checkpoint.json"
+MANIFEST = "checkpoint.json"
 LATEST = "latest"
 VERSION = 2
 _ASIDE = "aside-"
@@ -29,11 +28,14 @@ _NAME = re.compile(r"step-[0-9]+")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Position:
-    """Where a run stands: the last finished step, and what the next ones follow from.
+    """The position of a run: its last finished step, and all that the next steps follow from.
 
-    `report` is what its report has added up, `losses` what the next one is held against, `recipe`
-    the settings as plain values, `data` which rows come next and `content` a checksum of the shards
-    of each source; `decisions` are those of controllers, oldest first.
+    report: the sums of the metrics up to here
+    losses: the last losses, with which the next one is compared
+    recipe: the settings, as plain values
+    data: which rows come next
+    content: a checksum of the shards of each source
+    decisions: those of controllers, oldest first
     """
 
     step: int
@@ -46,7 +48,7 @@ class Position:
 
     @classmethod
     def from_json(cls, value: Any) -> "Position":
-        """What `to_json` gave."""
+        """The position from the plain values of `to_json`."""
         return cls(
             step=int(value["step"]),
             report=value["report"],
@@ -60,7 +62,7 @@ class Position:
                 quarantine=Quarantine.from_json(value["quarantine"]),
             ),
             content=value["content"],
-            # Releases without controllers wrote none.
+            # Releases before controllers have written none.
             decisions=[Decision(**decision) for decision in value.get("decisions", ())],
         )
 
@@ -78,27 +80,25 @@ class Position:
 
     @property
     def trained_tokens(self) -> Mapping[str, int]:
-        """Tokens of each source that were trained until now."""
+        """The tokens of each source that have been trained."""
         return {name: int(count) for name, count in self.report["totals"]["tokens"].items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointFile:
-    """A file of a checkpoint as it was written: bytes and XXH3 checksum of 128 bits."""
+    """A file of a checkpoint as it was written: its size in bytes and 128-bit XXH3 checksum."""
 
     name: str
     bytes: int
     checksum: str
 
     def fault(self, folder: Path) -> str | None:
-        """What is wrong with the file in a checkpoint's folder, None where it is as it was
-        written.
-        """
+        """What is wrong with the file in the folder of a checkpoint; None if it is as written."""
         path = folder / self.name
         try:
-            found = path.stat().st_size
-            if found != self.bytes:
-                return f"{self.name} has {found} bytes, {self.bytes} were written"
+            size_bytes = path.stat().st_size
+            if size_bytes != self.bytes:
+                return f"{self.name} has {size_bytes} bytes, {self.bytes} were written"
             if checksum_of(path) != self.checksum:
                 return f"the content of {self.name} has changed since it was written"
         except FileNotFoundError:
@@ -110,7 +110,10 @@ class CheckpointFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointManifest:
-    """A checkpoint by its listing; whether its files are as listed is not known yet."""
+    """A checkpoint as its manifest lists it; its files have not been checked.
+
+    `ranks` is how many ranks have written it.
+    """
 
     path: Path
     position: Position
@@ -119,67 +122,72 @@ class CheckpointManifest:
 
 
 def folders(folder: Path, before: int | None = None) -> list[Path]:
-    """The checkpoints of a run by their names, newest first; those of a step below `before` where
-    that is given.
+    """The folders that are named like checkpoints, newest first; of steps below `before` if given.
+
+    Whether they are complete is not looked at.
     """
-    # What the user has put beside them, such as a copy step-000100-keep, is none of ours.
+    # Other folders, such as a copy step-000100-keep that the user has made, are left alone.
     named = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     found = sorted(named, key=_step_of, reverse=True)
     return [path for path in found if before is None or _step_of(path) < before]
 
 
 def read_checkpoint(path: Path) -> CheckpointManifest | str:
-    """The listing of a checkpoint, or what is wrong with it."""
+    """The manifest of a checkpoint, or a message that says what is wrong with it."""
     try:
-        listing = json.loads((path / LISTING).read_text(encoding="utf-8"))
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         return CheckpointManifest(
             path=path,
-            position=Position.from_json(listing["position"]),
-            ranks=listing["ranks"],
-            files=tuple(CheckpointFile(**file) for file in listing["files"]),
+            position=Position.from_json(manifest["position"]),
+            ranks=manifest["ranks"],
+            files=tuple(CheckpointFile(**file) for file in manifest["files"]),
         )
     except (OSError, ValueError, TypeError, KeyError):
-        return f"{path} has no readable {LISTING}"
+        return f"{path} has no readable {MANIFEST}"
 
 
 def other_versions(folder: Path) -> Iterator[str]:
-    """What to do about each checkpoint of a run that is written in another version of the
-    format.
-    """
+    """A message for each checkpoint that is written in another version of the format."""
     for path in folders(folder):
         with suppress(OSError, ValueError, TypeError, KeyError):
-            version = json.loads((path / LISTING).read_text(encoding="utf-8"))["version"]
+            version = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["version"]
             if version != VERSION:
                 yield (
                     f"{path} is written in version {version} of the format, this program reads"
-                    f" {VERSION}; go on with the release that wrote it, or give another output"
+                    f" {VERSION}; resume with the release that wrote it, or give another output"
                 )
 
 
 def publish(
-    beside: Path, final: Path, ranks: int, files: Sequence[CheckpointFile], position: Position
+    temporary: Path,
+    final: Path,
+    num_ranks: int,
+    files: Sequence[CheckpointFile],
+    position: Position,
 ) -> None:
-    """Write the listing of a checkpoint whose files are whole, give it its name, and point `latest`
-    at it, in this order.
+    """Write the manifest of a checkpoint whose files are complete, rename it, and update `latest`.
+
+    In this order, each synced to the disk before the next. Raises OSError where the disk fails.
     """
-    listing = {
+    manifest = {
         "version": VERSION,
-        "ranks": ranks,
+        "ranks": num_ranks,
         "files": [asdict(file) for file in files],
         "position": position.to_json(),
     }
-    replace_text(beside / LISTING, json.dumps(listing, indent=1) + "\n")
-    sync_folder(beside)
+    replace_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    sync_folder(temporary)
     shutil.rmtree(final, ignore_errors=True)
-    beside.rename(final)
+    temporary.rename(final)
     sync_folder(final.parent)
     replace_text(final.parent / LATEST, final.name + "\n")
     sync_folder(final.parent)
 
 
 def prune(folder: Path, *, keep: int, keep_every: int) -> None:
-    """Delete all but the newest `keep` checkpoints and those of every `keep_every`-th step (0: of
-    none).
+    """Delete all checkpoints but the newest `keep`, and those of every `keep_every`-th step.
+
+    With `keep_every` 0 only the newest stay.
     """
     for path in folders(folder)[keep:]:
         if not keep_every or _step_of(path) % keep_every:
@@ -187,8 +195,9 @@ def prune(folder: Path, *, keep: int, keep_every: int) -> None:
 
 
 def put_aside(folder: Path, *, after_step: int) -> list[Path]:
-    """Rename the checkpoints after a step, so that a run that goes on from there does not meet them
-    again.
+    """Rename the checkpoints after a step, so that a run that resumes there does not find them.
+
+    Returns their new paths.
     """
     moved = []
     for path in folders(folder):
@@ -200,7 +209,7 @@ def put_aside(folder: Path, *, after_step: int) -> list[Path]:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Delete what a save that was cut off has left."""
+    """Delete what interrupted saves have left."""
     for path in folder.glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -210,7 +219,7 @@ def _step_of(path: Path) -> int:
 
 
 def faults_of(listed: CheckpointManifest, part: slice) -> Iterator[str]:
-    """What is wrong with some of a checkpoint's files, which are read through."""
+    """A message for each damaged file in a part of a checkpoint's files; reads them all."""
     for file in listed.files[part]:
         fault = file.fault(listed.path)
         if fault is not None:
@@ -218,7 +227,7 @@ def faults_of(listed: CheckpointManifest, part: slice) -> Iterator[str]:
 
 
 def newest_step(folder: Path) -> int:
-    """The step of the newest checkpoint by its name, whole or not; 0 where there is none."""
+    """The step of the newest checkpoint by `latest`, damaged or not; 0 if there is none."""
     try:
         return max(0, _step_of(Path((folder / LATEST).read_text().strip())))
     except (OSError, ValueError):

@@ -1,6 +1,4 @@
-"""The numbers of each step go in; out go a line of metrics.jsonl and the same numbers on
-TensorBoard's page.
-"""
+"""Writes the numbers of each step to metrics.jsonl and to TensorBoard, and reads the file back."""
 
 import json
 import math
@@ -18,10 +16,10 @@ TENSORBOARD = "tensorboard"
 FLUSH_EVERY_S = 5.0
 
 Number: TypeAlias = float | int | bool | None
+MetricsRecord: TypeAlias = dict[str, Number]
 
-# TensorBoard makes one group of charts of the tags that agree up to the first slash. Numbers of a
-# source arrive as `loss/web` and are grouped by that; the numbers of the whole step get a group
-# here.
+# TensorBoard puts tags that agree up to the first slash into one group of charts. Numbers of a
+# source come as `loss/web`, which is such a tag; the numbers of the whole step get a group here.
 _GROUPS = {
     "step_s": "time",
     "data_wait_s": "time",
@@ -52,10 +50,10 @@ _SHARES = {
 
 
 class RunLog:
-    """Appends to `metrics.jsonl` and `tensorboard/` of a run's folder.
+    """Appends to `metrics.jsonl` and `tensorboard/` in the folder of a run.
 
-    `resume_step` is the last step that is trained already: what was logged after it is taken back,
-    so that file and page become those of a run that was never interrupted. None starts a new log.
+    `resume_step` is the last step that is already trained. What was logged after it is deleted, so
+    that file and charts become those of a run that was never interrupted. None starts a new log.
     """
 
     def __init__(
@@ -73,15 +71,15 @@ class RunLog:
         self._open(resume_step)
 
     def _open(self, resume_step: int | None) -> None:
-        # SummaryWriter imports torch, seconds that those who only read metrics.jsonl do not need.
+        # SummaryWriter imports torch, which takes seconds and is not needed to read metrics.jsonl.
         from torch.utils.tensorboard import SummaryWriter
 
         path = self._folder / METRICS
         if resume_step is not None:
-            _take_back(path, after_step=resume_step)
+            _delete_lines(path, after_step=resume_step)
         self._file = path.open("w" if resume_step is None else "a", encoding="utf-8")
-        _wait_for_a_later_name(self._folder / TENSORBOARD)
-        # Purging from step 0 hides the points of an earlier run whose event files lie in the same
+        _wait_for_later_name(self._folder / TENSORBOARD)
+        # Purging from step 0 hides the points of an earlier run whose event files are in the same
         # folder.
         purge_step = 0 if resume_step is None else resume_step + 1
         self._writer: Any = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=purge_step)
@@ -90,13 +88,14 @@ class RunLog:
         self._flushed_at = time.monotonic()
 
     def go_back(self, step: int) -> None:
-        """Take back what was logged after a step, which is now the last one that is trained."""
+        """Delete what was logged after a step, which is now the last that is trained."""
         self.close()
         self._open(step)
 
     def write(self, line: Mapping[str, Number]) -> None:
-        """Append the numbers of one step (`line["step"]`); None and numbers that are not finite
-        become null.
+        """Append the numbers of one step, `line["step"]`.
+
+        None and numbers that are not finite become null in the file and are not charted.
         """
         numbers = finite(line)
         self._file.write(json.dumps(numbers, allow_nan=False) + "\n")
@@ -117,17 +116,14 @@ class RunLog:
         metrics = [
             f"{kind}/{s}" for kind in ("held_out_loss", "forgetting") for s in self._held_out
         ]
-        # add_hparams would open a second event file, and the page would then drop the points that
-        # come later.
+        # add_hparams would open a second event file, and TensorBoard would then drop later points.
         tags = dict.fromkeys([*metrics, tag_of("loss"), tag_of("tokens_per_s")], 0.0)
         for record in hparams_records(named, tags):
             self._writer.file_writer.add_summary(record, 0)
         self._writer.flush()
 
     def flush(self) -> None:
-        """Put on the disk what the page has not got yet: what a checkpoint counts as logged is not
-        logged again.
-        """
+        """Flush TensorBoard's file: what a checkpoint counts as logged is not logged again."""
         self._writer.flush()
 
     def close(self) -> None:
@@ -137,16 +133,15 @@ class RunLog:
 
 
 def finite(line: Mapping[str, Number]) -> dict[str, Number]:
-    """The line with None in place of numbers that are not finite, which JSON has no word for."""
+    """The line with None in place of numbers that are not finite, which JSON cannot hold."""
     return {key: _finite(value) for key, value in line.items()}
 
 
 def tag_of(key: str) -> str:
-    """TensorBoard's tag of a key of metrics.jsonl: `step_s` becomes `time/step_s`, `loss/web`
-    stays.
+    """TensorBoard's tag for a key of metrics.jsonl.
 
-    The ends of intervals have a group of their own, `forgetting_low/web` becomes
-    `intervals/forgetting_low/web`.
+    `step_s` becomes `time/step_s`, and `loss/web` stays. The ends of intervals have a group of
+    their own: `forgetting_low/web` becomes `intervals/forgetting_low/web`.
     """
     if key.split("/")[0].endswith(("_low", "_high")):
         return f"intervals/{key}"
@@ -154,27 +149,26 @@ def tag_of(key: str) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was half written when the run died is left
-    out.
+    """The lines of a metrics.jsonl, without a last line that was cut off when the run died.
 
-    Raises BadInput where another line is not a JSON object with a step.
+    Raises BadInput where any other line is not a JSON object with a step.
     """
     return [line for line, _ in _lines(path)]
 
 
 def has_evaluation(path: Path, step: int) -> bool:
-    """Whether a metrics.jsonl has the line of an evaluation after a step."""
+    """Whether a metrics.jsonl has the line of the evaluation after a step."""
     return evaluation_at(path, step) is not None
 
 
 def evaluation_at(path: Path, step: int) -> dict[str, Any] | None:
-    """The line of a metrics.jsonl with the evaluation after a step; None where it has none."""
+    """The line of the evaluation after a step in a metrics.jsonl; None if it has none."""
     lines = read_lines(path) if path.exists() else ()
     return next((n for n in lines if n["step"] == step and n.get("eval") is True), None)
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Each line as read, beside its bytes."""
+    """Each line, parsed and as bytes."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             # Only a last line can lack its newline: it was being written when the run died.
@@ -197,21 +191,19 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
-def _take_back(path: Path, *, after_step: int) -> None:
-    """Rewrite the file without the lines after a step and without a half-written end; beside, then
-    renamed.
-    """
+def _delete_lines(path: Path, *, after_step: int) -> None:
+    """Rewrite the file without the lines after a step and without a last line that was cut off."""
     if not path.exists():
         return
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.writelines(raw for line, raw in _lines(path) if line["step"] <= after_step)
 
 
-def _wait_for_a_later_name(folder: Path) -> None:
-    """Wait until an event file that is made now is named after those that are there.
+def _wait_for_later_name(folder: Path) -> None:
+    """Wait until the name of a new event file sorts after the names of those in the folder.
 
-    TensorBoard reads the files in the order of their names, which hold the second; of two files of
-    one second the older one may come last, and what the newer one purges would be shown.
+    TensorBoard reads the files in the order of their names, which hold the second of their making.
+    Of two files of the same second the older may come last, and what the newer purges would show.
     """
     seconds = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*.*")]
     newest = max((int(second) for second in seconds if second.isdigit()), default=0)
@@ -226,7 +218,7 @@ def _finite(value: Number) -> Number:
 def _layout(
     sources: Sequence[str], held_out: Sequence[str]
 ) -> dict[str, dict[str, tuple[str, list[str]]]]:
-    """The charts with several lines, as `add_custom_scalars` takes them."""
+    """The charts of several lines, as `add_custom_scalars` takes them."""
     learning = {
         "training loss": _lines_of([f"loss/{s}" for s in sources]),
     } | {title: _lines_of([f"{key}/{s}" for s in held_out]) for title, key in _HELD_OUT.items()}
@@ -237,19 +229,16 @@ def _layout(
 
 
 def _lines_of(tags: Sequence[str]) -> tuple[str, list[str]]:
-    # The page takes tags as regular expressions and matches their beginning: `loss/a` would also
-    # draw `loss/ab`.
+    # TensorBoard takes these tags as regular expressions and matches the beginning of a tag with
+    # them: `loss/a` would also draw `loss/ab`.
     return "Multiline", [f"{re.escape(tag)}$" for tag in tags]
 
 
 def _band(key: str, source: str) -> tuple[str, list[str]]:
-    """A line between the ends of its interval; here the page takes tags as they are."""
+    """A line between the ends of its interval; here TensorBoard takes the tags literally."""
     return "Margin", [tag_of(f"{key}{end}/{source}") for end in ("", "_low", "_high")]
 
 
 def _as_markdown_code(text: str) -> str:
-    """Indented by four: a fence could be ended by the text itself."""
+    """Indent by four spaces, since the text itself could end a fenced block."""
     return "\n".join("    " + line for line in text.splitlines())
-
-
-MetricsRecord = dict[str, Number]

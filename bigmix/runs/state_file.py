@@ -1,10 +1,9 @@
-"""What one rank holds of weights and moments goes in, a file of it comes out; and any elements of
-any parameter, read back.
+"""The file of one rank's weights and optimizer moments, written and read back.
 
-The file is in the format of safetensors: tensors `I.weights`, `I.exp_avg` and `I.exp_avg_sq` (and
-`I.average`, where an average of the weights is kept) are the flat tensors of group I as ZeRO keeps
-them; the metadata say which elements of which parameter lie where in them, so that ranks of any
-number can read what they need.
+The file is in the format of safetensors. Its tensors `I.weights`, `I.exp_avg` and `I.exp_avg_sq`
+(and `I.average`, where an average of the weights is kept) are the flat tensors of group I as ZeRO
+keeps them. The metadata list which elements of which parameter lie where in them, so that any
+number of ranks can read the elements that they need.
 """
 
 import json
@@ -25,16 +24,13 @@ from bigmix.files import CHUNK, checksum_of
 from bigmix.runs.checkpoints import CheckpointFile
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
 WEIGHTS, AVERAGE = "weights", "average"
+_PATTERN = "state-*.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterPiece:
-    """Elements [start, start + count) of a parameter, which lie from `offset` on in a flat
-    tensor.
-    """
+    """Elements [start, start + count) of a parameter, which begin at `offset` in a flat tensor."""
 
     name: str
     start: int
@@ -44,11 +40,10 @@ class ParameterPiece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlatState:
-    """A flat tensor of fp32 weights [N] with its moments [N], the steps that Adam has taken, and
-    what lies where.
+    """A flat tensor of fp32 weights [N] with its moments [N], and what lies where in them.
 
-    Elements that no piece covers are padding. `average` [N] is that of the weights over the steps,
-    where one is kept.
+    Elements that no piece covers are padding. `step` is how many steps Adam has taken. `average`
+    [N] is the average of the weights over the steps, where one is kept.
     """
 
     pieces: tuple[ParameterPiece, ...]
@@ -59,12 +54,9 @@ class FlatState:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All of them by name."""
+        """The weights, the moments, and the average if there is one, by name."""
         kept = {} if self.average is None else {AVERAGE: self.average}
         return {WEIGHTS: self.weights, **self.moments, **kept}
-
-
-_PATTERN = "state-*.safetensors"
 
 
 def file_of_rank(rank: int) -> str:
@@ -73,7 +65,7 @@ def file_of_rank(rank: int) -> str:
 
 
 def tensors_of(flats: Iterable[FlatState]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file by name, and its metadata."""
+    """The tensors of a file by name, and the metadata that describe them."""
     tensors: dict[str, Tensor] = {}
     groups = []
     for index, flat in enumerate(flats):
@@ -86,32 +78,32 @@ def tensors_of(flats: Iterable[FlatState]) -> tuple[dict[str, Tensor], dict[str,
 def write_state(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> CheckpointFile:
-    """Write fp32 tensors in host memory, see them on the disk, and read them back.
+    """Write fp32 tensors from host memory, sync them to the disk, and read the file to verify it.
 
-    Raises OSError where the disk takes or gives back something else.
+    Raises OSError where the file cannot be written or does not read back as it was written.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    at = 0
+    begin = 0
     for name, tensor in tensors.items():
-        end = at + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [at, end]}
-        at = end
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
+        end = begin + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [begin, end]}
+        begin = end
+    header_bytes = json.dumps(header).encode()
+    header_bytes += b" " * (-len(header_bytes) % 8)
     digest = xxhash.xxh3_128()
     with path.open("wb", buffering=0) as file:
-        for part in _parts(head, tensors.values()):
+        for part in _parts(header_bytes, tensors.values()):
             digest.update(part)
             _write_all(file, part)
         os.fsync(file.fileno())
-    sealed = CheckpointFile(name=path.name, bytes=path.stat().st_size, checksum=digest.hexdigest())
-    if checksum_of(path) != sealed.checksum:
+    entry = CheckpointFile(name=path.name, bytes=path.stat().st_size, checksum=digest.hexdigest())
+    if checksum_of(path) != entry.checksum:
         raise OSError(None, f"{path} does not read back as it was written")
-    return sealed
+    return entry
 
 
-def _parts(head: bytes, tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
-    yield len(head).to_bytes(8, "little") + head
+def _parts(header: bytes, tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
+    yield len(header).to_bytes(8, "little") + header
     for tensor in tensors:
         view = tensor.contiguous().view(torch.uint8).numpy().data
         for start in range(0, len(view), 16 * CHUNK):
@@ -119,15 +111,15 @@ def _parts(head: bytes, tensors: Iterable[Tensor]) -> Iterator[bytes | memoryvie
 
 
 def _write_all(file: Any, part: bytes | memoryview) -> None:
-    """An unbuffered write may take less than it is given."""
+    """Write all of `part`; an unbuffered write may take less than it is given."""
     rest = memoryview(part)
     while rest:
         rest = rest[file.write(rest) :]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Place:
-    """Where a piece of a parameter lies: in which file, under which group."""
+class _StoredPiece:
+    """A piece of a parameter, and the file and group that hold it."""
 
     file: int
     group: int
@@ -135,8 +127,9 @@ class _Place:
 
 
 class StateReader:
-    """The files of all ranks of a checkpoint, mapped into memory, as one place to read parameters
-    from.
+    """Reads any elements of any parameter from a checkpoint, whatever number of ranks wrote it.
+
+    The files are mapped into memory.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -145,7 +138,7 @@ class StateReader:
         self._files: list[Any] = [safe_open(path, framework="pt") for path in paths]
         names = (file.keys() for file in self._files)
         self._has_average = any(f"0.{AVERAGE}" in own for own in names)
-        self._places: dict[str, list[_Place]] = defaultdict(list)
+        self._stored: dict[str, list[_StoredPiece]] = defaultdict(list)
         self._steps: dict[str, int] = {}
         for number, file in enumerate(self._files):
             for index, group in enumerate(json.loads(file.metadata()["groups"])):
@@ -154,21 +147,19 @@ class StateReader:
     def _add(self, number: int, index: int, group: Mapping[str, Any]) -> None:
         for name, start, count, offset in group["pieces"]:
             piece = ParameterPiece(name=name, start=start, count=count, offset=offset)
-            self._places[name].append(_Place(file=number, group=index, piece=piece))
+            self._stored[name].append(_StoredPiece(file=number, group=index, piece=piece))
             self._steps[name] = group["step"]
 
     def fill(self, flat: FlatState) -> int:
-        """Write the elements of every piece of a flat tensor, weights and moments; returns the
-        steps that Adam has taken.
+        """Read all elements of the pieces of a flat state, weights and moments, into its tensors.
 
-        An average that the checkpoint has not begins at the weights.
-
-        Raises BigmixError where the checkpoint does not hold all of them.
+        Returns how many steps Adam has taken. An average that the checkpoint does not have begins
+        at the weights. Raises BigmixError where the checkpoint does not hold all of the elements.
         """
         for piece in flat.pieces:
             parts = self._parts_of(piece)
-            for place, begin, end, at in parts:
-                self._copy(flat, place, begin, end, at)
+            for stored, begin, end, offset in parts:
+                self._copy(flat, stored, begin, end, offset)
             found = sum(end - begin for _, begin, end, _ in parts)
             if found != piece.count:
                 raise BigmixError(
@@ -179,23 +170,27 @@ class StateReader:
         steps = {self._steps[piece.name] for piece in flat.pieces}
         return max(steps, default=0)
 
-    def _parts_of(self, piece: ParameterPiece) -> Sequence[tuple[_Place, int, int, int]]:
-        """The places that hold elements of a piece: of each the range of elements there, and where
-        it goes in the flat tensor.
+    def _parts_of(self, piece: ParameterPiece) -> Sequence[tuple[_StoredPiece, int, int, int]]:
+        """The stored pieces that hold elements of a piece.
+
+        With each the range [begin, end) of these elements in its flat tensor, and the offset in the
+        flat tensor of `piece` that they go to.
         """
         found = []
-        for place in self._places[piece.name]:
-            begin = max(piece.start, place.piece.start)
-            end = min(piece.start + piece.count, place.piece.start + place.piece.count)
+        for stored in self._stored[piece.name]:
+            begin = max(piece.start, stored.piece.start)
+            end = min(piece.start + piece.count, stored.piece.start + stored.piece.count)
             if begin < end:
-                shift = place.piece.offset - place.piece.start
-                at = piece.offset + begin - piece.start
-                found.append((place, begin + shift, end + shift, at))
+                shift = stored.piece.offset - stored.piece.start
+                offset = piece.offset + begin - piece.start
+                found.append((stored, begin + shift, end + shift, offset))
         return found
 
-    def _copy(self, flat: FlatState, place: _Place, begin: int, end: int, at: int) -> None:
-        file = self._files[place.file]
+    def _copy(
+        self, flat: FlatState, stored: _StoredPiece, begin: int, end: int, offset: int
+    ) -> None:
+        file = self._files[stored.file]
         for key, target in flat.tensors.items():
             found = WEIGHTS if key == AVERAGE and not self._has_average else key
-            part: Tensor = file.get_slice(f"{place.group}.{found}")[begin:end]
-            target[at : at + end - begin].copy_(part)
+            part: Tensor = file.get_slice(f"{stored.group}.{found}")[begin:end]
+            target[offset : offset + end - begin].copy_(part)

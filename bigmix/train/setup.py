@@ -326,7 +326,7 @@ def _saver(recipe: Recipe, cluster: Cluster, terminal: Terminal) -> Saver:
         cluster,
         RetentionPolicy(newest=checkpoint.keep, every=checkpoint.keep_every),
         in_background=checkpoint.background,
-        tell=terminal.warning,
+        report=terminal.warning,
     )
 
 

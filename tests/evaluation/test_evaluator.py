@@ -176,7 +176,7 @@ def test_a_signal_ends_an_evaluation_with_the_words_for_it(data):
         process.send_signal(signal.SIGTERM)
     codes, said = end(ranks)
     assert codes == [75, 75], said
-    assert "the same command begins it again" in said
+    assert "run the same command to repeat it" in said
     assert not (data / "asked/evaluation.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, and hold the same state for any number of ranks."""
+"""Checkpoints are complete or absent, and hold the same state for any number of ranks."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def test_the_state_is_the_same_on_any_number_of_ranks(stage, dtype, family, wrot
 
 @pytest.mark.slow
 def test_a_zero3_checkpoint_is_read_by_zero1(tmp_path):
-    """A checkpoint speaks of parameters, not of how a stage cuts them."""
+    """A checkpoint stores parameters, however a ZeRO stage partitions them."""
     same = {"family": "llama", "dtype": "fp32"}
     wanted, *_ = on_ranks("saved", 1, tmp_path, file=ds_config(tmp_path, "zero3"), **same)
     found, *_ = on_ranks("restored", 1, tmp_path, file=ds_config(tmp_path, "zero1"), **same)
@@ -95,7 +95,7 @@ def test_a_zero3_checkpoint_is_read_by_zero1(tmp_path):
         ("zero1", "fp32", "llama", 2, 1),
     ],
 )
-def test_an_average_is_that_of_the_dense_weights_also_over_a_resume(
+def test_an_average_is_that_of_the_dense_weights_even_across_a_resume(
     stage, dtype, family, wrote, reads, tmp_path
 ):
     same = {"family": family, "file": ds_config(tmp_path, stage), "dtype": dtype}
@@ -132,9 +132,9 @@ def test_the_newest_and_every_third_stay(in_background, tmp_path):
 def test_a_save_that_fails_on_one_rank_harms_nothing(tmp_path):
     for found in on_ranks("saves_that_fail", 2, tmp_path):
         assert found["found"] == [1, 1, 3, 4] and found["failed"] == 1
-        (said,) = found["said"]
-        assert "the checkpoint of step 2 was not written: rank 1:" in said
-        assert said.endswith("the run goes on (the last is of step 1)")
+        (message,) = found["said"]
+        assert "the checkpoint of step 2 was not written: rank 1:" in message
+        assert message.endswith("the run continues (the last checkpoint is of step 1)")
     assert [p.name for p in folders(tmp_path / "checkpoints")] == [
         "step-000004",
         "step-000003",
@@ -170,7 +170,7 @@ def flip_a_byte(path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("damage", "message"),
     [
         (lambda path: flip_a_byte(path / "state-00000.safetensors"), "has changed since it was"),
         (lambda path: os.truncate(path / "state-00000.safetensors", 5000), "has 5000 bytes"),
@@ -180,21 +180,21 @@ def flip_a_byte(path):
         (lambda path: shutil.rmtree(path), None),
     ],
 )
-def test_a_torn_checkpoint_is_named_and_passed_over(three_checkpoints, spoil, said):
-    spoil(three_checkpoints / "step-000006")
+def test_a_damaged_checkpoint_is_named_and_passed_over(three_checkpoints, damage, message):
+    damage(three_checkpoints / "step-000006")
     found = newest_complete(three_checkpoints, ONE)
     assert found.listed.path.name == "step-000005" and found.listed.position.step == 5
-    if said is None:
+    if message is None:
         assert found.damaged == ()
     else:
         assert len(found.damaged) == 1
-        assert "step-000006" in found.damaged[0] and said in found.damaged[0]
+        assert "step-000006" in found.damaged[0] and message in found.damaged[0]
         (aside,) = put_aside(three_checkpoints, after_step=5)
         assert aside.name == "aside-step-000006"
     assert newest_complete(three_checkpoints, ONE).damaged == ()
 
 
-def test_no_whole_checkpoint_is_none(three_checkpoints):
+def test_without_a_complete_checkpoint_there_is_none(three_checkpoints):
     for path in folders(three_checkpoints):
         flip_a_byte(path / "state-00000.safetensors")
     found = newest_complete(three_checkpoints, ONE)
@@ -203,10 +203,10 @@ def test_no_whole_checkpoint_is_none(three_checkpoints):
 
 
 def test_another_version_of_the_format_is_refused(three_checkpoints):
-    listing = three_checkpoints / "step-000005/checkpoint.json"
-    listing.write_text(json.dumps(json.loads(listing.read_text()) | {"version": 1}))
-    (said,) = other_versions(three_checkpoints)
-    assert "step-000005 is written in version 1 of the format, this program reads 2" in said
+    manifest = three_checkpoints / "step-000005/checkpoint.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 1}))
+    (message,) = other_versions(three_checkpoints)
+    assert "step-000005 is written in version 1 of the format, this program reads 2" in message
 
 
 def test_the_files_are_safetensors_that_others_read(three_checkpoints):
@@ -215,10 +215,8 @@ def test_the_files_are_safetensors_that_others_read(three_checkpoints):
 
 
 @pytest.mark.slow
-def test_a_whole_checkpoint_is_found_after_each_of_fifty_kills(tmp_path):
-    """kill -9 of one rank or of all at random moments while checkpoints are written one after
-    another.
-    """
+def test_a_complete_checkpoint_is_found_after_each_of_fifty_kills(tmp_path):
+    """kill -9 of one rank or of all, at random moments, while one checkpoint follows another."""
     command = [sys.executable, "-m", "support.kills", str(tmp_path), "50"]
     done = subprocess.run(
         command, env=environment(0, 1, 0), capture_output=True, text=True, check=True
@@ -226,11 +224,11 @@ def test_a_whole_checkpoint_is_found_after_each_of_fifty_kills(tmp_path):
     kills = json.loads(done.stdout.splitlines()[-1])
     assert len(kills) == 50
     for kill in kills:
-        assert kill["torn"] == [] and kill["newest"] >= kill["latest"] >= 1, kill
+        assert kill["damaged"] == [] and kill["newest"] >= kill["latest"] >= 1, kill
     assert sum(kill["in_a_save"] for kill in kills) > 10
 
 
-def test_what_is_put_beside_checkpoints_is_left_alone(tmp_path):
+def test_other_folders_next_to_checkpoints_are_left_alone(tmp_path):
     for name in ("step-000100", "step-000200", "step-000300", "step-000100-keep", "step-notes"):
         (tmp_path / name).mkdir()
     prune(tmp_path, keep=1, keep_every=0)

@@ -1,4 +1,4 @@
-"""What a run logs is read back from its file and through TensorBoard's own reader."""
+"""What a run logs is read back from its file, and with TensorBoard's own reader."""
 
 import json
 import re
@@ -62,7 +62,7 @@ def points(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events(folder).Scalars(tag)]
 
 
-def test_file_and_page_hold_the_same_numbers(tmp_path: Path) -> None:
+def test_the_file_and_tensorboard_hold_the_same_numbers(tmp_path: Path) -> None:
     log(tmp_path, range(1, 11))
     lines = read_lines(tmp_path / "metrics.jsonl")
     training = [line for line in lines if "eval" not in line]
@@ -121,7 +121,7 @@ def test_resuming_without_a_file_starts_one(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "metrics.jsonl")[0]["step"] == 5
 
 
-def test_a_half_written_last_line_is_left_out_and_a_broken_one_before_it_is_told(
+def test_a_last_line_that_was_cut_off_is_left_out_and_another_broken_one_is_reported(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "metrics.jsonl"

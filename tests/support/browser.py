@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over the DevTools protocol."""
+"""A headless Chromium, driven over the DevTools protocol."""
 
 import base64
 import json
@@ -22,7 +22,7 @@ def find_browser() -> str | None:
 
 
 class Page:
-    """One page. `requests` are the addresses that it asked for, `errors` what it complained of."""
+    """One page. `requests` are the URLs that it has requested, `errors` those that it reported."""
 
     def __init__(self, socket: WebSocket) -> None:
         self._socket = socket
@@ -31,7 +31,7 @@ class Page:
         self.errors: list[str] = []
 
     def call(self, method: str, **arguments: Any) -> Mapping[str, Any]:
-        """Ask, and take note of all that happens before the answer."""
+        """Call a method and return its result; events that arrive before it are recorded."""
         self._number += 1
         self._socket.send(json.dumps({"id": self._number, "method": method, "params": arguments}))
         while True:
@@ -48,7 +48,7 @@ class Page:
             self.errors.append(json.dumps(message["params"]))
 
     def open(self, file: Path, *, width: int, scheme: str) -> None:
-        """Show a file as wide as asked, on light or dark paper."""
+        """Show a file in a window `width` pixels wide, in the color scheme light or dark."""
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
         self.call(
@@ -69,20 +69,20 @@ class Page:
             time.sleep(0.05)
 
     def value(self, expression: str) -> Any:
-        """What an expression of JavaScript is."""
+        """The value of a JavaScript expression."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def screenshot(self, path: Path) -> None:
-        """The whole page as a PNG."""
+        """Write the full page as a PNG."""
         found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(found["data"]))
 
 
 @contextmanager
 def browser(folder: Path) -> Iterator[Page]:
-    """A browser with a profile of its own in a folder; it ends with the block."""
+    """A browser with its profile in a folder; it is ended at the end of the block."""
     program = find_browser()
     assert program is not None
     process = subprocess.Popen(
@@ -114,8 +114,9 @@ def browser(folder: Path) -> Iterator[Page]:
 
 
 def _address(folder: Path, process: "subprocess.Popen[bytes]") -> str:
-    """The browser writes its port into its profile once it listens; its first page is asked of it
-    there.
+    """The WebSocket URL of a new page.
+
+    The browser writes its port into its profile once it listens.
     """
     file = folder / "DevToolsActivePort"
     deadline = time.monotonic() + _START_S
@@ -123,8 +124,8 @@ def _address(folder: Path, process: "subprocess.Popen[bytes]") -> str:
         assert process.poll() is None, f"the browser ended with {process.returncode}"
         assert time.monotonic() < deadline, "the browser does not listen"
         time.sleep(0.05)
-    port, place = file.read_text().splitlines()
-    browser_socket = create_connection(f"ws://127.0.0.1:{port}{place}", timeout=_ANSWER_S)
-    made = Page(browser_socket).call("Target.createTarget", url="about:blank")
+    port, path = file.read_text().splitlines()
+    browser_socket = create_connection(f"ws://127.0.0.1:{port}{path}", timeout=_ANSWER_S)
+    target = Page(browser_socket).call("Target.createTarget", url="about:blank")
     browser_socket.close()
-    return f"ws://127.0.0.1:{port}/devtools/page/{made['targetId']}"
+    return f"ws://127.0.0.1:{port}/devtools/page/{target['targetId']}"

@@ -1,5 +1,6 @@
-"""Commands of bigmix in the process of a test: a process of their own would import for longer than
-most of them run.
+"""Runs commands of bigmix in the process of a test.
+
+A process of their own would spend longer on imports than most of them take to run.
 """
 
 import io
@@ -10,13 +11,13 @@ from pathlib import Path
 from bigmix.commands.main import main
 
 
-def printed(folder: Path, *words: str) -> str:
-    """What a command that ends well prints when it is given in a folder."""
-    said, before = io.StringIO(), Path.cwd()
+def printed(folder: Path, *arguments: str) -> str:
+    """What a command prints when it is run in a folder; it must succeed."""
+    output, before = io.StringIO(), Path.cwd()
     os.chdir(folder)
     try:
-        with redirect_stdout(said):
-            assert main(words) == 0, words
+        with redirect_stdout(output):
+            assert main(arguments) == 0, arguments
     finally:
         os.chdir(before)
-    return said.getvalue()
+    return output.getvalue()

@@ -1,4 +1,4 @@
-"""Prepared sources of generated tokens: small, learnable, different from one another."""
+"""Prepared sources of generated tokens: small, learnable, and different from one another."""
 
 import random
 import tempfile
@@ -42,7 +42,7 @@ def write_source(
     lengths: tuple[int, int] = (5, 60),
     fingerprint: str = FINGERPRINT,
 ) -> Path:
-    """A prepared folder whose tokens count upwards with a stride that depends on the seed."""
+    """Write a prepared source whose tokens count upwards in steps that depend on the seed."""
     folder.mkdir(parents=True)
     draw = np.random.default_rng(seed)
     entries = []
@@ -117,7 +117,7 @@ def generated_texts(count: int, seed: int = 0) -> list[str]:
 
 
 def endless_plan(mixture, stages, seed=0, **given) -> RunPlan:
-    """A plan of so many steps that no test comes to its end."""
+    """A plan with more steps than any test reaches."""
     return RunPlan(
         mixture=mixture,
         stages=stages,

@@ -1,4 +1,4 @@
-"""A disk that is soon full."""
+"""A small file system, which is soon full."""
 
 import subprocess
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Prepared sources behind a server that counts what is fetched."""
+"""Prepared sources behind a web server, and what was fetched from it."""
 
 from collections import Counter
 
@@ -14,7 +14,7 @@ def serve(server, folder):
 
 
 def downloads(server):
-    """How often each shard was asked for."""
+    """How often each shard was requested."""
     return Counter(path for path, _, _ in server.requests if path.endswith(".tar"))
 
 

@@ -1,6 +1,4 @@
-"""Two small models, sources that they are evaluated on, and what a plain loop of transformers finds
-on them.
-"""
+"""Two small models, sources to evaluate them on, and what a plain loop of transformers measures."""
 
 import json
 import math
@@ -52,7 +50,7 @@ output: run
 
 
 def make(folder: Path, tokenizer: Path) -> Path:
-    """The folder with `base`, `tuned`, the sources `text`, `chat` and `few`, and the recipe."""
+    """Write the models `base` and `tuned`, the sources `text`, `chat` and `few`, and the recipe."""
     rows = {
         "text": [{"text": text} for text in TEXTS],
         "chat": [{"prompt": prompt, "response": response} for prompt, response in CHATS],
@@ -98,7 +96,7 @@ def _make_models(folder: Path, tokenizer: Path) -> None:
 
 
 def stored(folder: Path) -> list[tuple[list[int], list[bool]]]:
-    """The ids of each document and which of them are in the loss."""
+    """The token ids of each document of a source, and which of them are in the loss."""
     manifest = read_manifest(str(folder))
     found = []
     for entry in manifest.shards:
@@ -113,21 +111,19 @@ def stored(folder: Path) -> list[tuple[list[int], list[bool]]]:
 
 
 def last_words(texts: list[str]) -> list[slice | None]:
-    """The characters of the last word of each text, by a pattern for what these texts hold."""
+    """The characters of the last word of each text, found by a pattern that fits these texts."""
     found = [re.search(r"([一-鿿]|[a-zA-Z0-9é.]*[a-zA-Z0-9é])[^\w]*$", text) for text in texts]
     return [slice(*match.span(1)) if match else None for match in found]
 
 
 def by_loop(folder: Path, name: str, model: str, base: str) -> dict[str, np.ndarray]:
-    """Sums of each document, one at a time and unpacked: `tokens, nll, hits, kl, words,
-    word_hits`.
-    """
+    """The sums `tokens, nll, hits, kl, words, word_hits` of each document, without packing."""
     models = [AutoModelForCausalLM.from_pretrained(folder / path) for path in (model, base)]
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    said = {"text": TEXTS, "few": FEW, "chat": [f" {response}" for _, response in CHATS]}[name]
+    texts = {"text": TEXTS, "few": FEW, "chat": [f" {response}" for _, response in CHATS]}[name]
     columns = {key: [] for key in ("tokens", "nll", "hits", "kl", "words", "word_hits")}
     documents = stored(folder / name)
-    for (ids, in_loss), text, word in zip(documents, said, last_words(said), strict=True):
+    for (ids, in_loss), text, word in zip(documents, texts, last_words(texts), strict=True):
         shown = torch.tensor(ids)[None]
         with torch.no_grad():
             logs, base_logs = (m(input_ids=shown).logits[0].double().log_softmax(1) for m in models)
@@ -140,7 +136,7 @@ def by_loop(folder: Path, name: str, model: str, base: str) -> dict[str, np.ndar
             sum(float((base_logs[t - 1].exp() * (base_logs - logs)[t - 1]).sum()) for t in places)
         )
         offsets = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-        # What the model says is the end of the document, before the token that ends it.
+        # The model's text is the end of the document, before the token that ends the document.
         first = len(ids) - 1 - len(offsets["input_ids"])
         assert ids[first:-1] == offsets["input_ids"]
         of_word = [
@@ -148,17 +144,18 @@ def by_loop(folder: Path, name: str, model: str, base: str) -> dict[str, np.ndar
             for at, (begin, end) in enumerate(offsets["offset_mapping"])
             if word is not None and begin < word.stop and end > word.start
         ]
-        is_asked = bool(of_word) and all(at in hits for at in of_word)
-        columns["words"].append(is_asked)
-        columns["word_hits"].append(is_asked and all(hits[at] for at in of_word))
+        is_scored = bool(of_word) and all(at in hits for at in of_word)
+        columns["words"].append(is_scored)
+        columns["word_hits"].append(is_scored and all(hits[at] for at in of_word))
     return {key: np.array(values, float) for key, values in columns.items()}
 
 
 def obvious_intervals(
     source: str, measures: dict, documents: int
 ) -> dict[str, tuple[float, float]]:
-    """The interval of each measure, a function of the documents' numbers, by drawing documents
-    again one by one.
+    """The bootstrap interval of each measure, computed by drawing documents one by one.
+
+    A measure is a function of the indices of the documents that were drawn.
     """
     draws = np.random.default_rng(key_of("interval", source))
     values = {name: [] for name in measures}
@@ -173,8 +170,9 @@ def obvious_intervals(
 
 
 def expected_line(folder: Path, name: str, source: str, model: str, base: str | None) -> dict:
-    """What an evaluation line must hold of a source: `name` is its folder, `source` what the recipe
-    calls it.
+    """What an evaluation line must hold for a source.
+
+    `name` is the folder of the source, `source` its name in the recipe.
     """
     now = by_loop(folder, name, model, base or model)
     before = by_loop(folder, name, base or model, base or model)

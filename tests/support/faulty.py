@@ -1,8 +1,9 @@
-"""`launch/train.py` with a fault built in: `python faulty.py '{"nan": {"rank": 1, "steps": [5]}}'
-RECIPE.yaml ...`.
+"""`launch/train.py` with a fault in some steps of one rank.
 
-nan: the loss of the last micro-batch of a rank is not finite in these steps; spike: it is 30 times
-as large.
+    python faulty.py '{"nan": {"rank": 1, "steps": [5]}}' RECIPE.yaml ...
+
+nan: the loss of the last micro-batch is not finite
+spike: the loss of the last micro-batch is 30 times as large
 """
 
 import json

@@ -1,5 +1,6 @@
-"""`launch/train.py` with an allocator that gives freed memory back at once, else what it keeps
-would count as in use.
+"""`launch/train.py` with an allocator that returns freed memory at once.
+
+What it kept would otherwise count as memory in use.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
-"""Kills ranks again and again while they save: `python -m support.kills FOLDER COUNT` writes what
-is found after each kill.
+"""Kills ranks again and again while they save.
 
-The ranks are forked from here, so that the libraries are imported once for all of them.
+`python -m support.kills FOLDER COUNT` prints what it finds after each kill. The ranks are forked
+from here, so that the libraries are imported once for all of them.
 """
 
 import json
@@ -28,9 +28,9 @@ ONE = Cluster(World(rank=0, local_rank=0, size=1, local_size=1))
 
 
 def save_for_ever(folder, cluster):
-    """Saves states of 6 MB a rank without end; whoever started this kills it."""
+    """Save states of 6 MB a rank without end, until this process is killed."""
     saver = Saver(
-        folder, cluster, RetentionPolicy(newest=2), in_background=True, tell=sys.stderr.write
+        folder, cluster, RetentionPolicy(newest=2), in_background=True, report=sys.stderr.write
     )
     size, rank = 500_000, cluster.world.rank
     pieces = (ParameterPiece(name="weight", start=rank * size, count=size, offset=0),)
@@ -40,8 +40,8 @@ def save_for_ever(folder, cluster):
         saver.save(iter([flat]), Position(step=step, report={}))
 
 
-def rank_of(folder, rank, port):
-    """The process id of a rank that saves without end."""
+def fork_rank(folder, rank, port):
+    """Fork a rank that saves without end; returns its process id."""
     child = os.fork()
     if child == 0:
         os.environ.update(environment(rank, 2, port))
@@ -49,23 +49,23 @@ def rank_of(folder, rank, port):
     return child
 
 
-def kill_once(folder, draw, everybody):
+def kill_once(folder, draw, all_at_once):
     shutil.rmtree(folder, ignore_errors=True)
     port = free_port()
-    ranks = [rank_of(folder, rank, port) for rank in range(2)]
+    ranks = [fork_rank(folder, rank, port) for rank in range(2)]
     until = time.monotonic() + 60
     while not (folder / "latest").exists():
         assert time.monotonic() < until
         time.sleep(0.001)
     time.sleep(draw.random() * 0.1)
-    for child in ranks if everybody else [draw.choice(ranks), *ranks]:
+    for child in ranks if all_at_once else [draw.choice(ranks), *ranks]:
         os.kill(child, signal.SIGKILL)
-        time.sleep(0 if everybody else 0.02)
+        time.sleep(0 if all_at_once else 0.02)
     for child in ranks:
         os.waitpid(child, 0)
     found = newest_complete(folder, ONE)
     return {
-        "torn": found.torn,
+        "damaged": found.damaged,
         "newest": found.listed.position.step if found.listed else None,
         "latest": int((folder / "latest").read_text()[5:]),
         "in_a_save": bool(list(folder.glob(".tmp-*"))),

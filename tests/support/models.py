@@ -1,5 +1,6 @@
-"""Configurations of small models of the families that matter: tied and untied, learned positions,
-softcap.
+"""Configurations of small models of several families.
+
+They differ in tied and untied embeddings, learned positions, and softcapping.
 """
 
 VOCABULARY = 96

@@ -1,5 +1,6 @@
-"""Starts real gloo processes from ones that have the libraries already: whole runs, or a function
-of tests/support/workers.
+"""Starts real gloo processes that have imported the libraries already.
+
+They run a script such as launch/train.py, or a function of tests/support/workers.
 """
 
 import functools
@@ -19,7 +20,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# What ranks import, and what transformers imports once a model is made.
+# What ranks import, and what transformers imports when a model is made.
 _IMPORTED = [
     "support.workers.engines",
     "support.workers.checkpoints",
@@ -42,10 +43,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+def environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """The environment of a rank, as torchrun would set it on one machine."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank}
+    sizes = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
     return os.environ | {
-        **{name: str(value) for name, value in numbers.items()},
+        **{name: str(value) for name, value in (ranks | sizes).items()},
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "PYTHONPATH": os.pathsep.join(
@@ -56,14 +59,12 @@ def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 class Started:
-    """A process that was started here, as subprocess.Popen tells of one; what it says on either
-    stream is one text.
-    """
+    """A process with the interface of subprocess.Popen; its two output streams are one text."""
 
     def __init__(self, work: Callable[..., None], environment: dict, folder: Path, **given) -> None:
-        self._said = Path(_kept_folder().name) / f"{next(_NUMBERS)}.log"
+        self._output = Path(_output_folder().name) / f"{next(_NUMBERS)}.log"
         self._process = _starter().Process(
-            target=_begin, args=(work, environment, folder, self._said), kwargs=given
+            target=_begin, args=(work, environment, folder, self._output), kwargs=given
         )
         self._process.start()
 
@@ -88,44 +89,44 @@ class Started:
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
         if self.returncode is None:
-            raise subprocess.TimeoutExpired(str(self.pid), timeout, self._said.read_text())
+            raise subprocess.TimeoutExpired(str(self.pid), timeout, self._output.read_text())
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         self.wait(timeout)
-        return self._said.read_text(), None
+        return self._output.read_text(), None
 
 
-def start_script(script: Path, folder: Path, environment: dict, *words: str) -> Started:
-    """`python script words...` in a folder, without the seconds that its imports take."""
-    return Started(_be_script, environment, folder, script=script, words=words)
+def start_script(script: Path, folder: Path, environment: dict, *arguments: str) -> Started:
+    """`python script arguments...` in a folder, without the seconds that its imports take."""
+    return Started(_be_script, environment, folder, script=script, arguments=arguments)
 
 
 def run_on_ranks(
     function: str,
-    ranks: int,
+    num_ranks: int,
     folder: Path,
     arguments: dict | None = None,
     *,
     module: str = "support.workers.engines",
 ) -> list:
-    """The JSON that `module.function(rank, **arguments)` returns on each of `ranks` processes."""
+    """What `module.function(rank, **arguments)` returns on each of some processes, through JSON."""
     port = free_port()
-    outputs = [folder / f"{function}-{ranks}-{rank}.json" for rank in range(ranks)]
+    outputs = [folder / f"{function}-{num_ranks}-{rank}.json" for rank in range(num_ranks)]
     processes = [
         Started(
             _be_worker,
-            environment(rank, ranks, port),
+            environment(rank, num_ranks, port),
             folder,
             module=module,
-            words=[function, json.dumps(arguments or {}), str(output)],
+            arguments=[function, json.dumps(arguments or {}), str(output)],
         )
         for rank, output in enumerate(outputs)
     ]
     try:
         for process in processes:
-            said, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, said
+            printed, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, printed
     finally:
         for process in processes:
             process.kill()
@@ -133,13 +134,14 @@ def run_on_ranks(
 
 
 @functools.cache
-def _kept_folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="bigmix-said-")
+def _output_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="bigmix-output-")
 
 
 def _starter():
-    """Starts processes that have torch, deepspeed and transformers already: their import takes
-    longer than most tests.
+    """What forks processes that have imported torch, deepspeed and transformers already.
+
+    Their import takes longer than most tests.
     """
     starter = multiprocessing.get_context("forkserver")
     starter.set_forkserver_preload(_IMPORTED)
@@ -155,15 +157,15 @@ def _starter():
     return starter
 
 
-def _begin(work, environment: dict, folder: Path, said: Path, **given) -> None:
+def _begin(work, environment: dict, folder: Path, output: Path, **given) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    with said.open("w") as file:
+    with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    # Here, as those who only start ranks need no torch; OMP_NUM_THREADS comes too late for one that
-    # is imported.
+    # Imported here, as what only starts ranks needs no torch. OMP_NUM_THREADS has no effect on a
+    # torch that is already imported.
     import torch
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
@@ -174,12 +176,12 @@ def _begin(work, environment: dict, folder: Path, said: Path, **given) -> None:
         sys.stderr.flush()
 
 
-def _be_script(script: Path, words: list) -> None:
-    sys.argv = [str(script), *words]
+def _be_script(script: Path, arguments: list) -> None:
+    sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 
 
-def _be_worker(module: str, words: list) -> None:
-    sys.argv = [module, *words]
-    run = importlib.import_module(module)
-    run.main(vars(run))
+def _be_worker(module: str, arguments: list) -> None:
+    sys.argv = [module, *arguments]
+    worker = importlib.import_module(module)
+    worker.main(vars(worker))

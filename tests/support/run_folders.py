@@ -1,6 +1,4 @@
-"""Folders as finished runs leave them, with numbers that follow known formulas; nothing is
-trained.
-"""
+"""Folders as finished runs leave them, with numbers from known formulas; nothing is trained."""
 
 import json
 import math
@@ -16,17 +14,17 @@ import yaml
 STEPS, TASK_ROWS, ROW_TOKENS = 400, 8, 256
 TASK_TOKENS = STEPS * TASK_ROWS * ROW_TOKENS
 BASE = {"gsm8k": 4.35, "banking77": 5.1, "books": 3.2, "wiki": 3.6}
-AT_ZERO, B, ALPHA = 1.1, 60.0, 0.9  # what `books` forgets one-way, and the law that replay follows
+AT_ZERO, B, ALPHA = 1.1, 60.0, 0.9  # forgetting of `books` one-way, and the law for replay
 
 
 def law(share: float) -> float:
-    """The forgetting of `books` at a share."""
+    """The forgetting of `books` at a share of replay."""
     return AT_ZERO * (1 + B * share) ** -ALPHA
 
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
-    """Where a run ends: forgetting of books, task losses relative to one-way's, scores of tasks."""
+    """The last numbers of a run: forgetting of books, task losses relative to one-way, scores."""
 
     forgetting: float
     task_loss: float = 0.0
@@ -36,7 +34,7 @@ class Numbers:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a run's recipe has of its own."""
+    """How the recipe of one run differs from those of the others."""
 
     share: float = 0.0
     seed: int = 0
@@ -48,7 +46,7 @@ class Recipe:
 def write_run(
     folder: Path, recipe: Recipe, numbers: Numbers, *, steps: int = STEPS, samples: bool = True
 ) -> Path:
-    """A run of `gsm8k` and `banking77` with replay of `books`; `wiki` is only evaluated."""
+    """Write a run of `gsm8k` and `banking77` with replay of `books`; `wiki` is only evaluated."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree(folder, recipe)))
     noise = random.Random(zlib.crc32(str((recipe, numbers)).encode()))
@@ -64,7 +62,7 @@ def write_run(
 
 
 def recipe_tree(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """As a run resolves it: a source without a share is evaluated only."""
+    """The recipe as a run resolves it; `books` without a share is only evaluated."""
     sources: dict[str, Any] = {
         name: {
             "path": f"data/{name}",
@@ -117,7 +115,7 @@ def training(step: int, recipe: Recipe) -> dict[str, Any]:
 
 
 def evaluation(step: int, recipe: Recipe, numbers: Numbers, shift: float) -> dict[str, Any]:
-    """Losses and scores approach their ends as an exponential does."""
+    """The line of an evaluation; losses and scores approach their last values exponentially."""
     part = (1 - math.exp(-4 * step / STEPS)) / (1 - math.exp(-4))
     ends = {
         "gsm8k": -1.8 + numbers.task_loss + shift / 2,
@@ -154,12 +152,12 @@ def evaluation(step: int, recipe: Recipe, numbers: Numbers, shift: float) -> dic
 
 
 def around(measure: str, name: str, value: float, half: float) -> dict[str, float]:
-    """The ends of an interval."""
+    """The two ends of an interval, `half` from its middle."""
     return {f"{measure}_low/{name}": value - half, f"{measure}_high/{name}": value + half}
 
 
 def write_samples(folder: Path, step: int, numbers: Numbers, noise: random.Random) -> None:
-    """Eight outputs of each task."""
+    """Write eight outputs of each task."""
     for task, right in (("gsm8k", numbers.exact_match), ("banking77", numbers.accuracy)):
         lines = []
         for index in range(8):
@@ -188,7 +186,7 @@ def write_samples(folder: Path, step: int, numbers: Numbers, noise: random.Rando
 def write_evaluation(
     folder: Path, recipe: Recipe, numbers: Numbers, *, model: str, with_base: bool = True
 ) -> Path:
-    """A model that was evaluated outside of a run."""
+    """Write the evaluation of a model outside of a run."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree(Path("runs/tuned"), recipe)))
     lines = [evaluation(0, recipe, numbers, 0.0)] if with_base else []
@@ -207,7 +205,7 @@ SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75)
 
 
 def write_sweep(folder: Path, *, shares: Sequence[float] = SHARES, seeds: int = 3) -> Path:
-    """Points of a sweep over the share, and six remedies beside it, one seed each."""
+    """Write a sweep over the share, and next to it six remedies with one seed each."""
     for share in shares:
         for seed in range(seeds):
             numbers = Numbers(

@@ -28,7 +28,7 @@ TIMES = ("_s", "tokens_per_s", "peak_gib")
 
 
 def recipe_with_sources(folder):
-    """The folder, with the recipe in it and what it reads."""
+    """Write the recipe and the sources that it reads; returns the folder."""
     write_source(folder / "web", "text")
     write_source(folder / "chat", "chat", seed=1)
     write_source(folder / "held", "chat", seed=1, shards=1)
@@ -37,25 +37,22 @@ def recipe_with_sources(folder):
 
 
 def bare(extra):
-    """An environment with nothing on PATH but the venv's own programs: no compiler, no shell
-    tools.
-    """
+    """An environment whose PATH has only the programs of the venv: no compiler, no shell tools."""
     path = str(Path(sys.executable).parent)
     return extra | {"PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
-def start(data, ranks, *overrides, recipe="recipe.yaml"):
-    """The ranks of a run as plain processes, as srun starts them."""
-    port = free_port()
-    script, words = ROOT / "launch/train.py", (recipe, *overrides)
+def start(data, num_ranks, *overrides, recipe="recipe.yaml"):
+    """Start the ranks of a run as plain processes, as srun does."""
+    port, script = free_port(), ROOT / "launch/train.py"
     return [
-        start_script(script, data, bare(environment(rank, ranks, port)), *words)
-        for rank in range(ranks)
+        start_script(script, data, bare(environment(rank, num_ranks, port)), recipe, *overrides)
+        for rank in range(num_ranks)
     ]
 
 
 def by_deepspeed(*overrides):
-    """The command that starts two ranks by the deepspeed launcher."""
+    """The command that starts two ranks with the deepspeed launcher."""
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     script = str(ROOT / "launch/train.py")
     return [
@@ -71,8 +68,9 @@ def by_deepspeed(*overrides):
 
 
 def end(processes, timeout_s=240):
-    said = [process.communicate(timeout=timeout_s)[0] for process in processes]
-    return [process.returncode for process in processes], "\n".join(said)
+    """Wait for processes; their exit codes, and all that they have printed."""
+    outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
+    return [process.returncode for process in processes], "\n".join(outputs)
 
 
 def wait_for(path, processes):
@@ -83,6 +81,7 @@ def wait_for(path, processes):
 
 
 def lines(folder):
+    """The lines of metrics.jsonl without what differs between two runs: times, speed, memory."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.endswith(TIMES)} for line in found]
 
@@ -95,7 +94,7 @@ LONG = ("budget.steps=100000", "checkpoint.keep=1", "sources.web.share=0.25")
 
 
 def catches(process, number):
-    """Whether a process has a handler for a signal."""
+    """Whether a process has installed a handler for a signal."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
     return int(caught.split()[1], 16) >> (number - 1) & 1
@@ -109,4 +108,5 @@ def wait_until(condition, within_s=120.0):
 
 
 def step_of(folder):
+    """The step of the newest checkpoint."""
     return int((folder / "checkpoints/latest").read_text().split("-")[1])

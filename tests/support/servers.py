@@ -1,4 +1,4 @@
-"""Real servers on this machine: one of the web that fails on command, and one that speaks S3."""
+"""Real servers on this machine: a web server that fails on command, and an S3 server."""
 
 import os
 import socket
@@ -14,20 +14,18 @@ STALL_S = 3.0
 
 
 class WebServer:
-    """Serves `files` (path -> bytes).
+    """Serves `files`, a dict from path to bytes.
 
-    Each answer with content takes the next of `faults`, then answers are whole.
-
-    Faults: ("status", code, headers), ("stall" | "reset" | "truncate", bytes sent before it),
-    ("flip", offset), ("replace", path, content) which changes a file once half of it is sent, and
-    None.
+    Each answer takes the next of `faults`; once there are none left, answers are right. A fault is
+    ("status", code, headers), ("stall" | "reset" | "truncate", bytes sent before it), ("flip",
+    offset), ("replace", path, content), which changes a file once half of it is sent, or None.
     """
 
     def __init__(self):
         self.files = {}
         self.faults = deque()
         self.always = None  # a fault of every answer
-        self.broken = {}  # path -> a fault of every answer of it
+        self.broken = {}  # path -> a fault of every answer for it
         self.knows_ranges = True
         self.knows_tags = True
         self.tells_length = True
@@ -49,7 +47,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, request, client_address):
-        """A connection that was reset on command is no news."""
+        """Print nothing: connections are reset on command."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -131,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if self.owner.part_wait_s:
                     time.sleep(self.owner.part_wait_s)
         except OSError:
-            pass  # the client went away, as it may
+            pass  # the client has closed the connection, as it may
 
 
 @contextmanager
@@ -145,9 +143,9 @@ def web_server():
 
 @contextmanager
 def s3_server(bucket):
-    """An S3 server with one empty bucket; the environment names it while it runs.
+    """An S3 server with one empty bucket, as a file system of pyarrow.
 
-    Gives a pyarrow file system.
+    While it runs the environment names it.
     """
     from moto.server import ThreadedMotoServer
     from pyarrow import fs

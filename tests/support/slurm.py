@@ -1,5 +1,6 @@
-"""A real Slurm of two nodes on this machine, without touching its system: started by hand in a
-folder, ended by pid.
+"""A real Slurm cluster of two nodes on this machine, without touching its system.
+
+Its daemons are started in a folder and ended by their process ids.
 """
 
 import os
@@ -17,7 +18,7 @@ from support.ranks import free_port
 
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-# Debian keeps the daemons where only root's PATH looks.
+# On Debian the daemons are in folders that only root has on its PATH.
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 CONFIGURATION = """\
 ClusterName=local
@@ -66,11 +67,11 @@ START_S = 60.0
 
 
 class SlurmError(Exception):
-    """Slurm did not do what it was started or asked for; the message has what its logs say."""
+    """A command of Slurm failed, or the cluster did not start; the message has its logs."""
 
 
 def what_is_missing() -> str | None:
-    """Why no Slurm can be started here; None where one can."""
+    """Why no cluster can be started here; None if one can."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=SEARCH) is None]
     if absent:
         return f"{', '.join(absent)} not found; as root: apt-get install slurm-wlm munge"
@@ -87,22 +88,22 @@ class Slurm:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a user's shell has, so that Slurm's commands go to this cluster."""
+        """The environment of a user, in which the commands of Slurm go to this cluster."""
         return os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": SEARCH}
 
-    def ask(self, *command: str) -> str:
-        """What a command of Slurm prints."""
+    def run(self, *command: str) -> str:
+        """Run a command of Slurm; returns what it prints."""
         return _run(command, self.environment)
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm knows of a job, as `scontrol show job` names it."""
-        words = self.ask("scontrol", "--oneliner", "show", "job", number).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        """The fields of a job in the output of `scontrol show job`."""
+        fields = self.run("scontrol", "--oneliner", "show", "job", number).split()
+        return dict(field.split("=", 1) for field in fields if "=" in field)
 
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[Slurm]:
-    """Start munged, slurmctld and one slurmd for each node below `folder`; at the end stop them."""
+    """Start munged, slurmctld and a slurmd for each node in `folder`; at the end stop them."""
     slurm = Slurm(folder=folder)
     _configure(folder)
     daemons: list[subprocess.Popen[bytes]] = []
@@ -119,7 +120,7 @@ def cluster(folder: Path) -> Iterator[Slurm]:
 
 
 def _configure(folder: Path) -> None:
-    # munged wants to be reachable by everybody and its key by nobody.
+    # munged insists that all users can reach it, and that no other user can read its key.
     folder.chmod(0o755)
     (folder / "state").mkdir()
     key = folder / "munge.key"
@@ -131,8 +132,8 @@ def _configure(folder: Path) -> None:
         folder=folder,
         port=free_port(),
         nodes=",".join(NODES),
-        # The ports of jobs follow from their numbers: those of two clusters on this machine must
-        # differ.
+        # The ports of jobs follow from their numbers, which must differ from those of another
+        # cluster on this machine.
         first_job=1 + 100 * (os.getpid() % 30_000),
     )
     text += "".join(NODE.format(name=name, host=host, port=free_port()) for name in NODES)
@@ -147,46 +148,46 @@ def _configure(folder: Path) -> None:
 
 
 def _munge(folder: Path) -> subprocess.Popen[bytes]:
-    # --force: the folder of a test lies below a parent that munged takes for unsafe.
+    # --force: munged considers a parent of the test's folder unsafe.
     # --origin: the name of this machine need not resolve.
-    places = {
+    files = {
         "socket": "munge.socket",
         "key-file": "munge.key",
         "pid-file": "munge.pid",
         "log-file": "munge.log",
         "seed-file": "munge.seed",
     }
-    words = [f"--{option}={folder / name}" for option, name in places.items()]
-    return _start(folder, "munged", "--foreground", "--force", "--origin=127.0.0.1", *words)
+    options = [f"--{option}={folder / name}" for option, name in files.items()]
+    return _start(folder, "munged", "--foreground", "--force", "--origin=127.0.0.1", *options)
 
 
-def _daemon(slurm: Slurm, program: str, *words: str) -> subprocess.Popen[bytes]:
-    return _start(slurm.folder, program, *words, environment=slurm.environment)
+def _daemon(slurm: Slurm, program: str, *arguments: str) -> subprocess.Popen[bytes]:
+    return _start(slurm.folder, program, *arguments, environment=slurm.environment)
 
 
 def _start(
-    folder: Path, program: str, *words: str, environment: dict[str, str] | None = None
+    folder: Path, program: str, *arguments: str, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
     path = shutil.which(program, path=SEARCH)
     assert path is not None, program
     with (folder / "daemons.log").open("ab") as log:
         return subprocess.Popen(
-            [path, *words], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
+            [path, *arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
         )
 
 
 def _wait_until_idle(slurm: Slurm, daemons: list[subprocess.Popen[bytes]]) -> None:
     until = time.monotonic() + START_S
-    said = ""
+    state = ""
     while time.monotonic() < until and all(daemon.poll() is None for daemon in daemons):
         try:
-            said = slurm.ask("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %t")
+            state = slurm.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %t")
         except SlurmError as error:
-            said = str(error)
-        if sorted(said.split("\n")) == [f"{name} idle" for name in NODES]:
+            state = str(error)
+        if sorted(state.split("\n")) == [f"{name} idle" for name in NODES]:
             return
         time.sleep(0.2)
-    raise SlurmError(f"the nodes are not idle: {said}\n{_logs(slurm.folder)}")
+    raise SlurmError(f"the nodes are not idle: {state}\n{_logs(slurm.folder)}")
 
 
 def _logs(folder: Path) -> str:
@@ -195,14 +196,14 @@ def _logs(folder: Path) -> str:
 
 
 def _end_jobs(slurm: Slurm) -> None:
-    """Cancel what is left, so that no process of a job outlives the cluster."""
+    """Cancel all jobs, so that no process of a job outlives the cluster."""
     try:
-        slurm.ask("scancel", "--user=root")
+        slurm.run("scancel", "--user=root")
         until = time.monotonic() + START_S
-        while slurm.ask("squeue", "--noheader") and time.monotonic() < until:
+        while slurm.run("squeue", "--noheader") and time.monotonic() < until:
             time.sleep(0.2)
     except SlurmError:
-        return  # it never came up, so it has no jobs
+        return  # it has never started, so it has no jobs
 
 
 def _stop(daemon: subprocess.Popen[bytes]) -> None:

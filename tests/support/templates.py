@@ -1,4 +1,4 @@
-"""Chat templates and conversations."""
+"""Chat templates and conversations for tests."""
 
 from bigmix.text.formats import Conversation
 
@@ -25,7 +25,7 @@ GENERATION_WITH_END = GENERATION.replace(
 )
 
 
-# What it writes for the last turn is not how it writes the same turn once another follows.
+# It writes the last turn differently from the same turn with another after it.
 LAST_THINKS = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
     "{% if m.role == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
@@ -34,7 +34,7 @@ LAST_THINKS = (
 
 
 def chat(*contents, system=None):
-    """User and assistant in turn."""
+    """A conversation in which user and assistant take turns, the user first."""
     turns = [{"role": "system", "content": system}] if system is not None else []
     roles = ("user", "assistant")
     turns += [{"role": roles[n % 2], "content": each} for n, each in enumerate(contents)]

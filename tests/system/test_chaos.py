@@ -1,6 +1,4 @@
-"""Runs that meet a drawn fault come to the end of a run without one: a few of what
-benchmarks/chaos.py does.
-"""
+"""Runs that meet a random fault end as runs without one: a few of those of benchmarks/chaos.py."""
 
 import os
 import subprocess
@@ -13,7 +11,7 @@ FAULTS = ("kill-in-save", "world-size")
 
 
 @pytest.mark.slow
-def test_runs_survive_faults_at_drawn_places(tmp_path):
+def test_runs_survive_faults_at_random_places(tmp_path):
     command = ["benchmarks/chaos.py", "--runs", "2", "--seed", "5", "--faults", *FAULTS]
     done = subprocess.run(
         [sys.executable, *command],

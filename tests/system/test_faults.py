@@ -1,5 +1,6 @@
-"""Ranks that are killed, frozen, fail, or are asked to stop at any time: all end soon, say why, and
-go on from there.
+"""Ranks that are killed, frozen, fail or are stopped at any time.
+
+All ranks end soon and report why, and the run resumes from there.
 """
 
 import json
@@ -51,8 +52,8 @@ def seconds_to_end(processes):
     return codes, said, time.monotonic() - began
 
 
-def start_unlike(data, *of_ranks):
-    """The ranks of a run, each with overrides of its own."""
+def start_with_own_overrides(data, *of_ranks):
+    """Start the ranks of a run, each with overrides of its own."""
     port, script = free_port(), ROOT / "launch/train.py"
     environments = [bare(environment(rank, len(of_ranks), port)) for rank in range(len(of_ranks))]
     return [
@@ -62,7 +63,7 @@ def start_unlike(data, *of_ranks):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_a_rank_is_killed_the_other_ends_soon_and_says_which(data, victim):
+def test_when_a_rank_is_killed_the_other_ends_soon_and_reports_which(data, victim):
     folder, other = data / f"killed-{victim}", 1 - victim
     ranks = start(data, 2, f"output={folder.name}", *LONG)
     wait_for(folder / "checkpoints/step-000020", ranks)
@@ -75,14 +76,14 @@ def test_when_a_rank_is_killed_the_other_ends_soon_and_says_which(data, victim):
 
 
 @pytest.mark.parametrize(
-    ("frozen", "limits", "words"),
+    ("frozen", "limits", "message"),
     [
-        (1, ["health.hang_minutes=0.1"], "no rank has come further for 6 s: rank 1 at "),
+        (1, ["health.hang_minutes=0.1"], "no rank has made progress for 6 s: rank 1 at "),
         (1, ["health.dead_after_s=4"], "rank 1 gave no sign of life for 4 s, the last at "),
         (0, ["health.dead_after_s=4"], "rank 0 "),
     ],
 )
-def test_when_a_rank_is_frozen_the_other_ends_after_the_limit(data, frozen, limits, words):
+def test_when_a_rank_is_frozen_the_other_ends_after_the_limit(data, frozen, limits, message):
     folder, other = data / f"frozen-{frozen}-{len(limits[0])}", 1 - frozen
     ranks = start(data, 2, f"output={folder.name}", *LONG, *limits)
     wait_for(folder / "checkpoints/step-000002", ranks)
@@ -90,7 +91,7 @@ def test_when_a_rank_is_frozen_the_other_ends_after_the_limit(data, frozen, limi
     code = ranks[other].wait(timeout=30)
     ranks[frozen].kill()
     _, said = end(ranks)
-    assert code == 1 and f"stopped: {words}" in said, said
+    assert code == 1 and f"stopped: {message}" in said, said
     assert "bigmix/train/run.py" in (folder / f"log/stack-rank-{other}.txt").read_text()
 
 
@@ -110,14 +111,14 @@ def test_one_rank_that_hangs_ends_itself(data):
         )
         codes, said = end(ranks)
     assert codes == [1], said
-    assert "no rank has come further for 6 s: rank 0 at " in said
+    assert "no rank has made progress for 6 s: rank 0 at " in said
     assert "bigmix/train/run.py" in (data / "alone/log/stack-rank-0.txt").read_text()
 
 
 def test_an_error_on_one_rank_ends_the_other_with_its_message(data):
     shutil.copytree(data / "held", data / "bad-held")
     common = ("output=failed", *LONG, "evaluate.every=2")
-    ranks = start_unlike(
+    ranks = start_with_own_overrides(
         data, *([*common, f"sources.chat.held_out={path}"] for path in ("held", "bad-held"))
     )
     wait_for(data / "failed/checkpoints/step-000002", ranks)
@@ -132,7 +133,9 @@ def test_a_shard_that_one_rank_cannot_read_ends_all_after_a_checkpoint(data):
     shutil.copytree(data / "web", data / "bad")
     # Shards are opened again when the length of rows changes.
     common = ("output=unread", *LONG, "sequence_length=[[0, 64], [24, 32]]", "checkpoint.every=10")
-    ranks = start_unlike(data, *([*common, f"sources.web.path={path}"] for path in ("web", "bad")))
+    ranks = start_with_own_overrides(
+        data, *([*common, f"sources.web.path={path}"] for path in ("web", "bad"))
+    )
     wait_for(data / "unread/checkpoints/step-000010", ranks)
     for path in (data / "bad").glob("*.tar"):
         path.unlink()
@@ -142,7 +145,7 @@ def test_a_shard_that_one_rank_cannot_read_ends_all_after_a_checkpoint(data):
     assert (data / "unread/checkpoints/latest").read_text() == "step-000024\n"
 
 
-def test_a_signal_to_a_rank_that_waits_for_another_reaches_that_one_at_its_data(data):
+def test_a_signal_to_one_rank_reaches_the_other_while_it_waits_for_data(data):
     folder = data / "waiting"
     with web_server() as server:
         for path in (data / "web").iterdir():
@@ -155,7 +158,9 @@ def test_a_signal_to_a_rank_that_waits_for_another_reaches_that_one_at_its_data(
             "sources.web.share=[[0, 0], [4, 0], [5, 0.5]]",
             "sequence_length=[[0, 64], [4, 32]]",  # rows of one length are read together
         )
-        ranks = start_unlike(data, common, [*common, f"sources.web.path={server.url}/web"])
+        ranks = start_with_own_overrides(
+            data, common, [*common, f"sources.web.path={server.url}/web"]
+        )
         wait_for(folder / "metrics.jsonl", ranks)
         server.part_wait_s, server.bytes_per_part = 1.0, 16  # a shard takes an hour
         wait_for_line(folder, 4, ranks)
@@ -178,16 +183,16 @@ def test_a_signal_during_start_up_ends_at_once(data, number, after_s):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    wait_until(lambda: catches(rank, signal.SIGUSR2))  # the last that gets its handler
+    wait_until(lambda: catches(rank, signal.SIGUSR2))  # the last handler
     time.sleep(after_s)
     rank.send_signal(number)
     codes, said, seconds = seconds_to_end([rank])
     assert codes == [75] and seconds < 5, said
-    assert f"stopped: asked by {number.name} on rank 0" in said
+    assert f"stopped: requested by {number.name} on rank 0" in said
     assert "nothing was trained since the last checkpoint" in said
 
 
-def test_a_signal_in_an_evaluation_leaves_it_out_and_the_next_start_makes_up_for_it(data):
+def test_a_signal_in_an_evaluation_leaves_it_out_and_the_next_start_does_it_first(data):
     much = ("sources.chat.held_out=much", "checkpoint.every=0")
     codes, said = end(start(data, 2, "output=whole", *much))
     assert codes == [0, 0], said
@@ -238,7 +243,7 @@ def test_a_second_signal_ends_at_once(data):
     assert codes == [75, 75] and "going on after step" in said, said
 
 
-def test_ranks_stop_well_when_the_first_process_of_deepspeed_is_killed(data):
+def test_ranks_save_and_stop_when_the_first_process_of_deepspeed_is_killed(data):
     folder = data / "orphans"
     runner = subprocess.Popen(
         by_deepspeed("output=orphans", *LONG),
@@ -250,7 +255,7 @@ def test_ranks_stop_well_when_the_first_process_of_deepspeed_is_killed(data):
     )
     wait_for(folder / "checkpoints/step-000002", [runner])
     runner.kill()
-    # The pipe is closed once launch.py and the ranks, which have it too, have ended.
+    # The pipe is closed once launch.py and the ranks, which hold it too, have ended.
     said, _ = runner.communicate(timeout=20)
     assert f"stopped on request after step {step_of(folder)} of" in said, said
 

@@ -1,5 +1,6 @@
-"""Numbers and data that go wrong in whole runs: what is skipped, passed over or replaced, told,
-counted and resumed.
+"""Steps without finite numbers, spikes and bad shards, in runs from start to end.
+
+What is skipped, passed over or replaced is reported, counted, and kept across a resume.
 """
 
 import json
@@ -12,7 +13,7 @@ from support.ranks import ROOT, environment, free_port, start_script
 from support.runs import bare, end, lines, recipe_with_sources, start, wait_for, weights
 
 pytestmark = pytest.mark.slow
-# Without dropout: which units drop out is drawn for each rank.
+# Without dropout, which draws different units on each rank.
 STEPS = [
     "model.config.attention_dropout=0",
     "train.steps=12",
@@ -49,7 +50,7 @@ def nan(*steps, rank=1):
 
 
 def without(data, output, *steps):
-    """The same run, told beforehand to pass over some steps."""
+    """The folder of the same run with `train.pass_over` set to some steps from the beginning."""
     passed = f"train.pass_over={list(steps)}"
     said = ended(start(data, 2, *STEPS, f"output={output}", passed))
     assert f"step {steps[0]} is skipped as requested" in said
@@ -83,7 +84,7 @@ def test_a_run_without_its_last_checkpoint_is_not_done(data):
     assert weights(data / "full") == first and (folder / "step-000012/checkpoint.json").exists()
 
 
-def test_after_three_in_a_row_the_run_goes_back_and_passes_over_them(data):
+def test_after_three_skipped_steps_in_a_row_the_run_goes_back_and_passes_over_them(data):
     said = ended(start_faulty(data, 2, nan(5, 6, 7), "output=three"))
     assert (
         "3 steps in a row had no finite gradient: the run goes back to step 3 and skips step"
@@ -108,8 +109,8 @@ def test_after_three_in_a_row_the_run_goes_back_and_passes_over_them(data):
 
 
 def test_decisions_on_shares_are_taken_back_with_the_steps(data):
-    """The steps lie on both sides of a decision, and the checkpoint before them on one that it does
-    not hold yet.
+    """A decision falls between the steps, and another on the step of the checkpoint before them,
+    which does not hold it yet.
     """
     moving = [
         "sources.web.share={controller: forgetting, limit: 0.1, held_out: [chat]}",
@@ -129,7 +130,7 @@ def test_decisions_on_shares_are_taken_back_with_the_steps(data):
     assert shares[:4] == sorted(shares[:4], reverse=True) and shares[0] > shares[3]
 
 
-def test_a_run_that_goes_back_too_often_or_has_nowhere_to_go_ends_as_failed(data):
+def test_a_run_that_goes_back_too_often_or_has_no_checkpoint_to_go_back_to_fails(data):
     said = ended(
         start_faulty(data, 1, nan(5, 6, 7, rank=0), "output=two", "health.most_roll_backs=0"), 1
     )
@@ -142,7 +143,7 @@ def test_a_run_that_goes_back_too_often_or_has_nowhere_to_go_ends_as_failed(data
     assert "step 2 is skipped as requested" in said
 
 
-def test_a_spike_is_told_and_where_asked_for_passed_over(data):
+def test_a_spike_is_reported_and_if_set_so_passed_over(data):
     spike = {"spike": {"rank": 0, "steps": [28]}}
     long = ["train.steps=32", "health.spike_deviations=8", "train.lr=1e-4", "checkpoint.every=9"]
     said = ended(start_faulty(data, 2, spike, "output=spike", *long))
@@ -156,7 +157,7 @@ def test_a_spike_is_told_and_where_asked_for_passed_over(data):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """The same with a shard of each source that is not what was prepared."""
+    """The same data, with one shard of each source missing or changed."""
     recipe_with_sources(tmp_path)
     (tmp_path / "chat/shard-00001.tar").unlink()
     raw = bytearray((tmp_path / "web/shard-00001.tar").read_bytes())
@@ -165,7 +166,7 @@ def damaged(tmp_path):
     return tmp_path
 
 
-def test_bad_shards_refuse_a_run_unless_it_may_replace_them(damaged):
+def test_a_run_with_bad_shards_is_refused_unless_it_may_replace_them(damaged):
     said = ended(start(damaged, 1, *STEPS, "output=refused"), 2)
     assert "chat/shard-00001.tar" in said and "web/shard-00001.tar" in said
 
@@ -197,7 +198,7 @@ def test_rows_of_bad_shards_are_replaced_alike_on_all_ranks_and_after_a_resume(d
 
 
 def test_a_run_moves_from_two_ranks_to_one_to_four_and_back(data):
-    """The same rows in the same steps, and losses that differ by the order of additions alone."""
+    """The steps have the same rows, and losses differ only by the order of additions."""
     ended(start(data, 2, *STEPS, "output=fixed"))
     for ranks in (2, 1, 4):
         ended(start(data, ranks, *STEPS, "output=moving", "checkpoint.max_minutes=0.0001"), 75)

@@ -1,5 +1,6 @@
-"""The batch files on a real Slurm of two nodes: whatever happens to a job, it ends as if it had
-been left in peace.
+"""The batch files on a real Slurm cluster of two nodes.
+
+Whatever happens to a job, its run ends as one that was never disturbed.
 """
 
 import json
@@ -49,14 +50,14 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(data):
     """The same run on two ranks without Slurm."""
-    codes, said = end(start(data, 2, "output=undisturbed", *LONG))
-    assert codes == [0, 0], said
+    codes, output = end(start(data, 2, "output=undisturbed", *LONG))
+    assert codes == [0, 0], output
     return data / "undisturbed"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """A job that was submitted in `folder`."""
+    """A job that was submitted from `folder`."""
 
     slurm: Slurm
     folder: Path
@@ -73,32 +74,30 @@ class Job:
         return found["JobState"], int(found["Restarts"])
 
     def wait(self, is_so: Callable[[], bool], what: str) -> None:
-        """Wait while the job lives; an error with its log where it ends before."""
+        """Wait until a condition holds; fails with the job's log if the job ends before."""
         until = time.monotonic() + PATIENCE_S
         while not is_so():
-            lives = self.state[0] not in ENDED and time.monotonic() < until
-            assert lives, f"{what} did not happen: {self.state}\n{self.log}"
+            can_happen = self.state[0] not in ENDED and time.monotonic() < until
+            assert can_happen, f"{what} did not happen: {self.state}\n{self.log}"
             time.sleep(0.4)
 
     def end(self) -> tuple[str, str]:
         """The last state of the job and its exit code, once it has ended."""
         until = time.monotonic() + PATIENCE_S
         while self.state[0] not in ENDED:
-            assert time.monotonic() < until, f"it does not end: {self.state}\n{self.log}"
+            assert time.monotonic() < until, f"the job does not end: {self.state}\n{self.log}"
             time.sleep(0.4)
         found = self.slurm.job(self.number)
         return found["JobState"], found["ExitCode"].partition(":")[0]
 
-    def go_on(self, restarts: int) -> None:
-        """Wait until the job is in the queue again, and start it without the two minutes that Slurm
-        lets it wait.
-        """
-        self.wait(lambda: self.state == ("PENDING", restarts), f"restart {restarts}")
-        # Within the second of its requeue a node takes the job for the one that it has just ended.
-        self.slurm.ask("scontrol", "update", f"JobId={self.number}", "StartTime=now+2")
+    def restart(self, num_restarts: int) -> None:
+        """Wait until the job is requeued, and start it without the wait of two minutes."""
+        self.wait(lambda: self.state == ("PENDING", num_restarts), f"restart {num_restarts}")
+        # A job that starts within a second of its requeue is confused with the one that has ended.
+        self.slurm.run("scontrol", "update", f"JobId={self.number}", "StartTime=now+2")
 
 
-def submit(slurm, folder, file, *words, options=(), **environment) -> Job:
+def submit(slurm, folder, file, *arguments, options=(), **environment) -> Job:
     own = {
         "BIGMIX_ROOT": str(ROOT),
         "PYTHON": sys.executable,
@@ -106,7 +105,7 @@ def submit(slurm, folder, file, *words, options=(), **environment) -> Job:
         "DS_ACCELERATOR": "cpu",
     }
     done = subprocess.run(
-        ["sbatch", "--parsable", *options, str(ROOT / "slurm" / file), *words],
+        ["sbatch", "--parsable", *options, str(ROOT / "slurm" / file), *arguments],
         cwd=folder,
         env=slurm.environment | own | environment,
         capture_output=True,
@@ -117,13 +116,13 @@ def submit(slurm, folder, file, *words, options=(), **environment) -> Job:
     return Job(slurm=slurm, folder=folder, number=done.stdout.strip())
 
 
-def train(slurm, data, *words, **environment) -> Job:
-    return submit(slurm, data, "train.sbatch", *words, options=TRAINING, **environment)
+def train(slurm, data, *arguments, **environment) -> Job:
+    return submit(slurm, data, "train.sbatch", *arguments, options=TRAINING, **environment)
 
 
 def wait_until_nothing_is_queued(slurm):
     until = time.monotonic() + PATIENCE_S
-    while queue := slurm.ask("squeue", "--noheader"):
+    while queue := slurm.run("squeue", "--noheader"):
         assert time.monotonic() < until, queue
         time.sleep(0.2)
 
@@ -134,28 +133,28 @@ def newest_step(folder):
 
 
 def pid_of_rank(job, rank):
-    """The process of Python in a task of a job, found by what Slurm put into its environment; None
-    where it is not there.
+    """The Python process of a task, found by what Slurm has set in its environment; None if there
+    is none.
     """
     wanted = {f"SLURM_JOB_ID={job.number}".encode(), f"SLURM_PROCID={rank}".encode()}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes().split(b"\0")
             environment = set((folder / "environ").read_bytes().split(b"\0"))
         except OSError:
             continue  # it has just ended
-        is_training = words[0] == sys.executable.encode() and b"recipe.yaml" in words
+        is_training = command[0] == sys.executable.encode() and b"recipe.yaml" in command
         if is_training and wanted <= environment:
             return int(folder.name)
     return None
 
 
-def ask_the_batch_shell(job):
-    job.slurm.ask("scancel", "--signal=USR1", "--batch", job.number)
+def stop_by_the_batch_shell(job):
+    job.slurm.run("scancel", "--signal=USR1", "--batch", job.number)
 
 
-def ask_the_ranks(job):
-    job.slurm.ask("scancel", "--signal=USR1", job.number)
+def stop_by_the_ranks(job):
+    job.slurm.run("scancel", "--signal=USR1", job.number)
 
 
 def kill_a_rank(job):
@@ -164,22 +163,22 @@ def kill_a_rank(job):
 
 def preempt(job):
     urgent = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
-    job.slurm.ask("sbatch", *urgent)
+    job.slurm.run("sbatch", *urgent)
 
 
-def test_a_job_that_is_stopped_killed_and_preempted_ends_like_a_run_in_peace(
+def test_a_job_that_is_stopped_killed_and_preempted_ends_like_an_undisturbed_run(
     slurm, data, undisturbed
 ):
     job = train(slurm, data, "recipe.yaml", "output=disturbed", *LONG)
-    events = [ask_the_batch_shell, ask_the_ranks, kill_a_rank, preempt]
+    events = [stop_by_the_batch_shell, stop_by_the_ranks, kill_a_rank, preempt]
     for number, event in enumerate(events, 1):
         job.wait(lambda at=10 * number: newest_step(data / "disturbed") >= at, event.__name__)
         event(job)
-        job.go_on(restarts=number)
+        job.restart(number)
     assert job.end() == ("COMPLETED", "0"), job.log
-    said = [line for line in job.log.splitlines() if line.startswith("slurm: requeued")]
-    assert ["stopped on request" in line for line in said] == [True, True, False, True], job.log
-    assert re.search("requeued: failed with (137|1), for the first time at step-0000", said[2])
+    requeued = [line for line in job.log.splitlines() if line.startswith("slurm: requeued")]
+    assert ["stopped on request" in line for line in requeued] == [True, True, False, True], job.log
+    assert re.search("requeued: failed with (137|1), for the first time at step-0000", requeued[2])
     assert lines(data / "disturbed") == lines(undisturbed)
     assert weights(data / "disturbed") == weights(undisturbed)
     assert (
@@ -194,8 +193,8 @@ def test_bad_input_is_not_tried_again(slurm, data):
     assert recipe.end() == ("FAILED", "2")
     assert "train.sead is not a setting" in recipe.log
     assert "not requeued: the recipe is bad" in recipe.log
-    words = ["recipe.yaml", "output=bad", "sources.web.path=nowhere"]
-    source = train(slurm, data, *words, PYTHON=f"env {sys.executable}")
+    arguments = ["recipe.yaml", "output=bad", "sources.web.path=nowhere"]
+    source = train(slurm, data, *arguments, PYTHON=f"env {sys.executable}")
     assert source.end() == ("FAILED", "2")
     assert "nowhere is not a prepared source" in source.log
     assert "not requeued: the input is bad" in source.log
@@ -208,7 +207,7 @@ def test_a_run_that_fails_twice_at_the_same_point_is_given_up(slurm, data):
         job.wait(lambda: pid_of_rank(job, 1) is not None, "the start of rank 1")
         kill_a_rank(job)
         if restarts == 1:
-            job.go_on(restarts)
+            job.restart(restarts)
     assert job.end()[0] == "FAILED", job.log
     assert re.search(
         "slurm: requeued: failed with .*, for the first time at the beginning", job.log
@@ -216,21 +215,21 @@ def test_a_run_that_fails_twice_at_the_same_point_is_given_up(slurm, data):
     assert re.search("not requeued: failed with .*, 2 times in a row at the beginning", job.log)
 
 
-def test_a_job_is_restarted_so_often_and_not_more(slurm, data):
-    words = ["recipe.yaml", f"output={data}/restarted", "checkpoint.max_minutes=0.0001"]
-    job = train(slurm, data, *words, MAX_RESTARTS="0")
+def test_a_job_is_restarted_at_most_as_often_as_allowed(slurm, data):
+    arguments = ["recipe.yaml", f"output={data}/restarted", "checkpoint.max_minutes=0.0001"]
+    job = train(slurm, data, *arguments, MAX_RESTARTS="0")
     assert job.end() == ("FAILED", "75"), job.log
     assert "it was restarted 0 times and MAX_RESTARTS is 0" in job.log
     assert newest_step(data / "restarted") == 1
 
 
-def test_a_job_that_is_cancelled_stays_so(slurm, data):
+def test_a_job_that_is_cancelled_is_not_requeued(slurm, data):
     job = train(slurm, data, "recipe.yaml", "output=cancelled")
     job.wait(lambda: pid_of_rank(job, 1) is not None, "the start of rank 1")
-    slurm.ask("scancel", job.number)
+    slurm.run("scancel", job.number)
     assert job.end()[0] == "CANCELLED"
     wait_until_nothing_is_queued(slurm)
-    # Whether the batch shell can still say so is up to Slurm, which ends it as well.
+    # Whether the batch shell can still report it is up to Slurm, which ends it as well.
     assert not re.search(r"^slurm: requeued", job.log, re.MULTILINE)
 
 
@@ -257,12 +256,12 @@ PREPARING = ["--array=1-3", "--cpus-per-task=1"]
 
 
 def test_an_array_prepares_what_one_process_prepares(slurm, texts, tiny_tokenizer, monkeypatch):
-    words = preparing(tiny_tokenizer, "array")
-    submit(slurm, texts, "prepare.sbatch", *words, options=PREPARING)
+    arguments = preparing(tiny_tokenizer, "array")
+    submit(slurm, texts, "prepare.sbatch", *arguments, options=PREPARING)
     monkeypatch.chdir(texts)
     for part in range(1, 4):
-        words = [*preparing(tiny_tokenizer, "alone"), "--processes", "1", "--part", f"{part}/3"]
-        assert main(["prepare", *words]) == 0
+        arguments = [*preparing(tiny_tokenizer, "alone"), "--processes", "1"]
+        assert main(["prepare", *arguments, "--part", f"{part}/3"]) == 0
     assert main(["prepare", "--merge", "--output", "alone"]) == 0
     wait_until_nothing_is_queued(slurm)
     logs = "".join(path.read_text() for path in texts.glob("slurm-*.log"))
@@ -275,8 +274,8 @@ def test_an_array_prepares_what_one_process_prepares(slurm, texts, tiny_tokenize
 def test_a_part_that_fails_is_named_by_the_merge(slurm, texts, tiny_tokenizer):
     with (texts / "texts.jsonl").open("a") as file:
         file.write("no JSON\n")
-    words = preparing(tiny_tokenizer, "array")
-    submit(slurm, texts, "prepare.sbatch", *words, options=PREPARING)
+    arguments = preparing(tiny_tokenizer, "array")
+    submit(slurm, texts, "prepare.sbatch", *arguments, options=PREPARING)
     wait_until_nothing_is_queued(slurm)
     logs = "".join(path.read_text() for path in texts.glob("slurm-*.log"))
     assert "error: part 3/3 is not complete" in logs, logs
@@ -284,27 +283,28 @@ def test_a_part_that_fails_is_named_by_the_merge(slurm, texts, tiny_tokenizer):
 
 
 def test_recipes_are_trained_and_compared(slurm, data):
-    """One is stopped on its way: the one whose number is that of the whole array, which it must not
-    requeue.
+    """One of them is stopped while it trains: the task whose job number is that of the whole array,
+    which must not be requeued with it.
     """
     two_way = RECIPE.replace("output: run", "output: runs/two-way")
     web = "  web: {path: web, role: replay, share: [[0, 0.5], [8, 0.25]]}\n"
     one_way = RECIPE.replace("output: run", "output: runs/one-way").replace(web, "")
     (data / "two-way.yaml").write_text(two_way)
     (data / "one-way.yaml").write_text(one_way + "held_out: {web: web}\n")
-    words = ["one-way.yaml", "two-way.yaml", "budget={task_tokens: 12K}", "--out", "runs/report"]
-    array = submit(slurm, data, "compare.sbatch", *words, options=["--array=1-2", *TRAINING])
+    recipes = ["one-way.yaml", "two-way.yaml"]
+    arguments = [*recipes, "budget={task_tokens: 12K}", "--out", "runs/report"]
+    array = submit(slurm, data, "compare.sbatch", *arguments, options=["--array=1-2", *TRAINING])
     tasks = [replace(array, number=f"{array.number}_{task}") for task in (1, 2)]
     for task, name in zip(tasks, ("one-way", "two-way"), strict=True):
         task.wait(lambda run=data / "runs" / name: newest_step(run) >= 2, f"a checkpoint of {name}")
     of_array, other = sorted(tasks, key=lambda task: slurm.job(task.number)["JobId"])
     assert slurm.job(of_array.number)["JobId"] == array.number
-    ask_the_batch_shell(of_array)
-    of_array.go_on(restarts=1)
+    stop_by_the_batch_shell(of_array)
+    of_array.restart(1)
     wait_until_nothing_is_queued(slurm)
     assert [task.log.count("slurm: attempt ") for task in (of_array, other)] == [2, 1], other.log
-    said = "\n".join(path.read_text() for path in data.glob("slurm-*.log"))
-    assert (data / "runs/report/index.html").exists(), said
+    logs = "\n".join(path.read_text() for path in data.glob("slurm-*.log"))
+    assert (data / "runs/report/index.html").exists(), logs
     summary = json.loads((data / "runs/report/summary.json").read_text())
     assert {"base", "one-way", "two-way"} <= set(summary["runs"])
 
@@ -317,21 +317,19 @@ sweep:
 
 
 def test_the_jobs_of_an_array_divide_a_sweep_among_themselves(slurm, data):
-    """The first of the two has two runs, one after the other, as a single job has all of them."""
+    """The first of the two trains two runs one after the other, as a single job trains all."""
     (data / "sweep.yaml").write_text(RECIPE + SWEEP)
-    words = ["sweep.yaml", "output=swept", "train.steps=4", "budget.steps=null"]
-    submit(slurm, data, "sweep.sbatch", *words, options=["--array=1-2", *TRAINING])
+    arguments = ["sweep.yaml", "output=swept", "train.steps=4", "budget.steps=null"]
+    submit(slurm, data, "sweep.sbatch", *arguments, options=["--array=1-2", *TRAINING])
     wait_until_nothing_is_queued(slurm)
-    said = "\n".join(path.read_text() for path in data.glob("slurm-*.log"))
+    logs = "\n".join(path.read_text() for path in data.glob("slurm-*.log"))
     runs = [data / "swept" / point / "seed-0" for point in ("lr-0.01", "lr-1e-3", "warm")]
-    assert [newest_step(run) for run in runs] == [4] * 3, said
-    assert all((run / "export").is_dir() for run in runs), said
+    assert [newest_step(run) for run in runs] == [4] * 3, logs
+    assert all((run / "export").is_dir() for run in runs), logs
 
 
 def test_a_task_of_a_sweep_counts_the_failures_of_its_own_runs(tmp_path):
-    """What other tasks of the array train in the meantime does not make a failure look like a first
-    one.
-    """
+    """A failure does not look like a first one because other tasks of the array have trained on."""
     own, other = (tmp_path / f"swept/{name}/seed-0/checkpoints" for name in ("own", "other"))
     for folder in (own, other):
         folder.mkdir(parents=True)
@@ -351,7 +349,7 @@ def test_a_task_of_a_sweep_counts_the_failures_of_its_own_runs(tmp_path):
 
 
 def test_a_container_sees_the_same_paths_as_the_job(tmp_path):
-    """Of pyxis, which is not there, only what it is asked for."""
+    """The options for pyxis, which is not installed here."""
     script = (
         f"source {ROOT}/slurm/common.sh; LOCAL=/fast/bigmix-7; set_container; printf '%s\\n'"
         ' "${CONTAINER_OPTIONS[@]}"'
