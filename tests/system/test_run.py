@@ -120,7 +120,7 @@ def test_an_export_says_what_it_is_and_speaks(whole):
     )
     assert (folder / "export/chat_template.jinja").read_text() == PLAIN
     assert "deepspeed launch/train.py recipe.yaml" in card and "rows_per_step: 8" in card
-    assert "generation check, from whole/export loaded anew: '[" in said
+    assert "generation check, from whole/export loaded again: '[" in said
 
 
 def test_tensorboard_shows_the_run(whole):
