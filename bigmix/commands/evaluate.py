@@ -1,6 +1,4 @@
-"""The command of an evaluation: as one rank under a launcher, and as `bigmix evaluate`, which
-starts the ranks itself.
-"""
+"""`bigmix evaluate`, which starts the ranks of an evaluation, and what each of these ranks runs."""
 
 import argparse
 import os
@@ -33,8 +31,8 @@ def add_evaluate(subparsers: Any) -> None:
         "evaluate",
         help="evaluate a model on a recipe's held-out sources",
         description=(
-            "Starts launch/evaluate.py's ranks on this machine without another launcher;"
-            " docs/evaluation.md says what is measured."
+            "Starts the ranks of launch/evaluate.py on this machine, without a launcher;"
+            " docs/evaluation.md describes what is measured."
         ),
     )
     _add_arguments(parser)
@@ -51,18 +49,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         help=(
-            "what forgetting and divergence are measured from (default: the recipe's model.path);"
-            " none: nothing"
+            "the model that forgetting and divergence are measured from (default: the recipe's"
+            " model.path); none: they are not measured"
         ),
     )
     parser.add_argument(
-        "--output", metavar="OUT", help="folder (default: evaluation/ in the recipe's output)"
+        "--output",
+        metavar="OUT",
+        help="folder of the results (default: evaluation/ in the recipe's output)",
     )
 
 
 def _evaluate(known: argparse.Namespace) -> int:
-    """The held-out sources and tasks of a recipe, then the benchmarks; of the folder of a model,
-    the benchmarks alone.
+    """Evaluate the held-out sources and tasks of a recipe, then run benchmarks; for the folder of a
+    model, only benchmarks.
     """
     if known.lm_eval is not None and Path(known.recipe).is_dir():
         _run_benchmarks(known, known.recipe, Path(known.output or _EVALUATION))
@@ -83,27 +83,27 @@ def _supervised(known: argparse.Namespace) -> int:
     ranks = num_gpus() or 1 if known.ranks is None else known.ranks
     if ranks < 1:
         raise BadInput(f"--ranks is {ranks}; give 1 or more")
-    course = LaunchSpec(
+    launch = LaunchSpec(
         start=lambda: start_ranks("evaluate", ranks, _words(known)),
         newest_step=lambda: 0,
         max_restarts=0,
     )
-    return supervise(course, requests, _tell)
+    return supervise(launch, requests, _report)
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     print(f"bigmix evaluate: {line}", file=sys.stderr, flush=True)
 
 
 def _words(known: argparse.Namespace) -> list[str]:
-    """The command line of a rank."""
+    """The arguments of the command line of a rank."""
     options = {"--model": known.model, "--base": known.base, "--output": known.output}
     given = [word for name, value in options.items() if value for word in (name, value)]
     return [known.recipe, *known.overrides, *given]
 
 
 def main(arguments: Sequence[str], stop_signal: StopSignal) -> int:
-    """Evaluate on this rank until it is done or the flag is set; returns the exit code."""
+    """Evaluate on this rank until done or a stop is requested; returns the exit code."""
     parser = argparse.ArgumentParser(prog="launch/evaluate.py")
     _add_arguments(parser)
     given = without_local_rank(arguments)
@@ -124,17 +124,18 @@ def _run(recipe: Recipe, known: argparse.Namespace, world: World, stop_signal: S
     model = _model(recipe, known)
     inputs = open_held_out(recipe, verify=world.local_rank == 0, machines=world.num_machines)
     quiet_third_party_logs()
-    # Seconds of imports, and only for a recipe that can be evaluated.
+    # Takes seconds to import, which a recipe that cannot be evaluated should not wait for.
     from bigmix.evaluation.standalone import EvaluationRequest, evaluate_standalone
 
     base = known.base or recipe.model.path
-    order = EvaluationRequest(
+    request = EvaluationRequest(
         model=model,
         base=None if base == _NO_BASE else base,
         output=_out(recipe, known),
         command=shlex.join(["bigmix", "evaluate", *_words(known), "--ranks", str(world.size)]),
     )
-    evaluate_standalone(recipe, inputs, order, world, Terminal(enabled=world.is_first), stop_signal)
+    terminal = Terminal(enabled=world.is_first)
+    evaluate_standalone(recipe, inputs, request, world, terminal, stop_signal)
     return DONE
 
 
@@ -146,7 +147,7 @@ def _model(recipe: Recipe, known: argparse.Namespace) -> str:
     own = Path(recipe.output) / EXPORT
     if known.model is None and not own.is_dir():
         raise BadInput(
-            f"{own} is no folder: no run of this recipe has ended there; train it first, or give"
-            " another model with --model"
+            f"{own} is no folder: no run of this recipe has been completed there; train it first,"
+            " or give another model with --model"
         )
     return known.model or str(own)

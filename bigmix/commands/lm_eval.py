@@ -1,6 +1,4 @@
-"""`bigmix evaluate --lm-eval TASKS`: standard benchmarks of lm-evaluation-harness on an exported
-model.
-"""
+"""`bigmix evaluate --lm-eval TASKS`: benchmarks of lm-evaluation-harness on an exported model."""
 
 import argparse
 import importlib.util
@@ -17,20 +15,20 @@ from bigmix.errors import BadInput
 from bigmix.files import replace_text
 
 LM_EVAL = "lm-eval.json"
-# Filled in here; the rest of what simple_evaluate takes is the user's.
+# Arguments of simple_evaluate that are set here; all others are the user's.
 _OURS = ("model", "model_args", "tasks", "task_manager")
 _INCLUDE = "include_path"
 _KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
 def add_lm_eval_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what is handed on to lm-evaluation-harness."""
+    """Add the options that are passed on to lm-evaluation-harness."""
     parser.add_argument(
         "--lm-eval",
         metavar="TASKS",
         help=(
-            "benchmarks of lm-evaluation-harness (pip install 'bigmix[lm-eval]'), names with commas"
-            " between"
+            "names of benchmarks of lm-evaluation-harness, separated by commas"
+            " (pip install 'bigmix[lm-eval]')"
         ),
     )
     parser.add_argument(
@@ -39,18 +37,18 @@ def add_lm_eval_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help=(
-            "for lm_eval.simple_evaluate, such as num_fewshot=5 limit=100 batch_size=16;"
+            "arguments of lm_eval.simple_evaluate, such as num_fewshot=5 limit=100 batch_size=16;"
             " include_path=FOLDER adds tasks"
         ),
     )
 
 
 def run_lm_eval(model: str, tasks: str, out: Path, arguments: Sequence[str] = ()) -> Path:
-    """Score a model folder on tasks, names with commas between, and write OUT/lm-eval.json; returns
-    its path.
+    """Score the folder of a model on tasks, whose names are separated by commas, and write
+    OUT/lm-eval.json; returns its path.
 
     `arguments` are KEY=VALUE for simple_evaluate of lm-evaluation-harness. Raises BadInput where
-    that is not installed, or knows no such argument or task.
+    that is not installed, or has no such argument or task.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise BadInput("lm-evaluation-harness is not installed; run pip install 'bigmix[lm-eval]'")
@@ -58,7 +56,7 @@ def run_lm_eval(model: str, tasks: str, out: Path, arguments: Sequence[str] = ()
         raise BadInput(
             f"model {model} has no config.json; give the folder of a model, such as RUN/export"
         )
-    # Seconds of imports, and an extra.
+    # An optional package that takes seconds to import.
     import lm_eval
 
     known = set(inspect.signature(lm_eval.simple_evaluate).parameters) - set(_OURS) | {_INCLUDE}
@@ -68,7 +66,7 @@ def run_lm_eval(model: str, tasks: str, out: Path, arguments: Sequence[str] = ()
     found = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": model},
-        tasks=manager.match_tasks(names),  # names may have a *
+        tasks=manager.match_tasks(names),  # a name may contain *
         task_manager=manager,
         **given,
     )
@@ -95,8 +93,8 @@ def _parsed(arguments: Sequence[str], known: set[str]) -> dict[str, Any]:
 
 
 def _manager(names: Sequence[str], include: str | None) -> Any:
-    """What finds the tasks: the user's own folder alone where all are in it, since the stock takes
-    half a minute to list.
+    """The task manager: only of the user's folder where that has all tasks, since listing those of
+    the package takes half a minute.
     """
     from lm_eval.tasks import TaskManager
 
@@ -112,8 +110,8 @@ def _manager(names: Sequence[str], include: str | None) -> Any:
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown or not names:
         raise BadInput(
-            f"TASKS has {', '.join(unknown) or 'no name'}, which lm-evaluation-harness does not"
-            f" know; `lm-eval ls tasks` lists what it does, {_INCLUDE}=FOLDER adds your own"
+            f"--lm-eval has {', '.join(unknown) or 'no name'}, which lm-evaluation-harness does"
+            f" not know; `lm-eval ls tasks` lists its tasks, {_INCLUDE}=FOLDER adds your own"
         )
     return manager
 

@@ -1,5 +1,4 @@
-"""Numbers of documents go in, how much their sums would move with other documents comes out
-(bootstrap: Efron, 1979).
+"""Bootstrap intervals: how much sums over documents would vary with other documents (Efron, 1979).
 
 Letters: D documents, K numbers of each, R resamples.
 """
@@ -12,7 +11,7 @@ import numpy as np
 from bigmix.types import Floats
 
 RESAMPLES = 1000
-_DRAWS = 1 << 20  # of documents at a time
+_DRAWS = 1 << 20  # documents drawn at a time, to bound memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,31 +30,30 @@ class Estimate:
 
 
 def resampled_sums(numbers_DK: Floats, key: int) -> Floats:
-    """The sums over as many documents, drawn with replacement, in each of RESAMPLES resamples [R,
-    K].
+    """Sums [R, K] over D documents drawn with replacement, for each of RESAMPLES resamples.
 
-    The same for the same key; all K numbers of a resample are of the same documents.
+    All K sums of a resample are of the same documents. The same key gives the same draws.
     """
-    documents, columns = numbers_DK.shape
-    sums_RK = np.zeros((RESAMPLES, columns))
-    if not documents:
+    num_documents, num_columns = numbers_DK.shape
+    sums_RK = np.zeros((RESAMPLES, num_columns))
+    if not num_documents:
         return sums_RK
     draws = np.random.default_rng(key)
-    rows = max(1, _DRAWS // documents)
-    for first in range(0, RESAMPLES, rows):
-        count = min(rows, RESAMPLES - first)
-        drawn_RD = draws.integers(0, documents, (count, documents))
-        drawn_RD += np.arange(count)[:, None] * documents
-        times_RD = np.bincount(drawn_RD.ravel(), minlength=count * documents)
-        # A product of whole numbers with floats is not a BLAS call.
-        times_RD = times_RD.reshape(count, documents).astype(np.float64)
+    most = max(1, _DRAWS // num_documents)
+    for first in range(0, RESAMPLES, most):
+        count = min(most, RESAMPLES - first)
+        drawn_RD = draws.integers(0, num_documents, (count, num_documents))
+        drawn_RD += np.arange(count)[:, None] * num_documents
+        times_RD = np.bincount(drawn_RD.ravel(), minlength=count * num_documents)
+        # As floats: numpy multiplies integers with floats without BLAS, which is slow.
+        times_RD = times_RD.reshape(count, num_documents).astype(np.float64)
         sums_RK[first : first + count] = times_RD @ numbers_DK
     return sums_RK
 
 
 def interval(values_R: Floats) -> tuple[float, float]:
-    """The points that 95 % of the values lie between; values that are no number, as 0 / 0, are left
-    out.
+    """The ends of the middle 95 % of the values, leaving out those that are not a number, as 0 / 0
+    is; not a number themselves where no value is left.
     """
     known = values_R[~np.isnan(values_R)]
     if not len(known):

@@ -1,9 +1,4 @@
-"""A model and an exam go in, all that is measured of it comes out, with the evaluation line of
-metrics.jsonl.
-
-A recipe and its inputs go in; out comes what the evaluation before the first step follows from, to
-find equal ones.
-"""
+"""Evaluates a model on held-out sources and tasks, for a line of metrics.jsonl."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +22,7 @@ from bigmix.runs.metrics_log import MetricsRecord
 from bigmix.text.last_word import pieces_of_tokens
 from bigmix.text.tokenizer import load_tokenizer
 
-_MEASURES = (  # those of `HeldOutResult` that have the same name in a line
+_MEASURES = (  # of `HeldOutResult`, those that have the same name in an evaluation line
     "perplexity",
     "bits_per_byte",
     "token_accuracy",
@@ -38,32 +33,32 @@ _MEASURES = (  # those of `HeldOutResult` that have the same name in a line
 
 
 def held_out_numbers(results: Mapping[str, HeldOutResult]) -> MetricsRecord:
-    """What was measured on held-out sources, under the keys of an evaluation line."""
+    """The results of held-out sources under the keys of an evaluation line."""
     line: MetricsRecord = {}
-    for name, found in results.items():
-        line |= _numbers("held_out_loss", "held_out", name, found.loss)
+    for name, result in results.items():
+        line |= _numbers("held_out_loss", "held_out", name, result.loss)
         for key in _MEASURES:
-            estimate: Estimate | None = getattr(found, key)
+            estimate: Estimate | None = getattr(result, key)
             if estimate is not None:
                 line |= _numbers(key, key, name, estimate)
-        line[f"held_out_tokens/{name}"] = found.tokens
-        line[f"held_out_documents/{name}"] = found.documents
-        if found.last_word_accuracy is not None:
-            line[f"last_words/{name}"] = found.last_words
+        line[f"held_out_tokens/{name}"] = result.num_tokens
+        line[f"held_out_documents/{name}"] = result.num_documents
+        if result.last_word_accuracy is not None:
+            line[f"last_words/{name}"] = result.num_last_words
     return line
 
 
-def _numbers(key: str, ends: str, source: str, estimate: Estimate) -> MetricsRecord:
+def _numbers(key: str, interval_key: str, source: str, estimate: Estimate) -> MetricsRecord:
     return {
         f"{key}/{source}": estimate.value,
-        f"{ends}_low/{source}": estimate.low,
-        f"{ends}_high/{source}": estimate.high,
+        f"{interval_key}_low/{source}": estimate.low,
+        f"{interval_key}_high/{source}": estimate.high,
     }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationResult:
-    """What an evaluation found; `line` has all of its numbers, under the keys of metrics.jsonl."""
+    """The results of an evaluation; `line` has all numbers, under the keys of metrics.jsonl."""
 
     held_out: Mapping[str, HeldOutResult]
     tasks: Mapping[str, TaskResult]
@@ -74,8 +69,8 @@ class EvaluationResult:
 class Evaluator:
     """Evaluates one model on held-out sources and tasks, in a run or outside of one.
 
-    `weights` is how the weights are held while tasks are asked, `seed` that of answers that are
-    drawn.
+    `weights` is how the weights are held while the model answers tasks, `seed` that of sampled
+    answers.
     """
 
     engine: Evaluable
@@ -94,8 +89,8 @@ class Evaluator:
     ) -> EvaluationResult | None:
         """Evaluate the model after a step; a collective. None where a stop was requested.
 
-        Forgetting is measured from `base`, which takes in the sources that it has not seen; None:
-        it is not measured. `tasks` are those that are asked, None: all.
+        Forgetting is measured from `base`, which takes the result of a source that it does not have
+        yet; it is not measured where `base` is None. `tasks` names the tasks to run; None: all.
         """
         sums = evaluate(self.engine, self.cluster, self.held_out, activity)
         if sums is None:
@@ -111,8 +106,8 @@ class Evaluator:
                 tokens_per_byte=manifest.loss_tokens / max(manifest.loss_bytes, 1),
                 base=base,
             )
-        asked = {n: task for n, task in self.tasks.items() if tasks is None or n in tasks}
-        results = self._task_results(asked, activity)
+        chosen = {n: task for n, task in self.tasks.items() if tasks is None or n in tasks}
+        results = self._task_results(chosen, activity)
         if results is None:
             return None
         line = {"step": step, "eval": True} | held_out_numbers(held_out) | task_line(results)
@@ -142,30 +137,31 @@ def prepare_tasks(
     manifests: Sequence[Manifest],
     config: Any,
 ) -> dict[str, PreparedTask]:
-    """The tasks as tokens for a model of this configuration; `tokenizer` is taken where the
-    sources' folder has none.
+    """The tasks as tokens for a model of this configuration; `tokenizer`, a folder or hub name, is
+    used where the folder of the sources has none.
 
-    Raises BadInput where there is no tokenizer, or a prompt has no place in the model.
+    Raises BadInput where there is no tokenizer, or a prompt does not fit the positions of the
+    model.
     """
     if not files:
         return {}
-    place = str(tokenizer_folder) if tokenizer_folder.is_dir() else tokenizer
-    if place is None:
+    chosen = str(tokenizer_folder) if tokenizer_folder.is_dir() else tokenizer
+    if chosen is None:
         raise BadInput(
             "tasks need a tokenizer, and neither the sources nor the model have one; prepare the"
             " sources again, or set model.tokenizer"
         )
-    return tokenise_tasks(files, chat_format_of(place, manifests), max_positions(config))
+    return tokenise_tasks(files, chat_format_of(chosen, manifests), max_positions(config))
 
 
 def token_bytes_in(folder: Path) -> Sequence[bytes] | None:
-    """The bytes of each id of the tokenizer in a folder; None where there is no tokenizer."""
+    """The bytes of each id of the tokenizer in a folder; None where there is no such folder."""
     return pieces_of_tokens(load_tokenizer(str(folder))) if folder.is_dir() else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaselineEvaluation:
-    """What a run has found before its first step, what its forgetting is measured from, and its
+    """The evaluation of a run before its first step, the baseline of its forgetting, and its
     folder.
     """
 

@@ -1,7 +1,6 @@
-"""A model and held-out streams go in, sums over each document come out, exact over any number of
-ranks.
+"""Runs a model over held-out rows and sums over each document, the same on any number of ranks.
 
-Letters beside those of `records`: D documents, M sums of `held_out.Sum`.
+Letters besides those of `data.records`: D documents, M sums of `held_out.Sum`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,18 +26,18 @@ from bigmix.seeding import evenly_spaced
 from bigmix.text.last_word import TAIL, last_word
 from bigmix.types import Flags, Floats, Ints
 
-# Columns of what a rank knows of a part of a document, before the sums of `Sum`.
+# Columns that identify a part of a document, before the sums of `Sum`.
 _SHARD, _DOCUMENT, _ROW, _PART_TOKENS, _DOCUMENT_TOKENS = range(5)
 _IDS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutSpec:
-    """What an evaluation asks of a model.
+    """What is evaluated on a model, and how.
 
-    `max_rows` of each source at most, spread evenly; None: all. `pieces` are the bytes of each id,
-    None where they are not known: then last words are not asked for. `base` is the model that
-    divergences are measured to.
+    At most `max_rows` rows of each source, spread evenly; None: all. `pieces` are the bytes of each
+    id; None where they are unknown: last words are then not measured. `base` is the model that
+    divergences are measured to; None: none are.
     """
 
     held_out: Mapping[str, Stream]
@@ -56,9 +55,9 @@ def evaluate(
 ) -> dict[str, DocumentSums] | None:
     """The sums over each document of each source; a collective.
 
-    None where a stop was requested of any rank, which is looked up before each forward.
-    Every rank makes the same number of forwards, with rows of no loss token where it has run out of
-    its own: under ZeRO-3 a rank that stayed away would leave the others waiting.
+    None where a stop was requested on any rank, which is checked before each forward. Every rank
+    makes the same number of forwards, with rows without loss tokens once it has none of its own
+    left: under ZeRO-3 the others would wait for a rank that stopped early.
     """
     results = {}
     for name, stream in held_out_spec.held_out.items():
@@ -72,7 +71,9 @@ def evaluate(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Slice:
-    """Rows of one forward, and the number of each among all; idle ones count for nothing."""
+    """The rows of one forward and the number of each among all rows; the results of idle ones are
+    not used.
+    """
 
     row_ids: Sequence[RowId]
     numbers: Sequence[int]
@@ -81,8 +82,8 @@ class _Slice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Read:
-    """The rows of a slice: what each part is, padding among them, and which loss tokens are of a
-    last word.
+    """The rows of a slice as a batch, what identifies each part (padding is one, too), and which
+    loss tokens belong to a last word.
     """
 
     batch: MicroBatch
@@ -92,7 +93,7 @@ class _Read:
 
 
 def _slices(stream: Stream, world: World, held_out_spec: HeldOutSpec) -> Sequence[_Slice]:
-    """What a rank shows the model, in as many forwards as each of the others."""
+    """The rows of a rank, in the same number of forwards as on every other rank."""
     row_ids, size = stream.in_shard_order(), held_out_spec.micro_batch_rows
     numbers = evenly_spaced(range(len(row_ids)), held_out_spec.max_rows)
     own = numbers[world.rank :: world.size]
@@ -115,12 +116,12 @@ def _parts_of_rank(
     stream: Stream,
     activity: Activity,
 ) -> Floats | None:
-    """What this rank knows of parts of documents; None on all ranks where one of them is asked to
-    stop.
+    """The sums over parts of documents in this rank's rows; None on all ranks where a stop was
+    requested on one.
     """
     slices, stop = _slices(stream, cluster.world, held_out_spec), activity.stop_requested
     parts: list[Floats] = [np.zeros((0, _IDS + len(Sum)))]
-    # A thread reads, since a rank that waits for a shard must still hear that it is to stop.
+    # Rows are read in a thread, so that a rank that waits for a shard still notices a stop request.
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evaluation")
     try:
         with engine.evaluating():
@@ -129,10 +130,10 @@ def _parts_of_rank(
                     f"evaluation of {stream.name}, micro-batch {number} of {len(slices)}"
                 )
                 reading = reader.submit(_read, stream, rows, held_out_spec.pieces)
-                stops = not is_done(reading, stop) or stop()
-                if any(cluster.sum_counts([stops])):
+                must_stop = not is_done(reading, stop) or stop()
+                if any(cluster.sum_counts([must_stop])):
                     return None
-                parts.append(_measured(engine, held_out_spec.base, reading.result()))
+                parts.append(_sums_of_parts(engine, held_out_spec.base, reading.result()))
     finally:
         reader.shutdown(wait=False)
     return np.concatenate(parts)
@@ -146,20 +147,20 @@ def _read(stream: Stream, rows: _Slice, pieces: Sequence[bytes] | None) -> _Read
         shards_R=np.array([row_id.shard for row_id in rows.row_ids]),
         rows_R=np.array([row_id.row for row_id in rows.row_ids]),
     )
-    found = assemble([stream], row_ids)
-    batch = found.micro_batch(0, len(rows.row_ids))
+    assembled = assemble([stream], row_ids)
+    batch = assembled.micro_batch(0, len(rows.row_ids))
     if rows.is_idle:
         none = np.zeros(0, np.int64)
         batch = replace(batch, begins_K=none, lengths_K=none)
-    parts_R = np.diff(found.parts_R1)
-    shards_P = np.repeat(row_ids.shards_R, parts_R)
+    num_parts_R = np.diff(assembled.parts_R1)
+    shards_P = np.repeat(row_ids.shards_R, num_parts_R)
     ids_P5 = np.stack(
         [
             shards_P,
-            found.documents_P,
-            np.repeat(rows.numbers, parts_R),
+            assembled.documents_P,
+            np.repeat(rows.numbers, num_parts_R),
             np.diff(batch.starts_P, append=batch.ids_BT.size),
-            _document_tokens(stream, shards_P, found.documents_P),
+            _num_document_tokens(stream, shards_P, assembled.documents_P),
         ],
         axis=1,
     )
@@ -169,20 +170,20 @@ def _read(stream: Stream, rows: _Slice, pieces: Sequence[bytes] | None) -> _Read
     return _Read(batch=batch, ids_P5=ids_P5, is_of_word_N=is_of_word_N, is_idle=rows.is_idle)
 
 
-def _document_tokens(stream: Stream, shards_P: Ints, documents_P: Ints) -> Ints:
-    """The tokens of the whole document that each part is from; 0 for padding."""
-    tokens_P = np.zeros_like(documents_P)
+def _num_document_tokens(stream: Stream, shards_P: Ints, documents_P: Ints) -> Ints:
+    """The length in tokens of the whole document that each part is from; 0 for padding."""
+    num_tokens_P = np.zeros_like(documents_P)
     for shard in dict.fromkeys(shards_P.tolist()):
         own = (shards_P == shard) & (documents_P != PADDING)
-        tokens_P[own] = stream.lengths_of(shard)[documents_P[own]]
-    return tokens_P
+        num_tokens_P[own] = stream.lengths_of(shard)[documents_P[own]]
+    return num_tokens_P
 
 
 def _mark_last_words(
     batch: MicroBatch, pieces: Sequence[bytes], is_of_word_N: Flags, *, is_text: bool
 ) -> None:
-    """Mark the loss tokens of the last word of the last run of each part; none where one of its
-    tokens is not in the loss.
+    """Mark the loss tokens of the last word in the last run of each part; nothing where a token of
+    the word is not in the loss.
     """
     parts_K = np.searchsorted(batch.starts_P, batch.begins_K, side="right") - 1
     is_last_K = np.append(parts_K[1:] != parts_K[:-1], True)[: len(parts_K)]
@@ -199,27 +200,28 @@ def _mark_last_words(
         is_of_word_N[end - len(tail) + word.start : end - len(tail) + word.stop] = True
 
 
-def _measured(engine: Evaluable, base: ReferenceModel | None, read: _Read) -> Floats:
-    """The parts of documents of a micro-batch, with their sums."""
-    batch, parts = read.batch, len(read.ids_P5)
+def _sums_of_parts(engine: Evaluable, base: ReferenceModel | None, read: _Read) -> Floats:
+    """What identifies each part of a document in a micro-batch, with its sums."""
+    batch, num_parts = read.batch, len(read.ids_P5)
     parts_N = np.searchsorted(batch.starts_P, batch.kept_N, side="right") - 1
-    groups_N = parts_N + parts * read.is_of_word_N
-    _, sums_GM = engine.forward(_grouped(batch, groups_N, 2 * parts, base, engine.device))
+    # A part is two groups: its last word, and the rest of it.
+    groups_N = parts_N + num_parts * read.is_of_word_N
+    _, sums_GM = engine.forward(_grouped(batch, groups_N, 2 * num_parts, base, engine.device))
     sums = GroupSums.of(sums_GM.double())
     nll_2P, hits_2P, kl_2P = (
-        torch.stack([sums.nll_G, sums.hits_G, sums.kl_G]).view(3, 2, parts).cpu().numpy()
+        torch.stack([sums.nll_G, sums.hits_G, sums.kl_G]).view(3, 2, num_parts).cpu().numpy()
     )
-    word_tokens_P = np.bincount(parts_N[read.is_of_word_N], minlength=parts)
-    found_PM = np.zeros((parts, len(Sum)))
-    found_PM[:, Sum.TOKENS] = batch.loss_tokens_P
-    found_PM[:, Sum.NLL] = nll_2P.sum(axis=0)
-    found_PM[:, Sum.HITS] = hits_2P.sum(axis=0)
-    found_PM[:, Sum.KL] = kl_2P.sum(axis=0)
-    found_PM[:, Sum.WORDS] = word_tokens_P > 0
-    found_PM[:, Sum.WORD_HITS] = (word_tokens_P > 0) & (hits_2P[1] == word_tokens_P)
+    num_word_tokens_P = np.bincount(parts_N[read.is_of_word_N], minlength=num_parts)
+    sums_PM = np.zeros((num_parts, len(Sum)))
+    sums_PM[:, Sum.TOKENS] = batch.loss_tokens_P
+    sums_PM[:, Sum.NLL] = nll_2P.sum(axis=0)
+    sums_PM[:, Sum.HITS] = hits_2P.sum(axis=0)
+    sums_PM[:, Sum.KL] = kl_2P.sum(axis=0)
+    sums_PM[:, Sum.WORDS] = num_word_tokens_P > 0
+    sums_PM[:, Sum.WORD_HITS] = (num_word_tokens_P > 0) & (hits_2P[1] == num_word_tokens_P)
     is_document_P = (read.ids_P5[:, _DOCUMENT] != PADDING) & (not read.is_idle)
-    measured: Floats = np.hstack([read.ids_P5, found_PM])[is_document_P]
-    return measured
+    identified: Floats = np.hstack([read.ids_P5, sums_PM])[is_document_P]
+    return identified
 
 
 def _grouped(
@@ -229,9 +231,7 @@ def _grouped(
     base: ReferenceModel | None,
     device: torch.device,
 ) -> ModelTensors:
-    """A micro-batch on the device whose loss tokens are in groups of their own; none is in an
-    objective.
-    """
+    """A micro-batch on the device whose loss tokens are in these groups, and in no objective."""
     together = replace(batch, groups_P=np.zeros_like(batch.groups_P))
     if base is None:
         moved = to_device(together, [0.0], device)
@@ -252,10 +252,10 @@ def _grouped(
 
 
 def by_document(parts: Floats, *, has_kl: bool) -> DocumentSums:
-    """Parts of documents from all ranks, added up in an order of their own.
+    """The sums over each document from its parts on all ranks, added up in a fixed order.
 
-    The last word is that of the last part, and none where a part is missing: one that was not
-    evaluated, or cut off.
+    The last word is that of the last part. A document has none where a part is missing, since it
+    was cut off or not evaluated.
     """
     order = np.lexsort((parts[:, _ROW], parts[:, _DOCUMENT], parts[:, _SHARD]))
     parts = parts[order]
@@ -265,8 +265,8 @@ def by_document(parts: Floats, *, has_kl: bool) -> DocumentSums:
     firsts = np.flatnonzero(np.append(True, (keys[1:] != keys[:-1]).any(axis=1)))
     lasts = np.append(firsts[1:], len(parts)) - 1
     sums_DM = np.add.reduceat(sums, firsts)
-    seen_D = np.add.reduceat(parts[:, _PART_TOKENS], firsts)
-    is_whole_D = seen_D == parts[lasts, _DOCUMENT_TOKENS]
+    num_seen_D = np.add.reduceat(parts[:, _PART_TOKENS], firsts)
+    is_whole_D = num_seen_D == parts[lasts, _DOCUMENT_TOKENS]
     for column in (Sum.WORDS, Sum.WORD_HITS):
         sums_DM[:, column] = sums[lasts, column] * is_whole_D
     has_loss_D = sums_DM[:, Sum.TOKENS] > 0

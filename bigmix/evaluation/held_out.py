@@ -1,13 +1,12 @@
-"""Sums over each document of a held-out source go in, its measures come out, each with its 95 %
-interval over documents.
+"""The measures of a held-out source from sums over its documents, each with its 95 % interval.
 
-With sums over documents, and counts of the loss tokens n_d:
+With nll_d the sum over the n_d loss tokens of document d:
 
     loss = sum_d nll_d / sum_d n_d        forgetting = loss - loss of the base on the same documents
 
-and so for all: one division at the end, so that long documents weigh as much as their tokens. An
-interval is that of the same quotient when whole documents are drawn again. Letters: D documents, M
-sums, R resamples.
+and likewise for the others: one division at the end, so that a document counts by its tokens. An
+interval is that of the same quotient over whole documents that are drawn with replacement. Letters:
+D documents, M sums, R resamples.
 """
 
 import io
@@ -33,8 +32,8 @@ _Measure: TypeAlias = "Callable[[Floats], Floats]"  # of sums [M], or of those o
 
 
 class Sum(IntEnum):
-    """The columns of what is summed over a document; WORDS is 1 where its last word was predicted,
-    right or wrong.
+    """The columns of the sums over a document; WORDS is 1 where its last word was predicted, right
+    or wrong.
     """
 
     TOKENS = 0
@@ -47,8 +46,8 @@ class Sum(IntEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DocumentSums:
-    """Sums over the loss tokens of each document; `ids_D2` are its shard and its place in it, in
-    growing order.
+    """Sums over the loss tokens of each document; `ids_D2` are the shard and the number of the
+    document in it, in ascending order.
 
     `has_kl`: whether the column KL was measured.
     """
@@ -59,17 +58,17 @@ class DocumentSums:
 
     @property
     def loss(self) -> float:
-        """Nats per loss token; not a number where there is none."""
-        tokens, nll = self.sums_DM.sum(axis=0)[[Sum.TOKENS, Sum.NLL]].tolist()
-        return nll / tokens if tokens else math.nan
+        """Nats per loss token; not a number where there are no loss tokens."""
+        num_tokens, nll = self.sums_DM.sum(axis=0)[[Sum.TOKENS, Sum.NLL]].tolist()
+        return nll / num_tokens if num_tokens else math.nan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutResult:
-    """What was measured on a held-out source; None is what was not.
+    """The measures of a held-out source; None where something was not measured.
 
-    loss, forgetting, kl_to_base: nats per loss token. token_accuracy: of loss tokens.
-    last_word_accuracy: of `last_words` documents, those whose last word is predicted.
+    loss, forgetting and kl_to_base are in nats per loss token, token_accuracy is of loss tokens,
+    last_word_accuracy of `num_last_words` documents: those whose last word is predicted.
     """
 
     loss: Estimate
@@ -79,16 +78,16 @@ class HeldOutResult:
     last_word_accuracy: Estimate | None
     kl_to_base: Estimate | None
     forgetting: Estimate | None
-    tokens: int
-    documents: int
-    last_words: int
+    num_tokens: int
+    num_documents: int
+    num_last_words: int
 
 
 class Baseline:
     """What forgetting is measured from: the first result of each source, in a run that of step 0.
 
-    The losses are part of a run's state; the sums of documents, which intervals need too, are kept
-    in a file beside.
+    The losses are part of a run's state. The sums over documents, which intervals need as well, are
+    kept in a file of the run's folder.
     """
 
     def __init__(self) -> None:
@@ -96,44 +95,45 @@ class Baseline:
         self._sums: dict[str, DocumentSums] = {}
 
     def take(self, name: str, sums: DocumentSums) -> None:
-        """Keep the first result of a source; those that come later change nothing."""
+        """Keep the first result of a source; later ones change nothing."""
         if name not in self.losses:
             self.losses[name], self._sums[name] = sums.loss, sums
 
     def take_over(self, other: "Baseline") -> None:
-        """Measure from what another one measures from."""
+        """Replace the results by those of another baseline."""
         self.losses, self._sums = dict(other.losses), dict(other._sums)
 
     def copy(self) -> "Baseline":
-        """One that takes in no more when this one does."""
+        """An independent copy: it does not change when this one takes another result."""
         copied = Baseline()
         copied.take_over(self)
         return copied
 
     def sums(self, name: str, like: DocumentSums) -> Floats | None:
-        """The base's sums over the documents of another result; None where they are not known, or
-        are of others.
+        """The base's sums over the documents of another result; None where they are unknown or of
+        other documents.
         """
         found = self._sums.get(name)
-        # The file may be of another run in the same folder, the losses are never.
+        # The file may be that of another run in the same folder; the losses never are.
         if found is None or found.loss != self.losses[name]:
             return None
         return found.sums_DM if np.array_equal(found.ids_D2, like.ids_D2) else None
 
     def resume(self, losses: Mapping[str, float]) -> None:
-        """Go on from the losses of an earlier part of a run."""
+        """Continue from the losses of an earlier part of a run."""
         self.losses = dict(losses)
 
     def put_back(self, content: bytes | None) -> None:
-        """Take in what `content` gave, or nothing where that is lost.
+        """Restore the sums over documents from the bytes that `content` returned; None restores
+        nothing.
 
-        Raises BadInput where it is of another version or damaged.
+        Raises BadInput where they are of another version or damaged.
         """
         if content is not None:
             self._sums = _parsed(content)
 
     def content(self) -> bytes:
-        """The sums of documents as the bytes of a file."""
+        """The sums over documents as the bytes of a file."""
         arrays = {"version": np.array(_VERSION)}
         for name, sums in self._sums.items():
             arrays |= {f"{name}/ids": sums.ids_D2, f"{name}/sums": sums.sums_DM}
@@ -142,13 +142,13 @@ class Baseline:
         return buffer.getvalue()
 
     def write(self, folder: Path) -> None:
-        """Keep them with the run."""
+        """Write `content` to its file in the folder of a run."""
         with atomic_write(folder / BASELINE) as temporary:
             temporary.write_bytes(self.content())
 
 
 def read_baseline(folder: Path) -> bytes | None:
-    """The file that `write` left in a run's folder; None where there is none."""
+    """The bytes of the file that `write` left in a run's folder; None where there is none."""
     path = folder / BASELINE
     return path.read_bytes() if path.is_file() else None
 
@@ -157,7 +157,7 @@ def _parsed(content: bytes) -> dict[str, DocumentSums]:
     try:
         with np.load(io.BytesIO(content)) as arrays:
             if int(arrays["version"]) != _VERSION:
-                raise ValueError(f"its version is {arrays['version']}, known is {_VERSION}")
+                raise ValueError(f"its version is {arrays['version']}, must be {_VERSION}")
             names = [key.removesuffix("/ids") for key in arrays.files if key.endswith("/ids")]
             return {
                 name: DocumentSums(
@@ -168,19 +168,19 @@ def _parsed(content: bytes) -> dict[str, DocumentSums]:
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise BadInput(
             f"{BASELINE} in the run's folder is not as it was written ({error}); restore it from a"
-            " copy, or delete it: forgetting is then told without intervals"
+            " copy, or delete it: forgetting is then reported without intervals"
         ) from error
 
 
 def summarise(
     name: str, sums: DocumentSums, *, tokens_per_byte: float, base: Baseline | None
 ) -> HeldOutResult:
-    """The measures of a source; `tokens_per_byte` are the loss tokens of a byte of the text behind
-    them.
+    """The measures of a source; `tokens_per_byte` is the number of loss tokens for a byte of the
+    text that they encode.
     """
     base_DM = None if base is None else base.sums(name, sums)
-    # Of the same draws: forgetting is a difference on the same documents, which moves less than
-    # either loss.
+    # Both on the same draws: forgetting is a difference on the same documents, which varies less
+    # than either loss.
     both_DM = sums.sums_DM if base_DM is None else np.hstack([sums.sums_DM, base_DM])
     totals_M = both_DM.sum(axis=0)
     resampled_RM = resampled_sums(both_DM, key_of("interval", name))
@@ -188,7 +188,7 @@ def summarise(
     def estimate(measure: "_Measure") -> Estimate:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             value = float(measure(totals_M))
-            # One document says nothing of how others would differ, and its interval would be a
+            # One document says nothing about how others would differ; its interval would be a
             # point.
             low, high = (
                 interval(measure(resampled_RM)) if len(both_DM) > 1 else (math.nan, math.nan)
@@ -211,9 +211,9 @@ def summarise(
         last_word_accuracy=estimate(words) if totals_M[Sum.WORDS] else None,
         kl_to_base=estimate(_ratio(Sum.KL, Sum.TOKENS)) if sums.has_kl else None,
         forgetting=forgetting,
-        tokens=int(totals_M[Sum.TOKENS]),
-        documents=len(sums.ids_D2),
-        last_words=int(totals_M[Sum.WORDS]),
+        num_tokens=int(totals_M[Sum.TOKENS]),
+        num_documents=len(sums.ids_D2),
+        num_last_words=int(totals_M[Sum.WORDS]),
     )
 
 

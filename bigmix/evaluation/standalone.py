@@ -1,8 +1,7 @@
-"""A recipe and models outside of a run go in, a folder with what an evaluation finds of them comes
-out.
+"""Evaluates a model outside of a run, and its base, and writes a folder with the results.
 
-The base is evaluated first, then the model: what it has forgotten, and how far it has moved, is
-measured from there. Neither has an optimizer, nor gradients.
+The base is evaluated first, then the model, whose forgetting and divergence are measured from the
+base. Neither has an optimizer or gradients.
 """
 
 import json
@@ -42,8 +41,8 @@ _VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationRequest:
-    """What is evaluated: the model, the base that it is held against if there is one, and where the
-    results go.
+    """What is evaluated: the model, the base that it is compared with if there is one, and the
+    folder of the results.
     """
 
     model: str
@@ -55,18 +54,19 @@ class EvaluationRequest:
 def evaluate_standalone(
     recipe: Recipe,
     inputs: HeldOutInputs,
-    order: EvaluationRequest,
+    request: EvaluationRequest,
     world: World,
     terminal: Terminal,
     stop_signal: StopSignal,
 ) -> None:
-    """Evaluate the models of an order on the held-out sources of a recipe; a collective.
+    """Evaluate the models of a request on the held-out sources and tasks of a recipe; a collective.
 
-    Raises BadInput where a model does not fit the sources, and Interrupted where the flag is set.
+    Raises BadInput where a model does not fit the sources, and Interrupted where a stop was
+    requested.
     """
-    given = {"--base": order.base, "--model": order.model}
+    given = {"--base": request.base, "--model": request.model}
     models = read_evaluated(recipe, inputs.manifests[0], inputs.tokenizer_folder, given)
-    asked = {
+    tasks = {
         named: prepare_tasks(
             inputs.tasks,
             inputs.tokenizer_folder,
@@ -77,26 +77,26 @@ def evaluate_standalone(
         for named, model in models.items()
     }
     cluster = join(world)
-    log_to_file(order.output / LOG, world)
+    log_to_file(request.output / LOG, world)
     limits = Limits(dead_s=recipe.health.dead_after_s, hang_s=60 * recipe.health.hang_minutes)
-    watchdog = Watchdog(cluster, stop_signal, limits, order.output / LOG)
-    room = _Services(
+    watchdog = Watchdog(cluster, stop_signal, limits, request.output / LOG)
+    services = _Services(
         recipe=recipe,
         inputs=inputs,
-        asked=asked,
+        tasks=tasks,
         cluster=cluster,
         activity=Activity(begin=watchdog.doing, stop_requested=stop_signal.is_set),
     )
     try:
         lines = []
-        for model, found in _findings(room, models):
-            lines.append(found.line)
+        for model, result in _results(services, models):
+            lines.append(result.line)
             if world.is_first:
-                write_samples(order.output, int(found.line["step"] or 0), found.tasks)
-            show_evaluation(terminal, recipe, model.path, found)
+                write_samples(request.output, int(result.line["step"] or 0), result.tasks)
+            show_evaluation(terminal, recipe, model.path, result)
         if world.is_first:
-            _write(recipe, order, lines)
-            terminal.note(f"written to {order.output / EVALUATION}")
+            _write(recipe, request, lines)
+            terminal.note(f"written to {request.output / EVALUATION}")
     except BaseException as error:
         watchdog.fail(error)
         raise
@@ -106,93 +106,99 @@ def evaluate_standalone(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Services:
-    """What all models of an order are examined with; `asked` are the tasks as tokens, by the option
-    of the model.
+    """What the evaluations of all models share; `tasks` are the tasks as tokens, by the option that
+    names the model.
     """
 
     recipe: Recipe
     inputs: HeldOutInputs
-    asked: Mapping[str, Mapping[str, PreparedTask]]
+    tasks: Mapping[str, Mapping[str, PreparedTask]]
     cluster: Cluster
     activity: Activity
 
 
-def _findings(
-    room: _Services, models: Mapping[str, Evaluated]
+def _results(
+    services: _Services, models: Mapping[str, Evaluated]
 ) -> Iterator[tuple[Evaluated, EvaluationResult]]:
-    """What is found of the base, if there is one, and of the model; divergences are of the model
-    alone.
+    """The results of the base, if there is one, and of the model; divergences are of the model
+    only.
     """
-    base, held_out_spec = None, _exam(room)
-    model, held_against = models["--model"], models.get("--base")
-    if held_against is not None:
-        base = Baseline()
-        yield held_against, _examined(room, held_against, held_out_spec, 0, base)
-        held_out_spec = replace(
-            held_out_spec, base=open_reference(_origin(held_against), room.recipe, _place(room))
-        )
-    yield model, _examined(room, model, held_out_spec, _step_of(Path(model.path)), base)
+    baseline, held_out_spec = None, _held_out_spec(services)
+    model, base = models["--model"], models.get("--base")
+    if base is not None:
+        baseline = Baseline()
+        yield base, _evaluate(services, base, held_out_spec, 0, baseline)
+        reference = open_reference(_source_of(base), services.recipe, _placement(services))
+        held_out_spec = replace(held_out_spec, base=reference)
+    yield model, _evaluate(services, model, held_out_spec, _step_of(Path(model.path)), baseline)
 
 
-def _exam(room: _Services) -> HeldOutSpec:
+def _held_out_spec(services: _Services) -> HeldOutSpec:
+    train = services.recipe.train
     return HeldOutSpec(
-        held_out=room.inputs.streams,
-        micro_batch_rows=room.recipe.train.micro_batch_rows,
-        max_rows=room.recipe.evaluate.rows,
-        pieces=token_bytes_in(room.inputs.tokenizer_folder),
+        held_out=services.inputs.streams,
+        micro_batch_rows=train.micro_batch_rows,
+        max_rows=services.recipe.evaluate.rows,
+        pieces=token_bytes_in(services.inputs.tokenizer_folder),
         base=None,
     )
 
 
-def _origin(model: Evaluated) -> ModelSource:
+def _source_of(model: Evaluated) -> ModelSource:
     return ModelSource(path=model.path, config=model.config, named=model.named)
 
 
-def _place(room: _Services) -> DevicePlacement:
-    recipe, world = room.recipe, room.cluster.world
+def _placement(services: _Services) -> DevicePlacement:
+    recipe, world = services.recipe, services.cluster.world
     device = device_of(world)
     dtype = choose_dtype(recipe.model.dtype, device).value
-    keys = complete_for_evaluation(room.inputs.ds_keys, recipe, world.size, dtype)
+    keys = complete_for_evaluation(services.inputs.ds_keys, recipe, world.size, dtype)
     return DevicePlacement(keys=keys, dtype=dtype, device=device)
 
 
-def _examined(
-    room: _Services, model: Evaluated, held_out_spec: HeldOutSpec, step: int, base: Baseline | None
+def _evaluate(
+    services: _Services,
+    model: Evaluated,
+    held_out_spec: HeldOutSpec,
+    step: int,
+    baseline: Baseline | None,
 ) -> EvaluationResult:
-    recipe, place = room.recipe, _place(room)
-    room.activity.begin(f"making {model.path}")
-    backend = choose_backend(recipe.loss.backend, place.device).value
+    recipe, placement = services.recipe, _placement(services)
+    services.activity.begin(f"making {model.path}")
+    backend = choose_backend(recipe.loss.backend, placement.device).value
     options = backend_options_of(backend, recipe.loss.chunk_mib)
     evaluator = Evaluator(
-        engine=open_evaluated(_origin(model), recipe, place, options),
-        cluster=room.cluster,
+        engine=open_evaluated(_source_of(model), recipe, placement, options),
+        cluster=services.cluster,
         held_out=held_out_spec,
-        tasks=room.asked[model.named],
+        tasks=services.tasks[model.named],
         weights=recipe.evaluate.task_weights,
         seed=recipe.seed,
     )
-    found = evaluator.evaluate(step, base, room.activity)
-    if found is None:
-        raise Interrupted("stopped on request; the same command begins the evaluation again")
-    return found
+    result = evaluator.evaluate(step, baseline, services.activity)
+    if result is None:
+        raise Interrupted("stopped on request; run the same command to evaluate again")
+    return result
 
 
 def _step_of(model: Path) -> int:
-    """The last step of the run that a model was exported by; 1 where that is not known."""
+    """The last step of the run that exported a model; 1 where that is unknown."""
     metrics = model.parent / METRICS
     lines = read_lines(metrics) if metrics.is_file() else []
     return max((int(line["step"]) for line in lines), default=1)
 
 
-def _write(recipe: Recipe, order: EvaluationRequest, lines: Sequence[MetricsRecord]) -> None:
-    """The folder of the results; what says that it is whole goes last."""
-    order.output.mkdir(parents=True, exist_ok=True)
-    replace_text(order.output / RECIPE, to_yaml(recipe))
-    found: dict[str, Any] = {
+def _write(recipe: Recipe, request: EvaluationRequest, lines: Sequence[MetricsRecord]) -> None:
+    """Write the folder of the results; evaluation.json is last and marks the folder as complete."""
+    request.output.mkdir(parents=True, exist_ok=True)
+    replace_text(request.output / RECIPE, to_yaml(recipe))
+    evaluation: dict[str, Any] = {
         "version": _VERSION,
-        "model": order.model,
-        "base": order.base,
-        "command": order.command,
+        "model": request.model,
+        "base": request.base,
+        "command": request.command,
         "lines": [finite(line) for line in lines],
     }
-    replace_text(order.output / EVALUATION, json.dumps(found, indent=1, allow_nan=False) + "\n")
+    replace_text(
+        request.output / EVALUATION, json.dumps(evaluation, indent=1, allow_nan=False) + "\n"
+    )

@@ -1,4 +1,4 @@
-"""Tables of what an evaluation found, for a terminal."""
+"""Tables of the results of an evaluation, for a terminal."""
 
 import math
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from bigmix.terminal import Cell, Change, HeldOutRow, Table, Terminal, evaluatio
 
 
 def show_evaluation(terminal: Terminal, recipe: Recipe, of: str, found: EvaluationResult) -> None:
-    """The tables of an evaluation; `of` says of which model."""
+    """Print the tables of an evaluation; `of` names the model, for the titles."""
     if found.held_out:
-        told = [_told(recipe, *item) for item in found.held_out.items()]
-        terminal.table(evaluation_table(f"held out, {of}", told))
+        rows = [_held_out_row(recipe, *item) for item in found.held_out.items()]
+        terminal.table(evaluation_table(f"held out, {of}", rows))
     if found.tasks:
         terminal.table(_tasks_table(f"tasks, {of}", found.tasks))
 
 
-def _told(recipe: Recipe, name: str, found: HeldOutResult) -> HeldOutRow:
+def _held_out_row(recipe: Recipe, name: str, found: HeldOutResult) -> HeldOutRow:
     source = recipe.sources.get(name)
     return HeldOutRow(
         source=name,
@@ -46,7 +46,14 @@ def _margin(estimate: Estimate) -> float | None:
 
 def _tasks_table(title: str, results: Mapping[str, TaskResult]) -> Table:
     rows: list[list[Cell]] = [
-        [name, kind, f"{s.value:.1%}", f"{s.low:.1%}–{s.high:.1%}", result.examples, result.dropped]
+        [
+            name,
+            kind,
+            f"{s.value:.1%}",
+            f"{s.low:.1%}–{s.high:.1%}",
+            result.num_examples,
+            result.num_dropped,
+        ]
         for name, result in results.items()
         for kind, s in result.scores.items()
     ]

@@ -1,5 +1,6 @@
-"""Checks of models: that a configuration fits the prepared sources, before a model is built, and
-that packing and the loss mean the same on a built model as on its own logits.
+"""Checks that models fit the prepared sources, and that packing and the loss are right on them.
+
+The first is checked on configurations, before anything is built; the second on a built model.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,5 +1,4 @@
-"""Writes the weights of a model as a Hugging Face folder that transformers loads, and reads such
-folders tensor by tensor.
+"""Writes models as Hugging Face folders, and reads the weights of such folders tensor by tensor.
 
 One file is `model.safetensors`; several are `model-IIIII-of-NNNNN.safetensors` with
 `model.safetensors.index.json`, which names the file of each tensor. Neither writing nor reading

@@ -1,9 +1,8 @@
-"""Reads and writes what this rank holds in DeepSpeed's ZeRO optimizer: fp32 weights, their average
-and Adam's moments.
+"""Reads and writes what this rank holds in DeepSpeed's ZeRO optimizer.
 
-ZeRO keeps them in flat tensors. Which elements of which parameter lie where in them depends on the
-stage and on the number of ranks; here each piece is described by its parameter alone, so that
-another number of ranks can find it again.
+ZeRO keeps the fp32 weights and Adam's moments in flat tensors. Which elements of which parameter
+lie where in them depends on the stage and on the number of ranks; here each piece is described by
+its parameter alone, so that another number of ranks can find it again.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,6 +1,6 @@
-"""The end of a run: the exported model, its card, and a first text generated with it.
+"""Exports the model of a run with its card, and checks that the export loads and generates.
 
-The numbers of the card are those of metrics.jsonl: the last evaluation and the totals of the last
+The numbers of the card are those of metrics.jsonl: the last evaluation, and the totals of the last
 step.
 """
 
@@ -34,10 +34,15 @@ from bigmix.types import IGNORE
 _LIBRARIES = ("torch", "transformers", "deepspeed", "safetensors")
 _TASK = re.compile(r"task/(.+)/([^/]+)")
 _CONTENT_DIGITS = 16
+_LARGEST_GIB = 8.0  # of weights that are loaded a second time, in addition to what the run holds
+_LONGEST_PROMPT, _SHORTEST_PROMPT, _CONTINUATION = 64, 8, 24  # tokens
 
 
 def export_model(run: Run, state: TrainState, tokenizer_folder: Path) -> None:
-    """Write the model with its card, then load it and let it generate; a collective."""
+    """Write the model with its card, then load the export and let it generate; a collective.
+
+    A failure of that check is a warning: the export is already written.
+    """
     recipe, inputs, is_first = run.recipe, run.inputs, run.cluster.world.is_first
     folder = Path(recipe.output) / EXPORT
     run.watchdog.doing(f"describing {folder}")
@@ -62,19 +67,20 @@ def export_model(run: Run, state: TrainState, tokenizer_folder: Path) -> None:
 
 
 def _template(inputs: RunInputs) -> dict[str, str]:
-    """The built-in chat template where all chats are rendered with it; another one lies with the
-    tokenizer already.
+    """The built-in chat template where all chats are rendered with it; any other template is
+    already in the tokenizer's folder.
     """
     templates = [source.manifest.template for source in inputs.sources.values()]
-    found = {template.sha256 for template in templates if template is not None}
-    return {"chat_template.jinja": PLAIN} if found == {PLAIN_SHA256} else {}
+    hashes = {template.sha256 for template in templates if template is not None}
+    return {"chat_template.jinja": PLAIN} if hashes == {PLAIN_SHA256} else {}
 
 
 def _check(run: Run, state: TrainState, folder: Path) -> None:
-    if size_gib(folder) > LARGEST_GIB:
+    size_gib = _weights_gib(folder)
+    if size_gib > _LARGEST_GIB:
         run.terminal.note(
-            f"generation check left out: the model has {size_gib(folder):.1f} GiB, up to"
-            f" {LARGEST_GIB:g} are loaded again"
+            f"generation check left out: the model has {size_gib:.1f} GiB of weights, and up to"
+            f" {_LARGEST_GIB:g} GiB are loaded again"
         )
         return
     held_out, plan = run.inputs.held_out, state.plan
@@ -90,8 +96,8 @@ def _check(run: Run, state: TrainState, folder: Path) -> None:
         run.terminal.warning(f"generation check: {folder} does not load and generate ({error})")
         return
     run.terminal.note(
-        f"generation check, from {folder} loaded again: {generated.prompt!r} ->"
-        f" {generated.continuation!r}"
+        f"generation check, from {folder} loaded again:"
+        f" {generated.prompt!r} -> {generated.continuation!r}"
     )
 
 
@@ -112,15 +118,15 @@ def model_card(recipe: Recipe, inputs: RunInputs, lines: Sequence[Mapping[str, A
 
 
 def front_matter(base: str | None) -> str:
-    """The head of a model card: what hubs read of it."""
-    values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    """The YAML at the head of a model card, which hubs read; `base` is the base model, if any."""
+    keys: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base is not None:
-        values["base_model"] = base
-    return f"---\n{yaml.safe_dump(values | {'tags': ['bigmix']}, sort_keys=False)}---\n\n"
+        keys["base_model"] = base
+    return f"---\n{yaml.safe_dump(keys | {'tags': ['bigmix']}, sort_keys=False)}---\n\n"
 
 
 def versions() -> str:
-    """The libraries that made a model."""
+    """The versions of bigmix and of the libraries that make a model."""
     return ", ".join([f"bigmix {__version__}", *(f"{name} {version(name)}" for name in _LIBRARIES)])
 
 
@@ -145,19 +151,19 @@ def _opening(recipe: Recipe) -> str:
 def _training(recipe: Recipe, last: Mapping[str, Any]) -> str:
     train = recipe.train
     tokens = sum(int(last.get(f"total_tokens/{name}", 0)) for name in recipe.sources)
-    lines = [
+    settings = [
         f"- steps: {last.get('step', 0):,} of {recipe.rows_per_step} rows; {tokens:,} tokens",
         f"- objective: {recipe.objective}",
         f"- optimizer: AdamW, learning rate {train.lr:g}, {train.schedule}; seed {recipe.seed}",
     ]
     if train.ema is not None:
-        lines.append(f"- weights: their average over the steps, with a decay of {train.ema:g}")
+        settings.append(f"- weights: their average over the steps, with a decay of {train.ema:g}")
     if recipe.reference is not None:
         weights = ", ".join(
             f"{kappa:g} on {name}" for name, kappa in recipe.reference.sources.items()
         )
-        lines.append(f"- divergence from {recipe.reference_path}: weight {weights}")
-    return "## Training\n\n" + "\n".join(lines) + "\n"
+        settings.append(f"- divergence from {recipe.reference_path}: weight {weights}")
+    return "## Training\n\n" + "\n".join(settings) + "\n"
 
 
 def _mixture(recipe: Recipe, inputs: RunInputs, last: Mapping[str, Any]) -> str:
@@ -168,7 +174,7 @@ def _mixture(recipe: Recipe, inputs: RunInputs, last: Mapping[str, Any]) -> str:
             [
                 name,
                 source.role,
-                _format_share(source.share),
+                _share(source.share),
                 *(
                     percent(last.get(f"{key}/{name}"), 2)
                     for key in ("share_rows", "share_tokens", "share_loss_tokens", "gradient_share")
@@ -254,7 +260,7 @@ def _reproduction(recipe: Recipe) -> str:
     )
 
 
-def _format_share(share: SourceShare) -> str:
+def _share(share: SourceShare) -> str:
     if isinstance(share, tuple):
         return ", ".join(f"{value:g} at step {step}" for step, value in share)
     return str(share)
@@ -267,20 +273,16 @@ def _number(value: float | None, digits: int, sign: str = "") -> str:
 def _with_interval(
     value: float | None, low: float | None, high: float | None, *, sign: str = ""
 ) -> str:
-    number = _number(value, 4, sign)
+    text = _number(value, 4, sign)
     if low is None or high is None:
-        return number
-    return f"{number} ({_number(low, 4, sign)} to {_number(high, 4, sign)})"
-
-
-LARGEST_GIB = 8.0  # of weights that are loaded a second time, on top of what the run holds
-_LONGEST_PROMPT, _SHORTEST_PROMPT, _CONTINUATION = 64, 8, 24  # tokens
+        return text
+    return f"{text} ({_number(low, 4, sign)} to {_number(high, 4, sign)})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratedText:
-    """A prompt and its most probable continuation; as text where the folder has a tokenizer, else
-    as ids.
+    """A prompt and its most probable continuation: text where the folder has a tokenizer, else
+    ids.
     """
 
     prompt: str
@@ -288,13 +290,13 @@ class GeneratedText:
 
 
 def prompt_of(streams: Sequence[Stream]) -> Sequence[int]:
-    """The beginning of the first document that can be read: of a chat up to its first answer, of a
-    text its first tokens.
+    """The ids that the first readable document begins with: of a chat those before its first
+    answer, of a text the first few. Empty where no document can be read.
     """
     for stream in streams:
         try:
             row = stream.read(stream.in_shard_order()[0])
-        except BigmixError:  # a shard that is out of reach is no reason to do without the check
+        except BigmixError:  # another stream may have a shard that can be read
             continue
         end = int(row.starts_P[1]) if len(row.starts_P) > 1 else row.tokens
         ids = row.ids_T[:end].tolist()
@@ -306,27 +308,28 @@ def prompt_of(streams: Sequence[Stream]) -> Sequence[int]:
     return []
 
 
-def size_gib(folder: Path) -> float:
-    """The weights of a folder."""
+def _weights_gib(folder: Path) -> float:
+    """The size of the weights in a folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
 
 
 def check_generation(folder: Path, prompt: Sequence[int]) -> GeneratedText:
-    """Load a folder as any other program would, on the CPU, and let it go on from a prompt
-    greedily.
+    """Load a folder as any other program would, on the CPU, and continue a prompt greedily.
+
+    Raises BadInput where the folder does not load.
     """
     model = open_whole(folder, dtype="auto", device=torch.device("cpu"))
-    room = max_positions(model.config) or _LONGEST_PROMPT + _CONTINUATION
-    ids_BT = torch.tensor([list(prompt)])[:, : max(1, room - _CONTINUATION)]
+    capacity = max_positions(model.config) or _LONGEST_PROMPT + _CONTINUATION
+    ids_BT = torch.tensor([list(prompt)])[:, : max(1, capacity - _CONTINUATION)]
     with torch.no_grad():
-        made_BT = model.generate(
+        generated_BT = model.generate(
             ids_BT,
             attention_mask=torch.ones_like(ids_BT),
-            max_new_tokens=min(_CONTINUATION, room - ids_BT.shape[1]),
+            max_new_tokens=min(_CONTINUATION, capacity - ids_BT.shape[1]),
             do_sample=False,
-            pad_token_id=0,  # of one row nothing is padded; without it there is a warning
+            pad_token_id=0,  # a single row has no padding; without this there is a warning
         )
-    shown, new = ids_BT[0].tolist(), made_BT[0, ids_BT.shape[1] :].tolist()
+    shown, new = ids_BT[0].tolist(), generated_BT[0, ids_BT.shape[1] :].tolist()
     if not (folder / "tokenizer.json").is_file():
         return GeneratedText(prompt=str(shown), continuation=str(new))
     tokenizer = load_tokenizer(str(folder))

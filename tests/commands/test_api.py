@@ -20,7 +20,7 @@ from support.runs import bare, end, lines, recipe_with_sources, start, weights
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import bigmix
-from bigmix.cluster.signals import ASKING, stop_requests_here
+from bigmix.cluster.signals import STOP_SIGNALS, stop_requests_here
 from bigmix.data.records import RankRows
 from bigmix.recipe import load
 from bigmix.train.inputs import open_inputs
@@ -255,24 +255,24 @@ def test_what_cannot_be_is_refused_with_what_is_allowed(recipe, data, monkeypatc
 
 
 def test_signals_request_a_stop_and_their_handlers_are_put_back():
-    before = {number: signal.getsignal(number) for number in ASKING}
-    for number in ASKING:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
         with stop_requests_here() as stop_signal:
             assert not stop_signal.is_set()
             signal.raise_signal(number)
             assert stop_signal.is_set() and stop_signal.reason == signal.Signals(number).name
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(number)
-        assert {number: signal.getsignal(number) for number in ASKING} == before
+        assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
 
 
 def test_in_another_thread_signals_are_left_alone():
-    before = {number: signal.getsignal(number) for number in ASKING}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     found = []
 
     def work():
         with stop_requests_here() as stop_signal:
-            found.append({number: signal.getsignal(number) for number in ASKING})
+            found.append({number: signal.getsignal(number) for number in STOP_SIGNALS})
             found.append(stop_signal.is_set())
 
     thread = threading.Thread(target=work)

@@ -255,5 +255,5 @@ def test_the_base_outlives_a_run_and_pairs_only_what_belongs_together(tmp_path: 
 
 def test_a_source_without_documents_has_no_numbers():
     found = summarise("web", sums(2.0, documents=0), tokens_per_byte=1.0, base=None)
-    assert math.isnan(found.loss.value) and math.isnan(found.loss.low) and found.documents == 0
+    assert math.isnan(found.loss.value) and math.isnan(found.loss.low) and found.num_documents == 0
     assert found.last_word_accuracy is None

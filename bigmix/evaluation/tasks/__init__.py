@@ -1,1 +1,1 @@
-"""Tasks: files of questions that a model is asked, and how its answers are scored."""
+"""Tasks: files of questions for a model, and the scores of its answers."""

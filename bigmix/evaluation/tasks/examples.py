@@ -1,6 +1,6 @@
-"""A task's file goes in, its examples come out, or every fault in it with its line.
+"""Reads the examples of a task from its file, and reports every fault with its line.
 
-No torch here, and no tokenizer.
+Imports neither torch nor tokenizers, so that faults are reported at once.
 """
 
 import importlib.util
@@ -16,20 +16,20 @@ from bigmix.seeding import evenly_spaced
 from bigmix.text.formats import Conversation, Layout, Turn, document_of, utf8_of
 from bigmix.text.readers import LINE_SUFFIXES, ReadOptions, format_of, read_records
 
-_MOST_FAULTS = 5  # of one file; the rest is counted
+_MOST_FAULTS = 5  # of one file; the rest are counted
 _LIBRARIES = {"bleu": "sacrebleu", "chrf": "sacrebleu"} | dict.fromkeys(
     ("rouge1", "rouge2", "rougeL"), "rouge_score"
 )
 _ANSWERS = ("references", "label", "response")
-_ASKING = ("prompt", "messages", "context", "input", "system", "history", "tools")
+_PROMPT_PARTS = ("prompt", "messages", "context", "input", "system", "history", "tools")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One question: the turns up to the answer, the answers that are right, and for code what a
+    """One question: the turns up to the answer, the correct answers, and for code the test that a
     program must pass.
 
-    `index` counts the examples of the file; `place` is where it stands, for messages.
+    `index` is the number of the example in its file, `place` its file and line for messages.
     """
 
     index: int
@@ -41,7 +41,7 @@ class Example:
 
     @property
     def shown(self) -> str:
-        """The question as one text for people."""
+        """The question as one text for a reader."""
         if len(self.messages) == 1:
             return str(self.messages[0]["content"])
         return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in self.messages)
@@ -49,9 +49,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskFile:
-    """A task with its examples, of which some are left out where it says so, and the labels that
-    can be answered.
-    """
+    """A task with the examples that it uses, and the labels that are possible answers."""
 
     task: Task
     examples: Sequence[Example]
@@ -59,20 +57,20 @@ class TaskFile:
 
 
 def open_tasks(tasks: Mapping[str, Task]) -> dict[str, TaskFile]:
-    """Read the files of all tasks; raises BadInput with the faults of all of them, a missing
-    library among them.
+    """Read the files of all tasks; raises BadInput with the faults of all of them, including
+    libraries that are not installed.
     """
     faults: list[str] = []
-    found = {}
+    files = {}
     for name, task in tasks.items():
         faults += _missing_libraries(name, task)
         try:
-            found[name] = _open(task)
+            files[name] = _open(task)
         except BadInput as error:
             faults += [f"tasks.{name}: {fault}" for fault in error.faults]
     if faults:
         raise BadInput(*faults)
-    return found
+    return files
 
 
 def _missing_libraries(name: str, task: Task) -> Iterator[str]:
@@ -118,7 +116,7 @@ def _label_faults(
     if "" in labels:
         yield "a label is empty; give each label a name"
     if task.by == "generation":
-        yield from _alike(labels)
+        yield from _alike_faults(labels)
     for example in examples:
         for reference in example.references:
             if reference not in labels:
@@ -130,21 +128,21 @@ def _label_faults(
                 )
 
 
-def _alike(labels: tuple[str, ...]) -> Iterator[str]:
-    """Labels that a written answer cannot be told to be."""
+def _alike_faults(labels: tuple[str, ...]) -> Iterator[str]:
+    """Labels that cannot be distinguished in a generated answer."""
     by_plain: dict[str, str] = {"": ""}
     for label in labels:
         other = by_plain.setdefault(plain_label(label), label)
         if other != label:
             yield (
                 f"labels {other!r} and {label!r} differ in case or a full stop alone, by which"
-                " written answers are not told apart; rename one, or set by: likelihood"
+                " generated answers are not distinguished; rename one, or set by: likelihood"
             )
 
 
 def _example(task: Task, row: Mapping[str, Any] | None, index: int, place: str) -> Example:
     if row is None:
-        raise BadInput("is no JSON object; mend the line")
+        raise BadInput("is no JSON object; correct the line")
     columns = {part: task.columns.get(part, part) for part in PARTS}
     messages, tools = _question(row, columns)
     answers = [row[columns[part]] for part in _ANSWERS if row.get(columns[part]) is not None]
@@ -164,15 +162,16 @@ def _example(task: Task, row: Mapping[str, Any] | None, index: int, place: str) 
 def _question(
     row: Mapping[str, Any], columns: Mapping[str, str]
 ) -> tuple[Sequence[Turn], Sequence[Any] | None]:
-    """The turns of a row, read as `bigmix prepare` reads them."""
-    present = {part: columns[part] for part in _ASKING if row.get(columns[part]) is not None}
+    """The turns and tools of a record, read as `bigmix prepare` reads them."""
+    present = {part: columns[part] for part in _PROMPT_PARTS if row.get(columns[part]) is not None}
     if "messages" not in present:
         if "prompt" not in present:
             raise BadInput(
                 f"has no prompt and no messages; its columns are {', '.join(row)}; name the right"
                 " one, as in columns: {prompt: text}"
             )
-        # A pair has two sides for the reader; the answer is looked at here, since it may be a list.
+        # The reader expects a prompt and a response; the answer, which may be a list, is read
+        # elsewhere.
         present["response"] = ""
         row = {**row, "": ""}
     document = document_of(row, Layout(kind="chat", columns=present))
@@ -186,8 +185,8 @@ def _question(
 
 
 def _references(answer: Any) -> tuple[str, ...]:
-    """The texts of an answer: a text, a number, true or false, a list of them, or SQuAD's table
-    with a list under `text`.
+    """The texts of an answer: a text, a number, a boolean, a list of them, or SQuAD's mapping with
+    a list under `text`.
     """
     if isinstance(answer, Mapping):
         return _references(answer.get("text"))
@@ -201,8 +200,8 @@ def _references(answer: Any) -> tuple[str, ...]:
 
 
 def _test(test: Any, entry_point: Any) -> str:
-    """What stands behind a program that is judged: statements, a list of them, or HumanEval's
-    `check` of a function.
+    """The code that runs after a program: a text, a list of statements, or HumanEval's `check`,
+    which is then called with the function `entry_point`.
     """
     text = "\n".join(map(str, test)) if isinstance(test, list) else str(test or "")
     return f"{text}\ncheck({entry_point})" if text and entry_point else text
@@ -214,11 +213,11 @@ def _faults(
     if not messages or not any(str(turn["content"]).strip() for turn in messages):
         yield "its prompt is empty"
     if utf8_of("".join([*(str(turn["content"]) for turn in messages), *references])) is None:
-        yield "holds half of a surrogate pair, which is no text"
+        yield "holds half of a surrogate pair, which is not text; correct the line"
     if len(task.passes_at) < len(task.scores) and not any(text.strip() for text in references):
         yield f"has no answer (one of {', '.join(_ANSWERS)})"
     if task.passes_at and not test.strip():
-        yield "has no test, which pass@K runs behind the program"
+        yield "has no test, which pass@K runs after the program"
     if "numeric_match" in task.scores and any(last_number(text) is None for text in references):
         yield "its answer has no number, which numeric_match compares"
     if task.format == "text" and len(messages) > 1:

@@ -1,4 +1,4 @@
-"""Prompts go in, what a model writes behind them comes out, by transformers' own `generate`.
+"""Generates the outputs of prompts, each sampled with random numbers of its own.
 
 Letters: R rows of a batch, T tokens, V vocabulary.
 """
@@ -34,7 +34,7 @@ _MANTISSA = 53  # bits of a double
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """The tokens of a prompt, and the key of the chance by which its output is drawn."""
+    """The tokens of a prompt, and the key of the random numbers that its output is sampled with."""
 
     tokens: PromptTokens
     key: int
@@ -47,10 +47,11 @@ def generate(
     stops: frozenset[int],
     prompts: Sequence[Prompt],
 ) -> list[str]:
-    """What the model writes behind each prompt, without what ends it.
+    """The text that the model writes after each prompt, without what ends it.
 
-    Where the speaker is in step with other ranks, a collective. An output depends on its own prompt
-    and key alone, up to the rounding of other sums in a batch of other shapes.
+    `stops` are the ids that end an output. Where the model runs in step with other ranks, a
+    collective. An output depends only on its prompt and key, up to rounding, which may differ
+    between batches of different shapes.
     """
     width = max(len(prompt.tokens) for prompt in prompts)
     tokens = [prompt.tokens for prompt in prompts]
@@ -79,8 +80,8 @@ def generate(
 
 @contextmanager
 def _own_settings(lm: Any, config: GenerationConfig) -> Iterator[None]:
-    """Inside, what the model's folder says of generation (a penalty, a temperature) does not join
-    what is asked for.
+    """A context in which only `config` decides how the model generates, and not the settings of its
+    folder, such as a penalty or a temperature.
     """
     kept = lm.generation_config
     lm.generation_config = copy.deepcopy(config)
@@ -101,14 +102,14 @@ def _drawing(
 
 
 def _uniforms(key: int, count: int) -> npt.NDArray[np.float64]:
-    """Numbers in [0, 1) that follow from a key."""
+    """Random numbers in [0, 1) as a function of the key."""
     words = keys_of(key, np.arange(count)) >> np.uint64(64 - _MANTISSA)
     uniforms: npt.NDArray[np.float64] = words.astype(np.float64) / 2**_MANTISSA
     return uniforms
 
 
 def _probabilities(task: Task, scores_RV: Tensor) -> Tensor:
-    """The distribution that a task draws from, by its temperature and top_p."""
+    """The probabilities [R, V] of the next tokens at the temperature and top_p of a task."""
     scores_RV = scores_RV / task.temperature
     if task.top_p < 1:
         scores_RV = TopPLogitsWarper(task.top_p)(None, scores_RV)
@@ -116,12 +117,12 @@ def _probabilities(task: Task, scores_RV: Tensor) -> Tensor:
 
 
 class TokenSampler(LogitsProcessor):  # type: ignore[misc]
-    """Draws the next token of each row and leaves it alone among the logits, so that greedy search
-    takes it.
+    """Draws the next token of each row and bars all others, so that greedy search takes it.
 
-    Token t behind a prompt of `prompt_width` tokens is drawn with the number uniforms_RT[row, t]
-    from [0, 1). torch.multinomial draws for all rows together: what a row gets would depend on its
-    neighbours. `probabilities` turns logits [R, V] into weights in fp64, which need not sum to 1.
+    Token t after a prompt of `prompt_width` tokens is drawn with the number uniforms_RT[row, t]
+    from [0, 1). torch.multinomial draws for all rows together: the token of a row would depend on
+    the other rows. `probabilities` turns logits [R, V] into weights in fp64, which need not sum to
+    1.
     """
 
     def __init__(
@@ -161,17 +162,17 @@ def _stopping(tokenizer: Tokenizer, task: Task, width: int) -> Iterator[Stopping
 
 
 class _Stopped(StoppingCriteria):  # type: ignore[misc]
-    """Ends a row once one of the texts is in what was written behind its prompt.
+    """Ends a row once one of the texts is in its output.
 
-    transformers' StopStringCriteria stops earlier: it also looks into the prompt, so that a prompt
-    that ends in a line break and a model that writes another one are a stop at two line breaks.
-    And it writes out every token of the vocabulary first, which takes seconds for a large one.
+    transformers' StopStringCriteria would end some rows too early, since it includes the prompt: a
+    line break of the model after a prompt that ends in one would be a stop at two line breaks. It
+    also decodes the whole vocabulary for each set of texts, which takes seconds for a large one.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], width: int) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
-        # A token is a byte or more, but for a few that are none.
+        # A token is at least one byte, except for a few that are none.
         self._tail = 8 + max(len(text.encode()) for text in stop)
         self._width = width
 
@@ -191,8 +192,7 @@ def _text(
 ) -> str:
     end = next((at for at, token in enumerate(written) if token in stops), len(written))
     own = [token for token in written[:end] if token not in tokenizer.special_ids]
-    # Some tokenizers take the space before the first word of a text away: behind the prompt it
-    # stays.
+    # Some tokenizers drop the space before the first word of a text; after the prompt it is kept.
     before = tokenizer.decode(prompt)
     text = tokenizer.decode([*prompt, *own]).removeprefix(before)
     cuts = [at for stop in task.stop if (at := text.find(stop)) >= 0]

@@ -1,8 +1,7 @@
-"""A language model goes in, sharded or not; out comes one that can be asked: its own weights whole,
-or in step with all ranks.
+"""Holds a model for tasks: sharded weights are copied whole where a copy fits in memory.
 
-To gather a sharded model's weights for every token that is written costs far more than the token.
-Where a copy fits, the weights are gathered once; each rank then works for itself.
+Gathering the weights of a sharded model for every generated token costs far more than the token.
+With a whole copy each rank works alone; without one, all ranks run their forwards in step.
 """
 
 import copy
@@ -19,16 +18,16 @@ from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.processes import available_memory_bytes
 from bigmix.model.engine import is_sharded, whole_parameters
 
-_ROOM = 2  # times the copy: activations and the cache of keys and values need some, too
+_ROOM = 2  # times the copy: activations and the cache of keys and values need memory as well
 
 WeightPlacement = Literal["auto", "whole", "sharded"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferenceModel:
-    """A causal language model of transformers in evaluation mode, and where its inputs must be.
+    """A causal language model of transformers in evaluation mode, and the device of its inputs.
 
-    `in_step`: each forward is a collective, so that all ranks must make the same number of them.
+    `in_step`: each forward is a collective, so all ranks must make the same number of them.
     """
 
     lm: Any
@@ -39,7 +38,7 @@ class InferenceModel:
 def padded(
     rows: Sequence[Sequence[int]], width: int, device: torch.device, *, at_left: bool
 ) -> tuple[Tensor, Tensor]:
-    """The rows as one tensor of this width, and another with 1 for what is no padding."""
+    """The rows as one tensor of this width, and an attention mask that is 0 for padding."""
     ids, mask = [], []
     for row in rows:
         padding, ones = [0] * (width - len(row)), [1] * len(row)
@@ -52,10 +51,11 @@ def padded(
 def gathered_for_inference(
     lm: Any, device: torch.device, cluster: Cluster, weights: WeightPlacement = "auto"
 ) -> Iterator[InferenceModel]:
-    """A language model that can be asked inside; it must be in evaluation mode. A collective.
+    """A context with a language model that can answer tasks; `lm` must be in evaluation mode. A
+    collective.
 
-    A model with whole weights is taken as it is. Of a sharded one a whole copy is made where that
-    is asked for or fits.
+    A model with whole weights is used as it is. A sharded one is copied whole where `weights` is
+    whole, or auto and the copy fits.
     """
     if not is_sharded(lm):
         yield InferenceModel(lm=lm, device=device)
@@ -66,14 +66,14 @@ def gathered_for_inference(
 
 
 def _fits(lm: Any, device: torch.device, cluster: Cluster) -> bool:
-    """Whether every rank has room for a copy; a collective."""
+    """Whether every rank has memory for a copy; a collective."""
     needed = sum(int(p.ds_numel) * p.element_size() for p in lm.parameters())
     free = min(cluster.gather(_free_bytes(device, cluster.world.local_size)))
     return bool(_ROOM * needed <= free)
 
 
 def _free_bytes(device: torch.device, local_ranks: int) -> int:
-    """Memory that this rank can still take."""
+    """The memory that is free for this rank, in bytes."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
@@ -81,15 +81,15 @@ def _free_bytes(device: torch.device, local_ranks: int) -> int:
 
 
 def _whole_copy(lm: Any, device: torch.device) -> Any:
-    """The same model with weights of its own; a collective."""
+    """The same model with whole weights of its own; a collective."""
     config = copy.deepcopy(lm.config)
     options = {"dtype": lm.dtype, "attn_implementation": lm.config._attn_implementation}
     with torch.device("meta"):
         twin = transformers.AutoModelForCausalLM.from_config(config, **options)
     twin.to_empty(device=device)
     twin.tie_weights()
-    # What is computed when a model is made, such as the angles of rotary positions, is not there on
-    # meta.
+    # What is computed when a model is made, such as the angles of rotary positions, is missing on
+    # the meta device.
     for name, buffer in lm.named_buffers():
         module, _, own = name.rpartition(".")
         twin.get_submodule(module)._buffers[own] = buffer.clone()

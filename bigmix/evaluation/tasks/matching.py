@@ -1,6 +1,4 @@
-"""An output and a reference go in, how far they agree comes out, from 0 to 1; pure functions of two
-texts.
-"""
+"""Compares an output with a reference, from 0 to 1; pure functions of two texts."""
 
 import re
 import string
@@ -19,21 +17,21 @@ _PUNCTUATION = re.compile(
     f"[{re.escape(string.punctuation)}\u3000-\u3004\u3008-\u303f"
     "\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\u00b7]"
 )
-# A sign belongs to a number only where nothing stands before it that could be subtracted from.
+# A sign belongs to a number only where nothing precedes it that could be subtracted from.
 _NUMBER = re.compile(
     r"(?:(?<![\w.)\]])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
     r"(?:[eE][-+]?\d{1,4}(?!\d))?"
 )
-# m² is no 2; their full-width sisters are digits all the same.
+# The ² of m² is not a number; full-width digits are.
 _RAISED_OR_LOWERED = re.compile("[\u00b2\u00b3\u00b9\u2070-\u2079\u2080-\u2089]")
-_ANSWER = "####"  # GSM8K writes its answers behind it
+_ANSWER = "####"  # GSM8K writes its answers after it
 
 
 def normalised(text: str) -> str:
     """A text as SQuAD compares it: lower case, no ASCII punctuation, no articles, one space between
     words.
 
-    Full-width punctuation is taken out as well, as CMRC does.
+    Full-width punctuation is removed as well, as CMRC does.
     """
     text = _PUNCTUATION.sub("", text.lower())
     return " ".join(_ARTICLES.sub(" ", text).split())
@@ -45,12 +43,12 @@ def words(text: str) -> list[str]:
 
 
 def exact_match(output: str, reference: str) -> float:
-    """1 where both are the same once they are normalised."""
+    """1 where both are the same after normalisation, else 0."""
     return float(normalised(output) == normalised(reference))
 
 
 def token_f1(output: str, reference: str) -> float:
-    """Harmonic mean of precision and recall of the words, as in SQuAD."""
+    """The harmonic mean of precision and recall of the words, as in SQuAD."""
     found, wanted = words(output), words(reference)
     if not found or not wanted:
         return float(found == wanted)
@@ -62,17 +60,17 @@ def token_f1(output: str, reference: str) -> float:
 
 
 def numeric_match(output: str, reference: str) -> float:
-    """1 where the last number of both is the same number."""
+    """1 where both have the same last number, else 0."""
     found = last_number(output)
     return float(found is not None and found == last_number(reference))
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text, of what stands behind the last #### if there is one; None where
+    """The last number of a text, or of the part after the last #### if that has one; None where
     there is none.
 
     Thousands may have commas; signs and decimals count, currencies and percent signs do not:
-    -1,234.50 and $-1234.5 are one.
+    -1,234.50 and $-1234.5 are the same number.
     """
     text = unicodedata.normalize("NFKC", _RAISED_OR_LOWERED.sub("", text)).replace("\u2212", "-")
     _, _, behind = text.rpartition(_ANSWER)
@@ -81,8 +79,8 @@ def last_number(text: str) -> Decimal | None:
 
 
 def label_of(output: str, labels: tuple[str, ...]) -> str | None:
-    """The label that an output is, in upper or lower case and with or without a full stop; None
-    where it is none.
+    """The label that an output is, in upper or lower case, with or without a full stop; None where
+    it is none of them. A label that matches to the letter comes first.
     """
     if output in labels:
         return output
@@ -91,7 +89,9 @@ def label_of(output: str, labels: tuple[str, ...]) -> str | None:
 
 
 def plain_label(text: str) -> str:
-    """A label as outputs are compared with it: two with the same one cannot be told apart in what a
-    model writes.
+    """A label in the form in which outputs are compared: lower case, without a full stop at its
+    end.
+
+    Two labels with the same form cannot be distinguished in an output.
     """
     return text.strip().rstrip(".。").casefold().strip()

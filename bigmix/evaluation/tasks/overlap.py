@@ -1,8 +1,6 @@
-"""Outputs and references go in, the n-grams that they share come out: BLEU and chrF by sacrebleu,
-ROUGE by rouge-score.
+"""Scores of shared n-grams: BLEU and chrF by sacrebleu, ROUGE by rouge-score.
 
-The libraries are an extra: they are imported where they are used, once the recipe is known to ask
-for them.
+The libraries are optional: each is imported where it is used, since a recipe may need neither.
 """
 
 import re
@@ -17,15 +15,15 @@ import numpy as np
 from bigmix.evaluation.tasks.matching import CHINESE
 from bigmix.types import Floats
 
-# A Chinese character, or the letters of a word in another script; Latin letters end where Greek
-# begins.
+# A Chinese character, or the letters of a word in another script; the code points of Latin letters
+# end where those of Greek begin.
 _NOT_LATIN = re.compile(rf"{CHINESE.pattern}|(?:(?!{CHINESE.pattern})[^\W\x00-\u036f])+")
 _CHINESE_FROM = 0.3  # of all characters of the references
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overlap:
-    """The counts of each output [N, K], and the score from 0 to 1 of sums of them."""
+    """The counts of each output [N, K], and the function from their sums to a score from 0 to 1."""
 
     statistics_NK: Floats
     value_of: Callable[[Floats], float]
@@ -34,7 +32,7 @@ class Overlap:
 def bleu_statistics(
     outputs: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str
 ) -> Overlap:
-    """sacrebleu's corpus BLEU; `auto` cuts mostly Chinese references as `zh`, others as `13a`."""
+    """sacrebleu's corpus BLEU; `auto` is `zh` for mostly Chinese references, `13a` for others."""
     from sacrebleu.metrics import BLEU
 
     chosen = tokenizer_of(references) if tokenizer == "auto" else tokenizer
@@ -42,15 +40,15 @@ def bleu_statistics(
 
 
 def chrf_statistics(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Overlap:
-    """sacrebleu's corpus chrF; it looks at characters, so that no language needs a tokenizer."""
+    """sacrebleu's corpus chrF; it compares characters, so it needs no tokenizer of a language."""
     from sacrebleu.metrics import CHRF
 
     return _statistics(CHRF(), outputs, references)
 
 
 def tokenizer_of(references: Sequence[Sequence[str]]) -> str:
-    """zh where so many characters of the references are Chinese that words between spaces mean
-    little.
+    """zh where more than 30 % of the characters of the references are Chinese, which has no spaces
+    between words; else 13a.
     """
     text = "".join(text for each in references for text in each)
     return "zh" if len(CHINESE.findall(text)) > _CHINESE_FROM * len(text) else "13a"
@@ -59,11 +57,11 @@ def tokenizer_of(references: Sequence[Sequence[str]]) -> str:
 def _statistics(
     metric: Any, outputs: Sequence[str], references: Sequence[Sequence[str]]
 ) -> Overlap:
-    # The statistics behind corpus_score, which its own significance tests draw from.
+    # The statistics of corpus_score, which sacrebleu's own significance tests resample.
     rows = metric._extract_corpus_statistics(outputs, list(zip_longest(*references)))
 
     def value_of(sums_K: Floats) -> float:
-        # Whole numbers: the smoothing of BLEU looks for counts that are 0.
+        # As integers: the smoothing of BLEU tests counts for 0.
         counts = [round(float(count)) for count in sums_K]
         return float(metric._compute_score_from_stats(counts).score) / 100
 
@@ -71,11 +69,11 @@ def _statistics(
 
 
 def rouge_values(name: str, outputs: Sequence[str], references: Sequence[str]) -> list[float]:
-    """rouge-score's F1 of each output with the reference that it is nearest to, without stemming.
+    """rouge-score's F1 of each output with the reference that gives the highest, without stemming.
 
-    Its own words are of ASCII letters and digits alone, so that texts in other scripts would have
-    none: here each Chinese character is a word as well, and each word of any script but Latin, such
-    as Cyrillic or Hangul.
+    rouge-score itself only knows words of ASCII letters and digits, so that texts in other scripts
+    would have none: here each Chinese character is a word as well, and each word in a script other
+    than Latin, such as Cyrillic or Hangul.
     """
     scorer = _rouge_scorer(name)
     return [
@@ -91,7 +89,7 @@ def _rouge_scorer(name: str) -> Any:
 
 
 class _Words:
-    """Cuts a text as rouge-score does, and takes what is not Latin as words, too."""
+    """Splits a text into words as rouge-score does, and words that are not Latin as well."""
 
     def tokenize(self, text: str) -> list[str]:
         from rouge_score.tokenize import tokenize

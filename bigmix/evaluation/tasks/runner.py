@@ -1,6 +1,4 @@
-"""Tasks and a model go in, their scores and outputs come out; over ranks, and in a process of its
-own alike.
-"""
+"""Runs tasks on a model and scores the answers, over ranks or in a single process."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +24,8 @@ from bigmix.seeding import evenly_spaced, key_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One example with what the model has answered; `scores` are those that an example has by
-    itself.
+    """One example with the model's answers; `scores` are those that have a value for a single
+    example.
     """
 
     prompt: str
@@ -38,13 +36,13 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskResult:
-    """The scores of a task over its examples; `dropped` have no place in the model and are not
-    among them.
+    """The scores of a task over its examples; `num_dropped` more do not fit the positions of the
+    model.
     """
 
     scores: Mapping[str, Estimate]
-    examples: int
-    dropped: int
+    num_examples: int
+    num_dropped: int
     samples: Sequence[Sample]
 
 
@@ -56,50 +54,49 @@ def score_tasks(
     seed: int,
     activity: Activity,
 ) -> dict[str, TaskResult] | None:
-    """Ask a model every task and judge its answers; a collective, with the same results on all
-    ranks.
+    """Answer every task and score the answers; a collective, with the same results on all ranks.
 
-    None where a stop was requested of any rank, which is looked up before each batch.
-    The speaker is what `speaking` gives for a model under an engine, or `Speaker(lm=model,
-    device=device)` for one that is loaded whole.
+    None where a stop was requested on any rank, which is checked before each batch. `model` is what
+    `gathered_for_inference` gives for a model under an engine, or InferenceModel(lm=lm,
+    device=device) for one that is loaded whole.
     """
     results = {}
-    for name, asked in tasks.items():
-        outputs = _outputs_of_rank(model, cluster, name, asked, seed=seed, activity=activity)
+    for name, prepared in tasks.items():
+        outputs = _outputs_of_rank(model, cluster, name, prepared, seed=seed, activity=activity)
         if outputs is None:
             return None
         activity.begin(f"scores of {name}")
         everything = [output for part in cluster.gather(outputs) for output in part]
-        # On one rank: to draw examples again a thousand times takes seconds.
-        result = _judged(name, asked, everything) if cluster.world.is_first else None
+        # On one rank: resampling the examples a thousand times takes seconds.
+        result = _scored(name, prepared, everything) if cluster.world.is_first else None
         results[name] = cluster.gather(result)[0]
     return results
 
 
 def task_line(results: Mapping[str, TaskResult]) -> dict[str, float | int | bool | None]:
-    """The part of an evaluation's line that tasks have."""
+    """The results of tasks under the keys of an evaluation line."""
     line: dict[str, float | int | bool | None] = {}
     for name, result in results.items():
         for kind, score in result.scores.items():
             line[f"task/{name}/{kind}"] = score.value
             line[f"task_low/{name}/{kind}"] = score.low
             line[f"task_high/{name}/{kind}"] = score.high
-        line[f"task_examples/{name}"] = result.examples
-        if result.dropped:
-            line[f"task_dropped/{name}"] = result.dropped
+        line[f"task_examples/{name}"] = result.num_examples
+        if result.num_dropped:
+            line[f"task_dropped/{name}"] = result.num_dropped
     return line
 
 
 def write_samples(folder: Path, step: int, results: Mapping[str, TaskResult]) -> None:
-    """Keep the sample outputs of an evaluation as samples/TASK/step-NNNNNN.jsonl in the folder of a
-    run.
-    """
+    """Write the sample outputs of an evaluation to samples/TASK/step-NNNNNN.jsonl in a folder."""
     for name, result in results.items():
         if result.samples:
-            own = folder / SAMPLES / name
-            own.mkdir(parents=True, exist_ok=True)
+            task_folder = folder / SAMPLES / name
+            task_folder.mkdir(parents=True, exist_ok=True)
             lines = [_as_json(sample) for sample in result.samples]
-            replace_text(own / f"step-{step:06d}.jsonl", "".join(f"{line}\n" for line in lines))
+            replace_text(
+                task_folder / f"step-{step:06d}.jsonl", "".join(f"{line}\n" for line in lines)
+            )
 
 
 def _as_json(sample: Sample) -> str:
@@ -126,25 +123,25 @@ class _Output:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Batch:
-    """Outputs (question, number of the output) that are written together; idle ones count for
-    nothing.
+    """Rows (question, number of the output) that are generated together; the outputs of idle ones
+    are not used.
     """
 
     rows: Sequence[tuple[Question, int]]
     is_idle: bool
 
 
-def _batches(asked: PreparedTask, world: World) -> Sequence[_Batch]:
-    """What a rank asks, in as many batches as each of the others; questions of like lengths
-    together, the longest first.
+def _batches(prepared: PreparedTask, world: World) -> Sequence[_Batch]:
+    """The rows of a rank, in the same number of batches as on every other rank; questions of
+    similar lengths together, the longest first.
     """
-    task = asked.task
-    outputs, size = task.outputs, task.batch_rows
+    task = prepared.task
+    num_outputs, size = task.outputs, task.batch_rows
     if task.by == "likelihood":
-        # A row is then a label, and all labels of a question go together.
-        outputs, size = 1, max(1, size // len(asked.labels))
-    ordered = sorted(asked.questions, key=lambda q: (-len(q.prompt), q.example.index))
-    rows = [(question, number) for question in ordered for number in range(outputs)]
+        # Here each label is a row, and all labels of a question are in one batch.
+        num_outputs, size = 1, max(1, size // len(prepared.labels))
+    ordered = sorted(prepared.questions, key=lambda q: (-len(q.prompt), q.example.index))
+    rows = [(question, number) for question in ordered for number in range(num_outputs)]
     own = rows[world.rank :: world.size]
     longest = -(-len(rows) // world.size)
     parts = [own[at : at + size] for at in range(0, longest, size)]
@@ -155,13 +152,13 @@ def _outputs_of_rank(
     model: InferenceModel,
     cluster: Cluster,
     name: str,
-    asked: PreparedTask,
+    prepared: PreparedTask,
     *,
     seed: int,
     activity: Activity,
 ) -> list[_Output] | None:
-    """The outputs of this rank's batches; None on all ranks where one of them is asked to stop."""
-    batches = _batches(asked, cluster.world)
+    """The outputs of this rank's batches; None on all ranks where a stop was requested on one."""
+    batches = _batches(prepared, cluster.world)
     outputs: list[_Output] = []
     for number, batch in enumerate(batches, 1):
         activity.begin(f"task {name}, batch {number} of {len(batches)}")
@@ -169,95 +166,100 @@ def _outputs_of_rank(
             return None
         if batch.is_idle and not model.in_step:
             continue
-        texts = _answers(model, asked, batch.rows, key_of(seed, "task", name))
+        texts = _answers(model, prepared, batch.rows, key_of(seed, "task", name))
         if not batch.is_idle:
             outputs += _outputs(
-                asked, batch.rows, texts, lambda: activity.begin(f"programs of {name}")
+                prepared, batch.rows, texts, lambda: activity.begin(f"programs of {name}")
             )
     return outputs
 
 
 def _answers(
-    model: InferenceModel, asked: PreparedTask, rows: Sequence[tuple[Question, int]], key: int
+    model: InferenceModel, prepared: PreparedTask, rows: Sequence[tuple[Question, int]], key: int
 ) -> list[str]:
-    """What the model answers to each row."""
-    if asked.task.by == "likelihood":
+    """The model's answer to each row."""
+    if prepared.task.by == "likelihood":
         questions = [question for question, _ in rows]
         return [
-            asked.labels[int(np.argmax(_normalised(asked, question, values)))]
+            prepared.labels[int(np.argmax(_normalised(prepared, question, values)))]
             for question, values in zip(questions, log_likelihoods(model, questions), strict=True)
         ]
     prompts = [
         Prompt(tokens=question.prompt, key=key_of(key, question.example.index, number))
         for question, number in rows
     ]
-    texts = generate(model, asked.tokenizer, asked.task, asked.stops, prompts)
-    # A chat's answer has its spaces from the template; those of a text may be code's.
-    return [text.strip() for text in texts] if asked.is_chat else texts
+    texts = generate(model, prepared.tokenizer, prepared.task, prepared.stops, prompts)
+    # The spaces around a chat's answer come from the template; those of a text may belong to code.
+    return [text.strip() for text in texts] if prepared.is_chat else texts
 
 
-def _normalised(asked: PreparedTask, question: Question, values: Sequence[float]) -> list[float]:
-    """The log-likelihoods of the labels, divided as the task says."""
+def _normalised(prepared: PreparedTask, question: Question, values: Sequence[float]) -> list[float]:
+    """The log-likelihoods of the labels, divided as length_normalise of the task says."""
     lengths = {
         "none": [1] * len(values),
         "tokens": [len(tokens) for tokens in question.labels],
-        "bytes": [len(label.encode()) for label in asked.labels],
-    }[asked.task.length_normalise]
+        "bytes": [len(label.encode()) for label in prepared.labels],
+    }[prepared.task.length_normalise]
     return [value / length for value, length in zip(values, lengths, strict=True)]
 
 
 def _outputs(
-    asked: PreparedTask,
+    prepared: PreparedTask,
     rows: Sequence[tuple[Question, int]],
     texts: Sequence[str],
-    runs_program: Callable[[], None],
+    on_program: Callable[[], None],
 ) -> Iterator[_Output]:
-    """The texts with what they are of; `runs_program` is told before each program, which may take
-    its whole time.
+    """The texts as outputs; `on_program` is called before each program runs, since one may take
+    until its timeout.
     """
     for (question, number), text in zip(rows, texts, strict=True):
         is_passed = False
-        if asked.task.passes_at:
-            runs_program()
-            is_passed = _passes(asked, question, text)
+        if prepared.task.passes_at:
+            on_program()
+            is_passed = _passes(prepared, question, text)
         yield _Output(index=question.example.index, number=number, text=text, passes=is_passed)
 
 
-def _passes(asked: PreparedTask, question: Question, text: str) -> bool:
-    example, task = question.example, asked.task
-    program = program_of(text, None if asked.is_chat else example.shown, example.test)
+def _passes(prepared: PreparedTask, question: Question, text: str) -> bool:
+    example, task = question.example, prepared.task
+    program = program_of(text, None if prepared.is_chat else example.shown, example.test)
     return passes(program, timeout_s=task.execute_timeout_s, memory_mib=task.execute_memory_mib)
 
 
-def _judged(name: str, asked: PreparedTask, outputs: Sequence[_Output]) -> TaskResult:
+def _scored(name: str, prepared: PreparedTask, outputs: Sequence[_Output]) -> TaskResult:
     """The result of a task from the outputs of all ranks."""
     by_example: dict[int, list[_Output]] = {}
     for output in sorted(outputs, key=lambda output: (output.index, output.number)):
         by_example.setdefault(output.index, []).append(output)
-    examples = {question.example.index: question.example for question in asked.questions}
+    examples = {question.example.index: question.example for question in prepared.questions}
     answered = [
         Answered(
             example=examples[index],
             outputs=tuple(output.text for output in own),
-            passed=sum(output.passes for output in own),
+            num_passed=sum(output.passes for output in own),
         )
         for index, own in by_example.items()
     ]
-    judged = {
-        kind: score_answers(kind, answered, asked.task, asked.labels) for kind in asked.task.scores
+    by_score = {
+        kind: score_answers(kind, answered, prepared.task, prepared.labels)
+        for kind in prepared.task.scores
     }
     samples = [
         Sample(
             prompt=answered[at].example.shown,
             references=answered[at].example.references,
             outputs=answered[at].outputs,
-            scores={k: float(j.values_N[at]) for k, j in judged.items() if j.values_N is not None},
+            scores={
+                kind: float(score.values_N[at])
+                for kind, score in by_score.items()
+                if score.values_N is not None
+            },
         )
-        for at in evenly_spaced(range(len(answered)), asked.task.samples)
+        for at in evenly_spaced(range(len(answered)), prepared.task.samples)
     ]
     return TaskResult(
-        scores={kind: scored(f"{name}/{kind}", each) for kind, each in judged.items()},
-        examples=len(answered),
-        dropped=asked.dropped,
+        scores={kind: scored(f"{name}/{kind}", each) for kind, each in by_score.items()},
+        num_examples=len(answered),
+        num_dropped=prepared.num_dropped,
         samples=samples,
     )

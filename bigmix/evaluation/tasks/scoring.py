@@ -1,7 +1,7 @@
-"""Answers and references go in, scores with their intervals come out.
+"""Scores answers against references, each score with its 95 % interval over examples.
 
-Every score is a function of sums over examples, so that examples that are drawn again with
-replacement give its interval without a look at the texts. Letters: N examples, K statistics of one.
+Every score is a function of sums over examples, so that a bootstrap over examples needs only the
+sums and not the texts. Letters: N examples, K statistics of one.
 """
 
 import math
@@ -23,17 +23,17 @@ _BY_TEXT = {"exact_match": exact_match, "numeric_match": numeric_match, "token_f
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
-    """An example, the outputs of the model, and how many of them pass its test."""
+    """An example, the outputs of the model for it, and how many of them pass its test."""
 
     example: Example
     outputs: tuple[str, ...]
-    passed: int = 0
+    num_passed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredAnswers:
-    """A score as a function of sums over examples; `values_N` is what each example has by itself,
-    None where that has no meaning.
+    """A score as a function of sums over examples; `values_N` is the score of each single example,
+    None where it has none.
     """
 
     statistics_NK: Floats
@@ -48,30 +48,29 @@ def score_answers(
     if name in _BY_TEXT:
         return _mean([_mean_over_outputs(_BY_TEXT[name], each) for each in answered])
     if name == "accuracy":
-        is_right = [_share_right(each, labels) for each in answered]
-        return _mean(is_right)
+        return _mean([_share_right(each, labels) for each in answered])
     if name == "macro_f1":
         return _macro_f1(answered, labels)
     if name.startswith("pass@"):
-        count = int(name.removeprefix("pass@"))
-        return _mean([pass_at(count, len(each.outputs), each.passed) for each in answered])
+        k = int(name.removeprefix("pass@"))
+        return _mean([pass_at(k, len(each.outputs), each.num_passed) for each in answered])
     if name.startswith("rouge"):
         return _mean(_rouge(name, answered))
     return _overlap(name, answered, task)
 
 
-def scored(name: str, judged: ScoredAnswers) -> Estimate:
-    """The score over all examples, from 0 to 1, with its interval; `name` decides the draws."""
-    sums_RK = resampled_sums(judged.statistics_NK, key_of("interval", name))
-    low, high = interval(np.array([judged.value_of(sums_K) for sums_K in sums_RK]))
-    return Estimate(value=judged.value_of(judged.statistics_NK.sum(axis=0)), low=low, high=high)
+def scored(name: str, answers: ScoredAnswers) -> Estimate:
+    """The score over all examples, from 0 to 1, with its interval, drawn by `name`."""
+    sums_RK = resampled_sums(answers.statistics_NK, key_of("interval", name))
+    low, high = interval(np.array([answers.value_of(sums_K) for sums_K in sums_RK]))
+    return Estimate(value=answers.value_of(answers.statistics_NK.sum(axis=0)), low=low, high=high)
 
 
-def pass_at(k: int, outputs: int, passed: int) -> float:
-    """The chance that one of k outputs passes, without bias from `passed` of `outputs` (Chen et
-    al., 2021): with 1 of 2, pass@1 is 0.5.
+def pass_at(k: int, num_outputs: int, num_passed: int) -> float:
+    """The unbiased estimate of the chance that one of k outputs passes (Chen et al., 2021): with 1
+    of 2 outputs, pass@1 is 0.5.
     """
-    return 1.0 - math.comb(outputs - passed, k) / math.comb(outputs, k)
+    return 1.0 - math.comb(num_outputs - num_passed, k) / math.comb(num_outputs, k)
 
 
 def _mean(values: Sequence[float]) -> ScoredAnswers:
@@ -84,7 +83,7 @@ def _mean(values: Sequence[float]) -> ScoredAnswers:
 
 
 def _mean_over_outputs(match: Callable[[str, str], float], answered: Answered) -> float:
-    """The mean over outputs of the best match with any reference."""
+    """The mean over outputs of their best match with a reference."""
     references = answered.example.references
     best = [
         max(match(output, reference) for reference in references) for output in answered.outputs
@@ -93,7 +92,7 @@ def _mean_over_outputs(match: Callable[[str, str], float], answered: Answered) -
 
 
 def _share_right(answered: Answered, labels: tuple[str, ...]) -> float:
-    """The part of the outputs that are a right label."""
+    """The share of the outputs that are a correct label."""
     right = [label_of(output, labels) in answered.example.references for output in answered.outputs]
     return sum(right) / len(right)
 
@@ -104,42 +103,42 @@ def _rouge(name: str, answered: Sequence[Answered]) -> list[float]:
 
 
 def _macro_f1(answered: Sequence[Answered], labels: tuple[str, ...]) -> ScoredAnswers:
-    """The mean of each label's F1, over labels that are a reference or an answer; no label is an
-    answer of its own class.
+    """The mean of the F1 of each label that is a reference or an answer; an answer that is no label
+    is not a class of its own.
     """
-    places = {label: at for at, label in enumerate(labels)}
-    right, said, is_label = np.zeros((3, len(answered), len(labels)))
+    columns = {label: at for at, label in enumerate(labels)}
+    correct, predicted, expected = np.zeros((3, len(answered), len(labels)))
     for at, each in enumerate(answered):
-        found = label_of(each.outputs[0], labels)
+        answer = label_of(each.outputs[0], labels)
         references = each.example.references
-        # Of several right ones that which was said.
-        wanted = found if found in references else references[0]
-        is_label[at, places[wanted]] = 1
-        if found is not None:
-            said[at, places[found]] = 1
-            right[at, places[found]] = found == wanted
+        # Of several references, the one that was answered.
+        reference = answer if answer in references else references[0]
+        expected[at, columns[reference]] = 1
+        if answer is not None:
+            predicted[at, columns[answer]] = 1
+            correct[at, columns[answer]] = answer == reference
     return ScoredAnswers(
-        statistics_NK=np.concatenate([right, said, is_label], axis=1),
+        statistics_NK=np.concatenate([correct, predicted, expected], axis=1),
         value_of=_macro_f1_of,
         values_N=None,
     )
 
 
 def _macro_f1_of(sums_K: Floats) -> float:
-    right, said, is_label = np.split(sums_K, 3)
-    seen = said + is_label > 0
-    return float((2 * right[seen] / (said + is_label)[seen]).mean())
+    correct, predicted, expected = np.split(sums_K, 3)
+    occurs = predicted + expected > 0
+    return float((2 * correct[occurs] / (predicted + expected)[occurs]).mean())
 
 
 def _overlap(name: str, answered: Sequence[Answered], task: Task) -> ScoredAnswers:
     outputs = [each.outputs[0] for each in answered]
     references = [each.example.references for each in answered]
     if name == "bleu":
-        found = bleu_statistics(outputs, references, task.bleu_tokenizer)
+        overlap = bleu_statistics(outputs, references, task.bleu_tokenizer)
     else:
-        found = chrf_statistics(outputs, references)
+        overlap = chrf_statistics(outputs, references)
     return ScoredAnswers(
-        statistics_NK=found.statistics_NK,
-        value_of=found.value_of,
-        values_N=np.array([found.value_of(row_K) for row_K in found.statistics_NK]),
+        statistics_NK=overlap.statistics_NK,
+        value_of=overlap.value_of,
+        values_N=np.array([overlap.value_of(row_K) for row_K in overlap.statistics_NK]),
     )

@@ -240,4 +240,4 @@ def test_prompts_that_do_not_fit_are_refused_or_dropped_and_counted(tmp_path, ti
         asked(file, tokenizer, None, 40)
     file = opened(tmp_path, rows, max_new_tokens=10, long_prompts="drop")
     found = asked(file, tokenizer, None, 40)
-    assert found.dropped == 1 and [q.example.index for q in found.questions] == [0, 2]
+    assert found.num_dropped == 1 and [q.example.index for q in found.questions] == [0, 2]

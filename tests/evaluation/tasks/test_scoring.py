@@ -41,7 +41,7 @@ def answered(outputs, references, passed=None):
                 index=at, place="", messages=[], tools=None, references=tuple(own), test=""
             ),
             outputs=(output,) if isinstance(output, str) else tuple(output),
-            passed=0 if passed is None else passed[at],
+            num_passed=0 if passed is None else passed[at],
         )
         for at, (output, own) in enumerate(zip(outputs, references, strict=True))
     ]
@@ -92,9 +92,8 @@ def test_rouge_is_rouge_scores_and_knows_chinese(texts):
             scorer.score_multi(own, output)[name].fmeasure
             for output, own in zip(outputs, references, strict=True)
         ]
-        found = score_answers(
-            name, answered(outputs, references), Task(path="-", scores=[name]), ()
-        )
+        task = Task(path="-", scores=[name])
+        found = score_answers(name, answered(outputs, references), task, ())
         assert found.values_N.tolist() == pytest.approx(expected, abs=1e-12)
     # 猫 坐 垫 of 4 and 3 characters: precision 1, recall 3/4.
     assert score("rouge1", answered(["猫坐垫"], [["猫坐垫上"]])).value == pytest.approx(6 / 7)
