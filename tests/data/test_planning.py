@@ -282,9 +282,9 @@ def test_an_estimate_looks_at_every_length(here, monkeypatch):
     monkeypatch.setattr(plan_counts, "SAMPLE_ROWS", 30)
     about = plan_counts.count(recipe, inputs.plan)
     for name, source in about.sources.items():
-        assert source.tokens == pytest.approx(exact.sources[name].tokens, rel=0.03)
-        assert (source.rows, source.epochs) == (
-            exact.sources[name].rows,
+        assert source.num_tokens == pytest.approx(exact.sources[name].num_tokens, rel=0.03)
+        assert (source.num_rows, source.epochs) == (
+            exact.sources[name].num_rows,
             exact.sources[name].epochs,
         )
 

@@ -249,7 +249,7 @@ def test_the_table_says_what_each_run_will_train_before_it_does(here, capsys):
     assert "web-0.25/seed-1" in capsys.readouterr().out
     assert main(["plan", "recipe.yaml", "sweep.only=1", "--gpu", "cpu"]) == 0
     assert main(["sweep", "recipe.yaml", "sweep=null"]) == 2
-    assert "is no sweep" in capsys.readouterr().err
+    assert "has no sweep" in capsys.readouterr().err
     assert main(["sweep", "recipe.yaml", "sources.web.path=nowhere"]) == 2
     told = capsys.readouterr().err
     assert "point web-0.25, kl, bad: sources.web.path: nowhere" in told

@@ -1,3 +1,1 @@
-"""What a recipe will do, told before a device is touched: counts, memory, disk, time, and what to
-look at.
-"""
+"""`bigmix plan`: what a recipe will do, before a device is used."""

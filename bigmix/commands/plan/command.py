@@ -1,7 +1,5 @@
-"""`bigmix plan RECIPE`: what a run will be, before a GPU is used.
-
-`bigmix sweep RECIPE`: the runs of a sweep, how far each is, and what each will train, before a GPU
-is used.
+"""The commands `bigmix plan`, which forecasts a run before a GPU is used, and `bigmix sweep`, which
+lists the runs of a sweep with their progress and what each will train.
 """
 
 import argparse
@@ -21,7 +19,10 @@ from bigmix.train.inputs import RunInputs, moving_shares, open_each, open_inputs
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Shown:
-    """A run as it is shown; `tokens` are those of the rows of each source, padding counted."""
+    """A run of a sweep as it is printed; the names are the keys of the JSON.
+
+    `tokens` is the number of tokens in the rows of each source, with padding.
+    """
 
     number: int
     name: str
@@ -39,7 +40,7 @@ def add_sweep(subparsers: Any) -> None:
         "sweep",
         help="the runs of a sweep, and how far each is",
         description=(
-            "Checks every run of a sweep and lists them; docs/sweep.md says how they are trained."
+            "Checks and lists every run of a sweep; docs/sweep.md says how they are trained."
         ),
     )
     add_recipe_arguments(parser)
@@ -56,21 +57,24 @@ def _sweep(known: argparse.Namespace) -> int:
     loaded = load(known.recipe, known.overrides)
     if loaded.recipe.sweep is None:
         raise BadInput(
-            f"recipe {known.recipe} is no sweep; give it one, such as sweep.train.lr=[1e-5,3e-5],"
+            f"recipe {known.recipe} has no sweep; add one, such as sweep.train.lr=[1e-5,3e-5],"
             " see docs/sweep.md"
         )
     return show_runs(loaded.chosen, ranks=known.ranks, as_json=known.json)
 
 
 def show_runs(runs: Sequence[SweepRun], *, ranks: int, as_json: bool) -> int:
-    """Check the runs and print them; raises BadInput with all faults of all runs."""
+    """Check the runs and print them.
+
+    Raises BadInput with all faults of all runs.
+    """
     shown = open_each(runs, _shown, ranks=ranks, verify=False)
     if as_json:
         print(json.dumps([asdict(one) for one in shown], indent=2))
         return DONE
     sources = list(dict.fromkeys(name for one in shown for name in one.tokens))
     rows = [
-        [one.number, one.name, _words(one), one.steps, *(one.tokens.get(name) for name in sources)]
+        [one.number, one.name, _state(one), one.steps, *(one.tokens.get(name) for name in sources)]
         for one in shown
     ]
     columns = ["run", "name", "state", "steps", *(f"tokens of {name}" for name in sources)]
@@ -95,7 +99,7 @@ def _shown(run: SweepRun, inputs: RunInputs) -> _Shown:
 
 
 def _tokens(recipe: Recipe, plan: RunPlan) -> dict[str, int]:
-    """Tokens of each source's rows over the run, whose length may change."""
+    """The number of tokens in each source's rows over the run; the length of rows may change."""
     begins = [min(after, plan.steps) for after, _ in recipe.lengths]
     tokens = dict.fromkeys(recipe.sources, 0)
     for begin, end, (_, length) in zip(
@@ -107,7 +111,7 @@ def _tokens(recipe: Recipe, plan: RunPlan) -> dict[str, int]:
     return tokens
 
 
-def _words(shown: _Shown) -> str:
+def _state(shown: _Shown) -> str:
     if shown.state == "begun":
         return f"at step {shown.step} of {shown.steps}"
     if shown.state == "failed":
@@ -119,10 +123,10 @@ def add_plan(subparsers: Any) -> None:
     """Add the command to the parser of `bigmix`."""
     parser = subparsers.add_parser(
         "plan",
-        help="what a run will be: shares, epochs, padding, memory, disk, time",
+        help="forecast a run: shares, epochs, padding, memory, disk, time",
         description=(
-            "Says what a recipe will do before anything is trained; docs/plan.md explains every"
-            " number."
+            "Forecasts what a recipe will do before anything is trained; docs/plan.md explains"
+            " every number."
         ),
     )
     add_recipe_arguments(parser)
@@ -144,12 +148,14 @@ def _plan(known: argparse.Namespace) -> int:
         return show_runs(loaded.chosen, ranks=known.gpus, as_json=known.json)
     recipe = loaded.chosen[0].recipe if loaded.chosen else loaded.recipe
     inputs = open_inputs(recipe, ranks=known.gpus, verify=False)
-    # Seconds of imports, and only for a recipe that can run.
+    # These take seconds to import, which only a recipe that can run should cost.
     from bigmix.commands.plan.forecast import Machine, forecast
     from bigmix.commands.plan.show import as_json, show
     from bigmix.commands.plan.warnings import warnings_of
 
-    machine = Machine(gpus=known.gpus, gpu=known.gpu, device_gib=known.device_gib, mfu=known.mfu)
+    machine = Machine(
+        num_gpus=known.gpus, gpu=known.gpu, device_gib=known.device_gib, mfu=known.mfu
+    )
     plan, bad = inputs.around_bad_shards(1, lambda plan: forecast(recipe, inputs, plan, machine))
     report_replaced_shards(bad, 1)
     warnings = [*moving_shares(recipe), *warnings_of(recipe, plan, machine)]
@@ -174,7 +180,7 @@ def _check(known: argparse.Namespace) -> None:
 
 
 def _known_gpus() -> list[str]:
-    # flops imports torch: only a command that needs it waits.
+    # flops imports torch, which only a command that needs it should wait for.
     from bigmix.model.flops import PEAKS
 
     return [*PEAKS, "cpu"]

@@ -1,6 +1,4 @@
-"""A recipe and its opened inputs go in, everything that can be known of the run before it starts
-comes out.
-"""
+"""Forecasts a run from its recipe and opened inputs: counts, memory, disk space and time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,35 +21,40 @@ from bigmix.train.inputs import RunInputs
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """What the run would run on; `gpu` is a key of flops.PEAKS, or cpu."""
+    """What the run would run on; `gpu` is a key of flops.PEAKS, or cpu.
 
-    gpus: int
+    `mfu` is the part of the device's peak that the run is expected to reach.
+    """
+
+    num_gpus: int
     gpu: str
     device_gib: float
     mfu: float
 
     @property
     def device(self) -> torch.device:
-        """The kind of device; nothing is done on it."""
+        """The type of the device, which is never used."""
         return torch.device("cpu" if self.gpu == "cpu" else "cuda")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Disk:
-    """Bytes in the output folder; while a checkpoint is written, one more than are kept is
-    there.
+    """Bytes in the output folder.
+
+    `checkpoints_bytes` is for all checkpoints, with the one that is being written besides those
+    that are kept; `export_bytes` is 0 where nothing is exported.
     """
 
-    checkpoint: int
-    checkpoints: int
-    export: int
+    checkpoint_bytes: int
+    checkpoints_bytes: int
+    export_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
-    """What a run will be.
+    """Everything that is known about a run before it starts.
 
-    `seconds` is None where the model's FLOPs or the device's peak are not known.
+    `flops` is None for mixtures of experts, `seconds` also where the device's peak is not known.
     """
 
     counts: Counts
@@ -65,9 +68,9 @@ class Forecast:
 
 
 def forecast(recipe: Recipe, inputs: RunInputs, plan: RunPlan, machine: Machine) -> Forecast:
-    """Everything about the run but its losses; reads lengths and masks, and touches no device.
+    """Everything about the run except its losses; reads lengths and masks, and uses no device.
 
-    Raises BadInput where the model does not fit the data or cannot be made.
+    Raises BadInput where the model does not fit the data or cannot be built.
     """
     configs = read_configs(recipe, inputs.manifest)
     config = configs.model
@@ -79,7 +82,7 @@ def forecast(recipe: Recipe, inputs: RunInputs, plan: RunPlan, machine: Machine)
     counts = count(recipe, plan)
     setting = _setting(recipe, inputs.ds_keys, machine, dtype)
     flops = flops_of(shape, counts)
-    spent = _with_reference(flops, recipe, reference, counts)
+    all_flops = _with_reference(flops, recipe, reference, counts)
     peak = PEAKS.get(machine.gpu)
     return Forecast(
         counts=counts,
@@ -88,7 +91,7 @@ def forecast(recipe: Recipe, inputs: RunInputs, plan: RunPlan, machine: Machine)
         memory=memory_of(shape, setting, reference),
         disk=_disk(recipe, shape, setting),
         flops=flops,
-        seconds=spent / (machine.mfu * peak * machine.gpus) if spent and peak else None,
+        seconds=all_flops / (machine.mfu * peak * machine.num_gpus) if all_flops and peak else None,
         attention=_attention(recipe, config, machine, dtype),
     )
 
@@ -110,43 +113,41 @@ def _shape(recipe: Recipe, config: Any, machine: Machine, dtype: str) -> Shape:
 def _with_reference(
     flops: float | None, recipe: Recipe, reference: Shape | None, counts: Counts
 ) -> float | None:
-    """The needed operations and those of the frozen model: a forward, a third of a step, on the
-    rows of its sources.
+    """The FLOPs of the run and of its reference, which does a forward pass, a third of a step, on
+    the rows of its sources.
     """
     if flops is None or reference is None or recipe.reference is None:
         return flops
     if reference.cost is None:
         return None
-    shown = [counts.sources[name] for name in recipe.reference.sources]
-    tokens = sum(source.tokens for source in shown)
-    everything = max(1, sum(source.tokens for source in counts.sources.values()))
-    sum_sq_lengths = round(counts.sum_sq_lengths * tokens / everything)
-    loss_tokens = sum(source.loss_tokens for source in shown)
-    return flops + reference.cost.of_step(tokens, loss_tokens, sum_sq_lengths) / 3
+    sources = [counts.sources[name] for name in recipe.reference.sources]
+    num_tokens = sum(source.num_tokens for source in sources)
+    num_all = max(1, sum(source.num_tokens for source in counts.sources.values()))
+    sum_sq_lengths = round(counts.sum_sq_lengths * num_tokens / num_all)
+    num_loss_tokens = sum(source.num_loss_tokens for source in sources)
+    return flops + reference.cost.of_step(num_tokens, num_loss_tokens, sum_sq_lengths) / 3
 
 
 def flops_of(shape: Shape, counts: Counts) -> float | None:
-    """The operations of the whole run; None for mixtures of experts, where they depend on the
-    routing.
-    """
+    """The FLOPs of all steps; None for mixtures of experts, where they depend on the routing."""
     if shape.cost is None:
         return None
     sources = counts.sources.values()
     return shape.cost.of_step(
-        sum(source.tokens for source in sources),
-        sum(source.loss_tokens for source in sources),
+        sum(source.num_tokens for source in sources),
+        sum(source.num_loss_tokens for source in sources),
         counts.sum_sq_lengths,
     )
 
 
 def _setting(recipe: Recipe, keys: Mapping[str, Any], machine: Machine, dtype: str) -> Setting:
-    rows = recipe.train.micro_batch_rows
+    micro_batch_rows = recipe.train.micro_batch_rows
     return Setting(
-        keys=complete_for_training(keys, recipe, machine.gpus, dtype),
-        ranks=machine.gpus,
+        keys=complete_for_training(keys, recipe, machine.num_gpus, dtype),
+        num_ranks=machine.num_gpus,
         dtype=dtype,
         on_gpu=machine.device.type == "cuda",
-        tokens=rows * recipe.longest_row,
+        num_tokens=micro_batch_rows * recipe.longest_row,
         device_bytes=int(machine.device_gib * GIB),
         loss_chunk_mib=recipe.loss.chunk_mib,
         activation_checkpointing=recipe.model.activation_checkpointing,
@@ -157,9 +158,9 @@ def _setting(recipe: Recipe, keys: Mapping[str, Any], machine: Machine, dtype: s
 
 
 def _disk(recipe: Recipe, shape: Shape, setting: Setting) -> Disk:
-    checkpoint = setting.state_bytes * shape.parameters
+    checkpoint_bytes = setting.state_bytes * shape.num_parameters
     return Disk(
-        checkpoint=checkpoint,
-        checkpoints=checkpoint * (recipe.checkpoint.keep + 1),
-        export=setting.weight_bytes * shape.parameters if recipe.checkpoint.export else 0,
+        checkpoint_bytes=checkpoint_bytes,
+        checkpoints_bytes=checkpoint_bytes * (recipe.checkpoint.keep + 1),
+        export_bytes=setting.weight_bytes * shape.num_parameters if recipe.checkpoint.export else 0,
     )

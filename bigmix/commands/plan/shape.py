@@ -1,10 +1,9 @@
-"""A model's configuration goes in, its sizes come out: weights, FLOPs, and what a forward pass
-keeps for backward.
+"""Finds the sizes of a model: its weights, its FLOPs, and what a forward pass keeps for backward.
 
-The model is built on the meta device, where tensors have shapes and no memory, so 70 billion
-weights take a second. What autograd keeps is counted tensor by tensor, whatever the architecture;
-attention alone is replaced by a stand-in that keeps what the real backend keeps, since on the meta
-device torch would choose another.
+The model is built on the meta device, where tensors have shapes but no memory, so 70 billion
+weights take a second. What autograd keeps is counted tensor by tensor, for any architecture. Only
+attention is replaced: a stand-in keeps what the real backend keeps, since on the meta device torch
+would choose another backend.
 
 Letters: B rows, T positions, H heads, K key-value heads, E width of a head.
 """
@@ -29,11 +28,11 @@ _STAND_IN = "bigmix_plan"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Activations:
-    """Bytes that the body's forward keeps for backward.
+    """Bytes that the forward pass of the body keeps for backward.
 
-    `total`: in all; `outside`: the part of it that belongs to no layer; `layer`: in the largest
-    layer; `entrance`: the hidden states that enter a layer; `widest`: the largest single tensor of
-    a layer.
+    `total` is all of it; `outside` is the part that belongs to no layer, `layer` that of the
+    largest layer, `entrance` the hidden states that enter a layer, `widest` the largest single
+    tensor of a layer.
     """
 
     total: int
@@ -45,33 +44,34 @@ class Activations:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """Sizes of a model.
+    """The sizes of a model.
 
-    `weights` holds the elements of each parameter, matrices and vectors apart, as they are
-    optimised.
+    `matrices` and `vectors` have the number of elements of each parameter, apart because they are
+    optimised apart.
     """
 
     matrices: tuple[int, ...]
     vectors: tuple[int, ...]
-    layers: int
-    hidden: int
-    vocabulary: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
     is_tied: bool
     cost: Cost | None
     activations: Activations
 
     @property
-    def parameters(self) -> int:
-        """All weights; tied ones count once."""
+    def num_parameters(self) -> int:
+        """The number of all weights; tied ones count once."""
         return sum(self.matrices) + sum(self.vectors)
 
 
 def shape_of(
     config: Any, *, dtype: str, attention: str, micro_batch_rows: int, row_tokens: int
 ) -> Shape:
-    """The sizes of the model of a configuration and of a micro-batch in it.
+    """The sizes of the model that a configuration describes, with a micro-batch of
+    `micro_batch_rows` rows of `row_tokens` tokens.
 
-    Raises BadInput where transformers refuses to make the model.
+    Raises BadInput where transformers cannot build the model.
     """
     lm = _on_meta(config, dtype)
     body, head = lm.base_model, lm.get_output_embeddings()
@@ -81,9 +81,9 @@ def shape_of(
     return Shape(
         matrices=tuple(p.numel() for p in parameters if p.dim() >= 2),
         vectors=tuple(p.numel() for p in parameters if p.dim() < 2),
-        layers=len(_layers(body)),
-        hidden=head.weight.shape[1],
-        vocabulary=head.weight.shape[0],
+        num_layers=len(_layers(body)),
+        hidden_size=head.weight.shape[1],
+        vocab_size=head.weight.shape[0],
         is_tied=head.weight is lm.get_input_embeddings().weight,
         cost=cost_of(lm),
         activations=_activations(body.train(), ids_BT),
@@ -105,12 +105,12 @@ def _on_meta(config: Any, dtype: str) -> Any:
 
 
 def _activations(body: nn.Module, ids_BT: Tensor) -> Activations:
-    """Run the body's forward on the meta device and add up what autograd keeps, each storage once,
-    weights left out.
+    """Run the forward pass of the body on the meta device and add up what autograd keeps, each
+    storage once, without the weights.
     """
     sizes: dict[Any, int] = {}
     owners: dict[Any, int] = {}
-    kept: list[Any] = []  # a storage that is let go could give its address to another
+    kept: list[Any] = []  # a storage that is freed could give its address to another
     own = {parameter.untyped_storage()._cdata for parameter in body.parameters()}
     depth = [0]
 
@@ -156,8 +156,8 @@ def _layers(body: nn.Module) -> list[nn.Module]:
 
 
 def _put_stand_in(config: Any, attention: str) -> None:
-    """A backend without a mask function: on the meta device a mask, which is made of values, cannot
-    be had.
+    """Replace attention by a backend without a mask function: a mask is made of values, which do
+    not exist on the meta device.
     """
     keep = {"eager": _eager, "sdpa": _masked}.get(attention, _fused)
     ALL_ATTENTION_FUNCTIONS.register(_STAND_IN, keep)
@@ -167,7 +167,7 @@ def _put_stand_in(config: Any, attention: str) -> None:
 def _eager(
     module: Any, query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor, *_: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """The scores of all pairs, as transformers computes them."""
+    """The eager backend: the scores of all pairs, as transformers computes them."""
     key_BHTE, value_BHTE = _for_all_heads(query_BHTE, key_BKTE, value_BKTE)
     scores_BHTT = query_BHTE @ key_BHTE.transpose(2, 3) * 1.0
     if options.get("softcap") is not None:
@@ -180,8 +180,8 @@ def _eager(
 def _masked(
     module: Any, query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
-    """sdpa with the mask of packed documents, for which it has no kernel with fewer keys than
-    queries.
+    """The sdpa backend with the mask of packed documents, for which it has no kernel with fewer
+    keys than queries.
     """
     del module
     key_BHTE, value_BHTE = _for_all_heads(query_BHTE, key_BKTE, value_BKTE)
@@ -191,7 +191,7 @@ def _masked(
 def _fused(
     module: Any, query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
-    """A kernel that knows documents by their positions."""
+    """A backend that recognises documents by their positions and so needs no mask."""
     del module
     return _kept(query_BHTE, key_BKTE, value_BKTE, keeps_mask=False), None
 
@@ -199,8 +199,8 @@ def _fused(
 def _for_all_heads(
     query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor
 ) -> tuple[Tensor, Tensor]:
-    times = query_BHTE.shape[1] // key_BKTE.shape[1]
-    return repeat_kv(key_BKTE, times), repeat_kv(value_BKTE, times)
+    num_repeats = query_BHTE.shape[1] // key_BKTE.shape[1]
+    return repeat_kv(key_BKTE, num_repeats), repeat_kv(value_BKTE, num_repeats)
 
 
 def _kept(query_BHTE: Tensor, key: Tensor, value: Tensor, *, keeps_mask: bool) -> Tensor:
@@ -210,18 +210,20 @@ def _kept(query_BHTE: Tensor, key: Tensor, value: Tensor, *, keeps_mask: bool) -
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps queries, keys, values, output and log-sum-exp, as memory-efficient kernels do (Dao,
-    2022), and sdpa's mask.
+    """Keeps queries, keys, values, output and log-sum-exp, as memory-efficient kernels do (Dao et
+    al., "FlashAttention", 2022), and the mask of sdpa.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor, keeps_mask: bool
     ) -> Tensor:
-        rows, heads, positions, _ = query_BHTE.shape
-        out_BTHE = query_BHTE.new_empty(rows, positions, heads, value_BKTE.shape[-1])
-        lse_BHT = query_BHTE.new_empty(rows, heads, positions, dtype=torch.float32)
-        mask = query_BHTE.new_empty(rows, positions, positions) if keeps_mask else lse_BHT
+        num_rows, num_heads, num_positions, _ = query_BHTE.shape
+        out_BTHE = query_BHTE.new_empty(num_rows, num_positions, num_heads, value_BKTE.shape[-1])
+        lse_BHT = query_BHTE.new_empty(num_rows, num_heads, num_positions, dtype=torch.float32)
+        mask = lse_BHT
+        if keeps_mask:
+            mask = query_BHTE.new_empty(num_rows, num_positions, num_positions)
         ctx.save_for_backward(query_BHTE, key_BKTE, value_BKTE, out_BTHE, lse_BHT, mask)
         return out_BTHE
 

@@ -1,4 +1,4 @@
-"""A forecast goes in, its tables for the terminal and its JSON come out."""
+"""Shows a forecast: tables for the terminal, and JSON."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +17,7 @@ UNITS = ("rows", "tokens", "loss_tokens", "gradient")
 def show(
     terminal: Terminal, recipe: Recipe, plan: Forecast, machine: Machine, warnings: list[str]
 ) -> None:
-    """Print the forecast: settings, sources, shares, documents, memory, then what to look at."""
+    """Print the forecast: settings, sources, shares, documents and memory, then the warnings."""
     terminal.header("bigmix: plan", list(_settings(recipe, plan, machine)), _sources(plan))
     for table in (_shares(plan), _documents(plan), _memory(plan)):
         terminal.note("")
@@ -26,23 +26,23 @@ def show(
     for warning in warnings:
         terminal.warning(warning)
     if not warnings:
-        terminal.note("nothing to warn of")
+        terminal.note("no warnings")
 
 
 def as_json(plan: Forecast, machine: Machine, warnings: list[str]) -> dict[str, Any]:
-    """The forecast as plain values; bytes are whole numbers, shares and fractions are parts
-    of 1.
+    """The forecast as plain values: bytes are whole numbers, shares and ratios are between 0 and
+    1.
     """
     memory = plan.memory
     shares = {unit: plan.counts.shares(unit) for unit in (*UNITS, "wanted")}
     return {
         "version": JSON_VERSION,
-        "steps": plan.counts.steps,
+        "steps": plan.counts.num_steps,
         "exact": plan.counts.is_exact,
-        "parameters": plan.shape.parameters,
+        "parameters": plan.shape.num_parameters,
         "flops": plan.flops,
         "seconds": plan.seconds,
-        "gpus": machine.gpus,
+        "gpus": machine.num_gpus,
         "sources": {
             name: _source_json(source) | {"share": {unit: shares[unit][name] for unit in shares}}
             for name, source in plan.counts.sources.items()
@@ -59,9 +59,9 @@ def as_json(plan: Forecast, machine: Machine, warnings: list[str]) -> dict[str, 
             ],
         },
         "disk": {
-            "checkpoint": plan.disk.checkpoint,
-            "checkpoints": plan.disk.checkpoints,
-            "export": plan.disk.export,
+            "checkpoint": plan.disk.checkpoint_bytes,
+            "checkpoints": plan.disk.checkpoints_bytes,
+            "export": plan.disk.export_bytes,
         },
         "warnings": warnings,
     }
@@ -71,15 +71,15 @@ def _source_json(source: SourceCounts) -> dict[str, Any]:
     return {
         "role": source.role,
         "kind": source.kind,
-        "rows": source.rows,
-        "tokens": source.tokens,
-        "loss_tokens": source.loss_tokens,
+        "rows": source.num_rows,
+        "tokens": source.num_tokens,
+        "loss_tokens": source.num_loss_tokens,
         "epochs": source.epochs,
-        "filled": source.filled,
-        "rows_per_step": source.due,
-        "steps": source.steps,
-        "read": source.read,
-        "documents": source.documents,
+        "filled": source.fill_ratio,
+        "rows_per_step": source.mean_rows_per_step,
+        "steps": source.num_steps,
+        "read": source.num_read,
+        "documents": source.num_documents,
         "dropped": dict(source.dropped),
         "too_long": source.lost.dropped,
         "truncated": source.lost.truncated,
@@ -93,14 +93,17 @@ def _settings(recipe: Recipe, plan: Forecast, machine: Machine) -> Iterator[tupl
     micro = f"{setting.keys['gradient_accumulation_steps']} x {recipe.train.micro_batch_rows} rows"
     yield "model", f"{_name(recipe)}, {_sizes(plan.shape)}"
     yield "precision", f"{setting.dtype}, attention {plan.attention}"
-    yield "engine", f"ZeRO-{setting.stage} on {machine.gpus} {unit}, {recipe.deepspeed}"
-    yield "run", f"{plan.counts.steps:,} steps of {recipe.rows_per_step} rows; each rank {micro}"
-    yield "memory", _memory_words(plan, machine)
-    export = f"; export {gib_or_mib(disk.export)}" if disk.export else ""
+    yield "engine", f"ZeRO-{setting.stage} on {machine.num_gpus} {unit}, {recipe.deepspeed}"
+    yield (
+        "run",
+        f"{plan.counts.num_steps:,} steps of {recipe.rows_per_step} rows; each rank {micro}",
+    )
+    yield "memory", _memory_summary(plan, machine)
+    export = f"; export {gib_or_mib(disk.export_bytes)}" if disk.export_bytes else ""
     yield (
         "disk",
-        f"{gib_or_mib(disk.checkpoint)} a checkpoint, up to {gib_or_mib(disk.checkpoints)} with the"
-        f" one being written{export}",
+        f"{gib_or_mib(disk.checkpoint_bytes)} a checkpoint, up to"
+        f" {gib_or_mib(disk.checkpoints_bytes)} with the one being written{export}",
     )
     yield "time", _time(plan, machine)
 
@@ -111,30 +114,30 @@ def _name(recipe: Recipe) -> str:
 
 def _sizes(shape: Shape) -> str:
     tied = ", head tied to the embedding" if shape.is_tied else ""
-    return f"{shape.parameters:,} parameters, {shape.layers} layers of {shape.hidden:,}{tied}"
+    layers = f"{shape.num_layers} layers of {shape.hidden_size:,}"
+    return f"{shape.num_parameters:,} parameters, {layers}{tied}"
 
 
-def _memory_words(plan: Forecast, machine: Machine) -> str:
+def _memory_summary(plan: Forecast, machine: Machine) -> str:
     memory = plan.memory
-    said = (
+    summary = (
         f"{gib_or_mib(memory.peak())} of {machine.device_gib:g} GiB at the peak of a rank"
         f" ({memory.peak_phase})"
     )
     for place in PLACES[1:]:
         size = memory.peak(place)
-        said += f", {gib_or_mib(size)} on {place}" if size else ""
-    return said
+        summary += f", {gib_or_mib(size)} on {place}" if size else ""
+    return summary
 
 
 def _time(plan: Forecast, machine: Machine) -> str:
     if plan.seconds is None:
         why = "on CPUs" if machine.gpu == "cpu" else "for a mixture of experts"
         return f"not known {why}"
-    hours = plan.seconds / 3600
-    flops = f"{plan.flops:.3g} FLOPs"
+    gpu_hours = plan.seconds / 3600 * machine.num_gpus
     return (
-        f"{duration(plan.seconds)} at MFU {machine.mfu:.0%} ({flops}, {hours * machine.gpus:,.1f}"
-        " GPU hours)"
+        f"{duration(plan.seconds)} at MFU {machine.mfu:.0%} ({plan.flops:.3g} FLOPs,"
+        f" {gpu_hours:,.1f} GPU hours)"
     )
 
 
@@ -159,12 +162,12 @@ def _sources(plan: Forecast) -> Table:
                 name,
                 source.role,
                 source.kind,
-                source.rows,
-                source.tokens,
-                source.loss_tokens,
+                source.num_rows,
+                source.num_tokens,
+                source.num_loss_tokens,
                 f"{source.epochs:.2f}",
-                percent(source.filled),
-                percent(source.steps / plan.counts.steps, 0),
+                percent(source.fill_ratio),
+                percent(source.num_steps / plan.counts.num_steps, 0),
             ]
             for name, source in plan.counts.sources.items()
         ],
@@ -188,7 +191,7 @@ def _documents(plan: Forecast) -> Table:
         )
         lost = source.lost
         rows.append(
-            [name, source.read, reasons or "none", lost.dropped, lost.truncated, lost.tokens]
+            [name, source.num_read, reasons or "none", lost.dropped, lost.truncated, lost.tokens]
         )
     heads = ("source", "read", "dropped by prepare", "too long for a row", "cut", "tokens lost")
     return Table(title="documents left out", columns=heads, rows=rows)

@@ -1,6 +1,4 @@
-"""A forecast goes in, what a person should look at before the run comes out: each with its number
-and a remedy.
-"""
+"""Warns of what should be looked at before a run, each warning with its number and a remedy."""
 
 from collections.abc import Iterator
 from math import ceil
@@ -11,15 +9,15 @@ from bigmix.loss.objective import surely_from
 from bigmix.recipe import Recipe
 from bigmix.terminal import GIB, gib
 
-MOST_EPOCHS = 4  # beyond, repeated data teaches less and less (Muennighoff et al., 2023)
+MOST_EPOCHS = 4  # repeated more often, data teaches less and less (Muennighoff et al., 2023)
 MOST_PADDING = 0.15
 MOST_DROPPED = 0.05
-MOST_DRIFT = 0.05  # of a gradient share from the share
-ROOM = 0.9  # of a device: its context, the communication library and fragmentation take the rest
+MOST_DRIFT = 0.05  # of the realised gradient share from the wanted one
+USABLE = 0.9  # of a device: its context, the communication library and fragmentation take the rest
 
 
 def warnings_of(recipe: Recipe, plan: Forecast, machine: Machine) -> list[str]:
-    """Every warning, those of the sources first."""
+    """All warnings, those about single sources first."""
     found: list[str] = []
     for name, source in plan.counts.sources.items():
         found += _rare(recipe, plan, name, source)
@@ -30,22 +28,23 @@ def warnings_of(recipe: Recipe, plan: Forecast, machine: Machine) -> list[str]:
 
 
 def _rare(recipe: Recipe, plan: Forecast, name: str, source: SourceCounts) -> Iterator[str]:
-    if source.due >= 1 and source.steps >= plan.counts.steps:
+    if source.mean_rows_per_step >= 1 and source.num_steps >= plan.counts.num_steps:
         return
-    if not source.rows:
+    if not source.num_rows:
         yield f"{name} has no row at all in this run; raise its share or the budget, or delete it"
         return
-    steps = source.steps / plan.counts.steps
+    part = source.num_steps / plan.counts.num_steps
     surely = surely_from(plan.counts.shares("rows"))
-    needed = ceil(surely * recipe.rows_per_step / source.due)
-    told = (
+    needed = ceil(surely * recipe.rows_per_step / source.mean_rows_per_step)
+    effect = (
         "its weight is raised there, so that over the run its part of the gradient is still right"
         if recipe.objective == "per_source"
         else "its part of the gradient comes in bursts"
     )
     yield (
-        f"{name} has {source.due:.2g} rows a step, so it is in {steps:.0%} of the steps only;"
-        f" {told}; to have it in every step, set rows_per_step={needed} or more, or raise its share"
+        f"{name} has {source.mean_rows_per_step:.2g} rows a step, so it is in only {part:.0%} of"
+        f" the steps; {effect}; to have it in every step, set rows_per_step={needed} or more, or"
+        " raise its share"
     )
 
 
@@ -60,13 +59,13 @@ def _repeated(name: str, source: SourceCounts) -> Iterator[str]:
 
 
 def _padded(name: str, source: SourceCounts) -> Iterator[str]:
-    padding = 1 - source.filled
-    if padding <= MOST_PADDING or not source.rows:
+    padding = 1 - source.fill_ratio
+    if padding <= MOST_PADDING or not source.num_rows:
         return
-    mean = source.tokens / source.rows
+    mean, capacity = (n / source.num_rows for n in (source.num_tokens, source.capacity_tokens))
     yield (
         f"{name}: {padding:.0%} of its rows is padding (a row holds {mean:,.0f} of"
-        f" {source.room / source.rows:,.0f} tokens), more than {MOST_PADDING:.0%}; choose another"
+        f" {capacity:,.0f} tokens), more than {MOST_PADDING:.0%}; choose another"
         " sequence_length, or put more documents into each shard"
     )
 
@@ -75,15 +74,15 @@ def _dropped(name: str, source: SourceCounts) -> Iterator[str]:
     if source.dropped_fraction <= MOST_DROPPED:
         return
     left_out = source.left_out.items()
-    said = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in left_out if n)
+    reasons = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in left_out if n)
     remedy = (
         f"raise sequence_length or set sources.{name}.long_documents=truncate"
         if source.lost.dropped
-        else "see what `bigmix prepare` said of its input"
+        else "see the warnings of `bigmix prepare` about its input"
     )
     yield (
-        f"{name}: {source.dropped_fraction:.1%} of its {source.read:,} documents are dropped"
-        f" ({said}), more than {MOST_DROPPED:.0%}; {remedy}"
+        f"{name}: {source.dropped_fraction:.1%} of its {source.num_read:,} documents are dropped"
+        f" ({reasons}), more than {MOST_DROPPED:.0%}; {remedy}"
     )
 
 
@@ -92,16 +91,16 @@ def _drifted(recipe: Recipe, plan: Forecast) -> Iterator[str]:
     far = [n for n in realised if abs(realised[n] - wanted[n]) > MOST_DRIFT]
     if recipe.objective != "per_token" or not far:
         return
-    said = ", ".join(f"{n} {realised[n]:.0%} instead of {wanted[n]:.0%}" for n in far)
+    drifts = ", ".join(f"{n} {realised[n]:.0%} instead of {wanted[n]:.0%}" for n in far)
     yield (
-        f"under objective per_token the gradient is shared by loss tokens, not by share: {said}; "
-        "set objective=per_source to learn from the shares as they are written"
+        f"under objective per_token the gradient is divided by loss tokens, not by share: {drifts};"
+        " set objective=per_source to learn from the shares as they are written"
     )
 
 
 def _too_large(recipe: Recipe, plan: Forecast, machine: Machine) -> Iterator[str]:
     needed = plan.memory.peak()
-    if needed <= ROOM * machine.device_gib * GIB:
+    if needed <= USABLE * machine.device_gib * GIB:
         return
     fits = "does not fit" if needed > machine.device_gib * GIB else "leaves too little room on"
     remedies = "; or ".join(_remedies(recipe, plan)) or "take more GPUs"

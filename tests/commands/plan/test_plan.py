@@ -1,4 +1,4 @@
-"""What a plan says is what a run then logs; its memory is added up by hand, and held against a real
+"""A plan says what the run then logs; its memory is checked against sums by hand and a real
 process.
 """
 
@@ -38,7 +38,7 @@ checkpoint: {export: false}
 deepspeed: ds_configs/cpu.json
 output: run
 """
-CPU = Machine(gpus=1, gpu="cpu", device_gib=8, mfu=0.4)
+CPU = Machine(num_gpus=1, gpu="cpu", device_gib=8, mfu=0.4)
 MIB = 1 << 20
 
 
@@ -64,7 +64,7 @@ def as_printed(folder, *words):
 
 def planned(*overrides, machine=CPU):
     recipe = load_recipe("recipe.yaml", overrides)
-    inputs = open_inputs(recipe, ranks=machine.gpus, verify=False)
+    inputs = open_inputs(recipe, ranks=machine.num_gpus, verify=False)
     plan = forecast(recipe, inputs, inputs.plan, machine)
     return plan, warnings_of(recipe, plan, machine)
 
@@ -75,8 +75,8 @@ def test_a_plan_says_what_the_run_logs(data, objective):
     overrides = [f"objective={objective}", f"output={objective}"]
     words = ("recipe.yaml", *overrides)
     ran = start_script(ROOT / "launch/train.py", data, environment(0, 1, free_port()), *words)
-    said, _ = ran.communicate()
-    assert ran.returncode == 0, said
+    output, _ = ran.communicate()
+    assert ran.returncode == 0, output
     logged = json.loads((data / objective / "metrics.jsonl").read_text().splitlines()[-1])
     plan = as_printed(data, *overrides)
     assert plan["exact"] and plan["steps"] == logged["step"] == 20
@@ -92,14 +92,16 @@ def test_rows_are_counted_without_being_read(here):
     inputs = open_inputs(load_recipe("recipe.yaml"), ranks=1, verify=False)
     for name, stream in inputs.plan.streams.items():
         count = 2 * stream.rows_per_epoch + 3
-        tally = row_counts(inputs.plan, name, count)
+        counts = row_counts(inputs.plan, name, count)
         rows = [stream.read(stream.locate(index)) for index in range(count)]
-        assert tally.tokens_R.tolist() == [row.tokens for row in rows]
-        assert tally.loss_tokens_R.tolist() == [int((row.labels_T != IGNORE).sum()) for row in rows]
+        assert counts.tokens_R.tolist() == [row.tokens for row in rows]
+        assert counts.loss_tokens_R.tolist() == [
+            int((row.labels_T != IGNORE).sum()) for row in rows
+        ]
         sum_sq_lengths = [
             int((np.diff(row.starts_P, append=row.tokens) ** 2).sum()) for row in rows
         ]
-        assert tally.sum_sq_lengths_R.tolist() == sum_sq_lengths
+        assert counts.sum_sq_lengths_R.tolist() == sum_sq_lengths
 
 
 def test_a_long_run_is_estimated_and_says_so(here, monkeypatch):
@@ -109,9 +111,9 @@ def test_a_long_run_is_estimated_and_says_so(here, monkeypatch):
     assert exact.counts.is_exact and not about.counts.is_exact
     for name, source in about.counts.sources.items():
         known = exact.counts.sources[name]
-        assert (source.rows, source.epochs) == (known.rows, known.epochs)
-        assert source.loss_tokens == pytest.approx(known.loss_tokens, rel=0.02)
-        assert source.steps == pytest.approx(known.steps, rel=0.02)
+        assert (source.num_rows, source.epochs) == (known.num_rows, known.epochs)
+        assert source.num_loss_tokens == pytest.approx(known.num_loss_tokens, rel=0.02)
+        assert source.num_steps == pytest.approx(known.num_steps, rel=0.02)
         share = exact.counts.shares("gradient")[name]
         assert about.counts.shares("gradient")[name] == pytest.approx(share, abs=0.01)
 
@@ -131,26 +133,26 @@ def test_what_packing_leaves_out_is_counted(here):
 def test_documents_that_are_held_out_are_not_lost(here):
     plan, _ = planned()
     source = plan.counts.sources["chat"]
-    assert replace(source, read=100, dropped={"held_out": 50}).dropped_fraction == 0
-    half = replace(source, read=100, dropped={"held_out": 50, "bad_row": 10})
+    assert replace(source, num_read=100, dropped={"held_out": 50}).dropped_fraction == 0
+    half = replace(source, num_read=100, dropped={"held_out": 50, "bad_row": 10})
     assert half.dropped_fraction == pytest.approx(0.2)
 
 
-def test_what_is_filled_is_what_is_trained_of_what_has_room(here):
+def test_the_fill_ratio_is_the_part_of_the_capacity_that_is_trained(here):
     plan, warnings = planned("sources.chat.path=half")
     source = plan.counts.sources["chat"]
-    assert source.room == source.rows * 64
-    assert source.filled == source.tokens / source.room
+    assert source.capacity_tokens == source.num_rows * 64
+    assert source.fill_ratio == source.num_tokens / source.capacity_tokens
     (warning,) = [text for text in warnings if "of its rows is padding" in text]
-    assert f"a row holds {source.tokens / source.rows:,.0f} of 64 tokens" in warning
+    assert f"a row holds {source.num_tokens / source.num_rows:,.0f} of 64 tokens" in warning
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "text"),
     [
         (
             ["sources.web.share=0.1", "budget.steps=40"],
-            "web has 0.45 rows a step, so it is in 45% of the steps only",
+            "web has 0.45 rows a step, so it is in only 45% of the steps",
         ),
         (["sources.web.share=0.1", "budget.steps=40"], "set rows_per_step=9 or more"),
         (["sources.chat.share=20"], "web has no row at all in this run"),
@@ -160,24 +162,24 @@ def test_what_is_filled_is_what_is_trained_of_what_has_room(here):
         (["objective=per_token", "sources.chat.loss_share=null"], "set objective=per_source"),
     ],
 )
-def test_a_recipe_that_needs_a_look_is_told_so(here, overrides, said):
+def test_a_recipe_that_needs_a_look_has_a_warning(here, overrides, text):
     _, warnings = planned(*overrides)
-    assert any(said in warning for warning in warnings), warnings
+    assert any(text in warning for warning in warnings), warnings
 
 
-def test_a_sound_recipe_has_nothing_to_warn_of(here):
+def test_a_sound_recipe_has_no_warnings(here):
     assert planned("sources.web.share=0.25")[1] == []
 
 
-def test_too_little_memory_is_told_with_what_helps(here):
-    small = Machine(gpus=1, gpu="H100", device_gib=0.01, mfu=0.4)
+def test_too_little_memory_is_a_warning_with_remedies(here):
+    small = Machine(num_gpus=1, gpu="H100", device_gib=0.01, mfu=0.4)
     _, warnings = planned("model.dtype=fp32", machine=small)
     assert "does not fit 0.01 GiB" in warnings[-1]
     for remedy in ("activation_checkpointing=true", "micro_batch_rows=1", "zero3_offload.json"):
         assert remedy in warnings[-1]
 
 
-def test_all_faults_are_told_at_once_and_nothing_is_planned(here, capsys):
+def test_all_faults_are_reported_at_once_and_nothing_is_planned(here, capsys):
     assert main(["plan", "recipe.yaml", "--gpus", "3", "sources.web.path=nowhere"]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and "rows_per_step is 4, must be a multiple" in shown.err
@@ -190,9 +192,9 @@ def shape(**changes):
     sizes = {
         "matrices": (1000, 400, 1000),
         "vectors": (10, 11),
-        "layers": 2,
-        "hidden": 10,
-        "vocabulary": 100,
+        "num_layers": 2,
+        "hidden_size": 10,
+        "vocab_size": 100,
         "is_tied": False,
         "cost": None,
         "activations": Activations(total=5000, outside=1000, layer=2000, entrance=80, widest=300),
@@ -203,10 +205,10 @@ def shape(**changes):
 def setting(zero, *, dtype="bf16", ranks=4, on_gpu=True, checkpointing=False, **keys):
     return Setting(
         keys={"zero_optimization": zero, **keys},
-        ranks=ranks,
+        num_ranks=ranks,
         dtype=dtype,
         on_gpu=on_gpu,
-        tokens=20,
+        num_tokens=20,
         device_bytes=0,
         loss_chunk_mib=None,
         activation_checkpointing=checkpointing,
@@ -234,7 +236,7 @@ def test_memory_of_zero_3_by_hand():
         "Adam moments, fp32": (8 * shard,) * 3,
         "gradients": (4 * shard,) * 3,
         "reduce bucket": (2 * 500,) * 3,
-        # 21 weights stay whole; the head or one of two layers, and 200 ahead
+        # 21 weights are never sharded; the head or one of two layers, and 200 ahead
         "gathered weights": (2 * (21 + 1200), 2 * (21 + 200 + 200), 2 * 21),
         "activations": (5000, 5000, 0),
         # 4 V D, D for each of 20 tokens and of 16 in a chunk, and a chunk's logits in fp32
@@ -269,15 +271,15 @@ def test_memory_that_other_settings_move():
 
 
 def test_a_frozen_reference_by_hand():
-    other = shape(hidden=20, matrices=(2000, 400), vectors=(10,))
+    other = shape(hidden_size=20, matrices=(2000, 400), vectors=(10,))
     parts = {p.name: p for p in memory_of(shape(), setting(ZERO3), other).parts}
     assert parts["reference weights"].backward == 2 * (500 + 100 + 3)
-    # its head, whole, and its hidden states of 20 tokens; a chunk is 16 tokens of two logits each
+    # its gathered head, and its hidden states of 20 tokens; a chunk is 16 tokens of two logits each
     assert parts["reference at the loss"].forward == 2 * (100 * 20 + 20 * 20)
     assert parts["head and loss"].forward == 4000 + 2 * 36 * 10 + 2 * 4 * 1600
-    whole = {p.name: p for p in memory_of(shape(), setting({"stage": 2}), other).parts}
-    assert whole["reference weights"].step == 2 * 2410
-    assert whole["reference at the loss"].forward == 2 * 20 * 20
+    stage_2 = {p.name: p for p in memory_of(shape(), setting({"stage": 2}), other).parts}
+    assert stage_2["reference weights"].step == 2 * 2410
+    assert stage_2["reference at the loss"].forward == 2 * 20 * 20
 
 
 def test_offloading_moves_states_off_the_device():
@@ -290,8 +292,8 @@ def test_offloading_moves_states_off_the_device():
 
 
 def test_what_a_layer_keeps_by_hand():
-    """Letters as in the formula: a row of T = 16 positions, D = 32, F = 64, 4 heads and 2 for keys,
-    in fp32.
+    """A row of T = 16 positions, D = 32, F = 64, 4 heads and 2 for keys, in fp32; the letters are
+    those of docs/plan.md.
     """
     import transformers
 
@@ -333,7 +335,7 @@ def test_seventy_billion_weights_are_planned_on_a_laptop():
         max_position_embeddings=8192,
     )
     sizes = shape_of(config, dtype="bf16", attention="sdpa", micro_batch_rows=1, row_tokens=4096)
-    assert sizes.parameters == 70_553_706_496 and sizes.layers == 80
+    assert sizes.num_parameters == 70_553_706_496 and sizes.num_layers == 80
 
 
 def test_json_is_stable(here):
@@ -352,7 +354,7 @@ def test_json_is_stable(here):
         "disk",
         "warnings",
     ]
-    assert keys["disk"]["checkpoint"] == 12 * plan.shape.parameters
+    assert keys["disk"]["checkpoint"] == 12 * plan.shape.num_parameters
 
 
 def test_a_model_that_does_not_fit_the_data_is_refused(here):
@@ -380,15 +382,15 @@ TINY = [
 
 
 def _peaks(folder, name, *overrides):
-    """Most MiB of the first of two ranks: what it logged, and what the plan says beforehand."""
+    """The peak MiB of the first of two ranks: as it logged them, and as the plan predicts them."""
     port, words = free_port(), ("recipe.yaml", f"output={name}", *overrides)
     ranks = [
         start_script(ROOT / "tests/support/frugal.py", folder, environment(rank, 2, port), *words)
         for rank in range(2)
     ]
     for rank in ranks:
-        said, _ = rank.communicate()
-        assert rank.returncode == 0, said
+        output, _ = rank.communicate()
+        assert rank.returncode == 0, output
     last = json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])
     plan = as_printed(folder, *overrides, "--gpus", "2")
     return last["peak_gib"] * 1024, plan["memory"]["device"] / MIB
@@ -396,7 +398,7 @@ def _peaks(folder, name, *overrides):
 
 @pytest.mark.slow
 def test_memory_is_within_five_per_cent_of_what_a_rank_takes(tmp_path):
-    """A model of one layer is subtracted on both sides: with it go the interpreter and the
+    """A model of one layer is subtracted on both sides, and with it the interpreter and the
     libraries.
     """
     write_source(tmp_path / "web", "text", documents=400, lengths=(20, 250))
