@@ -1,9 +1,10 @@
-"""What the replay study expects against what it found: `python benchmarks/study.py
-REPORT/summary.json ...`.
+"""Compares the results of the replay study with its expectations.
+
+    python benchmarks/study.py REPORT/summary.json ...
 
 Each file is the summary.json of `bigmix compare` over one task of docs/study. The thresholds are
-those of a pilot that was run before bigmix, on another machine; what is missed is printed as
-missed. Ends with 1 where anything is.
+those of a pilot that was run before bigmix, on another machine. An expectation that was not met is
+printed as missed, and the exit code is then 1.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 from study_overview import draw_overview, overview
-from study_summary import Spread, Study, study_of, told
+from study_summary import Spread, Study, shown, study_of
 from table import Table
 
 LEAST_FORGOTTEN = 0.3  # nats/token, one-way: below that there is nothing to keep
@@ -29,7 +30,7 @@ SIGMAS = 2.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """One expectation: `held` is None where the runs that it takes are not there."""
+    """One expectation; `held` is None where the runs that it needs are missing."""
 
     name: str
     expected: str
@@ -55,14 +56,14 @@ def _forgets(study: Study, line: Mapping[float, Any]) -> Verdict:
     return Verdict(
         name="F1 one-way training forgets",
         expected=f">= {LEAST_FORGOTTEN}",
-        found=told(found),
+        found=shown(found),
         held=found["mean"] >= LEAST_FORGOTTEN,
     )
 
 
 def _falls(study: Study, line: Mapping[float, Any]) -> Verdict:
-    """Each step of the share against the noise of seeds, as standard deviations of the difference
-    of two runs.
+    """How far forgetting falls from each share to the next, in standard deviations over seeds of
+    the difference of two runs.
     """
     known = [share for share in (0.0, 0.01, 0.05, 0.25) if share in line]
     sigmas = [
@@ -72,7 +73,7 @@ def _falls(study: Study, line: Mapping[float, Any]) -> Verdict:
     return Verdict(
         name="F2 it falls from 0 to 1 to 5 to 25 %",
         expected=f"each by > {SIGMAS:g} sigma",
-        found=", ".join(map(_told, sigmas)),
+        found=", ".join(map(_shown, sigmas)),
         held=min(sigmas) > SIGMAS if len(known) == 4 and _are_known(sigmas) else None,
     )
 
@@ -113,15 +114,15 @@ def _task_is_learned(study: Study, line: Mapping[float, Any]) -> Iterator[Verdic
                 name=f"F4 {score} of {task} up to 25 %",
                 expected=f"falls by <= {SIGMAS:g} sigma",
                 found=(
-                    f"{_told(falls[worst])} at {worst:.0%},"
-                    f" {told(line[worst]['scores'][task][score])}"
+                    f"{_shown(falls[worst])} at {worst:.0%},"
+                    f" {shown(line[worst]['scores'][task][score])}"
                 ),
                 held=falls[worst] <= SIGMAS if _are_known(falls.values()) else None,
             )
 
 
 def _per_token_pays(study: Study) -> Iterator[Verdict]:
-    """Where the same shares were trained per token: it does cost the task there."""
+    """Where the same shares were trained with `per_token`, whether that costs the task."""
     for index, line in enumerate(study.summary["lines"]):
         if "per_token" not in line["name"]:
             continue
@@ -134,14 +135,14 @@ def _per_token_pays(study: Study) -> Iterator[Verdict]:
             yield Verdict(
                 name=f"F4 per_token at {share:.0%} against per_source",
                 expected=f"task loss rises by > {SIGMAS:g} sigma",
-                found=f"{rise:+.4f}, {_told(sigma)} sigma",
+                found=f"{rise:+.4f}, {_shown(sigma)} sigma",
                 held=sigma > SIGMAS if _are_known([sigma]) else None,
             )
 
 
 def _no_remedy_is_better(study: Study, line: Mapping[float, Any]) -> Verdict:
-    """A remedy without replay is better where it forgets less and does the task better than a
-    two-way point.
+    """A remedy without replay is better than a two-way point where it forgets less and has the
+    lower task loss.
     """
     in_lines = {name for line in study.summary["lines"] for name in line["points"]}
     remedies = {
@@ -179,8 +180,8 @@ def _law_predicts(study: Study) -> Verdict:
 
 
 def _divergence_predicts(study: Study) -> Verdict:
-    """RL's Razor (arXiv:2509.04259): the divergence from the base on the new task predicts what is
-    forgotten.
+    """Whether the divergence from the base on the new task predicts what is forgotten (RL's Razor,
+    arXiv:2509.04259).
     """
     pairs = [
         (sources[study.task]["kl_to_base"]["mean"], study.forgetting(point)["mean"])
@@ -205,9 +206,7 @@ def _divergence_predicts(study: Study) -> Verdict:
 
 def _sigmas(more: Spread, less: Spread) -> float:
     """How far the first mean is above the second, in standard deviations over seeds of a difference
-    of two runs.
-
-    NaN where one of them has a single seed.
+    of two runs; NaN where one of them has a single seed.
     """
     if more["deviation"] is None or less["deviation"] is None:
         return math.nan
@@ -220,12 +219,12 @@ def _are_known(sigmas: Iterable[float]) -> bool:
     return not any(map(math.isnan, sigmas))
 
 
-def _told(sigma: float) -> str:
+def _shown(sigma: float) -> str:
     return "one seed" if math.isnan(sigma) else f"{sigma:.1f}"
 
 
 def main() -> int:
-    """Print a table for each summary, and one of all where there are several; 1 where an
+    """Print a table for each summary, and one of all where there are several; returns 1 where an
     expectation was missed.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -237,11 +236,11 @@ def main() -> int:
     for study in studies:
         found = list(verdicts(study))
         missed += sum(verdict.held is False for verdict in found)
-        words = {True: "held", False: "MISSED", None: "-"}
+        marks = {True: "held", False: "MISSED", None: "-"}
         table = Table(
             heading=f"{study.task} after the base of {study.replay}, nats/token",
             columns=("expectation", "expected", "found", ""),
-            rows=[(v.name, v.expected, v.found, words[v.held]) for v in found],
+            rows=[(v.name, v.expected, v.found, marks[v.held]) for v in found],
         )
         print(table.text())
     if len(studies) > 1:

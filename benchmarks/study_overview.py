@@ -1,6 +1,4 @@
-"""Studies of several tasks go in; out come a table and a picture of all of them over replay's
-share.
-"""
+"""A table and a picture of the studies of several tasks over replay's share."""
 
 from collections.abc import Iterator, Sequence
 from itertools import cycle
@@ -25,8 +23,8 @@ _SMALLEST = 0.01  # share
 
 
 def overview(studies: Sequence[Study]) -> Table:
-    """A row for each task: what one-way training forgets, what is left at each share, and what a
-    quarter costs the task.
+    """A row for each task: what one-way training forgets, which part of that is left at each share,
+    and how much the task loss rises at 25 %.
     """
     shares = sorted({share for study in studies for share in study.line() if share})
     return Table(
@@ -51,12 +49,12 @@ def _row(study: Study, shares: Sequence[float]) -> Sequence[str]:
     )
 
 
-# Share, mean, standard deviation over seeds, which is 0 for one seed.
+# The share, the mean, and the standard deviation over seeds, which is 0 for one seed.
 _Measured = tuple[float, float, float]
 
 
 def _left(study: Study) -> Iterator[_Measured]:
-    """What each share leaves of the forgetting of one-way training."""
+    """Which part of the forgetting of one-way training is left at each share."""
     one_way = study.forgetting(study.line()[0.0])["mean"]
     for share, point in study.line().items():
         found = study.forgetting(point)
@@ -64,7 +62,7 @@ def _left(study: Study) -> Iterator[_Measured]:
 
 
 def _rises(study: Study) -> Iterator[_Measured]:
-    """The task loss above that of one-way training."""
+    """How much the task loss is above that of one-way training at each share."""
     one_way = study.loss(study.line()[0.0])["mean"]
     for share, point in study.line().items():
         found = study.loss(point)
@@ -72,7 +70,7 @@ def _rises(study: Study) -> Iterator[_Measured]:
 
 
 def draw_overview(studies: Sequence[Study], path: Path) -> None:
-    """Two pictures side by side: what is left of forgetting, and what that costs the task."""
+    """Two charts side by side: what is left of forgetting, and what that costs the task."""
     styles = {
         study.task: Style(
             key=f"t{index}",
@@ -105,9 +103,9 @@ def _scene(title: str, curves: Sequence[Sequence[_Measured]], styles: Sequence[S
     zero = axes.y(0.0)
     shapes.append(Stroke(points=[(LEFT, zero), (axes.right, zero)], colour="soft"))
     for curve, style in zip(curves, styles, strict=True):
-        places = [(axes.x(share), axes.y(height)) for share, height, _ in curve]
-        shapes.append(Stroke(points=places, colour=style.key, width=1.6))
-        for (x, y), (_, height, deviation) in zip(places, curve, strict=True):
+        points = [(axes.x(share), axes.y(height)) for share, height, _ in curve]
+        shapes.append(Stroke(points=points, colour=style.key, width=1.6))
+        for (x, y), (_, height, deviation) in zip(points, curve, strict=True):
             ends = [(x, axes.y(height + sign * deviation)) for sign in (-1, 1)]
             shapes.append(Stroke(points=ends, colour=style.key, width=1.4))
             shapes.append(Mark(at=(x, y), shape=style.shape, colour=style.key, size=4.5))

@@ -1,6 +1,4 @@
-"""A summary.json of `bigmix compare` over a task of docs/study goes in; out comes what its points
-are asked for.
-"""
+"""Reads a summary.json of `bigmix compare` over one task of docs/study."""
 
 import json
 import sys
@@ -14,9 +12,7 @@ Spread = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
-    """A summary, with what is asked of it: points of the main line by their share, and the sources
-    that count.
-    """
+    """A summary, with the replay source and the task source that the study is about."""
 
     summary: Mapping[str, Any]
     replay: str
@@ -28,9 +24,9 @@ class Study:
         return found
 
     def line(self, index: int = 0) -> dict[float, Mapping[str, Any]]:
-        """The points of a line over the share, by share."""
+        """The points of a line over replay's share, by share."""
         named = [self.points[name] for name in self.summary["lines"][index]["points"]]
-        # As logged a share is some rows off; to two decimals one below a per cent would be none.
+        # A logged share is a few rows off; with two decimals, shares below 1 % would be 0.
         return {_digits(point["replay_share"]): point for point in named}
 
     def forgetting(self, point: Mapping[str, Any]) -> Spread:
@@ -47,26 +43,26 @@ def _digits(share: float) -> float:
 
 
 def study_of(path: Path) -> Study:
-    """The study in a file; the replay source is that of the first frontier.
+    """The study in a file; replay source and task are those of the first frontier.
 
-    Ends the program where there is nothing to hold.
+    Ends the program where the summary lacks what the study needs.
     """
     summary = json.loads(path.read_text())
     if not summary.get("frontiers") or not summary.get("lines"):
         sys.exit(
-            f"error: {path} has no frontier: compare a sweep of a replay source's share, 0 among"
-            " them"
+            f"error: {path} has no frontier; compare a sweep of a replay source's share, with 0"
+            " among its values"
         )
     title, frontier = next(iter(summary["frontiers"].items()))
     study = Study(summary=summary, replay=frontier["replay"], task=title.split(" against ")[0])
     if not {0.0} < set(study.line()):
         sys.exit(
-            f"error: {path} needs the one-way run and one with replay, has shares"
-            f" {sorted(study.line())}"
+            f"error: {path} has the shares {sorted(study.line())}; 0, the one-way run, and a"
+            " larger one are needed"
         )
     return study
 
 
-def told(found: Spread) -> str:
+def shown(found: Spread) -> str:
     deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.3f}"
     return f"{found['mean']:.3f}{deviation}"

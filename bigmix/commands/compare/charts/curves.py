@@ -50,7 +50,7 @@ class Curve:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Panel:
+class CurvePanel:
     """The curves of one quantity; `base_y` is its value for the base, None where it is unknown."""
 
     title: str
@@ -83,21 +83,21 @@ def curve_scenes(comparison: Comparison) -> list[Scene]:
     ]
 
 
-def _heights(panel: Panel) -> list[float]:
+def _heights(panel: CurvePanel) -> list[float]:
     dots = [dot for curve in panel.curves for dot in curve.dots]
     known = [v for dot in dots for v in (dot.y, dot.low, dot.high) if v is not None]
     return [*known, *([] if panel.base_y is None else [panel.base_y])]
 
 
-def _panels(comparison: Comparison) -> Iterator[Panel]:
+def _panels(comparison: Comparison) -> Iterator[CurvePanel]:
     for source in comparison.replays:
-        yield Panel(
+        yield CurvePanel(
             title=f"{source}: forgetting",
             curves=_curves(comparison, _of_source(source, FORGETTING)),
             base_y=0.0,
         )
     for source in comparison.tasks:
-        yield Panel(
+        yield CurvePanel(
             title=f"{source}: held-out loss (task)",
             curves=_curves(comparison, _of_source(source, LOSS)),
             base_y=comparison.base[source][LOSS].value,
@@ -105,7 +105,7 @@ def _panels(comparison: Comparison) -> Iterator[Panel]:
     for task, scores in comparison.scores.items():
         for score in scores:
             base = comparison.base_tasks.get(task, {}).get(score)
-            yield Panel(
+            yield CurvePanel(
                 title=f"{task}: {score.replace('_', ' ')}",
                 curves=_curves(comparison, _of_task(task, score)),
                 base_y=base.value if base else None,
@@ -148,7 +148,7 @@ def _dots(point: RunPoint, pick: Pick, *, by_tokens: bool) -> Iterator[Dot]:
 
 
 def _scene(
-    panel: Panel, *, x_range: tuple[float, float], y_range: tuple[float, float], x_label: str
+    panel: CurvePanel, *, x_range: tuple[float, float], y_range: tuple[float, float], x_label: str
 ) -> Scene:
     is_named = len(panel.curves) <= MAX_NAMED
     widest = (
@@ -206,7 +206,7 @@ def _end_label(curve: Curve) -> str:
     return f"{curve.style.label} {curve.dots[-1].y:.2f}"
 
 
-def _ends(axes: Axes, panel: Panel) -> Iterator[Label]:
+def _ends(axes: Axes, panel: CurvePanel) -> Iterator[Label]:
     """The names of curves at their right ends, moved apart."""
     texts = [(_end_label(c), c.style.key, axes.y(c.dots[-1].y)) for c in panel.curves]
     if panel.base_y is not None:
@@ -216,7 +216,7 @@ def _ends(axes: Axes, panel: Panel) -> Iterator[Label]:
         yield Label(at=(axes.right + 8, y + 4), text=text, colour=colour, is_bold=colour != "soft")
 
 
-def _base_label(axes: Axes, panel: Panel) -> Iterator[Label]:
+def _base_label(axes: Axes, panel: CurvePanel) -> Iterator[Label]:
     if panel.base_y is not None:
         yield Label(at=(axes.right + 8, axes.y(panel.base_y) + 4), text=BASE)
 
