@@ -67,7 +67,6 @@ class Saver:
         self.wait_s = 0.0
         self.last_step: int | None = None  # of the newest checkpoint that is whole
         self.begun_step = 0  # of the newest one that was begun
-        self.failed = 0
         self._folder = folder
         self._cluster = cluster
         self._keeping = keeping
@@ -209,7 +208,6 @@ class Saver:
         return None
 
     def _give_up(self, fault: str) -> None:
-        self.failed += 1
         last = (
             "there is none yet"
             if self.last_step is None

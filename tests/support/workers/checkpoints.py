@@ -132,7 +132,7 @@ def saves_that_fail(rank, ranks, cluster, folder):
         saves.finish()
         found.append(saves.last_step)
     saves.close()
-    return {"said": said, "found": found, "failed": saves.failed}
+    return {"said": said, "found": found, "failed": sum("the run goes on" in text for text in said)}
 
 
 def saves_on_a_small_disk(rank, ranks, cluster, folder):
@@ -153,7 +153,7 @@ def saves_on_a_small_disk(rank, ranks, cluster, folder):
         saves.finish()
         found.append(saves.last_step)
     saves.close()
-    return {"said": said, "found": found, "failed": saves.failed}
+    return {"said": said, "found": found, "failed": sum("the run goes on" in text for text in said)}
 
 
 DECAY = 0.9
