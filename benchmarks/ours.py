@@ -1,6 +1,6 @@
 """All that the benchmarks use of bigmix's own interface."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from bigmix.data.loader import Loader, step_batch
 from bigmix.data.mixture import Mixture
 from bigmix.data.packing import PackingOptions
 from bigmix.data.records import RankRows, RowIds, StepBatch
-from bigmix.data.run_plan import RunPlan, SequenceLengthStage, one_stage
+from bigmix.data.run_plan import RunPlan, SequenceLengthStage
 from bigmix.data.shards.manifest import (
     Manifest,
     ShardEntry,
@@ -105,7 +105,7 @@ def make_stream(name: str, folder: Path) -> Stream:
 def make_plan(folder: Path, rows_per_step: int) -> RunPlan:
     """The mixture of the corpus's prepared sources."""
     streams = {name: make_stream(name, folder / name) for name in SHARES}
-    return _endless(Mixture(SHARES, rows_per_step), one_stage(streams))
+    return _endless(Mixture(SHARES, rows_per_step), streams)
 
 
 def simulated_plan(folder: Path) -> RunPlan:
@@ -119,10 +119,12 @@ def simulated_plan(folder: Path) -> RunPlan:
         seed=0,
     )
     mixture = Mixture({"text": 1.0}, ROWS_PER_STEP)
-    return _endless(mixture, one_stage({"text": stream}))
+    return _endless(mixture, {"text": stream})
 
 
-def _endless(mixture: Mixture, stages: Sequence[SequenceLengthStage]) -> RunPlan:
+def _endless(mixture: Mixture, streams: Mapping[str, Stream]) -> RunPlan:
+    """A plan whose rows keep their length, of more steps than any benchmark takes."""
+    stages = [SequenceLengthStage(first_step=1, streams=streams)]
     return RunPlan(mixture=mixture, stages=stages, seed=0, steps=10**9, loss_shares=mixture.shares)
 
 

@@ -31,16 +31,6 @@ _FIRST_LOOK_BACK = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Where a row of the run comes from: the `index`-th row of a source, counted over all its
-    epochs.
-    """
-
-    source: str
-    index: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class MixtureRows:
     """The origins of a run of rows: `sources_R` counts the mixture's names, `indices_R` the rows of
     that source.
@@ -71,8 +61,6 @@ class _Cycle:
 class Mixture:
     """Which source each row of the run is drawn from.
 
-    `at(row)` depends on the shares and the row alone.
-
     Shares are constant within a step of `rows_per_step` rows. A far row costs about as many rows as
     the longest window has that is open before it, 1 / (smallest share); while a source rests at
     share 0, as many as it has rested, at most a few million.
@@ -99,12 +87,6 @@ class Mixture:
         self._reached = [self._sums(column) for column in self._weights]
         self._cycle = self._find_cycle()
         self._block = lru_cache(maxsize=256)(self._make_block)
-
-    def at(self, row: int) -> Place:
-        """The origin of a row of the run, counted from 0."""
-        places = self.rows(row, row + 1)
-        source = int(places.sources_R[0])
-        return Place(source=self.names[source], index=int(places.indices_R[0]))
 
     def rows(self, start: int, stop: int) -> MixtureRows:
         """The origins of rows [start, stop)."""

@@ -409,8 +409,3 @@ def stages_from(stages: Sequence[SequenceLengthStage], after: int) -> Sequence[S
     current = [stage for stage in stages if stage.first_step <= after + 1][-1]
     later = [stage for stage in stages if stage.first_step > after + 1]
     return [replace(current, first_step=after + 1), *later]
-
-
-def one_stage(streams: Mapping[str, Stream]) -> Sequence[SequenceLengthStage]:
-    """Rows of one length for the whole run."""
-    return (SequenceLengthStage(first_step=1, streams=streams),)

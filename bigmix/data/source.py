@@ -127,11 +127,6 @@ class ShardStore:
         self._watch = Watch()
         self._lengths: dict[Location, Ints | None] = {}
 
-    @property
-    def wait_s(self) -> float:
-        """Seconds spent waiting for files that were not there in time."""
-        return self._ahead.wait_s if self._ahead is not None else 0.0
-
     def stream(
         self, name: str, source: PreparedSource, packing: PackingOptions, *, seed: int
     ) -> Stream:
@@ -145,11 +140,6 @@ class ShardStore:
         lengths = self._lengths[source.location]
         open_shard = partial(self.open, source)
         return Stream(name, source.manifest, open_shard, packing, lengths=lengths, seed=seed)
-
-    @property
-    def unforeseen(self) -> int:
-        """Shards that were opened and were not among the next ones of the order."""
-        return self._ahead.unforeseen if self._ahead is not None else 0
 
     def fetch_ahead(self, order: Iterable[tuple[PreparedSource, int]]) -> None:
         """From now on fetch shards in this order before they are asked for; those of `is_fetched`

@@ -104,10 +104,6 @@ class Stream:
         """Tokens in the rows of an epoch, padding not counted."""
         return int(self.manifest.shards.column("tokens").sum()) - self.lost.tokens
 
-    def locate(self, index: int) -> RowId:
-        """Which row the source's `index`-th is, counted from 0 over all epochs."""
-        return self.row_ids(np.array([index])).ids()[0]
-
     def row_ids(self, indices_R: Ints, bad: frozenset[int] = frozenset()) -> RowIds:
         """Which rows these are, counted from 0 over all epochs; rows of `bad` shards are replaced
         by some of the others.

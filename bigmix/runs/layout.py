@@ -11,7 +11,7 @@ from typing import Literal
 
 from bigmix.errors import BadInput
 from bigmix.files import replace_text
-from bigmix.recipe import Recipe, load
+from bigmix.recipe import Recipe
 from bigmix.runs.checkpoints import FOLDER, newest_step
 from bigmix.runs.metrics_log import METRICS, has_evaluation
 
@@ -19,7 +19,6 @@ from bigmix.runs.metrics_log import METRICS, has_evaluation
 RECIPE, ATTEMPT = "recipe.yaml", "attempt.json"
 CHECKPOINTS, EXPORT, LOG, SAMPLES = FOLDER, "export", "log", "samples"
 EVALUATION = "evaluation.json"  # of a model that was evaluated outside of a run, in its own folder
-_YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,32 +38,6 @@ class State:
     kind: Literal["waiting", "begun", "failed", "done"]
     step: int
     reason: str | None = None
-
-
-def run_folders(place: Path) -> list[Path]:
-    """The folders of runs that a place stands for: the runs of a recipe, or those in a folder, at
-    most two deep.
-
-    Those of a recipe may not be there yet. Raises BadInput where a folder holds none.
-    """
-    if place.suffix in _YAML and place.is_file():
-        loaded = load(str(place))
-        recipes = [run.recipe for run in loaded.chosen] or [loaded.recipe]
-        return [Path(recipe.output) for recipe in recipes]
-    for pattern in (RECIPE, f"*/{RECIPE}", f"*/*/{RECIPE}"):
-        found = [path.parent for path in place.glob(pattern)]
-        if found:
-            return sorted(found, key=_order)
-    raise BadInput(
-        f"{place} holds no run: there is no {RECIPE} in it or one or two folders below; give the"
-        " output of a run or of a sweep, or a recipe"
-    )
-
-
-def _order(folder: Path) -> tuple[str, int, str]:
-    """By point, then by the number of the seed."""
-    digits = folder.name.rpartition("-")[2]
-    return str(folder.parent), int(digits) if digits.isdigit() else 0, folder.name
 
 
 def is_through(recipe: Recipe, *, step: int, steps: int, evaluates: bool) -> bool:

@@ -5,7 +5,7 @@ it stands.
 import json
 
 import pytest
-from support.corpora import write_source
+from support.corpora import locate, write_source
 from support.recipes import AT, opened, position, recipe_of_three, resumed
 from support.runs import end, lines, start
 
@@ -48,7 +48,7 @@ def drawn(inputs, name, first, last):
     count = stream.rows_per_epoch
     epochs = {row.epoch for row in found}
     of_epochs = (n for epoch in epochs for n in range(epoch * count, (epoch + 1) * count))
-    places = {stream.locate(n): n for n in of_epochs}
+    places = {locate(stream, n): n for n in of_epochs}
     return sorted(found, key=places.__getitem__)
 
 
@@ -71,7 +71,7 @@ def test_with_other_shares_each_source_goes_on_with_its_next_row(more):
     for name in ("web", "code", "chat"):
         stream = before.plan.streams[name]
         old, new = drawn(before, name, 1, AT), drawn(after, name, AT + 1, AT + 9)
-        assert [*old, *new] == [stream.locate(n) for n in range(len(old) + len(new))]
+        assert [*old, *new] == [locate(stream, n) for n in range(len(old) + len(new))]
     shares = [after.plan.shares_of_step(step).rows for step in range(AT + 1, AT + 10)]
     for count in range(1, 10):
         rows = {n: len(drawn(after, n, AT + 1, AT + count)) for n in shares[0]}
@@ -92,7 +92,7 @@ def test_a_source_that_joins_begins_and_one_that_leaves_changes_nothing_for_othe
     _, after = changed([], joins)
     stream = after.plan.streams["more"]
     new = drawn(after, "more", AT + 1, AT + 5)
-    assert new == [stream.locate(n) for n in range(len(new))] and len(new) > 8
+    assert new == [locate(stream, n) for n in range(len(new))] and len(new) > 8
     recipe = load_recipe("recipe.yaml")
     left = recipe.model_copy(
         update={"sources": {n: s for n, s in recipe.sources.items() if n != "code"}}
@@ -103,7 +103,7 @@ def test_a_source_that_joins_begins_and_one_that_leaves_changes_nothing_for_othe
     assert set(rest.plan.counts(AT + 1)) == {"web", "chat"}
     web = drawn(rest, "web", AT + 1, AT + 4)
     begin = len(drawn(inputs, "web", 1, AT))
-    assert web == [rest.plan.streams["web"].locate(begin + n) for n in range(len(web))]
+    assert web == [locate(rest.plan.streams["web"], begin + n) for n in range(len(web))]
 
 
 def test_with_longer_rows_each_source_goes_on_at_the_same_fraction_of_its_epoch():
@@ -150,7 +150,7 @@ def test_a_run_may_change_twice():
         *drawn(second, "web", AT + 1, 12),
         *drawn(third, "web", 13, 18),
     ]
-    assert rows == [before.plan.streams["web"].locate(n) for n in range(len(rows))]
+    assert rows == [locate(before.plan.streams["web"], n) for n in range(len(rows))]
     again = resumed(third, new, position(new, third, 15), new_segment=False)
     assert all(again.plan.row_ids(k) == third.plan.row_ids(k) for k in range(16, 21))
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.corpora import locate
 from support.recipes import decided as with_decision
 from support.recipes import opened, position, recipe_of_three, resumed
 
@@ -328,7 +329,7 @@ def test_small_shares_are_met_over_many_decisions_and_each_row_comes_in_its_turn
         )
     for name, rows in drawn.items():
         stream = inputs.plan.streams[name]
-        assert sorted(map(str, rows)) == sorted(str(stream.locate(n)) for n in range(len(rows)))
+        assert sorted(map(str, rows)) == sorted(str(locate(stream, n)) for n in range(len(rows)))
 
 
 def test_rows_since_a_decision_are_exact_in_every_prefix():

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.corpora import endless_plan, open_stream, write_source
+from support.corpora import endless_plan, locate, one_stage, open_stream, write_source
 
 from bigmix.data.loader import Loader, step_batch
 from bigmix.data.mixture import Mixture
 from bigmix.data.packing import PackingOptions
 from bigmix.data.records import RankRows
-from bigmix.data.run_plan import SequenceLengthStage, one_stage
+from bigmix.data.run_plan import SequenceLengthStage
 from bigmix.data.shards.manifest import Manifest, ShardTable, TokenizerEntry, read_manifest
 from bigmix.data.shards.shard import open_shard
 from bigmix.data.stream import Stream
@@ -68,7 +68,7 @@ def documents(folder):
 def test_every_row_comes_once_an_epoch_in_another_order_each_time(folders, name):
     rows = stream(folders, name)
     count = rows.rows_per_epoch
-    epochs = [[rows.locate(epoch * count + i) for i in range(count)] for epoch in range(3)]
+    epochs = [[locate(rows, epoch * count + i) for i in range(count)] for epoch in range(3)]
     for epoch, ids in enumerate(epochs):
         assert {row.epoch for row in ids} == {epoch}
         places = [(row.shard, row.row) for row in ids]
@@ -154,14 +154,14 @@ def test_no_rank_is_left_with_one_source(folders):
 
 def test_another_source_does_not_reshuffle_the_others(folders):
     alone, together = plan(folders, {"web": 1.0}), plan(folders)
-    assert [alone.streams["web"].locate(i) for i in range(500)] == [
-        together.streams["web"].locate(i) for i in range(500)
+    assert [locate(alone.streams["web"], i) for i in range(500)] == [
+        locate(together.streams["web"], i) for i in range(500)
     ]
 
 
 def test_another_seed_gives_another_order(folders):
     one, other = stream(folders, "web"), stream(folders, "web", seed=1)
-    assert [one.locate(i) for i in range(50)] != [other.locate(i) for i in range(50)]
+    assert [locate(one, i) for i in range(50)] != [locate(other, i) for i in range(50)]
 
 
 def test_the_loader_begins_anywhere_and_gives_the_same_batches(folders):
@@ -318,7 +318,7 @@ def simulated(shards):
 def test_a_row_of_a_million_shards_is_found_as_one_of_ten():
     rows = simulated(1_000_000)
     far = 3 * rows.rows_per_epoch + 12_345_678_901
-    place = rows.locate(far)
+    place = locate(rows, far)
     assert place.epoch == 3 and place == rows.row_ids(np.array([0, far, 5])).ids()[1]
     # A window of neighbours comes from its sixteen shards, each about as often as the others.
     window = rows.row_ids(np.arange(16 * 31_250 // 2)).shards_R

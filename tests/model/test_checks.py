@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from support.corpora import endless_plan, open_stream, write_source
+from support.corpora import endless_plan, one_stage, open_stream, write_source
 from support.models import FAMILIES
 from transformers import modeling_flash_attention_utils
 from transformers.integrations import flash_attention
@@ -24,7 +24,6 @@ from bigmix.data.loader import step_batch
 from bigmix.data.mixture import Mixture
 from bigmix.data.packing import PADDING, PackingOptions
 from bigmix.data.records import RankRows
-from bigmix.data.run_plan import one_stage
 from bigmix.loss.requests import LossBackendOptions
 from bigmix.loss.terms import GroupSums, LossTerms
 from bigmix.loss.torch_kernel import torch_rows

@@ -8,7 +8,8 @@ import numpy as np
 from support.models import VOCABULARY
 
 from bigmix.data.packing import PackingOptions
-from bigmix.data.run_plan import RunPlan
+from bigmix.data.records import RowId
+from bigmix.data.run_plan import RunPlan, SequenceLengthStage
 from bigmix.data.shards.manifest import (
     Manifest,
     TemplateEntry,
@@ -114,6 +115,16 @@ def generated_texts(count: int, seed: int = 0) -> list[str]:
         " ".join(draw.choices(WORDS, k=draw.randint(3, 30))).capitalize() + ".\n"
         for _ in range(count)
     ]
+
+
+def locate(stream: Stream, index: int) -> RowId:
+    """Which row a stream's `index`-th is, counted from 0 over all epochs."""
+    return stream.row_ids(np.array([index])).ids()[0]
+
+
+def one_stage(streams) -> list[SequenceLengthStage]:
+    """Rows of one length for the whole run."""
+    return [SequenceLengthStage(first_step=1, streams=streams)]
 
 
 def endless_plan(mixture, stages, seed=0, **given) -> RunPlan:

@@ -1,7 +1,9 @@
 """Prepared sources behind a web server, and what was fetched from it."""
 
+import logging
 from collections import Counter
 
+from bigmix.data.shards import prefetch
 from bigmix.files import try_lock
 
 
@@ -16,6 +18,17 @@ def serve(server, folder):
 def downloads(server):
     """How often each shard was requested."""
     return Counter(path for path, _, _ in server.requests if path.endswith(".tar"))
+
+
+def log_unforeseen(caplog):
+    """From now on the log names each file that is fetched and was not among the next ones."""
+    caplog.set_level(logging.DEBUG, logger=prefetch.__name__)
+
+
+def unforeseen(caplog):
+    """How many files were fetched and were not among the next ones, by the log."""
+    assert logging.getLogger(prefetch.__name__).isEnabledFor(logging.DEBUG)
+    return sum(record.name == prefetch.__name__ for record in caplog.records)
 
 
 def in_use(folder):

@@ -32,6 +32,7 @@ class WebServer:
         self.bytes_per_part = 1 << 16
         self.part_wait_s = 0.0
         self.requests = []  # (path with query, Range, Authorization)
+        self.sent = []  # bytes of each answer with content that has ended
         handler = type("Handler", (_Handler,), {"owner": self})
         self._server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -90,7 +91,11 @@ class _Handler(BaseHTTPRequestHandler):
         if owner.knows_tags:
             self.send_header("ETag", tag)
         self.end_headers()
-        self._send(content[start:stop], fault)
+        self.num_sent = 0
+        try:
+            self._send(content[start:stop], fault)
+        finally:
+            owner.sent.append(self.num_sent)
 
     do_HEAD = do_GET
 
@@ -124,8 +129,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _write(self, content):
         try:
             for at in range(0, len(content), self.owner.bytes_per_part):
-                self.wfile.write(content[at : at + self.owner.bytes_per_part])
+                part = content[at : at + self.owner.bytes_per_part]
+                self.wfile.write(part)
                 self.wfile.flush()
+                self.num_sent += len(part)
                 if self.owner.part_wait_s:
                     time.sleep(self.owner.part_wait_s)
         except OSError:

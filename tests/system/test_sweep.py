@@ -11,12 +11,14 @@ from support.ranks import run_on_ranks
 from support.runs import end, lines, start, wait_for, weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bigmix.commands.compare.folders import find_result_folders
+from bigmix.commands.compare.read import read_runs
 from bigmix.commands.main import main
 from bigmix.errors import BadInput
 from bigmix.files import try_lock
 from bigmix.recipe import load, load_recipe, to_yaml
 from bigmix.recipe.sweep import value_name
-from bigmix.runs.layout import begin_attempt, fails_again, run_folders, state_of
+from bigmix.runs.layout import begin_attempt, fails_again, state_of
 from bigmix.text.tokenizer import fingerprint_of
 from bigmix.train.inputs import open_inputs
 
@@ -276,12 +278,16 @@ def test_runs_are_found_by_recipe_folder_of_all_and_folder_of_one(here):
     for name in ("web-0.25/seed-10", "web-0.25/seed-2", "kl/seed-0"):
         (here / "found" / name).mkdir(parents=True)
         (here / "found" / name / "recipe.yaml").write_text("")
-    found = [str(path.relative_to(here)) for path in run_folders(here / "found")]
-    assert found == ["found/kl/seed-0", "found/web-0.25/seed-2", "found/web-0.25/seed-10"]
-    assert run_folders(here / "found/kl/seed-0") == [here / "found/kl/seed-0"]
-    assert [str(path) for path in run_folders(here / "recipe.yaml")] == [f"run/{n}" for n in RUNS]
-    with pytest.raises(BadInput, match="holds no run"):
-        run_folders(here / "web")
+
+    def found(place):
+        return [str(each.folder.relative_to(here)) for each in find_result_folders([here / place])]
+
+    runs = ["found/kl/seed-0", "found/web-0.25/seed-2", "found/web-0.25/seed-10"]
+    assert found("found") == runs
+    assert found("found/kl/seed-0") == ["found/kl/seed-0"]
+    assert [run.recipe.output for run in load("recipe.yaml").chosen] == [f"run/{n}" for n in RUNS]
+    with pytest.raises(BadInput, match=r"web has no recipe\.yaml"):
+        read_runs([here / "web"])
 
 
 @pytest.mark.slow

@@ -11,11 +11,10 @@ come and go only under the lock of the file `lock`.
 import fcntl
 import os
 import re
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -36,20 +35,6 @@ class CacheFault(BigmixError):
 
 class CacheFull(CacheFault):
     """A file does not fit beside those that are in use."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheCounts:
-    """What one cache object has done since it was made; `wait_s` is spent on downloads of other
-    processes and threads.
-    """
-
-    downloads: int = 0
-    bytes: int = 0
-    retries: int = 0
-    hits: int = 0
-    evictions: int = 0
-    wait_s: float = 0.0
 
 
 class Lease:
@@ -106,8 +91,6 @@ class ShardCache:
         self._folder = folder
         self._max_bytes = max_bytes
         self._retry = retry or Retry()
-        self._counts = CacheCounts()
-        self._count_lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._listing():
@@ -117,11 +100,6 @@ class ShardCache:
                 f"cache.folder {folder} cannot be written ({error.strerror}); name a folder on a"
                 " local disk"
             ) from error
-
-    @property
-    def counts(self) -> CacheCounts:
-        """The counts up to now."""
-        return self._counts
 
     def get(self, url: str, *, size: int, sha256: str, watch: Watch | None = None) -> Lease:
         """The whole, verified file, downloaded unless some process of this machine has done so.
@@ -139,12 +117,10 @@ class ShardCache:
             )
         file = _File(url=url, size=size, sha256=sha256)
         watch = watch or Watch()
-        asked_ns, begin = time.time_ns(), time.monotonic()
+        asked_ns = time.time_ns()
         while (claim := self._claim(file)) is None:
             watch.pause(_POLL_S)
-        self._count(wait_s=time.monotonic() - begin)
         if isinstance(claim, Lease):
-            self._count(hits=1)
             return claim
         try:
             with self._failing_together(file, asked_ns):
@@ -178,12 +154,6 @@ class ShardCache:
         """
         with self._listing():
             lease.path.unlink(missing_ok=True)
-
-    def _count(self, **more: float) -> None:
-        with self._count_lock:
-            old = self._counts
-            new = {name: getattr(old, name) + value for name, value in more.items()}
-            self._counts = replace(old, **new)
 
     def _claim(self, file: _File) -> Lease | _Part | None:
         """The file if it is here, else its part to write, else None: another is writing it."""
@@ -246,7 +216,6 @@ class ShardCache:
             )
         for path in victims:
             path.unlink()
-        self._count(evictions=len(victims))
 
     def _entries(self) -> Iterator[tuple[int, Path, int]]:
         """Time of last use, path and bytes of the bound, of every file and part."""
@@ -274,7 +243,6 @@ class ShardCache:
     def _download(self, file: _File, part: _Part, watch: Watch) -> None:
         if part.path.stat().st_size > file.size:
             raise Changed(f"{part.path} is longer than {file.size} bytes; delete it")
-        bytes_before, retries_before = watch.bytes, watch.retries
         try:
             copy_to(file.url, part.path, size=file.size, retry=self._retry, watch=watch)
             os.fsync(part.descriptor)
@@ -285,15 +253,12 @@ class ShardCache:
                 f" {self._folder} ({error.strerror}); free its disk, lower cache.size, or set"
                 " cache.folder to a larger disk"
             ) from error
-        finally:
-            self._count(bytes=watch.bytes - bytes_before, retries=watch.retries - retries_before)
         found = sha256_of(part.path)
         if found != file.sha256:
             raise Changed(
                 f"{shown(file.url)} has sha256 {found}, its manifest says {file.sha256}: its"
                 " content has changed or is damaged; restore the file or prepare the source again"
             )
-        self._count(downloads=1)
 
     def _drop(self, part: _Part) -> None:
         with self._listing():

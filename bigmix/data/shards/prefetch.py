@@ -2,18 +2,20 @@
 they are asked for.
 """
 
+import logging
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass
 
 from bigmix.data.shards.cache import CacheFull, Lease, ShardCache
+from bigmix.data.shards.location import shown
 from bigmix.data.shards.retry import Stopped, Watch
 
 _JOIN_S = 2.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +54,6 @@ class FetchAhead:
     """
 
     def __init__(self, cache: ShardCache, order: Iterable[Needed], ahead: Ahead) -> None:
-        self.wait_s = 0.0
-        self.unforeseen = 0  # files that were asked for and were not among the next ones
         self._cache = cache
         self._order = iter(order)
         self._ahead = ahead
@@ -75,18 +75,13 @@ class FetchAhead:
         """The file, waiting for it where it is still on its way; those before it in the order are
         given up.
 
-        A file that is not among the next ones is fetched at once. `wait_s` grows by the time that
-        this takes.
+        A file that is not among the next ones is fetched at once.
         """
-        begin = time.monotonic()
-        try:
-            job = self._advance_to(needed)
-            if job is None:
-                self.unforeseen += 1
-                return self._fetch_alone(needed)
-            return self._result(job)
-        finally:
-            self.wait_s += time.monotonic() - begin
+        job = self._advance_to(needed)
+        if job is None:
+            _log.debug("%s is not among the files that are needed next", shown(needed.url))
+            return self._fetch_alone(needed)
+        return self._result(job)
 
     def close(self) -> None:
         """Stop all transfers and give the files that were ready back to the cache."""

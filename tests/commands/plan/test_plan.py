@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support.commands import printed
-from support.corpora import write_source
+from support.corpora import locate, write_source
 from support.ranks import ROOT, environment, free_port, start_script
 
 from bigmix.commands.main import main
@@ -93,7 +93,7 @@ def test_rows_are_counted_without_being_read(here):
     for name, stream in inputs.plan.streams.items():
         count = 2 * stream.rows_per_epoch + 3
         counts = row_counts(inputs.plan, name, count)
-        rows = [stream.read(stream.locate(index)) for index in range(count)]
+        rows = [stream.read(locate(stream, index)) for index in range(count)]
         assert counts.tokens_R.tolist() == [row.tokens for row in rows]
         assert counts.loss_tokens_R.tolist() == [
             int((row.labels_T != IGNORE).sum()) for row in rows
