@@ -249,9 +249,9 @@ def _loss(shape: Shape, setting: Setting, reference: Shape | None) -> Part:
         4 if setting.on_gpu else width
     )  # a CPU computes bf16 logits twice in place of an fp32 sum
     sizes = LossShape(
-        tokens=setting.tokens,
-        hidden=shape.hidden,
-        vocabulary=shape.vocabulary,
+        num_tokens=setting.tokens,
+        hidden_size=shape.hidden,
+        vocabulary_size=shape.vocabulary,
         hidden_bytes=width,
         logit_bytes=logit_bytes * (1 if reference is None else 2),
         device_type="cuda" if setting.on_gpu else "cpu",
