@@ -1,5 +1,4 @@
-"""Hidden states and the head's weight go in; the objective and the sums of each group come out, in
-one pass.
+"""The head and the mixed objective as one differentiable operation on hidden states, in one pass.
 
 The logits exist for one chunk at a time. Their gradient is known as soon as they are, since each
 token's coefficient is given beforehand, so all gradients are formed in forward and nothing of size
@@ -16,21 +15,22 @@ from torch.autograd.function import once_differentiable
 from bigmix.loss.chunks import LossShape, chunk_tokens, device_bytes, even_slices
 from bigmix.loss.gradients import Gradients, scaled
 from bigmix.loss.matmul import gives_fp32, times_transposed_into
-from bigmix.loss.recompute import Known, head_gradient
+from bigmix.loss.recompute import Normalisers, head_gradient
 from bigmix.loss.requests import (
     LSE,
     OBJECTIVE,
+    STATISTICS,
     ChunkTask,
     LossBackendOptions,
     LossRequest,
     ReferenceTask,
 )
 from bigmix.loss.terms import LogitRule, LossTerms, LossTokens, ReferenceStates, Statistic
-from bigmix.loss.torch_kernel import torch_rows
+from bigmix.loss.torch_kernel import torch_backend
 
 _PLAIN = LogitRule()
 _NO_TERMS = LossTerms()
-_BY_DEFAULT = LossBackendOptions(backend=torch_rows)
+_BY_DEFAULT = LossBackendOptions(backend=torch_backend)
 _ALIGNED = 16
 
 
@@ -48,12 +48,12 @@ def mixed_loss(
     """The objective to differentiate, and the sums of each group [G, Statistic] (see `GroupSums`),
     both fp32.
 
-    Gradients flow to `hidden_TD`, `head_VD` and `bias_V` where they ask for one, and once: both are
-    formed here. Without tokens the objective is 0 and the gradients are zeros, still part of the
-    graph. Where no gradient is asked for, none is formed. Under autocast the matrix products are in
-    its dtype, all sums and losses in fp32.
+    Gradients flow to `hidden_TD`, `head_VD` and `bias_V` where these require one, and only once:
+    they are formed here and given away by the first backward. Without tokens the objective is 0 and
+    the gradients are zeros, still part of the graph. Where no gradient is required, none is formed.
+    Under autocast the matrix products are in its dtype, all sums and losses in fp32.
 
-    Raises ValueError where shapes or dtypes do not fit together.
+    Raises ValueError where shapes do not fit together.
     """
     _check(hidden_TD, head_VD, bias_V, tokens, reference)
     request = LossRequest(
@@ -96,8 +96,8 @@ class _MixedLoss(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "backward went through the mixed loss a second time; its gradients are given away"
-                " by the first, call forward again"
+                "backward went through the mixed loss a second time; the first time gave its"
+                " gradients away, call forward again"
             )
         gradients, ctx.gradients = ctx.gradients, None
         # What multiplies the loss outside (loss scale, ranks) must reach every gradient alike.
@@ -113,31 +113,32 @@ class _MixedLoss(torch.autograd.Function):
 def _all_chunks(
     hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, request: LossRequest
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """The objective, the sums of each group and the gradients of hidden states, head and bias."""
     tokens = request.tokens
-    most = _chunk_tokens(hidden_TD, head_VD, request)
-    chunks = _chunks(request, most)
+    max_tokens = _max_chunk_tokens(hidden_TD, head_VD, request)
+    chunks = _chunks(request, max_tokens)
     recomputes = request.wanted[1] and len(chunks) > 1 and _recomputes(hidden_TD, request.options)
     wanted = (request.wanted[0], request.wanted[1] and not recomputes, request.wanted[2])
-    rooms = _ScratchPool(hidden_TD, head_VD, request, chunks)
+    scratch = _ScratchPool(hidden_TD, head_VD, request, chunks)
     gradients = Gradients(hidden_TD, head_VD, bias_V, wanted=wanted, in_one_chunk=len(chunks) == 1)
     objective = torch.zeros((), device=hidden_TD.device)
     sums_GM = torch.zeros(tokens.num_groups, len(Statistic), device=hidden_TD.device)
     lse_N2 = sums_GM.new_empty(len(tokens), 2)
     for part in chunks:
-        columns_CM = _one_chunk(hidden_TD, head_VD, bias_V, request, part, rooms, gradients)
+        columns_CM = _one_chunk(hidden_TD, head_VD, bias_V, request, part, scratch, gradients)
         objective += columns_CM[:, OBJECTIVE].sum()
-        sums_GM += _sums(
-            columns_CM[:, OBJECTIVE + 1 : LSE], tokens.groups_N[part], tokens.num_groups
-        )
+        sums_GM += _group_sums(columns_CM[:, STATISTICS], tokens.groups_N[part], tokens.num_groups)
         lse_N2[part] = columns_CM[:, LSE:]
     grad_hidden_TD, grad_head_VD, grad_bias_V = gradients.finish()
     if recomputes:
-        del rooms
+        del scratch
         hidden_ND = hidden_TD if tokens.positions_N is None else hidden_TD[tokens.positions_N]
-        known = Known(lse_N=lse_N2[:, 0], reference_lse_K=lse_N2[: request.anchored, 1])
-        block_bytes = most * len(head_VD) * head_VD.dtype.itemsize
+        normalisers = Normalisers(
+            lse_N=lse_N2[:, 0], reference_lse_K=lse_N2[: request.num_reference_tokens, 1]
+        )
+        block_bytes = max_tokens * len(head_VD) * head_VD.dtype.itemsize
         grad_head_VD = head_gradient(
-            hidden_ND, head_VD, bias_V, request, known, block_bytes=block_bytes
+            hidden_ND, head_VD, bias_V, request, normalisers, block_bytes=block_bytes
         )
     return objective, sums_GM, (grad_hidden_TD, grad_head_VD, grad_bias_V)
 
@@ -148,19 +149,20 @@ def _one_chunk(
     bias_V: Tensor | None,
     request: LossRequest,
     part: slice,
-    rooms: "_ScratchPool",
+    scratch: "_ScratchPool",
     gradients: Gradients,
 ) -> Tensor:
-    """What the backend gives for a chunk, whose gradient is taken in; its logits end with this
-    function.
+    """The backend's columns [C, NUM_COLUMNS] of a chunk, whose gradient is added to `gradients`.
+
+    In a function of its own, since the chunk's logits are freed when it returns.
     """
     positions_N = request.tokens.positions_N
-    places_C = part if positions_N is None else positions_N[part]
-    hidden_CD = hidden_TD[places_C]
-    work = _work(hidden_CD, head_VD, bias_V, request, part, rooms)
-    columns_CM = request.options.backend(work)
-    if work.gradient_CV is not None:
-        gradients.add(work.gradient_CV, hidden_CD, places_C)
+    positions_C = part if positions_N is None else positions_N[part]
+    hidden_CD = hidden_TD[positions_C]
+    task = _chunk_task(hidden_CD, head_VD, bias_V, request, part, scratch)
+    columns_CM = request.options.backend(task)
+    if task.gradient_CV is not None:
+        gradients.add(task.gradient_CV, hidden_CD, positions_C)
     return columns_CM
 
 
@@ -170,15 +172,15 @@ def _recomputes(hidden_TD: Tensor, options: LossBackendOptions) -> bool:
     return not gives_fp32(hidden_TD.device, hidden_TD.dtype)
 
 
-def _chunk_tokens(hidden_TD: Tensor, head_VD: Tensor, request: LossRequest) -> int:
+def _max_chunk_tokens(hidden_TD: Tensor, head_VD: Tensor, request: LossRequest) -> int:
     logit_bytes = logit_dtype(hidden_TD.device, hidden_TD.dtype).itemsize
     return chunk_tokens(
         LossShape(
-            tokens=len(request.tokens),
-            hidden=hidden_TD.shape[1],
-            vocabulary=head_VD.shape[0],
+            num_tokens=len(request.tokens),
+            hidden_size=hidden_TD.shape[1],
+            vocabulary_size=head_VD.shape[0],
             hidden_bytes=hidden_TD.dtype.itemsize,
-            logit_bytes=logit_bytes * (2 if request.anchored else 1),
+            logit_bytes=logit_bytes * (2 if request.num_reference_tokens else 1),
             device_type=hidden_TD.device.type,
             device_bytes=device_bytes(hidden_TD.device),
         ),
@@ -186,18 +188,19 @@ def _chunk_tokens(hidden_TD: Tensor, head_VD: Tensor, request: LossRequest) -> i
     )
 
 
-def _chunks(request: LossRequest, most: int) -> list[slice]:
-    """Chunks of tokens with a reference, then of those without: none is half."""
-    anchored = request.anchored
-    rest = even_slices(len(request.tokens) - anchored, most)
+def _chunks(request: LossRequest, max_tokens: int) -> list[slice]:
+    """Chunks of tokens with a reference, then of those without; no chunk has both kinds."""
+    first = request.num_reference_tokens
+    rest = even_slices(len(request.tokens) - first, max_tokens)
     return [
-        *even_slices(anchored, most),
-        *(slice(s.start + anchored, s.stop + anchored) for s in rest),
+        *even_slices(first, max_tokens),
+        *(slice(part.start + first, part.stop + first) for part in rest),
     ]
 
 
 def logit_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Of a chunk's logits: fp32 where the device's product of `dtype` can give it, else `dtype`.
+    """The dtype of a chunk's logits: fp32 where the device's product of `dtype` can give it, else
+    `dtype`.
 
     Rounding logits to bf16 is half of the error of the hidden states' gradient.
     """
@@ -207,25 +210,27 @@ def logit_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 class _Scratch:
     """Memory for the logits of one chunk, used by all chunks in turn.
 
-    Rows begin at multiples of _ALIGNED elements: with an odd vocabulary a GPU would move them
-    element by element.
+    Each token's logits begin at a multiple of _ALIGNED elements: with an odd vocabulary a GPU would
+    move them element by element.
     """
 
-    def __init__(self, like: Tensor, vocabulary: int, chunks: list[slice]) -> None:
-        self._vocabulary = vocabulary
-        most = max((part.stop - part.start for part in chunks), default=0)
-        stride = -(-vocabulary // _ALIGNED) * _ALIGNED
-        self._matrix = like.new_empty(most, stride, dtype=logit_dtype(like.device, like.dtype))
+    def __init__(self, like: Tensor, vocabulary_size: int, chunks: list[slice]) -> None:
+        self._vocabulary_size = vocabulary_size
+        max_tokens = max((part.stop - part.start for part in chunks), default=0)
+        stride = -(-vocabulary_size // _ALIGNED) * _ALIGNED
+        self._matrix = like.new_empty(
+            max_tokens, stride, dtype=logit_dtype(like.device, like.dtype)
+        )
 
     def logits(self, hidden_CD: Tensor, head_VD: Tensor) -> Tensor:
-        """The head's outputs [C, V]; those of the chunk before are gone."""
-        out_CV = self._matrix[: len(hidden_CD), : self._vocabulary]
+        """The head's outputs [C, V], which overwrite those of the chunk before."""
+        out_CV = self._matrix[: len(hidden_CD), : self._vocabulary_size]
         times_transposed_into(out_CV, hidden_CD, head_VD)
         return out_CV
 
 
 class _ScratchPool:
-    """Rooms for the model's logits and for those of the reference."""
+    """Memory for a chunk's logits by the model, and for those by the reference."""
 
     def __init__(
         self, hidden_TD: Tensor, head_VD: Tensor, request: LossRequest, chunks: list[slice]
@@ -233,23 +238,23 @@ class _ScratchPool:
         self.own = _Scratch(hidden_TD, len(head_VD), chunks)
         self.reference = self.own
         if request.reference is not None:
-            anchored = [part for part in chunks if part.start < request.anchored]
-            self.reference = _Scratch(request.reference.hidden_KD, len(head_VD), anchored)
+            referenced = [part for part in chunks if part.start < request.num_reference_tokens]
+            self.reference = _Scratch(request.reference.hidden_KD, len(head_VD), referenced)
 
 
-def _work(
+def _chunk_task(
     hidden_CD: Tensor,
     head_VD: Tensor,
     bias_V: Tensor | None,
     request: LossRequest,
     part: slice,
-    rooms: _ScratchPool,
+    scratch: _ScratchPool,
 ) -> ChunkTask:
-    outputs_CV = rooms.own.logits(hidden_CD, head_VD)
+    outputs_CV = scratch.own.logits(hidden_CD, head_VD)
     gradient_CV = None
     if any(request.wanted):
-        # Where logits are wider than the gradient, each of its rows lies in the first half of the
-        # row of logits.
+        # Where logits are wider than the gradient, each token's gradient lies in the first half of
+        # its logits.
         gradient_CV = outputs_CV.view(hidden_CD.dtype)[:, : len(head_VD)]
     return ChunkTask(
         outputs_CV=outputs_CV,
@@ -259,29 +264,29 @@ def _work(
         coefficients_C=request.tokens.coefficients_N[part],
         rule=request.rule,
         terms=request.terms,
-        reference=_reference_work(request.reference, part, rooms.reference),
+        reference=_reference_task(request.reference, part, scratch.reference),
     )
 
 
-def _reference_work(
-    reference: ReferenceStates | None, part: slice, room: _Scratch
+def _reference_task(
+    reference: ReferenceStates | None, part: slice, scratch: _Scratch
 ) -> ReferenceTask | None:
     if reference is None or part.start >= len(reference.coefficients_K):
         return None
     return ReferenceTask(
-        outputs_CV=room.logits(reference.hidden_KD[part], reference.head_VD),
+        outputs_CV=scratch.logits(reference.hidden_KD[part], reference.head_VD),
         bias_V=reference.bias_V,
         rule=reference.rule,
         coefficients_C=reference.coefficients_K[part],
     )
 
 
-def _sums(stats_CM: Tensor, groups_C: Tensor, num_groups: int) -> Tensor:
+def _group_sums(statistics_CM: Tensor, groups_C: Tensor, num_groups: int) -> Tensor:
     """The sums of each group [G, M], as a product with a one-hot matrix: index_add_ has no fixed
     order on a GPU.
     """
     groups_G1 = torch.arange(num_groups, device=groups_C.device).unsqueeze(1)
-    return (groups_G1 == groups_C).to(stats_CM.dtype) @ stats_CM
+    return (groups_G1 == groups_C).to(statistics_CM.dtype) @ statistics_CM
 
 
 def _check(
@@ -291,30 +296,31 @@ def _check(
     tokens: LossTokens,
     reference: ReferenceStates | None,
 ) -> None:
-    vocabulary, size = head_VD.shape
-    if hidden_TD.ndim != 2 or hidden_TD.shape[1] != size:
+    vocabulary_size, hidden_size = head_VD.shape
+    if hidden_TD.ndim != 2 or hidden_TD.shape[1] != hidden_size:
         raise ValueError(
-            f"hidden states are {tuple(hidden_TD.shape)} and the head is {(vocabulary, size)}; both"
-            " must be matrices with the same second axis, flatten batch and time first"
+            f"hidden states are {tuple(hidden_TD.shape)} and the head is"
+            f" {(vocabulary_size, hidden_size)}; both must be matrices with the same second axis,"
+            " flatten batch and time first"
         )
-    if bias_V is not None and bias_V.shape != (vocabulary,):
-        raise ValueError(f"the bias is {tuple(bias_V.shape)}, must be {(vocabulary,)}")
-    count = len(tokens)
+    if bias_V is not None and bias_V.shape != (vocabulary_size,):
+        raise ValueError(f"the bias is {tuple(bias_V.shape)}, must be {(vocabulary_size,)}")
+    num_tokens = len(tokens)
     lengths = {"groups_N": len(tokens.groups_N), "coefficients_N": len(tokens.coefficients_N)}
     lengths["positions_N"] = len(hidden_TD if tokens.positions_N is None else tokens.positions_N)
-    wrong = {name: length for name, length in lengths.items() if length != count}
+    wrong = {name: length for name, length in lengths.items() if length != num_tokens}
     if wrong:
-        raise ValueError(f"{count} labels, but {wrong}; each loss token needs one of each")
+        raise ValueError(f"{num_tokens} labels, but {wrong}; each loss token needs one of each")
     if reference is None:
         return
-    if reference.head_VD.shape[0] != vocabulary:
+    if reference.head_VD.shape[0] != vocabulary_size:
         raise ValueError(
             f"the reference's head has {reference.head_VD.shape[0]} tokens and the model's"
-            f" {vocabulary}; a divergence needs one vocabulary"
+            f" {vocabulary_size}; a divergence needs one vocabulary"
         )
-    if not len(reference.hidden_KD) == len(reference.coefficients_K) <= count:
+    if not len(reference.hidden_KD) == len(reference.coefficients_K) <= num_tokens:
         raise ValueError(
             f"{len(reference.hidden_KD)} hidden states and {len(reference.coefficients_K)}"
-            f" coefficients of the reference for {count} loss tokens; it needs one of each for the"
-            " first K of them"
+            f" coefficients of the reference for {num_tokens} loss tokens; it needs one of each for"
+            " the first K of them"
         )

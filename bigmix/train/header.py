@@ -6,6 +6,7 @@ from typing import Any
 from bigmix.cluster.world import World
 from bigmix.data.packing import DroppedTokens
 from bigmix.data.run_plan import RunPlan
+from bigmix.loss.terms import shown_terms, terms_of
 from bigmix.model.ds_config import batch_size_of, zero_stage
 from bigmix.recipe import Recipe
 from bigmix.terminal import Cell, Table, Terminal
@@ -54,18 +55,16 @@ def show_header(
 
 
 def _loss(recipe: Recipe, backend: Choice) -> str:
-    """The terms of the objective besides the nll, and the backend that computes them."""
-    terms = [
-        f"label smoothing {recipe.loss.label_smoothing:g}" if recipe.loss.label_smoothing else "",
-        f"z-loss {recipe.loss.z_loss:g}" if recipe.loss.z_loss else "",
-    ]
+    """The terms of the objective besides the nll, and what computes them."""
+    shown = shown_terms(terms_of(recipe.loss.model_dump()))
+    terms = [f"{title} {value:g}" for title, value in shown.items()]
     if recipe.reference is not None:
         weights = ", ".join(
-            f"{kappa:g} on {name}" for name, kappa in recipe.reference.sources.items()
+            f"{weight:g} on {name}" for name, weight in recipe.reference.sources.items()
         )
         terms.append(f"KL to {recipe.reference_path} ({weights})")
     by = f"{backend.value} ({backend.reason})"
-    return ", ".join([f"objective {recipe.objective}", *filter(None, terms), f"computed by {by}"])
+    return ", ".join([f"objective {recipe.objective}", *terms, f"computed by {by}"])
 
 
 def _lengths(recipe: Recipe) -> str:

@@ -19,7 +19,7 @@ from bigmix.evaluation.held_out import read_baseline
 from bigmix.evaluation.tasks.prompts import PreparedTask
 from bigmix.loss.backend import backend_options_of, check_backend, choose_backend
 from bigmix.loss.requests import LossBackendOptions
-from bigmix.loss.terms import LossTerms, Statistic
+from bigmix.loss.terms import LossTerms, Statistic, logged_statistics, terms_of
 from bigmix.model.causal_lm import DTYPES, build, choose_attention, choose_dtype, logit_rule
 from bigmix.model.checks import Configs, check_packing_isolation, read_configs
 from bigmix.model.ds_config import complete_for_training
@@ -138,7 +138,7 @@ def _build(
     dtype = choose_dtype(recipe.model.dtype, device)
     attention = choose_attention(recipe.model.attention, config, device, dtype.value)
     backend = choose_backend(recipe.loss.backend, device)
-    terms, options = _terms(recipe), _computing(recipe, backend)
+    terms, options = _terms(recipe), _backend_options(recipe, backend)
     check_backend(
         options, rule=logit_rule(config), terms=terms, dtype=DTYPES[dtype.value], device=device
     )
@@ -228,7 +228,7 @@ def _report(
         plan.epochs,
         cost=built.cost,
         peak_flops=peak * world.size if peak else None,
-        measured=_measured(recipe),
+        measured=_logged_statistics(recipe),
     )
 
 
@@ -264,11 +264,10 @@ def _exam(recipe: Recipe, inputs: RunInputs, base: ReferenceModel | None) -> Hel
 
 
 def _terms(recipe: Recipe) -> LossTerms:
-    loss = recipe.loss
-    return LossTerms(label_smoothing=loss.label_smoothing, z_loss=loss.z_loss, entropy=loss.entropy)
+    return terms_of(recipe.loss.model_dump())
 
 
-def _computing(recipe: Recipe, backend: Choice) -> LossBackendOptions:
+def _backend_options(recipe: Recipe, backend: Choice) -> LossBackendOptions:
     return backend_options_of(backend.value, recipe.loss.chunk_mib, recipe.loss.head_gradient)
 
 
@@ -347,15 +346,11 @@ def _open_log(recipe: Recipe, inputs: RunInputs, plan: RunPlan, start: ResumePoi
     return log
 
 
-def _measured(recipe: Recipe) -> dict[str, dict[str, Statistic]]:
-    """The statistics of each source that are logged, as means over its loss tokens."""
-    everywhere = {"loss": Statistic.NLL, "accuracy": Statistic.HITS}
-    if recipe.loss.z_loss:
-        everywhere["z"] = Statistic.Z
-    if recipe.loss.entropy:
-        everywhere["entropy"] = Statistic.ENTROPY
-    anchored = recipe.reference.sources if recipe.reference is not None else {}
+def _logged_statistics(recipe: Recipe) -> dict[str, dict[str, Statistic]]:
+    """The statistics that are logged of each source, by their keys in metrics.jsonl."""
+    terms = _terms(recipe)
+    with_reference = recipe.reference.sources if recipe.reference is not None else {}
     return {
-        name: everywhere | ({"kl": Statistic.KL} if name in anchored else {})
+        name: logged_statistics(terms, has_reference=name in with_reference)
         for name in recipe.sources
     }

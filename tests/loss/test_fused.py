@@ -1,5 +1,5 @@
-"""The fused loss equals dense cross entropy in value, in its sums and in all its gradients, and
-never holds T x V.
+"""The fused loss equals the dense formula in value, in its sums and in all its gradients, and never
+holds T x V.
 """
 
 from dataclasses import dataclass, replace
@@ -24,9 +24,10 @@ from bigmix.loss.terms import (
     LossTerms,
     LossTokens,
     ReferenceStates,
+    dense_loss,
     tokens_of_labels,
 )
-from bigmix.loss.torch_kernel import torch_rows
+from bigmix.loss.torch_kernel import torch_backend
 from bigmix.types import IGNORE, Choice
 
 GROUPS, HIDDEN, VOCABULARY = 3, 24, 101
@@ -45,7 +46,7 @@ class Case:
     rule: LogitRule = PLAIN
     terms: LossTerms = NO_TERMS
     reference: ReferenceStates | None = None
-    backend: Backend = torch_rows
+    backend: Backend = torch_backend
 
     def leaves(self):
         return [t for t in (self.hidden, self.head, self.bias) if t is not None]
@@ -126,37 +127,31 @@ def case(
     )
 
 
-def ruled(outputs, rule):
-    logits = outputs * rule.scale
-    return logits if rule.softcap is None else rule.softcap * torch.tanh(logits / rule.softcap)
-
-
 def dense(given_case, dtype=torch.float64):
     """The slow obvious way: all logits at once, autograd for the gradients."""
     c = given_case
     copies = [t.detach().to(dtype).requires_grad_() for t in c.leaves()]
     kept = copies[0] if c.tokens.positions_N is None else copies[0][c.tokens.positions_N]
     outputs = (kept @ copies[1].T).to(torch.promote_types(dtype, torch.float32))
-    logits = ruled(outputs if c.bias is None else outputs + copies[2], c.rule)
-    log_p = logits.log_softmax(1)
-    nll = -log_p.gather(1, c.tokens.labels_N[:, None]).squeeze(1)
-    lse = logits.logsumexp(1)
-    eps = c.terms.label_smoothing
-    each = (1 - eps) * nll - eps * log_p.mean(1) + c.terms.z_loss * lse.square()
-    value = (c.tokens.coefficients_N.to(each.dtype) * each).sum()
-    kl = torch.zeros_like(nll)
+    reference = {}
     if c.reference is not None:
-        theirs = c.reference.hidden_KD.double() @ c.reference.head_VD.double().T
-        log_q = ruled(theirs, c.reference.rule).log_softmax(1)
-        count = len(log_q)
-        kl[:count] = (log_q.exp() * (log_q - log_p[:count])).sum(1).to(kl.dtype)
-        value = value + (c.reference.coefficients_K.to(kl.dtype) * kl[:count]).sum()
+        reference_outputs = c.reference.hidden_KD.double() @ c.reference.head_VD.double().T
+        reference = {
+            "reference_logits_KV": c.reference.rule.logits(reference_outputs),
+            "reference_coefficients_K": c.reference.coefficients_K,
+        }
+    found = dense_loss(
+        c.rule.logits(outputs if c.bias is None else outputs + copies[2]),
+        c.tokens.labels_N,
+        c.tokens.coefficients_N,
+        c.terms,
+        **reference,
+    )
+    value = found.objective_N.sum()
     value.backward()
-    one_hot = torch.nn.functional.one_hot(c.tokens.groups_N, c.tokens.num_groups).to(nll.dtype)
-    entropy = -(log_p.exp() * log_p).sum(1) if c.terms.entropy else torch.zeros_like(nll)
-    hits = (logits.argmax(1) == c.tokens.labels_N).to(nll.dtype)
-    columns = torch.stack([torch.ones_like(nll), nll, hits, lse.square(), entropy, kl], 1)
-    return value.detach(), GroupSums.of((one_hot.T @ columns).detach()), [t.grad for t in copies]
+    one_hot = torch.nn.functional.one_hot(c.tokens.groups_N, c.tokens.num_groups).to(outputs.dtype)
+    sums = GroupSums.of(one_hot.T @ found.statistics_NM)
+    return value.detach(), sums, [t.grad for t in copies]
 
 
 def error(found, expected):
@@ -227,7 +222,8 @@ def test_any_sizes_give_the_dense_result(
         anchored=int(anchored * kept),
         terms=LossTerms(label_smoothing=0.2, z_loss=1e-3),
     )
-    # Sure tokens leave gradients of p - 1 that are nearly 0, so with many zeros behind the point.
+    # Tokens predicted with near certainty have gradients of p - 1, nearly 0, whose leading digits
+    # cancel.
     assert_equal(inputs.run(rows), dense(inputs), within=2e-4)
 
 
@@ -308,7 +304,7 @@ def test_extreme_logits_are_exact_and_finite(size, backend):
 
 
 def naive_bf16(inputs):
-    """What is usual: bf16 logits, cross entropy in fp32, autograd."""
+    """What is usually done: bf16 logits, cross entropy in fp32, autograd."""
     return dense(inputs, dtype=torch.bfloat16)
 
 
@@ -331,8 +327,8 @@ def test_the_head_gradient_in_bf16_does_not_drift_with_the_number_of_chunks():
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most fp32 elements of any memory that an operation makes; `given` tensors are not
-    made.
+    """The size in fp32 elements of the largest memory that an operation makes; the `given` tensors
+    do not count.
     """
 
     def __init__(self, *given):
@@ -351,7 +347,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_nothing_of_the_size_of_all_logits_exists_and_without_gradient_no_gradient_does():
     inputs = case(640, 640, hidden=64, vocabulary=512, bias=False)
-    options = LossBackendOptions(backend=torch_rows, chunk_bytes=32 * 4 * 512)
+    options = LossBackendOptions(backend=torch_backend, chunk_bytes=32 * 4 * 512)
     arguments = (inputs.hidden.detach(), inputs.head.detach(), None, inputs.tokens)
     with LargestTensor(*arguments[:2]) as evaluated, torch.no_grad():
         value, _ = mixed_loss(*arguments, options=options)
@@ -388,7 +384,7 @@ def test_gradients_of_two_uses_add_up():
     assert error(one.bias.grad, 2 * expected[1]) < 1e-6
 
 
-def test_a_second_backward_is_refused_with_a_word():
+def test_a_second_backward_is_refused_with_the_reason():
     inputs = case()
     value, _ = mixed_loss(inputs.hidden, inputs.head, inputs.bias, inputs.tokens)
     value.backward(retain_graph=True)
@@ -445,9 +441,9 @@ def test_chunks_take_each_token_once_and_are_never_too_large():
 
 def test_a_chunk_is_an_eighth_of_the_gradients_or_what_is_given():
     sizes = LossShape(
-        tokens=4096,
-        hidden=512,
-        vocabulary=128256,
+        num_tokens=4096,
+        hidden_size=512,
+        vocabulary_size=128256,
         hidden_bytes=4,
         logit_bytes=4,
         device_type="cpu",
@@ -455,14 +451,15 @@ def test_a_chunk_is_an_eighth_of_the_gradients_or_what_is_given():
     )
     gradients = 4 * 512 * (128256 + 4096)
     assert chunk_tokens(sizes) == gradients // 8 // (4 * 128256)
-    # 8 MiB are never too much.
-    assert chunk_tokens(replace(sizes, hidden=64, vocabulary=32000)) == (8 << 20) // (4 * 32000)
-    assert chunk_tokens(replace(sizes, hidden=64, vocabulary=2048)) == 256
-    assert chunk_tokens(replace(sizes, hidden=4096)) == 256  # more is no faster
+    # 8 MiB is never too much.
+    small = replace(sizes, hidden_size=64)
+    assert chunk_tokens(replace(small, vocabulary_size=32000)) == (8 << 20) // (4 * 32000)
+    assert chunk_tokens(replace(small, vocabulary_size=2048)) == 256
+    assert chunk_tokens(replace(sizes, hidden_size=4096)) == 256  # more is no faster
     assert chunk_tokens(sizes, 1 << 30) == (1 << 30) // (4 * 128256)
     gpu = replace(sizes, device_type="cuda", device_bytes=80 << 30, hidden_bytes=2)
     assert chunk_tokens(gpu) == (80 << 30) // 64 // (4 * 128256)
-    assert chunk_tokens(replace(gpu, vocabulary=32000, hidden=64)) == 4096
+    assert chunk_tokens(replace(gpu, vocabulary_size=32000, hidden_size=64)) == 4096
 
 
 def test_what_does_not_fit_together_is_refused():
@@ -492,10 +489,10 @@ def test_a_backend_that_computes_something_else_is_refused(dtype, rule):
         "device": torch.device("cpu"),
     }
     for mode in ("accumulate", "recompute"):
-        check_backend(LossBackendOptions(backend=torch_rows, head_gradient=mode), **options)
+        check_backend(LossBackendOptions(backend=torch_backend, head_gradient=mode), **options)
 
     def a_little_wrong(work):
-        columns = torch_rows(work)
+        columns = torch_backend(work)
         if work.gradient_CV is not None:
             work.gradient_CV[3] *= 1.5
         return columns
@@ -518,7 +515,7 @@ def test_the_backend_is_chosen_by_the_device_and_can_be_forced(monkeypatch):
     assert choose_backend("auto", gpu) == Choice(value="torch", reason="triton is not installed")
     with pytest.raises(BadInput, match="triton is not installed"):
         choose_backend("triton", gpu)
-    assert backend_of("torch") is torch_rows
+    assert backend_of("torch") is torch_backend
 
 
 @pytest.mark.parametrize("mode", ["accumulate", "recompute"])
@@ -532,7 +529,9 @@ def test_both_ways_to_the_head_gradient_give_it(mode, dtype):
         rule=LogitRule(scale=0.5, softcap=5.0),
         terms=LossTerms(label_smoothing=0.1, z_loss=1e-3),
     )
-    options = LossBackendOptions(backend=torch_rows, chunk_bytes=32 * 4 * 101, head_gradient=mode)
+    options = LossBackendOptions(
+        backend=torch_backend, chunk_bytes=32 * 4 * 101, head_gradient=mode
+    )
     value, _ = mixed_loss(
         inputs.hidden,
         inputs.head,

@@ -1,4 +1,4 @@
-"""The kernel for the rows of a chunk gives what torch_rows gives, and what autograd gives in fp64.
+"""The GPU kernel gives what the torch backend gives, and what autograd gives in fp64.
 
 Without a GPU it runs in triton's interpreter (see conftest), which shows neither races nor
 registers; on one, for real.
@@ -10,15 +10,31 @@ import pytest
 import torch
 
 from bigmix.loss.fused import LossBackendOptions, mixed_loss
-from bigmix.loss.requests import COLUMNS, LSE, OBJECTIVE, REFERENCE_LSE, ChunkTask, ReferenceTask
-from bigmix.loss.terms import LogitRule, LossTerms, LossTokens, ReferenceStates, Statistic
-from bigmix.loss.torch_kernel import torch_rows
+from bigmix.loss.requests import (
+    LSE,
+    NUM_COLUMNS,
+    OBJECTIVE,
+    REFERENCE_LSE,
+    STATISTICS,
+    ChunkTask,
+    ReferenceTask,
+    column_of,
+)
+from bigmix.loss.terms import (
+    LogitRule,
+    LossTerms,
+    LossTokens,
+    ReferenceStates,
+    Statistic,
+    dense_loss,
+)
+from bigmix.loss.torch_kernel import torch_backend
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from bigmix.loss import triton_kernel as kernels  # noqa: E402
-from bigmix.loss.triton_kernel import triton_rows  # noqa: E402
+from bigmix.loss.triton_kernel import triton_backend  # noqa: E402
 
 # Behind a row's end, and where the other of two formulas is chosen, what the interpreter computes
 # may overflow.
@@ -105,42 +121,31 @@ def chunk(
     )
 
 
-def logits_of(outputs, work):
-    logits = outputs if work.bias_V is None else outputs + work.bias_V.double()
-    logits = logits * work.rule.scale
-    cap = work.rule.softcap
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+def logits_of(outputs, task):
+    return task.rule.logits(outputs if task.bias_V is None else outputs + task.bias_V.double())
 
 
-def dense(work):
-    """The slow obvious way, in fp64: statistics [C, COLUMNS] and d objective / d outputs by
+def dense(task):
+    """The slow obvious way, in fp64: the columns of each token, and d objective / d outputs by
     autograd.
     """
-    outputs = work.outputs_CV.double().requires_grad_()
-    logits, labels, eps = logits_of(outputs, work), work.labels_C, work.terms.label_smoothing
-    log_p = logits.log_softmax(1)
-    nll = -log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
-    z = logits.logsumexp(1).square()
-    loss = (1 - eps) * nll - eps * log_p.mean(1) + work.terms.z_loss * z
-    objective = work.coefficients_C.double() * loss
-    stats = torch.zeros(len(labels), COLUMNS, dtype=torch.float64, device=labels.device)
-    if work.reference is not None:
-        theirs = logits_of(work.reference.outputs_CV.double(), work.reference)
-        log_q = theirs.log_softmax(1)
-        stats[:, REFERENCE_LSE] = theirs.logsumexp(1)
-        kl = (log_q.exp() * (log_q - log_p)).sum(1)
-        objective = objective + work.reference.coefficients_C.double() * kl
-        stats[:, 1 + Statistic.KL] = kl.detach()
-    objective.sum().backward()
-    stats[:, OBJECTIVE] = objective.detach()
-    stats[:, 1 + Statistic.TOKENS] = 1
-    stats[:, 1 + Statistic.NLL] = nll.detach()
-    stats[:, 1 + Statistic.HITS] = (logits.argmax(1) == labels).double()
-    stats[:, 1 + Statistic.Z] = z.detach()
-    stats[:, LSE] = logits.logsumexp(1).detach()
-    if work.terms.entropy:
-        stats[:, 1 + Statistic.ENTROPY] = -(log_p.exp() * log_p).sum(1).detach()
-    return stats, outputs.grad
+    outputs = task.outputs_CV.double().requires_grad_()
+    logits = logits_of(outputs, task)
+    columns = torch.zeros(len(logits), NUM_COLUMNS, dtype=torch.float64, device=logits.device)
+    reference = {}
+    if task.reference is not None:
+        reference_logits = logits_of(task.reference.outputs_CV.double(), task.reference)
+        reference = {
+            "reference_logits_KV": reference_logits,
+            "reference_coefficients_K": task.reference.coefficients_C,
+        }
+        columns[:, REFERENCE_LSE] = reference_logits.logsumexp(1)
+    found = dense_loss(logits, task.labels_C, task.coefficients_C, task.terms, **reference)
+    found.objective_N.sum().backward()
+    columns[:, OBJECTIVE] = found.objective_N.detach()
+    columns[:, STATISTICS] = found.statistics_NM
+    columns[:, LSE] = logits.logsumexp(1).detach()
+    return columns, outputs.grad
 
 
 def error(found, expected, size=None):
@@ -153,7 +158,7 @@ def check(block, **asked):
     """Statistics and gradient of the kernel against both, and nothing else overwritten."""
     expected, gradient = dense(chunk(**asked))
     by_torch, work = chunk(**asked), chunk(**asked)
-    stats_by_torch, stats = torch_rows(by_torch), triton_rows(work, block=block)
+    stats_by_torch, stats = torch_backend(by_torch), triton_backend(work, block=block)
     assert stats.shape == expected.shape and stats.dtype == torch.float32
     torch.testing.assert_close(stats.double(), expected, rtol=2e-6, atol=4e-6)
     torch.testing.assert_close(stats, stats_by_torch, rtol=4e-6, atol=2e-5)
@@ -206,7 +211,7 @@ def test_the_gradient_may_lie_elsewhere_or_not_be_wanted(asked, block, gradient)
 @pytest.mark.parametrize("block", [None, 256])
 def test_one_token_is_a_chunk_and_none_is_one(block):
     check(block, tokens=1, **ASKED["all"])
-    assert triton_rows(chunk(tokens=0)).shape == (0, COLUMNS)
+    assert triton_backend(chunk(tokens=0)).shape == (0, NUM_COLUMNS)
 
 
 @pytest.mark.parametrize("block", [None, 256])
@@ -225,8 +230,8 @@ def test_rows_may_lie_apart(block):
         terms=LossTerms(),
         reference=None,
     )
-    triton_rows(strided, block=block)
-    triton_rows(expected, block=block)
+    triton_backend(strided, block=block)
+    triton_backend(expected, block=block)
     assert torch.equal(part, expected.gradient_CV) and (wide[:, 1000:] == 7).all()
 
 
@@ -239,7 +244,7 @@ def test_extreme_logits_are_as_right_as_others(block):
             outputs.copy_(outputs.sign() * 1e4)
         work.outputs_CV[0, :500] = 0
     expected, gradient = dense(works[0])
-    stats = triton_rows(works[1], block=block)
+    stats = triton_backend(works[1], block=block)
     torch.testing.assert_close(stats.double(), expected, rtol=2e-6, atol=2e-6)
     assert error(works[1].gradient_CV, gradient) < 1e-6
 
@@ -250,7 +255,7 @@ def test_of_equal_logits_the_first_is_the_likeliest(block):
         work = chunk(tokens=len(places), gradient="none", terms=LossTerms())
         work.outputs_CV[:, list(places)] = 100.0
         work.labels_C.copy_(torch.tensor(list(places)))
-        hits = triton_rows(work, block=block)[:, 1 + Statistic.HITS]
+        hits = triton_backend(work, block=block)[:, column_of(Statistic.HITS)]
         assert hits.tolist() == [float(place == min(places)) for place in places]
 
 
@@ -260,7 +265,7 @@ def test_a_coefficient_of_zero_gives_a_gradient_of_exactly_zero(gradient, block)
     work = chunk(gradient=gradient, **ASKED["all"])
     work.coefficients_C[1:3] = 0
     work.reference.coefficients_C[1:4] = 0
-    stats = triton_rows(work, block=block)
+    stats = triton_backend(work, block=block)
     assert not work.gradient_CV[1:3].any() and not stats[1:3, OBJECTIVE].any()
     assert work.gradient_CV[[0, 3, 4]].any(1).all()
 
@@ -268,7 +273,7 @@ def test_a_coefficient_of_zero_gives_a_gradient_of_exactly_zero(gradient, block)
 @pytest.mark.parametrize("block", [None, 256])
 def test_two_runs_give_the_same_bits(block):
     one, two = (chunk(gradient="narrow", **ASKED["all"]) for _ in range(2))
-    assert torch.equal(triton_rows(one, block=block), triton_rows(two, block=block))
+    assert torch.equal(triton_backend(one, block=block), triton_backend(two, block=block))
     assert torch.equal(one.gradient_CV, two.gradient_CV)
 
 
@@ -278,7 +283,7 @@ def test_two_runs_give_the_same_bits(block):
 def test_a_logit_that_is_no_number_is_seen_in_the_objective_of_its_token_alone(bad, block):
     work = chunk(gradient="none")
     work.outputs_CV[2, 700] = bad
-    finite = triton_rows(work, block=block)[:, OBJECTIVE].isfinite()
+    finite = triton_backend(work, block=block)[:, OBJECTIVE].isfinite()
     assert finite.tolist() == [True, True, False, True, True]
 
 
@@ -318,7 +323,7 @@ def test_the_loss_is_the_same_by_both_backends():
         coefficients_K=torch.rand(10, generator=draw).to(DEVICE),
     )
     results = []
-    for backend in (torch_rows, triton_rows, partial(triton_rows, block=32)):
+    for backend in (torch_backend, triton_backend, partial(triton_backend, block=32)):
         leaves = [t.clone().requires_grad_() for t in (hidden, head, bias)]
         value, sums = mixed_loss(
             *leaves,

@@ -15,7 +15,7 @@ from support.ranks import run_on_ranks
 from bigmix.errors import BadInput
 from bigmix.loss.requests import LossBackendOptions
 from bigmix.loss.terms import GroupSums, LogitRule, LossTerms, LossTokens
-from bigmix.loss.torch_kernel import torch_rows
+from bigmix.loss.torch_kernel import torch_backend
 from bigmix.model.causal_lm import (
     MixedLM,
     ModelTensors,
@@ -40,7 +40,7 @@ def make(family, attention="eager", dtype="fp32", **changes):
         attention=attention,
         activation_checkpointing=False,
         terms=LossTerms(),
-        options=LossBackendOptions(backend=torch_rows, chunk_bytes=1 << 16),
+        options=LossBackendOptions(backend=torch_backend, chunk_bytes=1 << 16),
         seed=0,
         construction=sharded_construction({}),
     )

@@ -26,7 +26,7 @@ from bigmix.data.packing import PADDING, PackingOptions
 from bigmix.data.records import RankRows
 from bigmix.loss.requests import LossBackendOptions
 from bigmix.loss.terms import GroupSums, LossTerms
-from bigmix.loss.torch_kernel import torch_rows
+from bigmix.loss.torch_kernel import torch_backend
 from bigmix.model.causal_lm import build, read_config
 from bigmix.model.inputs import to_device
 
@@ -132,7 +132,7 @@ def make(family, attention, dtype="fp32", **changes):
         attention=built,
         activation_checkpointing=False,
         terms=LossTerms(),
-        options=LossBackendOptions(backend=torch_rows, chunk_bytes=1 << 14),
+        options=LossBackendOptions(backend=torch_backend, chunk_bytes=1 << 14),
         seed=1,
         construction=torch.device("cpu"),
     )

@@ -248,9 +248,9 @@ def _loss(shape: Shape, setting: Setting, reference: Shape | None) -> MemoryPart
     # A CPU computes bf16 logits twice instead of adding the gradient up in fp32.
     element_bytes = 4 if setting.on_gpu else width
     sizes = LossShape(
-        tokens=setting.num_tokens,
-        hidden=shape.hidden_size,
-        vocabulary=shape.vocab_size,
+        num_tokens=setting.num_tokens,
+        hidden_size=shape.hidden_size,
+        vocabulary_size=shape.vocab_size,
         hidden_bytes=width,
         logit_bytes=element_bytes * (1 if reference is None else 2),
         device_type="cuda" if setting.on_gpu else "cpu",

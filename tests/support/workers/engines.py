@@ -21,7 +21,7 @@ from bigmix.data.records import MicroBatch, RankRows, StepBatch
 from bigmix.loss.objective import StepShares
 from bigmix.loss.requests import LossBackendOptions
 from bigmix.loss.terms import GroupSums, LossTerms
-from bigmix.loss.torch_kernel import torch_rows
+from bigmix.loss.torch_kernel import torch_backend
 from bigmix.model.causal_lm import InferenceLM, build, load, read_config
 from bigmix.model.ds_config import BatchSize, complete, read_ds_config
 from bigmix.model.engine import (
@@ -160,7 +160,7 @@ def make_engine(
         attention="eager" if family == "gemma" else "sdpa",
         activation_checkpointing=checkpointing,
         terms=terms,
-        options=LossBackendOptions(backend=torch_rows, chunk_bytes=VOCABULARY * 4 * 20),
+        options=LossBackendOptions(backend=torch_backend, chunk_bytes=VOCABULARY * 4 * 20),
         seed=3,
         construction=sharded_construction(keys),
     )
@@ -185,7 +185,7 @@ def reference(family, weights, rows, objective):
         attention="eager",
         activation_checkpointing=False,
         terms=LossTerms(),
-        options=LossBackendOptions(backend=torch_rows),
+        options=LossBackendOptions(backend=torch_backend),
         seed=0,
         construction=sharded_construction({}),
     ).double()
@@ -417,7 +417,7 @@ def sharded_build(rank, ranks, cluster):
             attention="eager",
             activation_checkpointing=False,
             terms=LossTerms(),
-            options=LossBackendOptions(backend=torch_rows),
+            options=LossBackendOptions(backend=torch_backend),
             seed=3,
             construction=sharded_construction(keys),
         )
