@@ -298,9 +298,9 @@ def run_script(folder, code):
     (folder / "script.py").write_text(code)
     environment = bare(os.environ | {"PYTHONPATH": str(ROOT)})
     script = start_script(folder / "script.py", folder, environment)
-    codes, said = end([script])
-    assert codes == [0], said
-    return said
+    codes, output = end([script])
+    assert codes == [0], output
+    return output
 
 
 @pytest.mark.slow
@@ -322,14 +322,14 @@ assert summary["runs"]["run"]["steps"] == 4, summary
 import json, pathlib
 assert json.loads(pathlib.Path("report/summary.json").read_text()) == summary
 """
-    said = run_script(tmp_path, "\n".join([*examples, checks]))
-    assert "step 4/4 100%" in said and "run/metrics.jsonl run/export" in said
+    output = run_script(tmp_path, "\n".join([*examples, checks]))
+    assert "step 4/4 100%" in output and "run/metrics.jsonl run/export" in output
 
 
 @pytest.mark.slow
 def test_a_run_in_this_process_is_stopped_resumed_and_equal_to_a_command(data):
     """The first call is interrupted, the second ends the run; the process is as before each."""
-    said = run_script(
+    output = run_script(
         data,
         """\
 import logging, os, signal, threading, time
@@ -363,7 +363,7 @@ assert bigmix.run_training(recipe) == Path("here")
 assert process() == before
 """,
     )
-    assert re.search(r"stopped on request after step \d+ of 16; the same command goes on", said)
+    assert re.search(r"stopped on request after step \d+ of 16; the same command goes on", output)
     codes, by_command = end(start(data, 1, "output=command", "budget.steps=16"))
     assert codes == [0], by_command
     assert weights(data / "here") == weights(data / "command")
@@ -372,7 +372,7 @@ assert process() == before
 
 @pytest.mark.slow
 def test_several_ranks_are_processes_of_their_own(data):
-    said = run_script(
+    output = run_script(
         data,
         """\
 import signal
@@ -392,5 +392,5 @@ except bigmix.BadInput as error:
     )
     assert (data / "two/export/model.safetensors").is_file()
     assert json.loads((data / "two/metrics.jsonl").read_text().splitlines()[1])["step"] == 1
-    assert "step 2/2 100%" in said and "error: " in said
-    assert "the 2 ranks refused the recipe; the ranks' messages are on stderr" in said
+    assert "step 2/2 100%" in output and "error: " in output
+    assert "the 2 ranks refused the recipe; the ranks' messages are on stderr" in output
