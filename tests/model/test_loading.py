@@ -11,7 +11,7 @@ from support.models import FAMILIES
 
 from bigmix.errors import BadInput
 from bigmix.loss.requests import LossBackendOptions
-from bigmix.loss.torch_kernel import torch_rows
+from bigmix.loss.torch_kernel import torch_backend
 from bigmix.model.causal_lm import read_config
 from bigmix.model.loading import (
     DevicePlacement,
@@ -77,7 +77,7 @@ def test_a_reference_gives_the_hidden_states_of_its_folder(folder, recipe):
 
 
 def test_an_evaluated_model_has_the_weights_of_its_folder_and_no_gradients(folder, recipe):
-    options = LossBackendOptions(backend=torch_rows)
+    options = LossBackendOptions(backend=torch_backend)
     engine = open_evaluated(source_of(folder), recipe, PLACEMENT, options)
     expected = plain(folder).state_dict()
     found = engine.module.lm.state_dict()
