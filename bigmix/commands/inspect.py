@@ -1,5 +1,5 @@
-"""Commands that show what a recipe means: `bigmix recipe show`, `bigmix recipe schema`, `bigmix
-rows`.
+"""The commands that show what a recipe means: `bigmix recipe show`, `bigmix recipe schema` and
+`bigmix rows`.
 """
 
 import argparse
@@ -25,15 +25,14 @@ def add_recipe(subparsers: Any) -> None:
     """Add `bigmix recipe`."""
     parser = subparsers.add_parser("recipe", help="show a recipe with its defaults, or the schema")
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="print the whole recipe with all defaults")
+    show = actions.add_parser("show", help="print the complete recipe with all defaults")
     add_recipe_arguments(show)
     show.add_argument(
         "--key",
         action="append",
         metavar="KEY",
         help=(
-            "print the value of this setting alone, such as cache.folder; may be given several"
-            " times"
+            "print only the value of this setting, such as cache.folder; may be given several times"
         ),
     )
     show.set_defaults(func=_show)
@@ -46,7 +45,7 @@ def add_rows(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "rows",
         help="print the identity of every row of one step",
-        description="One line a row: rank micro_batch source epoch shard row sha256-of-tokens.",
+        description="One line per row: rank micro_batch source epoch shard row sha256-of-tokens.",
     )
     add_recipe_arguments(parser)
     parser.add_argument("--step", type=int, required=True, help="optimizer step, counted from 1")
@@ -66,13 +65,13 @@ def _show(known: argparse.Namespace) -> int:
 
 
 def _value(recipe: Recipe, key: str) -> str:
-    """One setting, a text or number as it is and all else as JSON."""
+    """The value of a setting: a text as it is, everything else as JSON."""
     value: Any = plain(recipe)
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
             raise BadInput(
                 f"--key is {key}, which is no setting of this recipe; `bigmix recipe show`"
-                " lists all"
+                " lists them all"
             )
         value = value[part]
     return value if isinstance(value, str) else json.dumps(value)
@@ -87,8 +86,7 @@ def _schema(known: argparse.Namespace) -> int:
 def _rows(known: argparse.Namespace) -> int:
     if known.step < 1 or known.ranks < 1:
         raise BadInput(
-            f"--step is {known.step} and --ranks is {known.ranks}; both count from 1, give 1 or"
-            " more"
+            f"--step is {known.step} and --ranks is {known.ranks}; both must be 1 or more"
         )
     recipe = load_recipe(known.recipe, known.overrides)
     inputs = open_inputs(recipe, ranks=known.ranks, verify=False)
@@ -110,13 +108,16 @@ def _rows(known: argparse.Namespace) -> int:
     return DONE
 
 
-def _lines(recipe: Recipe, plan: RunPlan, step: int, rank: int, ranks: int) -> Iterator[str]:
-    size, streams = recipe.train.micro_batch_rows, plan.streams_at(step)
+def _lines(recipe: Recipe, plan: RunPlan, step: int, rank: int, num_ranks: int) -> Iterator[str]:
+    micro_batch_rows, streams = recipe.train.micro_batch_rows, plan.streams_at(step)
     rank_rows = RankRows(
-        rank=rank, ranks=ranks, rows_per_step=recipe.rows_per_step, micro_batch_rows=size
+        rank=rank,
+        ranks=num_ranks,
+        rows_per_step=recipe.rows_per_step,
+        micro_batch_rows=micro_batch_rows,
     )
     for index, row_id in enumerate(plan.row_ids_of_rank(rank_rows, step).ids()):
         row = streams[row_id.source].read(row_id)
         digest = hashlib.sha256(row.ids_T[: row.tokens].astype("<u4").tobytes()).hexdigest()
-        place = f"{row_id.source} {row_id.epoch} {row_id.shard} {row_id.row}"
-        yield f"{rank} {index // size} {place} {digest}"
+        identity = f"{row_id.source} {row_id.epoch} {row_id.shard} {row_id.row}"
+        yield f"{rank} {index // micro_batch_rows} {identity} {digest}"

@@ -1,4 +1,4 @@
-"""`bigmix preview RECIPE`: the very rows that a step trains, in colour."""
+"""The command `bigmix preview`, which shows the rows that a step trains, in colour."""
 
 import argparse
 from typing import Any
@@ -27,16 +27,16 @@ def add_preview(subparsers: Any) -> None:
         ),
         description=(
             "Loss tokens are green, context is dim, special tokens are magenta. In a pipe and with"
-            " --plain loss tokens stand in [[ ]] and special tokens in {{ }}."
+            " --plain, loss tokens are in [[ ]] and special tokens in {{ }}."
         ),
     )
     add_recipe_arguments(parser)
     parser.add_argument("--step", type=int, default=1, help="optimizer step (default 1, the first)")
     parser.add_argument("--rank", type=int, default=0, help="whose rows (default 0)")
     parser.add_argument("--ranks", type=int, default=1, help="number of ranks (default 1)")
-    parser.add_argument("--rows", type=int, default=4, help="rows that are shown (default 4)")
+    parser.add_argument("--rows", type=int, default=4, help="number of rows to show (default 4)")
     parser.add_argument("--full", action="store_true", help="show long rows to their end")
-    parser.add_argument("--plain", action="store_true", help="signs in place of colours")
+    parser.add_argument("--plain", action="store_true", help="signs instead of colours")
     parser.set_defaults(func=_preview)
 
 
@@ -67,17 +67,17 @@ def _check(known: argparse.Namespace) -> None:
 
 
 def _show(known: argparse.Namespace, recipe: Recipe, inputs: RunInputs, terminal: Terminal) -> None:
-    # Tokenizers take seconds to import.
-    from bigmix.commands.row_view import SHOWN_TOKENS, Seat, marked, preview
+    # tokenizers takes seconds to import: `bigmix --help` should not.
+    from bigmix.commands.row_view import SHOWN_TOKENS, MicroBatchId, marked, preview
     from bigmix.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(inputs.tokenizer_folder))
-    size = recipe.train.micro_batch_rows
+    micro_batch_rows = recipe.train.micro_batch_rows
     rank_rows = RankRows(
         rank=known.rank,
         ranks=known.ranks,
         rows_per_step=recipe.rows_per_step,
-        micro_batch_rows=size,
+        micro_batch_rows=micro_batch_rows,
     )
 
     def read(plan: RunPlan) -> list[Row]:
@@ -89,17 +89,19 @@ def _show(known: argparse.Namespace, recipe: Recipe, inputs: RunInputs, terminal
     report_replaced_shards(bad, known.step)
     report_moving_shares(recipe)
     for index, row in enumerate(rows):
-        seat = Seat(rank=known.rank, micro_batch=index // size)
-        pieces = list(preview(row, seat, tokenizer, most=None if known.full else SHOWN_TOKENS))
+        where = MicroBatchId(rank=known.rank, number=index // micro_batch_rows)
+        limit = None if known.full else SHOWN_TOKENS
+        pieces = list(preview(row, where, tokenizer, max_tokens=limit))
         if known.plain or not terminal.has_colour:
             terminal.note(marked(pieces))
         else:
             terminal.styled(
                 [(piece.text, _style(piece.kind, piece.is_special)) for piece in pieces]
             )
-    own = rank_rows.rows.stop - rank_rows.rows.start
-    if own > known.rows:
-        terminal.note(f"… {own - known.rows:,} more rows of this rank, --rows {own} shows them")
+    num_rows = rank_rows.rows.stop - rank_rows.rows.start
+    if num_rows > known.rows:
+        more = num_rows - known.rows
+        terminal.note(f"… {more:,} more rows of this rank, --rows {num_rows} shows them")
 
 
 def _style(kind: str, is_special: bool) -> str:

@@ -1,8 +1,7 @@
-"""A row goes in, what the model sees of it comes out as pieces for the terminal: context, loss
-tokens, borders, padding.
+"""Shows a row as the model sees it: context, loss tokens, borders of documents, and padding.
 
-Tokens are decoded one by one; those that only together make a character form one piece, so that
-none is broken.
+Tokens are decoded one by one; those that make a character only together are decoded together, so
+that no character is broken.
 """
 
 import unicodedata
@@ -17,14 +16,14 @@ from bigmix.types import IGNORE
 
 PieceKind = Literal["head", "border", "context", "loss", "padding"]
 LONGEST_GROUP = 8  # tokens: a character has at most four bytes, and a token at least one
-SHOWN_TOKENS = 400  # of a row, unless all are asked for
+SHOWN_TOKENS = 400  # of a row, unless all are wanted
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewPiece:
-    """A run of text of one kind; a special token of the tokenizer is a piece of its own."""
+    """A stretch of text of one kind; each special token of the tokenizer is a piece of its own."""
 
     text: str
     kind: PieceKind
@@ -32,11 +31,11 @@ class ViewPiece:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seat:
-    """Which rank takes a row, and in which of its micro-batches."""
+class MicroBatchId:
+    """The rank that trains a row, and the number of the micro-batch that has it."""
 
     rank: int
-    micro_batch: int
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +45,15 @@ class _Token:
     is_special: bool
 
 
-def preview(row: Row, seat: Seat, tokenizer: Tokenizer, *, most: int | None) -> Iterator[ViewPiece]:
-    """A row as it is trained; of its tokens at most the first `most`, the rest as a count."""
+def preview(
+    row: Row, where: MicroBatchId, tokenizer: Tokenizer, *, max_tokens: int | None
+) -> Iterator[ViewPiece]:
+    """A row as it is trained, in pieces: its first `max_tokens` tokens, all where that is None, and
+    the number of those that are not shown.
+    """
     in_loss = [False, *(row.labels_T[:-1] != IGNORE).tolist()]
-    yield ViewPiece(text=_head(row, seat, sum(in_loss)) + "\n", kind="head")
-    shown = row.tokens if most is None else min(most, row.tokens)
+    yield ViewPiece(text=_head(row, where, sum(in_loss)) + "\n", kind="head")
+    shown = row.tokens if max_tokens is None else min(max_tokens, row.tokens)
     bounds = [*row.starts_P.tolist(), row.tokens]
     for index, document in enumerate(row.documents_P.tolist()):
         begin, end = bounds[index], bounds[index + 1]
@@ -74,14 +77,14 @@ def preview(row: Row, seat: Seat, tokenizer: Tokenizer, *, most: int | None) -> 
 
 
 def marked(pieces: Sequence[ViewPiece]) -> str:
-    """The pieces without colour: [[loss tokens]] and {{special tokens}}; the same signs in the data
+    """The pieces without colour: [[loss tokens]] and {{special tokens}}; the same signs in the text
     get a backslash.
     """
-    said = []
+    marked_runs = []
     for is_loss, run in groupby(pieces, key=lambda piece: piece.kind == "loss"):
         text = "".join(_marked(piece) for piece in run)
-        said.append(f"[[{text}]]" if is_loss else text)
-    return "".join(said)
+        marked_runs.append(f"[[{text}]]" if is_loss else text)
+    return "".join(marked_runs)
 
 
 def _marked(piece: ViewPiece) -> str:
@@ -93,12 +96,11 @@ def _marked(piece: ViewPiece) -> str:
     return f"{{{{{text}}}}}" if piece.is_special else text
 
 
-def _head(row: Row, seat: Seat, loss_tokens: int) -> str:
-    where = row.id
+def _head(row: Row, where: MicroBatchId, num_loss_tokens: int) -> str:
     return (
-        f"rank {seat.rank}  micro-batch {seat.micro_batch}  {where.source}  epoch {where.epoch} "
-        f" shard {where.shard}  row {where.row}  {row.tokens:,} tokens  {loss_tokens:,} in the loss"
-        f"  {row.tokens / len(row.ids_T):.1%} filled"
+        f"rank {where.rank}  micro-batch {where.number}  {row.id.source}  epoch {row.id.epoch} "
+        f" shard {row.id.shard}  row {row.id.row}  {row.tokens:,} tokens  {num_loss_tokens:,} in"
+        f" the loss  {row.tokens / len(row.ids_T):.1%} filled"
     )
 
 
@@ -115,10 +117,9 @@ def _decoded(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[ViewPie
 
 
 def _characters(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[ViewPiece]:
-    """The fewest tokens that decode to whole characters; the last of them says of which kind they
-    are.
+    """Groups of as few tokens as decode to complete characters, each of the kind of its last token.
 
-    Each is decoded behind the one before it, since some tokenizers swallow a first space.
+    A group is decoded after the one before it, since some tokenizers remove a space at the start.
     """
     before: list[int] = []
     group: list[int] = []
@@ -133,8 +134,8 @@ def _characters(tokens: Sequence[_Token], tokenizer: Tokenizer) -> Iterator[View
 
 
 def visible(text: str) -> str:
-    """The text with every control character as a sign: none may reach the terminal, which would
-    obey it.
+    """The text with a visible sign for each control character, since the terminal would obey
+    these.
     """
     return "".join(map(_visible, text))
 

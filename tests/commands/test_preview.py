@@ -1,5 +1,5 @@
-"""What is previewed is what is trained: every token once, loss tokens told apart, nothing for the
-terminal to obey.
+"""The preview shows what is trained: every token once, loss tokens marked, and no control character
+for the terminal.
 """
 
 import re
@@ -9,12 +9,12 @@ import pytest
 from support.corpora import generated_texts
 
 from bigmix.commands.main import main
-from bigmix.commands.row_view import Seat, ViewPiece, marked, preview, visible
+from bigmix.commands.row_view import MicroBatchId, ViewPiece, marked, preview, visible
 from bigmix.data.records import Row, RowId
 from bigmix.text.tokenizer import load_tokenizer
 from bigmix.types import IGNORE
 
-SEAT = Seat(rank=1, micro_batch=2)
+WHERE = MicroBatchId(rank=1, number=2)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def encoded(tokenizer, text, *, end=True):
 def test_every_token_is_shown_once_with_its_borders_and_padding(tokenizer):
     texts = ["the river café 混合 learns", "seven 😀👩‍👩‍👧 知识 keeps"]
     row = row_of([encoded(tokenizer, text) for text in texts], 3, 120)
-    pieces = list(preview(row, SEAT, tokenizer, most=None))
+    pieces = list(preview(row, WHERE, tokenizer, max_tokens=None))
     body = "".join(p.text for p in pieces if p.kind in ("context", "loss") and not p.is_special)
     assert body == "".join(texts)
     assert [p.text for p in pieces if p.is_special] == ["<|endoftext|>"] * 2
@@ -68,7 +68,7 @@ def test_every_token_is_shown_once_with_its_borders_and_padding(tokenizer):
 def test_loss_tokens_are_those_that_are_predicted(tokenizer):
     ids = encoded(tokenizer, "the river under the tower")
     row = row_of([ids], 2, len(ids))
-    pieces = list(preview(row, SEAT, tokenizer, most=None))
+    pieces = list(preview(row, WHERE, tokenizer, max_tokens=None))
     context = "".join(p.text for p in pieces if p.kind == "context")
     assert context == tokenizer.decode(ids[:2])
     text = marked(pieces)
@@ -77,19 +77,20 @@ def test_loss_tokens_are_those_that_are_predicted(tokenizer):
 
 def test_a_character_of_several_tokens_is_not_broken(tokenizer):
     ids = encoded(tokenizer, "a ⚙𝄞ø b", end=False)
-    assert len(ids) > 8  # the tokenizer has seen none of these
-    pieces = list(preview(row_of([ids], 1, len(ids)), SEAT, tokenizer, most=None))
+    assert len(ids) > 8  # none of these was in the tokenizer's training text
+    pieces = list(preview(row_of([ids], 1, len(ids)), WHERE, tokenizer, max_tokens=None))
     assert all("\N{REPLACEMENT CHARACTER}" not in piece.text for piece in pieces)
     half = row_of([ids[:4]], 1, 8)
     assert any(
-        "\N{REPLACEMENT CHARACTER}" in p.text for p in preview(half, SEAT, tokenizer, most=None)
+        "\N{REPLACEMENT CHARACTER}" in p.text
+        for p in preview(half, WHERE, tokenizer, max_tokens=None)
     )
 
 
 def test_a_long_row_is_cut_with_a_count(tokenizer):
     ids = encoded(tokenizer, " ".join(generated_texts(5)))
     row = row_of([ids], 1, len(ids))
-    *_, last = preview(row, SEAT, tokenizer, most=10)
+    *_, last = preview(row, WHERE, tokenizer, max_tokens=10)
     assert last.text == f"… {len(ids) - 10} more tokens, --full shows them\n"
 
 
@@ -100,7 +101,7 @@ def test_no_control_character_reaches_the_terminal():
     assert "␛[2J" in shown and "<U+009B>" in shown and shown.endswith("text↵\n")
 
 
-def test_signs_in_the_data_are_told_from_ours():
+def test_signs_in_the_text_get_a_backslash():
     pieces = [ViewPiece(text="a [[b]] ", kind="context"), ViewPiece(text="{{c}}", kind="loss")]
     assert marked(pieces) == "a \\[[b\\]] [[\\{{c\\}}]]"
 

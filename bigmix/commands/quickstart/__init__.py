@@ -1,1 +1,1 @@
-"""The quick start: a corpus from the standard library, and the recipes of its three runs."""
+"""The quick start: a corpus from the standard library, and the recipes of three runs."""

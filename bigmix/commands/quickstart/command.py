@@ -1,4 +1,6 @@
-"""`bigmix quickstart`: the whole path on this machine, by the commands that a user would type."""
+"""The command `bigmix quickstart`, which goes from raw text to a comparison of three runs by the
+commands that a user would type.
+"""
 
 import argparse
 import os
@@ -55,7 +57,7 @@ def _quickstart(
     terminal.note("corpus: source code and docstrings of this machine's Python standard library")
     build_corpus(FOLDER / "raw")
     for command in _commands():
-        terminal.note(f"\n$ {shlex.join(_short(word) for word in command)}")
+        terminal.note(f"\n$ {shlex.join(_relative(word) for word in command)}")
         _run(command, subcommands)
     terminal.note(f"\npage        {FOLDER}/report/index.html")
     terminal.note(f"picture     {FOLDER}/report/figure.png")
@@ -109,20 +111,22 @@ def _commands() -> Iterator[Sequence[str]]:
 
 def _run(command: Sequence[str], subcommands: Mapping[str, argparse.ArgumentParser]) -> None:
     program, *words = command
-    if program == "bigmix":  # in this process, which has imported what they need
+    if program == "bigmix":  # in this process, which has imported the libraries already
         known = subcommands[words[0]].parse_args(words[1:])
         code = known.func(known)
     else:
-        # The accelerator is named, else each process of a machine without a GPU warns that it found
+        # The accelerator is named: on a machine without a GPU each process would warn that it found
         # none.
         environment = os.environ | {"DS_ACCELERATOR": "cpu"}
         code = subprocess.run(command, env=environment, check=False).returncode
     if code:
-        raise BigmixError(f"`{shlex.join(command)}` ended with exit code {code}; see above")
+        raise BigmixError(
+            f"`{shlex.join(command)}` ended with exit code {code}; its message above says why"
+        )
 
 
-def _short(word: str) -> str:
-    """A path as one would type it here."""
+def _relative(word: str) -> str:
+    """A path as a user would type it in this folder; other words are unchanged."""
     path = Path(word)
     if path.parent == Path(sys.executable).parent:
         return path.name

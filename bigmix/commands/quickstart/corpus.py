@@ -1,9 +1,8 @@
-"""The Python standard library on this machine goes in, raw training data comes out: nothing is
-downloaded.
+"""Makes raw training data from the Python standard library of this machine, without a download.
 
 The pretraining documents are its source files; the task is to write a function's docstring from its
-signature. Files are split by a hash of their name, so that no held-out function stands in a file
-that was trained on.
+signature. Files are split by a hash of their name, so that no held-out function is in a file that
+is trained on.
 """
 
 import ast
@@ -16,14 +15,14 @@ from pathlib import Path
 
 HELD_OUT_OF_100 = 10
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_LONGEST_CODE = 40_000  # characters; tables such as those of the codecs would drown the rest
+_LONGEST_CODE = 40_000  # characters; tables such as those of the codecs would outweigh the rest
 _SHORTEST_ANSWER, _LONGEST_ANSWER = 20, 200
 _LONGEST_SIGNATURE = 100
 
 
 def build_corpus(folder: Path) -> None:
-    """Write the four raw files below `folder`, as JSON lines; the same files on every run of one
-    Python.
+    """Write the four raw files into `folder`, as JSON lines; one version of Python always gives the
+    same files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     library = Path(sysconfig.get_paths()["stdlib"])
@@ -38,12 +37,13 @@ def build_corpus(folder: Path) -> None:
         task[held_out] += list(_tasks(text))
     paths = [folder / f"{n}.jsonl" for n in ("code", "code-held-out", "task", "task-held-out")]
     everything = (code[False], code[True], task[False], task[True])
-    for path, rows in zip(paths, everything, strict=True):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for path, records in zip(paths, everything, strict=True):
+        lines = (json.dumps(record) + "\n" for record in records)
+        path.write_text("".join(lines), encoding="utf-8")
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The Python files below a folder; installed packages are not entered, they can be
+    """The Python files in a folder and its subfolders, without installed packages, which can be
     gigabytes.
     """
     for entry in folder.iterdir():
@@ -64,7 +64,7 @@ def _tasks(source: str) -> Iterator[dict[str, str]]:
         warnings.simplefilter("ignore")  # old escapes in the library's own strings
         try:
             tree = ast.parse(source)
-        except SyntaxError:  # files that are there to be wrong, such as lib2to3's
+        except SyntaxError:  # files that are wrong on purpose, such as those of lib2to3
             return
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
