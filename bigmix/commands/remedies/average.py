@@ -1,4 +1,4 @@
-"""Folders of models with the same shape go in, the folder of their weighted average comes out.
+"""Averages the weights of models of the same shape.
 
 Averaging a model with what it was tuned from keeps much of what both know: WiSE-FT (Wortsman et
 al., "Robust fine-tuning of zero-shot models", 2022); for what tuned language models forget: Lin et
@@ -24,14 +24,13 @@ from bigmix.model.export import WeightFiles, write_shards
 from bigmix.text.tokenizer import fingerprint_of
 from bigmix.train.export import front_matter, table, versions
 
-# What may differ between models whose weights mean the same: how they were written and how they are
-# run.
+# Keys that may differ between models of the same shape: how they were written and how they are run.
 _FREE_KEYS = frozenset(
     {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
 )
 _MOST_NAMED = 10
-_ROUNDING = 1e-9  # of a sum of weights: 0.33, 0.56 and 0.11 are a little above 1
-# Files of a model that go with its weights, by their endings.
+_ROUNDING = 1e-9  # of a sum of weights: 0.33 + 0.56 + 0.11 is a little above 1
+# The other files of a model, by their endings.
 _COMPANIONS = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"})
 ReportTensors = Callable[[int], None]  # tensors done
 
@@ -45,10 +44,11 @@ class AveragedModel:
 
 
 def members_of(folders: Sequence[Path], weights: Sequence[float]) -> Sequence[AveragedModel]:
-    """The members of an average: each model after the first has its own weight, the first one has
-    what is left.
+    """The models of an average with their weights: each model after the first has its own, and the
+    first has the rest up to 1.
 
-    Raises BadInput where that is no average.
+    Raises BadInput where there is not a weight for each, or one is below 0, or their sum is above
+    1.
     """
     faults = []
     if len(weights) != len(folders) - 1:
@@ -56,24 +56,24 @@ def members_of(folders: Sequence[Path], weights: Sequence[float]) -> Sequence[Av
             f"--weight has {len(weights)} numbers for {len(folders) - 1} models after the base;"
             " give one for each"
         )
-    left = 1 - math.fsum(weights)
-    if any(not 0 <= weight <= 1 for weight in weights) or left < -_ROUNDING:
-        said = ", ".join(f"{weight:g}" for weight in weights)
+    rest = 1 - math.fsum(weights)
+    if any(not 0 <= weight <= 1 for weight in weights) or rest < -_ROUNDING:
+        listed = ", ".join(f"{weight:g}" for weight in weights)
         faults.append(
-            f"--weight is {said}, each must be from 0 to 1 and their sum at most 1; the base has"
-            " what is left"
+            f"--weight is {listed}, each must be from 0 to 1 and their sum at most 1; the base has"
+            " the rest"
         )
     if faults:
         raise BadInput(*faults)
     return [
         AveragedModel(folder=folder, weight=weight)
-        for folder, weight in zip(folders, [max(left, 0.0), *weights], strict=True)
+        for folder, weight in zip(folders, [max(rest, 0.0), *weights], strict=True)
     ]
 
 
 def folder_of(name: str) -> Path:
-    """The folder of a model, fetched where it is a name on the hub; raises BadInput where there is
-    none.
+    """The folder of a model, which is downloaded where the name is one of the hub; raises BadInput
+    where there is no such model.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -95,11 +95,12 @@ def average(
     command: str,
     report: ReportTensors = lambda _: None,
 ) -> None:
-    """Write the average of models to a folder, tensor by tensor, in fp32 sums; beside first and
-    then in one step.
+    """Write the average of models to a folder, tensor by tensor, with sums in fp32.
 
-    Raises BadInput with every difference where the models are not of one shape. The tokenizer is
-    that of the last model, the tuned one.
+    Everything is written to a temporary folder, which is then renamed. Tokenizer and chat template
+    are those of the last model, the tuned one. `report` is called with the number of tensors that
+    are done. Raises BadInput where the folder exists, and with every difference where the models
+    are not of the same shape.
     """
     if output.exists():
         raise BadInput(f"--output {output} exists; give another folder, or remove it")
@@ -108,35 +109,36 @@ def average(
         faults = [*_config_faults(members), *_tokenizer_faults(members), *_tensor_faults(files)]
         if faults:
             raise BadInput(*faults)
-        beside = output.with_name(f".tmp-{output.name}")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        temporary = output.with_name(f".tmp-{output.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         weights = [member.weight for member in members]
-        write_shards(beside, _averages(files, weights, report), shard_bytes)
-    _copy_companions(members, beside)
-    (beside / "README.md").write_text(_card(members, command), encoding="utf-8")
-    beside.rename(output)
+        write_shards(temporary, _averages(files, weights, report), shard_bytes)
+    _copy_companions(members, temporary)
+    (temporary / "README.md").write_text(_card(members, command), encoding="utf-8")
+    temporary.rename(output)
 
 
 def _averages(
     files: Sequence[WeightFiles], weights: Sequence[float], report: ReportTensors
 ) -> Iterator[tuple[str, Tensor]]:
-    for done, name in enumerate(files[0].names, 1):
+    for num_done, name in enumerate(files[0].names, 1):
         yield name, weighted([each.read(name) for each in files], weights)
-        report(done)
+        report(num_done)
 
 
 def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted sum of tensors in fp32, in the widest of their dtypes; one that weighs all is
-    given back bit for bit.
+    """The weighted sum of tensors, computed in fp32, in the widest of their dtypes.
+
+    A tensor with all of the weight is returned bit for bit.
     """
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    heard = [(t, w) for t, w in zip(tensors, weights, strict=True) if w != 0]
-    if len(heard) == 1 or not dtype.is_floating_point:
-        return heard[0][0].to(dtype)
+    counted = [(t, w) for t, w in zip(tensors, weights, strict=True) if w != 0]
+    if len(counted) == 1 or not dtype.is_floating_point:
+        return counted[0][0].to(dtype)
     precise = torch.promote_types(dtype, torch.float32)
     total = torch.zeros(tensors[0].shape, dtype=precise)
-    for tensor, weight in heard:
+    for tensor, weight in counted:
         total.add_(tensor.to(precise), alpha=weight)
     return total.to(dtype)
 
@@ -149,7 +151,7 @@ def _config_faults(members: Sequence[AveragedModel]) -> Iterator[str]:
             if first != other and key not in _FREE_KEYS:
                 yield (
                     f"{key} is {first!r} in the configuration of {members[0].folder} and {other!r}"
-                    f" in that of {member.folder}; only models of one shape can be averaged"
+                    f" in that of {member.folder}; only models of the same shape can be averaged"
                 )
 
 
@@ -165,14 +167,15 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 
 def _tokenizer_faults(members: Sequence[AveragedModel]) -> Iterator[str]:
-    """A model may lie without a tokenizer; two that are there must be the same."""
-    known = [m.folder for m in members if (m.folder / "tokenizer.json").is_file()]
-    prints = [fingerprint_of(str(folder)) for folder in known]
-    for folder, fingerprint in zip(known[1:], prints[1:], strict=True):
-        if fingerprint != prints[0]:
+    """A model may have no tokenizer; those of all others must be the same."""
+    folders = [m.folder for m in members if (m.folder / "tokenizer.json").is_file()]
+    fingerprints = [fingerprint_of(str(folder)) for folder in folders]
+    for folder, fingerprint in zip(folders[1:], fingerprints[1:], strict=True):
+        if fingerprint != fingerprints[0]:
             yield (
-                f"the tokenizer of {folder} ({fingerprint[:12]}) is not that of {known[0]}"
-                f" ({prints[0][:12]}); the same id must mean the same in all models"
+                f"the tokenizer of {folder} ({fingerprint[:12]}) is not that of {folders[0]}"
+                f" ({fingerprints[0][:12]}); an id must mean the same in all models, give models"
+                " with the same tokenizer"
             )
 
 
@@ -193,19 +196,19 @@ def _tensor_faults(files: Sequence[WeightFiles]) -> Iterator[str]:
                 f"weights have other shapes in {first.folder} than in {other.folder}:"
                 f" {_some(shapes)}"
             )
-        yield from _whole_number_faults(first, other)
+        yield from _integer_faults(first, other)
 
 
-def _whole_number_faults(first: WeightFiles, other: WeightFiles) -> Iterator[str]:
-    """Numbers that are no weights, such as the places of a table, have no average: they must be the
+def _integer_faults(first: WeightFiles, other: WeightFiles) -> Iterator[str]:
+    """Tensors of integers, such as the indices of a table, have no average: they must be the
     same.
     """
     for name in sorted(set(first.names) & set(other.names)):
         is_real = "F" in first.describe(name).dtype
         if not is_real and not torch.equal(first.read(name), other.read(name)):
             yield (
-                f"{name}, which is of whole numbers, differs between {first.folder} and"
-                f" {other.folder}"
+                f"{name}, a tensor of integers, which cannot be averaged, differs between"
+                f" {first.folder} and {other.folder}"
             )
 
 
@@ -214,18 +217,18 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _copy_companions(members: Sequence[AveragedModel], beside: Path) -> None:
-    """What goes with the last model: configuration, tokenizer, chat template; with the dtype that
-    the weights have.
+def _copy_companions(members: Sequence[AveragedModel], folder: Path) -> None:
+    """Copy the other files of the last model: configuration, with the dtype of the average,
+    tokenizer and chat template.
     """
     last = members[-1].folder
     for path in last.iterdir():
         if path.suffix in _COMPANIONS and ".index." not in path.name:
-            shutil.copy2(path, beside / path.name)
+            shutil.copy2(path, folder / path.name)
     config = transformers.AutoConfig.from_pretrained(last)
-    with closing(WeightFiles(beside)) as files:
+    with closing(WeightFiles(folder)) as files:
         config.dtype = files.read(files.names[0]).dtype
-    config.save_pretrained(beside)
+    config.save_pretrained(folder)
 
 
 def _card(members: Sequence[AveragedModel], command: str) -> str:

@@ -1,8 +1,5 @@
-"""`bigmix average BASE TUNED --weight 0.5 --output FOLDER`: models of one shape become their
-weighted average.
-
-`bigmix self-replay MODEL --tokens N --output FOLDER`: a model's own samples become a prepared
-source.
+"""`bigmix average`, which averages the weights of models, and `bigmix self-replay`, which prepares
+a model's own samples as a source.
 """
 
 import argparse
@@ -16,14 +13,14 @@ from bigmix.errors import DONE, BadInput
 from bigmix.terminal import Terminal, quiet_third_party_logs
 
 if TYPE_CHECKING:
-    from bigmix.commands.remedies.self_replay import Made, SelfReplay
+    from bigmix.commands.remedies.self_replay import GeneratedSource, SelfReplay
 
 
 def add_average(subparsers: Any) -> None:
     """Add `bigmix average`."""
     parser = subparsers.add_parser(
         "average",
-        help="the weights of a base and of what was tuned from it, averaged",
+        help="average the weights of a base and of models that were tuned from it",
         description=(
             "Average models that were tuned from one base, to keep what the base knew (WiSE-FT)."
         ),
@@ -36,7 +33,7 @@ def add_average(subparsers: Any) -> None:
         type=float,
         action="append",
         required=True,
-        help="part of TUNED in the average, from 0 to 1; once for each, the base has what is left",
+        help="weight of TUNED in the average, from 0 to 1; once for each, the base has the rest",
     )
     add("--output", type=Path, required=True, help="folder to write")
     add("--shard-gib", type=float, default=4.0, help="largest file of weights (default 4 GiB)")
@@ -68,7 +65,7 @@ def _average(known: argparse.Namespace) -> int:
 
 
 def _command(known: argparse.Namespace) -> str:
-    """The words that make the same average again."""
+    """The command line that makes the same average again."""
     weights = [word for weight in known.weight for word in ("--weight", f"{weight:g}")]
     words = [known.base, *known.tuned, *weights, "--output", str(known.output)]
     return shlex.join(["bigmix", "average", *words])
@@ -79,12 +76,12 @@ def add_self_replay(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "self-replay",
         help=(
-            "a replay source of texts that the model makes up itself, where there is no pretraining"
-            " data"
+            "a replay source of texts that the model itself generates, where there is no"
+            " pretraining data"
         ),
         description=(
             "Sample texts from a model and prepare them as a source, to be mixed in with role:"
-            " replay. A command that was stopped goes on when it is given again."
+            " replay. A command that was stopped continues when it is run again."
         ),
     )
     add = parser.add_argument
@@ -99,14 +96,18 @@ def add_self_replay(subparsers: Any) -> None:
     add("--top-p", type=float, default=1.0, help="default 1: no token is left out")
     add("--seed", type=int, default=0, help="default 0")
     add("--batch", type=count, default=32, help="documents at a time (default 32)")
-    add("--max-tokens", type=count, help="of a document (default 512, or the model's positions)")
+    add(
+        "--max-tokens",
+        type=count,
+        help="most tokens of a document (default 512, or the model's positions)",
+    )
     add(
         "--prompt-tokens",
         type=int,
         default=0,
         help="first tokens of each document that are drawn from the vocabulary (default 0)",
     )
-    add("--held-out", metavar="FRACTION", help="this fraction goes to OUTPUT-held-out")
+    add("--held-out", metavar="FRACTION", help="fraction of the documents for OUTPUT-held-out")
     parser.set_defaults(func=_self_replay)
 
 
@@ -115,17 +116,17 @@ def _self_replay(known: argparse.Namespace) -> int:
     # transformers takes seconds to import: `bigmix --help` should not.
     from bigmix.commands.remedies.self_replay import self_replay
 
-    wanted = _wanted(known)
+    settings = _settings(known)
     terminal = Terminal()
     try:
-        made = self_replay(wanted, terminal.counter("documents", "tokens"))
+        generated = self_replay(settings, terminal.counter("documents", "tokens"))
     finally:
         terminal.close()
-    _tell(terminal, wanted, made)
+    _report(terminal, settings, generated)
     return DONE
 
 
-def _wanted(known: argparse.Namespace) -> "SelfReplay":
+def _settings(known: argparse.Namespace) -> "SelfReplay":
     from bigmix.commands.remedies.self_replay import Sampling, SelfReplay
 
     faults: list[str] = []
@@ -134,7 +135,7 @@ def _wanted(known: argparse.Namespace) -> "SelfReplay":
         raise BadInput(*faults)
     return SelfReplay(
         model=known.model,
-        tokens=known.tokens,
+        num_tokens=known.tokens,
         output=known.output,
         sampling=Sampling(
             temperature=known.temperature,
@@ -143,19 +144,19 @@ def _wanted(known: argparse.Namespace) -> "SelfReplay":
             max_tokens=known.max_tokens,
             prompt_tokens=known.prompt_tokens,
         ),
-        batch=known.batch,
+        batch_size=known.batch,
         held_out=held_out,
     )
 
 
-def _tell(terminal: Terminal, wanted: "SelfReplay", made: "Made") -> None:
+def _report(terminal: Terminal, settings: "SelfReplay", generated: "GeneratedSource") -> None:
     terminal.note(
-        f"{made.documents:,} documents sampled from {wanted.model}: {made.tokens:,} tokens,"
-        f" {made.empty:,} documents empty, {made.cut:,} cut at their longest; as text in"
-        f" {wanted.output}.jsonl"
+        f"{generated.num_documents:,} documents sampled from {settings.model}:"
+        f" {generated.num_tokens:,} tokens, {generated.num_empty:,} documents empty,"
+        f" {generated.num_cut:,} cut at --max-tokens; as text in {settings.output}.jsonl"
     )
-    prepared = made.prepared
+    prepared = generated.prepared
     for text in prepared.warnings:
         terminal.warning(text)
-    report_source(terminal, wanted.output, prepared.manifest, prepared.first_dropped)
+    report_source(terminal, settings.output, prepared.manifest, prepared.first_dropped)
     report_held_out(terminal, prepared.held_out)

@@ -1,10 +1,9 @@
-"""A model goes in; texts that it makes up by itself come out, as readable lines and as a prepared
-source.
+"""Samples texts from a model and prepares them as a source, to replace pretraining data.
 
-They stand for pretraining data where there is none: a model that is trained on samples of itself
-beside the task keeps much of what it knows (data-free rehearsal: Sun et al., "LAMOL", 2020; Liu et
-al., "LLM-QAT", arXiv:2305.17888). Document i is a function of the model, the settings and (seed,
-i): what was stopped goes on where it is.
+A model that is trained on its own samples in addition to the task keeps much of what it knows
+(data-free rehearsal: Sun et al., "LAMOL", 2020; Liu et al., "LLM-QAT", arXiv:2305.17888). Document
+i is a function of the model, the settings and (seed, i), so that a command that was stopped
+continues where it was. Letters: B documents of a batch, T tokens, V vocabulary.
 """
 
 import json
@@ -31,18 +30,18 @@ from bigmix.seeding import key_of
 from bigmix.text.tokenizer import Tokenizer, load_tokenizer
 
 VERSION = 1
-_USUAL_TOKENS = 512
-_MOST_EMPTY = 5_000  # documents in a row
+_USUAL_TOKENS = 512  # the most of a document, unless the settings or the model say less
+_MOST_EMPTY = 5_000  # empty documents one after another
 ReportGenerated = Callable[[int, int], None]  # documents and tokens so far
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How documents are made up: each of at most `max_tokens`, None: 512 or what the model has
-    positions for.
+    """How documents are sampled: each of at most `max_tokens` tokens; None: 512, or what the model
+    has positions for.
 
-    The first `prompt_tokens` of a document are drawn from the vocabulary, all alike, and not by the
-    model.
+    The first `prompt_tokens` of a document are drawn uniformly from the vocabulary, and not by the
+    model. The fields are keys of the settings file.
     """
 
     temperature: float = 1.0
@@ -54,35 +53,35 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelfReplay:
-    """What to make: at least `tokens` tokens of a model, `batch` documents at a time, as a source
-    in `output`.
+    """What to sample: at least `num_tokens` tokens of a model, `batch_size` documents at a time, as
+    a source in `output`; the fraction `held_out` of the documents goes to a source of its own.
     """
 
     model: str
-    tokens: int
+    num_tokens: int
     output: str
     sampling: Sampling
-    batch: int
+    batch_size: int
     held_out: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
-    """What was made: documents and tokens, those that the model left empty or did not end, and the
-    prepared source.
+class GeneratedSource:
+    """What was sampled: documents and tokens, how many documents are empty or were cut before the
+    model ended them, and the prepared source.
     """
 
-    documents: int
-    tokens: int
-    empty: int
-    cut: int
+    num_documents: int
+    num_tokens: int
+    num_empty: int
+    num_cut: int
     prepared: Prepared
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Sample:
-    """A document: its text, its tokens without those of its ends, and whether it was cut and not
-    ended by the model.
+    """A document: its text, the number of its tokens without start and end, and whether it was cut
+    before the model ended it. The fields are keys of a line.
     """
 
     document: int
@@ -91,56 +90,57 @@ class _Sample:
     is_cut: bool
 
 
-def self_replay(wanted: SelfReplay, report: ReportGenerated = lambda *_: None) -> Made:
+def self_replay(settings: SelfReplay, report: ReportGenerated = lambda *_: None) -> GeneratedSource:
     """Sample documents until they have enough tokens, write them to OUTPUT.jsonl, and prepare them.
 
-    Raises BadInput where the settings are not allowed, or where the files at the output are of
-    other ones.
+    `report` is called with the documents and tokens so far. Raises BadInput where the settings are
+    not allowed, or where the files at the output were made with other settings.
     """
-    tokenizer, config, prepared_as = _checked(wanted)
-    most = _most_tokens(wanted.sampling, config)
-    lines = _lines_file(wanted)
-    _keep_settings(wanted, tokenizer, most)
-    samples = _read(lines)
-    _sample(wanted, tokenizer, most, samples, report)
-    return Made(
-        documents=len(samples),
-        tokens=sum(sample.tokens for sample in samples),
-        empty=sum(not sample.text.strip() for sample in samples),
-        cut=sum(sample.is_cut for sample in samples),
-        prepared=prepare(prepared_as),
+    tokenizer, config, prepare_settings = _checked(settings)
+    max_tokens = _max_tokens(settings.sampling, config)
+    _keep_settings(settings, tokenizer, max_tokens)
+    samples = _read(_lines_file(settings))
+    _sample(settings, tokenizer, max_tokens, samples, report)
+    return GeneratedSource(
+        num_documents=len(samples),
+        num_tokens=sum(sample.tokens for sample in samples),
+        num_empty=sum(not sample.text.strip() for sample in samples),
+        num_cut=sum(sample.is_cut for sample in samples),
+        prepared=prepare(prepare_settings),
     )
 
 
-def _checked(wanted: SelfReplay) -> tuple[Tokenizer, Any, PrepareSettings]:
-    prepared_as = PrepareSettings(
-        inputs=[str(_lines_file(wanted))],
-        tokenizer=wanted.model,
-        output=wanted.output,
+def _checked(settings: SelfReplay) -> tuple[Tokenizer, Any, PrepareSettings]:
+    """The tokenizer, the configuration of the model and the settings of the source; raises BadInput
+    with what is not allowed.
+    """
+    prepare_settings = PrepareSettings(
+        inputs=[str(_lines_file(settings))],
+        tokenizer=settings.model,
+        output=settings.output,
         kind="text",
         columns={"text": "text"},
-        held_out=wanted.held_out,
+        held_out=settings.held_out,
     )
     faults = [
-        *_faults(wanted),
-        *faults_of_settings(prepared_as),
-        *faults_of_output(Path(wanted.output), holds_out=wanted.held_out > 0),
+        *_faults(settings.sampling),
+        *faults_of_settings(prepare_settings),
+        *faults_of_output(Path(settings.output), holds_out=settings.held_out > 0),
     ]
     if faults:
         raise BadInput(*faults)
-    config = read_config(wanted.model, None, key="MODEL")
-    room = max_positions(config)
-    asked = (wanted.sampling.max_tokens or 1) + wanted.sampling.prompt_tokens + 1
-    if room is not None and asked > room:
+    config = read_config(settings.model, None, key="MODEL")
+    capacity = max_positions(config)
+    num_needed = (settings.sampling.max_tokens or 1) + settings.sampling.prompt_tokens + 1
+    if capacity is not None and num_needed > capacity:
         raise BadInput(
-            f"--max-tokens and --prompt-tokens make documents of {asked} tokens with their start,"
-            f" {wanted.model} has positions for {room}; give fewer"
+            f"--max-tokens and --prompt-tokens make documents of {num_needed} tokens with their"
+            f" start, {settings.model} has positions for {capacity}; give fewer"
         )
-    return load_tokenizer(wanted.model), config, prepared_as
+    return load_tokenizer(settings.model), config, prepare_settings
 
 
-def _faults(wanted: SelfReplay) -> Iterator[str]:
-    sampling = wanted.sampling
+def _faults(sampling: Sampling) -> Iterator[str]:
     if not 0 < sampling.temperature < math.inf:
         yield (
             f"--temperature is {sampling.temperature:g}, must be above 0; 1 samples what the model"
@@ -152,40 +152,43 @@ def _faults(wanted: SelfReplay) -> Iterator[str]:
         yield f"--prompt-tokens is {sampling.prompt_tokens}, must be 0 or more"
 
 
-def _most_tokens(sampling: Sampling, config: Any) -> int:
-    """The tokens that the model may make of a document."""
-    room = max_positions(config)
-    usual = _USUAL_TOKENS if room is None else min(_USUAL_TOKENS, room - sampling.prompt_tokens - 1)
+def _max_tokens(sampling: Sampling, config: Any) -> int:
+    """The most tokens that the model generates for a document."""
+    capacity = max_positions(config)
+    usual = _USUAL_TOKENS
+    if capacity is not None:
+        usual = min(usual, capacity - sampling.prompt_tokens - 1)
     return sampling.max_tokens or usual
 
 
-def _lines_file(wanted: SelfReplay) -> Path:
-    output = Path(wanted.output)
+def _lines_file(settings: SelfReplay) -> Path:
+    output = Path(settings.output)
     return output.with_name(f"{output.name}.jsonl")
 
 
-def _keep_settings(wanted: SelfReplay, tokenizer: Tokenizer, most: int) -> None:
-    """Write down what the lines depend on; raises BadInput where there are lines of other
+def _keep_settings(settings: SelfReplay, tokenizer: Tokenizer, max_tokens: int) -> None:
+    """Write what the lines depend on to a file; raises BadInput where there are lines of other
     settings.
     """
-    path = _lines_file(wanted).with_suffix(".settings.json")
+    lines_file = _lines_file(settings)
+    path = lines_file.with_suffix(".settings.json")
     now = {
         "version": VERSION,
-        "model": wanted.model,
+        "model": settings.model,
         "tokenizer": tokenizer.fingerprint[:16],
-        **asdict(wanted.sampling),
-        "max_tokens": most,
+        **asdict(settings.sampling),
+        "max_tokens": max_tokens,
     }
-    if _lines_file(wanted).exists() and not path.exists():
+    if lines_file.exists() and not path.exists():
         raise BadInput(
-            f"{_lines_file(wanted)} exists and was not made by this command; remove it, or give"
-            " another --output"
+            f"{lines_file} exists and was not made by this command; remove it, or give another"
+            " --output"
         )
-    if _lines_file(wanted).exists():
+    if lines_file.exists():
         then = json.loads(path.read_text(encoding="utf-8"))
         faults = [
-            f"{key} is {value!r}, and {_lines_file(wanted)} was begun with {then.get(key)!r}; give"
-            " that again, or remove the file"
+            f"{key} is {value!r}, and {lines_file} was begun with {then.get(key)!r}; give that"
+            " again, or remove the file"
             for key, value in now.items()
             if then.get(key) != value
         ]
@@ -196,55 +199,59 @@ def _keep_settings(wanted: SelfReplay, tokenizer: Tokenizer, most: int) -> None:
 
 
 def _read(path: Path) -> list[_Sample]:
-    """The documents that were written before; a line that was cut off is taken back."""
+    """The documents that were written before; an incomplete line at the end is removed."""
     if not path.exists():
         return []
-    whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    lines = path.read_bytes().splitlines(keepends=True)
+    complete = [line for line in lines if line.endswith(b"\n")]
     with path.open("rb+") as file:
-        file.truncate(sum(map(len, whole)))
-    return [_Sample(**json.loads(line)) for line in whole]
+        file.truncate(sum(map(len, complete)))
+    return [_Sample(**json.loads(line)) for line in complete]
 
 
 def _sample(
-    wanted: SelfReplay,
+    settings: SelfReplay,
     tokenizer: Tokenizer,
-    most: int,
+    max_tokens: int,
     samples: list[_Sample],
     report: ReportGenerated,
 ) -> None:
-    """Append documents until all of them have enough tokens; where that is does not depend on the
-    batch.
+    """Append documents until all of them have enough tokens; the last one does not depend on the
+    size of the batch.
     """
-    tokens = sum(sample.tokens for sample in samples)
+    num_tokens = sum(sample.tokens for sample in samples)
     empty_from = len(samples)
-    report(len(samples), tokens)
-    if tokens >= wanted.tokens:
+    report(len(samples), num_tokens)
+    if num_tokens >= settings.num_tokens:
         return
-    writer = _Writer(wanted.model, tokenizer, wanted.sampling, most)
-    with _lines_file(wanted).open("a", encoding="utf-8") as file:
-        while tokens < wanted.tokens:
+    sampler = _DocumentSampler(settings.model, tokenizer, settings.sampling, max_tokens)
+    with _lines_file(settings).open("a", encoding="utf-8") as file:
+        while num_tokens < settings.num_tokens:
             first = len(samples)
-            for sample in writer.documents(range(first, first + wanted.batch)):
-                if tokens >= wanted.tokens:
+            for sample in sampler.documents(range(first, first + settings.batch_size)):
+                if num_tokens >= settings.num_tokens:
                     break
                 file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
                 samples.append(sample)
-                tokens += sample.tokens
+                num_tokens += sample.tokens
                 empty_from = len(samples) if sample.tokens else empty_from
             file.flush()
-            if len(samples) - empty_from >= _MOST_EMPTY:
+            num_empty = len(samples) - empty_from
+            if num_empty >= _MOST_EMPTY:
                 raise BigmixError(
-                    f"{wanted.model} ended each of the last {len(samples) - empty_from:,} documents"
-                    " before their first token: it does not write texts by itself; give"
+                    f"{settings.model} ended each of the last {num_empty:,} documents before"
+                    " their first token: it does not generate texts without a prompt; give"
                     " --prompt-tokens 1 or more"
                 )
-            report(len(samples), tokens)
+            report(len(samples), num_tokens)
 
 
-class _Writer:
-    """A model in memory that makes documents up."""
+class _DocumentSampler:
+    """A model in memory that documents are sampled from."""
 
-    def __init__(self, model: str, tokenizer: Tokenizer, sampling: Sampling, most: int) -> None:
+    def __init__(
+        self, model: str, tokenizer: Tokenizer, sampling: Sampling, max_tokens: int
+    ) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = "bf16" if self._device.type == "cuda" else "fp32"
         self._lm = lm = open_whole(model, dtype=dtype, device=self._device)
@@ -254,43 +261,41 @@ class _Writer:
         barred_V = _barred(tokenizer, self._ends, lm.config.vocab_size)
         self._ordinary = np.setdiff1d(np.flatnonzero(~barred_V.numpy()), self._ends)
         self._barred_V = barred_V.to(self._device)
-        self._most = most
-        # The model's own one may have penalties and truncations: the samples would not be what it
-        # has learned.
+        self._max_tokens = max_tokens
+        # The configuration of the model may have penalties and truncations, with which the samples
+        # would not be what it has learned.
         lm.generation_config = transformers.GenerationConfig(
-            max_new_tokens=most,
+            max_new_tokens=max_tokens,
             do_sample=False,  # the sampler draws, and leaves one token to choose
             eos_token_id=self._ends,
             pad_token_id=tokenizer.eos_id,
         )
 
     def documents(self, numbers: range) -> Iterator[_Sample]:
-        """The documents of some numbers; what one is does not depend on the others but for
-        rounding.
-        """
+        """The documents of these numbers; a document depends on the others only by rounding."""
         draws = [
             np.random.default_rng(key_of(self._sampling.seed, "self-replay", n)) for n in numbers
         ]
         prompt_BT = torch.tensor([self._prompt(draw) for draw in draws], device=self._device)
-        uniforms_BT = np.stack([draw.random(self._most) for draw in draws])
-        sampler = TokenSampler(
+        uniforms_BT = np.stack([draw.random(self._max_tokens) for draw in draws])
+        token_sampler = TokenSampler(
             torch.from_numpy(uniforms_BT).to(self._device),
             prompt_BT.shape[1],
             partial(probabilities, self._sampling, self._barred_V),
         )
         with torch.no_grad():
-            made_BT = self._lm.generate(
+            generated_BT = self._lm.generate(
                 prompt_BT,
                 attention_mask=torch.ones_like(prompt_BT),
-                logits_processor=transformers.LogitsProcessorList([sampler]),
+                logits_processor=transformers.LogitsProcessorList([token_sampler]),
             )
         start = prompt_BT.shape[1] - self._sampling.prompt_tokens
-        for number, ids in zip(numbers, made_BT[:, start:].tolist(), strict=True):
+        for number, ids in zip(numbers, generated_BT[:, start:].tolist(), strict=True):
             yield self._document(number, ids)
 
     def _prompt(self, draw: np.random.Generator) -> list[int]:
-        """What a document begins with; an end stands for the start where the model has none and
-        draws the first token itself.
+        """The ids that a document begins with: BOS where the tokenizer adds one, and the drawn
+        tokens. Without either it is the end token, after which the model generates the first one.
         """
         drawn = draw.choice(self._ordinary, self._sampling.prompt_tokens)
         if self._tokenizer.bos_id is not None:
@@ -309,15 +314,15 @@ class _Writer:
 
 
 def _ends(generation: Any, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end a document, by the tokenizer and by the model."""
+    """The ids that end a document for the tokenizer or for the model."""
     named = getattr(generation, "eos_token_id", None)
     own = named if isinstance(named, list) else [named]
     return sorted({tokenizer.eos_id, *(token for token in own if token is not None)})
 
 
 def _barred(tokenizer: Tokenizer, ends: Sequence[int], vocabulary: int) -> Tensor:
-    """True for ids [V] that are never drawn: special tokens but the ends, and rows of the model
-    that are no token.
+    """True for ids [V] that are never drawn: special tokens other than the ends, and rows of the
+    head without a token.
     """
     barred_V = torch.zeros(vocabulary, dtype=torch.bool)
     barred_V[tokenizer.vocab_size :] = True
@@ -327,8 +332,9 @@ def _barred(tokenizer: Tokenizer, ends: Sequence[int], vocabulary: int) -> Tenso
 
 
 def probabilities(sampling: Sampling, barred_V: Tensor, logits_BV: Tensor) -> Tensor:
-    """The probabilities [B, V] that the next tokens are drawn with, by temperature and top_p;
-    barred ids have 0.
+    """The probabilities [B, V] of the next tokens at a temperature and top_p; 0 for barred ids.
+
+    Those that top_p leaves need not sum to 1.
     """
     logits_BV = logits_BV.double().masked_fill(barred_V, -torch.inf)
     probabilities_BV = (logits_BV / sampling.temperature).softmax(1)
@@ -338,10 +344,10 @@ def probabilities(sampling: Sampling, barred_V: Tensor, logits_BV: Tensor) -> Te
 
 
 def _truncated(probabilities_BV: Tensor, top_p: float) -> Tensor:
-    """Without the least probable tokens, as long as the others have `top_p` together (Holtzman et
-    al., 2020).
+    """The probabilities with 0 for the least probable tokens, as long as the others sum to `top_p`
+    (Holtzman et al., 2020).
 
-    Not transformers' TopPLogitsWarper: of tokens that are equally probable, which are common among
+    transformers' TopPLogitsWarper is not used: of equally probable tokens, which are common among
     logits in bf16, it keeps others, and the documents of a seed would change.
     """
     sorted_BV, order_BV = probabilities_BV.sort(1, descending=True)
