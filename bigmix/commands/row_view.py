@@ -50,8 +50,8 @@ def preview(row: Row, seat: Seat, tokenizer: Tokenizer, *, most: int | None) -> 
     """A row as it is trained; of its tokens at most the first `most`, the rest as a count."""
     in_loss = [False, *(row.labels_T[:-1] != IGNORE).tolist()]
     yield ViewPiece(text=_head(row, seat, sum(in_loss)) + "\n", kind="head")
-    shown = row.tokens if most is None else min(most, row.tokens)
-    bounds = [*row.starts_P.tolist(), row.tokens]
+    shown = row.num_tokens if most is None else min(most, row.num_tokens)
+    bounds = [*row.starts_P.tolist(), row.num_tokens]
     for index, document in enumerate(row.documents_P.tolist()):
         begin, end = bounds[index], bounds[index + 1]
         if begin >= shown:
@@ -65,11 +65,11 @@ def preview(row: Row, seat: Seat, tokenizer: Tokenizer, *, most: int | None) -> 
         ]
         yield from _decoded(tokens, tokenizer)
         yield ViewPiece(text="\n", kind="border")
-    if shown < row.tokens:
+    if shown < row.num_tokens:
         yield ViewPiece(
-            text=f"… {row.tokens - shown:,} more tokens, --full shows them\n", kind="padding"
+            text=f"… {row.num_tokens - shown:,} more tokens, --full shows them\n", kind="padding"
         )
-    if padding := len(row.ids_T) - row.tokens:
+    if padding := len(row.ids_T) - row.num_tokens:
         yield ViewPiece(text=f"… {padding:,} padding\n", kind="padding")
 
 
@@ -97,8 +97,8 @@ def _head(row: Row, seat: Seat, loss_tokens: int) -> str:
     where = row.id
     return (
         f"rank {seat.rank}  micro-batch {seat.micro_batch}  {where.source}  epoch {where.epoch} "
-        f" shard {where.shard}  row {where.row}  {row.tokens:,} tokens  {loss_tokens:,} in the loss"
-        f"  {row.tokens / len(row.ids_T):.1%} filled"
+        f" shard {where.shard}  row {where.row}  {row.num_tokens:,} tokens"
+        f"  {loss_tokens:,} in the loss  {row.num_tokens / len(row.ids_T):.1%} filled"
     )
 
 

@@ -176,7 +176,7 @@ def count(recipe: Recipe, plan: RunPlan) -> Counts:
                 gradient=walk.gradient[name],
                 wanted=walk.wanted[name],
                 epochs=epochs[name],
-                room=plan.room(name, rows[name]),
+                room=plan.capacity_tokens(name, rows[name]),
                 due=rows[name] / plan.steps,
                 steps=round(walk.steps[name]),
                 read=stream.manifest.read,

@@ -195,7 +195,7 @@ class _Side:
 
     @property
     def open_tokens(self) -> int:
-        return 0 if self._writer is None else self._writer.tokens
+        return 0 if self._writer is None else self._writer.num_tokens
 
     def add(self, batch: TokenisedBatch) -> None:
         if len(batch.rows) == 0:
