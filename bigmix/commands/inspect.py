@@ -118,6 +118,6 @@ def _lines(recipe: Recipe, plan: RunPlan, step: int, rank: int, num_ranks: int) 
     )
     for index, row_id in enumerate(plan.row_ids_of_rank(rank_rows, step).ids()):
         row = streams[row_id.source].read(row_id)
-        digest = hashlib.sha256(row.ids_T[: row.tokens].astype("<u4").tobytes()).hexdigest()
+        digest = hashlib.sha256(row.ids_T[: row.num_tokens].astype("<u4").tobytes()).hexdigest()
         identity = f"{row_id.source} {row_id.epoch} {row_id.shard} {row_id.row}"
         yield f"{rank} {index // micro_batch_rows} {identity} {digest}"

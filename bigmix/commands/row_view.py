@@ -53,8 +53,8 @@ def preview(
     """
     in_loss = [False, *(row.labels_T[:-1] != IGNORE).tolist()]
     yield ViewPiece(text=_head(row, where, sum(in_loss)) + "\n", kind="head")
-    shown = row.tokens if max_tokens is None else min(max_tokens, row.tokens)
-    bounds = [*row.starts_P.tolist(), row.tokens]
+    shown = row.num_tokens if max_tokens is None else min(max_tokens, row.num_tokens)
+    bounds = [*row.starts_P.tolist(), row.num_tokens]
     for index, document in enumerate(row.documents_P.tolist()):
         begin, end = bounds[index], bounds[index + 1]
         if begin >= shown:
@@ -68,11 +68,11 @@ def preview(
         ]
         yield from _decoded(tokens, tokenizer)
         yield ViewPiece(text="\n", kind="border")
-    if shown < row.tokens:
+    if shown < row.num_tokens:
         yield ViewPiece(
-            text=f"… {row.tokens - shown:,} more tokens, --full shows them\n", kind="padding"
+            text=f"… {row.num_tokens - shown:,} more tokens, --full shows them\n", kind="padding"
         )
-    if padding := len(row.ids_T) - row.tokens:
+    if padding := len(row.ids_T) - row.num_tokens:
         yield ViewPiece(text=f"… {padding:,} padding\n", kind="padding")
 
 
@@ -99,8 +99,8 @@ def _marked(piece: ViewPiece) -> str:
 def _head(row: Row, where: MicroBatchId, num_loss_tokens: int) -> str:
     return (
         f"rank {where.rank}  micro-batch {where.number}  {row.id.source}  epoch {row.id.epoch} "
-        f" shard {row.id.shard}  row {row.id.row}  {row.tokens:,} tokens  {num_loss_tokens:,} in"
-        f" the loss  {row.tokens / len(row.ids_T):.1%} filled"
+        f" shard {row.id.shard}  row {row.id.row}  {row.num_tokens:,} tokens"
+        f"  {num_loss_tokens:,} in the loss  {row.num_tokens / len(row.ids_T):.1%} filled"
     )
 
 

@@ -1,13 +1,11 @@
-"""Places of rows in any streams go in; their ids and what is in the loss come out, laid end to end
-in the order of the row_ids.
+"""Assembles the rows of a batch, and weighs the loss tokens of its documents.
 
-A micro-batch goes in, the weight of the loss tokens of each of its parts comes out: what counts
-alike in the loss.
+A document with n loss tokens weighs n^(1 - e) against others of its source, each of its tokens
+n^-e: with e = 0 all tokens count the same, with e = 1 all documents do, with e = 1/2 a document
+weighs the square root of its length (square averaging: Chen et al., "InternVL 2.5", 2024). A text
+that is split over rows counts as a document in each of them.
 
-A document with n loss tokens weighs n^(1 - e) beside others of its source, each of its tokens n^-e:
-with e = 0 all tokens count alike, with e = 1 all documents do, with e = 1/2 a document weighs the
-square root of its length (square averaging: Chen et al., "InternVL 2.5", 2024). A text that is
-split over rows counts as a document in each of them.
+Letters: R rows, P parts, K runs of loss tokens, S sources, T token positions of a row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,11 +21,10 @@ from bigmix.types import Floats, Ints, Weighing
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AssembledRows:
-    """Rows [R] of one length.
+    """Rows of one length, laid end to end.
 
-    Parts [P] and runs [K] of row r lie from `parts_R1[r]` and `runs_R1[r]` on.
-
-    `starts_P` and `begins_K` are flat positions: row * T + position.
+    The parts of row r are [parts_R1[r], parts_R1[r + 1]), its runs [runs_R1[r], runs_R1[r + 1]).
+    `starts_P` and `begins_K` are flat token positions: row * T + position.
     """
 
     sources_R: Ints
@@ -58,7 +55,9 @@ class AssembledRows:
 
 
 def assemble(streams: Sequence[Stream], row_ids: RowIds) -> AssembledRows:
-    """Gather rows shard by shard, in the order in which the shards are first needed."""
+    """Read rows shard by shard, in the order in which the shards are first needed, and lay them end
+    to end in the order of the row ids.
+    """
     groups = row_ids.by_shard()
     found = [streams[source].rows(shard, row_ids.rows_R[own]) for source, shard, own in groups]
     counts_4R = np.empty((4, len(row_ids.rows_R)), np.int64)
@@ -72,8 +71,8 @@ def assemble(streams: Sequence[Stream], row_ids: RowIds) -> AssembledRows:
         at_P, at_K = ragged(parts_R1[own], rows.parts_R), ragged(runs_R1[own], rows.runs_R)
         parts_2P[:, at_P] = rows.starts_P + np.repeat(own * width, rows.parts_R), rows.documents_P
         runs_2K[:, at_K] = rows.begins_K + np.repeat(own * width, rows.runs_R), rows.lengths_K
-        # One copy of all pieces, and one that widens them into their rows: a copy for each would
-        # cost three times as much.
+        # One copy of all pieces and one that widens them into their rows; a copy for each piece
+        # would cost three times as much.
         ids = np.frombuffer(b"".join(rows.pieces), streams[0].dtype)
         ids_RT[own] = ids.reshape(len(own), width)
     loss_tokens = np.concatenate([[0], np.cumsum(runs_2K[1])])
@@ -97,13 +96,16 @@ EXPONENTS: Mapping[Weighing, float] = {"token": 0.0, "square_root": 0.5, "docume
 
 
 def document_weights(micro_batch: MicroBatch, exponents_S: Sequence[float]) -> Floats:
-    """The weight of a loss token of each part [P]; 1 in parts without one."""
+    """The weight of a loss token of each part [P]; 1 in parts without one.
+
+    `exponents_S` is e for each source: EXPONENTS of its `weigh` setting.
+    """
     counts_P = np.maximum(micro_batch.loss_tokens_P, 1).astype(np.float64)
     weights_P: Floats = counts_P ** -np.asarray(exponents_S)[micro_batch.groups_P]
     return weights_P
 
 
-def weight_sums(micro_batch: MicroBatch, weights_P: Floats, sources: int) -> Floats:
-    """The weights of the loss tokens of each source, added up [S]."""
+def weight_sums(micro_batch: MicroBatch, weights_P: Floats, num_sources: int) -> Floats:
+    """The sum of the weights of the loss tokens of each source [S]."""
     sums_P = weights_P * micro_batch.loss_tokens_P
-    return np.bincount(micro_batch.groups_P, sums_P, minlength=sources).astype(np.float64)
+    return np.bincount(micro_batch.groups_P, sums_P, minlength=num_sources).astype(np.float64)

@@ -1,6 +1,4 @@
-"""Mixture and streams go in, the batch of each step comes out for one rank, made ready ahead of
-need by a thread.
-"""
+"""Makes the batch of each step for one rank, in a thread that works ahead of need."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -46,9 +44,8 @@ def step_batch(plan: RunPlan, rank_rows: RankRows, step: int) -> StepBatch:
 
 
 class Loader:
-    """Iterates over the batches of the steps `first` ..
-
-    `last`; a thread keeps `ahead` of them ready.
+    """Iterates over the batches of the steps from `first` to `last`; a thread keeps `ahead` of them
+    ready.
     """
 
     def __init__(
@@ -64,8 +61,8 @@ class Loader:
         return (batch for batch in self.unless(lambda: False) if batch is not None)
 
     def unless(self, gives_up: Callable[[], bool]) -> Iterator[StepBatch | None]:
-        """The batches; None in place of one that is not ready when `gives_up` says so, which is
-        then the next again.
+        """The batches, or None where `gives_up` becomes true while the next batch is not ready; it
+        is then still the next.
         """
         steps = iter(self._steps)
         ready = deque(self._thread.submit(self._make, k) for k in islice(steps, self._ahead))
@@ -78,7 +75,7 @@ class Loader:
             yield batch
 
     def _make(self, step: int) -> StepBatch:
-        # Whatever failed once would be tried for as long again, for each step that is ahead.
+        # What failed once would be tried for as long again for each step that is ahead.
         if self._has_failed:
             raise Stopped(f"no batch is made for step {step}, since one before it has failed")
         try:
@@ -88,18 +85,18 @@ class Loader:
             raise
 
     def close(self) -> None:
-        """Stop the thread; what it had ready is thrown away, since a position is all the state
-        there is.
+        """Stop the thread; the batches that it had ready are dropped, since the position of the run
+        is the only state.
         """
         self._thread.shutdown(cancel_futures=True)
 
 
 class Batches:
-    """What one rank reads for the steps from `first` on, remote shards fetched ahead of need.
+    """The batches of one rank from step `first` on, with remote shards fetched ahead of need.
 
-    A shard that cannot be read comes out as a value in place of its batch, and None in place of a
-    batch that was not ready when `gives_up` said so. To be closed before the plan or the store are
-    used for something else; as a context manager it closes itself.
+    A shard that cannot be read is returned as a value in place of its batch, and None where
+    `gives_up` became true while the next batch was not ready. Close it before the plan or the store
+    are used for something else; as a context manager it closes itself.
     """
 
     def __init__(
@@ -131,7 +128,7 @@ class Batches:
 
     def close(self) -> None:
         """Stop reading and fetching."""
-        # First the store: the loader's thread may wait for a shard that never comes.
+        # The store first: the loader's thread may wait for a shard that never comes.
         self._store.close()
         self._loader.close()
 
@@ -148,7 +145,7 @@ def open_loader(
     """The batches of one rank from step `first` to the last; remote shards are fetched ahead of
     need.
 
-    The store and the loader of before, if there was one, must be closed, in this order.
+    An earlier loader must be closed, and before it the store.
     """
     # The order in which shards will be needed supposes that none is open.
     plan.release()

@@ -1,16 +1,16 @@
-"""Shares go in, the source of every row of the run comes out, without a random draw and without
-passing over the rows before.
+"""The mixture: which source each row of the run is drawn from, for any row and without a random
+draw.
 
-The n-th row of a source s is due in the window in which s's target, the sum of its shares over the
-rows so far, lies between n and n + 1. Giving each row to the open window that closes first keeps
-every prefix within one row of every share (proportionate fairness: Baruah, Cohen, Plaxton, Varvel,
-"Proportionate progress", Algorithmica 1996); the proof needs only targets that grow and sum to the
-number of rows, so it holds while shares change.
+The n-th row of a source s is due in the window in which the target of s, the sum of its shares over
+the rows so far, lies between n and n + 1. Giving each row to the open window that closes first
+keeps every prefix within one row of every share (proportionate fairness: Baruah, Cohen, Plaxton,
+Varvel, "Proportionate progress", Algorithmica 1996). The proof needs only targets that grow and sum
+to the number of rows, so it holds while shares change.
 
-Where to begin for a far row: at any row before it, the windows that close first may be taken for
-done. Two such orders differ at most in windows that were open there; the windows that close later
-wait in both for the same rows, so that both orders are the same from the row on at which the last
-window that was open there has closed.
+A far row is found without giving away all rows before it: at any earlier row, the windows that
+close first may be assumed to be done. Two orders that assume so differ at most in windows that were
+open there. The windows that close later wait in both orders for the same rows, so that the orders
+are the same from the row on at which the last window that was open there has closed.
 """
 
 from array import array
@@ -32,8 +32,8 @@ _FIRST_LOOK_BACK = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixtureRows:
-    """The origins of a run of rows: `sources_R` counts the mixture's names, `indices_R` the rows of
-    that source.
+    """Where consecutive rows are drawn from: `sources_R` are indices into the names of the mixture,
+    `indices_R` count the rows of that source over all its epochs.
     """
 
     sources_R: Ints
@@ -42,7 +42,7 @@ class MixtureRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Block:
-    """The origins of a block of rows, and how many rows each source has before it."""
+    """Where a block of rows is drawn from, and how many rows each source has before it."""
 
     sources_R: Ints
     indices_R: Ints
@@ -51,19 +51,21 @@ class _Block:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Cycle:
-    """From row `begin` on the order repeats after `rows`; each source then has `counts` more."""
+    """From row `begin` on the order of sources repeats every `num_rows` rows, in which each source
+    has `counts` rows.
+    """
 
     begin: int
-    rows: int
+    num_rows: int
     counts: tuple[int, ...]
 
 
 class Mixture:
-    """Which source each row of the run is drawn from.
+    """Which source each row of the run is drawn from: a function of the shares and the row alone.
 
-    Shares are constant within a step of `rows_per_step` rows. A far row costs about as many rows as
-    the longest window has that is open before it, 1 / (smallest share); while a source rests at
-    share 0, as many as it has rested, at most a few million.
+    Shares are constant within a step of `rows_per_step` rows. To find a far row takes as long as to
+    give away the rows of the longest window that is open before it, 1 / (smallest share); while a
+    source rests at share 0, those for which it has rested, at most a few million.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class Mixture:
         rows_per_step: int,
         whole_rows: Mapping[str, int] | None = None,
     ) -> None:
-        """`whole_rows`, where given, are drawn in their ratio in place of the shares."""
+        """`whole_rows` are numbers of rows by source, in whose ratio rows are drawn instead of in
+        that of the shares, where they are given.
+        """
         self.shares = shares if isinstance(shares, Shares) else shares_of(shares)
         self.names = self.shares.names
         self.rows_per_step = rows_per_step
@@ -89,14 +93,14 @@ class Mixture:
         self._block = lru_cache(maxsize=256)(self._make_block)
 
     def rows(self, start: int, stop: int) -> MixtureRows:
-        """The origins of rows [start, stop)."""
+        """Where the rows [start, stop) of the run are drawn from."""
         sources, indices = [], []
         while start < stop:
             turns, row = self._in_first_cycle(start)
             block, offset = divmod(row, BLOCK_ROWS)
             end = min(offset + stop - start, BLOCK_ROWS)
             if self._cycle is not None:
-                cycle_ends = self._cycle.begin + self._cycle.rows - block * BLOCK_ROWS
+                cycle_ends = self._cycle.begin + self._cycle.num_rows - block * BLOCK_ROWS
                 end = min(end, cycle_ends) if row >= self._cycle.begin else end
             found = self._block(block)
             sources.append(found.sources_R[offset:end])
@@ -128,23 +132,26 @@ class Mixture:
         return sums
 
     def _find_cycle(self) -> _Cycle | None:
-        """The last piece repeats when all its targets have grown by whole rows."""
+        """The cycle of the last piece: its order repeats once all targets have grown by whole
+        rows.
+        """
         weights = [column[-1] for column in self._weights]
         if sum(weights) == 0:
             return None
-        rows = self._unit // gcd(*weights)
+        num_rows = self._unit // gcd(*weights)
         resting = sum(weight == 0 for weight in weights)
-        # A source that rests for ever has at most one row open, which comes in one of these turns
-        # or never.
-        begin = self._first_rows[-1] + (0 if len(self._first_rows) == 1 else 2 * resting + 2) * rows
-        rows *= -(-4 * BLOCK_ROWS // rows)
-        counts = tuple(weight * rows // self._unit for weight in weights)
-        return _Cycle(begin=begin, rows=rows, counts=counts)
+        # A source that rests for ever has at most one window open, whose row comes in one of these
+        # turns or never.
+        turns = 0 if len(self._first_rows) == 1 else 2 * resting + 2
+        begin = self._first_rows[-1] + turns * num_rows
+        num_rows *= -(-4 * BLOCK_ROWS // num_rows)
+        counts = tuple(weight * num_rows // self._unit for weight in weights)
+        return _Cycle(begin=begin, num_rows=num_rows, counts=counts)
 
     def _in_first_cycle(self, row: int) -> tuple[int, int]:
         if self._cycle is None or row < self._cycle.begin:
             return 0, row
-        turns, within = divmod(row - self._cycle.begin, self._cycle.rows)
+        turns, within = divmod(row - self._cycle.begin, self._cycle.num_rows)
         return turns, self._cycle.begin + within
 
     def _target(self, source: int, row: int) -> int:
@@ -163,7 +170,9 @@ class Mixture:
         return self._first_rows[piece] - (reached[piece] - units) // weight
 
     def _counts_at(self, row: int) -> list[int]:
-        """How many of the rows before `row` each source has, found from as near as is certain."""
+        """How many of the rows before `row` each source has, found from the nearest earlier row
+        from which they are certain.
+        """
         back = _FIRST_LOOK_BACK
         while back < row:
             counts, last_closes = self._guess(row - back)
@@ -173,8 +182,8 @@ class Mixture:
         return self._run([0] * len(self.names), 0, row)[0]
 
     def _guess(self, row: int) -> tuple[list[int], int]:
-        """Counts before `row` with those open windows done that close first; and when the last open
-        one closes.
+        """The counts before `row` where the open windows that close first are assumed to be done,
+        and the row at which the last open window closes.
         """
         targets = [self._target(source, row) for source in range(len(self.names))]
         counts = [target // self._unit for target in targets]
@@ -188,25 +197,25 @@ class Mixture:
         return counts, windows[-1][0] if windows else -1
 
     def _opens(self, source: int, index: int) -> int:
-        """The first row that the source's `index`-th row may be."""
+        """The first row of the run that the source's `index`-th row may be."""
         return self._when(source, index * self._unit + 1) - 1
 
     def _closes(self, source: int, index: int) -> int:
-        """The last row that the source's `index`-th row may be."""
+        """The last row of the run that the source's `index`-th row may be."""
         return self._when(source, (index + 1) * self._unit) - 1
 
     def _run(self, counts: list[int], start: int, stop: int) -> tuple[list[int], list[int]]:
-        """Give the rows [start, stop) away; returns the counts after them and the source of
-        each.
+        """Give the rows [start, stop) to sources one by one; returns the counts after them and the
+        source of each.
         """
         counts = list(counts)
-        everybody = range(len(counts))
-        opens = [self._opens(source, counts[source]) for source in everybody]
-        closes = [self._closes(source, counts[source]) for source in everybody]
+        sources = range(len(counts))
+        opens = [self._opens(source, counts[source]) for source in sources]
+        closes = [self._closes(source, counts[source]) for source in sources]
         given = []
         for row in range(start, stop):
             chosen, first = -1, NEVER + 1
-            for source in everybody:
+            for source in sources:
                 if opens[source] <= row and closes[source] < first:
                     chosen, first = source, closes[source]
             assert chosen >= 0, f"no source has a share of row {row}"

@@ -49,7 +49,7 @@ class DroppedTokens:
 
     dropped: int = 0
     truncated: int = 0
-    tokens: int = 0
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,8 +211,8 @@ class ChatRows:
         row_tokens = self.options.row_tokens
         long = lengths[lengths > row_tokens]
         if self.options.long_documents == "drop":
-            return DroppedTokens(dropped=len(long), tokens=int(long.sum()))
-        return DroppedTokens(truncated=len(long), tokens=int((long - row_tokens).sum()))
+            return DroppedTokens(dropped=len(long), num_tokens=int(long.sum()))
+        return DroppedTokens(truncated=len(long), num_tokens=int((long - row_tokens).sum()))
 
 
 # By the kind of a source in its manifest.

@@ -1,15 +1,12 @@
-"""A recipe and its opened sources go in; the plan of all rows, the number of steps and the shares
-of the gradient come out.
+"""Plans a run from a recipe and its opened sources: the rows, the number of steps and the shares.
 
-Here shares that follow from sizes become numbers, budgets become steps, and limits of epochs are
-held or refused.
+Shares that follow from the sizes of sources become numbers, a budget becomes a number of steps, and
+limits of epochs are kept, or the recipe is refused.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from math import ceil, floor
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,35 +15,33 @@ from bigmix.data.mixture import Mixture
 from bigmix.data.records import RecipeSegment
 from bigmix.data.run_plan import FIRST_SEGMENT, RunPlan, SequenceLengthStage
 from bigmix.data.shares import (
-    Points,
-    ShareMember,
     Shares,
-    ShareValue,
     apportion,
     by_temperature,
     levels_of_unimax,
+    recipe_loss_shares,
+    recipe_shares,
     unimax,
 )
 from bigmix.errors import BadInput
-from bigmix.recipe import Group, Recipe, Source
-from bigmix.recipe.shares import Controller, Temperature, UniMax
+from bigmix.recipe import Recipe
+from bigmix.types import Floats
 
 _SHARES_TRIED = 20
 _STEPS_TRIED = 20
-_Floats = npt.NDArray[np.float64]
 
 
 def mix(
     recipe: Recipe, stages: Sequence[SequenceLengthStage], segment: RecipeSegment = FIRST_SEGMENT
 ) -> RunPlan:
-    """The plan of a run, or of the rest of it from a chapter on.
+    """The plan of a run, or of the rest of it from the beginning of a segment on.
 
-    Raises BadInput with every fault: shares that leave nothing, a budget that is never reached, a
-    source that would be gone through more often than it may.
+    Raises BadInput with every fault: shares of which none is left, a budget that is never reached,
+    a source that would be used for more epochs than its limit.
     """
     sizes = _sizes(recipe, stages, segment)
-    shares = _shares(recipe, sizes, segment, _share)
-    loss_shares = _shares(recipe, sizes, segment, _loss_share)
+    shares = recipe_shares(recipe, sizes, segment.shares)
+    loss_shares = recipe_loss_shares(recipe, sizes, segment.shares)
     shares, loss_shares = shares.later(segment.after), loss_shares.later(segment.after)
     faults = [
         *_empty_steps("share", shares, segment),
@@ -57,76 +52,13 @@ def mix(
     return _within_epochs(recipe, stages, shares, loss_shares, segment)
 
 
-def _share(member: Source | Group) -> Any:
-    return member.share
-
-
-def _loss_share(member: Source | Group) -> Any:
-    return member.loss_share or member.share
-
-
-def _shares(
-    recipe: Recipe,
-    sizes: Mapping[str, float],
-    segment: RecipeSegment,
-    share_of: Callable[[Source | Group], Any],
-) -> Shares:
-    """The shares in numbers and points: what follows from sizes, and what controllers have decided
-    on.
-    """
-    now = {n: segment.shares.get(n, c.start) for n, c in recipe.controllers.items()}
-    values = {**sizes, **now}
-    sources = {
-        name: ShareMember(share=_number(share_of(source), values.get(name)), group=source.group)
-        for name, source in recipe.sources.items()
-    }
-    groups = {
-        name: ShareMember(share=_number(share_of(group), values.get(name)), group=group.group)
-        for name, group in recipe.groups.items()
-    }
-    members: dict[str, Source | Group] = {**recipe.sources, **recipe.groups}
-    controlled = [n for n in now if isinstance(share_of(members[n]), Controller)]
-    return _with_the_rest(Shares(sources=sources, groups=groups), controlled)
-
-
-def _number(
-    share: float | Points | Temperature | UniMax | Controller, value: float | None
-) -> ShareValue:
-    if isinstance(share, Temperature | UniMax | Controller):
-        assert value is not None
-        return value
-    return share
-
-
-def _with_the_rest(shares: Shares, controlled: Collection[str]) -> Shares:
-    """The same, where a controlled share is a fraction of all: those beside it are a group, which
-    has the rest.
-    """
-    members = {**shares.sources, **shares.groups}
-    for level in {members[name].group for name in controlled}:
-        fractions = [members[n].share for n in controlled if members[n].group == level]
-        # No name of a recipe has a blank.
-        rest = f"the rest of {level}"
-        inside = {
-            name: replace(member, group=rest)
-            for name, member in members.items()
-            if member.group == level and name not in controlled
-        }
-        left = 1 - sum(Fraction(str(fraction)) for fraction in fractions)
-        members |= {**inside, rest: ShareMember(share=float(left), group=level)}
-    return Shares(
-        sources={name: members[name] for name in shares.sources},
-        groups={name: member for name, member in members.items() if name not in shares.sources},
-    )
-
-
 def _sizes(
     recipe: Recipe, stages: Sequence[SequenceLengthStage], segment: RecipeSegment
 ) -> dict[str, float]:
     """The shares that follow from the sizes of sources.
 
-    What UniMax gives depends on the rows of the run, and they on it where the budget is in tokens:
-    from even shares on, both are found by turns.
+    What UniMax gives depends on the rows of the run, which depend on it where the budget is in
+    tokens: beginning with even shares, the two are found in turn.
     """
     tokens = {name: stream.manifest.tokens for name, stream in stages[-1].streams.items()}
     sizes = by_temperature(recipe, tokens)
@@ -135,19 +67,19 @@ def _sizes(
     if not levels:
         return sizes
     seen: list[int] = []
-    rooms: list[_RowBudget] = []
+    budgets: list[_RowBudget] = []
     for _ in range(_STEPS_TRIED):
-        shares = _shares(recipe, sizes, segment, _share).later(segment.after)
+        shares = recipe_shares(recipe, sizes, segment.shares).later(segment.after)
         seen.append(count_steps(recipe, stages, shares, segment))
-        # Between numbers of steps that follow each other in a circle, the largest keeps all limits.
+        # Where the same numbers of steps come again and again, the largest keeps all limits.
         steps = max(seen) if seen[-1] in seen[:-1] else seen[-1]
-        rooms = [_room(recipe, stages, shares, segment, epochs, steps) for epochs in levels]
-        given = [unimax(room.capacities, room.rows) for room in rooms]
+        budgets = [_row_budget(recipe, stages, shares, segment, epochs, steps) for epochs in levels]
+        given = [unimax(budget.capacities, budget.num_rows) for budget in budgets]
         found = {name: float(rows) for level in given for name, rows in level.items()}
         if found.items() <= sizes.items():
             break
         sizes |= found
-    faults = [fault for room in rooms for fault in _too_small(room)]
+    faults = [fault for budget in budgets for fault in _too_small(budget)]
     if faults:
         raise BadInput(*faults)
     return sizes
@@ -155,15 +87,15 @@ def _sizes(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _RowBudget:
-    """The rows that sources have together from a chapter on, and those that each of them can give
-    within its epochs.
+    """How many rows some sources have together from the beginning of a segment on, and how many
+    each of them can give within its epochs.
     """
 
-    rows: int
+    num_rows: int
     capacities: Mapping[str, int]
 
 
-def _room(
+def _row_budget(
     recipe: Recipe,
     stages: Sequence[SequenceLengthStage],
     shares: Shares,
@@ -180,20 +112,21 @@ def _room(
     for name, limit in epochs.items():
         per_epoch = [stage.streams[name].rows_per_epoch for stage in stages]
         left = limit - segment.rows.get(name, 0) / per_epoch[0]
+        # The epochs of this source if it gave all the rows.
         alone = sum(n / of for n, of in zip(rows, per_epoch, strict=True))
         # Where rows change their length, a source goes on at the next whole row.
         capacities[name] = max(0, floor(left * sum(rows) / alone + 1e-6) - len(stages) + 1)
-    return _RowBudget(rows=ceil(sum(rows) - 1e-6), capacities=capacities)
+    return _RowBudget(num_rows=ceil(sum(rows) - 1e-6), capacities=capacities)
 
 
-def _too_small(room: _RowBudget) -> Iterator[str]:
-    most = sum(room.capacities.values())
-    if most < room.rows:
-        names = ", ".join(f"sources.{name}.share" for name in room.capacities)
+def _too_small(budget: _RowBudget) -> Iterator[str]:
+    most = sum(budget.capacities.values())
+    if most < budget.num_rows:
+        names = ", ".join(f"sources.{name}.share" for name in budget.capacities)
         yield (
             f"{names}: unimax lets these sources give {most:,} rows together, and the run needs"
-            f" {room.rows:,}; raise unimax in the same ratio or more, lower the budget, or give"
-            " other sources a larger share"
+            f" {budget.num_rows:,}; raise unimax in the same ratio or more, lower the budget, or"
+            " give other sources a larger share"
         )
 
 
@@ -220,10 +153,10 @@ def _within_epochs(
     loss_shares: Shares,
     segment: RecipeSegment,
 ) -> RunPlan:
-    """Go from limit to limit: the source that comes first to its own is refused, ends the run, or
-    leaves it.
+    """Apply the limits of epochs in the order in which they are reached: the recipe is refused, the
+    run ends there, or the source is left out from there on.
 
-    Shares count from the beginning of the chapter, steps from that of the run.
+    Shares count from the beginning of the segment, steps from that of the run.
     """
     after = segment.after
     while True:
@@ -233,13 +166,13 @@ def _within_epochs(
             n: end for n in recipe.sources if (end := _last_step(recipe, plan, n, steps)) < steps
         }
         notes = [
-            _said_left(recipe, name, after + end)
+            _left_out(recipe, name, after + end)
             for name, end in shares.ends.items()
             if after + end < steps
         ]
         if not ends:
             return plan.ending(steps, notes)
-        # At one step, a stop comes before the others: none of them then goes beyond its limit.
+        # Of limits at the same step a stop comes first: no other source then goes beyond its own.
         first = min(ends, key=lambda n: (ends[n], recipe.sources[n].when_exhausted != "stop"))
         end, source = ends[first], recipe.sources[first]
         if source.when_exhausted == "error":
@@ -247,13 +180,13 @@ def _within_epochs(
         if source.when_exhausted == "stop":
             _check_not_empty(end - after, first)
             notes.append(
-                f"the run ends after {end:,} steps and not {steps:,}: {first} has then come to its"
+                f"the run ends after {end:,} steps and not {steps:,}: {first} has then reached its"
                 f" max_epochs = {source.max_epochs:g}"
             )
             return plan.ending(end, notes)
         if first in shares.ends:
-            # The mixture owes it the rest of a row, and gives it when several have left: it leaves
-            # a row earlier.
+            # The mixture still owes it part of a row, and gives it that row when several sources
+            # have left: it leaves a row earlier.
             earlier = _last_step(recipe, plan, first, steps, spare_rows=1)
             end = min(earlier, after + shares.ends[first] - 1)
         _check_not_empty(end - after, first)
@@ -267,16 +200,17 @@ def _within_epochs(
             raise BadInput(faults[0])
 
 
-def _said_left(recipe: Recipe, name: str, end: int) -> str:
+def _left_out(recipe: Recipe, name: str, end: int) -> str:
     return (
         f"from step {end + 1:,} on {name} is left out and its share given to the others: it has"
-        f" then come to its max_epochs = {recipe.sources[name].max_epochs:g}"
+        f" then reached its max_epochs = {recipe.sources[name].max_epochs:g}"
     )
 
 
 def _nothing_left(kind: str, shares: Shares, steps: int, after: int) -> Iterator[str]:
-    """Shares are 0 from a step on because sources have left; a block of rows beyond the run's end
-    counts too.
+    """The fault that no source has a share from a step on because sources have left.
+
+    The step may be after the end of the run: the mixture gives rows away in blocks.
     """
     empty = _first_empty(shares)
     if empty is None:
@@ -284,12 +218,12 @@ def _nothing_left(kind: str, shares: Shares, steps: int, after: int) -> Iterator
     gone = ", ".join(shares.ends)
     if len(shares.ends) == len(shares.names):
         yield (
-            f"every source ({gone}) has come to its max_epochs after {after + empty:,} of {steps:,}"
+            f"every source ({gone}) has reached its max_epochs after {after + empty:,} of {steps:,}"
             " steps; raise a max_epochs, lower the budget, or set when_exhausted: stop"
         )
     else:
         yield (
-            f"{kind} of every source is 0 at step {after + empty:,}, since {gone} has come to its"
+            f"{kind} of every source is 0 at step {after + empty:,}, since {gone} has reached its"
             " max_epochs; raise it, set when_exhausted: stop, or move a point of the others"
         )
 
@@ -322,8 +256,8 @@ def _epochs(plan: RunPlan, name: str, step: int, more_rows: int) -> float:
 
 
 def _refused(recipe: Recipe, plan: RunPlan, ends: Mapping[str, int], steps: int) -> Iterator[str]:
-    """Every source that would go beyond its limit and must not, before another one stops the
-    run.
+    """A fault for every source that goes beyond its limit before another one stops the run, and
+    must not.
     """
     stops = [end for n, end in ends.items() if recipe.sources[n].when_exhausted == "stop"]
     for name, end in ends.items():
@@ -345,8 +279,8 @@ def _too_many(recipe: Recipe, plan: RunPlan, name: str, steps: int) -> str:
 
 
 def _smaller_share(recipe: Recipe, plan: RunPlan, name: str, factor: float) -> str:
-    """The share that draws `factor` times the rows while the others keep theirs, in words; nothing
-    where it moves.
+    """The advice to set the share that draws `factor` times the rows while the other shares stay;
+    empty where one of them is not a number.
     """
     source = recipe.sources[name]
     others = [s.share for n, s in recipe.sources.items() if n != name and s.group == source.group]
@@ -355,8 +289,8 @@ def _smaller_share(recipe: Recipe, plan: RunPlan, name: str, factor: float) -> s
     if not isinstance(source.share, float) or len(numbers) < len(others) or not numbers:
         return ""
     part = source.share / (source.share + sum(numbers)) * factor
-    # Prefixes are within one row, and with the share the steps of a budget change: what is said has
-    # been tried.
+    # A prefix is within one row of the share, and the steps of a budget change with the share: only
+    # a share that was tried is advised.
     guess, fits, too_many = part * sum(numbers) / (1 - part), 0.0, source.share
     for _ in range(_SHARES_TRIED):
         share = float(f"{guess:.2e}")
@@ -376,7 +310,7 @@ def _fits(recipe: Recipe, plan: RunPlan, name: str, share: float) -> bool:
     limit, stages = sources[name].max_epochs, plan.stages
     assert limit is not None
     segment, ends = plan.segment, plan.mixture.shares.ends
-    shares = _shares(changed, _sizes(changed, stages, segment), segment, _share).later(
+    shares = recipe_shares(changed, _sizes(changed, stages, segment), segment.shares).later(
         segment.after
     )
     shares = replace(shares, ends=ends)
@@ -404,11 +338,10 @@ def _plan(
 
 
 def _whole_rows(recipe: Recipe, shares: Shares, segment: RecipeSegment) -> dict[str, int] | None:
-    """The rows of each source up to the next decision, where shares were decided and stay until
-    then.
+    """The number of rows of each source until the next decision, where shares were decided and are
+    constant until then; else None.
 
-    They are whole, and what a source was owed is counted in, so that a small share is met over many
-    decisions.
+    What a source is owed is counted in, so that a small share is met over many decisions.
     """
     if not segment.shares or shares.last_change:
         return None
@@ -424,10 +357,11 @@ def count_steps(
     shares: Shares,
     segment: RecipeSegment = FIRST_SEGMENT,
 ) -> int:
-    """Optimizer steps of the run that the budget allows, from the mean number of tokens in a row of
-    each source.
+    """The optimizer steps of the run that the budget allows, from the mean tokens of a row of each
+    source.
 
-    What was trained before the chapter is counted, for the sources that the recipe names.
+    What was trained before the segment counts, for the sources that the recipe names. Raises
+    BadInput where the shares end at 0 before a budget in tokens is reached.
     """
     budget = recipe.budget
     fixed = recipe.train.steps or budget.steps
@@ -463,9 +397,9 @@ def _gains(
     names: Sequence[str],
     steps: npt.NDArray[np.int64],
     after: int,
-) -> _Floats:
-    """Tokens of the named sources that each step is expected to bring, which come after `after`
-    others of the run.
+) -> Floats:
+    """The tokens of the named sources that are expected in each step [K]; `steps` are counted from
+    the step after the first `after` ones of the run.
     """
     table = shares.table(steps)
     firsts = [stage.first_step for stage in stages]

@@ -1,14 +1,11 @@
-"""Shards that were found bad go in, the list of those whose rows are replaced comes out, with the
-step that each is replaced from.
+"""Bad shards: from which step on their rows are replaced, and by which rows.
 
-The shards of an epoch and which of them are bad go in; for each row of a bad shard, the row to
-train in its place comes out.
-
-The substitute is of the same window of shards, whose rows are read at that time, so that no other
-shard is opened for it; of the nearest window with a healthy shard where there is none. The rows of
-the bad shards of a window and those of its healthy ones are both counted through: the j-th of B bad
-ones gets one of the healthy ones [j H / B, (j + 1) H / B) of H. So each healthy shard gives its
-part to within two rows, and none gives a row twice before all have given theirs once.
+A substitute comes from the same window of shards, whose rows are read at that time anyway, so that
+no other shard is opened for it; where the window has no healthy shard, from the nearest window that
+has one. The rows of the bad shards of a window are numbered, and so are those of its healthy ones:
+the j-th of B bad rows is replaced by one of the healthy rows [j H / B, (j + 1) H / B) of H. So each
+healthy shard gives its part to within two rows, and none gives a row twice before all have given
+theirs once.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,12 +20,12 @@ from bigmix.types import Flags, Ints
 
 
 class BadShard(BigmixError):
-    """A shard of a source that cannot be read, by a fault of its own and not of this machine;
+    """A shard of a source that cannot be read, through a fault of its own and not of this machine;
     `shard` is its index.
     """
 
     def __init__(self, source: str, shard: int, file: str, reason: str) -> None:
-        # All four are the arguments, so that another rank can be sent it.
+        # All four are arguments of the exception, so that it can be pickled for another rank.
         super().__init__(source, shard, file, reason)
         self.source = source
         self.shard = shard
@@ -41,17 +38,17 @@ class BadShard(BigmixError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quarantine:
-    """For each source the files of its bad shards, and the first step, counted from 1, whose rows
-    are replaced.
+    """For each source the files of its bad shards, each with the first step, counted from 1, in
+    which its rows are replaced.
 
-    Files and not places: a source that is listed in another order has the same ones.
+    Files and not indices: they stay the same where a source lists its shards in another order.
     """
 
     first_steps: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, value: Any) -> "Quarantine":
-        """What `to_json` gave."""
+        """The quarantine from what `to_json` gave."""
         return cls(
             first_steps={
                 str(source): {str(file): int(step) for file, step in files.items()}
@@ -68,18 +65,18 @@ class Quarantine:
 
     @property
     def steps(self) -> Sequence[int]:
-        """The steps at which shards join, in order."""
+        """The steps at which shards were added, in order."""
         found = {step for files in self.first_steps.values() for step in files.values()}
         return sorted(found)
 
     def extended(
         self, found: Iterable[BadShard], step: int
     ) -> tuple["Quarantine", Sequence[BadShard]]:
-        """With more shards whose rows are replaced from a step on; and those that were not replaced
-        in that step before.
+        """The quarantine with more shards, whose rows are replaced from a step on, and those of
+        them that are new: not replaced in that step before.
 
-        The order in which they are given, and how often, changes nothing. Where none is new the
-        step fails by what is replaced already: it will fail again.
+        The order in which shards are given, and how often, changes nothing. Where none is new, the
+        step has failed although they are replaced, and will fail again.
         """
         files = {source: dict(known) for source, known in self.first_steps.items()}
         new = []
@@ -96,10 +93,11 @@ EMPTY = Quarantine()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Substitution:
-    """The shards of an epoch in its order: `bad_before` and `healthy_before` count the rows before
-    each, and in all.
+    """The rows of an epoch that replace those of its bad shards.
 
-    Windows are `window_shards` shards each; `key` decides the choice.
+    `bad_before` and `healthy_before` count the bad and the healthy rows before each shard in the
+    order of the epoch, and at the end those of all shards. Windows have `window_shards` shards;
+    `key` decides the choice.
     """
 
     bad_before: Ints
@@ -108,8 +106,8 @@ class Substitution:
     key: int
 
     def of(self, places_R: Ints, rows_R: Ints) -> tuple[Ints, Ints]:
-        """The place in the epoch's order and the row of what is trained instead of these rows, all
-        of bad shards.
+        """The substitutes of these rows, all of bad shards: the place of the shard in the epoch's
+        order, and the row in the shard.
         """
         windows_R = places_R // self.window_shards
         bad_firsts_R, bad_R = self._span(self.bad_before, windows_R)
@@ -124,14 +122,14 @@ class Substitution:
         return found_R, chosen_R - self.healthy_before[found_R]
 
     def _span(self, before: Ints, windows_R: Ints) -> tuple[Ints, Ints]:
-        """How many rows come before each of these windows, and how many it has."""
+        """How many rows come before each of these windows, and how many each has."""
         begins_R = windows_R * self.window_shards
         ends_R = np.minimum(begins_R + self.window_shards, len(before) - 1)
         return before[begins_R], before[ends_R] - before[begins_R]
 
     def _sources_of(self, windows_R: Ints) -> Ints:
-        """The window that gives to each; of two that are equally near the earlier one, whose shards
-        may still be open.
+        """The window that the substitutes of each window come from; of two that are equally near
+        the earlier one, whose shards may still be open.
         """
         count = -(-(len(self.healthy_before) - 1) // self.window_shards)
         _, healthy_W = self._span(self.healthy_before, np.arange(count))
@@ -143,8 +141,9 @@ class Substitution:
 
 
 def substitution(rows_S: Ints, is_bad_S: Flags, *, window_shards: int, key: int) -> Substitution:
-    """For an epoch whose shards, in its order, have so many rows; some of the healthy ones must
-    have any.
+    """The substitutes of an epoch whose shards have these numbers of rows, in its order.
+
+    At least one healthy shard must have rows.
     """
     assert rows_S[~is_bad_S].any(), "no healthy shard is left"
     return Substitution(

@@ -1,7 +1,7 @@
-"""The records that travel between the parts.
+"""Records that are passed between the modules of the data room and to the trainer.
 
-Letters: B rows, T positions of a row, R rows of a rank's step, N loss tokens, P parts, K runs of
-loss tokens.
+Letters: B rows of a micro-batch, T token positions of a row, R rows, N loss tokens, P parts, K runs
+of loss tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from bigmix.types import Ints
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowId:
-    """Which row of a source: `row` counts inside the shard."""
+    """Which row of a source: number `row` of a shard, in an epoch."""
 
     source: str
     epoch: int
@@ -25,8 +25,8 @@ class RowId:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourcePosition:
-    """Where a source stands: the next row is number `row`, counted over all epochs, each of which
-    has `of` rows.
+    """The next row of a source: number `row`, counted over all epochs, each of which has `of`
+    rows.
     """
 
     row: int
@@ -35,12 +35,12 @@ class SourcePosition:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecipeSegment:
-    """From where on a recipe holds: after `after` steps of the run, the first chapter after 0.
+    """From where on a recipe holds: after `after` steps of the run, 0 for the first segment.
 
-    By then each source has come to the row `rows` of its stream, counted over all its epochs, and
-    `tokens` have been trained; a source that is named in neither is new. `shares` are those that
-    were decided, of sources and groups with a controller, and `owed` what each source has then
-    drawn too little, in rows.
+    `rows` says which row of its stream each source has reached by then, counted over all its
+    epochs, and `tokens` how many of its tokens have been trained; a source that is named in neither
+    is new. `shares` are the decided shares of sources and groups with a controller, and `owed` by
+    how many rows each source has been drawn too little until then.
     """
 
     after: int = 0
@@ -52,8 +52,8 @@ class RecipeSegment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataPosition:
-    """Which rows come next: from where on the recipe holds, where each source is, and the shards
-    whose rows are replaced.
+    """Which rows come next: from where on the recipe holds, the next row of each source, and the
+    shards whose rows are replaced.
     """
 
     segment: RecipeSegment = field(default_factory=RecipeSegment)
@@ -63,8 +63,8 @@ class DataPosition:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """The shares that controllers decided on after a step, by source or group, and the forgetting
-    that they saw.
+    """The shares that controllers decided after a step, by source or group, and the forgetting
+    that they decided on.
 
     `progress` is the part of the run that was done, which the learning rate follows.
     """
@@ -94,8 +94,8 @@ class RowIds:
         ]
 
     def by_shard(self) -> list[tuple[int, int, Ints]]:
-        """Source, shard and the places of its rows, in the order in which the shards are first
-        needed.
+        """For each shard its source, its index and where its rows are among these, in the order in
+        which the shards are first needed.
         """
         keys = self.sources_R * (int(self.shards_R.max(initial=0)) + 1) + self.shards_R
         _, first, group_R = np.unique(keys, return_index=True, return_inverse=True)
@@ -119,11 +119,12 @@ class RowIds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """`sequence_length` tokens packed from documents of one source, as one looks at them.
+    """`sequence_length` tokens packed from documents of one source, in a form to look at.
 
-    `labels_T[t]` is the token that position t must predict, IGNORE where none is. Positions restart
-    in each part; what follows the last part is padding and a part of its own. `documents_P` says
-    which document of its shard a part is from.
+    `labels_T[t]` is the token that token position t must predict, IGNORE where it predicts none.
+    `positions_T` are the position ids, which restart in each part; what follows the last part is
+    padding and has position ids of its own. `documents_P` is the document of the shard that each
+    part is from.
     """
 
     id: RowId
@@ -132,16 +133,16 @@ class Row:
     labels_T: Ints
     starts_P: Ints
     documents_P: Ints
-    tokens: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """The rows of one forward pass: what cannot be worked out on the device.
+    """The rows of one forward pass, with what cannot be worked out on the device.
 
-    Parts, padding among them, begin at the flat positions (row * T + position) `starts_P`; the sums
-    of a part go to `groups_P`: its source while training. The flat positions whose prediction, the
-    token that follows, is in the loss are runs of `lengths_K` from `begins_K` on.
+    Parts, which include padding, begin at the flat token positions (row * T + position) `starts_P`;
+    the sums of a part go to group `groups_P`, its source while training. The flat token positions
+    whose prediction, the next token, is in the loss are runs of `lengths_K` from `begins_K` on.
     """
 
     ids_BT: Ints
@@ -152,7 +153,7 @@ class MicroBatch:
 
     @property
     def kept_N(self) -> Ints:  # noqa: N802
-        """The flat positions whose prediction is in the loss."""
+        """The flat token positions whose prediction is in the loss."""
         before_K = np.cumsum(self.lengths_K) - self.lengths_K
         count = int(self.lengths_K.sum())
         kept_N: Ints = np.arange(count) + np.repeat(self.begins_K - before_K, self.lengths_K)
@@ -160,7 +161,7 @@ class MicroBatch:
 
     @property
     def loss_tokens_P(self) -> Ints:  # noqa: N802
-        """How many loss tokens each part has; a run of them is in one part."""
+        """How many loss tokens each part has; a run of them lies in one part."""
         parts_K = np.searchsorted(self.starts_P, self.begins_K, side="right") - 1
         counts_P = np.bincount(parts_K, self.lengths_K, minlength=len(self.starts_P))
         return counts_P.astype(np.int64)
@@ -168,10 +169,10 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBatch:
-    """What one rank trains in one step.
+    """What one rank trains in one step, with counts by source.
 
-    `rows` counts over all ranks, and so does `substituted`: those of them that stand for rows of
-    bad shards. `tokens`, `loss_tokens` and `sum_sq_lengths`, the sum over parts of their squared
+    `rows` counts over all ranks, and so does `substituted`, those of them that replace rows of bad
+    shards. `tokens`, `loss_tokens` and `sum_sq_lengths`, the sum over parts of their squared
     lengths, are this rank's own.
     """
 

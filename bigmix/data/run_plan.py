@@ -27,18 +27,15 @@ from bigmix.errors import BigmixError
 from bigmix.loss.objective import StepShares
 from bigmix.seeding import key_of
 
-# Rows of a rank that are gathered together: a step at a time costs twice as much.
+# Rows of a rank that are assembled together: a step at a time costs twice as much.
 ASSEMBLED_ROWS = 1024
-
 
 FIRST_SEGMENT = RecipeSegment()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceLengthStage:
-    """Steps from `first_step` on, whose rows have the length that the packers of these
-    streams say.
-    """
+    """The steps from `first_step` on, whose rows have the length of the rows of these streams."""
 
     first_step: int
     streams: Mapping[str, Stream]
@@ -46,8 +43,8 @@ class SequenceLengthStage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowRange:
-    """Rows [begin, end) of a stream in the order in which they are drawn, with those of `bad`
-    shards replaced.
+    """Rows [begin, end) of a stream in the order in which they are drawn; rows of `bad` shards are
+    replaced.
     """
 
     stream: Stream
@@ -56,28 +53,28 @@ class RowRange:
     bad: frozenset[int]
 
     def row_ids(self, most: int | None = None) -> RowIds:
-        """Which rows are read, of the first `most` of them."""
+        """Which rows are read, all of them or the first `most`."""
         end = self.end if most is None else min(self.end, self.begin + most)
         return self.stream.row_ids(np.arange(self.begin, end), self.bad)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Start:
-    """Where a stage begins in a source: after `drawn` rows of the run, with row `index` of its
+    """Where a stage begins in a source: after `num_drawn` rows of the run, with row `index` of its
     stream.
     """
 
-    drawn: int
+    num_drawn: int
     index: int
 
 
 class RunPlan:
-    """What decides the rows of every step, the number of steps and the shares: the same plan gives
-    the same rows on any number of ranks.
+    """Decides the rows of every step, the number of steps and the shares: the same plan gives the
+    same rows on any number of ranks.
 
     Where rows change their length, each source goes on at the same fraction of its epoch. Rows of
-    shards in quarantine are drawn and counted as before; what is read is a row of another shard of
-    their source.
+    shards in quarantine are drawn and counted as before; a row of another shard of their source is
+    read instead.
     """
 
     def __init__(
@@ -95,7 +92,7 @@ class RunPlan:
         """`mixture` and `loss_shares` count from the first row of `segment`, where the first of the
         stages begins; `steps` counts from the first step of the run.
 
-        `notes` say in words where a limit of epochs changed the run. Raises BigmixError where the
+        `notes` report where a limit of epochs changed the run. Raises BigmixError where the
         quarantine leaves a source no row.
         """
         self.mixture = mixture
@@ -113,15 +110,15 @@ class RunPlan:
             for name, files in quarantine.first_steps.items()
             if name in mixture.names
         }
-        # Rows are read together between these: those before a shard is replaced would still be read
-        # from it.
+        # Rows are read together only between these steps: those before a shard is replaced are
+        # still read from it.
         begin, *later = self._first_steps
         self._borders = sorted({begin, *later, *(q for q in quarantine.steps if q > begin)})
         self._starts = list(accumulate(stages[1:], self._next_starts, initial=self._zero()))
         self._assembled = lru_cache(maxsize=2)(self._assemble)
 
     def with_quarantine(self, quarantine: Quarantine) -> "RunPlan":
-        """The same plan with these shards replaced and no others.
+        """The same plan with rows of these shards replaced, and of no others.
 
         No other thread may read from the plan. Raises BigmixError where a source has no row left.
         """
@@ -145,7 +142,7 @@ class RunPlan:
         return RunPlan(**(same | changes))
 
     def release(self) -> None:
-        """Close all shards that are held open, and forget the rows that were gathered."""
+        """Close all shards that are held open, and forget the rows that were assembled."""
         self._assembled.cache_clear()
         for stage in self.stages:
             for stream in stage.streams.values():
@@ -168,12 +165,12 @@ class RunPlan:
         return StepShares(rows=self.mixture.shares.at(before), loss=self.loss_shares.at(before))
 
     def counts(self, step: int) -> dict[str, int]:
-        """How many rows of each source the chapter has drawn after a step."""
+        """How many rows of each source have been drawn in the segment after a step."""
         return self.mixture.counts((step - self.segment.after) * self.rows_per_step)
 
     def owed(self, step: int) -> dict[str, float]:
-        """By how many rows each source has drawn less after a step than its shares since the run
-        began.
+        """By how many rows less than its shares since the run began each source has drawn after a
+        step.
         """
         shares, drawn = self.mixture.shares, self.counts(step)
         steps = step - self.segment.after
@@ -184,12 +181,12 @@ class RunPlan:
         return {n: round(float(due[n]) - drawn[n] + before.get(n, 0.0), 9) for n in drawn}
 
     def source_positions(self, step: int) -> dict[str, SourcePosition]:
-        """Where each source stands after a step."""
+        """The next row of each source after a step."""
         at = max(0, bisect_right(self._first_steps, step) - 1)
         starts, streams, drawn = self._starts[at], self.stages[at].streams, self.counts(step)
         return {
             name: SourcePosition(
-                row=drawn[name] - start.drawn + start.index, of=streams[name].rows_per_epoch
+                row=drawn[name] - start.num_drawn + start.index, of=streams[name].rows_per_epoch
             )
             for name, start in starts.items()
         }
@@ -213,7 +210,9 @@ class RunPlan:
         return self._locate(step, 1, rank_rows.rows.start, rank_rows.rows.stop)
 
     def substituted(self, step: int) -> dict[str, int]:
-        """How many rows of a step are substitutes, by source and over all ranks."""
+        """How many rows of a step are substitutes for rows of bad shards, by source and over all
+        ranks.
+        """
         counts = dict.fromkeys(self.mixture.names, 0)
         bad = {name: shards for name in self._bad if (shards := self._bad_at(name, step))}
         if bad:
@@ -225,8 +224,8 @@ class RunPlan:
         return counts
 
     def assembled(self, rank_rows: RankRows, step: int) -> tuple[AssembledRows, int]:
-        """The rows of one rank in some steps, this one among them, and the first of the step's rows
-        in them.
+        """The rows of one rank in this step and its neighbours, and where the rows of this step
+        begin in them.
         """
         start, stop = rank_rows.rows.start, rank_rows.rows.stop
         steps = self._together(rank_rows, step)
@@ -234,9 +233,8 @@ class RunPlan:
         return rows, (step - steps.start) * (stop - start)
 
     def gathered(self, rank_rows: RankRows, *, first: int, last: int) -> Iterator[Iterator[RowIds]]:
-        """What `assembled` reads for the steps `first` ..
-
-        `last`, in its order: of each stage, the rows of one reading.
+        """What `assembled` reads for the steps from `first` to `last`, in its order: for each stage
+        the rows that are read together.
         """
         bounds = [begin for begin in self._first_steps if first < begin <= last]
         for begin, end in pairwise([first, *bounds, last + 1]):
@@ -249,8 +247,8 @@ class RunPlan:
             step = steps.stop
 
     def _together(self, rank_rows: RankRows, step: int) -> range:
-        """The steps that are read together with this one: about ASSEMBLED_ROWS rows of the rank, of
-        one stage.
+        """The steps that are read together with this one: those of about ASSEMBLED_ROWS rows of the
+        rank, in one stage.
         """
         steps = max(1, ASSEMBLED_ROWS // (rank_rows.rows.stop - rank_rows.rows.start))
         first = (step - 1) // steps * steps + 1
@@ -268,67 +266,68 @@ class RunPlan:
         return assemble([streams[name] for name in row_ids.names], row_ids)
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How many times each source has been gone through after a step."""
+        """How many epochs of each source have been trained after a step."""
         return {name: found.row / found.of for name, found in self.source_positions(step).items()}
 
-    def drawn(self, name: str, rows: int) -> Iterator[RowRange]:
-        """What the first `rows` rows of a source in the run are, in stretches between which a stage
-        or a replacement begins.
+    def drawn(self, name: str, num_rows: int) -> Iterator[RowRange]:
+        """The first `num_rows` rows of a source in the run, in ranges between which a stage or a
+        replacement begins.
         """
         drawn = [self.counts(step - 1)[name] for step in self._borders]
-        for step, begin, end in zip(self._borders, drawn, [*drawn[1:], rows], strict=True):
+        for step, begin, end in zip(self._borders, drawn, [*drawn[1:], num_rows], strict=True):
             at = bisect_right(self._first_steps, step) - 1
             start = self._starts[at][name]
-            if begin < min(end, rows):
+            if begin < min(end, num_rows):
                 yield RowRange(
                     stream=self.stages[at].streams[name],
-                    begin=begin - start.drawn + start.index,
-                    end=min(end, rows) - start.drawn + start.index,
+                    begin=begin - start.num_drawn + start.index,
+                    end=min(end, num_rows) - start.num_drawn + start.index,
                     bad=self._bad_at(name, step),
                 )
 
-    def fill_ratio(self, name: str, rows: int) -> float:
-        """The part of the first `rows` rows of a source in the run that is not padding, in the mean
-        of its epochs.
+    def fill_ratio(self, name: str, num_rows: int) -> float:
+        """The part of the first `num_rows` rows of a source in the run that is not padding, from
+        the mean of its epochs.
         """
-        tokens = 0.0
-        for part in self.drawn(name, max(rows, 1)):
+        num_tokens = 0.0
+        for part in self.drawn(name, max(num_rows, 1)):
             stream, count = part.stream, part.end - part.begin
-            tokens += count * stream.tokens_per_epoch / stream.rows_per_epoch
-        return tokens / self.room(name, max(rows, 1))
+            num_tokens += count * stream.tokens_per_epoch / stream.rows_per_epoch
+        return num_tokens / self.capacity_tokens(name, max(num_rows, 1))
 
-    def room(self, name: str, rows: int) -> int:
-        """The tokens that the first `rows` rows of a source in the run could hold."""
+    def capacity_tokens(self, name: str, num_rows: int) -> int:
+        """The tokens that the first `num_rows` rows of a source in the run could hold."""
         return sum(
-            (part.end - part.begin) * part.stream.packing.width for part in self.drawn(name, rows)
+            (part.end - part.begin) * part.stream.packing.width
+            for part in self.drawn(name, num_rows)
         )
 
     def num_shards(self, name: str) -> int:
-        """How many shards of a source rows are read from, where they are fewest: those that are not
-        bad and have any.
+        """From how many shards of a source rows are read in the stage where they are fewest: those
+        that have rows and are not bad.
         """
         bad = self._bad.get(name, {})
         return min(stage.streams[name].num_shards_but(bad) for stage in self.stages)
 
     def lost(self, name: str) -> DroppedTokens:
-        """What packing leaves out of an epoch of a source, where rows are shortest."""
-        return max((s.streams[name].lost for s in self.stages), key=lambda lost: lost.tokens)
+        """What packing leaves out of an epoch of a source, in the stage where rows are shortest."""
+        return max((s.streams[name].lost for s in self.stages), key=lambda lost: lost.num_tokens)
 
     def _zero(self) -> dict[str, _Start]:
         rows = self.segment.rows
-        return {name: _Start(drawn=0, index=rows.get(name, 0)) for name in self.mixture.names}
+        return {name: _Start(num_drawn=0, index=rows.get(name, 0)) for name in self.mixture.names}
 
     def _next_starts(
         self, starts: Mapping[str, _Start], stage: SequenceLengthStage
     ) -> dict[str, _Start]:
-        """Where the sources stand when a stage begins; `starts` is the same of the stage before."""
+        """Where a stage begins in each source; `starts` is the same of the stage before."""
         drawn = self.counts(stage.first_step - 1)
         before = self.streams_at(stage.first_step - 1)
         found = {}
         for name, start in starts.items():
             old, new = before[name].rows_per_epoch, stage.streams[name].rows_per_epoch
-            index = same_fraction(drawn[name] - start.drawn + start.index, old, new)
-            found[name] = _Start(drawn=drawn[name], index=index)
+            index = same_fraction(drawn[name] - start.num_drawn + start.index, old, new)
+            found[name] = _Start(num_drawn=drawn[name], index=index)
         return found
 
     def _bad_at(self, name: str, step: int) -> frozenset[int]:
@@ -336,7 +335,7 @@ class RunPlan:
         return frozenset(shard for shard, first in self._bad.get(name, {}).items() if first <= step)
 
     def _locate(self, first: int, steps: int, start: int, stop: int) -> RowIds:
-        """The rows at places [start, stop) of each of the steps; between them no stage and no
+        """The rows [start, stop) of each of the steps; between these steps no stage and no
         replacement begins.
         """
         rows, streams = self._rows(first, steps, start, stop), self.streams_at(first)
@@ -356,22 +355,22 @@ class RunPlan:
         )
 
     def _rows(self, first: int, steps: int, start: int, stop: int) -> MixtureRows:
-        """The same rows as they are drawn: their sources, and their indices in the streams of their
+        """The same rows as they are drawn: the source of each, and its index in the stream of the
         stage.
         """
         drawn = [self._drawn(step, start, stop) for step in range(first, first + steps)]
         sources_R = np.concatenate([part.sources_R for parts in drawn for part in parts])
         indices_R = np.concatenate([part.indices_R for parts in drawn for part in parts])
         starts = self._starts[bisect_right(self._first_steps, first) - 1].values()
-        shifts_S = np.array([start.index - start.drawn for start in starts])
+        shifts_S = np.array([start.index - start.num_drawn for start in starts])
         return MixtureRows(sources_R=sources_R, indices_R=indices_R + shifts_S[sources_R])
 
     def _drawn(self, step: int, start: int, stop: int) -> list[MixtureRows]:
-        """The mixture's rows at places [start, stop) of a step.
+        """The mixture's rows [start, stop) of a step.
 
-        The mixture's order is kept, so that a rank's block holds every source in its share, and
-        begins at a place that changes from step to step, so that no rank is given one kind of row
-        for ever.
+        The order of the mixture is kept, so that the block of a rank holds every source in its
+        share. It begins at another row in each step, so that no rank is always given the same kind
+        of row.
         """
         begin, count = (step - 1 - self.segment.after) * self.rows_per_step, self.rows_per_step
         shift = key_of(self._seed, "step", step) % count
@@ -381,7 +380,7 @@ class RunPlan:
 
 
 def same_fraction(row: int, old: int, new: int) -> int:
-    """The row at the same fraction of its epoch when an epoch has `new` rows and no longer `old`,
+    """The row at the same fraction of its epoch where an epoch has `new` rows instead of `old`,
     rounded up.
     """
     epochs, rest = divmod(row, old)
@@ -391,11 +390,11 @@ def same_fraction(row: int, old: int, new: int) -> int:
 def _shards_of(
     stages: Sequence[SequenceLengthStage], name: str, files: Mapping[str, int]
 ) -> dict[int, int]:
-    """The shards of a source with these files, each with its value."""
+    """The indices of the shards of a source with these files, each with the value of its file."""
     stream = stages[-1].streams[name]
     names = stream.manifest.shards.files
     shards = stream.manifest.shards.indices_of(files)
-    if any(s.streams[name].rows_in(shards) == s.streams[name].rows_per_epoch for s in stages):
+    if any(s.streams[name].num_rows_in(shards) == s.streams[name].rows_per_epoch for s in stages):
         raise BigmixError(
             f"no shard of {name} is left to train on: {len(shards)} of {len(names)} are bad, the"
             f" first is {names[shards[0]]}; restore them or prepare the source again, then run the"
@@ -405,7 +404,7 @@ def _shards_of(
 
 
 def stages_from(stages: Sequence[SequenceLengthStage], after: int) -> Sequence[SequenceLengthStage]:
-    """The stages of the steps that come after `after` others; the first of them begins there."""
+    """The stages of the steps after the first `after` ones; the first of them begins there."""
     current = [stage for stage in stages if stage.first_step <= after + 1][-1]
     later = [stage for stage in stages if stage.first_step > after + 1]
     return [replace(current, first_step=after + 1), *later]

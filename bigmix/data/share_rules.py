@@ -1,6 +1,4 @@
-"""What an evaluation says goes in, the shares that controllers decide on come out, by their own
-rule or by the user's.
-"""
+"""The rules by which controllers decide shares after an evaluation: our own, or the user's."""
 
 import importlib
 import importlib.util
@@ -17,8 +15,8 @@ from bigmix.errors import BadInput, BigmixError
 from bigmix.recipe.shares import FORGETTING, Controller
 
 SHARE_DIGITS = 6
-# Of the share at one decision: it must rise at once, since what is forgotten is learned again
-# slowly, and may take its time to fall.
+# Of the share at one decision. It must rise at once, since what is forgotten is learned again
+# slowly, and may fall slowly.
 _MOST_DOUBLINGS, _MOST_HALVINGS = 2.0, 1.0
 _FEW_DOUBLINGS = 10.0
 
@@ -27,11 +25,11 @@ _FEW_DOUBLINGS = 10.0
 class ControllerInput:
     """What a rule decides a share on, after `step` of `steps`.
 
-    `share` is what it is now, as a fraction of its group or of the run, and must stay within
-    `least` and `most`. `shares` are the fractions of the run's rows by source. By source too:
-    `losses`, the training loss since the decision before, where a token was trained. By held-out
-    set: `held_out`, its loss, and `forgetting`, that less the one at step 0, both in nats per
-    token. `earlier` are the decisions so far, oldest first, with the shares of all controllers.
+    `share` is the present one, as a fraction of its group or of the run; it must stay between
+    `least` and `most`. By source: `shares`, fractions of the run's rows, and `losses`, the training
+    loss since the decision before, where a token was trained. By held-out set: `held_out`, its
+    loss, and `forgetting`, that loss minus the one at step 0; losses are in nats per token.
+    `earlier` are the decisions so far, oldest first, with the shares of all controllers.
     """
 
     name: str
@@ -54,14 +52,14 @@ Rule = Callable[[ControllerInput], float]
 def rule_of(controller: Controller, watched_sets: Sequence[str]) -> Rule:
     """The rule of a controller that looks at these held-out sets.
 
-    Raises BadInput where it is the user's and cannot be imported.
+    Raises BadInput where it is a rule of the user that cannot be imported.
     """
     if controller.controller == FORGETTING:
         return partial(hold_forgetting, controller, watched_sets)
     place, _, name = controller.controller.rpartition(":")
     try:
         rule = getattr(_module(place), name, None)
-    # Whatever the user's module raises while it is imported.
+    # The user's module may raise anything while it is imported.
     except Exception as error:
         raise BadInput(
             f"controller {controller.controller}: {place} cannot be imported"
@@ -82,47 +80,47 @@ def _module(place: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"bigmix_rule_{Path(place).stem}", place)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Where dataclasses look for it.
+    # dataclasses look the module up here.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-def decide(rule: Rule, said: str, reading: ControllerInput) -> float:
-    """The share that a rule gives, to six digits; `said` is what the recipe calls it.
+def decide(rule: Rule, rule_name: str, reading: ControllerInput) -> float:
+    """The share that a rule gives, to six digits; `rule_name` is its name in the recipe.
 
-    Raises BigmixError where the rule fails, gives no number within the bounds, or another one when
-    it is asked again.
+    Raises BigmixError where the rule fails, gives no number within the bounds, or gives another one
+    when it is called again.
     """
-    first, second = _asked(rule, said, reading), _asked(rule, said, reading)
+    first, second = _called(rule, rule_name, reading), _called(rule, rule_name, reading)
     if first != second:
         raise BigmixError(
-            f"{said} gives {first} for the share of {reading.name} after step {reading.step}, and"
-            f" {second} when it is asked again; a rule must depend on what it is given alone, keep"
-            " no state and draw nothing at random"
+            f"{rule_name} gives {first} for the share of {reading.name} after step {reading.step},"
+            f" and {second} when it is called again; a rule must depend on what it is given alone,"
+            " keep no state and draw nothing at random"
         )
     if not reading.least <= first <= reading.most:
         raise BigmixError(
-            f"{said} gives {first} for the share of {reading.name} after step {reading.step}, must"
-            f" be between least = {reading.least:g} and most = {reading.most:g}; change the rule or"
-            " the bounds, the same command goes on"
+            f"{rule_name} gives {first} for the share of {reading.name} after step {reading.step},"
+            f" must be between least = {reading.least:g} and most = {reading.most:g}; change the"
+            " rule or the bounds, the same command goes on"
         )
     return min(max(round(first, SHARE_DIGITS), reading.least), reading.most)
 
 
-def _asked(rule: Rule, said: str, reading: ControllerInput) -> float:
+def _called(rule: Rule, rule_name: str, reading: ControllerInput) -> float:
     try:
         share = rule(reading)
-    # Whatever the user's function raises.
+    # The user's function may raise anything.
     except Exception as error:
         raise BigmixError(
-            f"{said} failed on the share of {reading.name} after step {reading.step}:"
+            f"{rule_name} failed on the share of {reading.name} after step {reading.step}:"
             f" {type(error).__name__}: {error}"
         ) from error
     if isinstance(share, bool) or not isinstance(share, int | float) or not math.isfinite(share):
         raise BigmixError(
-            f"{said} gives {share!r} for the share of {reading.name} after step {reading.step},"
-            " must be a finite number; change the rule, the same command goes on"
+            f"{rule_name} gives {share!r} for the share of {reading.name} after step"
+            f" {reading.step}, must be a finite number; change the rule, the same command goes on"
         )
     return float(share)
 
@@ -130,13 +128,13 @@ def _asked(rule: Rule, said: str, reading: ControllerInput) -> float:
 def hold_forgetting(
     controller: Controller, watched_sets: Sequence[str], reading: ControllerInput
 ) -> float:
-    """The share that keeps forgetting at or under the limit, by a power law in what is expected at
-    the next evaluation.
+    """The share that keeps forgetting at or under the limit, by a power law in the forgetting that
+    is expected at the next evaluation.
 
-    Forgetting falls about as forgetting(p) = forgetting(0) (1 + B p)^-alpha with the share p, so
-    that where it is to change by a factor f, p changes by about f^(-1/alpha); `gain` stands for
-    1/alpha, and is smaller since too small a step is made good by the next one, and too large a one
-    overshoots.
+    Forgetting falls with the share p about as forgetting(p) = forgetting(0) (1 + B p)^-alpha, so
+    that to change it by a factor f, p must change by about f^(-1/alpha). `gain` is in the place of
+    1/alpha. It is smaller, since a step that is too small is corrected by the next one, and one
+    that is too large overshoots.
     """
     assert controller.limit is not None, "a recipe without it is refused"
     now = _judged(controller, watched_sets, reading.forgetting)
@@ -145,7 +143,7 @@ def hold_forgetting(
     if now is None:
         return reading.share
     aim = controller.aim * controller.limit
-    # Of nothing, or less, there is no ratio to the aim.
+    # Of 0 or less there is no ratio to the aim.
     expected = max(_expected(now, now if last is None else last), aim * 2.0**-_FEW_DOUBLINGS)
     doublings = controller.gain * math.log2(expected / aim)
     share = reading.share * 2 ** min(max(doublings, -_MOST_HALVINGS), _MOST_DOUBLINGS)
@@ -153,10 +151,10 @@ def hold_forgetting(
 
 
 def _expected(now: float, last: float) -> float:
-    """Forgetting at the next evaluation: it answers late, and is on its way still.
+    """Forgetting at the next evaluation: it answers late, and is still moving.
 
-    A straight line where it rises. Where it falls it does so ever more slowly, by the same factor
-    again: a straight line would be below nothing after one good step.
+    A straight line where it rises. Where it falls it does so more and more slowly, by the same
+    factor again: a straight line would be below 0 after one good step.
     """
     return now * now / last if 0 < now < last else now + (now - last)
 
@@ -164,7 +162,7 @@ def _expected(now: float, last: float) -> float:
 def _judged(
     controller: Controller, watched_sets: Sequence[str], forgetting: Mapping[str, float]
 ) -> float | None:
-    """The forgetting that counts; None where a set has none, since its loss was not finite."""
+    """The worst or the mean forgetting of the sets; None where the loss of one was not finite."""
     found = [forgetting[name] for name in watched_sets if name in forgetting]
     if len(found) < len(watched_sets):
         return None

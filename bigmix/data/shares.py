@@ -1,35 +1,37 @@
-"""Shares as a recipe gives them go in, the whole weight of every source in every step comes out.
+"""Shares of sources: from what a recipe says to the whole weight of every source in every step.
 
-A share is a number or points [step, share]; sources may be members of groups, whose share they
-divide in the ratio of their own; from a step on a source may have ended. Shares are normalised
-among the members of each group.
+A share is a number, points [step, share], or follows from the sizes of sources: by a temperature,
+or as even as epochs allow. Sources may be members of groups, whose share they divide in the ratio
+of their own; from a step on a source may have ended. Shares are normalised among the members of
+each group.
 
-Sizes of sources go in, the shares that follow from them come out: by a temperature, or as even as
-epochs allow.
+Letters: K steps, S sources.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import floor, gcd, lcm
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bigmix.recipe import Recipe
-from bigmix.recipe.shares import Temperature, UniMax
+from bigmix.recipe import Group, Recipe, Source
+from bigmix.recipe.shares import Controller, Temperature, UniMax
+from bigmix.types import Floats
 
 Points = Sequence[tuple[int, float]]
 ShareValue = float | Points
 # Shares that change are kept to one part in a million; constant ones are exact.
 UNITS = 1_000_000
 
-_Floats = npt.NDArray[np.float64]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShareMember:
-    """A source's or a group's share of the group it is in; `group` None: of the whole."""
+    """A source's or a group's share of the group it is in, or of the whole where `group` is
+    None.
+    """
 
     share: ShareValue
     group: str | None = None
@@ -37,7 +39,7 @@ class ShareMember:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShareWeights:
-    """Whole weights by piece: from step `first_steps[j]` on source s has `weights[j][s]` of
+    """Whole weights by piece: from step `first_steps[j]` on, source s has `weights[j][s]` of
     `unit`.
     """
 
@@ -48,7 +50,7 @@ class ShareWeights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shares:
-    """The shares of all sources; `ends` names the steps from which on a source takes no part."""
+    """The shares of all sources; `ends` has the step from which on a source is left out."""
 
     sources: Mapping[str, ShareMember]
     groups: Mapping[str, ShareMember] = field(default_factory=dict)
@@ -61,13 +63,13 @@ class Shares:
 
     @property
     def last_change(self) -> int:
-        """The step from which on the shares stay as they are."""
+        """The step from which on the shares are constant."""
         members = (*self.sources.values(), *self.groups.values())
         points = [m.share[-1][0] for m in members if not isinstance(m.share, int | float)]
         return max([0, *points, *self.ends.values()])
 
     def later(self, steps: int) -> "Shares":
-        """The same shares for somebody who begins to count `steps` later."""
+        """The same shares, counted from `steps` steps later."""
         sources, groups = (
             {
                 name: replace(member, share=_later(member.share, steps))
@@ -79,13 +81,13 @@ class Shares:
         return Shares(sources=sources, groups=groups, ends=ends)
 
     def at(self, step: int) -> dict[str, float]:
-        """The normalised share of each source in a step that follows `step` others; all 0 where
-        nothing is left.
+        """The normalised share of each source in the step after the first `step` ones; all 0 where
+        no source is left.
         """
         table = self.table(np.array([step]))
         return {name: float(table[name][0]) for name in self.sources}
 
-    def table(self, steps: npt.NDArray[np.int64]) -> dict[str, _Floats]:
+    def table(self, steps: npt.NDArray[np.int64]) -> dict[str, Floats]:
         """The normalised share of each source at each of the steps."""
         values = {name: _values(member.share, steps) for name, member in self.sources.items()}
         for name, end in self.ends.items():
@@ -93,7 +95,7 @@ class Shares:
         return self._divided(values, steps)
 
     def exact(self) -> dict[str, Fraction] | None:
-        """The shares as fractions, where none of them ever changes."""
+        """The shares as fractions; None where one of them changes during the run."""
         members = (*self.sources.values(), *self.groups.values())
         if self.ends or not all(isinstance(m.share, int | float) for m in members):
             return None
@@ -117,9 +119,11 @@ class Shares:
         )
 
     def _divided(
-        self, values: Mapping[str, _Floats], steps: npt.NDArray[np.int64]
-    ) -> dict[str, _Floats]:
-        """From raw shares to normalised ones, from the members of the innermost groups outwards."""
+        self, values: Mapping[str, Floats], steps: npt.NDArray[np.int64]
+    ) -> dict[str, Floats]:
+        """The normalised shares from raw ones, beginning with the members of the innermost
+        groups.
+        """
         raw = {name: _values(group.share, steps) for name, group in self.groups.items()}
         nothing = np.zeros(len(steps))
         for name in sorted(self.groups, key=self._depth, reverse=True):
@@ -155,7 +159,7 @@ class Shares:
         return [name for name, member in self.sources.items() if member.group == group]
 
     def _groups_of(self, group: str | None) -> list[str]:
-        """The groups inside a group; one without a source anywhere inside takes no part."""
+        """The groups inside a group, without those that have no source anywhere inside."""
         return [
             name
             for name, member in self.groups.items()
@@ -176,19 +180,89 @@ def shares_of(shares: Mapping[str, ShareValue]) -> Shares:
     return Shares(sources={name: ShareMember(share=share) for name, share in shares.items()})
 
 
-def apportion(due: Mapping[str, float], total: int) -> dict[str, int]:
-    """Whole numbers with a sum: the largest remainders get what rounding down leaves, so that each
-    is within one of its due.
+def recipe_shares(
+    recipe: Recipe, sizes: Mapping[str, float], decided: Mapping[str, float]
+) -> Shares:
+    """The shares of rows of a recipe.
 
-    Where some are due less than nothing, the others give what these cannot.
+    `sizes` are the shares that follow from the sizes of sources, `decided` those that controllers
+    have decided; a controlled share that is not among them is at its start.
+    """
+    return _of_members(recipe, sizes, decided, lambda member: member.share)
+
+
+def recipe_loss_shares(
+    recipe: Recipe, sizes: Mapping[str, float], decided: Mapping[str, float]
+) -> Shares:
+    """The same for the shares of the gradient: those of rows where the recipe gives no others."""
+    return _of_members(recipe, sizes, decided, lambda member: member.loss_share or member.share)
+
+
+def _of_members(
+    recipe: Recipe,
+    sizes: Mapping[str, float],
+    decided: Mapping[str, float],
+    share_of: Callable[[Source | Group], Any],
+) -> Shares:
+    now = {n: decided.get(n, c.start) for n, c in recipe.controllers.items()}
+    values = {**sizes, **now}
+    sources = {
+        name: ShareMember(share=_number(share_of(source), values.get(name)), group=source.group)
+        for name, source in recipe.sources.items()
+    }
+    groups = {
+        name: ShareMember(share=_number(share_of(group), values.get(name)), group=group.group)
+        for name, group in recipe.groups.items()
+    }
+    members: dict[str, Source | Group] = {**recipe.sources, **recipe.groups}
+    controlled = [n for n in now if isinstance(share_of(members[n]), Controller)]
+    return _with_the_rest(Shares(sources=sources, groups=groups), controlled)
+
+
+def _number(
+    share: float | Points | Temperature | UniMax | Controller, value: float | None
+) -> ShareValue:
+    if isinstance(share, Temperature | UniMax | Controller):
+        assert value is not None
+        return value
+    return share
+
+
+def _with_the_rest(shares: Shares, controlled: Collection[str]) -> Shares:
+    """The same shares, where controlled ones are fractions of all: the other members of their group
+    become a group of their own, which has the rest.
+    """
+    members = {**shares.sources, **shares.groups}
+    for level in {members[name].group for name in controlled}:
+        fractions = [members[n].share for n in controlled if members[n].group == level]
+        # A name in a recipe has no blank, so that this one is free.
+        rest = f"the rest of {level}"
+        inside = {
+            name: replace(member, group=rest)
+            for name, member in members.items()
+            if member.group == level and name not in controlled
+        }
+        left = 1 - sum(Fraction(str(fraction)) for fraction in fractions)
+        members |= {**inside, rest: ShareMember(share=float(left), group=level)}
+    return Shares(
+        sources={name: members[name] for name in shares.sources},
+        groups={name: member for name, member in members.items() if name not in shares.sources},
+    )
+
+
+def apportion(due: Mapping[str, float], total: int) -> dict[str, int]:
+    """Whole numbers that sum to `total`: the largest remainders get what rounding down leaves, so
+    that each number is within one of its due.
+
+    Where a name is due less than 0 it gets 0, and the others get less in its place.
     """
     whole = {name: max(0, floor(value)) for name, value in due.items()}
     order = sorted(whole, key=lambda name: whole[name] - due[name])
     left = total - sum(whole.values())
     for name in order[:left] if left > 0 else ():
         whole[name] += 1
-    # Who was given too much before can be due less than nothing; the others then give it, who has
-    # most beyond its due first.
+    # A source that was given too much before can be due less than 0. The others then get less, the
+    # one that is furthest above its due first.
     for _ in range(-left):
         most = max(
             (name for name in order if whole[name]), key=lambda name: whole[name] - due[name]
@@ -206,11 +280,11 @@ def whole_weights(shares: Sequence[float | Fraction]) -> list[int]:
     return [weight // common for weight in whole]
 
 
-def _values(share: ShareValue, steps: npt.NDArray[np.int64]) -> _Floats:
+def _values(share: ShareValue, steps: npt.NDArray[np.int64]) -> Floats:
     if isinstance(share, int | float):
         return np.full(len(steps), float(share))
     at, values = zip(*share, strict=True)
-    between: _Floats = np.interp(steps, at, values)
+    between: Floats = np.interp(steps, at, values)
     return between
 
 
@@ -221,9 +295,9 @@ def _later(share: ShareValue, steps: int) -> ShareValue:
     return [(0, now), *((step - steps, value) for step, value in share if step > steps)]
 
 
-def _whole_units(shares_KS: _Floats) -> npt.NDArray[np.int64]:
-    """Each step's shares in whole units that sum to UNITS: the largest remainders get what rounding
-    down leaves.
+def _whole_units(shares_KS: Floats) -> npt.NDArray[np.int64]:
+    """The shares of each step in whole units that sum to UNITS: the largest remainders get what
+    rounding down leaves.
     """
     raw = shares_KS * UNITS
     units = np.floor(raw + 1e-6).astype(np.int64)
@@ -237,7 +311,9 @@ SIZE_DIGITS = 6  # shares by a temperature are kept to one part in a million
 
 
 def by_temperature(recipe: Recipe, tokens: Mapping[str, int]) -> dict[str, float]:
-    """The shares of sources with a temperature: tokens to its power, as parts of their group."""
+    """The shares of sources with a temperature: their tokens to its power, as parts of the
+    group.
+    """
     found: dict[str, float] = {}
     for level in {source.group for source in recipe.sources.values()}:
         powers = {
@@ -253,9 +329,7 @@ def by_temperature(recipe: Recipe, tokens: Mapping[str, int]) -> dict[str, float
 
 
 def levels_of_unimax(recipe: Recipe) -> Iterator[dict[str, float]]:
-    """The sources that divide rows by UniMax among themselves, with the epochs that each may come
-    to.
-    """
+    """For each group the sources that divide rows by UniMax, with the most epochs of each."""
     for level in dict.fromkeys(source.group for source in recipe.sources.values()):
         epochs = {
             name: source.share.unimax
@@ -266,15 +340,15 @@ def levels_of_unimax(recipe: Recipe) -> Iterator[dict[str, float]]:
             yield epochs
 
 
-def unimax(capacities: Mapping[str, int], rows: int) -> dict[str, int]:
-    """The rows of each source: the same for all but those that have fewer, which give all; less
-    than `rows` where none has more.
+def unimax(capacities: Mapping[str, int], num_rows: int) -> dict[str, int]:
+    """Divide `num_rows` rows evenly among sources, each of which gives at most its capacity.
 
-    Chung et al., "UniMax: Fairer and more effective language sampling", 2023, algorithm 1, in whole
-    rows.
+    A source with less capacity than its even part gives all, and the others divide what is left.
+    The sum is less than `num_rows` where the capacities are. Chung et al., "UniMax: Fairer and more
+    effective language sampling", 2023, algorithm 1, in whole rows.
     """
     given: dict[str, int] = {}
     for name in sorted(capacities, key=lambda name: (capacities[name], name)):
-        even = (rows - sum(given.values())) // (len(capacities) - len(given))
+        even = (num_rows - sum(given.values())) // (len(capacities) - len(given))
         given[name] = min(capacities[name], even)
     return {name: given[name] for name in capacities}

@@ -1,8 +1,8 @@
-"""The path of a prepared source goes in, wherever it lies; its manifest and its rows come out.
+"""Prepared sources, local or remote: their manifests, and a store that opens their shards.
 
-A source on local disk is mapped. The shards of others are fetched whole into a cache that the ranks
-of a machine share, in the order in which they will be needed, or read in ranges where a machine
-needs little of each.
+A source on local disk is mapped into memory. The shards of other sources are fetched whole into a
+cache that the ranks of a machine share, in the order in which they will be needed, or read in
+ranges where a machine needs little of each.
 """
 
 import hashlib
@@ -33,29 +33,31 @@ from bigmix.types import Ints
 
 TOKENIZER = "tokenizer"
 _TOKENIZER_FILE = "tokenizer.json"
-_TOKENIZER_FILES_TOO = (  # those of them that there are
+_TOKENIZER_FILES_TOO = (  # a tokenizer need not have all of them
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
 )
 _PIPE_TRIES = 2  # a command's failure does not say whether its file is missing
-_MANIFEST_TRIES = 3  # of a manifest that was read before
+_MANIFEST_TRIES = 3  # for a manifest that was read before
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparedSource:
-    """A prepared source: where it is, and what its manifest says of the shards that are chosen."""
+    """A prepared source: where it is, and what its manifest says of the chosen shards.
+
+    `documents` says where the documents of each chosen shard are among all; None where all shards
+    are chosen.
+    """
 
     location: Location
     manifest: Manifest
-    documents: (
-        Sequence[slice] | None
-    )  # where the documents of each chosen shard are among all; None: all are chosen
+    documents: Sequence[slice] | None
 
     @property
     def content(self) -> str:
-        """A checksum that is the same for the same shards in the same order, wherever they lie."""
+        """A checksum that is the same for the same shards in the same order, wherever they are."""
         digest = hashlib.sha256()
         for shard in self.manifest.shards:
             digest.update(bytes.fromhex(shard.sha256))
@@ -64,8 +66,8 @@ class PreparedSource:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RemoteReadOptions:
-    """How remote shards are read: through a cache, whole unless `ranges` is set for texts, and then
-    block by block.
+    """How remote shards are read: whole, through a cache of `max_bytes` in `folder`; or, with
+    `ranges`, block by block where a row is consecutive tokens.
     """
 
     folder: Path
@@ -81,7 +83,7 @@ def read_source(
     """Read the manifest of a prepared source, local or remote.
 
     Raises BadInput where there is none, where it is not whole, or where it does not list a shard
-    that was asked for.
+    that the path names.
     """
     location = location_of(path)
     url = location.url(MANIFEST)
@@ -105,7 +107,7 @@ def read_source(
 
 
 def _selected(manifest: Manifest, names: Sequence[str]) -> Manifest:
-    """The manifest of some of the shards; the bytes behind the loss are taken to be spread evenly
+    """The manifest of some of the shards; the bytes behind the loss are assumed to be spread evenly
     over its tokens.
     """
     shards = manifest.shards.select(names)
@@ -115,9 +117,9 @@ def _selected(manifest: Manifest, names: Sequence[str]) -> Manifest:
 
 
 class ShardStore:
-    """Opens the shards of sources for one process; what is remote comes through one cache.
+    """Opens the shards of sources for one process; remote ones come through one cache.
 
-    An opened shard is held in the cache for as long as somebody holds it.
+    An opened shard stays in the cache for as long as it is referenced.
     """
 
     def __init__(self, reading: RemoteReadOptions) -> None:
@@ -135,36 +137,36 @@ class ShardStore:
         Raises BigmixError where its file of lengths is not the one that its manifest lists.
         """
         if source.location not in self._lengths:
-            # Checked once for all the streams of a source: each length of rows has its own.
+            # Checked once for all streams of a source, which has one for each length of rows.
             self._lengths[source.location] = self._open_lengths(source)
         lengths = self._lengths[source.location]
         open_shard = partial(self.open, source)
         return Stream(name, source.manifest, open_shard, packing, lengths=lengths, seed=seed)
 
     def fetch_ahead(self, order: Iterable[tuple[PreparedSource, int]]) -> None:
-        """From now on fetch shards in this order before they are asked for; those of `is_fetched`
-        sources alone.
+        """From now on fetch shards ahead of need in this order; all must be of sources for which
+        `is_fetched` is true.
         """
         self.reopen()
         needed = (_needed(source, index) for source, index in order)
         self._ahead = FetchAhead(self._opened_cache(), needed, self._reading.ahead)
 
     def close(self) -> None:
-        """Stop fetching: who waits for a shard gets Stopped, as does who asks later for one that is
-        not here.
+        """Stop fetching: a thread that waits for a shard gets Stopped, as does a later call for one
+        that is not in the cache.
         """
         self._watch.stop()
         if self._ahead is not None:
             self._ahead.close()
 
     def reopen(self) -> None:
-        """Fetch again after `close`, and nothing ahead until it is asked for."""
+        """Fetch again after `close`, but nothing ahead until the next `fetch_ahead`."""
         self.close()
         self._ahead, self._watch = None, Watch()
 
     def tokenizer_folder(self, source: PreparedSource) -> Path:
-        """The folder of the tokenizer that made a source; that of a remote one is copied into the
-        cache's, once.
+        """The folder of the tokenizer that made a source; that of a remote source is copied once
+        into the folder of the cache.
 
         The folder does not exist where the source has no tokenizer.
         """
@@ -179,15 +181,15 @@ class ShardStore:
         first = None if folder.is_dir() else self._tokenizer_file(location, _TOKENIZER_FILE)
         if first is not None:
             self._opened_cache()
-            beside = Path(tempfile.mkdtemp(dir=self._reading.folder))
-            (beside / _TOKENIZER_FILE).write_bytes(first)
+            temporary = Path(tempfile.mkdtemp(dir=self._reading.folder))
+            (temporary / _TOKENIZER_FILE).write_bytes(first)
             for name in _TOKENIZER_FILES_TOO:
                 content = self._tokenizer_file(location, name)
                 if content is not None:
-                    (beside / name).write_bytes(content)
+                    (temporary / name).write_bytes(content)
             with suppress(OSError):  # another process was first
-                beside.rename(folder)
-            shutil.rmtree(beside, ignore_errors=True)
+                temporary.rename(folder)
+            shutil.rmtree(temporary, ignore_errors=True)
         return folder
 
     def _tokenizer_file(self, location: Location, name: str) -> bytes | None:
@@ -205,7 +207,7 @@ class ShardStore:
 
     def is_fetched(self, source: PreparedSource) -> bool:
         """Whether shards of a source go through the cache."""
-        # A command prints a file from its beginning: in ranges it would be printed again for each
+        # A command prints a file from its beginning; in ranges it would print it again for each
         # block.
         ranges = (
             self._reading.ranges
@@ -215,10 +217,10 @@ class ShardStore:
         return not source.location.is_local and not ranges
 
     def open(self, source: PreparedSource, index: int) -> Shard:
-        """A shard of a source by its place among those that are chosen.
+        """A shard of a source by its index among the chosen ones.
 
-        Raises Unreadable where the shard is at fault; Stopped, CacheFault or another BigmixError
-        where the depot was closed, or the cache or the whole source is.
+        Raises Unreadable where the shard is at fault, Stopped where the store was closed,
+        CacheFault where the cache is at fault, and another BigmixError where the whole source is.
         """
         entry = source.manifest.shards[index]
         url = source.location.url(entry.file)
@@ -241,7 +243,7 @@ class ShardStore:
         return ByteSource(name=shown(url), read=read, damaged=partial(self._check_source, source))
 
     def _leased(self, lease: Lease, url: str, size: int) -> ByteSource:
-        """A file of the cache, held for as long as somebody reads it."""
+        """A file of the cache, which is kept for as long as it is referenced."""
         found = mapped(lease.path, size)
         cache = self._opened_cache()
         where = replace(found, name=shown(url), damaged=lambda _: cache.discard(lease))
@@ -250,7 +252,7 @@ class ShardStore:
 
     @contextmanager
     def _faults_of_shards(self, source: PreparedSource) -> Iterator[None]:
-        """What cannot be read is a fault of the shard, unless its source or this machine is at
+        """Raise errors of reading as faults of the shard, unless its source or this machine is at
         fault.
         """
         try:
@@ -261,9 +263,10 @@ class ShardStore:
             self._check_source(source, str(error))
             raise Unreadable(str(error)) from error
 
-    def _check_source(self, source: PreparedSource, said: str) -> None:
-        """Raises BigmixError where its manifest cannot be read any more, or lists other shards;
-        `said` is of a shard.
+    def _check_source(self, source: PreparedSource, reason: str) -> None:
+        """Check that not the whole source is at fault where a shard cannot be read for a reason.
+
+        Raises BigmixError where its manifest cannot be read any more, or lists other shards.
         """
         retry = self._reading.retry
         few = replace(retry, tries=min(retry.tries, _MANIFEST_TRIES))
@@ -274,12 +277,12 @@ class ShardStore:
             raise
         except BigmixError as error:
             raise BigmixError(
-                f"{said}\nnot only a shard, the whole source is at fault, since its manifest cannot"
-                f" be read either: {error}"
+                f"{reason}\nnot only a shard, the whole source is at fault, since its manifest"
+                f" cannot be read either: {error}"
             ) from error
         if now.manifest.shards != source.manifest.shards:
             raise BigmixError(
-                f"{said}\nnot only a shard, the whole source is at fault: {place} lists other"
+                f"{reason}\nnot only a shard, the whole source is at fault: {place} lists other"
                 " shards than at the start of this run; restore the source, or give another output"
                 " and begin again"
             )
@@ -318,11 +321,11 @@ def needed_in_order(
     sources: Mapping[str, PreparedSource],
     num_shards: Mapping[str, int],
 ) -> Iterator[tuple[PreparedSource, int]]:
-    """The shards of `sources` that streams open, in their order, where they read these rows
-    together, stage by stage.
+    """The shards of `sources` in the order in which streams open them.
 
-    Each stage has streams of its own; a stream holds the OPEN_SHARDS shards open that it used last.
-    `num_shards` is how many shards of a source can come at all.
+    `stages` are the rows that are read together, stage by stage. Each stage has streams of its own;
+    a stream keeps the OPEN_SHARDS shards open that it used last. `num_shards` is the number of
+    shards of each source that have rows to read.
     """
     for batches in stages:
         held: dict[str, dict[int, None]] = {name: {} for name in sources}
@@ -331,14 +334,14 @@ def needed_in_order(
                 name = row_ids.names[source]
                 if name in held and _is_opened(shard, held[name]):
                     yield sources[name], shard
-            # Else the rest of the run would be gone through for a shard that never comes.
+            # Else the rows of the rest of the run would be searched for a shard that never comes.
             if all(len(shards) >= num_shards[name] for name, shards in held.items()):
                 break
 
 
 def _is_opened(shard: int, held: dict[int, None]) -> bool:
-    """Whether a stream that holds these shards, the one used last at the end, must open this one;
-    `held` follows it.
+    """Whether a stream that keeps these shards open, the one used last at the end, must open this
+    one; updates `held`.
     """
     is_opened = shard not in held
     held.pop(shard, None)
@@ -348,9 +351,9 @@ def _is_opened(shard: int, held: dict[int, None]) -> bool:
     return is_opened
 
 
-def room_in_use(sources: Iterable[PreparedSource], ahead: Ahead) -> int:
-    """Bytes of a cache that streams of these sources hold at most: their open shards, one more
-    each, and what is ahead.
+def bytes_in_use(sources: Iterable[PreparedSource], ahead: Ahead) -> int:
+    """The most bytes of a cache that streams of these sources keep in use: their open shards, one
+    more for each source, and the shards fetched ahead.
     """
     total, largest = 0, 0
     for source in sources:

@@ -1,8 +1,7 @@
-"""A prepared source goes in, its n-th row comes out, for any n, without passing over the rows
-before.
+"""The rows of one source in the order in which a run draws them; any row is found at once.
 
-Shards are permuted in each epoch, rows inside a window of shards; both by keys of (seed, source
-name, epoch), so that another source changes nothing here.
+Shards are permuted in each epoch, and rows inside a window of shards. Both permutations are keyed
+by seed, source name and epoch, so that adding another source changes nothing here.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 
 import numpy as np
-import numpy.typing as npt
 
 from bigmix.data.packing import (
     LAYOUTS,
@@ -37,7 +35,9 @@ OpenShard = Callable[[int], Shard]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Epoch:
-    """An epoch's shards in order, how many rows come before each, and the key of its windows."""
+    """The shards of an epoch in order, how many rows come before each, and the key of its
+    windows.
+    """
 
     shards: Ints
     rows_before: Ints
@@ -57,8 +57,8 @@ class Stream:
         lengths: Ints | None,
         seed: int,
     ) -> None:
-        """`lengths` are the tokens of every document of a chat source, in the order of the
-        shards.
+        """`lengths` are the tokens of every document in the order of the shards, where the source
+        has a file of them.
         """
         self.name = name
         self.manifest = manifest
@@ -76,37 +76,35 @@ class Stream:
         self._layout: RowLayout = LAYOUTS[manifest.kind](options=packing)
         self._rows_of_shard = self._count_rows()
         self.rows_per_epoch = int(self._rows_of_shard.sum())
-        # Counting may have opened shards, and what is fetched ahead supposes that none is open.
+        # Counting may have opened shards, and the order of fetching assumes that none is open.
         self._open.cache_clear()
 
     def release(self) -> None:
-        """Close the shards that are held open; they are opened again where a row of them is
-        read.
-        """
+        """Close the shards that are held open; one is opened again when a row of it is read."""
         self._open.cache_clear()
         self.table.cache_clear()
 
     def num_shards_but(self, others: Collection[int]) -> int:
-        """How many shards have rows, these others not counted."""
+        """How many shards have rows, without these others."""
         return int(np.count_nonzero(np.delete(self._rows_of_shard, list(others))))
 
-    def rows_in(self, shards: Collection[int]) -> int:
+    def num_rows_in(self, shards: Collection[int]) -> int:
         """How many rows of an epoch these shards have."""
         return int(self._rows_of_shard[list(shards)].sum())
 
     @cached_property
     def lost(self) -> DroppedTokens:
-        """Documents that packing leaves out or cuts in an epoch."""
+        """The documents that packing drops or truncates in an epoch."""
         return self._layout.dropped(self._lengths)
 
     @property
     def tokens_per_epoch(self) -> int:
-        """Tokens in the rows of an epoch, padding not counted."""
-        return int(self.manifest.shards.column("tokens").sum()) - self.lost.tokens
+        """Tokens in the rows of an epoch, without padding."""
+        return int(self.manifest.shards.column("tokens").sum()) - self.lost.num_tokens
 
     def row_ids(self, indices_R: Ints, bad: frozenset[int] = frozenset()) -> RowIds:
-        """Which rows these are, counted from 0 over all epochs; rows of `bad` shards are replaced
-        by some of the others.
+        """The ids of rows that are counted from 0 over all epochs; rows of `bad` shards are
+        replaced by rows of the others.
         """
         epochs_R, within_R = np.divmod(indices_R, self.rows_per_epoch)
         shards_R, rows_R = np.empty_like(epochs_R), np.empty_like(epochs_R)
@@ -122,7 +120,7 @@ class Stream:
         )
 
     def in_shard_order(self) -> Sequence[RowId]:
-        """Every row once, as the shards hold them; for evaluation."""
+        """Every row once, in the order of the shards; for evaluation."""
         return [
             RowId(source=self.name, epoch=0, shard=shard, row=row)
             for shard, rows in enumerate(self._rows_of_shard.tolist())
@@ -140,7 +138,7 @@ class Stream:
             raise self._bad(shard_index, error) from error
 
     def rows(self, shard_index: int, indices: Ints) -> PackedRows:
-        """Rows of a shard by their numbers; raises BadShard where it cannot be read."""
+        """Rows of a shard by their numbers; raises BadShard where the shard cannot be read."""
         try:
             shard, table = self._shard(shard_index), partial(self.table, shard_index)
             return self._layout.read(shard, indices, table)
@@ -148,7 +146,7 @@ class Stream:
             raise self._bad(shard_index, error) from error
 
     def read(self, row_id: RowId) -> Row:
-        """The tokens of a row."""
+        """A row, in a form to look at."""
         rows = self.rows(row_id.shard, np.array([row_id.row]))
         ids = np.frombuffer(b"".join(rows.pieces), self.dtype).astype(np.int64)
         labels = np.full(len(ids), IGNORE, np.int64)
@@ -163,12 +161,12 @@ class Stream:
             labels_T=labels,
             starts_P=rows.starts_P[is_document],
             documents_P=rows.documents_P[is_document],
-            tokens=int(rows.tokens_R[0]),
+            num_tokens=int(rows.tokens_R[0]),
         )
 
     def _places_in(self, number: int, within_R: Ints, bad: frozenset[int]) -> tuple[Ints, Ints]:
-        """The shard and the row of each of an epoch's rows: permuted inside the window that holds
-        it.
+        """The shard of each of these rows of an epoch, and its number in the shard: rows are
+        permuted inside their window.
         """
         epoch = self._epoch(number)
         before = epoch.rows_before
@@ -204,7 +202,7 @@ class Stream:
             key=key_of(self._seed, self.name, number, "substitutes"),
         )
 
-    def _count_rows(self) -> npt.NDArray[np.int64]:
+    def _count_rows(self) -> Ints:
         tokens_S = self.manifest.shards.column("tokens")
         counts_S = self._layout.count_rows(tokens_S, self.lengths_of)
         if counts_S is not None:
@@ -214,7 +212,7 @@ class Stream:
         )
 
     def _shard(self, index: int) -> Shard:
-        """An opened shard, of its whole size also where it was opened long ago."""
+        """An opened shard, whose file is checked to have still its whole size."""
         shard = self._open(index)
         shard.check_size()
         return shard
@@ -223,7 +221,6 @@ class Stream:
         return BadShard(self.name, index, self.manifest.shards[index].file, str(error))
 
     def _make_table(self, index: int) -> RowTable:
-        """The rows of a shard."""
         lengths_D = self.lengths_of(index)
         try:
             return self._layout.table(self._shard(index), lengths_D)

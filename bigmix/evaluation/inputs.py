@@ -1,7 +1,4 @@
-"""A recipe goes in; what an evaluation without training needs of it comes out, opened and checked.
-
-No torch here.
-"""
+"""Opens and checks what an evaluation outside of a run needs of a recipe. No torch here."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,11 +26,11 @@ from bigmix.recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutInputs:
-    """What a recipe names for an evaluation without training, opened: its held-out streams, tasks,
-    DeepSpeed's keys.
+    """What a recipe names for an evaluation outside of a run, opened: its held-out streams, its
+    tasks and the keys for DeepSpeed.
 
-    `manifests` are those of the held-out sources, that of the nearest one first; `trained` those of
-    the sources that are trained on, where tasks follow from them.
+    `manifests` are those of the held-out sources, local ones first; `trained` those of the sources
+    to train on, where the prompts of tasks depend on them.
     """
 
     streams: Mapping[str, Stream]
@@ -45,11 +42,12 @@ class HeldOutInputs:
 
 
 def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOutInputs:
-    """Open and check the held-out sources and the tasks alone: sources that are trained on need not
-    be there.
+    """Open and check only the held-out sources and the tasks: the sources to train on need not be
+    there.
 
-    But for tasks that are chats where a source is one, unless a held-out source says so already.
-    Raises BadInput with every fault that is found.
+    They are needed only where they decide whether the prompts of tasks are chats, which no held-out
+    source has decided. `verify` also reads the first GiB of each local source through. Raises
+    BadInput with every fault that is found.
     """
     paths, faults = recipe.held_out_paths, list[str]()
     if not paths:
@@ -88,7 +86,7 @@ def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOut
 def _deciding(
     recipe: Recipe, faults: list[str], held_out: Sequence[Manifest]
 ) -> Sequence[Manifest]:
-    """The sources that decide how tasks are asked: as a chat or as text."""
+    """The sources that decide whether the prompts of tasks are chats or text."""
     is_open = any(task.format == "auto" for task in recipe.tasks.values())
     if not is_open or any(manifest.template is not None for manifest in held_out):
         return ()
@@ -98,7 +96,8 @@ def _deciding(
         for name, source in recipe.sources.items()
     ]
     faults += [
-        f"{fault}; it decides whether tasks are asked as chats: or set their format to chat or text"
+        f"{fault}; it decides whether the prompts of tasks are chats: or set their format to chat"
+        " or text"
         for fault in missing
     ]
     return [source.manifest for source in found if source is not None]

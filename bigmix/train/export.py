@@ -298,7 +298,7 @@ def prompt_of(streams: Sequence[Stream]) -> Sequence[int]:
             row = stream.read(stream.in_shard_order()[0])
         except BigmixError:  # another stream may have a shard that can be read
             continue
-        end = int(row.starts_P[1]) if len(row.starts_P) > 1 else row.tokens
+        end = int(row.starts_P[1]) if len(row.starts_P) > 1 else row.num_tokens
         ids = row.ids_T[:end].tolist()
         in_loss = [at for at, label in enumerate(row.labels_T[:end].tolist()) if label != IGNORE]
         first = in_loss[0] + 1 if in_loss and in_loss[0] > 0 else _SHORTEST_PROMPT

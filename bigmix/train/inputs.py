@@ -26,7 +26,7 @@ from bigmix.data.records import RecipeSegment
 from bigmix.data.run_plan import RunPlan, SequenceLengthStage, same_fraction, stages_from
 from bigmix.data.shards.manifest import Manifest
 from bigmix.data.share_rules import rule_of
-from bigmix.data.source import PreparedSource, ShardStore, room_in_use
+from bigmix.data.source import PreparedSource, ShardStore, bytes_in_use
 from bigmix.data.stream import Stream
 from bigmix.errors import BadInput
 from bigmix.evaluation.tasks.examples import TaskFile, open_tasks
@@ -159,7 +159,7 @@ class RunInputs:
 
 
 def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) -> RunInputs:
-    """Open and check what a recipe names; `verify` also reads the shards of small local sources
+    """Open and check what a recipe names; `verify` also reads the first GiB of each local source
     through.
 
     Raises BadInput with every fault that is found.
@@ -230,7 +230,7 @@ def _cache_notes(
     recipe: Recipe, shard_store: ShardStore, sources: Iterable[PreparedSource]
 ) -> Iterator[str]:
     fetched = [source for source in sources if shard_store.is_fetched(source)]
-    room = room_in_use(fetched, ahead_of(recipe)) if fetched else 0
+    room = bytes_in_use(fetched, ahead_of(recipe)) if fetched else 0
     if room > recipe.cache.size:
         yield (
             f"cache.size is {recipe.cache.size:,} bytes, and up to {room:,} bytes of shards may be"
@@ -242,6 +242,7 @@ def _cache_notes(
 def _stages(
     recipe: Recipe, shard_store: ShardStore, sources: Mapping[str, PreparedSource]
 ) -> Sequence[SequenceLengthStage]:
+    """The streams of the sources for each length of rows."""
     paths = {name: source.path for name, source in recipe.sources.items()}
     try:
         return [

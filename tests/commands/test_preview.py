@@ -39,7 +39,7 @@ def row_of(documents, loss_from, length):
         labels_T=labels,
         starts_P=np.array(starts),
         documents_P=np.arange(7, 7 + len(documents)),
-        tokens=at,
+        num_tokens=at,
     )
 
 
@@ -57,12 +57,12 @@ def test_every_token_is_shown_once_with_its_borders_and_padding(tokenizer):
     assert [p.text for p in pieces if p.is_special] == ["<|endoftext|>"] * 2
     heads = [p.text for p in pieces if p.kind == "head"]
     assert heads == [
-        f"rank 1  micro-batch 2  chat  epoch 3  shard 4  row 5  {row.tokens} tokens  "
-        f"{row.tokens - 6} in the loss  {row.tokens / 120:.1%} filled\n"
+        f"rank 1  micro-batch 2  chat  epoch 3  shard 4  row 5  {row.num_tokens} tokens  "
+        f"{row.num_tokens - 6} in the loss  {row.num_tokens / 120:.1%} filled\n"
     ]
     borders = [p.text for p in pieces if p.kind == "border" and p.text.strip()]
     assert [text.split(",")[0] for text in borders] == ["── document 7", "── document 8"]
-    assert pieces[-1] == ViewPiece(text=f"… {120 - row.tokens} padding\n", kind="padding")
+    assert pieces[-1] == ViewPiece(text=f"… {120 - row.num_tokens} padding\n", kind="padding")
 
 
 def test_loss_tokens_are_those_that_are_predicted(tokenizer):

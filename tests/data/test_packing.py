@@ -71,7 +71,7 @@ def test_chats_are_whole_and_what_is_too_long_is_counted(lengths, row_tokens, to
     assert len(seen) == len(set(seen)) == len(lengths) - left_out.dropped
     assert (left_out.dropped if too_long == "drop" else left_out.truncated) == len(long)
     kept_tokens = int((packing.stops - packing.starts).sum())
-    assert kept_tokens + left_out.tokens == sum(lengths)
+    assert kept_tokens + left_out.num_tokens == sum(lengths)
 
 
 @settings(max_examples=150, deadline=None)

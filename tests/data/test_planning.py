@@ -209,7 +209,7 @@ def test_when_all_have_left_nothing_is_left(here):
     limits = [f"sources.{n}.max_epochs=1" for n in ("web", "code", "chat")]
     limits += [f"sources.{n}.when_exhausted=renormalise" for n in ("web", "code", "chat")]
     (fault,) = refused(*limits, "budget.steps=200")
-    assert "every source (" in fault and "has come to its max_epochs after" in fault
+    assert "every source (" in fault and "has reached its max_epochs after" in fault
     (fault,) = refused(*limits, "budget={total_tokens: 1M}")
     assert "every source (" in fault
     assert opened(*limits, "budget.steps=3").notes == []
@@ -222,7 +222,7 @@ def test_what_is_left_must_have_a_share(here):
         "sources.chat.share=[[0, 1], [18, 0]]",
         "budget.steps=40",
     )
-    assert "share of every source is 0 at step 18, since code has come to its max_epochs" in fault
+    assert "share of every source is 0 at step 18, since code has reached its max_epochs" in fault
     limits = ["sources.chat.max_epochs=0.5", "sources.chat.when_exhausted=renormalise"]
     (fault,) = refused(*limits, "budget={task_tokens: 1M}")
     assert (

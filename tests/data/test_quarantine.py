@@ -433,7 +433,7 @@ def test_a_mapped_shard_that_is_cut_short_is_bad_and_ends_no_process(data):
     other = next(row for row in stream.in_shard_order() if row.shard == 6)
     stream.read(other)
     (data / "web" / "shard-00006.tar").unlink()  # mapped files may be deleted
-    assert stream.read(other).tokens and whole
+    assert stream.read(other).num_tokens and whole
 
 
 @pytest.fixture
@@ -679,7 +679,7 @@ def test_the_commands_show_what_is_trained_in_place_of_a_bad_shard(data, capsys)
     said = capsys.readouterr()
     tokens = Counter()
     for row in (row for k in range(1, 61) for row in plan.row_ids(k)):
-        tokens[row.source] += plan.streams[row.source].read(row).tokens
+        tokens[row.source] += plan.streams[row.source].read(row).num_tokens
     counted = {name: s["tokens"] for name, s in json.loads(said.out)["sources"].items()}
     assert counted == dict(tokens) and "replaced from step 1 on" in said.err
     for words in (
@@ -698,5 +698,5 @@ def test_rows_are_counted_by_stretches_as_they_are_read(folders):
         tally = row_counts(the_plan, name, drawn)
         own = [(k, row) for k in range(1, 21) for row in the_plan.row_ids(k) if row.source == name]
         # Ranks take a step's rows from a place that changes, so that only their sum is the same.
-        tokens = [the_plan.streams_at(k)[name].read(row).tokens for k, row in own]
+        tokens = [the_plan.streams_at(k)[name].read(row).num_tokens for k, row in own]
         assert len(tally.tokens_R) == len(own) and int(tally.tokens_R.sum()) == sum(tokens)

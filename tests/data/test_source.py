@@ -26,9 +26,9 @@ from bigmix.data.shards.retry import Changed, Retry
 from bigmix.data.source import (
     RemoteReadOptions,
     ShardStore,
+    bytes_in_use,
     needed_in_order,
     read_source,
-    room_in_use,
 )
 from bigmix.data.stream import OPEN_SHARDS
 from bigmix.errors import BadInput, BigmixError
@@ -85,7 +85,7 @@ def rows_of(stream, count=None):
     """The first rows of two epochs, as one looks at them."""
     indices = range(2 * stream.rows_per_epoch if count is None else count)
     rows = [stream.read(locate(stream, index)) for index in indices]
-    return [(row.id, row.ids_T.tolist(), row.labels_T.tolist(), row.tokens) for row in rows]
+    return [(row.id, row.ids_T.tolist(), row.labels_T.tolist(), row.num_tokens) for row in rows]
 
 
 def bytes_in_ranges(server):
@@ -240,7 +240,7 @@ def test_a_source_that_is_not_there_is_bad_input(server, tmp_path):
 
 def test_a_cache_with_room_for_the_open_shards_alone_gives_the_right_rows(data, server, tmp_path):
     source = read_source(f"{server.url}/many", FAST)
-    room = room_in_use([source], Ahead(files=1))
+    room = bytes_in_use([source], Ahead(files=1))
     assert room < sum(entry.bytes for entry in source.manifest.shards)
     remote = depot_at(tmp_path, max_bytes=room).stream("source", source, PACKER, seed=3)
     assert rows_of(remote) == rows_of(stream_of(depot_at(tmp_path), str(data / "many")))
@@ -390,7 +390,7 @@ def test_a_small_cache_fetches_a_shard_once_for_each_time_it_is_opened(
     log_unforeseen(caplog)
     monkeypatch.setattr(run_plan, "ASSEMBLED_ROWS", 32)
     sources = [read_source(f"{remote.url}/{name}") for name in ("web", "chat", "held")]
-    room = room_in_use(sources, Ahead(files=2))
+    room = bytes_in_use(sources, Ahead(files=2))
     patient = "cache.timeout_s=10"  # a retry is a second download
     inputs = opened(remote.url, patient, f"cache.size={room}", "cache.ahead_files=2", length=length)
     assert inputs.notes == []

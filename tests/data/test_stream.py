@@ -96,7 +96,7 @@ def test_rows_hold_the_documents_token_for_token(folders, name, whole_below):
     used = dict.fromkeys(everything, 0)
     for row_id in rows.in_shard_order():
         row = rows.read(row_id)
-        bounds = [*row.starts_P, row.tokens]
+        bounds = [*row.starts_P, row.num_tokens]
         for part, document in enumerate(row.documents_P):
             begin, end = bounds[part], bounds[part + 1]
             ids, mask = everything[row_id.shard, document]
@@ -111,8 +111,8 @@ def test_rows_hold_the_documents_token_for_token(folders, name, whole_below):
             assert (row.labels_T[begin : end - 1] == expected).all()
             assert row.labels_T[end - 1] == IGNORE
             seen += n
-        assert (row.labels_T[row.tokens :] == IGNORE).all()
-        assert (row.positions_T[row.tokens :] == np.arange(T - row.tokens)).all()
+        assert (row.labels_T[row.num_tokens :] == IGNORE).all()
+        assert (row.positions_T[row.num_tokens :] == np.arange(T - row.num_tokens)).all()
     assert seen == rows.tokens_per_epoch
 
 
@@ -210,10 +210,10 @@ def test_a_batch_is_its_rows_laid_on_one_another(folders):
         rows = [the_plan.streams[r.source].read(r) for r in the_plan.row_ids(step)[rank_rows.rows]]
         for name in names:
             own = [row for row in rows if row.id.source == name]
-            assert batch.tokens[name] == sum(row.tokens for row in own)
+            assert batch.tokens[name] == sum(row.num_tokens for row in own)
             loss_tokens = sum(int((row.labels_T != IGNORE).sum()) for row in own)
             assert batch.loss_tokens[name] == loss_tokens
-        lengths = [np.diff([*row.starts_P, row.tokens]) for row in rows]
+        lengths = [np.diff([*row.starts_P, row.num_tokens]) for row in rows]
         assert batch.sum_sq_lengths == sum(int((each**2).sum()) for each in lengths)
         for at, micro in enumerate(batch.micro_batches):
             part = rows[at * 8 : at * 8 + 8]

@@ -184,7 +184,7 @@ def count(recipe: Recipe, plan: RunPlan) -> Counts:
                 gradient=walk.gradient[name],
                 wanted=walk.wanted[name],
                 epochs=epochs[name],
-                capacity_tokens=plan.room(name, num_rows[name]),
+                capacity_tokens=plan.capacity_tokens(name, num_rows[name]),
                 mean_rows_per_step=num_rows[name] / plan.steps,
                 num_steps=round(walk.num_steps[name]),
                 num_read=stream.manifest.read,

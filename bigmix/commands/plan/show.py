@@ -83,7 +83,7 @@ def _source_json(source: SourceCounts) -> dict[str, Any]:
         "dropped": dict(source.dropped),
         "too_long": source.lost.dropped,
         "truncated": source.lost.truncated,
-        "tokens_lost": source.lost.tokens,
+        "tokens_lost": source.lost.num_tokens,
     }
 
 
@@ -191,7 +191,14 @@ def _documents(plan: Forecast) -> Table:
         )
         lost = source.lost
         rows.append(
-            [name, source.num_read, reasons or "none", lost.dropped, lost.truncated, lost.tokens]
+            [
+                name,
+                source.num_read,
+                reasons or "none",
+                lost.dropped,
+                lost.truncated,
+                lost.num_tokens,
+            ]
         )
     heads = ("source", "read", "dropped by prepare", "too long for a row", "cut", "tokens lost")
     return Table(title="documents left out", columns=heads, rows=rows)

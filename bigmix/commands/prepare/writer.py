@@ -196,7 +196,7 @@ class _SourceWriter:
     @property
     def num_open_tokens(self) -> int:
         """Tokens in the open shard."""
-        return 0 if self._writer is None else self._writer.tokens
+        return 0 if self._writer is None else self._writer.num_tokens
 
     def add(self, batch: TokenisedBatch) -> None:
         """Write the documents of a batch, into a new shard where none is open."""

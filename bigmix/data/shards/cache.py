@@ -1,11 +1,11 @@
-"""Addresses of shards go in, verified files on a local disk come out, within a bound of bytes that
-all processes share.
+"""A cache of downloaded shards on a local disk, bounded in bytes and shared by all processes of a
+machine.
 
-Files of the folder, F the sha256 of the content: `F.shard` is whole and verified, `F-SIZE.part` is
-on its way and holds SIZE bytes of the bound; `F.failed` says why the last download failed. Every
-claim is a flock on an open file, which the kernel drops when its process ends: on a shard a shared
-one while it is in use, on a part an exclusive one while it is written. Locks are taken and files
-come and go only under the lock of the file `lock`.
+Files of the folder, where F is the sha256 of the content: `F.shard` is whole and verified,
+`F-SIZE.part` is being downloaded and takes SIZE bytes of the bound, `F.failed` says why the last
+download failed. Every claim is a flock on an open file, which the kernel drops when its process
+ends: a shared lock on a shard while it is in use, an exclusive lock on a part while it is written.
+Locks are taken, and files made and deleted, only under the lock of the file `lock`.
 """
 
 import fcntl
@@ -30,16 +30,16 @@ _PART = re.compile(r"[0-9a-f]{64}-(\d+)\.part")
 
 
 class CacheFault(BigmixError):
-    """The cache is at fault, and not the file that it was asked for."""
+    """The cache itself is at fault, and not the requested file."""
 
 
 class CacheFull(CacheFault):
-    """A file does not fit beside those that are in use."""
+    """A file does not fit next to those that are in use."""
 
 
 class Lease:
-    """The right to read a file of the cache: it is not evicted until `close`, or until its process
-    ends.
+    """The right to read a file of the cache: it is not evicted before `close`, or before the end of
+    its process.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -47,7 +47,7 @@ class Lease:
         self._descriptor: int | None = descriptor
 
     def close(self) -> None:
-        """Give the file back to the cache; a second call does nothing."""
+        """Return the file to the cache; a second call does nothing."""
         if self._descriptor is not None:
             os.utime(self._descriptor)
             os.close(self._descriptor)
@@ -67,7 +67,7 @@ class Lease:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _File:
-    """A file that is asked for."""
+    """A requested file."""
 
     url: str
     size: int
@@ -76,14 +76,14 @@ class _File:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Part:
-    """A part that this thread alone may write, until it closes the descriptor."""
+    """A part that only this thread may write, until it closes the descriptor."""
 
     path: Path
     descriptor: int
 
 
 class ShardCache:
-    """Files on a local disk, at most `max_bytes` of them, shared by all processes that name the
+    """Files of at most `max_bytes` together on a local disk, shared by all processes that name the
     same folder.
     """
 
@@ -102,12 +102,13 @@ class ShardCache:
             ) from error
 
     def get(self, url: str, *, size: int, sha256: str, watch: Watch | None = None) -> Lease:
-        """The whole, verified file, downloaded unless some process of this machine has done so.
+        """The whole, verified file, downloaded unless another process of this machine has done so.
 
-        Who waits for a download that fails, fails with it: a second one would take as long again.
+        A thread that waits for the download of another fails with it: a second download would take
+        as long again.
 
         Raises Changed where the content is not that of `sha256`, CacheFull where it does not fit
-        beside the files in use, CacheFault where it cannot be written, and what `storage` raises
+        next to the files in use, CacheFault where it cannot be written, and what `storage` raises
         for a file that cannot be read.
         """
         if not _SHA256.fullmatch(sha256):
@@ -131,32 +132,34 @@ class ShardCache:
 
     @contextmanager
     def _failing_together(self, file: _File, asked_ns: int) -> Iterator[None]:
-        """Leave word of a failure for those who wait for the same file; raise one that came since
-        `asked_ns`.
+        """Write down a failure for the threads that wait for the same file; raise one that was
+        written down since `asked_ns`.
         """
-        word = self._folder / f"{file.sha256}.failed"
-        said = _text_since(word, asked_ns)
-        if said is not None:
-            raise BigmixError(said)
-        word.unlink(missing_ok=True)
+        failure = self._folder / f"{file.sha256}.failed"
+        reason = _text_since(failure, asked_ns)
+        if reason is not None:
+            raise BigmixError(reason)
+        failure.unlink(missing_ok=True)
         try:
             yield
         except (Stopped, CacheFault):
             raise
         except BigmixError as error:
             with suppress(OSError):
-                word.write_text(str(error))
+                failure.write_text(str(error))
             raise
 
     def discard(self, lease: Lease) -> None:
-        """Forget a file whose content has been found damaged, so that the next who asks for it
-        downloads it.
+        """Delete a file whose content was found damaged, so that the next request downloads it
+        again.
         """
         with self._listing():
             lease.path.unlink(missing_ok=True)
 
     def _claim(self, file: _File) -> Lease | _Part | None:
-        """The file if it is here, else its part to write, else None: another is writing it."""
+        """The file where it is in the cache, its part where this thread is to write it, None where
+        another one is writing it.
+        """
         path = self._folder / f"{file.sha256}.shard"
         part = self._folder / f"{file.sha256}-{file.size}.part"
         with self._listing():
@@ -175,7 +178,7 @@ class ShardCache:
 
     def _lease(self, path: Path, size: int) -> Lease | None:
         if path.stat().st_size != size:
-            path.unlink()  # cut short behind our back
+            path.unlink()  # truncated from outside
             return None
         descriptor = os.open(path, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -184,7 +187,7 @@ class ShardCache:
 
     @contextmanager
     def _listing(self) -> Iterator[None]:
-        """Alone with the folder; held for a moment only, never during a download."""
+        """The lock of the folder; it is held for a moment only, never during a download."""
         descriptor = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -193,8 +196,8 @@ class ShardCache:
             os.close(descriptor)
 
     def _make_room(self, file: _File) -> None:
-        """Evict what was not used for longest until the file fits; a part without a writer is
-        evicted like a shard.
+        """Evict the least recently used files until the file fits; a part that is not being written
+        is evicted like a shard.
 
         Nothing is evicted where all of it would not be enough.
         """
@@ -218,7 +221,7 @@ class ShardCache:
             path.unlink()
 
     def _entries(self) -> Iterator[tuple[int, Path, int]]:
-        """Time of last use, path and bytes of the bound, of every file and part."""
+        """Time of last use, path, and bytes taken of the bound, for every shard and part."""
         for path in self._folder.iterdir():
             part = _PART.fullmatch(path.name)
             if part is not None or path.suffix == ".shard":
@@ -235,8 +238,8 @@ class ShardCache:
                 if not resumed:
                     self._drop(part)
                     raise
-                # What an earlier process left may be of another version, or torn by a power cut:
-                # once more from zero.
+                # What an earlier process left may be of another version, or damaged by a power cut:
+                # once more from the first byte.
                 os.truncate(part.path, 0)
                 resumed = False
 
@@ -266,8 +269,8 @@ class ShardCache:
 
     def _finish(self, file: _File, part: _Part) -> Lease:
         path = self._folder / f"{file.sha256}.shard"
-        # Under the lock of the listing: between the exclusive lock and the shared one the file is
-        # nobody's.
+        # Under the lock of the folder: the file is unlocked for a moment between the exclusive lock
+        # and the shared one.
         with self._listing():
             os.replace(part.path, path)
             fcntl.flock(part.descriptor, fcntl.LOCK_SH)
@@ -275,7 +278,7 @@ class ShardCache:
 
 
 def _text_since(path: Path, time_ns: int) -> str | None:
-    """The text of a file that was written at that time or later."""
+    """The text of a file that was written at that time or later; None where there is none."""
     try:
         return path.read_text() if path.stat().st_mtime_ns >= time_ns else None
     except FileNotFoundError:

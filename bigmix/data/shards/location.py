@@ -1,6 +1,4 @@
-"""The path that a recipe gives for a source goes in, the addresses of the source's files come out;
-nothing is read here.
-"""
+"""The addresses of a source's files, from the path that a recipe gives; nothing is read here."""
 
 import re
 from collections.abc import Iterator
@@ -12,14 +10,13 @@ from bigmix.errors import BadInput
 
 PIPE = "pipe:"
 MANIFEST = "manifest.json"
-NAME_HERE = "{}"  # where the file name goes in a pipe
+NAME_HERE = "{}"  # where the name of a file is put in a pipe
 WEB = ("http", "https")
 LISTED_AT_MOST = 1_000_000  # file names of one brace pattern
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}\s]*,[^{}\s]*)\}")
-# The file name inside a command: what stands between spaces, quotes and slashes around a brace
-# pattern.
+# The file name inside a command: what is between spaces, quotes and slashes around a brace pattern.
 _PIPED_NAME = re.compile(
     r"[^\s/'\"=|;&<>]*(?:\{\d+\.\.\d+\}|\{[^{}\s]*,[^{}\s]*\})[^\s/'\"|;&<>?]*"
 )
@@ -28,10 +25,10 @@ _SAFE_IN_SHELL = re.compile(r"[A-Za-z0-9._/+@%,:=-]+")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Location:
-    """Where a source's files are: `pieces` joined by a file's name are its address.
+    """Where the files of a source are: `pieces` joined by the name of a file are its address.
 
-    `names` are the shard files that a brace pattern selects, None where the manifest alone says
-    which there are.
+    `names` are the shard files that a brace pattern selects, None where all shards of the manifest
+    are.
     """
 
     given: str
@@ -41,7 +38,7 @@ class Location:
 
     @property
     def is_local(self) -> bool:
-        """Whether the files lie in a folder of this machine, so that `url` gives plain paths."""
+        """Whether the files are in a folder of this machine, so that `url` gives plain paths."""
         return self.scheme == ""
 
     def url(self, name: str) -> str:
@@ -52,7 +49,7 @@ class Location:
                 " folder; prepare the source again"
             )
         if self.scheme == "pipe" and not _SAFE_IN_SHELL.fullmatch(name):
-            # Over ssh a second shell reads the command, so that quotes do not keep a name together.
+            # Over ssh a second shell reads the command, so that quotes would not protect a name.
             raise BadInput(
                 f"{shown(self.given)} lists a file {name!r}, in a pipe allowed are letters, digits"
                 " and ._/+@%,:=-; rename the file"
@@ -64,8 +61,8 @@ def location_of(path: str) -> Location:
     """The location of a folder, of a `manifest.json`, of a brace pattern of shards, or behind a
     `pipe:`.
 
-    `https://host/d/a-{00..02}.tar?key=1` selects a-00.tar, a-01.tar, a-02.tar of https://host/d;
-    the query stays.
+    `https://host/d/a-{00..02}.tar?key=1` selects a-00.tar, a-01.tar and a-02.tar of https://host/d;
+    each request gets the query. Raises BadInput for a path that cannot be one.
     """
     if path.startswith(PIPE):
         return _piped(path)
@@ -86,8 +83,8 @@ def location_of(path: str) -> Location:
         folder = "."
     if _BRACES.search(folder):
         raise BadInput(
-            f"{shown(path)} has braces in a folder's name, allowed are braces in the file's; "
-            "name each folder as a source of its own"
+            f"{shown(path)} has braces in a folder's name, allowed are braces in the file's; name"
+            " each folder as a source of its own"
         )
     before = "" if names and "/" not in base else folder + "/"
     return Location(
@@ -136,14 +133,14 @@ def _expanded(pattern: str, path: str) -> Iterator[str]:
 
 
 def _numbers(low: str, high: str) -> list[str]:
-    # As in bash: a leading zero on either side pads all numbers to the same width.
+    # As in bash: a leading zero on either side pads all numbers to one width.
     padded = any(len(text) > 1 and text[0] == "0" for text in (low, high))
     width = max(len(low), len(high)) if padded else 0
     return [str(number).zfill(width) for number in range(int(low), int(high) + 1)]
 
 
 def scheme_of(url: str) -> str:
-    """`s3`, `https`, `pipe`, ...; empty for a path of this machine."""
+    """The scheme of an address: `s3`, `https`, `pipe`, ...; empty for a path of this machine."""
     if url.startswith(PIPE):
         return "pipe"
     match = _SCHEME.match(url)
@@ -151,7 +148,7 @@ def scheme_of(url: str) -> str:
 
 
 def shown(url: str) -> str:
-    """An address as messages and logs name it: without password, and without the query, which may
+    """An address as messages and logs show it: without password, and without the query, which may
     hold a signature.
     """
     if scheme_of(url) not in WEB:

@@ -1,11 +1,8 @@
-"""What a prepared source holds goes in and out: its manifest, written last, so that a folder with
-one is whole.
+"""The manifest of a prepared source: what the source holds. It is written last, so that a folder
+with a manifest is whole.
 
 The shards are listed by column, so that a manifest of a million of them is a few arrays and not a
-million objects. Where the arrays of a shard begin is told by the shard itself, in its table of
-blocks.
-
-Columns of documents go in, counts that add up over parts of a source come out.
+million objects. Where the arrays of a shard begin is in the shard itself, in its table of blocks.
 """
 
 import json
@@ -39,7 +36,7 @@ TURN_BINS = 33
 
 
 class Statistics(BaseModel):
-    """What the documents of a source are like; two of them add up to that of both.
+    """What the documents of a source are like; the statistics of two parts add up.
 
     Bin k of `documents_by_length` and `tokens_by_length` is for documents of 2^k to 2^(k+1) - 1
     tokens. For chats, bin k of `documents_by_loss` is for those with k to k + 1 tenths of their
@@ -57,8 +54,8 @@ class Statistics(BaseModel):
     text_bytes: int = 0
 
     def length_of_half(self) -> str:
-        """What at least half of the documents have: with the middle one in the bin of 256 to 511,
-        "less than 512".
+        """The tokens of at least half of the documents: "less than 512" where the middle one is in
+        the bin of 256 to 511.
         """
         half = (sum(self.documents_by_length) + 1) // 2
         up_to = list(accumulate(self.documents_by_length))
@@ -78,8 +75,9 @@ class Statistics(BaseModel):
 def statistics_of(
     *, tokens: Ints, loss_tokens: Ints | None, turns: Ints, characters: Ints, text_bytes: Ints
 ) -> Statistics:
-    """The counts of some documents, by columns with one entry a document; `loss_tokens` is None for
-    texts.
+    """The statistics of some documents, from columns with one entry for each document.
+
+    `loss_tokens` is None for texts.
     """
     # frexp gives the exponent exactly: 2^k to 2^(k+1) - 1 have k + 1.
     bins = np.frexp(tokens.astype(np.float64))[1] - 1
@@ -120,7 +118,7 @@ class _Frozen(BaseModel):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardEntry:
-    """One tar file of a source; its table of `blocks` rows begins at byte `blocks_at` and has the
+    """One tar file of a source; its table of `blocks` blocks begins at byte `blocks_at` and has the
     checksum `blocks_check`.
     """
 
@@ -164,7 +162,7 @@ class ShardTable(Sequence[ShardEntry]):
         return [name.decode() for name in self._columns["file"].tolist()]
 
     def indices_of(self, files: Collection[str]) -> list[int]:
-        """Where the shards with these names are; names that are not listed are passed over."""
+        """The indices of the shards with these names; names that are not listed are ignored."""
         names = np.array([name.encode() for name in files], np.bytes_)
         found: list[int] = np.flatnonzero(np.isin(self._columns["file"], names)).tolist()
         return found
@@ -190,14 +188,14 @@ class ShardTable(Sequence[ShardEntry]):
 
     def select(self, files: Sequence[str]) -> "ShardTable":
         """The shards with these names, in this order; raises KeyError with the first name that is
-        not there.
+        not listed.
         """
-        place = {name: at for at, name in enumerate(self.files)}
-        at = [place[file] for file in files]
+        index_of = {name: at for at, name in enumerate(self.files)}
+        at = [index_of[file] for file in files]
         return ShardTable({name: values[at] for name, values in self._columns.items()})
 
     def to_lists(self) -> dict[str, list[Any]]:
-        """The columns as they are written to JSON."""
+        """The columns, as they are written to JSON."""
         return {
             name: column.astype(np.str_).tolist() if name in _TEXTS else column.tolist()
             for name, column in self._columns.items()
@@ -233,7 +231,7 @@ class TemplateEntry(_Frozen):
 
 
 class FileEntry(_Frozen):
-    """A file beside the shards."""
+    """A file next to the shards."""
 
     file: str
     bytes: int
@@ -244,10 +242,10 @@ class Manifest(_Frozen):
     """What a prepared source holds. It is written last: what is listed is whole.
 
     `loss_tokens` counts the tokens that have a prediction in the loss while documents are not
-    split, `loss_bytes` the UTF-8 bytes of the text behind them; bits per byte follow from both.
-    `read` documents went in, `dropped` counts by reason those that did not come out. `lengths` is a
-    file with the tokens of every document of a chat source, in the order of the shards: from it
-    rows are packed without a look at the shards. `statistics` tells what the documents are like.
+    split, `loss_bytes` the UTF-8 bytes of their text; bits per byte follow from both. `read`
+    documents were read, and `dropped` counts by reason those that were not kept. `lengths` is a
+    file with the tokens of every document of a chat source, in the order of the shards, from which
+    rows are packed without reading the shards. `statistics` says what the documents are like.
     """
 
     version: Literal[2] = 2
@@ -271,7 +269,7 @@ class Manifest(_Frozen):
 
     @property
     def has_loss_masks(self) -> bool:
-        """Whether the shards say which tokens are in the loss; in a text all but the first are."""
+        """Whether the shards mark the tokens in the loss; in a text these are all but the first."""
         return self.kind == "chat"
 
 
@@ -322,10 +320,11 @@ def read_manifest(folder: str) -> Manifest:
 
 
 def faults_of_shards(folder: str, manifest: Manifest, *, checksum_bytes: int) -> Sequence[str]:
-    """Every shard that is missing, of another size or, up to `checksum_bytes` in all, of another
-    content.
+    """A fault for every shard that is missing, of another size, or of another content.
+
+    The content is checked of the first shards that have at most `checksum_bytes` bytes together.
     """
-    # One listing for all shards: a question to the file system for each of a million takes minutes.
+    # One listing for all shards: to ask the file system about each of a million takes minutes.
     with os.scandir(folder) as listing:
         found = {item.name: item.stat().st_size for item in listing if item.is_file()}
     faults, shards = [], manifest.shards

@@ -1,6 +1,4 @@
-"""Shards in the order in which they will be needed go in; they are in the cache by the time that
-they are asked for.
-"""
+"""Fetches shards into the cache in the order in which they will be needed, ahead of need."""
 
 import logging
 import queue
@@ -29,8 +27,8 @@ class Needed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ahead:
-    """How far to fetch ahead: at most so many files and bytes, at least one file; `threads` of them
-    at a time.
+    """How far to fetch ahead: at most this many files and bytes, but at least one file; `threads`
+    files are fetched at the same time.
     """
 
     files: int = 4
@@ -45,12 +43,12 @@ class _Job:
 
 
 class FetchAhead:
-    """Keeps the next files of an order in the cache; `order` may be endless, it is drawn from as
-    files are taken.
+    """Keeps the next files of an order in the cache; `order` may be endless, since it is read only
+    as files are taken.
 
     Files that are ready are leased until they are taken, so the cache must have room for
-    `ahead.bytes` of each process beside what is in use. A fault is raised where its file is taken,
-    not before.
+    `ahead.bytes` of each process besides the files in use. A fault is raised where its file is
+    taken, not before.
     """
 
     def __init__(self, cache: ShardCache, order: Iterable[Needed], ahead: Ahead) -> None:
@@ -62,7 +60,7 @@ class FetchAhead:
         self._window: deque[_Job] = deque()
         self._lock = threading.Lock()
         self._todo: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        # Daemons: a transfer that stalls must not keep the process from ending.
+        # Daemon threads: a stalled transfer must not keep the process from ending.
         self._threads = [
             threading.Thread(target=self._work, name=f"fetch-{index}", daemon=True)
             for index in range(ahead.threads)
@@ -72,8 +70,7 @@ class FetchAhead:
         self._draw()
 
     def take(self, needed: Needed) -> Lease:
-        """The file, waiting for it where it is still on its way; those before it in the order are
-        given up.
+        """The file, once its download has ended; files before it in the order are given up.
 
         A file that is not among the next ones is fetched at once.
         """
@@ -84,7 +81,7 @@ class FetchAhead:
         return self._result(job)
 
     def close(self) -> None:
-        """Stop all transfers and give the files that were ready back to the cache."""
+        """Stop all transfers and return the files that were ready to the cache."""
         self._watch.stop()
         with self._lock:
             self._next = None
@@ -103,8 +100,8 @@ class FetchAhead:
             raise Stopped("fetching ahead was closed") from error
 
     def _fetch_alone(self, needed: Needed) -> Lease:
-        """Fetch a file now; where the cache is full, once more after the files ahead, which may
-        fill it, are given back.
+        """Fetch a file now; where the cache is full, return the files ahead, which may fill it, and
+        try once more.
         """
         try:
             return self._fetch(needed)
@@ -124,16 +121,16 @@ class FetchAhead:
 
     def _advance_to(self, needed: Needed) -> _Job | None:
         with self._lock:
-            places = [job.needed for job in self._window]
+            next_ones = [job.needed for job in self._window]
             job = None
-            if needed in places:
-                self._give_up(places.index(needed))
+            if needed in next_ones:
+                self._give_up(next_ones.index(needed))
                 job = self._window.popleft()
         self._draw()
         return job
 
     def _draw(self) -> None:
-        """Put the next files of the order to work, as many as may be ahead."""
+        """Start to fetch the next files of the order, as many as may be ahead."""
         with self._lock:
             waiting = sum(job.needed.size for job in self._window)
             while (needed := self._next) is not None:

@@ -1,5 +1,4 @@
-"""A way to open a file at an offset goes in, all its bytes come out, each once, however often the
-reading breaks off.
+"""Reads a file whose transfer may break off: each byte is given once, however often it does.
 
 Every protocol is read by this one loop: after a fault the file is opened again at the byte that was
 reached.
@@ -19,15 +18,16 @@ from bigmix.errors import BadInput, BigmixError
 
 ASKED_WAIT_S = 300.0  # the longest wait that a server may ask for
 
-_REASON_CHARS = 400  # Google's library tells one cause three times over
+_REASON_CHARS = 400  # Google's library repeats one cause three times
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Retry:
-    """How patient reading is.
+    """How often reading is tried again, and how long it may wait.
 
-    `tries` are tries in a row without one new byte; a read that stalls is one of them.
+    `tries` are tries in a row without one new byte; a read that stalls for `timeout_s` is one of
+    them.
     """
 
     tries: int = 8
@@ -36,8 +36,8 @@ class Retry:
     timeout_s: float = 30.0
 
     def wait_s(self, failures: int, key: str) -> float:
-        """Seconds after so many failures in a row: doubling, and 50 to 100 % of that so that ranks
-        spread out.
+        """Seconds to wait after this many failures in a row: doubling, and of that 50 to 100 % so
+        that ranks spread out.
         """
         full = min(self.longest_wait_s, self.first_wait_s * 2.0 ** min(failures - 1, 60))
         place = f"{key} {socket.gethostname()} {os.getpid()} {failures}"
@@ -45,15 +45,15 @@ class Retry:
 
 
 class Stopped(BigmixError):
-    """A transfer was stopped by whoever started it."""
+    """A transfer was stopped by the code that started it."""
 
 
 class Changed(BigmixError):
-    """A file is not the one that was begun with, or not the one that the manifest lists."""
+    """A file changed while it was read, or is not the one that the manifest lists."""
 
 
 class Transient(Exception):
-    """A fault that may be gone at the next try; `wait_s` is what the server asked for."""
+    """A fault that may be gone at the next try; `wait_s` is the wait that the server asked for."""
 
     def __init__(self, reason: str, wait_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -61,7 +61,7 @@ class Transient(Exception):
 
 
 class Watch:
-    """What has been transferred so far, and the way to stop it from another thread."""
+    """What has been transferred so far, and a way to stop it from another thread."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -79,19 +79,20 @@ class Watch:
 
 
 class Body(Protocol):
-    """The bytes of one answer, in order; an empty part is its end."""
+    """The bytes of one response, in order; an empty part is its end."""
 
     def read1(self, most: int, /) -> bytes:
-        """The next bytes, at most so many."""
+        """The next bytes, `most` of them or fewer."""
 
     def close(self) -> None:
-        """Give back what the answer holds open."""
+        """Close the connection or file behind it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
-    """What to open: bytes [start, stop) of a file, to the end where stop is None; `tag` marks the
-    known content.
+    """What to open: bytes [start, stop) of a file, or up to its end where `stop` is None.
+
+    `tag` marks the content that is known so far.
     """
 
     start: int
@@ -102,16 +103,16 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Opened:
-    """An answer that begins at the byte asked for.
+    """A response that begins at the requested byte.
 
-    `size` is that of the whole file. Where it is None, `end_is_told` says whether the protocol
-    tells a whole answer from one that broke off. `tag` changes with the content.
+    `size` is that of the whole file. Where it is None, `has_known_end` says whether the protocol
+    distinguishes a whole response from one that broke off. `tag` changes with the content.
     """
 
     body: Body
     size: int | None
     tag: str | None = None
-    end_is_told: bool = True
+    has_known_end: bool = True
 
 
 Opener = Callable[[str, Ask], Opened]
@@ -120,9 +121,9 @@ PART_BYTES = 8 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ByteSpan:
-    """Bytes [start, stop) of a file; stop None is its end.
+    """Bytes [start, stop) of a file, or up to its end where `stop` is None.
 
-    `size` is the whole file's where it is known beforehand.
+    `size` is that of the whole file, where it is known beforehand.
     """
 
     start: int = 0
@@ -135,8 +136,8 @@ def parts_of(
 ) -> Iterator[bytes]:
     """The bytes of a span in order, each once.
 
-    Raises BadInput for a file that is missing or refused, Changed for one of another size or
-    content than before, and BigmixError after `retry.tries` tries in a row without a new byte.
+    Raises BadInput for a file that is missing or may not be read, Changed for one of another size
+    or content than before, and BigmixError after `retry.tries` tries in a row without a new byte.
     """
     reading = _Reading(url, span)
     failures = 0
@@ -235,18 +236,18 @@ class _Reading:
 
     def _check_end(self, opened: Opened) -> None:
         if self._end is not None:
-            raise Transient(f"the answer ended {self._end - self.at} bytes early")
-        if not opened.end_is_told:
+            raise Transient(f"the response ended {self._end - self.at} bytes early")
+        if not opened.has_known_end:
             raise BigmixError(
-                f"{shown(self._url)} comes without its length, so that a part cannot be told from"
-                " the whole; serve it with a Content-Length"
+                f"{shown(self._url)} comes without its length, so that a part cannot be"
+                " distinguished from the whole; serve it with a Content-Length"
             )
 
 
 def _changed(url: str, what: str) -> str:
     return (
-        f"{shown(url)} is not the file that was begun with or is listed: {what}; prepare the source"
-        " again"
+        f"{shown(url)} changed while it was read, or is not the listed file: {what}; prepare the"
+        " source again"
     )
 
 

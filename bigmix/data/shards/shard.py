@@ -1,10 +1,12 @@
-"""Tokenised documents go in, an uncompressed tar shard comes out, and the way back.
+"""Writes tokenised documents to uncompressed tar shards, and reads shards.
 
 A shard is a POSIX tar that the webdataset library can read. One sample of it is a *block* of
 documents: `KEY.tokens.npy`, `KEY.lengths.npy` and, for chats, `KEY.loss_mask.npy` (one bit a
-token). The last sample also has `KEY.blocks.npy`, the table that says where each array starts and
-what its checksum is, so that a reader maps the file and takes slices: nothing is decoded, and a
-damaged block is known by its place when it is first touched.
+token). The last sample also has `KEY.blocks.npy`, a table of where each array starts and of its
+checksum. So a reader maps the file and takes slices: nothing is decoded, and a damaged block is
+found when it is first read.
+
+Letters: T tokens, D documents, B blocks.
 """
 
 import io
@@ -35,34 +37,26 @@ KEPT_ARRAYS = 256  # arrays of blocks that a shard read in ranges keeps in memor
 TokenIds = npt.NDArray[np.unsignedinteger[Any]]
 Bytes = npt.NDArray[np.uint8]
 
-# The columns of the table of blocks, all uint64.
-(
-    _DOCUMENTS,
-    _TOKENS,
-    _TOKENS_AT,
-    _LENGTHS_AT,
-    _MASK_AT,
-    _TOKENS_CHECK,
-    _LENGTHS_CHECK,
-    _MASK_CHECK,
-) = range(8)
+# The columns of the table of blocks, all uint64: counts, byte offsets and checksums.
+_DOCUMENTS, _TOKENS, _TOKENS_AT, _LENGTHS_AT, _MASK_AT = range(5)
+_TOKENS_CHECK, _LENGTHS_CHECK, _MASK_CHECK = range(5, 8)
 _COLUMNS = 8
 _TABLE_DTYPE, _LENGTH_DTYPE, _BYTE = np.dtype("<u8"), np.dtype("<u4"), np.dtype(np.uint8)
 
 
 class Unreadable(BigmixError):
-    """A shard is missing, cut short or not what was prepared, and no later try will change it."""
+    """A shard is missing, truncated or not what was prepared, and no later try will change it."""
 
 
 class ShardWriter:
-    """Writes one shard beside its final place and renames it when whole; memory holds one block."""
+    """Writes one shard, which gets its name when it is whole; memory holds one block."""
 
     def __init__(self, path: Path, dtype: str, *, masked: bool) -> None:
         self._path = path
-        self._beside = temporary_path(path)
+        self._temporary = temporary_path(path)
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._masked = masked
-        self._tar = tarfile.open(self._beside, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._tar = tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self._table: list[list[int]] = []
         self._ids: list[TokenIds] = []
         self._masks: list[Flags] = []
@@ -70,20 +64,20 @@ class ShardWriter:
         self._open_tokens = 0
         self._documents = 0
         self._loss_tokens = 0
-        self.tokens = 0
+        self.num_tokens = 0
 
     def add(self, ids: TokenIds, loss_mask: Flags | None) -> None:
         """Append a document: ids [T] and, for a chat, which of them are in the loss [T]."""
         self.add_many(ids, np.array([len(ids)]), loss_mask)
 
     def add_many(self, ids: TokenIds, lengths: Ints, loss_mask: Flags | None) -> None:
-        """Append documents of `lengths` [D] that stand end to end [T]; the file is that of adding
-        one after the other.
+        """Append documents of these lengths [D] that are laid end to end [T]; the file is the same
+        as if they were added one by one.
         """
         ends = np.cumsum(lengths)
         document, token = 0, 0
         while document < len(lengths):
-            # A block is full with the document that brings it to its size.
+            # A block ends with the document that fills it.
             least = BLOCK_TOKENS - self._open_tokens + token
             stop = min(int(ends.searchsorted(least)) + 1, len(lengths))
             end = int(ends[stop - 1])
@@ -92,7 +86,7 @@ class ShardWriter:
             document, token = stop, end
 
     def _append(self, ids: TokenIds, lengths: Ints, loss_mask: Flags | None) -> None:
-        """Documents of which none but the last fills the block."""
+        """Add documents to the open block, which none but the last may fill."""
         self._ids.append(ids)
         self._lengths.append(lengths)
         if loss_mask is not None:
@@ -101,12 +95,12 @@ class ShardWriter:
         self._loss_tokens += int(in_loss)
         self._open_tokens += len(ids)
         self._documents += len(lengths)
-        self.tokens += len(ids)
+        self.num_tokens += len(ids)
         if self._open_tokens >= BLOCK_TOKENS:
             self._flush()
 
     def close(self) -> ShardEntry:
-        """Finish the file; only after the rename does it exist under its name."""
+        """Finish the file and give it its name."""
         if self._ids:
             self._flush()
         table = np.array(self._table, _TABLE_DTYPE).reshape(-1, _COLUMNS)
@@ -114,22 +108,22 @@ class ShardWriter:
         self._tar.close()
         entry = ShardEntry(
             file=self._path.name,
-            bytes=self._beside.stat().st_size,
-            sha256=sha256_of(self._beside),
+            bytes=self._temporary.stat().st_size,
+            sha256=sha256_of(self._temporary),
             documents=self._documents,
-            tokens=self.tokens,
+            tokens=self.num_tokens,
             loss_tokens=self._loss_tokens,
             blocks=len(table),
             blocks_at=blocks_at,
             blocks_check=f"{_check(table):016x}",
         )
-        put_in_place(self._beside, self._path)
+        put_in_place(self._temporary, self._path)
         return entry
 
     def abort(self) -> None:
-        """Leave nothing behind."""
+        """Delete what was written."""
         self._tar.close()
-        self._beside.unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)
 
     def _flush(self) -> None:
         key = f"{len(self._table):06d}"
@@ -141,18 +135,8 @@ class ShardWriter:
         if self._masked:
             bits = np.packbits(np.concatenate(self._masks), bitorder="little")
             mask_at, mask_check = self._member(f"{key}.loss_mask.npy", bits), _check(bits)
-        self._table.append(
-            [
-                len(lengths),
-                len(tokens),
-                tokens_at,
-                lengths_at,
-                mask_at,
-                _check(tokens),
-                _check(lengths),
-                mask_check,
-            ]
-        )
+        offsets, checks = (tokens_at, lengths_at, mask_at), (_check(tokens), _check(lengths))
+        self._table.append([len(lengths), len(tokens), *offsets, *checks, mask_check])
         self._ids, self._lengths, self._masks, self._open_tokens = [], [], [], 0
 
     def _member(self, name: str, array: npt.NDArray[Any]) -> int:
@@ -168,18 +152,18 @@ class ShardWriter:
 
 
 def _check(array: npt.NDArray[Any]) -> int:
-    """The checksum of an array's bytes: XXH3, which is read at the speed of memory."""
+    """The checksum of an array's bytes: XXH3, which is as fast as memory is read."""
     return xxhash.xxh3_64_intdigest(array.tobytes())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ByteSource:
-    """Where the bytes of a shard are: `read(start, stop)` gives them as uint8; `name` is for
+    """Where the bytes of a shard come from: `read(start, stop)` gives them as uint8; `name` is for
     messages.
 
     `mapping` is the whole file where it is mapped into memory, so that arrays need not be kept.
-    `damaged` is called where the bytes are not those that were prepared, with what is wrong, so
-    that a copy is not read again; it raises BigmixError where more than this file is at fault.
+    `damaged` is called with what is wrong where the bytes are not those that were prepared, so that
+    a damaged copy is not read again; it raises BigmixError where more than this file is at fault.
     """
 
     name: str
@@ -212,8 +196,8 @@ def mapped(path: Path, size: int) -> ByteSource:
 class Shard:
     """A shard as flat arrays over all its blocks; positions are token positions in the shard.
 
-    Each array of a block is held against its checksum when it is first read. Raises Unreadable that
-    names the file and the byte where it is damaged.
+    The checksum of each array of a block is checked when it is first read. Unreadable is raised,
+    with the file and the byte, where one is damaged.
     """
 
     def __init__(self, source: ByteSource, entry: ShardEntry, dtype: str) -> None:
@@ -231,14 +215,14 @@ class Shard:
         self._ends: dict[int, list[int]] = {}
 
     def check_size(self) -> None:
-        """Raises Unreadable where the mapped file has become shorter: the kernel ends a process
-        that reads there.
+        """Raise Unreadable where the mapped file has become shorter: the kernel kills a process
+        that reads behind its end.
         """
         mapping = self._source.mapping
         if mapping is not None and mapping.size() < self._size:
             raise Unreadable(
                 f"{self._source.name} has {mapping.size()} bytes and had {self._size} when it was"
-                " opened: it was cut short while it is read; restore the file or prepare the"
+                " opened: it was truncated while it was read; restore the file or prepare the"
                 " source again"
             )
 
@@ -250,10 +234,7 @@ class Shard:
     @property
     def lengths(self) -> Ints:
         """Tokens of each document."""
-        parts = [
-            self._array(row[_LENGTHS_AT], row[_DOCUMENTS], row[_LENGTHS_CHECK], _LENGTH_DTYPE)
-            for row in self._table
-        ]
+        parts = [self._lengths_of(block) for block in range(len(self._table))]
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
     @property
@@ -276,8 +257,8 @@ class Shard:
         return first + self.piece(end, stop)
 
     def addresses(self, starts: Ints) -> Ints:
-        """Where documents that begin at these token positions lie in the file, in tokens from its
-        beginning.
+        """Where the parts of documents that begin at these positions are in the file, in tokens
+        from its beginning.
         """
         blocks = np.searchsorted(self._begins, starts, side="right") - 1
         at = np.array([row[_TOKENS_AT] // self.width for row in self._table], np.int64)
@@ -286,29 +267,25 @@ class Shard:
     def pieces_at(
         self, addresses: npt.NDArray[Any], lengths: npt.NDArray[Any], padding: bytes
     ) -> list[bytes]:
-        """The bytes of the ids of parts of documents; of as much `padding` where an address is
-        below 0.
-        """
+        """The bytes of the ids of parts of documents; of `padding` where an address is below 0."""
         begins = addresses.astype(np.int64) * self.width
         ends = (begins + lengths * self.width).tolist()
         file = self._file or self._checked_file()
         if file is None:
             pieces = [self._piece(at, end) for at, end in zip(begins.tolist(), ends, strict=True)]
         else:
-            # They lie all over the file. Asked for together, their first bytes come from memory
-            # many at a time.
+            # The parts are all over the file. Read together, many of their first bytes come from
+            # memory at a time.
             self._source.read(0, self._size).take(begins, mode="clip")
-            # bytes and no views: a million views that live on would keep Python's garbage collector
-            # busy.
+            # bytes and not views: a million views that stay alive would keep Python's garbage
+            # collector busy.
             pieces = [file[at:end] for at, end in zip(begins.tolist(), ends, strict=True)]
         for at in np.flatnonzero(begins < 0).tolist():
             pieces[at] = padding[: int(lengths[at]) * self.width]
         return pieces
 
     def _checked_file(self) -> mmap.mmap | None:
-        """The whole of a mapped file, after all of its blocks have been checked; None where it is
-        not mapped.
-        """
+        """A mapped file, after all of its blocks have been checked; None where it is not mapped."""
         if self._source.mapping is not None:
             for block in range(len(self._table)):
                 self._ids_of(block, 0, 0)
@@ -316,7 +293,7 @@ class Shard:
         return self._file
 
     def _piece(self, at: int, end: int) -> bytes:
-        """Bytes of the file out of one block's ids; a document lies in one block."""
+        """Bytes [at, end) of the file from the ids of one block; a document lies in one block."""
         if at < 0:
             return b""
         block = bisect_right(self._table, at, key=itemgetter(_TOKENS_AT)) - 1
@@ -337,12 +314,10 @@ class Shard:
         return np.concatenate(parts)
 
     def loss_runs(self) -> tuple[Ints, Ints]:
-        """Runs of tokens [begin, end) in the loss, in order; none of them holds the first token of
-        a document.
-
-        That token is predicted by nothing.
+        """Runs of tokens [begin, end) in the loss, in order, without the first token of each
+        document, which no other predicts.
         """
-        # Each block begins at a word of its own, so that all are gone through 64 tokens at a time.
+        # Each block begins at a new word, so that all are searched 64 tokens at a time.
         words_B = [row[_TOKENS] // 64 + 1 for row in self._table]
         first_words = [0, *accumulate(words_B)]
         words = np.zeros(first_words[-1], np.uint64)
@@ -360,8 +335,8 @@ class Shard:
         return turns[0::2], turns[1::2]
 
     def borders(self, start: int, stop: int) -> tuple[int, list[int]]:
-        """The document that holds the token at `start`, and where others begin in (start, stop),
-        counted from start.
+        """The document of the token at `start`, and where others begin in (start, stop), counted
+        from `start`.
         """
         block = bisect_right(self._begins, start) - 1
         ends = self._ends_of(block)
@@ -390,15 +365,16 @@ class Shard:
         return self._array(row[_MASK_AT], (row[_TOKENS] + 7) >> 3, row[_MASK_CHECK], _BYTE)
 
     def _ends_of(self, block: int) -> list[int]:
-        """Where each document of a block ends, counted from the block's beginning."""
+        """Where each document of a block ends, counted from the beginning of the block."""
         ends = self._ends.get(block)
         if ends is None:
-            row = self._table[block]
-            lengths = self._array(
-                row[_LENGTHS_AT], row[_DOCUMENTS], row[_LENGTHS_CHECK], _LENGTH_DTYPE
-            )
-            ends = self._ends[block] = np.cumsum(lengths, dtype=np.int64).tolist()
+            ends = np.cumsum(self._lengths_of(block), dtype=np.int64).tolist()
+            self._ends[block] = ends
         return ends
+
+    def _lengths_of(self, block: int) -> npt.NDArray[Any]:
+        row = self._table[block]
+        return self._array(row[_LENGTHS_AT], row[_DOCUMENTS], row[_LENGTHS_CHECK], _LENGTH_DTYPE)
 
     def _array(self, at: int, count: int, check: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         array = self._arrays.get(at)
@@ -407,7 +383,7 @@ class Shard:
         return array
 
     def _keep(self, at: int, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Hold an array that has been checked; what is not mapped takes memory and is bounded."""
+        """Keep an array that has been checked; at most KEPT_ARRAYS if the file is not mapped."""
         self._arrays[at] = array
         if self._source.mapping is None and len(self._arrays) > KEPT_ARRAYS:
             self._arrays.popitem(last=False)
@@ -416,13 +392,13 @@ class Shard:
     def _bytes(self, at: int, size: int, check: int) -> Bytes:
         raw = self._source.read(at, at + size)
         if xxhash.xxh3_64_intdigest(raw.data) != check:
-            said = (
+            reason = (
                 f"{self._source.name}: the block at byte {at} ({size} bytes) is not what was"
                 " prepared: its checksum differs; restore the file or prepare the source again"
             )
             if self._source.damaged is not None:
-                self._source.damaged(said)
-            raise Unreadable(said)
+                self._source.damaged(reason)
+            raise Unreadable(reason)
         return raw
 
 
@@ -448,8 +424,8 @@ def open_shard(folder: Path, entry: ShardEntry, dtype: str) -> Shard:
 
 
 def write_lengths(folder: Path, dtype: str, shards: Sequence[ShardEntry]) -> FileEntry:
-    """Write the lengths of the documents of all shards as one file beside them; what the manifest
-    says of it.
+    """Write the lengths of the documents of all shards to one file in their folder; returns its
+    entry for the manifest.
     """
     path = folder / LENGTHS
     total = sum(entry.documents for entry in shards)
@@ -465,7 +441,7 @@ def write_lengths(folder: Path, dtype: str, shards: Sequence[ShardEntry]) -> Fil
 
 def with_lengths(folder: Path, manifest: Manifest) -> Manifest:
     """The manifest of a chat source with its file of lengths, which is written now; that of a text
-    as it is.
+    source as it is.
     """
     if not manifest.has_loss_masks:
         return manifest

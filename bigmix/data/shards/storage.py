@@ -1,8 +1,7 @@
-"""The address of a file goes in, wherever it is, its bytes come out: S3, Google, the Hugging Face
-hub, the web, a pipe, a disk.
+"""Reads files from disks, the web, S3, Google Cloud Storage, the Hugging Face hub and pipes.
 
-What breaks off is resumed at the byte that was reached (`retry`), so that every answer here is
-whole or an error.
+A transfer that breaks off is resumed at the byte that was reached (`retry`), so that every result
+here is whole, or an error.
 """
 
 import io
@@ -36,7 +35,7 @@ from bigmix.data.shards.retry import (
 from bigmix.data.shards.transports import open_http, open_pipe
 from bigmix.errors import BadInput, BigmixError
 
-# Words of AWS's answers that no later try will change; pyarrow raises all of them as a plain
+# Words of AWS's responses that no later try will change; pyarrow raises all of them as a plain
 # OSError.
 _AWS_FINAL = (
     "ACCESS_DENIED",
@@ -65,7 +64,10 @@ def read_file(url: str, *, retry: Retry | None = None, watch: Watch | None = Non
 def read_range(
     url: str, start: int, stop: int, *, retry: Retry | None = None, watch: Watch | None = None
 ) -> bytes:
-    """The bytes [start, stop) of a file; fewer where the file ends before `stop`."""
+    """The bytes [start, stop) of a file, fewer where the file ends before `stop`.
+
+    Raises what `read_file` raises.
+    """
     return b"".join(_parts(url, ByteSpan(start=start, stop=stop), retry, watch))
 
 
@@ -77,11 +79,11 @@ def copy_to(
     retry: Retry | None = None,
     watch: Watch | None = None,
 ) -> None:
-    """Append to `path` what it lacks of a file, 8 MiB of memory at most; an absent or empty `path`
-    gets the whole.
+    """Append to `path` what it lacks of a file, in at most 8 MiB of memory; an absent or empty
+    `path` gets the whole.
 
-    `size` is what the file must have, None where it is not known. An OSError is one of writing: the
-    disk is full.
+    `size` is the size that the file must have, None where it is not known. Raises OSError where
+    writing fails, for instance since the disk is full, and what `read_file` raises.
     """
     with path.open("ab") as file:
         span = ByteSpan(start=file.tell(), size=size)
@@ -128,7 +130,7 @@ def _open_google(url: str, ask: Ask) -> Opened:
         return _from_arrow(url, system.open_input_file(_path_of(url)), ask)
 
 
-# Made at first use and anew in each process: the AWS library's threads do not survive a fork.
+# Made at first use and again in each process: the AWS library's threads do not survive a fork.
 @lru_cache
 def _s3(process: int, region: str | None, timeout_s: float) -> Any:
     del process
@@ -136,7 +138,7 @@ def _s3(process: int, region: str | None, timeout_s: float) -> Any:
     return arrow.S3FileSystem(
         anonymous=anonymous,
         region=region,
-        # pyarrow itself does not look at these two.
+        # pyarrow does not read these two variables.
         endpoint_override=_environment("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
         request_timeout=timeout_s,
         connect_timeout=timeout_s,
@@ -192,7 +194,7 @@ def _open_other(url: str, ask: Ask) -> Opened:
         file = system.open(path, "rb", block_size=PART_BYTES)
         size = system.info(path).get("size")
         file.seek(ask.start)
-        return Opened(body=_Blocks(url, file), size=size, end_is_told=False)
+        return Opened(body=_Blocks(url, file), size=size, has_known_end=False)
 
 
 def _path_of(url: str) -> str:
@@ -200,7 +202,7 @@ def _path_of(url: str) -> str:
 
 
 class _Blocks:
-    """A library's file, read in blocks of 8 MiB: each read of it is a request of its own."""
+    """A library's file, read in blocks of 8 MiB: each read of it is a request."""
 
     def __init__(self, url: str, file: Any) -> None:
         self._url = url
@@ -216,7 +218,7 @@ class _Blocks:
 
 @contextmanager
 def _library(url: str) -> Iterator[None]:
-    """Sort a library's exceptions into what a later try may change and what it will not."""
+    """Divide a library's exceptions into those that a later try may change, and the others."""
     try:
         yield
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
@@ -236,7 +238,7 @@ def _library(url: str) -> Iterator[None]:
             f"{shown(url)} cannot be read: {error}; check the path of its source"
         ) from error
     except Exception as error:
-        # Each of fsspec's libraries has network errors of its own, and httpx's are no OSError
+        # Each library of fsspec has its own network errors, and those of httpx are not OSError
         # either.
         raise Transient(f"{type(error).__name__} {_first_line(error)}") from error
 

@@ -1,9 +1,4 @@
-"""A web address and an offset go in, an answer that begins at that offset comes out, or a fault
-that says what to do.
-
-A command and an offset go in, what the command prints from that offset comes out; its failure is a
-fault.
-"""
+"""Opens a web address, or the output of a command, at an offset; a fault says what to do."""
 
 import base64
 import http.client
@@ -25,7 +20,7 @@ from bigmix.data.shards.location import PIPE, shown
 from bigmix.data.shards.retry import Ask, Body, Changed, Opened, Transient, missing, refused
 from bigmix.errors import BadInput, BigmixError
 
-_PART_BYTES = 1 << 18  # one read of a socket gives no more; a buffer is made anew for each
+_PART_BYTES = 1 << 18  # one read of a socket gives no more, and each allocates a buffer
 _GONE = (404, 410)
 _REFUSED = (401, 403, 407)
 _BUSY = (408, 425, 429)
@@ -58,7 +53,7 @@ def _request(url: str, ask: Ask) -> urllib.request.Request:
     login, at, host = parts.netloc.rpartition("@")
     request = urllib.request.Request(parts._replace(netloc=host, fragment="").geturl())
     if at:
-        # Unredirected: a password is for this host, not for the one that it may point to.
+        # Unredirected: a password is for this host, not for the one that it may redirect to.
         coded = base64.b64encode(unquote(login).encode()).decode()
         request.add_unredirected_header("Authorization", f"Basic {coded}")
     if ask.start or ask.stop is not None:
@@ -73,7 +68,7 @@ def _opened(url: str, answer: Any, ask: Ask) -> Opened:
     body = _Body(answer)
     tag = answer.headers.get("ETag")
     if tag is not None and tag.startswith("W/"):
-        tag = None  # a weak tag stands for a meaning, not for bytes
+        tag = None  # a weak tag marks a meaning, not bytes
     if answer.status == 206:
         return Opened(body=body, size=_size_of_range(url, answer.headers, ask), tag=tag)
     if ask.tag is not None and tag is not None and tag != ask.tag:
@@ -85,12 +80,12 @@ def _opened(url: str, answer: Any, ask: Ask) -> Opened:
     chunked = "chunked" in (answer.headers.get("Transfer-Encoding") or "").lower()
     _skip(body, ask.start)
     size = int(length) if length is not None and not chunked else None
-    return Opened(body=body, size=size, tag=tag, end_is_told=chunked)
+    return Opened(body=body, size=size, tag=tag, has_known_end=chunked)
 
 
 def _size_of_range(url: str, headers: Message, ask: Ask) -> int | None:
-    """The whole file's size out of `Content-Range: bytes 5-9/100`, which must begin where we
-    asked.
+    """The size of the whole file from `Content-Range: bytes 5-9/100`, which must begin at the
+    requested byte.
     """
     given = str(headers.get("Content-Range", ""))
     unit, _, rest = given.partition(" ")
@@ -98,23 +93,23 @@ def _size_of_range(url: str, headers: Message, ask: Ask) -> int | None:
     first = span.partition("-")[0]
     if unit.lower() != "bytes" or first.strip() != str(ask.start):
         raise BigmixError(
-            f"{shown(url)} answers a request for byte {ask.start} with Content-Range {given!r}; "
-            "its server is broken, serve the files with another"
+            f"{shown(url)} answers a request for byte {ask.start} with Content-Range {given!r}; its"
+            " server is broken, serve the files with another"
         )
     return int(total) if total.strip().isdigit() else None
 
 
 def _skip(body: Body, num_bytes: int) -> None:
-    """Read up to where we were, on a server that ignores Range and begins at zero."""
+    """Skip what was read before, on a server that ignores Range and begins at the first byte."""
     while num_bytes:
         part = body.read1(num_bytes)
         if not part:
-            raise Transient(f"the answer ended {num_bytes} bytes before the place that was reached")
+            raise Transient(f"the response ended {num_bytes} bytes before the one that was reached")
         num_bytes -= len(part)
 
 
 class _Body:
-    """An answer's bytes as they arrive, so that a break loses none that came before it."""
+    """The bytes of a response as they arrive, so that a break loses none that came before it."""
 
     def __init__(self, answer: Any) -> None:
         self._answer = answer
@@ -123,7 +118,7 @@ class _Body:
         try:
             return bytes(self._answer.read1(min(most, _PART_BYTES)))
         except http.client.HTTPException as error:
-            raise Transient(f"the answer broke off ({type(error).__name__})") from error
+            raise Transient(f"the response broke off ({type(error).__name__})") from error
         except TimeoutError as error:
             raise Transient("the server sent nothing for too long") from error
 
@@ -145,7 +140,7 @@ def _fault(url: str, error: urllib.error.HTTPError, ask: Ask) -> Exception:
 
 
 def _asked_wait_s(text: str | None) -> float:
-    """Seconds of a Retry-After, which is a number or a date; 0 where it is neither."""
+    """The seconds of a Retry-After, which is a number or a date; 0 where it is neither."""
     if text is None:
         return 0.0
     if text.strip().isdigit():
@@ -157,13 +152,13 @@ def _asked_wait_s(text: str | None) -> float:
 
 
 _PIPE_PART_BYTES = 1 << 18
-_LINES_TOLD = 5
+_LINES_SHOWN = 5
 _NO_COMMAND = (126, 127)  # bash: not executable, not found
 
 
 def open_pipe(url: str, ask: Ask) -> Opened:
-    """Start the command of `pipe:COMMAND` and pass over its first `ask.start` bytes; it is run by
-    bash with pipefail.
+    """Start the command of `pipe:COMMAND`, in bash with pipefail, and skip its first `ask.start`
+    bytes.
     """
     body = _CommandOutput(url, ask.timeout_s)
     try:
@@ -171,7 +166,7 @@ def open_pipe(url: str, ask: Ask) -> Opened:
         while left:
             part = body.read1(left)
             if not part:
-                raise Transient(f"the command ended {left} bytes before the place that was reached")
+                raise Transient(f"the command ended {left} bytes before the one that was reached")
             left -= len(part)
     except BaseException:
         body.close()
@@ -180,13 +175,13 @@ def open_pipe(url: str, ask: Ask) -> Opened:
 
 
 class _CommandOutput:
-    """The output of a running command; its end counts only once the command has ended well."""
+    """The output of a running command; it is whole only once the command has ended with code 0."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self._url = url
         self._timeout_s = timeout_s
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
-        # A session of its own, so that close ends all commands of a pipeline.
+        # In its own session, so that close ends all commands of a pipeline.
         self._process = subprocess.Popen(
             ["bash", "-o", "pipefail", "-c", url.removeprefix(PIPE)],
             stdin=subprocess.DEVNULL,
@@ -218,7 +213,7 @@ class _CommandOutput:
             return
         self._errors.seek(0)
         lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
-        reason = f"exit code {code}: " + (" / ".join(lines[-_LINES_TOLD:]) or "no message")
+        reason = f"exit code {code}: " + (" / ".join(lines[-_LINES_SHOWN:]) or "no message")
         if code in _NO_COMMAND:
             raise BadInput(f"{self._url} cannot be run ({reason}); correct the command")
         raise Transient(f"the command failed with {reason}")

@@ -94,12 +94,12 @@ def test_rows_are_counted_without_being_read(here):
         count = 2 * stream.rows_per_epoch + 3
         counts = row_counts(inputs.plan, name, count)
         rows = [stream.read(locate(stream, index)) for index in range(count)]
-        assert counts.tokens_R.tolist() == [row.tokens for row in rows]
+        assert counts.tokens_R.tolist() == [row.num_tokens for row in rows]
         assert counts.loss_tokens_R.tolist() == [
             int((row.labels_T != IGNORE).sum()) for row in rows
         ]
         sum_sq_lengths = [
-            int((np.diff(row.starts_P, append=row.tokens) ** 2).sum()) for row in rows
+            int((np.diff(row.starts_P, append=row.num_tokens) ** 2).sum()) for row in rows
         ]
         assert counts.sum_sq_lengths_R.tolist() == sum_sq_lengths
 
@@ -127,7 +127,7 @@ def test_what_packing_leaves_out_is_counted(here):
         inputs.plan.streams["chat"].rows_per_epoch,
     )
     assert lost.dropped > 0 and lost.truncated == 0 and packed > 0
-    assert lost.tokens > 64 * lost.dropped
+    assert lost.num_tokens > 64 * lost.dropped
 
 
 def test_documents_that_are_held_out_are_not_lost(here):
