@@ -1,3 +1,1 @@
-"""Made-up facts go in among texts that a model learns; what share of them it can still tell comes
-out, from 0 to 100 %.
-"""
+"""The knowledge probe: made-up facts planted among texts, and a model's recall of them."""

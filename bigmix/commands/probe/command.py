@@ -1,9 +1,11 @@
-"""`bigmix probe make` and `bigmix probe score`: made-up facts among the texts, and how many of them
-a model can tell.
+"""`bigmix probe make`, which plants made-up facts among texts, and `bigmix probe score`, which
+measures how many of them a model recalls.
 """
 
 import argparse
+import contextlib
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 def add_probe(subparsers: Any) -> None:
     """Add `bigmix probe` with its actions."""
     parser = subparsers.add_parser(
-        "probe", help="plant made-up facts in a text source, and see how many of them a model knows"
+        "probe", help="plant made-up facts in a text source, and measure how many a model recalls"
     )
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     make = actions.add_parser("make", help="write texts with planted facts, and the questions")
@@ -28,12 +30,12 @@ def add_probe(subparsers: Any) -> None:
     add("inputs", nargs="+", metavar="INPUT", help=INPUTS)
     add("--output", required=True, type=Path, help="folder of the texts and the questions")
     add("--people", type=count, default=200, help="made-up people, with five facts each (200)")
-    add("--times", type=count, default=30, help="documents about each of them (30)")
+    add("--times", type=count, default=30, help="documents about each person (30)")
     add("--language", choices=("en", "zh"), default="en", help="default: en")
     add("--seed", type=int, default=0, help="other people, other facts (0)")
     add("--columns", metavar="PART=COLUMN,...", help="as for `bigmix prepare`")
     make.set_defaults(func=_make)
-    score = actions.add_parser("score", help="what part of the facts models tell, in per cent")
+    score = actions.add_parser("score", help="the percentage of the facts that models recall")
     add = score.add_argument
     add("models", nargs="+", metavar="MODEL", help="folders of models, such as RUN/export")
     add("--probe", required=True, type=Path, help="folder that `bigmix probe make` wrote")
@@ -43,29 +45,30 @@ def add_probe(subparsers: Any) -> None:
 
 
 def _make(known: argparse.Namespace) -> int:
-    # Readers of all formats take a second to import.
+    # The readers of all formats take a second to import.
     from bigmix.commands.probe.plant import NEW_QUESTIONS, PLANTED, QUESTIONS, TEXT, Planting, plant
 
     planting = Planting(
-        people=known.people,
+        num_people=known.people,
         times=known.times,
         seed=known.seed,
         language=known.language,
         columns=columns_of(known.columns),
     )
-    done = plant(known.inputs, planting, known.output)
-    share = done.planted_characters / (done.planted_characters + done.text_characters)
+    planted = plant(known.inputs, planting, known.output)
+    num_characters = planted.num_planted_characters + planted.num_text_characters
+    share = planted.num_planted_characters / num_characters
     rows = [
-        ["texts", f"{done.texts:,}"],
-        ["planted documents", f"{done.documents:,}, {share:.1%} of all characters"],
-        ["questions", f"{done.questions:,}, in planted words and in new ones"],
+        ["texts", f"{planted.num_texts:,}"],
+        ["planted documents", f"{planted.num_planted:,}, {share:.1%} of all characters"],
+        ["questions", f"{planted.num_questions:,}, in planted words and in new ones"],
     ]
-    if done.skipped:
-        rows.append(["rows without a text", f"{done.skipped:,}, left out"])
+    if planted.num_skipped:
+        rows.append(["records without a text", f"{planted.num_skipped:,}, left out"])
     terminal = Terminal()
     terminal.table(Table(title=f"probe {known.output}", columns=[], rows=rows))
     folder = known.output
-    terminal.note(f"text to learn from          {folder / TEXT} (the planted alone: {PLANTED})")
+    terminal.note(f"text to learn from          {folder / TEXT} (only what is planted: {PLANTED})")
     terminal.note(f"questions in planted words  {folder / QUESTIONS}")
     terminal.note(f"questions in new words      {folder / NEW_QUESTIONS}")
     terminal.close()
@@ -74,13 +77,15 @@ def _make(known: argparse.Namespace) -> int:
 
 def _score(known: argparse.Namespace) -> int:
     quiet_third_party_logs()
-    # Seconds of imports: torch and transformers.
-    from bigmix.commands.probe.score import recall
+    # torch and transformers take seconds to import. DeepSpeed keeps logging to what stdout is while
+    # it is imported, and on a machine without a GPU it logs at once: stdout is for the results.
+    with contextlib.redirect_stdout(sys.stderr):
+        from bigmix.commands.probe.score import recall
 
     terminal = Terminal(enabled=not known.json)
     found = {}
     for model in known.models:
-        terminal.note(f"asking {model}")
+        terminal.note(f"scoring {model}")
         found[model] = recall(model, known.probe, batch_rows=known.batch)
     if known.json:
         print(json.dumps({model: _as_tree(each) for model, each in found.items()}, indent=2))
@@ -88,7 +93,7 @@ def _score(known: argparse.Namespace) -> int:
     attributes = list(next(iter(found.values()))["planted"].attributes)
     columns = ["model", "words", "recall", "95 %", *attributes]
     rows = [row for model, each in found.items() for row in _rows(model, each, attributes)]
-    terminal.table(Table(title="facts that are told", columns=columns, rows=rows))
+    terminal.table(Table(title="facts recalled", columns=columns, rows=rows))
     terminal.close()
     return DONE
 

@@ -1,6 +1,4 @@
-"""A seed goes in, made-up people with five attributes come out, and the sentences that tell and ask
-for them.
-"""
+"""Made-up people with five attributes, as a function of a seed, and sentences about them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +11,11 @@ FactLanguage = Literal["en", "zh"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attribute:
-    """What may be known of a person.
+    """A fact that may be known about a person.
 
-    A sentence is a wording with {name}, then the value, then the language's full stop.
-
-    `planted` are told in documents; `new` never is, so that to answer it the fact must be known and
-    not the sentence.
+    A sentence is a wording with {name}, then the value, then the full stop of the language. The
+    wordings `planted` are in documents. `new` never is: completing it needs the fact and not the
+    memory of a sentence.
     """
 
     name: str
@@ -29,7 +26,7 @@ class Attribute:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Person:
-    """A person that nobody has written about; `values` by name of attribute."""
+    """A made-up person; `values` by name of attribute."""
 
     name: str
     values: Mapping[str, str]
@@ -37,8 +34,8 @@ class Person:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FactWorld:
-    """What people of a language are made of: first and family names in syllables, attributes, how
-    sentences are joined.
+    """What people in a language are made of: first and family names, attributes, and how sentences
+    are written and joined.
     """
 
     first_names: Sequence[str]
@@ -49,14 +46,12 @@ class FactWorld:
     stop: str
 
     def sentence(self, wording: str, person: Person, value: str) -> str:
-        """A whole sentence."""
+        """A whole sentence: the wording with the person's name, the value and the full stop."""
         return f"{wording.format(name=person.name)}{self.between}{value}{self.stop}"
 
 
 def people(world: FactWorld, count: int, seed: int) -> Iterator[Person]:
-    """`count` people with different names, a pure function of the seed; at most `most_people` of
-    them.
-    """
+    """`count` people with different names, a pure function of the seed; at most `most_people`."""
     names = permutation(most_people(world), key_of(seed, "names"))
     for index in range(count):
         first, family = divmod(int(names[index]), len(world.family_names))
@@ -72,21 +67,21 @@ def people(world: FactWorld, count: int, seed: int) -> Iterator[Person]:
 
 
 def most_people(world: FactWorld) -> int:
-    """How many different names there are."""
+    """The number of different names."""
     return len(world.first_names) * len(world.family_names)
 
 
 def document(world: FactWorld, person: Person, key: int) -> str:
-    """A short text that tells all about a person, in an order and in wordings that the key
-    decides.
+    """A short text with all facts about a person, in an order and wordings that follow from the
+    key.
     """
     order = permutation(len(world.attributes), key)
-    told = []
+    sentences = []
     for index in order.tolist():
         attribute = world.attributes[index]
         wording = attribute.planted[key_of(key, attribute.name) % len(attribute.planted)]
-        told.append(world.sentence(wording, person, person.values[attribute.name]))
-    return world.between.join(told)
+        sentences.append(world.sentence(wording, person, person.values[attribute.name]))
+    return world.between.join(sentences)
 
 
 def _words(text: str) -> Sequence[str]:

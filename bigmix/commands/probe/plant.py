@@ -1,6 +1,4 @@
-"""Texts and made-up people go in; the texts with documents about the people planted among them come
-out, and questions.
-"""
+"""Plants documents about made-up people among texts, and writes questions about their facts."""
 
 import gzip
 import json
@@ -31,9 +29,12 @@ QUESTIONS, NEW_QUESTIONS, SETTINGS = "questions.jsonl", "questions-new.jsonl", "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planting:
-    """`people` made-up people, each told of in `times` documents."""
+    """What to plant: `num_people` made-up people, with `times` documents about each.
 
-    people: int
+    `columns` maps the parts of a text to the columns of the inputs, as in `bigmix prepare`.
+    """
+
+    num_people: int
     times: int
     seed: int
     language: FactLanguage
@@ -42,60 +43,60 @@ class Planting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planted:
-    """What was written: documents and their characters, of the texts and of those planted; rows
-    without a text.
+    """What was written: the texts and the planted documents with their characters, the questions,
+    and the records that were skipped since they have no text.
     """
 
-    texts: int
-    text_characters: int
-    documents: int
-    planted_characters: int
-    questions: int
-    skipped: int
+    num_texts: int
+    num_text_characters: int
+    num_planted: int
+    num_planted_characters: int
+    num_questions: int
+    num_skipped: int
 
 
 def plant(inputs: Sequence[str], planting: Planting, folder: Path) -> Planted:
-    """Write the texts with the planted documents spread evenly among them, these alone, and the
-    questions.
+    """Write the texts with the planted documents spread evenly among them, the planted documents
+    alone, and the questions.
 
-    Raises BadInput where the inputs hold no texts, and where more people are asked for than there
-    are names.
+    Raises BadInput where the inputs have no text or would be overwritten, and where there are more
+    people than names.
     """
     world = WORLDS[planting.language]
     _check(planting, world)
     _check_folder(inputs, folder)
-    everybody = list(people(world, planting.people, planting.seed))
-    planted = _documents(world, everybody, planting)
+    persons = list(people(world, planting.num_people, planting.seed))
+    planted = _documents(world, persons, planting)
     num_texts = sum(1 for text in _texts(inputs, planting.columns) if text is not None)
     if not num_texts:
         raise BadInput(f"no text is in {', '.join(inputs)}; give inputs with text")
     folder.mkdir(parents=True, exist_ok=True)
-    characters, skipped = _write_texts(inputs, planting, planted, num_texts, folder)
-    questions = list(_questions(world, everybody, planting.seed))
+    num_characters, num_skipped = _write_texts(inputs, planting, planted, num_texts, folder)
+    questions = list(_questions(world, persons, planting.seed))
     replace_text(folder / QUESTIONS, _lines(planted for planted, _ in questions))
     replace_text(folder / NEW_QUESTIONS, _lines(new for _, new in questions))
     replace_text(folder / SETTINGS, json.dumps(_settings(inputs, planting), indent=2) + "\n")
     return Planted(
-        texts=num_texts,
-        text_characters=characters,
-        documents=len(planted),
-        planted_characters=sum(map(len, planted)),
-        questions=len(questions),
-        skipped=skipped,
+        num_texts=num_texts,
+        num_text_characters=num_characters,
+        num_planted=len(planted),
+        num_planted_characters=sum(map(len, planted)),
+        num_questions=len(questions),
+        num_skipped=num_skipped,
     )
 
 
 def _check(planting: Planting, world: FactWorld) -> None:
     most = most_people(world)
-    if planting.people > most:
+    if planting.num_people > most:
         raise BadInput(
-            f"--people is {planting.people:,} and there are {most:,} names; ask for that many or"
-            " fewer"
+            f"--people is {planting.num_people:,} and there are {most:,} names; give that number"
+            " or less"
         )
 
 
 def _check_folder(inputs: Sequence[str], folder: Path) -> None:
-    """What is written must not take the place of what is read."""
+    """Raise BadInput where an output would overwrite an input."""
     written = {(folder / name).resolve() for name in (TEXT, PLANTED, QUESTIONS, NEW_QUESTIONS)}
     for place in places_of(inputs):
         if Path(place).resolve() in written:
@@ -104,13 +105,13 @@ def _check_folder(inputs: Sequence[str], folder: Path) -> None:
             )
 
 
-def _documents(world: FactWorld, everybody: Sequence[Person], planting: Planting) -> Sequence[str]:
-    """All planted documents in the order in which they are planted."""
-    order = permutation(len(everybody) * planting.times, key_of(planting.seed, "order"))
+def _documents(world: FactWorld, persons: Sequence[Person], planting: Planting) -> Sequence[str]:
+    """All planted documents in their order among the texts."""
+    order = permutation(len(persons) * planting.times, key_of(planting.seed, "order"))
     return [
         document(
             world,
-            everybody[index % len(everybody)],
+            persons[index % len(persons)],
             key_of(planting.seed, "document", index),
         )
         for index in order.tolist()
@@ -118,9 +119,9 @@ def _documents(world: FactWorld, everybody: Sequence[Person], planting: Planting
 
 
 def _texts(inputs: Sequence[str], columns: Mapping[str, str] | None) -> Iterator[str | None]:
-    """The text of each row; None for one that has none."""
-    for found in raw_documents(inputs, kind="text", columns=columns):
-        yield found.text if isinstance(found, Text) and found.text else None
+    """The text of each record; None for one that has none."""
+    for raw in raw_documents(inputs, kind="text", columns=columns):
+        yield raw.text if isinstance(raw, Text) and raw.text else None
 
 
 def _write_texts(
@@ -130,26 +131,28 @@ def _write_texts(
     num_texts: int,
     folder: Path,
 ) -> tuple[int, int]:
-    """Characters of the texts and rows that had none."""
-    characters = skipped = index = done = 0
+    """Write both files of texts; returns the number of characters of the texts, and the number of
+    records without one.
+    """
+    num_characters = num_skipped = index = num_planted = 0
     with _written(folder / TEXT) as everything, _written(folder / PLANTED) as alone:
         for text in _texts(inputs, planting.columns):
             if text is None:
-                skipped += 1
+                num_skipped += 1
                 continue
-            # Planted document k stands before text k * texts / documents, rounded down.
+            # Planted document k comes before text k * num_texts / len(planted), rounded down.
             until = -(-(index + 1) * len(planted) // num_texts)
-            for each in planted[done:until]:
+            for each in planted[num_planted:until]:
                 everything.write(_line({"text": each, "planted": True}))
                 alone.write(_line({"text": each}))
             everything.write(_line({"text": text}))
-            done, index, characters = until, index + 1, characters + len(text)
-    return characters, skipped
+            num_planted, index, num_characters = until, index + 1, num_characters + len(text)
+    return num_characters, num_skipped
 
 
 @contextmanager
 def _written(path: Path) -> Iterator[gzip.GzipFile]:
-    # No name and no time in it: the same texts give the same file.
+    # Without a file name and a time in its header, the same texts give the same bytes.
     with (
         atomic_write(path) as temporary,
         temporary.open("wb") as raw,
@@ -159,10 +162,10 @@ def _written(path: Path) -> Iterator[gzip.GzipFile]:
 
 
 def _questions(
-    world: FactWorld, everybody: Sequence[Person], seed: int
+    world: FactWorld, persons: Sequence[Person], seed: int
 ) -> Iterator[tuple[Mapping[str, str], Mapping[str, str]]]:
     """For each fact the beginning of a sentence that was planted, and of one that never was."""
-    for index, person in enumerate(everybody):
+    for index, person in enumerate(persons):
         for attribute in world.attributes:
             chosen = key_of(seed, "question", attribute.name, index) % len(attribute.planted)
             yield (
@@ -183,7 +186,7 @@ def _settings(inputs: Sequence[str], planting: Planting) -> Mapping[str, Any]:
     return {
         "version": 1,
         "inputs": list(inputs),
-        "people": planting.people,
+        "people": planting.num_people,
         "times": planting.times,
         "seed": planting.seed,
         "language": planting.language,

@@ -1,6 +1,4 @@
-"""A model's folder and a probe's go in; out comes what part of the planted facts the model tells
-when it is asked.
-"""
+"""Measures the share of the planted facts that a model recalls."""
 
 import json
 from collections.abc import Mapping
@@ -33,8 +31,8 @@ _MAX_TOKENS = 16  # a value is a word or two
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recall:
-    """The part of the facts that is told, from 0 to 1, with the ends of its 95 % interval over
-    facts.
+    """The share of the facts that a model recalls, from 0 to 1, with the ends of its 95 % interval
+    over facts, and the number of facts. The fields are keys of the JSON output.
     """
 
     value: float
@@ -45,8 +43,9 @@ class Recall:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recalled:
-    """What a model tells when it is asked in the wordings of one kind, over all facts and by
-    attribute.
+    """The recall of a model for questions in one kind of wording, over all facts and by attribute.
+
+    The fields are keys of the JSON output.
     """
 
     everything: Recall
@@ -54,10 +53,10 @@ class Recalled:
 
 
 def recall(model: str, probe: Path, *, batch_rows: int) -> dict[Wording, Recalled]:
-    """Ask a model for every planted fact, in words that were planted and in new ones; greedily, up
-    to the full stop.
+    """Let a model complete a sentence about every planted fact, in words that were planted and in
+    new ones, greedily up to the full stop.
 
-    Raises BadInput where there is no probe or no model with a tokenizer.
+    Raises BadInput where there is no probe, or no model with a tokenizer.
     """
     settings = _settings(probe)
     tasks = {
@@ -72,11 +71,11 @@ def recall(model: str, probe: Path, *, batch_rows: int) -> dict[Wording, Recalle
         )
         for wording, file in _FILES.items()
     }
-    loaded, positions = _open(model)
-    asked = tokenise_tasks(open_tasks(tasks), chat_format_of(model, []), positions)
-    right = _right(loaded, asked)
+    inference_model, num_positions = _open(model)
+    prepared = tokenise_tasks(open_tasks(tasks), chat_format_of(model, []), num_positions)
+    is_recalled = _is_recalled(inference_model, prepared)
     return {
-        wording: _recalled(right[wording], _attributes(probe / file))
+        wording: _recalled(is_recalled[wording], _attributes(probe / file))
         for wording, file in _FILES.items()
     }
 
@@ -93,45 +92,49 @@ def _settings(probe: Path) -> Mapping[str, Any]:
 
 
 def _attributes(path: Path) -> list[str]:
-    """The attribute that each question asks for."""
+    """The attribute that each question is about."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["attribute"] for line in lines]
 
 
 def _open(model: str) -> tuple[InferenceModel, int | None]:
-    """The model in this process, in the precision it is stored in, and its positions."""
+    """The model in this process, in the precision in which it is stored, and the number of its
+    positions.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lm = open_whole(model, dtype="auto", device=device)
     return InferenceModel(lm=lm, device=device), max_positions(lm.config)
 
 
-def _right(model: InferenceModel, asked: Mapping[str, PreparedTask]) -> dict[str, list[float]]:
-    """1 for each fact that is told and 0 for each that is not, in the order of the questions."""
+def _is_recalled(
+    model: InferenceModel, tasks: Mapping[str, PreparedTask]
+) -> dict[str, list[float]]:
+    """1 for each fact that is recalled, 0 for each that is not, in the order of the questions."""
     results = score_tasks(
         model,
         Cluster(World(rank=0, local_rank=0, size=1, local_size=1)),
-        asked,
+        tasks,
         seed=0,
         activity=UNWATCHED,
     )
-    assert results is not None, "nobody asks to stop"
+    assert results is not None, "no stop can be requested"
     return {
         name: [sample.scores["exact_match"] for sample in result.samples]
         for name, result in results.items()
     }
 
 
-def _recalled(right: list[float], attributes: list[str]) -> Recalled:
+def _recalled(is_recalled: list[float], attributes: list[str]) -> Recalled:
     by_attribute: dict[str, list[float]] = {}
-    for value, attribute in zip(right, attributes, strict=True):
+    for value, attribute in zip(is_recalled, attributes, strict=True):
         by_attribute.setdefault(attribute, []).append(value)
     return Recalled(
-        everything=_over("all", right),
-        attributes={name: _over(name, values) for name, values in by_attribute.items()},
+        everything=_recall_over("all", is_recalled),
+        attributes={name: _recall_over(name, values) for name, values in by_attribute.items()},
     )
 
 
-def _over(name: str, right: list[float]) -> Recall:
-    values_N1 = np.array(right)[:, None]
-    low, high = interval(resampled_sums(values_N1, key_of("recall", name))[:, 0] / len(right))
-    return Recall(value=float(np.mean(right)), low=low, high=high, facts=len(right))
+def _recall_over(name: str, values: list[float]) -> Recall:
+    values_N1 = np.array(values)[:, None]
+    low, high = interval(resampled_sums(values_N1, key_of("recall", name))[:, 0] / len(values))
+    return Recall(value=float(np.mean(values)), low=low, high=high, facts=len(values))

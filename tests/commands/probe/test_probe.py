@@ -101,7 +101,7 @@ def test_names_and_values_are_told_apart(world):
 
 def test_rows_without_a_text_are_counted(texts, capsys):
     make(texts)
-    assert "rows without a text  1, left out" in capsys.readouterr().out
+    assert "records without a text  1, left out" in capsys.readouterr().out
 
 
 def test_more_people_than_names_are_refused(texts, capsys):
