@@ -1,17 +1,17 @@
-"""How much of `bigmix prepare` is the tokenizer: one command, one table, each speed beside its
-limit in the same run.
+"""Measures how much of the time of `bigmix prepare` is the tokenizer: a table with each speed and
+its limit from the same run.
 
 python benchmarks/prepare.py [--megabytes 8] [--processes 2] [--rounds 2] [--vocab-size 16K]
 [--input FILE.jsonl]
 
 The limit is the tokenizer alone: encode_batch_fast over the same strings, already in memory, on as
-many processes. For chats the table also has encode_batch, which gives the characters of each token
-too. prepare is timed for the input and for four times the input, from the first row on (the start
-of its processes is in that) and as a whole command (imports and the loading of the tokenizer are in
-that too). Without start-up: what the three further inputs cost, the slope between the two. Each
-figure is the best of the rounds, which take turns, so that other work on the machine hits all. "By
-processor time" is the tokenizer's share of the processor seconds of all processes, which other work
-hits less.
+many processes. For chats the table also has encode_batch, which reports the characters of each
+token too. prepare is timed for the input and for four times the input, from the first record (which
+includes the start of its processes) and as a complete command (which also includes imports and the
+loading of the tokenizer). Without start-up: the cost of the three further inputs, the slope between
+the two. Each figure is the best of the rounds, which alternate, so that other work on the machine
+affects all of them. "By processor time" is the tokenizer's share of the processor seconds of all
+processes, which other work affects less.
 """
 
 import argparse
@@ -42,14 +42,14 @@ BATCH = 256
 
 
 def words(draw: random.Random) -> list[str]:
-    """A vocabulary of made-up words, frequent ones short."""
+    """A vocabulary of made-up words, of which frequent ones are short."""
     letters = "etaoinshrdlucmfwypvbgkjqxz"
     weights = [1 / (k + 1) for k in range(26)]
     return ["".join(draw.choices(letters, weights, k=2 + k // 400)) for k in range(4000)]
 
 
 def generate(path: Path, kind: str, size: int) -> None:
-    """JSON lines of texts with about 2,500 characters, or of chats with two answers of about
+    """Write JSON lines of texts with about 2,500 characters, or of chats with two answers of about
     300.
     """
     draw = random.Random(0)
@@ -62,22 +62,22 @@ def generate(path: Path, kind: str, size: int) -> None:
 
     with path.open("w") as file:
         while file.tell() < size:
-            row: dict[str, object] = {"text": text(2500)}
+            record: dict[str, object] = {"text": text(2500)}
             if kind == "chat":
                 roles = ("user", "assistant") * 2
                 turns = [{"role": r, "content": text(120 if r == "user" else 300)} for r in roles]
-                row = {"messages": turns}
-            file.write(json.dumps(row) + "\n")
+                record = {"messages": turns}
+            file.write(json.dumps(record) + "\n")
 
 
 def strings_of(path: Path, tokenizer: Path) -> tuple[str, list[str]]:
-    """What the tokenizer is given when this file is prepared."""
-    rows = [dict(row.columns or {}) for row in read_records([str(path)], ReadOptions())]
-    layout = recognise(rows[:BATCH], kind=None, columns=None)
+    """The kind of a file, and the strings that the tokenizer gets when the file is prepared."""
+    records = [dict(record.columns or {}) for record in read_records([str(path)], ReadOptions())]
+    layout = recognise(records[:BATCH], kind=None, columns=None)
     loaded = load_tokenizer(str(tokenizer))
     template = open_template(loaded, "plain") if layout.kind == "chat" else None
     strings = []
-    for document in (document_of(row, layout) for row in rows):
+    for document in (document_of(record, layout) for record in records):
         if isinstance(document, Text):
             strings.append(document.text)
         elif isinstance(document, Conversation) and template is not None:
@@ -88,7 +88,7 @@ def strings_of(path: Path, tokenizer: Path) -> tuple[str, list[str]]:
 def encode(
     tokenizer: str, strings: Sequence[str], characters: bool, ready: Any, go: Any, ends: Any
 ) -> None:
-    """The limit: what one process takes for its share, told before the process is torn down."""
+    """The limit: the time that one process takes for its strings, sent before the process ends."""
     backend = load_tokenizer(tokenizer).backend
     work = backend.encode_batch if characters else backend.encode_batch_fast
     work(list(strings[:BATCH]), add_special_tokens=False)
@@ -138,7 +138,7 @@ from bigmix.commands.prepare.job import prepare
 from bigmix.commands.prepare.job import PrepareSettings
 
 def cpu_s():
-    # The server of the workers is a child, and the ended workers are in its account.
+    # The server of the workers is a child, and its times include the workers that have ended.
     total = time.process_time()
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -155,20 +155,20 @@ if __name__ == "__main__":
     report = lambda *counts: marks.append((time.perf_counter(), cpu_s())) if not marks else None
     made = prepare(PrepareSettings(**given), report)
     (begin_s, begin_cpu_s), end_cpu_s = marks[0], cpu_s()
-    rows = [time.perf_counter() - begin_s, end_cpu_s - begin_cpu_s]
-    print(json.dumps([rows, end_cpu_s, made.manifest.tokens]))
+    records = [time.perf_counter() - begin_s, end_cpu_s - begin_cpu_s]
+    print(json.dumps([records, end_cpu_s, made.manifest.tokens]))
 """
 
 
 class Run(NamedTuple):
-    """The whole command, what is from the first row to the last shard, and the MiB that all
-    processes held at most.
+    """The cost of the complete command and from the first record to the last shard, the tokens
+    written, and the peak MiB of all processes together.
     """
 
     command: Cost
-    rows: Cost
-    tokens: int
-    mib: float
+    records: Cost
+    num_tokens: int
+    peak_mib: float
 
 
 def prepare_once(path: Path, output: Path, tokenizer: Path, processes: int) -> Run:
@@ -183,12 +183,12 @@ def prepare_once(path: Path, output: Path, tokenizer: Path, processes: int) -> R
     peak = [0.0]
     watcher = threading.Thread(target=watch, args=(process, peak))
     watcher.start()
-    said, _ = process.communicate()
+    output_json, _ = process.communicate()
     command_s = time.perf_counter() - began
     watcher.join()
     shutil.rmtree(output)
-    rows, cpu_s, tokens = json.loads(said)
-    return Run(Cost(command_s, cpu_s), Cost(*rows), tokens, peak[0])
+    records, cpu_s, num_tokens = json.loads(output_json)
+    return Run(Cost(command_s, cpu_s), Cost(*records), num_tokens, peak[0])
 
 
 def watch(process: "subprocess.Popen[bytes]", peak: list[float]) -> None:
@@ -198,8 +198,8 @@ def watch(process: "subprocess.Popen[bytes]", peak: list[float]) -> None:
 
 
 def memory_of(session: int) -> float:
-    """MiB of anonymous memory of all processes of a session; pages of files are the system's to
-    drop.
+    """MiB of anonymous memory of all processes of a session; pages of files do not count, since the
+    system can drop them.
     """
     total = 0
     for folder in Path("/proc").glob("[0-9]*"):
@@ -222,7 +222,7 @@ def main() -> None:
     known = parser.parse_args()
     print(f"{known.processes} processes")
     print(
-        f"{'work':<48}{'M tokens/s':>12}{'of the tokenizer':>18}"
+        f"{'work':<52}{'M tokens/s':>12}{'of the tokenizer':>18}"
         f"{'by processor time':>20}{'MiB, all processes':>20}"
     )
     with tempfile.TemporaryDirectory() as temporary:
@@ -255,34 +255,35 @@ def measure(top: Path, path: Path, known: argparse.Namespace) -> None:
 
 
 def trained(path: Path, vocab_size: int, folder: Path) -> Path:
-    rows = islice(read_records([str(path)], ReadOptions()), 3000)
-    sample = (json.dumps(row.columns or {}, ensure_ascii=False) for row in rows)
+    records = islice(read_records([str(path)], ReadOptions()), 3000)
+    sample = (json.dumps(record.columns or {}, ensure_ascii=False) for record in records)
     return train_tokenizer(sample, vocab_size=vocab_size, kind="bpe", folder=folder)
 
 
 def show(
     kind: str, limits: dict[bool, list[Cost]], one: Sequence[Run], four: Sequence[Run]
 ) -> None:
-    tokens, mib = one[0].tokens, [max(run.mib for run in runs) for runs in (one, four)]
+    num_tokens = one[0].num_tokens
+    mib = [max(run.peak_mib for run in runs) for runs in (one, four)]
     limit = best(limits[False])
 
-    def line(work: str, cost: Cost, inputs: int = 1, memory: float | None = None) -> None:
+    def line(work: str, cost: Cost, num_inputs: int = 1, memory: float | None = None) -> None:
         end = "" if memory is None else f"{memory:>20.0f}"
-        shares = [inputs * limit.wall_s / cost.wall_s, inputs * limit.cpu_s / cost.cpu_s]
-        speed = inputs * tokens / cost.wall_s / 1e6
-        print(f"{f'{kind}: {work}':<48}{speed:>12.2f}{shares[0]:>18.0%}{shares[1]:>20.0%}{end}")
+        shares = [num_inputs * limit.wall_s / cost.wall_s, num_inputs * limit.cpu_s / cost.cpu_s]
+        speed = num_inputs * num_tokens / cost.wall_s / 1e6
+        print(f"{f'{kind}: {work}':<52}{speed:>12.2f}{shares[0]:>18.0%}{shares[1]:>20.0%}{end}")
 
     line("tokenizer alone", limit)
-    # Where it is far from the best, something else was running and the ratios say little.
+    # If it is far from the best, other work was running and the ratios say little.
     line("tokenizer alone, worst round", Cost(*map(max, zip(*limits[False], strict=True))))
     if limits[True]:
         line("tokenizer alone, with characters", best(limits[True]))
-    rows = [best([run.rows for run in runs]) for runs in (one, four)]
-    line("prepare, whole command", best([run.command for run in one]), 1, mib[0])
-    line("prepare, whole command, 4 x the input", best([run.command for run in four]), 4, mib[1])
-    line("prepare, from the first row", rows[0])
-    line("prepare, from the first row, 4 x the input", rows[1], 4)
-    slope = Cost(rows[1].wall_s - rows[0].wall_s, rows[1].cpu_s - rows[0].cpu_s)
+    records = [best([run.records for run in runs]) for runs in (one, four)]
+    line("prepare, full command", best([run.command for run in one]), 1, mib[0])
+    line("prepare, full command, 4 x the input", best([run.command for run in four]), 4, mib[1])
+    line("prepare, from the first record", records[0])
+    line("prepare, from the first record, 4 x the input", records[1], 4)
+    slope = Cost(records[1].wall_s - records[0].wall_s, records[1].cpu_s - records[0].cpu_s)
     line("prepare, without start-up (the slope)", slope, 3)
 
 
