@@ -128,7 +128,7 @@ def one_stage(streams) -> list[SequenceLengthStage]:
 
 
 def endless_plan(mixture, stages, seed=0, **given) -> RunPlan:
-    """A plan of so many steps that no test comes to its end."""
+    """A plan of more steps than any test takes."""
     return RunPlan(
         mixture=mixture,
         stages=stages,

@@ -16,7 +16,7 @@ def serve(server, folder):
 
 
 def downloads(server):
-    """How often each shard was asked for."""
+    """How often each shard was requested."""
     return Counter(path for path, _, _ in server.requests if path.endswith(".tar"))
 
 
@@ -32,7 +32,7 @@ def unforeseen(caplog):
 
 
 def in_use(folder):
-    """The files of the cache that somebody holds."""
+    """The files of the cache that are in use."""
     found = []
     for path in (folder / "cache").glob("*.shard"):
         with path.open("rb") as file:

@@ -199,7 +199,7 @@ def test_a_source_without_a_share_is_evaluated_as_it_is_with_one(here):
     one, other = (
         open_inputs(r, ranks=1, verify=False).held_out["web"] for r in (without, with_web)
     )
-    assert one.packer == other.packer and one.packer.whole_below == 20
+    assert one.packing == other.packing and one.packing.whole_below == 20
     assert one.rows_per_epoch == other.rows_per_epoch
 
 
