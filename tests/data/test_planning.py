@@ -72,7 +72,7 @@ def test_a_temperature_raises_small_sources(here, power):
 
 
 def test_sizes_count_within_their_group(here):
-    """A group of small sources beside one of large ones: their ratio is not lost in the
+    """A group of small sources next to one of large ones: their ratio is not lost in the
     rounding.
     """
     write_source(here / "tiny", "text", seed=3, shards=1, documents=2, lengths=(5, 6))
@@ -94,7 +94,7 @@ def test_a_loss_share_is_apart_from_the_share(here):
     assert shares.loss == {"web": 0.4, "code": 0.2, "chat": 0.4}
 
 
-def numbers_told(fault):
+def numbers_in(fault):
     limit = float(re.search(r"max_epochs to ([0-9.e+]+)[, ]", fault)[1])
     share = re.search(r"\.share to ([0-9.e+-]+) or less", fault)
     return limit, share and float(share[1])
@@ -115,7 +115,7 @@ BUDGETS = [
 def test_a_limit_that_is_too_low_is_refused_and_either_number_helps(here, budget, limit):
     (fault,) = refused(f"sources.code.max_epochs={limit}", *budget)
     assert f"sources.code.max_epochs is {limit} and the run goes through it" in fault
-    higher, share = numbers_told(fault)
+    higher, share = numbers_in(fault)
     assert epochs(opened(f"sources.code.max_epochs={higher}", *budget))["code"] <= higher
     least = epochs(opened(*budget))["code"]
     assert higher - 0.01 < least <= higher
@@ -123,15 +123,15 @@ def test_a_limit_that_is_too_low_is_refused_and_either_number_helps(here, budget
     assert 0.7 * limit < epochs(inputs)["code"] <= limit
 
 
-def test_no_share_is_told_where_none_helps(here):
+def test_no_share_is_advised_where_none_helps(here):
     """Fewer of the rows of the one task source are as many more steps."""
     (fault,) = refused("sources.chat.max_epochs=1", "budget={task_tokens: 20000}")
-    higher, share = numbers_told(fault)
+    higher, share = numbers_in(fault)
     assert share is None
     opened(f"sources.chat.max_epochs={higher}", "budget={task_tokens: 20000}")
 
 
-def test_every_limit_that_is_too_low_is_told(here):
+def test_every_limit_that_is_too_low_is_reported(here):
     found = refused("sources.code.max_epochs=1", "sources.chat.max_epochs=0.5")
     assert [fault.split(".")[1] for fault in found] == ["code", "chat"]
 
@@ -180,7 +180,7 @@ def test_sources_leave_one_after_the_other(here, rows_per_step, limit, shares):
     longer=st.integers(0, 30),
 )
 def test_no_source_that_leaves_comes_back(data, rows_per_step, shares, limits, longer):
-    """Each is owed a part of a row when it leaves; these parts together are rows that somebody must
+    """Each is owed a part of a row when it leaves; these parts together are rows that a source must
     give.
     """
     names = ("code", "chat", "more")
@@ -289,7 +289,7 @@ def test_an_estimate_looks_at_every_length(here, monkeypatch):
         )
 
 
-def test_chats_that_are_lost_while_rows_are_short_are_told(here):
+def test_chats_that_are_lost_while_rows_are_short_are_reported(here):
     inputs = opened(*LONGER)
     short = inputs.plan.streams_at(1)["chat"].lost
     assert inputs.plan.lost("chat") == short and short.dropped > 0
@@ -326,15 +326,15 @@ def test_the_resolved_recipe_means_the_same(here):
 
 @pytest.fixture(scope="module")
 def whole(data):
-    codes, said = end(start(data, 2, "output=whole", *EVERYTHING))
-    assert codes == [0, 0], said
-    return lines(data / "whole"), said
+    codes, output = end(start(data, 2, "output=whole", *EVERYTHING))
+    assert codes == [0, 0], output
+    return lines(data / "whole"), output
 
 
 @pytest.mark.slow
 def test_a_run_logs_what_its_plan_says(data, whole):
-    logged, said = whole
-    assert "code is left out and its share given to the others" in said
+    logged, output = whole
+    assert "code is left out and its share given to the others" in output
     machine = ["--gpus", "2", "--gpu", "cpu"]
     plan = json.loads(printed(data, "plan", "recipe.yaml", *EVERYTHING, *machine, "--json"))
     last = logged[-1]
@@ -348,7 +348,7 @@ def test_a_run_logs_what_its_plan_says(data, whole):
             )
         assert source["epochs"] == last[f"epoch/{name}"]
         assert source["share"]["gradient"] == pytest.approx(last[f"gradient_share/{name}"])
-        assert f"{source['epochs']:.2f}" in said
+        assert f"{source['epochs']:.2f}" in output
     assert source["role"] == "task" and plan["sources"]["code"]["epochs"] <= 1.3
     gone = [line["step"] for line in logged if line["rows/code"]]
     assert max(gone) < 24
@@ -365,6 +365,6 @@ def test_such_a_run_resumes_with_the_same_lines(data, whole):
     for process in killed:
         process.send_signal(signal.SIGKILL)
     end(killed)
-    codes, said = end(start(data, 2, "output=killed", *EVERYTHING))
-    assert codes == [0, 0] and "going on after step" in said, said
+    codes, output = end(start(data, 2, "output=killed", *EVERYTHING))
+    assert codes == [0, 0] and "going on after step" in output, output
     assert lines(data / "killed") == whole[0]

@@ -409,9 +409,9 @@ def test_the_default_is_to_fail_and_to_name_source_and_shard(data):
     with pytest.raises(BadShard) as caught:
         list(loader)
     loader.close()
-    said = str(caught.value)
-    assert "shard-00003.tar of web cannot be used" in said and "the block at byte" in said
-    assert caught.value.exit_code == 1 and "restore the file or prepare the source again" in said
+    message = str(caught.value)
+    assert "shard-00003.tar of web cannot be used" in message and "the block at byte" in message
+    assert caught.value.exit_code == 1 and "restore the file or prepare the source again" in message
 
 
 def load_recipe_default():
@@ -507,7 +507,7 @@ def test_after_a_failure_no_step_ahead_tries_the_same_shard_again(data, server, 
 
 
 def test_a_long_run_whose_healthy_shards_are_all_open_begins_at_once(data, server):
-    """Its order of shards to fetch ends there, and is not gone through for the bad one."""
+    """Its order of shards to fetch ends there, and is not searched for the bad one."""
     few = f"sources.web.path={server.url}/web/shard-{{00000..00003}}.tar"
     inputs = opened(server.url, few, "budget.steps=3000000")
     grown = Quarantine(first_steps={"web": {"shard-00003.tar": 1}, "chat": {"shard-00000.tar": 1}})
@@ -594,7 +594,7 @@ def test_a_source_that_is_prepared_again_makes_no_shard_bad(data, server, tmp_pa
     assert f"{server.url}/web/manifest.json lists other shards than at the start" in str(fault)
 
 
-def test_a_full_cache_and_a_closed_depot_make_no_shard_bad(data, server, tmp_path):
+def test_a_full_cache_and_a_closed_store_make_no_shard_bad(data, server, tmp_path):
     inputs = opened(server.url, "cache.size=3000", "cache.ahead_files=1")
     assert isinstance(first_fault(inputs), CacheFull)
     inputs = opened(server.url, cache="other")
@@ -624,7 +624,7 @@ def test_a_damaged_file_of_the_cache_is_fetched_again_by_the_next_run(data, serv
     assert quarantine == Quarantine() and steps == trained([opened(data) for _ in range(2)])[0]
 
 
-def test_damaged_local_shards_are_told_at_the_start_and_do_not_refuse_the_run(data):
+def test_damaged_local_shards_are_reported_at_the_start_and_do_not_refuse_the_run(data):
     flip(data / "web" / "shard-00003.tar")
     (data / "web" / "shard-00007.tar").unlink()
     (note,) = opened(data, verify=True).notes
@@ -676,12 +676,12 @@ def test_the_commands_show_what_is_trained_in_place_of_a_bad_shard(data, capsys)
     assert rows == [(r.source, str(r.epoch), str(r.shard), str(r.row)) for r in plan.row_ids(step)]
     assert f"replaced from step {step} on: the shard shard-00003.tar of web" in shown.err
     assert main(["plan", "recipe.yaml", "--gpu", "cpu", "--gpus", "2", "--json"]) == 0
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     tokens = Counter()
     for row in (row for k in range(1, 61) for row in plan.row_ids(k)):
         tokens[row.source] += plan.streams[row.source].read(row).num_tokens
-    counted = {name: s["tokens"] for name, s in json.loads(said.out)["sources"].items()}
-    assert counted == dict(tokens) and "replaced from step 1 on" in said.err
+    counted = {name: s["tokens"] for name, s in json.loads(output.out)["sources"].items()}
+    assert counted == dict(tokens) and "replaced from step 1 on" in output.err
     for words in (
         ["rows", "recipe.yaml", "--step", str(step)],
         ["plan", "recipe.yaml", "--gpu", "cpu"],
@@ -690,13 +690,13 @@ def test_the_commands_show_what_is_trained_in_place_of_a_bad_shard(data, capsys)
         assert "shard-00003.tar: the file is missing" in capsys.readouterr().err
 
 
-def test_rows_are_counted_by_stretches_as_they_are_read(folders):
+def test_rows_are_counted_by_ranges_as_they_are_read(folders):
     """What `bigmix plan` adds up, where shards join on the way and rows change their length."""
     the_plan = plan(folders, BAD, LENGTHS[1])
     for name in SHARES:
         drawn = the_plan.mixture.counts(20 * ROWS)[name]
-        tally = row_counts(the_plan, name, drawn)
+        counted = row_counts(the_plan, name, drawn)
         own = [(k, row) for k in range(1, 21) for row in the_plan.row_ids(k) if row.source == name]
         # Ranks take a step's rows from a place that changes, so that only their sum is the same.
         tokens = [the_plan.streams_at(k)[name].read(row).num_tokens for k, row in own]
-        assert len(tally.tokens_R) == len(own) and int(tally.tokens_R.sum()) == sum(tokens)
+        assert len(counted.tokens_R) == len(own) and int(counted.tokens_R.sum()) == sum(tokens)

@@ -1,5 +1,5 @@
-"""A run goes on with another recipe: every row before the change stays, every source goes on where
-it stands.
+"""A run goes on with another recipe: every row before the change stays, every source goes on with
+its next row.
 """
 
 import json
@@ -24,7 +24,7 @@ ONE = Cluster(World(rank=0, local_rank=0, size=1, local_size=1))
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return recipe_of_three(tmp_path_factory.mktemp("chapters"))
+    return recipe_of_three(tmp_path_factory.mktemp("segments"))
 
 
 @pytest.fixture(autouse=True)
@@ -157,9 +157,9 @@ def test_a_run_may_change_twice():
 
 def checkpoint_of(folder, recipe, inputs):
     """A checkpoint without files, which is whole."""
-    beside = folder / "checkpoints/.tmp-step-000007"
-    beside.mkdir(parents=True)
-    publish(beside, beside.with_name("step-000007"), 1, [], position(recipe, inputs))
+    temporary = folder / "checkpoints/.tmp-step-000007"
+    temporary.mkdir(parents=True)
+    publish(temporary, temporary.with_name("step-000007"), 1, [], position(recipe, inputs))
     write_recipe(recipe)
 
 
@@ -184,13 +184,13 @@ def test_what_speeds_a_run_up_changes_nothing(run):
     )
 
 
-def test_each_change_is_told_with_its_old_and_its_new_value(run):
+def test_each_change_is_reported_with_its_old_and_its_new_value(run):
     joins = "sources.more={path: more, role: replay, share: 0.5}"
     found = begun(run, "train.lr=3e-3", "sources.web.share=0.5", joins)
-    said = [str(change) for change in found.changes]
-    assert "sources.web.share is 0.5, it was 0.25" in said
-    assert "train.lr is 0.003, it was 0.01" in said
-    assert "sources.more.share is 0.5, it was None" in said
+    messages = [str(change) for change in found.changes]
+    assert "sources.web.share is 0.5, it was 0.25" in messages
+    assert "train.lr is 0.003, it was 0.01" in messages
+    assert "sources.more.share is 0.5, it was None" in messages
     keep_changes(run, 9, found.changes)
     keep_changes(run, AT, found.changes[:1])
     kept = [json.loads(line) for line in (run / "changes.jsonl").read_text().splitlines()]
@@ -215,14 +215,14 @@ def test_each_change_is_told_with_its_old_and_its_new_value(run):
         ("objective=per_token", False),
     ],
 )
-def test_what_leaves_the_rows_begins_no_chapter(run, override, moves):
+def test_what_leaves_the_rows_begins_no_segment(run, override, moves):
     others = ["sources.code.share={temperature: 1}", "sources.chat.share={temperature: 1}"]
     found = begun(run, override, *(others if "temperature" in override else []))
     assert found.changes and any(change.moves_rows for change in found.changes) == moves
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("model.config.hidden_size=64", "model.config.hidden_size is 64, and the run in"),
         ("seed=3", "seed is 3, and the run in"),
@@ -230,10 +230,10 @@ def test_what_leaves_the_rows_begins_no_chapter(run, override, moves):
         ("checkpoint.resume=never", "checkpoint.resume is never"),
     ],
 )
-def test_what_has_no_meaning_for_a_run_is_refused(run, override, said):
+def test_what_has_no_meaning_for_a_run_is_refused(run, override, message):
     with pytest.raises(BadInput) as caught:
         begun(run, override)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_source_may_move(run, data):
@@ -245,14 +245,14 @@ def test_a_source_may_move(run, data):
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_shares_and_longer_rows(data):
     first = ["output=run", "train.steps=16", "sequence_length=32"]
-    codes, said = end(start(data, 2, *first, "checkpoint.max_minutes=0.0001"))
-    assert codes == [75, 75], said
+    codes, output = end(start(data, 2, *first, "checkpoint.max_minutes=0.0001"))
+    assert codes == [75, 75], output
     then = [*first[:2], "sequence_length=64", "sources.web.share=1.5", "train.lr=5e-3"]
-    codes, said = end(start(data, 2, *then))
-    assert codes == [0, 0], said
-    said = " ".join(said.split())
+    codes, output = end(start(data, 2, *then))
+    assert codes == [0, 0], output
+    output = " ".join(output.split())
     for change in ("sequence_length is 64, it was 32", "sources.web.share is 1.5, it was 0.25"):
-        assert f"from step 2 on: {change}" in said
+        assert f"from step 2 on: {change}" in output
     logged = lines(data / "run")
     assert [line["step"] for line in logged] == list(range(1, 17))
     web = [line["rows/web"] for line in logged]

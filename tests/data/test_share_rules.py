@@ -1,4 +1,4 @@
-"""A controller's rule, what is asked of a rule of one's own, and what decisions do to rows, budgets
+"""A controller's rule, what a rule of the user must do, and what decisions do to rows, budgets
 and learning rates.
 """
 
@@ -146,7 +146,7 @@ def says(reading):
 def too_much(reading):
     return 0.7
 def fails(reading):
-    return reading.losses["nobody"]
+    return reading.losses["absent"]
 """
 
 
@@ -165,7 +165,7 @@ def test_a_rule_of_ones_own_decides_by_what_it_is_given(rule, as_module):
 
 
 @pytest.mark.parametrize(
-    ("function", "said"),
+    ("function", "message"),
     [
         ("remembers", "must depend on what it is given alone"),
         ("says", "'a lot' for the share of web after step 10, must be a finite number"),
@@ -176,12 +176,12 @@ def test_a_rule_of_ones_own_decides_by_what_it_is_given(rule, as_module):
                 " most = 0.5"
             ),
         ),
-        ("fails", "failed on the share of web after step 10: KeyError: 'nobody'"),
+        ("fails", "failed on the share of web after step 10: KeyError: 'absent'"),
     ],
 )
-def test_a_rule_that_cannot_be_followed_is_named(rule, function, said):
+def test_a_rule_that_cannot_be_followed_is_named(rule, function, message):
     own = rule_of(Controller(controller=f"{rule}:{function}"), ("web",))
-    with pytest.raises(BigmixError, match=said.replace("(", r"\(")):
+    with pytest.raises(BigmixError, match=message.replace("(", r"\(")):
         decide(own, "mine", reading())
 
 
@@ -195,7 +195,7 @@ TABLE = "sources.web.share={controller: forgetting, limit: 0.02"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (
             [f"{TABLE}}}", "evaluate.every=0"],
@@ -240,12 +240,12 @@ TABLE = "sources.web.share={controller: forgetting, limit: 0.02"
         ),
     ],
 )
-def test_a_controller_that_cannot_work_is_refused_before_the_run(overrides, said):
-    assert any(said in fault for fault in faults(*BASE, *overrides))
+def test_a_controller_that_cannot_work_is_refused_before_the_run(overrides, message):
+    assert any(message in fault for fault in faults(*BASE, *overrides))
 
 
 def after(recipe, inputs, step, shares, earlier=()):
-    """The inputs after a decision on shares, and where the run then stands."""
+    """The inputs after a decision on shares, and the position of the run then."""
     now = Decision(step=step, progress=0.5, shares=shares, forgetting={})
     source_positions = replace(position(recipe, inputs, step), decisions=(*earlier, now))
     return with_decision(inputs, recipe, source_positions), source_positions
@@ -428,10 +428,10 @@ def test_what_is_due_becomes_whole_rows_with_the_same_sum(due):
         assert all(abs(rows[str(n)] - value) < 1 + 1e-9 for n, value in enumerate(due))
 
 
-def test_it_is_told_before_the_run_that_a_share_moves(capsys):
-    (told,) = moving_shares(load_recipe("recipe.yaml", HELD))
-    assert "the share of web begins at 0.25 and moves between 0.01 and 0.5" in told
-    assert told in opened(*HELD)[1].notes and opened()[1].notes == []
+def test_that_a_share_moves_is_reported_before_the_run(capsys):
+    (note,) = moving_shares(load_recipe("recipe.yaml", HELD))
+    assert "the share of web begins at 0.25 and moves between 0.01 and 0.5" in note
+    assert note in opened(*HELD)[1].notes and opened()[1].notes == []
     assert main(["rows", "recipe.yaml", *HELD, "--step", "1"]) == 0
-    said = capsys.readouterr()
-    assert told in said.err and len(said.out.splitlines()) == 8
+    output = capsys.readouterr()
+    assert note in output.err and len(output.out.splitlines()) == 8

@@ -88,7 +88,7 @@ def test_what_the_epochs_cannot_give_is_refused():
         opened(*GROUP, *of(0.5), "budget.steps=100")
 
 
-def test_unimax_stands_beside_its_like_alone():
+def test_unimax_is_only_allowed_next_to_the_same_unimax():
     with pytest.raises(BadInput, match="must have the same one; put these sources into a group"):
         opened("sources.web.share={unimax: 2}")
 

@@ -1,4 +1,4 @@
-"""Wherever the shards of a source lie, the same rows come out, or an error that names the file."""
+"""The rows of a source are the same wherever its shards are, or there is an error with the file."""
 
 import gc
 import threading
@@ -36,7 +36,7 @@ from bigmix.recipe import load_recipe
 from bigmix.train.inputs import open_inputs
 
 FAST = Retry(tries=4, first_wait_s=0.01, longest_wait_s=0.02, timeout_s=0.3)
-PACKER = PackingOptions(row_tokens=32, long_documents="truncate")
+PACKING = PackingOptions(row_tokens=32, long_documents="truncate")
 
 KINDS = ("text", "chat")
 
@@ -70,26 +70,26 @@ def bucket(data):
         yield
 
 
-def depot_at(folder, **changes):
+def store_at(folder, **changes):
     reading = RemoteReadOptions(
         folder=folder / "cache", max_bytes=1 << 30, retry=FAST, ahead=Ahead()
     )
     return ShardStore(replace(reading, **changes))
 
 
-def stream_of(shard_store, path, packing=PACKER):
+def stream_of(shard_store, path, packing=PACKING):
     return shard_store.stream("source", read_source(path, FAST), packing, seed=3)
 
 
 def rows_of(stream, count=None):
-    """The first rows of two epochs, as one looks at them."""
+    """The first rows of two epochs, in a form to compare."""
     indices = range(2 * stream.rows_per_epoch if count is None else count)
     rows = [stream.read(locate(stream, index)) for index in indices]
     return [(row.id, row.ids_T.tolist(), row.labels_T.tolist(), row.num_tokens) for row in rows]
 
 
 def bytes_in_ranges(server):
-    """The bytes of shards that were asked for by their range."""
+    """The bytes of shards that were requested in ranges."""
     spans = [span for path, span, _ in server.requests if path.endswith(".tar")]
     bounds = [span.removeprefix("bytes=").split("-") for span in spans]
     return sum(int(last) - int(first) + 1 for first, last in bounds)
@@ -106,8 +106,8 @@ def test_the_same_rows_come_from_everywhere(data, server, bucket, tmp_path, kind
         "pipe": f"pipe:cat {data}/{kind}/{{}}",
         "file": f"file://{data}/{kind}",
     }[where]
-    local = stream_of(depot_at(tmp_path), str(data / kind))
-    remote = stream_of(depot_at(tmp_path), path)
+    local = stream_of(store_at(tmp_path), str(data / kind))
+    remote = stream_of(store_at(tmp_path), path)
     assert remote.rows_per_epoch == local.rows_per_epoch
     assert rows_of(remote) == rows_of(local)
     assert remote.lost == local.lost and remote.tokens_per_epoch == local.tokens_per_epoch
@@ -130,8 +130,8 @@ def test_faults_of_the_server_change_no_row(data, server, tmp_path, kind, ranges
             ("reset", 900),
         ]
     )
-    remote = stream_of(depot_at(tmp_path, ranges=ranges), f"{server.url}/{kind}")
-    assert rows_of(remote) == rows_of(stream_of(depot_at(tmp_path), str(data / kind)))
+    remote = stream_of(store_at(tmp_path, ranges=ranges), f"{server.url}/{kind}")
+    assert rows_of(remote) == rows_of(stream_of(store_at(tmp_path), str(data / kind)))
     assert not server.faults
 
 
@@ -149,8 +149,8 @@ def test_a_brace_pattern_selects_shards(data, server, tmp_path, kind, where):
     assert list(some.manifest.shards) == chosen
     assert some.manifest.documents == sum(entry.documents for entry in chosen)
     assert some.manifest.tokens == sum(entry.tokens for entry in chosen)
-    everything = stream_of(depot_at(tmp_path), str(data / kind))
-    stream = stream_of(depot_at(tmp_path), path)
+    everything = stream_of(store_at(tmp_path), str(data / kind))
+    stream = stream_of(store_at(tmp_path), path)
     for index in range(2):
         count = Counter(row_id.shard for row_id in stream.in_shard_order())[index]
         assert count == Counter(row_id.shard for row_id in everything.in_shard_order())[index + 1]
@@ -172,23 +172,23 @@ def test_a_pattern_that_names_other_shards_is_refused(data, server):
 
 def test_few_rows_in_ranges_take_few_bytes(data, server, tmp_path):
     size = len(server.files["/large/shard-00000.tar"])
-    remote = stream_of(depot_at(tmp_path, ranges=True), f"{server.url}/large")
+    remote = stream_of(store_at(tmp_path, ranges=True), f"{server.url}/large")
     rows = rows_of(remote, 2)
-    assert rows == rows_of(stream_of(depot_at(tmp_path), str(data / "large")), 2)
+    assert rows == rows_of(stream_of(store_at(tmp_path), str(data / "large")), 2)
     fetched = bytes_in_ranges(server)
     assert 0 < fetched < 0.4 * size
     assert not (tmp_path / "cache").exists()
 
 
 def test_the_lengths_of_documents_are_read_in_ranges_without_their_tokens(server, tmp_path):
-    remote = stream_of(depot_at(tmp_path, ranges=True), f"{server.url}/large")
+    remote = stream_of(store_at(tmp_path, ranges=True), f"{server.url}/large")
     assert remote.table(0).rows_R6[:, 4].sum() == remote.manifest.tokens
     assert bytes_in_ranges(server) < 2000
 
 
 def test_every_block_in_ranges_is_checked(data, server, tmp_path):
-    remote = stream_of(depot_at(tmp_path, ranges=True), f"{server.url}/large")
-    expected = stream_of(depot_at(tmp_path), str(data / "large"))
+    remote = stream_of(store_at(tmp_path, ranges=True), f"{server.url}/large")
+    expected = stream_of(store_at(tmp_path), str(data / "large"))
     size = len(server.files["/large/shard-00000.tar"])
     server.broken["/large/shard-00000.tar"] = ("flip", size // 2)
     failed = 0
@@ -204,14 +204,14 @@ def test_every_block_in_ranges_is_checked(data, server, tmp_path):
 
 
 def test_a_pipe_is_never_read_in_ranges(data, tmp_path):
-    shard_store = depot_at(tmp_path, ranges=True)
+    shard_store = store_at(tmp_path, ranges=True)
     assert shard_store.is_fetched(read_source(f"pipe:cat {data}/text/{{}}"))
     assert not shard_store.is_fetched(read_source(str(data / "text")))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_flipped_byte_is_refused_and_its_address_is_told(server, tmp_path, kind):
-    remote = stream_of(depot_at(tmp_path), f"{server.url}/{kind}")
+def test_a_flipped_byte_is_refused_and_its_address_is_named(server, tmp_path, kind):
+    remote = stream_of(store_at(tmp_path), f"{server.url}/{kind}")
     server.broken |= {path: ("flip", 700) for path in server.files if path.endswith(".tar")}
     with pytest.raises(BadShard, match=rf"{server.url}/{kind}/shard-0000\d.tar has sha256"):
         rows_of(remote)
@@ -221,12 +221,12 @@ def test_flipped_lengths_are_refused(server, tmp_path):
     source = read_source(f"{server.url}/chat", FAST)
     server.always = ("flip", 200)
     with pytest.raises(Changed, match=r"/chat/lengths\.npy has sha256"):
-        depot_at(tmp_path).stream("chat", source, PACKER, seed=0)
+        store_at(tmp_path).stream("chat", source, PACKING, seed=0)
 
 
 @pytest.mark.parametrize("ranges", [False, True])
 def test_a_shard_that_vanishes_is_a_failure_and_no_bad_input(server, tmp_path, ranges):
-    remote = stream_of(depot_at(tmp_path, ranges=ranges), f"{server.url}/text")
+    remote = stream_of(store_at(tmp_path, ranges=ranges), f"{server.url}/text")
     del server.files["/text/shard-00002.tar"]
     with pytest.raises(BigmixError, match=r"no file .*/text/shard-00002\.tar") as caught:
         rows_of(remote)
@@ -242,22 +242,22 @@ def test_a_cache_with_room_for_the_open_shards_alone_gives_the_right_rows(data, 
     source = read_source(f"{server.url}/many", FAST)
     room = bytes_in_use([source], Ahead(files=1))
     assert room < sum(entry.bytes for entry in source.manifest.shards)
-    remote = depot_at(tmp_path, max_bytes=room).stream("source", source, PACKER, seed=3)
-    assert rows_of(remote) == rows_of(stream_of(depot_at(tmp_path), str(data / "many")))
+    remote = store_at(tmp_path, max_bytes=room).stream("source", source, PACKING, seed=3)
+    assert rows_of(remote) == rows_of(stream_of(store_at(tmp_path), str(data / "many")))
     assert max(downloads(server).values()) == 2  # two epochs
 
 
-def test_a_cache_that_is_too_small_is_told(server, tmp_path):
+def test_a_cache_that_is_too_small_is_reported(server, tmp_path):
     source = read_source(f"{server.url}/many", FAST)
     size = max(entry.bytes for entry in source.manifest.shards)
-    remote = depot_at(tmp_path, max_bytes=10 * size).stream("source", source, PACKER, seed=3)
+    remote = store_at(tmp_path, max_bytes=10 * size).stream("source", source, PACKING, seed=3)
     with pytest.raises(CacheFull, match=r"raise cache\.size to"):
         rows_of(remote)
 
 
 def test_a_stream_holds_the_shards_that_it_used_last_and_no_others(server, tmp_path):
     source = read_source(f"{server.url}/many", FAST)
-    stream = depot_at(tmp_path).stream("source", source, PACKER, seed=3)
+    stream = store_at(tmp_path).stream("source", source, PACKING, seed=3)
     for index in range(len(source.manifest.shards)):
         stream.rows(index, np.array([0]))
     gc.disable()  # a file is given back at once, not when the garbage collector comes by
@@ -273,7 +273,7 @@ def test_a_stream_holds_the_shards_that_it_used_last_and_no_others(server, tmp_p
 def test_an_open_shard_is_not_evicted_and_stays_readable(data, server, tmp_path):
     source = read_source(f"{server.url}/many", FAST)
     size = max(entry.bytes for entry in source.manifest.shards)
-    shard_store = depot_at(tmp_path, max_bytes=2 * size)
+    shard_store = store_at(tmp_path, max_bytes=2 * size)
     shard = shard_store.open(source, 0)
     for index in range(1, 6):
         shard_store.open(source, index)
@@ -286,9 +286,9 @@ def test_an_open_shard_is_not_evicted_and_stays_readable(data, server, tmp_path)
 
 def test_texts_that_are_counted_shard_by_shard_leave_no_shard_open(data, server, tmp_path):
     packing = PackingOptions(row_tokens=32, whole_below=20)
-    remote = stream_of(depot_at(tmp_path), f"{server.url}/many", packing)
+    remote = stream_of(store_at(tmp_path), f"{server.url}/many", packing)
     assert in_use(tmp_path) == []
-    assert rows_of(remote) == rows_of(stream_of(depot_at(tmp_path), str(data / "many"), packing))
+    assert rows_of(remote) == rows_of(stream_of(store_at(tmp_path), str(data / "many"), packing))
 
 
 RECIPE = """\
@@ -406,7 +406,7 @@ def test_a_small_cache_fetches_a_shard_once_for_each_time_it_is_opened(
     assert 2 <= max(opens.values()) < 10
 
 
-def test_a_cache_that_may_be_too_small_is_told_before_the_run(remote):
+def test_a_cache_that_may_be_too_small_is_reported_before_the_run(remote):
     (note,) = opened(remote.url, "cache.size=20000").notes
     assert "cache.size is 20,000 bytes" in note and "set cache.size=" in note
     assert opened(remote.url).notes == []
@@ -436,7 +436,7 @@ def fetching():
 
 
 @pytest.mark.parametrize("read", ["whole", "ranges"])
-def test_closing_the_depot_ends_all_threads_also_where_the_server_says_nothing(remote, read):
+def test_closing_the_store_ends_all_threads_even_where_the_server_sends_nothing(remote, read):
     inputs = opened(remote.url, "cache.tries=1000", f"cache.read={read}")
     remote.always = ("stall", 10)
     rank_rows = RankRows(rank=0, ranks=2, rows_per_step=8, micro_batch_rows=2)
@@ -475,7 +475,7 @@ def prepared(tmp_path_factory, tiny_tokenizer):
 def test_a_tokenizer_is_copied_once_and_whole(prepared, remote, tmp_path, where):
     serve(remote, prepared)
     path = {"web": f"{remote.url}/texts", "pipe": f"pipe:cat {prepared}/texts/{{}}"}[where]
-    shard_store, source = depot_at(tmp_path), read_source(path, FAST)
+    shard_store, source = store_at(tmp_path), read_source(path, FAST)
     folder = shard_store.tokenizer_folder(source)
     local = prepared / "texts" / "tokenizer"
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
@@ -490,7 +490,7 @@ def test_a_tokenizer_is_copied_once_and_whole(prepared, remote, tmp_path, where)
 def test_the_commands_show_remote_sources_as_local_ones(prepared, remote, capsys):
     serve(remote, prepared)
 
-    def said(at, *words):
+    def shown(at, *words):
         path = f"sources.web.path={at}/texts"
         assert main([*words[:1], "recipe.yaml", path, *words[1:]]) == 0
         return capsys.readouterr().out
@@ -503,4 +503,4 @@ def test_the_commands_show_remote_sources_as_local_ones(prepared, remote, capsys
         ("rows", "--step", "2"),
         ("plan", "--gpu", "cpu", "--json"),
     ):
-        assert said(remote.url, *words) == said(prepared, *words)
+        assert shown(remote.url, *words) == shown(prepared, *words)

@@ -293,7 +293,7 @@ def test_every_place_is_as_likely_as_any_other():
 
 
 def simulated(shards):
-    """A text source of so many shards of 64 million tokens, of which only the manifest exists."""
+    """A text source of shards of 64 million tokens each, of which only the manifest exists."""
     columns = {name: np.zeros(shards, np.int64) for name in ("bytes", "loss_tokens", "blocks_at")}
     columns |= {"documents": np.full(shards, 60_000), "blocks": np.full(shards, 500)}
     columns["tokens"] = 64_000_000 - np.arange(shards) % 1000

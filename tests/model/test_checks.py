@@ -36,7 +36,7 @@ EXACT = 1e-5  # relative, in fp32
 BF16 = 3e-2  # 8 bits of a number are 2 ** -8 = 0.4 % each time it is rounded
 # Not a multiple of what rows are padded to: each row has padding, and full rows of text a document
 # that is cut.
-PACKERS = {
+PACKINGS = {
     "text": PackingOptions(row_tokens=50, pad_to_multiple=16),
     "whole": PackingOptions(row_tokens=50, pad_to_multiple=16, whole_below=30),
     "chat": PackingOptions(row_tokens=50, pad_to_multiple=16),
@@ -50,12 +50,12 @@ COEFFICIENTS = {"text": 0.3, "whole": 1.1, "chat": 0.7, "cut": 0.2}
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     folder = tmp_path_factory.mktemp("isolation")
-    for seed, name in enumerate(PACKERS):
+    for seed, name in enumerate(PACKINGS):
         kind = "text" if name in ("text", "whole") else "chat"
         lengths = (30, 70) if name == "cut" else (1, 45)
         write_source(folder / name, kind, seed=seed, documents=30, lengths=lengths)
-    streams = {n: open_stream(n, str(folder / n), packer) for n, packer in PACKERS.items()}
-    mixture = Mixture(dict.fromkeys(PACKERS, 0.25), rows_per_step=8)
+    streams = {n: open_stream(n, str(folder / n), packing) for n, packing in PACKINGS.items()}
+    mixture = Mixture(dict.fromkeys(PACKINGS, 0.25), rows_per_step=8)
     return endless_plan(mixture, one_stage(streams), SEED)
 
 
@@ -194,7 +194,7 @@ def test_the_rows_hold_all_that_is_claimed(plan):
     rank_rows = RankRows(rank=0, ranks=1, rows_per_step=8, micro_batch_rows=4)
     parts = [part for _, parts in batches(plan, 4) for part in parts]
     documents = [part for part in parts if not part.is_padding]
-    for name in PACKERS:
+    for name in PACKINGS:
         assert sum(part.source == name for part in documents) > 5
         assert any(part.is_padding and part.source == name for part in parts)
     assert any(len(part.ids) == 1 for part in documents)

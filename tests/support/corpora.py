@@ -128,7 +128,7 @@ def one_stage(streams) -> list[SequenceLengthStage]:
 
 
 def endless_plan(mixture, stages, seed=0, **given) -> RunPlan:
-    """A plan with more steps than any test reaches."""
+    """A plan of more steps than any test takes."""
     return RunPlan(
         mixture=mixture,
         stages=stages,

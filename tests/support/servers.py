@@ -28,7 +28,7 @@ class WebServer:
         self.broken = {}  # path -> a fault of every answer for it
         self.knows_ranges = True
         self.knows_tags = True
-        self.tells_length = True
+        self.sends_length = True
         self.bytes_per_part = 1 << 16
         self.part_wait_s = 0.0
         self.requests = []  # (path with query, Range, Authorization)
@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
-        if owner.tells_length:
+        if owner.sends_length:
             self.send_header("Content-Length", str(stop - start))
         if owner.knows_tags:
             self.send_header("ETag", tag)

@@ -1,5 +1,5 @@
-"""A cache gives whole, verified files to all processes of a machine, within its bound, whoever is
-killed when.
+"""A cache gives whole, verified files to all processes of a machine, within its bound, whichever of
+them is killed at any time.
 """
 
 import hashlib
@@ -99,7 +99,7 @@ def shards_of(folder):
 
 
 def paths_of(server):
-    """What was asked for, in order: a retry is one more request."""
+    """The requested paths in order; a retry is one more request."""
     return [path for path, _, _ in server.requests]
 
 
@@ -180,7 +180,7 @@ def test_a_download_that_was_killed_is_gone_on_with(server, start, tmp_path):
 
 
 @pytest.mark.parametrize("left", [b"\0" * 500, b"\0" * 1000, b"\0" * 2000])
-def test_a_part_of_other_content_is_begun_anew_once(server, tmp_path, left):
+def test_a_part_of_other_content_is_begun_again_once(server, tmp_path, left):
     asked = ask(content_of(1))
     (tmp_path / f"{asked['sha256']}-1000.part").write_bytes(left)
     cache = ShardCache(tmp_path, ROOM, FAST)
@@ -228,19 +228,19 @@ def test_who_waits_for_a_download_that_fails_fails_with_it_and_who_comes_later_t
     """Eight ranks of a machine would else try a dead file one after the other, minutes each."""
     server.broken["/1"] = ("status", 500, {})
     slow = Retry(tries=3, first_wait_s=0.4, longest_wait_s=0.4, timeout_s=1.0)
-    caches, said = [ShardCache(tmp_path, ROOM, slow) for _ in range(4)], []
+    caches, reasons = [ShardCache(tmp_path, ROOM, slow) for _ in range(4)], []
 
     def fail(cache):
         with pytest.raises(BigmixError) as caught:
             get(cache, server, 1)
-        said.append(str(caught.value))
+        reasons.append(str(caught.value))
 
     threads = [threading.Thread(target=fail, args=(cache,)) for cache in caches]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(server.requests) == 3 and len(set(said)) == 1 and "HTTP status 500" in said[0]
+    assert len(server.requests) == 3 and len(set(reasons)) == 1 and "HTTP status 500" in reasons[0]
     fail(caches[0])
     assert len(server.requests) == 6
     server.broken = {}
@@ -346,20 +346,20 @@ def test_processes_at_random_stay_within_the_bound_and_read_what_they_asked_for(
     assert 0 < most <= room
 
 
-def test_a_full_disk_is_told_and_harms_nothing_else(server, start, tmp_path):
+def test_a_full_disk_is_reported_and_harms_nothing_else(server, start, tmp_path):
     get(ShardCache(tmp_path, ROOM, FAST), server, 1).close()
     asked = ask(server.files["/big"])
-    # A limit on the size of files stands in for a small disk: both fail inside write.
+    # A limit on the size of files is used in place of a small disk: both fail inside write.
     text = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
     text += "try:" + textwrap.indent(GET, "    ") + "except Exception as error: print(error)"
     process = start(text, tmp_path, f"{server.url}/big", asked["sha256"], asked["size"], ROOM)
-    told = process.communicate()[0]
-    assert f"{server.url}/big" in told
-    assert "could not be written to the cache" in told
+    output = process.communicate()[0]
+    assert f"{server.url}/big" in output
+    assert "could not be written to the cache" in output
     assert len(files_of(tmp_path)) == 1
 
 
-def test_a_folder_that_cannot_be_written_and_a_bad_checksum_are_told(tmp_path):
+def test_a_folder_that_cannot_be_written_and_a_bad_checksum_are_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match=r"cache\.folder"):
         ShardCache(tmp_path / "file", ROOM)

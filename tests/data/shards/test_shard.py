@@ -242,7 +242,7 @@ def test_checksums_stop_at_their_budget(tmp_path):
     assert faults_of_shards(str(tmp_path), manifest, checksum_bytes=3 * entries[0].bytes)
 
 
-def test_the_lengths_of_a_chat_source_lie_beside_its_shards(tmp_path):
+def test_the_lengths_of_a_chat_source_are_next_to_its_shards(tmp_path):
     entries = [write(tmp_path, documents([9, 4, n]), name=f"{n}.tar") for n in (1, 2)]
     manifest = source(tmp_path, entries)
     assert np.load(tmp_path / manifest.lengths.file).tolist() == [9, 4, 1, 9, 4, 2]

@@ -1,4 +1,4 @@
-"""Whatever a server does, the bytes that come out are all of the file's, or there is an error that
+"""Whatever a server does, all bytes that are read are those of the file, or there is an error that
 names it.
 """
 
@@ -168,7 +168,7 @@ def test_a_server_gets_the_wait_that_it_asks_for(server, monkeypatch):
 @pytest.mark.parametrize(
     ("status", "word"), [(404, "no file"), (410, "no file"), (403, "may not"), (401, "may not")]
 )
-def test_what_no_try_will_change_is_told_at_once(server, status, word):
+def test_what_no_try_will_change_is_reported_at_once(server, status, word):
     server.always = ("status", status, {})
     with pytest.raises(BadInput, match=word) as caught:
         read_file(f"{server.url}/d/a.tar?sig=secret", retry=FAST)
@@ -198,7 +198,7 @@ def test_an_unreachable_server_ends_after_the_tries(server):
 @pytest.mark.parametrize("tags", [True, False])
 def test_a_file_that_changes_in_between_is_refused(server, tags):
     server.knows_tags = tags
-    other = CONTENT[::-1] if tags else CONTENT + b"longer"  # without a tag the size alone tells
+    other = CONTENT[::-1] if tags else CONTENT + b"longer"  # without a tag only the size shows it
     server.faults.append(("replace", "/d/a.tar", other))
     with pytest.raises(Changed):
         read_file(f"{server.url}/d/a.tar", retry=FAST)
@@ -210,7 +210,7 @@ def test_a_file_of_another_size_than_listed_is_refused(server, tmp_path):
 
 
 def test_without_a_length_only_a_known_size_is_taken_for_whole(server, tmp_path):
-    server.tells_length = False
+    server.sends_length = False
     with pytest.raises(BigmixError, match="without its length"):
         read_file(f"{server.url}/d/a.tar", retry=FAST)
     server.faults.append(("truncate", 5000))
@@ -272,7 +272,7 @@ def test_s3_gives_whole_files_and_ranges(bucket, tmp_path):
     assert (tmp_path / "a").read_bytes() == content
 
 
-def test_a_missing_s3_object_and_bucket_are_told_at_once(bucket):
+def test_a_missing_s3_object_and_bucket_are_reported_at_once(bucket):
     for url in ("s3://bucket/none", "s3://nobucket/a"):
         with pytest.raises(BadInput, match="there is no file") as caught:
             read_file(url, retry=FAST_S3)
