@@ -73,14 +73,14 @@ def _fits(lm: Any, device: torch.device, cluster: Cluster) -> bool:
     return bool(_ROOM * needed <= free)
 
 
-def _free_bytes(device: torch.device, local_ranks: int) -> int:
+def _free_bytes(device: torch.device, num_local_ranks: int) -> int:
     """The memory that is free for this rank, in bytes."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     lines = _MEMORY.read_text(encoding="ascii").splitlines() if _MEMORY.exists() else []
     found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] // local_ranks if found else 0
+    return found[0] // num_local_ranks if found else 0
 
 
 def _whole_copy(lm: Any, device: torch.device) -> Any:

@@ -1,4 +1,4 @@
-"""Answers are the same on any number of ranks, under ZeRO-3, and in a plain loop over the export."""
+"""Answers are the same on any number of ranks, under ZeRO-3, and in a plain loop on the export."""
 
 import json
 
