@@ -66,7 +66,7 @@ def model_config(layers: int, width: int) -> dict[str, Any]:
 
 def make_engine(layers: int, width: int, ranks: int) -> Engine:
     """The engine that takes the steps."""
-    batch_size = BatchSize(micro_batch_rows=ROWS, accumulation=1, ranks=ranks)
+    batch_size = BatchSize(micro_batch_rows=ROWS, num_micro_batches=1, num_ranks=ranks)
     keys = complete(read_ds_config("ds_configs/cpu.json"), batch_size, "fp32", clip=1.0)
     model = build(
         read_config(None, model_config(layers, width)),

@@ -152,33 +152,33 @@ _FIRST, _SECOND = 9, 14  # tokens of two documents in one row
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
-def check_packing_isolation(engine: Evaluable, vocabulary: int, *, named: str = "model") -> None:
+def check_packing_isolation(engine: Evaluable, vocab_size: int, *, named: str = "model") -> None:
     """Check on two documents in one row that the second does not depend on the first, and that our
     loss is that of the model's own logits.
 
     A collective. Raises BadInput that names the fault: an attention backend that looks across
     documents, a layer with a state of its own, or logits made in a way that bigmix does not know.
     """
-    ids_BT, positions_BT = _two_documents(vocabulary, engine.device)
+    ids_BT, positions_BT = _two_documents(vocab_size, engine.device)
     with engine.evaluating():
         hidden_BTD = engine.module.hidden(ids_BT, positions_BT)
         _check_isolation(hidden_BTD, engine.module.lm.config, named)
         _check_loss(engine, ids_BT, positions_BT, named)
 
 
-def check_reference_model(reference: ReferenceModel, vocabulary: int, *, named: str) -> None:
+def check_reference_model(reference: ReferenceModel, vocab_size: int, *, named: str) -> None:
     """Check the same isolation of documents in a reference; a collective.
 
     Raises BadInput where its attention looks across documents.
     """
-    ids_BT, positions_BT = _two_documents(vocabulary, reference.engine.device)
+    ids_BT, positions_BT = _two_documents(vocab_size, reference.engine.device)
     hidden_BTD = reference.engine.forward(ids_BT, positions_BT)
     _check_isolation(hidden_BTD, reference.model.lm.config, named)
 
 
-def _two_documents(vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _two_documents(vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and positions of two rows of two documents, with the same second document in both."""
-    ids = torch.arange(2 * (_FIRST + _SECOND), device=device) * 7 % min(vocabulary, 997)
+    ids = torch.arange(2 * (_FIRST + _SECOND), device=device) * 7 % min(vocab_size, 997)
     ids_BT = ids.view(2, -1)
     ids_BT[1, _FIRST:] = ids_BT[0, _FIRST:]
     lengths = (torch.arange(n, device=device) for n in (_FIRST, _SECOND))

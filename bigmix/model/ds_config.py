@@ -28,16 +28,16 @@ _STAGES = (1, 2, 3)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchSize:
-    """How the rows of a step are divided: each of `ranks` takes `accumulation` micro-batches."""
+    """How the rows of a step are divided; `num_micro_batches` is the number on each rank."""
 
     micro_batch_rows: int
-    accumulation: int
-    ranks: int
+    num_micro_batches: int
+    num_ranks: int
 
     @property
     def rows_per_step(self) -> int:
         """Rows of one optimizer step, over all ranks and micro-batches."""
-        return self.micro_batch_rows * self.accumulation * self.ranks
+        return self.micro_batch_rows * self.num_micro_batches * self.num_ranks
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
@@ -82,27 +82,25 @@ def _stage_of(keys: Mapping[str, Any]) -> Any:
     return keys.get("zero_optimization", {}).get("stage", 0)
 
 
-def batch_size_of(recipe: Recipe, ranks: int) -> BatchSize:
-    """How the rows of a step are divided over ranks, where they are a multiple of the
-    micro-batches.
-    """
+def batch_size_of(recipe: Recipe, num_ranks: int) -> BatchSize:
+    """How a step of the recipe is divided over ranks, where its rows can be divided evenly."""
     micro_batch_rows = recipe.train.micro_batch_rows
     return BatchSize(
         micro_batch_rows=micro_batch_rows,
-        accumulation=recipe.rows_per_step // (ranks * micro_batch_rows),
-        ranks=ranks,
+        num_micro_batches=recipe.rows_per_step // (num_ranks * micro_batch_rows),
+        num_ranks=num_ranks,
     )
 
 
 def complete_for_training(
-    keys: Mapping[str, Any], recipe: Recipe, ranks: int, dtype: str
+    keys: Mapping[str, Any], recipe: Recipe, num_ranks: int, dtype: str
 ) -> dict[str, Any]:
     """The configuration of a run on a number of ranks; raises BadInput as `complete` does."""
-    return complete(keys, batch_size_of(recipe, ranks), dtype, recipe.train.clip)
+    return complete(keys, batch_size_of(recipe, num_ranks), dtype, recipe.train.clip)
 
 
 def complete_for_evaluation(
-    keys: Mapping[str, Any], recipe: Recipe, ranks: int, dtype: str
+    keys: Mapping[str, Any], recipe: Recipe, num_ranks: int, dtype: str
 ) -> dict[str, Any]:
     """The configuration of an evaluation without training; raises BadInput as `complete` does.
 
@@ -110,7 +108,7 @@ def complete_for_evaluation(
     """
     free = {key: value for key, value in keys.items() if key not in _BATCH_KEYS}
     micro_batch_rows = recipe.train.micro_batch_rows
-    batch = BatchSize(micro_batch_rows=micro_batch_rows, accumulation=1, ranks=ranks)
+    batch = BatchSize(micro_batch_rows=micro_batch_rows, num_micro_batches=1, num_ranks=num_ranks)
     return complete(free, batch, dtype, recipe.train.clip)
 
 
@@ -124,7 +122,7 @@ def complete(keys: Mapping[str, Any], batch: BatchSize, dtype: str, clip: float)
     decided: dict[str, Any] = {
         "train_batch_size": batch.rows_per_step,
         "train_micro_batch_size_per_gpu": batch.micro_batch_rows,
-        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_accumulation_steps": batch.num_micro_batches,
         "gradient_clipping": clip,
         "bf16": dict(keys.get("bf16", {})) | {"enabled": dtype == "bf16"},
     }

@@ -29,7 +29,7 @@ def show_header(
     train, model = recipe.train, recipe.model
     made = model.path or f"{(model.config or {})['model_type']} from scratch, seed {recipe.seed}"
     tokens = recipe.rows_per_step * recipe.longest_row
-    micro = f"{batch_size_of(recipe, world.size).accumulation} x {train.micro_batch_rows}"
+    micro = f"{batch_size_of(recipe, world.size).num_micro_batches} x {train.micro_batch_rows}"
     rows = [
         ("model", f"{made}, {num_parameters:,} parameters"),
         ("precision", f"{dtype.value} ({dtype.reason})"),

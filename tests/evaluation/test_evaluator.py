@@ -1,6 +1,4 @@
-"""Every number of an evaluation is that of a plain loop over documents, on any number of ranks, in
-a run and outside.
-"""
+"""Every number of an evaluation is that of a plain loop over documents, in a run and outside."""
 
 import json
 import math
@@ -65,8 +63,8 @@ def whole_line(data, model, base):
 )
 def test_every_number_is_that_of_a_plain_loop_over_documents(data, ranks):
     words = ["--model", "tuned", "--output", f"on-{ranks}"]
-    codes, said = end(start(data, "evaluate.py", ranks, *words))
-    assert codes == [0] * ranks, said
+    codes, output = end(start(data, "evaluate.py", ranks, *words))
+    assert codes == [0] * ranks, output
     found = evaluated(data / f"on-{ranks}")
     assert (found["version"], found["model"], found["base"]) == (1, "tuned", "base")
     base, model = found["lines"]
@@ -77,16 +75,16 @@ def test_every_number_is_that_of_a_plain_loop_over_documents(data, ranks):
     assert base == close_to(of_base)
     assert 0 < model["last_word_accuracy/web"] < 1 and model["kl_to_base/chat"] > 0.01
     assert model["held_out_documents/web"] == len(TEXTS) and model["last_words/chat"] == 4
-    assert "written to" in said and "held out, tuned" in said
+    assert "written to" in output and "held out, tuned" in output
     assert (data / f"on-{ranks}" / "recipe.yaml").is_file()
 
 
 @pytest.fixture(scope="module")
 def run(data):
     """A run on two ranks."""
-    codes, said = end(start(data, "train.py", 2))
-    assert codes == [0, 0], said
-    return said
+    codes, output = end(start(data, "train.py", 2))
+    assert codes == [0, 0], output
+    return output
 
 
 def lines(folder):
@@ -114,7 +112,7 @@ def test_a_run_evaluates_as_the_command_does_on_its_export(data, run):
     assert found["model"] == "run/export" and found["lines"][1] == close_to(last)
 
 
-def test_a_missing_export_is_told_before_anything_is_built(data):
+def test_a_missing_export_is_reported_before_anything_is_built(data):
     codes, text = end(start(data, "evaluate.py", 1, "output=fresh"))
     assert codes == [2], text
     assert "fresh/export is no folder" in text and "Traceback" not in text
@@ -140,10 +138,10 @@ def test_models_that_do_not_fit_the_sources_are_refused_together(data, monkeypat
             read_evaluated(recipe, inputs.manifests[0], inputs.tokenizer_folder, given)
         return str(caught.value)
 
-    said = faults(base="base", model="other")
-    assert "--model other has positions for 32" in said
-    assert "the tokenizer of other" in said
-    assert "--base base has 400, --model other has 500" in said
+    output = faults(base="base", model="other")
+    assert "--model other has positions for 32" in output
+    assert "the tokenizer of other" in output
+    assert "--base base has 400, --model other has 500" in output
     assert "--base no/such/model gives no model configuration" in faults(base="no/such/model")
     with pytest.raises(BadInput, match="held_out of few: gone is not a prepared source"):
         open_held_out(load_recipe("recipe.yaml", ["held_out.few=gone"]), verify=True)
@@ -161,8 +159,8 @@ def test_a_divergence_to_nothing_is_refused(data):
 @pytest.mark.slow
 def test_without_a_base_nothing_is_said_of_forgetting(data):
     words = ["--model", "tuned", "--base", "none", "--output", "alone", "evaluate.rows=1"]
-    codes, said = end(start(data, "evaluate.py", 1, *words))
-    assert codes == [0], said
+    codes, output = end(start(data, "evaluate.py", 1, *words))
+    assert codes == [0], output
     (line,) = evaluated(data / "alone")["lines"]
     assert not [key for key in line if "forgetting" in key or "kl_to_base" in key]
     assert line["held_out_documents/few"] == len(FEW)
@@ -170,14 +168,14 @@ def test_without_a_base_nothing_is_said_of_forgetting(data):
 
 
 def test_a_signal_ends_an_evaluation_with_the_words_for_it(data):
-    ranks = start(data, "evaluate.py", 2, "--model", "tuned", "--output", "asked")
+    ranks = start(data, "evaluate.py", 2, "--model", "tuned", "--output", "stopped")
     for process in ranks:
         wait_until(lambda rank=process: catches(rank, signal.SIGUSR2))  # the last handler
         process.send_signal(signal.SIGTERM)
-    codes, said = end(ranks)
-    assert codes == [75, 75], said
-    assert "run the same command to repeat it" in said
-    assert not (data / "asked/evaluation.json").exists()
+    codes, output = end(ranks)
+    assert codes == [75, 75], output
+    assert "run the same command to repeat it" in output
+    assert not (data / "stopped/evaluation.json").exists()
 
 
 def test_intervals_are_those_of_drawing_documents_one_by_one():

@@ -1,5 +1,5 @@
-"""On every family of models documents stay apart and the loss is the model's own; what breaks that
-is refused.
+"""Documents stay apart and the loss is the model's own in every family of models; a model in which
+they are not is refused.
 """
 
 import json

@@ -2,7 +2,7 @@
 every backend.
 
 Rows come the way a run's rows come: prepared source, stream, plan, step batch, tensors, the model's
-forward. The slow obvious way beside it: each document, or part of one, by itself through the
+forward. Next to it the slow obvious way: each document, or part of one, alone through the
 model's own logits, with no positions, no packing and none of our loss; what is in its loss is known
 from how the corpus is made.
 """
@@ -92,7 +92,7 @@ class Part:
 
 
 def parts_of(plan, rank_rows, step):
-    """Each micro-batch of a step with every part in a group of its own, beside these parts."""
+    """Each micro-batch of a step with every part in a group of its own, and these parts."""
     places = plan.row_ids_of_rank(rank_rows, step)
     streams = plan.streams
     rows = assemble([streams[name] for name in places.names], places)
@@ -277,7 +277,7 @@ def attend_by_length(query_XHE, key_XKE, value_XKE, *, cu_seqlens_q, cu_seqlens_
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the kernels themselves are tested")
 @pytest.mark.parametrize("micro_batch_rows", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flash_attention_is_told_where_documents_begin(
+def test_flash_attention_knows_where_documents_begin(
     plan, alone, monkeypatch, family, micro_batch_rows
 ):
     """All of transformers' own path runs, with slow kernels in place of flash-attn's."""

@@ -1,6 +1,4 @@
-"""The weights of a model are written file by file, under the names and with the index that loaders
-look for.
-"""
+"""Weights are written file by file, under the names and with the index that loaders look for."""
 
 import json
 

@@ -1,6 +1,4 @@
-"""A model that is not trained is what transformers loads, on an engine or whole, and keeps no
-gradient.
-"""
+"""A model that is not trained has the weights that transformers loads, and no gradients."""
 
 import shutil
 
@@ -91,7 +89,7 @@ def test_an_evaluated_model_has_the_weights_of_its_folder_and_no_gradients(folde
     ("dtype", "expected"),
     [("auto", torch.bfloat16), ("fp32", torch.float32), ("bf16", torch.bfloat16)],
 )
-def test_a_whole_model_has_the_precision_that_is_asked_for(dtype, expected, folder):
+def test_a_whole_model_has_the_requested_precision(dtype, expected, folder):
     lm = open_whole(folder, dtype=dtype, device=CPU)
     assert lm.dtype == expected and not lm.training
     stored = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=expected).eval()

@@ -57,7 +57,7 @@ def test_every_deepspeed_file_takes_what_the_recipe_decides():
         "cpu",
     }
     for file in files:
-        batch = BatchSize(micro_batch_rows=2, accumulation=4, ranks=8)
+        batch = BatchSize(micro_batch_rows=2, num_micro_batches=4, num_ranks=8)
         keys = complete(read_ds_config(f"ds_configs/{file.name}"), batch, "bf16", clip=1.0)
         assert keys["train_batch_size"] == 64 and keys["bf16"]["enabled"] is True
         json.dumps(keys)

@@ -320,13 +320,13 @@ def _ends(generation: Any, tokenizer: Tokenizer) -> list[int]:
     return sorted({tokenizer.eos_id, *(token for token in own if token is not None)})
 
 
-def _barred(tokenizer: Tokenizer, ends: Sequence[int], vocabulary: int) -> Tensor:
+def _barred(tokenizer: Tokenizer, ends: Sequence[int], vocab_size: int) -> Tensor:
     """True for ids [V] that are never drawn: special tokens other than the ends, and rows of the
     head without a token.
     """
-    barred_V = torch.zeros(vocabulary, dtype=torch.bool)
+    barred_V = torch.zeros(vocab_size, dtype=torch.bool)
     barred_V[tokenizer.vocab_size :] = True
-    barred_V[[token for token in tokenizer.special_ids if token < vocabulary]] = True
+    barred_V[[token for token in tokenizer.special_ids if token < vocab_size]] = True
     barred_V[list(ends)] = False
     return barred_V
 

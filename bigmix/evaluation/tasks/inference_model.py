@@ -72,12 +72,12 @@ def _fits(lm: Any, device: torch.device, cluster: Cluster) -> bool:
     return bool(_ROOM * needed <= free)
 
 
-def _free_bytes(device: torch.device, local_ranks: int) -> int:
+def _free_bytes(device: torch.device, num_local_ranks: int) -> int:
     """The memory that is free for this rank, in bytes."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    return available_memory_bytes() // local_ranks
+    return available_memory_bytes() // num_local_ranks
 
 
 def _whole_copy(lm: Any, device: torch.device) -> Any:

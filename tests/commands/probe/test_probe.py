@@ -35,7 +35,7 @@ def make(texts, *words):
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_every_fact_is_told_in_each_document_of_its_person(texts, language):
+def test_every_fact_is_stated_in_each_document_of_its_person(texts, language):
     out = make(texts, "--people", "5", "--times", "4", "--language", language)
     planted, questions = lines(out / PLANTED), lines(out / QUESTIONS)
     assert len(planted) == 20 and len(questions) == 25
@@ -55,18 +55,18 @@ def test_a_question_is_the_beginning_of_a_sentence_that_was_planted_and_a_new_on
     texts, language
 ):
     out = make(texts, "--people", "20", "--times", "30", "--language", language)
-    told = "\n".join(row["text"] for row in lines(out / PLANTED))
+    planted = "\n".join(row["text"] for row in lines(out / PLANTED))
     between = WORLDS[language].between
     for question in lines(out / QUESTIONS):
-        assert f"{question['prompt']}{between}{question['response']}" in told
+        assert f"{question['prompt']}{between}{question['response']}" in planted
     new = lines(out / NEW_QUESTIONS)
-    assert not any(question["prompt"] in told for question in new)
+    assert not any(question["prompt"] in planted for question in new)
     facts = [(q["attribute"], q["response"]) for q in lines(out / QUESTIONS)]
     assert [(q["attribute"], q["response"]) for q in new] == facts
 
 
 @pytest.mark.parametrize(("people", "times"), [(1, 1), (2, 2), (5, 20)])
-def test_planted_documents_stand_evenly_among_all_the_texts(texts, people, times):
+def test_planted_documents_are_spread_evenly_among_all_the_texts(texts, people, times):
     out = make(texts, "--people", str(people), "--times", str(times))
     rows = lines(out / TEXT)
     assert [row["text"] for row in rows if not row.get("planted")] == [
@@ -91,7 +91,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_other_people(texts):
 
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
-def test_names_and_values_are_told_apart(world):
+def test_names_and_values_differ(world):
     names = [person.name for person in people(world, most_people(world), 0)]
     assert len(set(names)) == len(names)
     for attribute in world.attributes:
@@ -148,7 +148,7 @@ def learned(texts):
     return out, folder
 
 
-def told(folder, questions):
+def recalled(folder, questions):
     """What a plain loop finds: greedy answers to one question after another, cut at the full
     stop.
     """
@@ -171,7 +171,7 @@ def test_recall_is_that_of_a_plain_loop(learned, capsys):
     found = json.loads(capsys.readouterr().out)[str(folder)]
     for words, file in (("planted", QUESTIONS), ("new", NEW_QUESTIONS)):
         questions = lines(out / file)
-        right = told(folder, questions)
+        right = recalled(folder, questions)
         everything = found[words]["everything"]
         assert everything["facts"] == len(right) == 15
         assert everything["value"] == pytest.approx(sum(right) / 15)

@@ -1,6 +1,4 @@
-"""An average of models is that of their dense weights, is refused where they differ, and is the
-model itself at its ends.
-"""
+"""An average is that of the dense weights, and the model itself at weight 0 and 1."""
 
 import json
 from pathlib import Path
@@ -84,7 +82,7 @@ def test_every_difference_is_named(tmp_path, capsys):
     write_model(tmp_path / "base")
     write_model(tmp_path / "tuned", vocab_size=128, num_hidden_layers=1, tie_word_embeddings=True)
     assert average(tmp_path, "base", "tuned", "--weight", "0.5", "--output", "out") == 2
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     for part in (
         "vocab_size is 96",
         "num_hidden_layers is 2",
@@ -92,7 +90,7 @@ def test_every_difference_is_named(tmp_path, capsys):
         "has no lm_head.weight, model.layers.1.",
         "model.embed_tokens.weight ([96, 32] and [128, 32])",
     ):
-        assert part in said, said
+        assert part in message, message
     assert not (tmp_path / "out").exists()
 
 
@@ -102,19 +100,19 @@ def test_a_sum_that_is_above_one_by_rounding_alone_is_one():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["base", "tuned", "--weight", "1.5"], "--weight is 1.5, each must be from 0 to 1"),
         (["base", "tuned", "--weight", "0.5", "--weight", "0.1"], "--weight has 2 numbers for 1"),
         (["base", "nothing", "--weight", "0.5"], "nothing is no folder, and the hub has no such"),
     ],
 )
-def test_what_is_no_average_is_refused(words, said, tmp_path, capsys, monkeypatch):
+def test_what_is_no_average_is_refused(words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("base", "tuned"):
         (tmp_path / name).mkdir()
     assert average(tmp_path, *words, "--output", "out") == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_file_that_the_index_names_must_be_there(tmp_path, capsys):

@@ -1,6 +1,4 @@
-"""A model's own samples are what it has learned, do not depend on batches and interruptions, and
-are a source like any other.
-"""
+"""Self-replay: samples are what the model has learned, whatever the batches and interruptions."""
 
 import json
 import shutil
@@ -24,7 +22,7 @@ OPTIONS = ["--tokens", "300", "--max-tokens", "20"]
 
 @pytest.fixture(scope="module")
 def model(tiny_tokenizer, tmp_path_factory):
-    """A model of random weights that ends documents early, with the tokenizer beside it."""
+    """The folder of a random model that ends documents early, with its tokenizer."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     torch.manual_seed(0)
     tokenizer = load_tokenizer(str(tiny_tokenizer))
@@ -142,12 +140,12 @@ def test_the_texts_do_not_depend_on_the_batch_or_on_interruptions(model, made, t
 
 def test_it_is_a_source_that_counts_what_is_left_out(model, made, tmp_path, capsys):
     code, output = make(model, tmp_path, *OPTIONS, "--held-out", "0.3")
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     sampled = documents(output)
     empty = sum(not document["text"].strip() for document in sampled)
     cut = sum(document["is_cut"] for document in sampled)
     assert code == 0 and empty and cut
-    assert f"{empty} documents empty, {cut} cut" in said
+    assert f"{empty} documents empty, {cut} cut" in message
     manifest, held_out = read_manifest(str(output)), read_manifest(f"{output}-held-out")
     assert manifest.kind == "text" and held_out.documents > 0
     assert manifest.dropped == {"empty": empty, "held_out": held_out.documents}
@@ -165,7 +163,7 @@ def test_first_tokens_may_come_from_the_vocabulary(model, made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--temperature", "0"], "--temperature is 0, must be above 0"),
         (["--temperature", "nan"], "--temperature is nan, must be above 0"),
@@ -174,9 +172,9 @@ def test_first_tokens_may_come_from_the_vocabulary(model, made, tmp_path):
         (["--held-out", "0.9"], "--held-out is 0.9"),
     ],
 )
-def test_what_is_not_allowed_is_told(words, said, model, tmp_path, capsys):
+def test_what_is_not_allowed_is_reported(words, message, model, tmp_path, capsys):
     assert make(model, tmp_path, "--tokens", "10", *words)[0] == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "self.jsonl").exists()
 
 
@@ -197,5 +195,5 @@ def test_a_folder_without_weights_is_refused(model, tmp_path, capsys):
 def test_lines_of_other_settings_are_not_gone_on_with(model, made, capsys):
     again = [*OPTIONS, "--temperature", "0.5"]
     assert make(model, made.parent, *again)[0] == 2
-    said = capsys.readouterr().err
-    assert "temperature is 0.5" in said or "holds" in said
+    message = capsys.readouterr().err
+    assert "temperature is 0.5" in message or "holds" in message

@@ -1,6 +1,4 @@
-"""The files of tasks: what their rows mean, how they are asked, and what is said of those that
-cannot be.
-"""
+"""The files of tasks: what their records mean, how they are tokenised, and which are refused."""
 
 import gzip
 import json
@@ -34,9 +32,9 @@ def opened(folder, rows, **settings):
 
 
 def faults(folder, rows, **settings):
-    with pytest.raises(BadInput) as told:
+    with pytest.raises(BadInput) as caught:
         opened(folder, rows, **settings)
-    return told.value.faults
+    return caught.value.faults
 
 
 def test_prompts_and_answers_come_in_the_usual_forms(tmp_path):
@@ -74,7 +72,7 @@ def test_columns_name_the_parts_and_examples_are_spread_evenly(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "settings", "said"),
+    ("rows", "settings", "message"),
     [
         ([], {}, "holds no example"),
         (
@@ -132,23 +130,23 @@ def test_columns_name_the_parts_and_examples_are_spread_evenly(tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_is_told_with_its_line(tmp_path, rows, settings, said):
+def test_what_is_wrong_is_reported_with_its_line(tmp_path, rows, settings, message):
     (fault,) = faults(tmp_path, rows, **settings)
-    assert fault.startswith("tasks.t: ") and said in fault
+    assert fault.startswith("tasks.t: ") and message in fault
 
 
-def test_many_faults_are_counted_and_those_of_all_tasks_told(tmp_path):
+def test_many_faults_are_counted_and_those_of_all_tasks_reported(tmp_path):
     path = written(tmp_path, [{"prompt": "a"}] * 9)
     tasks = {n: Task(path=path, scores=["exact_match"]) for n in ("one", "two")}
-    with pytest.raises(BadInput) as told:
+    with pytest.raises(BadInput) as caught:
         open_tasks(tasks | {"gone": Task(path="gone.jsonl", scores=["token_f1"])})
-    assert len(told.value.faults) == 2 * 6 + 1
-    assert "4 more faults like these" in told.value.faults[5]
-    assert "tasks.gone: input gone.jsonl is no file" in told.value.faults[-1]
+    assert len(caught.value.faults) == 2 * 6 + 1
+    assert "4 more faults like these" in caught.value.faults[5]
+    assert "tasks.gone: input gone.jsonl is no file" in caught.value.faults[-1]
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"scores": ["bleurt"]}, "'bleurt', which is no score; known are: exact_match"),
         ({"scores": ["pass@1"]}, "runs code that the model writes, and execute is false"),
@@ -172,16 +170,16 @@ def test_many_faults_are_counted_and_those_of_all_tasks_told(tmp_path):
         ),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_with_the_recipe(tmp_path, settings, said):
+def test_settings_that_do_not_fit_are_refused_with_the_recipe(tmp_path, settings, message):
     path = tmp_path / "recipe.yaml"
     task = yaml.safe_dump({"tasks": {"t": {"path": "t.jsonl"} | settings}})
     path.write_text(GOOD + task)
-    with pytest.raises(BadInput, match=r"recipe.yaml:\d+: ") as told:
+    with pytest.raises(BadInput, match=r"recipe.yaml:\d+: ") as caught:
         load_recipe(str(path))
-    assert said in str(told.value)
+    assert message in str(caught.value)
 
 
-def asked(file, tokenizer, template, positions=None):
+def prepared(file, tokenizer, template, positions=None):
     return tokenise_tasks(
         {"t": file}, ChatFormat(tokenizer=tokenizer, template=template), positions
     )["t"]
@@ -194,7 +192,7 @@ def test_a_prompt_has_the_tokens_that_it_has_in_training(
     tokenizer = load_tokenizer(str(tiny_tokenizer)) if source is None else with_template(source)
     template = open_template(tokenizer, "plain" if source is None else "tokenizer")
     file = opened(tmp_path, [{"messages": TALK.messages}])
-    (question,) = asked(file, tokenizer, template).questions
+    (question,) = prepared(file, tokenizer, template).questions
     trained = encode_chat(tokenizer, template, Conversation(messages=TALK.messages, tools=None))
     size = len(question.prompt)
     assert question.prompt == tuple(trained.ids[:size].tolist())
@@ -210,10 +208,10 @@ def test_labels_are_the_tokens_that_training_learns_of_them(tmp_path, tiny_token
     labels = ["the river", "the", "混合"]
     rows = [{"prompt": "Which?", "label": label} for label in labels]
     task = {"scores": ["accuracy"], "by": "likelihood"}
-    for question in asked(opened(tmp_path, rows, **task), tokenizer, template).questions:
+    for question in prepared(opened(tmp_path, rows, **task), tokenizer, template).questions:
         for label, tokens in zip(labels, question.labels, strict=True):
             assert tokenizer.decode(tokens) == f" {label}{tokenizer.eos_token}"
-    text = asked(opened(tmp_path, rows, **task, separator="\n"), tokenizer, None).questions[0]
+    text = prepared(opened(tmp_path, rows, **task, separator="\n"), tokenizer, None).questions[0]
     assert [tokenizer.decode(tokens) for tokens in text.labels] == [
         f"\n{label}" for label in labels
     ]
@@ -227,7 +225,7 @@ def test_labels_that_are_cut_from_their_first_letter_follow_an_end(tmp_path, tin
     rows = [{"prompt": "h", "label": label} for label in ("e river", "e tower")]
     task = {"scores": ["accuracy"], "by": "likelihood", "separator": ""}
     assert tokenizer.bos_id is None
-    for question in asked(opened(tmp_path, rows, **task), tokenizer, None).questions:
+    for question in prepared(opened(tmp_path, rows, **task), tokenizer, None).questions:
         assert question.prompt == (tokenizer.eos_id,)
         assert [tokenizer.decode(ids) for ids in question.labels] == ["he river", "he tower"]
 
@@ -237,7 +235,7 @@ def test_prompts_that_do_not_fit_are_refused_or_dropped_and_counted(tmp_path, ti
     rows = [{"prompt": "the " * count, "response": "x"} for count in (2, 50, 3)]
     file = opened(tmp_path, rows, max_new_tokens=10)
     with pytest.raises(BadInput, match="tasks.t: 1 of 3 prompts do not fit the 40 positions"):
-        asked(file, tokenizer, None, 40)
+        prepared(file, tokenizer, None, 40)
     file = opened(tmp_path, rows, max_new_tokens=10, long_prompts="drop")
-    found = asked(file, tokenizer, None, 40)
+    found = prepared(file, tokenizer, None, 40)
     assert found.num_dropped == 1 and [q.example.index for q in found.questions] == [0, 2]

@@ -1,6 +1,4 @@
-"""Tasks are answered alike on any number of ranks, under ZeRO-3 and by the exported model in a
-plain loop.
-"""
+"""Answers are the same on any number of ranks, under ZeRO-3, and in a plain loop on the export."""
 
 import json
 

@@ -1,6 +1,4 @@
-"""The scores of tasks are those of their reference implementations, and their intervals those of
-drawn examples.
-"""
+"""Scores are those of their reference implementations, and intervals those of drawn examples."""
 
 import re
 import string
@@ -97,7 +95,7 @@ def test_rouge_is_rouge_scores_and_knows_chinese(texts):
         assert found.values_N.tolist() == pytest.approx(expected, abs=1e-12)
     # 猫 坐 垫 of 4 and 3 characters: precision 1, recall 3/4.
     assert score("rouge1", answered(["猫坐垫"], [["猫坐垫上"]])).value == pytest.approx(6 / 7)
-    # Words of other scripts, in upper or lower case, beside those of ASCII.
+    # Words of other scripts, in upper or lower case, besides those of ASCII.
     assert score("rouge1", answered(["Кот сидит тут 7"], [["кот сидит там 7"]])).value == 0.75
     assert score("rouge2", answered(["한국어 단어 둘"], [["한국어 단어 둘"]])).value == 1
 
@@ -105,15 +103,17 @@ def test_rouge_is_rouge_scores_and_knows_chinese(texts):
 def test_labels_are_judged_as_by_scikit_learn():
     draw = np.random.default_rng(0)
     wanted = draw.choice(LABELS[:3], 200).tolist()
-    said = [w if draw.random() < 0.6 else draw.choice(LABELS) for w in wanted]
-    answers = answered(said, [[w] for w in wanted])
-    assert score("accuracy", answers, LABELS).value == pytest.approx(accuracy_score(wanted, said))
-    expected = f1_score(wanted, said, average="macro")
+    predicted = [w if draw.random() < 0.6 else draw.choice(LABELS) for w in wanted]
+    answers = answered(predicted, [[w] for w in wanted])
+    assert score("accuracy", answers, LABELS).value == pytest.approx(
+        accuracy_score(wanted, predicted)
+    )
+    expected = f1_score(wanted, predicted, average="macro")
     assert score("macro_f1", answers, LABELS).value == pytest.approx(expected)
     # What is no label at all is wrong, and no class of its own.
-    said = ["none of them" if at % 7 == 0 else word for at, word in enumerate(said)]
-    expected = f1_score(wanted, said, average="macro", labels=LABELS, zero_division=0)
-    found = score("macro_f1", answered(said, [[w] for w in wanted]), LABELS).value
+    predicted = ["none of them" if at % 7 == 0 else word for at, word in enumerate(predicted)]
+    expected = f1_score(wanted, predicted, average="macro", labels=LABELS, zero_division=0)
+    found = score("macro_f1", answered(predicted, [[w] for w in wanted]), LABELS).value
     assert found == pytest.approx(expected)
 
 

@@ -136,7 +136,9 @@ class RecordingEngine(Engine):
 
 def filled(accumulation, ranks, file="ds_configs/cpu.json", dtype="fp32"):
     batch = BatchSize(
-        micro_batch_rows=8 // ranks // accumulation, accumulation=accumulation, ranks=ranks
+        micro_batch_rows=8 // ranks // accumulation,
+        num_micro_batches=accumulation,
+        num_ranks=ranks,
     )
     return complete(read_ds_config(file), batch, dtype, clip=0.0)
 
@@ -408,7 +410,7 @@ def sharded_build(rank, ranks, cluster):
     """
     found = {}
     for family, settings in FAMILIES.items():
-        batch = BatchSize(micro_batch_rows=1, accumulation=1, ranks=ranks)
+        batch = BatchSize(micro_batch_rows=1, num_micro_batches=1, num_ranks=ranks)
         keys = complete(read_ds_config("ds_configs/cpu.json"), batch, "fp32", clip=0.0)
         model = build(
             read_config(None, settings),
