@@ -180,8 +180,8 @@ def _eager(
 def _masked(
     module: Any, query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
-    """The sdpa backend with the mask of packed documents, for which it has no kernel with fewer
-    keys than queries.
+    """The sdpa backend with the mask of packed documents: with a mask it has no kernel for fewer
+    key-value heads than heads, so keys and values are repeated.
     """
     del module
     key_BHTE, value_BHTE = _for_all_heads(query_BHTE, key_BKTE, value_BKTE)

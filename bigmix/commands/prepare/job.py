@@ -143,8 +143,8 @@ def prepare(settings: PrepareSettings, report: ReportProgress = lambda *_: None)
     """Tokenise the inputs into the output folder, which has a manifest only once it is complete.
 
     Work that was stopped continues at its last complete shard and ends with the same bytes. Raises
-    BadInput where the output holds anything else, an input is broken or not recognised, or no
-    document is left; BigmixError where the disk is full.
+    BadInput where a setting is not allowed, the output holds anything else, an input is broken or
+    not recognised, or no document is left; BigmixError where the disk is full.
     """
     output = Path(settings.output)
     faults = [*faults_of_settings(settings)] or [
@@ -260,7 +260,7 @@ def _unknown(tokenizer: Tokenizer, documents: Sequence[Document]) -> Iterator[st
 
 
 def _uncut(records: Sequence[RawRecord], split_on: str | None) -> Iterator[str]:
-    """A warning where the first records are text files that --split-on does not split."""
+    """A warning where --split-on splits nothing among the first records."""
     numbers = [record.number for record in records if format_of(record.file) in TEXT_SUFFIXES]
     if split_on is None or max(numbers, default=1) > 1:
         return
