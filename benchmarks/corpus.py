@@ -1,7 +1,6 @@
-"""A number of tokens goes in, two sources of tokenised documents come out, as flat files that every
-format is made of.
+"""Generates two sources of tokenised documents as flat files, from which every format is made.
 
-Lengths are lognormal, as chats and web pages have them; ids are random, since no loader looks at
+Lengths are lognormal, as those of chats and web pages are; ids are random, since no loader looks at
 them. Letters: N tokens of a source, D documents, T tokens of a document, B rows of a batch.
 """
 
@@ -10,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +22,13 @@ SHARES = {"chat": 0.8, "text": 0.2}
 LENGTHS = {"chat": (5.2, 0.8), "text": (6.5, 0.8)}
 SHARD_TOKENS = 4_000_000
 VERSION = 2
-WHOLE = "whole.json"  # written last: a folder that has it is whole
+WHOLE = "whole.json"  # written last: a folder with this file is whole
 
 Array = npt.NDArray[Any]
 
 
 class Document(NamedTuple):
-    """Ids uint16 [T] and which of them are in the loss, uint8 [T]; None where all but the first
+    """Ids, uint16 [T], and which of them are in the loss, uint8 [T]; None where all but the first
     are.
     """
 
@@ -38,13 +37,13 @@ class Document(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows of int32: ids and the label that each position must predict; labels are None where a
+    """Rows of int32: ids, and the label that each position must predict; labels are None where a
     peer has none.
     """
 
     ids_BT: Array
     labels_BT: Array | None
-    tokens: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,8 +72,8 @@ class Source:
         return (self.slice(a, b) for a, b in pairwise(edges))
 
     def shards(self, shard_tokens: int = SHARD_TOKENS, at_least: int = 4) -> Iterator[range]:
-        """Runs of documents of about `shard_tokens` each; of the peers at least four so that two
-        workers have work.
+        """Runs of documents of about `shard_tokens` tokens each; at least four for the peers, so
+        that two workers have work.
         """
         total = int(self.offsets_D[-1])
         count = max(at_least, round(total / shard_tokens))
@@ -87,52 +86,52 @@ class Corpus:
     """The sources by name, and how many tokens they have together."""
 
     sources: Mapping[str, Source]
-    tokens: int
+    num_tokens: int
 
     @property
     def document_weights(self) -> dict[str, float]:
-        """The chance of each source per document with which its share of tokens is met."""
+        """The chance of a document to be of each source with which the shares of tokens are met."""
         raw = {
             name: SHARES[name] * len(source) / int(source.offsets_D[-1])
             for name, source in self.sources.items()
         }
         return {name: value / sum(raw.values()) for name, value in raw.items()}
 
-    def first(self, tokens: int) -> "Corpus":
-        """The first documents of each source, `tokens` in all, for a peer too slow for the
-        whole.
+    def first(self, num_tokens: int) -> "Corpus":
+        """The first documents of each source, with `num_tokens` tokens together, for a peer that is
+        too slow for all.
         """
-        if tokens >= self.tokens:
+        if num_tokens >= self.num_tokens:
             return self
         parts = {}
         for name, source in self.sources.items():
-            stop = int(np.searchsorted(source.offsets_D, tokens * SHARES[name]))
+            stop = int(np.searchsorted(source.offsets_D, num_tokens * SHARES[name]))
             parts[name] = Source(
                 name=name,
                 tokens_N=source.tokens_N,
                 mask_N=source.mask_N,
                 offsets_D=source.offsets_D[: stop + 1],
             )
-        return Corpus(sources=parts, tokens=tokens)
+        return Corpus(sources=parts, num_tokens=num_tokens)
 
 
-def write_corpus(folder: Path, tokens: int) -> None:
-    """Generate the corpus unless the folder holds it whole."""
-    if is_whole(folder, tokens):
+def write_corpus(folder: Path, num_tokens: int) -> None:
+    """Generate the corpus, unless the folder has the whole of it."""
+    if is_whole(folder, num_tokens):
         return
     folder.mkdir(parents=True, exist_ok=True)
     for name, share in SHARES.items():
-        _write_source(folder, name, int(tokens * share))
-    mark_whole(folder, tokens)
+        _write_source(folder, name, int(num_tokens * share))
+    mark_whole(folder, num_tokens)
 
 
-def _write_source(folder: Path, name: Literal["chat", "text"] | str, tokens: int) -> None:
+def _write_source(folder: Path, name: str, num_tokens: int) -> None:
     draw = np.random.default_rng(sorted(SHARES).index(name))
     mean, spread = LENGTHS[name]
-    raw = draw.lognormal(mean, spread, int(tokens / np.exp(mean)) + 1000)
+    raw = draw.lognormal(mean, spread, int(num_tokens / np.exp(mean)) + 1000)
     lengths = np.clip(raw, 8, ROW_TOKENS).astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    offsets = offsets[: int(np.searchsorted(offsets, tokens)) + 1]
+    offsets = offsets[: int(np.searchsorted(offsets, num_tokens)) + 1]
     total = int(offsets[-1])
     np.save(folder / f"{name}.offsets.npy", offsets)
     with (folder / f"{name}.tokens").open("wb") as file:
@@ -148,7 +147,7 @@ def _write_source(folder: Path, name: Literal["chat", "text"] | str, tokens: int
 
 
 def read_corpus(folder: Path) -> Corpus:
-    """The corpus of a folder, mapped."""
+    """The corpus of a folder, mapped into memory."""
     sources = {}
     for name in SHARES:
         mask = folder / f"{name}.mask"
@@ -158,9 +157,8 @@ def read_corpus(folder: Path) -> Corpus:
             mask_N=_mapped(mask, np.uint8) if mask.is_file() else None,
             offsets_D=np.load(folder / f"{name}.offsets.npy"),
         )
-    return Corpus(
-        sources=sources, tokens=sum(int(source.offsets_D[-1]) for source in sources.values())
-    )
+    num_tokens = sum(int(source.offsets_D[-1]) for source in sources.values())
+    return Corpus(sources=sources, num_tokens=num_tokens)
 
 
 def _mapped(path: Path, dtype: Any) -> Array:
@@ -168,18 +166,16 @@ def _mapped(path: Path, dtype: Any) -> Array:
     return np.asarray(np.memmap(path, dtype, mode="r"))
 
 
-def is_whole(folder: Path, tokens: int) -> bool:
+def is_whole(folder: Path, num_tokens: int) -> bool:
     """Whether a folder was written to its end, for this number of tokens."""
     mark = folder / WHOLE
-    return mark.is_file() and json.loads(mark.read_text()) == {
-        "tokens": tokens,
-        "version": VERSION,
-    }
+    expected = {"tokens": num_tokens, "version": VERSION}
+    return mark.is_file() and json.loads(mark.read_text()) == expected
 
 
-def mark_whole(folder: Path, tokens: int) -> None:
-    """Say that a folder was written to its end."""
-    (folder / WHOLE).write_text(json.dumps({"tokens": tokens, "version": VERSION}))
+def mark_whole(folder: Path, num_tokens: int) -> None:
+    """Mark a folder as written to its end."""
+    (folder / WHOLE).write_text(json.dumps({"tokens": num_tokens, "version": VERSION}))
 
 
 def pack(documents: Iterable[Document]) -> Iterator[Batch]:
@@ -202,7 +198,7 @@ def pack(documents: Iterable[Document]) -> Iterator[Batch]:
 
 
 def labelled(ids: Array, in_loss: Array) -> Batch:
-    """Tokens of a batch, flat, and which are in the loss, as rows with the label of each
+    """A batch from its flat tokens and which of them are in the loss: rows with the label of each
     position.
     """
     ids_BT = ids.reshape(BATCH_ROWS, ROW_TOKENS)

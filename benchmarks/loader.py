@@ -1,12 +1,12 @@
-"""bigmix's loader against others on one generated corpus: every figure beside the limit measured in
+"""Compares bigmix's loader with others on one generated corpus, next to limits that are measured in
 the same run.
 
 python benchmarks/loader.py [--tokens 200M] [--only bigmix,webdataset] [--scale] [--order]
 [--minutes 10]
 
-Each figure is the median of fresh processes that take turns. Peers come with `pip install
-'.[bench]'` and `pip install --no-deps litdata mosaicml-streaming`; one that is not installed or
-fails is a line with the reason. `reader.py` says what a contestant is.
+Each figure is the median of fresh processes that take turns. The peers are installed with `pip
+install '.[bench]'` and `pip install --no-deps litdata mosaicml-streaming`; for one that is not
+installed or fails the table has the reason. `reader.py` says what a contestant is.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def prepare(names: Sequence[str], folder: Path) -> dict[str, Result]:
 def compete(
     names: Sequence[str], folder: Path, *, repeats: int, seconds: float
 ) -> dict[str, Result]:
-    """The medians of every contestant; a fault of one run is its result."""
+    """The medians of every contestant; where a run of it fails, the fault is its result."""
     runs: dict[tuple[str, int], list[Result]] = {}
     for repeat in range(repeats):
         for name in names:
@@ -87,8 +87,8 @@ def compete(
                     started=time.time(),
                 )
                 earlier.append(found)
-                told = found.get("fault") or f"{found['tokens'] / found['cpu_s'] / 1e6:.1f}M/CPU s"
-                progress(f"{repeat + 1}/{repeats} {name}, {workers} workers: {told}")
+                rate = found.get("fault") or f"{found['tokens'] / found['cpu_s'] / 1e6:.1f}M/CPU s"
+                progress(f"{repeat + 1}/{repeats} {name}, {workers} workers: {rate}")
     return {name: summary(runs[name, 0], runs.get((name, WORKERS), [])) for name in names}
 
 
@@ -141,7 +141,7 @@ def scale(folder: Path) -> tuple[Result, list[table.Table]]:
 
 
 def options() -> argparse.Namespace:
-    """What was asked for."""
+    """The options of the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--tokens", type=whole_number, default=200_000_000, help="of the corpus (200M)")
@@ -158,7 +158,7 @@ def options() -> argparse.Namespace:
 
 
 def run(folder: Path, asked: argparse.Namespace) -> tuple[Mapping[str, Any], list[table.Table]]:
-    """All that was asked for."""
+    """The figures and tables of everything that the options name."""
     progress(f"corpus of {asked.tokens / 1e6:.0f}M tokens in {folder}")
     write_corpus(folder / "corpus", int(asked.tokens))
     results: Result = {}

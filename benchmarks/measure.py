@@ -32,15 +32,15 @@ def write(*, name: str, folder: str) -> dict[str, Any]:
     module = importlib.import_module(f"peers.{name}")
     corpus = _part(module, folder)
     own = Path(folder) / name
-    if not is_whole(own, corpus.tokens):
+    if not is_whole(own, corpus.num_tokens):
         shutil.rmtree(own, ignore_errors=True)
         own.mkdir(parents=True)
         module.write(corpus, own)
-        mark_whole(own, corpus.tokens)
+        mark_whole(own, corpus.num_tokens)
     return {
         "note": module.NOTE,
         "versions": {package: version(package) for package in module.PACKAGES},
-        "prepared_tokens": corpus.tokens,
+        "prepared_tokens": corpus.num_tokens,
     }
 
 
@@ -85,7 +85,7 @@ def _iterate(batches: Any, seconds: float, workers: int) -> dict[str, float]:
     wall_began, cpu_began = time.perf_counter(), _cpu_s()
     tokens, done = 0, False
     while not done:
-        tokens += next(batches).tokens
+        tokens += next(batches).num_tokens
         wall_s = time.perf_counter() - wall_began
         done = (wall_s if workers else time.process_time() - cpu_began) > seconds
         done = done or wall_s > 5 * seconds
@@ -123,7 +123,7 @@ def soak(*, folder: str, minutes: float) -> dict[str, float]:
     began, tokens = time.monotonic(), 0
     result = {"rss_start_mib": _rss_mib()}
     while (passed := time.monotonic() - began) < 60 * minutes:
-        tokens += next(reader.batches).tokens
+        tokens += next(reader.batches).num_tokens
         if passed > 60 and "rss_minute_mib" not in result:
             result["rss_minute_mib"] = _rss_mib()
     return result | {"rss_end_mib": _rss_mib(), "tokens": tokens, "minutes": minutes}

@@ -1,5 +1,4 @@
-"""A source's rows in the order of some loader go in, how far they are from a true shuffle comes
-out.
+"""Measures how far the order in which a loader gives the rows of a source is from a true shuffle.
 
 A row is a pair (shard, row of the shard); its index counts rows over the shards in their order.
 """
@@ -16,31 +15,31 @@ import ours
 Indices = npt.NDArray[np.int64]
 
 
-def compare(folder: Path, shards: int, rows: int) -> dict[str, Any]:
-    """The measures of every order by its name; a peer that is not installed gives its reason."""
-    row_ids, sizes = ours.simulated_order(folder, shards, rows)
+def compare(folder: Path, num_shards: int, num_rows: int) -> dict[str, Any]:
+    """The measures of every order by its name, or why there are none for a peer."""
+    row_ids, sizes = ours.simulated_order(folder, num_shards, num_rows)
     begins = np.concatenate([[0], np.cumsum(sizes)])
     count = int(begins[-1])
     own = begins[row_ids.shards_R] + row_ids.rows_R
     orders = {
         "bigmix": own,
-        "true shuffle": np.random.default_rng(0).permutation(count)[:rows],
-        "file order": np.arange(count)[:rows],
+        "true shuffle": np.random.default_rng(0).permutation(count)[:num_rows],
+        "file order": np.arange(count)[:num_rows],
     }
     result: dict[str, Any] = {name: measures(order, begins) for name, order in orders.items()}
     for name, make in {"webdataset": _webdataset, "mosaicml (py1e)": _mosaicml}.items():
         try:
-            result[name] = measures(np.array(make(sizes)[:rows], np.int64), begins)
+            result[name] = measures(np.array(make(sizes)[:num_rows], np.int64), begins)
         except ImportError as error:
             result[name] = {"fault": str(error)}
-    return {"orders": result, "rows": min(rows, count), "shards": len(sizes)}
+    return {"orders": result, "rows": min(num_rows, count), "shards": len(sizes)}
 
 
 def measures(order: Indices, begins: Indices) -> dict[str, float]:
-    """Of neighbours in the order: same shard, next to each other in the file, and their indices'
-    correlation.
+    """How often neighbours in the order are of one shard, and next to each other in the file, and
+    the correlation of their indices.
 
-    `coverage` is the share of shards among any 64 rows that are one step.
+    `step_shards` is the mean number of shards among the 64 rows of a step.
     """
     shards = np.searchsorted(begins, order, side="right") - 1
     steps = [len(set(shards[at : at + 64].tolist())) for at in range(0, len(order) - 63, 64)]
@@ -53,7 +52,7 @@ def measures(order: Indices, begins: Indices) -> dict[str, float]:
 
 
 def _webdataset(sizes: Sequence[int]) -> Sequence[int]:
-    """Shards shuffled, then a buffer of 1,000 samples, both by the library."""
+    """Shards are shuffled, then samples in a buffer of 1,000, by the library."""
     from peers import webdataset
 
     begins = np.concatenate([[0], np.cumsum(sizes)]).tolist()

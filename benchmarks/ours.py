@@ -1,4 +1,4 @@
-"""All that the benchmarks use of bigmix's own interface."""
+"""What the benchmarks of the loader use of bigmix."""
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, count, islice
@@ -28,7 +28,7 @@ from bigmix.data.source import RemoteReadOptions, ShardStore, read_source
 from bigmix.data.stream import Stream
 
 ROWS_PER_STEP = 64
-SHARD_TOKENS = 64_000_000  # what `bigmix prepare` makes if nothing is said
+SHARD_TOKENS = 64_000_000  # the default of `bigmix prepare`
 BATCHES_PER_STEP = ROWS_PER_STEP // BATCH_ROWS
 LAST_STEP = 1 << 40
 TOKENIZER = TokenizerEntry(
@@ -76,20 +76,18 @@ def _manifest(name: str, shards: ShardTable) -> Manifest:
     )
 
 
-def write_simulated(folder: Path, shards: int) -> None:
-    """The manifest of a text source of `shards` shards of about 64M tokens each, which are not
-    there.
-    """
-    tokens, documents = 64_000_000 - np.arange(shards) % 1000, 70_000
+def write_simulated(folder: Path, num_shards: int) -> None:
+    """The manifest of a text source with shards of about 64M tokens each, which do not exist."""
+    tokens, documents = 64_000_000 - np.arange(num_shards) % 1000, 70_000
     columns = {
-        "file": [f"shard-{index:06d}.tar" for index in range(shards)],
-        "sha256": ["0" * 64] * shards,
-        "blocks_check": ["0" * 16] * shards,
+        "file": [f"shard-{index:06d}.tar" for index in range(num_shards)],
+        "sha256": ["0" * 64] * num_shards,
+        "blocks_check": ["0" * 16] * num_shards,
         "bytes": 2 * tokens,
-        "documents": np.full(shards, documents),
+        "documents": np.full(num_shards, documents),
         "tokens": tokens,
         "loss_tokens": tokens - documents,
-        "blocks": np.full(shards, 500),
+        "blocks": np.full(num_shards, 500),
         "blocks_at": 2 * tokens - 40_000,
     }
     write_manifest(folder, _manifest("text", ShardTable(columns)))
@@ -109,7 +107,7 @@ def make_plan(folder: Path, rows_per_step: int) -> RunPlan:
 
 
 def simulated_plan(folder: Path) -> RunPlan:
-    """A plan of one source of which only the manifest is there."""
+    """A plan of one source of which only the manifest exists."""
     stream = Stream(
         "text",
         read_source(str(folder)).manifest,
@@ -129,7 +127,7 @@ def _endless(mixture: Mixture, streams: Mapping[str, Stream]) -> RunPlan:
 
 
 def _no_shard(index: int) -> Shard:
-    raise AssertionError(f"shard {index} of a simulated source is not there")
+    raise AssertionError(f"shard {index} of a simulated source does not exist")
 
 
 def open_reader(folder: Path, *, threaded: bool, skip: int) -> Reader:
@@ -153,24 +151,24 @@ def open_reader(folder: Path, *, threaded: bool, skip: int) -> Reader:
 
 
 def _as_batches(batch: StepBatch) -> Iterator[Batch]:
-    """Tokens are counted without padding; the runs of loss tokens stand for the labels, which the
-    device makes of them.
+    """Tokens are counted without padding; the runs of loss tokens are in the place of the labels,
+    which the device makes from them.
     """
     each = sum(batch.tokens.values()) / len(batch.micro_batches)
     return (Batch(part.ids_BT, part.lengths_K, round(each)) for part in batch.micro_batches)
 
 
 def rank_step(plan: RunPlan, ranks: int, rank: int) -> Callable[[int], StepBatch]:
-    """What one rank does for a step: it has eight rows of it."""
+    """What one rank does for a step, of which it has eight rows."""
     rank_rows = RankRows(
         rank=rank, ranks=ranks, rows_per_step=plan.rows_per_step, micro_batch_rows=BATCH_ROWS
     )
     return lambda step: step_batch(plan, rank_rows, step)
 
 
-def simulated_order(folder: Path, shards: int, rows: int) -> tuple[RowIds, list[int]]:
+def simulated_order(folder: Path, num_shards: int, num_rows: int) -> tuple[RowIds, list[int]]:
     """The first rows of a simulated source in bigmix's order, and how many rows each shard has."""
-    write_simulated(folder, shards)
+    write_simulated(folder, num_shards)
     stream = simulated_plan(folder).streams["text"]
     tokens = stream.manifest.shards.column("tokens")
-    return stream.row_ids(np.arange(rows)), (-(-tokens // ROW_TOKENS)).tolist()
+    return stream.row_ids(np.arange(num_rows)), (-(-tokens // ROW_TOKENS)).tolist()

@@ -1,7 +1,7 @@
-"""What a contestant gives: its batches, and the state from which it could go on.
+"""What a contestant of the loader benchmark gives: its batches, and the state to resume from.
 
 A contestant is a module of `peers` with
-    NOTE          one line: what it does and what it does not do
+    NOTE          what it does and what it does not do, in a line of the table
     PACKAGES      the distributions it needs, as PyPI names them
     PART_TOKENS   how many tokens of the corpus are enough to measure it
     write(corpus, folder)                                   the corpus in its own format
@@ -19,14 +19,14 @@ WHOLE_CORPUS = 1 << 60
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reader:
-    """Batches without end; `state` is None for one that cannot resume."""
+    """Batches without end; `state` is None for a contestant that cannot resume."""
 
     batches: Iterator[Batch]
     state: Callable[[], Any] | None
 
 
 class Forever:
-    """An iterable again and again: one epoch after the other."""
+    """An iterable that is repeated without end, one epoch after the other."""
 
     def __init__(self, items: Iterable[Any]) -> None:
         self._items = items
@@ -37,8 +37,8 @@ class Forever:
 
 
 class Mapped:
-    """An iterable with a function applied to each item; unlike a generator it travels to a
-    worker.
+    """An iterable with a function applied to each item; unlike a generator it can be sent to a
+    worker process.
     """
 
     def __init__(self, function: Callable[[Any], Any], items: Iterable[Any]) -> None:

@@ -1,3 +1,1 @@
-"""One module a contestant: `NOTE`, `PACKAGES`, `PART_TOKENS`, `write(corpus, folder)`,
-`open_reader(...)`; see reader.py.
-"""
+"""The contestants of the loader benchmark, a module each; `reader.py` says what each one has."""

@@ -1,4 +1,4 @@
-"""bigmix itself; what it needs of bigmix's interface is in `ours`."""
+"""bigmix; what is used of its interface is in `ours`."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def write(corpus: Corpus, folder: Path) -> None:
 
 
 def open_reader(corpus: Corpus, folder: Path, *, workers: int, state: Any) -> Reader:
-    """`workers`: with the loader's thread, as in training; without, the calls that the thread
-    makes.
+    """With `workers` the loader's thread is used, as in training; without, the calls that the
+    thread makes.
     """
     return ours.open_reader(folder, threaded=bool(workers), skip=state or 0)

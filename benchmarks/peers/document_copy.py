@@ -1,5 +1,5 @@
-"""The limit of every loader that packs documents: each one copied from the map to its place, and
-nothing else.
+"""The limit of every loader that packs documents: each document is copied from the memory map to
+its place, and nothing else is done.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,4 @@
-"""Megatron Energon: its WebDataset layout with an index, blended, and packed by its own two
-stages.
-"""
+"""Megatron Energon: its WebDataset layout with an index, blended, packed in its own two stages."""
 
 from pathlib import Path
 from typing import Any

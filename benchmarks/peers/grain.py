@@ -43,7 +43,7 @@ def open_reader(corpus: Corpus, folder: Path, *, workers: int, state: Any) -> Re
 
 
 def _features(document: Document) -> dict[str, Any]:
-    """Labels are made per document, since packing cuts and joins each feature by itself."""
+    """Labels are made for each document, since packing cuts and joins each feature alone."""
     ids = document.ids_T.astype(np.int32)
     labels = np.full(len(ids), IGNORE, np.int32)
     mask = document.mask_T

@@ -1,4 +1,4 @@
-"""LitData: an optimised folder with a document an item."""
+"""LitData: an optimised folder in which each document is an item."""
 
 from itertools import chain
 from pathlib import Path
@@ -10,8 +10,8 @@ from litdata.streaming.cache import Cache
 from reader import Forever, Reader
 
 NOTE = (
-    "CombinedStreamingDataset of documents, greedy packing by us; no packing of its own; "
-    "what lay in the packer is lost at a resume; no checksum"
+    "CombinedStreamingDataset of documents, greedy packing by us; no packing of its own; what was"
+    " in the packer is lost at a resume; no checksum"
 )
 PACKAGES = ("litdata",)
 PART_TOKENS = 100_000_000
@@ -28,7 +28,7 @@ def write(corpus: Corpus, folder: Path) -> None:
 
 
 def open_reader(corpus: Corpus, folder: Path, *, workers: int, state: Any) -> Reader:
-    """Its own loader gives lists of documents; only through it is the state whole."""
+    """Its own loader gives lists of documents; only its state is whole."""
     weights = corpus.document_weights
     combined = litdata.CombinedStreamingDataset(
         [

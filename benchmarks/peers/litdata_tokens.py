@@ -1,4 +1,4 @@
-"""LitData: an optimised folder of tokens without documents, read in blocks of a row."""
+"""LitData: an optimised folder of tokens without documents, read in blocks of one row."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -20,7 +20,7 @@ def write(corpus: Corpus, folder: Path) -> None:
 
 
 def open_reader(corpus: Corpus, folder: Path, *, workers: int, state: Any) -> Reader:
-    """Batches of rows that lie behind one another in the file."""
+    """Batches of consecutive rows of the file."""
     return Reader(batches=_batches(corpus), state=None)
 
 

@@ -12,7 +12,7 @@ from workers import packed_batches
 
 NOTE = (
     "MDS documents, streams mixed by proportion, py1e order, greedy packing by us; its resume"
-    " counts samples, so that what lay in the packer is lost; no checksum by default"
+    " counts samples, so that what was in the packer is lost; no checksum by default"
 )
 PACKAGES = ("mosaicml-streaming",)
 PART_TOKENS = 20_000_000
@@ -30,7 +30,7 @@ def write(corpus: Corpus, folder: Path) -> None:
 
 
 def open_reader(corpus: Corpus, folder: Path, *, workers: int, state: Any) -> Reader:
-    """Shared memory that an earlier process left behind would be refused."""
+    """Shared memory that an earlier process has left would be refused."""
     clean_stale_shared_memory()
     weights = corpus.document_weights
     dataset = streaming.StreamingDataset(

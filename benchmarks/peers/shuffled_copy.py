@@ -1,6 +1,4 @@
-"""The limit of a loader that shuffles: as document_copy, with the documents of the corpus in a
-random order.
-"""
+"""The limit of a loader that shuffles: as document_copy, with all documents in a random order."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,8 @@ from reader import WHOLE_CORPUS, Reader
 from peers.document_copy import copied
 
 NOTE = (
-    "limit: as document_copy, in a random order of all documents: what is not read in a row comes"
-    " slowly from memory"
+    "limit: as document_copy, in a random order of all documents: what is not read in sequence is"
+    " slow to come from memory"
 )
 PACKAGES = ("numpy",)
 PART_TOKENS = WHOLE_CORPUS

@@ -19,8 +19,8 @@ from torchdata.nodes import StopCriteria as Stop
 
 NOTE = (
     "MultiNodeWeightedSampler over a memory map that we wrote, random order, greedy packing by us;"
-    " no format, no packing, no checksum of its own; resume passes over the permutation again and"
-    " loses what lay in the packer"
+    " no format, no packing, no checksum of its own; resume goes through the permutation again and"
+    " loses what was in the packer"
 )
 PACKAGES = ("torchdata",)
 PART_TOKENS = WHOLE_CORPUS
@@ -31,7 +31,7 @@ def write(corpus: Corpus, folder: Path) -> None:
 
 
 def open_reader(corpus: Corpus, folder: Path, *, workers: int, state: Any) -> Reader:
-    """Workers: one thread ahead, which is what it recommends for a chain of cheap nodes."""
+    """With `workers` one thread works ahead, which it recommends for a chain of cheap nodes."""
     mixed = MultiNodeWeightedSampler(
         {
             name: MapStyleWrapper(

@@ -1,4 +1,4 @@
-"""webdataset: a tar member an array, a document a sample."""
+"""webdataset: each document is a sample, whose arrays are one member of a tar."""
 
 import io
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ PART_TOKENS = 40_000_000
 
 
 def write(corpus: Corpus, folder: Path) -> None:
-    """A tar a shard, a member a document, since members are what costs: ids [T], or ids and mask
-    [2, T].
+    """Each shard is a tar with one member for each document, ids [T] or ids and mask [2, T], since
+    members are slow to read.
     """
     for name, source in corpus.sources.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def _document(sample: dict[str, Any]) -> Document:
 
 
 def document_of(array: Any) -> Document:
-    """A document from what its member holds."""
+    """A document from the array of its member."""
     return Document(array, None) if array.ndim == 1 else Document(array[0], array[1])
 
 
