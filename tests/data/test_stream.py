@@ -2,6 +2,7 @@
 ranks.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -114,6 +115,15 @@ def test_rows_hold_the_documents_token_for_token(folders, name, whole_below):
         assert (row.labels_T[row.num_tokens :] == IGNORE).all()
         assert (row.positions_T[row.num_tokens :] == np.arange(T - row.num_tokens)).all()
     assert seen == rows.tokens_per_epoch
+
+
+@pytest.mark.parametrize("whole_below", [0, 20])
+@pytest.mark.parametrize("name", SHARES)
+def test_rows_are_counted_without_packing_as_many_as_packing_makes(folders, name, whole_below):
+    rows = stream(folders, name, whole_below=whole_below)
+    counted = Counter(row.shard for row in rows.in_shard_order())
+    made = {shard: len(rows.table(shard).rows_R6) for shard in range(len(rows.manifest.shards))}
+    assert counted == made
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
