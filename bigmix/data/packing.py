@@ -108,8 +108,8 @@ class PackedRows:
 class RowLayout(Protocol):
     """How the documents of one kind of source become rows; `options` are those of the source.
 
-    `is_contiguous` says whether a row is consecutive tokens of its shard, so that few bytes are read
-    for a few rows.
+    `is_contiguous` says whether a row is consecutive tokens of its shard, so that few rows take few
+    bytes to read.
     """
 
     is_contiguous: ClassVar[bool]
