@@ -10,7 +10,8 @@ blocks; they are combined once, at the end, so that the threads of a program nee
 other at every block.
 
 The kernel is given None for what is not wanted, and is compiled without it. In it a name without an
-axis is one value or one block of values; `outputs`, `bias` and so on are pointers.
+axis is one value or one block of values; `outputs`, `bias` and so on are pointers, and q_ is of the
+reference.
 """
 
 from typing import Any, NamedTuple
@@ -72,35 +73,35 @@ class _Head(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Sums over a token's logits u.
+    """What the first pass leaves of a token's logits u.
 
-    top = m = max u, mass = sum exp(u - m), best: the first index of m, total = sum u,
-    fall = sum exp(u - m) (u - m)
+    logits: those of the first block
+    top = m = max u, mass = sum exp(u - m), log_mass = log mass, lse = m + log mass
+    best: the first index of m, total = sum u, fall = sum exp(u - m) (u - m)
     """
 
+    logits: Any
     top: Any
     mass: Any
+    log_mass: Any
+    lse: Any
     best: Any
     total: Any
     fall: Any
 
 
 class _Slopes(NamedTuple):
-    """What the second pass over a token's logits u takes from the first, t being the reference's
-    logits.
+    """What the second pass needs besides the sums of the logits u and of the reference's logits t.
 
-    d objective / d u = of_p exp(u - top) - of_label onehot(label) - of_all - of_q q
-    q = exp(t - reference_top) / reference_mass,  log q - log p = t - u + shift
+    d objective / d u = of_p exp(u - sums.top) - of_label onehot(label) - of_all - of_q q
+    q = exp(t - q_sums.top) / q_sums.mass,  log q - log p = t - u + shift
     """
 
     label: Any
-    top: Any
     of_p: Any
     of_label: Any
     of_all: Any
     of_q: Any
-    reference_top: Any
-    reference_mass: Any
     shift: Any
 
 
@@ -173,99 +174,94 @@ def _overlaps(outputs_CV: Tensor, gradient_CV: Tensor) -> bool:
 @triton.jit
 def _token_kernel(
     head: tl.tuple,
-    reference: tl.tuple,
+    q_head: tl.tuple,
     labels: tl.tensor,
     coefficients: tl.tensor,
-    reference_coefficients: tl.tensor,
+    q_coefficients: tl.tensor,
     smoothing: tl.tensor,
     z_loss: tl.tensor,
     columns: tl.tensor,
     gradient: tl.tensor,
     gradient_stride: tl.tensor,
-    vocabulary_size: tl.tensor,
+    num_logits: tl.tensor,
     ENTROPY: tl.constexpr,
     OVERLAPS: tl.constexpr,
     BLOCK: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ) -> None:
-    """One token; the equations are in `terms`."""
+    """The columns and the gradient of one token; the equations are in `terms`."""
     token = tl.program_id(0).to(tl.int64)  # int64: a chunk may have more than 2^31 logits
     label, coefficient = tl.load(labels + token).to(tl.int32), tl.load(coefficients + token)
-    label_logit = _logits(head, token, label, vocabulary_size)
-    logits = _logits(head, token, tl.arange(0, BLOCK), vocabulary_size)
-    ours = _sums(
-        head, token, logits, vocabulary_size, smoothing is not None, ENTROPY, BLOCK, ONE_BLOCK
-    )
-    log_mass = tl.log(ours.mass)
-    lse = ours.top + log_mass
-    nll = log_mass + (ours.top - label_logit)
+    label_logit = _logits(head, token, label, num_logits)
+    sums = _sums(head, token, num_logits, smoothing is not None, ENTROPY, BLOCK, ONE_BLOCK)
+    nll = sums.log_mass + (sums.top - label_logit)
     loss, of_label, of_all = nll, coefficient, 0.0
     if smoothing is not None:
-        smooth = log_mass + (ours.top - ours.total / vocabulary_size)
+        smooth = sums.log_mass + (sums.top - sums.total / num_logits)
         loss = (1 - smoothing) * nll + smoothing * smooth
-        of_label, of_all = (1 - smoothing) * coefficient, smoothing * coefficient / vocabulary_size
-    objective = coefficient * (loss + z_loss * lse * lse)
-    slope, of_q, shift, kl = coefficient * (1 + 2 * z_loss * lse), 0.0, 0.0, 0.0
-    reference_lse = 0.0
-    reference_logits, reference_sums = logits, ours
-    if reference.outputs is not None:
-        of_q = tl.load(reference_coefficients + token)
+        of_label, of_all = (1 - smoothing) * coefficient, smoothing * coefficient / num_logits
+    objective = coefficient * (loss + z_loss * sums.lse * sums.lse)
+    slope = coefficient * (1 + 2 * z_loss * sums.lse)
+    q_sums, of_q, shift, kl, q_lse = sums, 0.0, 0.0, 0.0, 0.0
+    if q_head.outputs is not None:
+        of_q = tl.load(q_coefficients + token)
         slope += of_q
-        reference_logits = _logits(reference, token, tl.arange(0, BLOCK), vocabulary_size)
-        reference_sums = _sums(
-            reference, token, reference_logits, vocabulary_size, False, False, BLOCK, ONE_BLOCK
-        )
-        reference_log_mass = tl.log(reference_sums.mass)
-        reference_lse = reference_sums.top + reference_log_mass
-        shift = (ours.top - reference_sums.top) + (log_mass - reference_log_mass)
-    if gradient is not None or reference.outputs is not None:
-        slopes = _Slopes(
-            label=label,
-            top=ours.top,
-            of_p=slope / ours.mass,
-            of_label=of_label,
-            of_all=of_all,
-            of_q=of_q,
-            reference_top=reference_sums.top,
-            reference_mass=reference_sums.mass,
-            shift=shift,
-        )
+        q_sums = _sums(q_head, token, num_logits, False, False, BLOCK, ONE_BLOCK)
+        q_lse = q_sums.lse
+        shift = (sums.top - q_sums.top) + (sums.log_mass - q_sums.log_mass)
+    if gradient is not None or q_head.outputs is not None:
+        slopes = _Slopes(label, slope / sums.mass, of_label, of_all, of_q, shift)
         if gradient is not None:
             gradient += token * gradient_stride
         kl = _second_pass(
             head,
-            reference,
+            q_head,
             token,
+            sums,
+            q_sums,
             slopes,
-            logits,
-            reference_logits,
             gradient,
-            vocabulary_size,
+            num_logits,
             OVERLAPS,
             BLOCK,
             ONE_BLOCK,
         )
         objective += of_q * kl
+    hit = tl.where(sums.best == label, 1.0, 0.0)
+    # - sum p log p with log p = (u - m) - log mass: nothing large is subtracted.
+    entropy = sums.log_mass - sums.fall / sums.mass if ENTROPY else 0.0
+    _store(columns + token * _NUM_COLUMNS, objective, nll, hit, sums.lse, entropy, kl, q_lse)
 
-    columns += token * _NUM_COLUMNS
+
+@triton.jit
+def _store(
+    columns: tl.tensor,
+    objective: tl.tensor,
+    nll: tl.tensor,
+    hit: tl.tensor,
+    lse: tl.tensor,
+    entropy: tl.tensor,
+    kl: tl.tensor,
+    q_lse: tl.tensor,
+) -> None:
+    """Writes a token's columns."""
     tl.store(columns + _OBJECTIVE, objective)
     tl.store(columns + _TOKENS, 1.0)
     tl.store(columns + _NLL, nll)
-    tl.store(columns + _HITS, tl.where(ours.best == label, 1.0, 0.0))
+    tl.store(columns + _HITS, hit)
     tl.store(columns + _Z, lse * lse)
-    # - sum p log p with log p = (u - m) - log mass: nothing large is subtracted.
-    tl.store(columns + _ENTROPY, log_mass - ours.fall / ours.mass if ENTROPY else 0.0)
+    tl.store(columns + _ENTROPY, entropy)
     tl.store(columns + _KL, kl)
     tl.store(columns + _LSE, lse)
-    tl.store(columns + _REFERENCE_LSE, reference_lse)
+    tl.store(columns + _REFERENCE_LSE, q_lse)
 
 
 @triton.jit
 def _logits(
-    head: tl.tuple, token: tl.tensor, indices: tl.tensor, vocabulary_size: tl.tensor
+    head: tl.tuple, token: tl.tensor, indices: tl.tensor, num_logits: tl.tensor
 ) -> tl.tensor:
     """A token's fp32 logits at these indices, _NOTHING behind the vocabulary's end."""
-    is_there = indices < vocabulary_size
+    is_there = indices < num_logits
     outputs = head.outputs + token * head.stride
     logits = tl.load(outputs + indices, mask=is_there, other=0).to(tl.float32)
     if head.bias is not None:
@@ -297,28 +293,28 @@ def _tanh(x: tl.tensor) -> tl.tensor:
 def _sums(
     head: tl.tuple,
     token: tl.tensor,
-    logits: tl.tensor,
-    vocabulary_size: tl.tensor,
+    num_logits: tl.tensor,
     TOTAL: tl.constexpr,
     FALL: tl.constexpr,
     BLOCK: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ) -> tl.tuple:
-    """The first pass: `_Sums` of a token's logits, of which those of the first block are given."""
+    """The first pass over a token's logits; `total` where TOTAL and `fall` where FALL, else 0."""
     lanes = tl.arange(0, BLOCK)
+    logits = _logits(head, token, lanes, num_logits)
     top, mass, best = logits, tl.full([BLOCK], 1.0, tl.float32), lanes
-    total = tl.where(lanes < vocabulary_size, logits, 0.0)
+    total = tl.where(lanes < num_logits, logits, 0.0)
     fall = tl.zeros([BLOCK], tl.float32)
     if not ONE_BLOCK:
-        for begin in range(BLOCK, vocabulary_size, BLOCK):
+        for begin in range(BLOCK, num_logits, BLOCK):
             indices = begin + lanes
-            values = _logits(head, token, indices, vocabulary_size)
+            values = _logits(head, token, indices, num_logits)
             is_higher = values > top
             # The lower of the two relative to the higher: one exp, whichever it is.
             distance = -tl.abs(values - top)
             lower = tl.exp(distance)
             if TOTAL:
-                total += tl.where(indices < vocabulary_size, values, 0.0)
+                total += tl.where(indices < num_logits, values, 0.0)
             if FALL:
                 fall = tl.where(
                     is_higher, lower * (fall + distance * mass), fall + lower * distance
@@ -335,10 +331,15 @@ def _sums(
     if TOTAL:
         token_total = tl.sum(total, 0)
     # Of equal maxima the first is the best, as in torch.
-    token_best = tl.min(tl.where(top == token_top, best, vocabulary_size), 0)
+    token_best = tl.min(tl.where(top == token_top, best, num_logits), 0)
+    token_mass = tl.sum(decay * mass, 0)
+    log_mass = tl.log(token_mass)
     return _Sums(
+        logits=logits,
         top=token_top,
-        mass=tl.sum(decay * mass, 0),
+        mass=token_mass,
+        log_mass=log_mass,
+        lse=token_top + log_mass,
         best=token_best,
         total=token_total,
         fall=token_fall,
@@ -348,18 +349,18 @@ def _sums(
 @triton.jit
 def _second_pass(
     head: tl.tuple,
-    reference: tl.tuple,
+    q_head: tl.tuple,
     token: tl.tensor,
+    sums: tl.tuple,
+    q_sums: tl.tuple,
     slopes: tl.tuple,
-    logits: tl.tensor,
-    reference_logits: tl.tensor,
     gradient: tl.tensor,
-    vocabulary_size: tl.tensor,
+    num_logits: tl.tensor,
     OVERLAPS: tl.constexpr,
     BLOCK: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """Writes a token's gradient and returns its KL; the logits given are those of the first block.
+    """Writes a token's gradient and returns its KL.
 
     A gradient with elements of the outputs' size is written where the same element was read, and
     its value follows from that reading. A narrower one (OVERLAPS) lies in the first half of the
@@ -371,32 +372,26 @@ def _second_pass(
     # read the same element.
     tl.debug_barrier()
     lanes = tl.arange(0, BLOCK)
+    logits, q_logits = sums.logits, q_sums.logits
     if ONE_BLOCK:
         parts = _finish(
-            head, reference, slopes, lanes, logits, reference_logits, gradient, vocabulary_size
+            head, q_head, sums, q_sums, slopes, lanes, logits, q_logits, gradient, num_logits
         )
     else:
         parts = tl.zeros([BLOCK], tl.float32)
-        for begin in range(0, vocabulary_size, BLOCK):
+        for begin in range(0, num_logits, BLOCK):
             indices = begin + lanes
-            values = _logits(head, token, indices, vocabulary_size)
-            reference_values = values
-            if reference.outputs is not None:
-                reference_values = _logits(reference, token, indices, vocabulary_size)
+            values = _logits(head, token, indices, num_logits)
+            q_values = values
+            if q_head.outputs is not None:
+                q_values = _logits(q_head, token, indices, num_logits)
             if OVERLAPS:
                 tl.debug_barrier()
             parts += _finish(
-                head,
-                reference,
-                slopes,
-                indices,
-                values,
-                reference_values,
-                gradient,
-                vocabulary_size,
+                head, q_head, sums, q_sums, slopes, indices, values, q_values, gradient, num_logits
             )
     kl = 0.0
-    if reference.outputs is not None:
+    if q_head.outputs is not None:
         kl = tl.sum(parts, 0)
     return kl
 
@@ -404,22 +399,24 @@ def _second_pass(
 @triton.jit
 def _finish(
     head: tl.tuple,
-    reference: tl.tuple,
+    q_head: tl.tuple,
+    sums: tl.tuple,
+    q_sums: tl.tuple,
     slopes: tl.tuple,
     indices: tl.tensor,
     logits: tl.tensor,
-    reference_logits: tl.tensor,
+    q_logits: tl.tensor,
     gradient: tl.tensor,
-    vocabulary_size: tl.tensor,
+    num_logits: tl.tensor,
 ) -> tl.tensor:
     """Writes the gradient of a block and returns its q (log q - log p)."""
-    slope = slopes.of_p * tl.exp(logits - slopes.top) - slopes.of_all
+    slope = slopes.of_p * tl.exp(logits - sums.top) - slopes.of_all
     slope -= tl.where(indices == slopes.label, slopes.of_label, 0.0)
     parts = tl.zeros_like(logits)
-    if reference.outputs is not None:
-        q = tl.exp(reference_logits - slopes.reference_top) / slopes.reference_mass
+    if q_head.outputs is not None:
+        q = tl.exp(q_logits - q_sums.top) / q_sums.mass
         # Taken within the sum, where the terms are small, not as a difference of large sums.
-        parts = q * ((reference_logits - logits) + slopes.shift)
+        parts = q * ((q_logits - logits) + slopes.shift)
         slope -= slopes.of_q * q
     if head.softcap is not None:
         # d/dx cap tanh(x / cap) = 1 - (cap tanh(x / cap) / cap)^2
@@ -429,5 +426,5 @@ def _finish(
         slope *= head.scale
     if gradient is not None:
         dtype = gradient.dtype.element_ty
-        tl.store(gradient + indices, slope.to(dtype), mask=indices < vocabulary_size)
+        tl.store(gradient + indices, slope.to(dtype), mask=indices < num_logits)
     return parts
