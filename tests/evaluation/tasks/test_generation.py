@@ -81,7 +81,7 @@ def test_a_stop_text_that_begins_in_the_prompt_ends_nothing(tiny_tokenizer):
     prompt, line, word = (ids.tolist() for ids in tokenizer.encode(["it\n", "\n", "river"]))
     written = torch.tensor([[*prompt, *line], [*prompt, *line]])
     width = len(prompt)
-    theirs = transformers.StopStringCriteria(tokenizer.whole, ["\n\n"])
+    theirs = transformers.StopStringCriteria(tokenizer.pretrained, ["\n\n"])
     assert theirs(written, None).tolist() == [True, True]
     stopped = _Stopped(tokenizer, ["\n\n"], width)
     assert stopped(written, None).tolist() == [False, False]
