@@ -1,4 +1,4 @@
-"""What an implementation of the loss is: one function, and what to know of it."""
+"""The record of an implementation of the loss: one function, and what to know about it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,15 +7,14 @@ from typing import TypeAlias
 from torch import Tensor
 
 Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""hidden [T, D], head [V, D] and labels [T] go in, the mean over the tokens in the loss comes out.
-"""
+"""From hidden states [T, D], head [V, D] and labels [T], the mean nll of the tokens in the loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contestant:
     """One implementation.
 
-    loss: with the settings that its own trainer uses; what it gains with others stands in `note`
+    loss: with the settings that its own trainer uses; `note` has what it gains with others
     note: a few words on what it does and does not do
     compiles: whether its first call of a size compiles; that call is then not measured
     """
