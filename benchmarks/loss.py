@@ -1,11 +1,11 @@
-"""bigmix's loss against others: one table a size, dtype and part of the tokens in the loss.
+"""Compares bigmix's loss with others, in a table for each size, dtype and fraction of loss tokens.
 
 python benchmarks/loss.py [--sizes 4096x1024x32000] [--dtypes fp32,bf16] [--fractions 1,0.5,0.2]
                           [--only bigmix,naive] [--repeats 3] [--chunks] [--quick]
 
-Each measurement is a fresh process; they take turns. Sizes are tokens x hidden size x vocabulary.
-Peers come with `pip install '.[bench]'`; one that is not installed or fails is a line with the
-reason. `contestant.py` says what an implementation is, `loss_case.py` what it is given.
+Each measurement is a fresh process; the implementations take turns. Sizes are tokens x hidden size
+x vocabulary. Peers come with `pip install '.[bench]'`; for one that is not installed or fails, the
+table has the reason. `contestant.py` defines an implementation, `loss_case.py` its inputs.
 """
 
 import argparse
@@ -37,7 +37,7 @@ LIMIT_S = 1800
 def child(task: str, scratch: Path, /, **arguments: object) -> Result:
     """The result of a task in a fresh interpreter, or {"fault": why there is none}."""
     environment = {
-        # So that CPU time is work, not the waiting of threads for one another.
+        # So that CPU time is work, not threads that wait for each other.
         "OMP_WAIT_POLICY": "PASSIVE",
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
@@ -48,7 +48,7 @@ def child(task: str, scratch: Path, /, **arguments: object) -> Result:
 def measure(
     names: Mapping[str, Mapping[str, object]], case: Case, folder: Path, repeats: int
 ) -> dict[str, Result]:
-    """Each under its name, with its arguments; they take turns."""
+    """The results by name; `names` has the arguments of each. They take turns."""
     common = {"case": case.arguments(), "folder": str(folder)}
     fault = child("prepare", folder, **common).get("fault")
     if fault:
@@ -59,8 +59,8 @@ def measure(
             continue
         found = child("contestant", folder, **common, **arguments)
         runs[name].append(found)
-        told = found.get("fault") or f"{found['peak_mib']:.0f} MiB, {found['both_s']:.2f} s"
-        progress(f"{case}: {repeat + 1}/{repeats} {name}: {told}")
+        outcome = found.get("fault") or f"{found['peak_mib']:.0f} MiB, {found['both_s']:.2f} s"
+        progress(f"{case}: {repeat + 1}/{repeats} {name}: {outcome}")
     return {name: loss_table.summary(found) for name, found in runs.items()}
 
 
@@ -72,10 +72,10 @@ def compare(case: Case, folder: Path, names: Sequence[str], repeats: int, machin
 
 
 def compare_chunks(case: Case, folder: Path, repeats: int, machine: Result) -> Table:
-    """The table of sizes of a chunk around the formula's."""
+    """The table of chunk sizes around the one by the formula."""
     chosen = _chosen_tokens(case)
     dtype = logit_dtype(torch.device(machine["device"]), DTYPES[case.dtype])
-    token_bytes = case.vocabulary * dtype.itemsize
+    token_bytes = case.vocabulary_size * dtype.itemsize
     neighbours = {max(16, int(chosen * factor) // 16 * 16) for factor in FACTORS}
     sizes = sorted(neighbours | {chosen})
     names = {
@@ -92,15 +92,15 @@ def _chosen_tokens(case: Case) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[case.dtype]
     shape = LossShape(
-        tokens=case.loss_tokens,
-        hidden=case.hidden,
-        vocabulary=case.vocabulary,
+        num_tokens=case.num_loss_tokens,
+        hidden_size=case.hidden_size,
+        vocabulary_size=case.vocabulary_size,
         hidden_bytes=dtype.itemsize,
         logit_bytes=logit_dtype(device, dtype).itemsize,
         device_type=device.type,
         device_bytes=device_bytes(device),
     )
-    first = even_slices(case.loss_tokens, chunk_tokens(shape))[0]
+    first = even_slices(case.num_loss_tokens, chunk_tokens(shape))[0]
     return first.stop - first.start
 
 
@@ -111,7 +111,7 @@ def _keep(folder: Path, name: str, found: Mapping[str, Result]) -> None:
 
 
 def options(on_gpu: bool) -> argparse.Namespace:
-    """What was asked for."""
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
 
@@ -122,44 +122,52 @@ def options(on_gpu: bool) -> argparse.Namespace:
     add("--dtypes", type=parts, default=["bf16"] if on_gpu else list(DTYPES))
     add("--fractions", type=parts, default=["1", "0.5", "0.2"], help="of tokens in the loss")
     add("--only", type=parts, default=list(losses.ALL), help=", ".join(losses.ALL))
-    add("--repeats", type=int, default=3, help="processes whose least time is shown (3)")
-    add("--chunks", action="store_true", help="only: our chunk size against its neighbours")
+    add("--repeats", type=int, default=3, help="processes, of which the least time is shown (3)")
+    add(
+        "--chunks", action="store_true", help="compare only bigmix's chunk size with its neighbours"
+    )
     add("--quick", action="store_true", help="one small size, once")
-    add("--folder", type=Path, help="where references and figures stay (a temporary one)")
+    add("--folder", type=Path, help="keeps references and results (default: a temporary one)")
     add("--markdown", type=Path, help="also write the tables")
-    asked = parser.parse_args()
-    if asked.quick:
-        asked.sizes, asked.repeats = parts(QUICK_SIZES), 1
-    return asked
+    chosen = parser.parse_args()
+    if chosen.quick:
+        chosen.sizes, chosen.repeats = parts(QUICK_SIZES), 1
+    return chosen
 
 
-def cases(asked: argparse.Namespace) -> list[Case]:
-    """All of them, in the order of the tables."""
+def cases(chosen: argparse.Namespace) -> list[Case]:
+    """All cases, in the order of the tables."""
     return [
-        Case(tokens=tokens, hidden=hidden, vocabulary=vocabulary, dtype=dtype, fraction=fraction)
-        for size, dtype, fraction in product(asked.sizes, asked.dtypes, map(float, asked.fractions))
-        for tokens, hidden, vocabulary in [map(int, size.split("x"))]
+        Case(
+            num_tokens=num_tokens,
+            hidden_size=hidden_size,
+            vocabulary_size=vocabulary_size,
+            dtype=dtype,
+            fraction=float(fraction),
+        )
+        for size, dtype, fraction in product(chosen.sizes, chosen.dtypes, chosen.fractions)
+        for num_tokens, hidden_size, vocabulary_size in [map(int, size.split("x"))]
     ]
 
 
 def main() -> None:
-    """The command."""
+    """Measure and print the tables."""
     on_gpu = torch.cuda.is_available()
-    asked = options(on_gpu)
+    chosen = options(on_gpu)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        folder = (asked.folder or Path(temporary)).absolute()
+        folder = (chosen.folder or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         machine = child("machine", folder)
         tables = []
-        for case in cases(asked):
-            if asked.chunks:
-                tables.append(compare_chunks(case, folder, asked.repeats, machine))
+        for case in cases(chosen):
+            if chosen.chunks:
+                tables.append(compare_chunks(case, folder, chosen.repeats, machine))
             else:
-                tables.append(compare(case, folder, asked.only, asked.repeats, machine))
+                tables.append(compare(case, folder, chosen.only, chosen.repeats, machine))
             print(tables[-1].text(), flush=True)
     print("\n".join(textwrap.wrap(loss_table.EXPLANATION, WIDTH)))
-    if asked.markdown:
-        asked.markdown.write_text("\n".join(found.markdown() for found in tables))
+    if chosen.markdown:
+        chosen.markdown.write_text("\n".join(found.markdown() for found in tables))
 
 
 if __name__ == "__main__":

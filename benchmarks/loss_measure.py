@@ -1,5 +1,6 @@
-"""One measurement of a loss in a fresh interpreter: a task and its arguments go in as JSON, a JSON
-object comes out last.
+"""Makes one measurement of a loss in a fresh interpreter.
+
+It is given a task and, as JSON, its arguments; the last line that it prints is a JSON object.
 
 python benchmarks/loss_measure.py contestant '{"name": "bigmix", ...}'
 """
@@ -24,13 +25,13 @@ from meter import cost
 from torch import Tensor
 
 Result = dict[str, Any]
-_TINY = {"tokens": 64, "hidden": 32, "vocabulary": 128}
-_GPU_CALLS = 5  # further ones with other inputs; on a CPU fresh processes repeat the one
-_RATE_SIZE, _RATE_CALLS = 8192, 20
+_TINY = {"num_tokens": 64, "hidden_size": 32, "vocabulary_size": 128}
+_NUM_GPU_CALLS = 5  # more calls, with other inputs; on a CPU fresh processes repeat the one call
+_RATE_SIZE, _NUM_RATE_CALLS = 8192, 20
 
 
-class _Given(NamedTuple):
-    """The loss, and its gradients by hidden states and head."""
+class _LossAndGradients(NamedTuple):
+    """The loss, and its gradients with respect to hidden states and head."""
 
     loss: Tensor
     hidden_TD: Tensor
@@ -42,14 +43,14 @@ def _device() -> torch.device:
 
 
 def prepare(*, case: Mapping[str, Any], folder: str) -> Result:
-    """The reference in the folder, unless it is there."""
-    asked = Case(**case)
-    path = asked.path(Path(folder))
+    """Make the reference in the folder, unless it exists."""
+    wanted = Case(**case)
+    path = wanted.path(Path(folder))
     if not path.is_file():
-        expected = reference(asked, _device())
-        beside = path.with_suffix(".part")
-        torch.save(tuple(expected), beside)
-        beside.rename(path)
+        expected = reference(wanted, _device())
+        unfinished = path.with_suffix(".part")
+        torch.save(tuple(expected), unfinished)
+        unfinished.rename(path)
     return {}
 
 
@@ -61,37 +62,37 @@ def contestant(
     if importlib.util.find_spec(package.imported) is None:
         return {"fault": f"not installed: pip install {package.install}"}
     module = importlib.import_module(f"losses.{name}")
-    found: Contestant = module.CONTESTANT
-    loss: Loss = found.loss if chunk_bytes is None else module.loss_with(chunk_bytes)
-    asked, device = Case(**case), _device()
-    tiny = replace(asked, **_TINY)
+    implementation: Contestant = module.CONTESTANT
+    loss: Loss = implementation.loss if chunk_bytes is None else module.loss_with(chunk_bytes)
+    wanted, device = Case(**case), _device()
+    tiny = replace(wanted, **_TINY)
     _with_gradients(loss, tiny.inputs(0, tiny.head(device)))
-    head_VD = asked.head(device)
-    if found.compiles or device.type == "cuda":
-        _with_gradients(loss, asked.inputs(1, head_VD))
-        _alone(loss, asked.inputs(1, head_VD))
+    head_VD = wanted.head(device)
+    if implementation.compiles or device.type == "cuda":
+        _with_gradients(loss, wanted.inputs(1, head_VD))
+        _forward(loss, wanted.inputs(1, head_VD))
     return {
-        **_cost_and_error(loss, asked, head_VD, Path(folder)),
-        "note": found.note,
+        **_cost_and_error(loss, wanted, head_VD, Path(folder)),
+        "note": implementation.note,
         "versions": {package.distribution: version(package.distribution)},
     }
 
 
 def _cost_and_error(loss: Loss, case: Case, head_VD: Tensor, folder: Path) -> Result:
-    """Memory and errors with inputs 0; times with them on a CPU, on a GPU with others in turn."""
-    device, given = head_VD.device, list[_Given]()
+    """Memory and errors with inputs 0; times with the same on a CPU, with others on a GPU."""
+    device, results = head_VD.device, list[_LossAndGradients]()
     inputs = case.inputs(0, head_VD)
-    first = cost(lambda: given.append(_with_gradients(loss, inputs)), device)
-    errors = _errors(given.pop(), case.path(folder))
+    first = cost(lambda: results.append(_with_gradients(loss, inputs)), device)
+    errors = _errors(results.pop(), case.path(folder))
     both, forward = [first], []
     if device.type == "cuda":
         both = []
-        for number in range(1, 1 + _GPU_CALLS):
+        for number in range(1, 1 + _NUM_GPU_CALLS):
             other = case.inputs(number, head_VD)
-            both.append(cost(lambda given=other: _with_gradients(loss, given), device))
-    for number in range(1, 1 + (_GPU_CALLS if device.type == "cuda" else 1)):
+            both.append(cost(lambda inputs=other: _with_gradients(loss, inputs), device))
+    for number in range(1, 1 + (_NUM_GPU_CALLS if device.type == "cuda" else 1)):
         other = case.inputs(number, head_VD)
-        forward.append(cost(lambda given=other: _alone(loss, given), device))
+        forward.append(cost(lambda inputs=other: _forward(loss, inputs), device))
     return {
         "peak_mib": first.peak_mib,
         "kept_mib": first.kept_mib,
@@ -104,33 +105,34 @@ def _cost_and_error(loss: Loss, case: Case, head_VD: Tensor, folder: Path) -> Re
     }
 
 
-def _errors(given: _Given, path: Path) -> Result:
-    expected = Expected(*torch.load(path, map_location=given.head_VD.device))
+def _errors(found: _LossAndGradients, path: Path) -> Result:
+    expected = Expected(*torch.load(path, map_location=found.head_VD.device))
     return {
-        "loss_error": abs(float(given.loss) - expected.loss) / expected.loss,
-        "hidden_error": error(given.hidden_TD, expected.hidden_RD),
-        "head_error": error(given.head_VD, expected.head_RD),
+        "loss_error": abs(float(found.loss) - expected.loss) / expected.loss,
+        "hidden_error": error(found.hidden_TD, expected.hidden_RD),
+        "head_error": error(found.head_VD, expected.head_RD),
     }
 
 
-def _with_gradients(loss: Loss, inputs: Inputs) -> _Given:
-    """Forward and backward; the inputs stay as they are."""
+def _with_gradients(loss: Loss, inputs: Inputs) -> _LossAndGradients:
+    """Forward and backward; the inputs are not changed."""
     hidden_TD = inputs.hidden_TD.detach().requires_grad_()
     head_VD = inputs.head_VD.detach().requires_grad_()
     value = loss(hidden_TD, head_VD, inputs.labels_T)
     value.backward()
     assert hidden_TD.grad is not None
     assert head_VD.grad is not None
-    return _Given(value.detach(), hidden_TD.grad, head_VD.grad)
+    return _LossAndGradients(value.detach(), hidden_TD.grad, head_VD.grad)
 
 
-def _alone(loss: Loss, inputs: Inputs) -> None:
+def _forward(loss: Loss, inputs: Inputs) -> None:
+    """Forward without gradients."""
     with torch.no_grad():
         loss(inputs.hidden_TD.detach(), inputs.head_VD.detach(), inputs.labels_T)
 
 
 def machine() -> Result:
-    """What it is; on a GPU the operations a second of a large product in bf16."""
+    """The device's name; for a GPU also the operations per second of a large product in bf16."""
     device = _device()
     if device.type == "cpu":
         return {"device": "cpu", "name": f"CPU, {torch.get_num_threads()} threads"}
@@ -139,8 +141,8 @@ def machine() -> Result:
     )
     for _ in range(3):
         left @ right
-    many = cost(lambda: [left @ right for _ in range(_RATE_CALLS)], device)
-    rate = _RATE_CALLS * 2 * _RATE_SIZE**3 / many.busy_s
+    many = cost(lambda: [left @ right for _ in range(_NUM_RATE_CALLS)], device)
+    rate = _NUM_RATE_CALLS * 2 * _RATE_SIZE**3 / many.busy_s
     return {"device": "cuda", "name": torch.cuda.get_device_name(), "rate": rate}
 
 
@@ -154,5 +156,5 @@ TASKS: dict[str, Callable[..., Result]] = {
 if __name__ == "__main__":
     result = TASKS[sys.argv[1]](**json.loads(sys.argv[2]))
     print(f"\n{json.dumps(result)}", flush=True)
-    # Some peers keep threads that do not end by themselves.
+    # Some peers keep threads that never end.
     os._exit(0)

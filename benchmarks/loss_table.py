@@ -1,4 +1,4 @@
-"""Measurements of losses go in, tables come out."""
+"""The tables of the loss benchmark."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -13,8 +13,8 @@ _BIG = 1 << 26
 
 
 def summary(runs: Sequence[Result]) -> Result:
-    """One line of several runs: the least time, the middle of memory, the errors of the first; or
-    the fault of one.
+    """One result of several runs: the least times, the median memory, the errors of the first run;
+    or the fault of a run that has one.
     """
     fault = next((run for run in runs if "fault" in run), None)
     if fault is not None:
@@ -29,7 +29,7 @@ def summary(runs: Sequence[Result]) -> Result:
 
 
 def of_case(case: Case, found: Mapping[str, Result], machine: Result) -> Table:
-    """One line an implementation, by memory."""
+    """A line for each implementation, ordered by memory."""
     naive = found.get(losses.NAIVE, {})
     whole = {name: result for name, result in found.items() if "fault" not in result}
     order = sorted(whole, key=lambda name: whole[name]["peak_mib"])
@@ -85,7 +85,7 @@ def _ratio(result: Result, other: Result, key: str) -> str:
 
 
 def _against_best(whole: Mapping[str, Result]) -> list[str]:
-    """bigmix beside the best of the others."""
+    """bigmix compared with the best of the others."""
     ours = whole.get(losses.OURS)
     others = {name: result for name, result in whole.items() if name != losses.OURS}
     if ours is None or not others:
@@ -99,10 +99,12 @@ def _against_best(whole: Mapping[str, Result]) -> list[str]:
 
 
 def _floor_s(case: Case, machine: Result) -> float | None:
-    """Of the three products, at the rate of a large one."""
+    """The time of the three products at the rate of a large one."""
     if "rate" not in machine or case.dtype != "bf16":
         return None
-    return float(6 * case.loss_tokens * case.hidden * case.vocabulary / machine["rate"])
+    return float(
+        6 * case.num_loss_tokens * case.hidden_size * case.vocabulary_size / machine["rate"]
+    )
 
 
 def _notes(case: Case, machine: Result, floor_s: float | None) -> list[str]:
@@ -110,13 +112,13 @@ def _notes(case: Case, machine: Result, floor_s: float | None) -> list[str]:
     if floor_s:
         rate = machine["rate"] / 1e12
         notes.append(f"Floor: {floor_s:.4f} s for the three products at {rate:.0f} TFLOP/s.")
-    if case.hidden * max(case.vocabulary, case.tokens) > _BIG:
+    if case.hidden_size * max(case.vocabulary_size, case.num_tokens) > _BIG:
         notes.append("Errors are of evenly spaced rows of the gradients.")
     return notes
 
 
 def of_chunks(case: Case, found: Mapping[int, Result], chosen: int, machine: Result) -> Table:
-    """Tokens of a chunk against memory and time."""
+    """Memory and time by the tokens of a chunk."""
     base = found[chosen]
     rows: list[Sequence[str]] = []
     for tokens, result in sorted(found.items()):

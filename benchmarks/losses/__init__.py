@@ -1,7 +1,6 @@
-"""One module an implementation, each with a `CONTESTANT`; what must be installed for each stands
-here.
+"""Implementations of the loss: a module for each, with a `CONTESTANT`, and what it needs installed.
 
-Unsloth's is left out: it asks for datasets below 5 and for a transformers older than ours.
+Unsloth's is left out: it needs datasets below 5 and a transformers older than ours.
 """
 
 from dataclasses import dataclass
@@ -9,8 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Package:
-    """title: in the table; imported: what must be importable; install: the arguments of `pip
-    install`.
+    """What an implementation needs.
+
+    title: its name in the table
+    imported: the module that must be importable
+    distribution: the package whose version is reported
+    install: the arguments of `pip install`
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Ours."""
+"""bigmix's own loss."""
 
 import torch
 from contestant import Contestant, Loss
@@ -12,7 +12,7 @@ from bigmix.loss.terms import tokens_of_labels
 
 
 def loss_with(chunk_bytes: int | None) -> Loss:
-    """The loss with a bound of its chunks' logits; None: by the formula."""
+    """The loss with a bound on the logits of a chunk; None: by the formula."""
 
     def loss(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> Tensor:
         backend = backend_of(choose_backend("auto", hidden_TD.device).value)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def loss(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> Tensor:
-    """With its default threshold below which a gradient is dropped."""
+    """With its default threshold, below which a gradient is dropped."""
     impl = "cce" if hidden_TD.is_cuda else "torch_compile"
     result: Tensor = linear_cross_entropy(hidden_TD, head_VD, labels_T, impl=impl)
     return result

@@ -10,8 +10,8 @@ _SHARDS = 8
 
 
 def loss(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> Tensor:
-    """In 8 shards, divided inside: what is multiplied outside does not reach the head's
-    gradient.
+    """In 8 shards, each divided by the number of loss tokens: a factor outside would not reach the
+    head's gradient.
     """
     count = (labels_T != IGNORE).sum()
 

@@ -1,4 +1,4 @@
-"""Liger's fused loss; its kernels are Triton's."""
+"""Liger's fused loss, whose kernels are written in Triton."""
 
 from contestant import Contestant
 from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy

@@ -1,6 +1,4 @@
-"""The algorithm of Liger's fused loss (Hsu et al., 2024) written anew in torch, since its kernels
-need a GPU.
-"""
+"""The algorithm of Liger's fused loss (Hsu et al., 2024), in torch since its kernels need a GPU."""
 
 from typing import Any
 
@@ -10,12 +8,12 @@ from loss_case import IGNORE
 from torch import Tensor
 
 
-def _chunk_tokens(tokens: int, hidden: int, vocabulary: int) -> int:
+def _chunk_tokens(num_tokens: int, hidden_size: int, vocabulary_size: int) -> int:
     """As many as keep a chunk's logits at about the size of the hidden states, up to a power of
     two.
     """
-    even = -(-tokens // -(-vocabulary // hidden))
-    return min(tokens, 1 << (even - 1).bit_length())
+    even = -(-num_tokens // -(-vocabulary_size // hidden_size))
+    return min(num_tokens, 1 << (even - 1).bit_length())
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -44,23 +42,23 @@ class _GradientInForward(torch.autograd.Function):
 
 
 def _to_gradient(logits_CV: Tensor, labels_C: Tensor, count: Tensor) -> Tensor:
-    """The nll of each token; the logits become d mean / d logits, row by row as a kernel does."""
+    """The nll of each token; the logits become d mean / d logits, token by token as in a kernel."""
     losses_C = logits_CV.new_zeros(len(labels_C), dtype=torch.float32)
-    for row_V, label, at in zip(logits_CV, labels_C.tolist(), range(len(labels_C)), strict=True):
+    for at, (out_V, label) in enumerate(zip(logits_CV, labels_C.tolist(), strict=True)):
         if label == IGNORE:
-            row_V.zero_()
+            out_V.zero_()
             continue
-        logits_V = row_V.float()
+        logits_V = out_V.float()
         lse = logits_V.logsumexp(0)
         losses_C[at] = lse - logits_V[label]
         p_V = logits_V.sub_(lse).exp_()
         p_V[label] -= 1
-        row_V.copy_(p_V.div_(count))
+        out_V.copy_(p_V.div_(count))
     return losses_C
 
 
 def loss(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> Tensor:
-    """With the sums in the weights' dtype, as is its default."""
+    """With sums in the weights' dtype, its default."""
     apply: Any = _GradientInForward.apply
     result: Tensor = apply(hidden_TD, head_VD, labels_T)
     return result

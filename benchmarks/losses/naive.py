@@ -1,4 +1,4 @@
-"""What everyone writes first: all logits, then torch's cross-entropy in fp32."""
+"""The loss as it is usually written first: all logits, then torch's cross-entropy in fp32."""
 
 from contestant import Contestant
 from torch import Tensor

@@ -14,7 +14,7 @@ _compiled = torch.compile(naive.loss, dynamic=False)
 def loss(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> Tensor:
     """One graph for each shape."""
     if hidden_TD.device.type == "cpu" and shutil.which("g++") is None:
-        raise SystemExit("torch.compile needs g++ on a CPU, and it is not there")
+        raise SystemExit("torch.compile needs g++ on a CPU, and it is not installed")
     result: Tensor = _compiled(hidden_TD, head_VD, labels_T)
     return result
 

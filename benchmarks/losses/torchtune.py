@@ -1,6 +1,4 @@
-"""torchtune's loss over chunks of outputs: the head is applied chunk by chunk, all logits stay for
-backward.
-"""
+"""torchtune's loss over chunks of outputs: all logits are kept for backward."""
 
 from contestant import Contestant
 from torch import Tensor
@@ -10,7 +8,7 @@ _chunked = CEWithChunkedOutputLoss()
 
 
 def loss(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> Tensor:
-    """As its transformer and its recipes do it, with 8 chunks."""
+    """With 8 chunks, the head applied to each, as in its transformer and its recipes."""
     chunks = [
         part_1CD @ head_VD.T
         for part_1CD in hidden_TD.unsqueeze(0).chunk(_chunked.num_output_chunks, 1)

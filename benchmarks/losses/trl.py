@@ -9,7 +9,9 @@ _VOCABULARY_CHUNK = 32768  # its trainer's
 
 
 def loss(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> Tensor:
-    """Masked tokens are dropped beforehand where it uses Triton, and scored in vain elsewhere."""
+    """Masked tokens are dropped beforehand where it uses Triton; elsewhere they are scored for
+    nothing.
+    """
     kept_T = labels_T != IGNORE
     count = kept_T.sum().clamp(min=1)
     if hidden_TD.is_cuda:

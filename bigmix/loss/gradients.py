@@ -1,7 +1,7 @@
-"""Chunks of logit gradients go in, the gradients of hidden states, head and bias come out.
+"""Adds up the gradients of hidden states, head and bias from the logit gradients of chunks.
 
 The head's gradient is added up in fp32: in bf16 the sum drifts by per cents over many chunks. It is
-narrowed to the weight's dtype within its own memory, so that the two never lie beside each other.
+narrowed to the weight's dtype within its own memory, so that the two never exist at the same time.
 """
 
 import torch
@@ -10,13 +10,13 @@ from torch import Tensor
 from bigmix.loss.chunks import slices
 from bigmix.loss.matmul import times_transposed
 
-# Elements that are narrowed, or multiplied and added, at once where an operation needs room of its
-# own (a CPU).
+# Elements that are narrowed, or multiplied and added, at a time where an operation needs memory of
+# its own (on a CPU).
 _BLOCK = 1 << 20
 
 
 class Gradients:
-    """What has been added up so far; a part that is not wanted stays None."""
+    """The gradients as added up so far; one that is not wanted stays None."""
 
     def __init__(
         self,
@@ -39,15 +39,16 @@ class Gradients:
         self._is_first = True
 
     def _for_head(self, head_VD: Tensor) -> Tensor:
-        # The first chunk writes, later ones add: zeros are needed only where there is no chunk at
-        # all.
+        # The first chunk writes, later ones add: zeros are needed only where there is no chunk.
         dtype = head_VD.dtype if self._one_chunk else torch.float32
         return torch.empty_like(head_VD, dtype=dtype)
 
-    def add(self, grad_logits_CV: Tensor, hidden_CD: Tensor, places_C: Tensor | slice) -> None:
-        """Take in a chunk: d / d outputs, and the hidden states that gave it with their places."""
+    def add(self, grad_logits_CV: Tensor, hidden_CD: Tensor, positions_C: Tensor | slice) -> None:
+        """Add a chunk: d objective / d outputs, and the hidden states that the outputs are of, with
+        their positions among all hidden states.
+        """
         if self.hidden_TD is not None:
-            self.hidden_TD[places_C] = times_transposed(grad_logits_CV, self._head_VD.T)
+            self.hidden_TD[positions_C] = times_transposed(grad_logits_CV, self._head_VD.T)
         if self.head_VD is not None:
             _add_product(self.head_VD, grad_logits_CV, hidden_CD, first=self._is_first)
         if self.bias_V is not None:
@@ -55,7 +56,7 @@ class Gradients:
         self._is_first = False
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The three gradients, as they were added up."""
+        """The gradients of hidden states, head and bias; zeros where there was no chunk."""
         if self._is_first and self.head_VD is not None:
             self.head_VD.zero_()
         return self.hidden_TD, self.head_VD, self.bias_V
@@ -76,19 +77,21 @@ def _add_product(sum_VD: Tensor, left_CV: Tensor, right_CD: Tensor, *, first: bo
 def _add_product_in_blocks(
     sum_VD: Tensor, left_CV: Tensor, right_CD: Tensor, *, first: bool
 ) -> None:
-    """A CPU has no product of bf16 that gives fp32: rounding each chunk's product would double the
+    """The same by products of fp32 copies, block by block of the vocabulary.
+
+    A CPU has no product of bf16 that gives fp32, and rounding each chunk's product would double the
     error of the sum.
     """
     right_CD = right_CD.to(sum_VD.dtype)
-    columns = max(1, _BLOCK // len(left_CV))
-    for part in slices(len(sum_VD), columns):
+    block_size = max(1, _BLOCK // len(left_CV))
+    for part in slices(len(sum_VD), block_size):
         left, block = left_CV[:, part].to(sum_VD.dtype), sum_VD[part]
         torch.addmm(block, left.T, right_CD, beta=0 if first else 1, out=block)
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor in `dtype`, in the gradient's own memory; the gradient must not be used
-    afterwards.
+    """gradient * factor in `dtype`, in the gradient's own memory where `dtype` is not wider; the
+    gradient must not be used afterwards.
     """
     if gradient.dtype == dtype:
         return gradient.mul_(factor)
@@ -98,8 +101,10 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _narrowed(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Element i of the narrow one lies where element i / 2 of the wide one was, which has been read
-    by then.
+    """gradient * factor in a dtype of half the width, in the same memory.
+
+    Element i of the result lies where element i / 2 of the gradient was, which has been read by
+    then.
     """
     wide_X = gradient.view(-1)
     narrow = torch.empty(0, dtype=dtype, device=gradient.device)
@@ -108,8 +113,8 @@ def _narrowed(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     begin = 0
     while begin < len(wide_X):
         # From `begin` on, as many elements as lie wholly behind what they are written over; the
-        # very first through room of their own.
-        size = min(max(begin, _BLOCK), len(wide_X) - begin, _most(gradient.device))
+        # very first through memory of their own.
+        size = min(max(begin, _BLOCK), len(wide_X) - begin, _max_block(gradient.device))
         block_X = wide_X[begin : begin + size]
         block_X = block_X * factor if begin < size else block_X.mul_(factor)
         narrow_X[begin : begin + size].copy_(block_X)
@@ -117,5 +122,5 @@ def _narrowed(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow
 
 
-def _most(device: torch.device) -> int:
+def _max_block(device: torch.device) -> int:
     return _BLOCK if device.type == "cpu" else 1 << 62

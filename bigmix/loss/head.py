@@ -16,9 +16,7 @@ from bigmix.loss.terms import LogitRule, LossTerms, LossTokens, ReferenceStates
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadSettings:
-    """What a MixedHead knows beside its weights: the objective while training, and how it is
-    computed.
-    """
+    """What a MixedHead has besides its weights: the objective, and how it is computed."""
 
     rule: LogitRule
     terms: LossTerms
@@ -38,8 +36,8 @@ class MixedHead(nn.Linear):
         tokens: LossTokens | None = None,
         reference: ReferenceStates | None = None,
     ) -> Any:
-        """Logits [..., V] of hidden [..., D]; with `tokens`, `mixed_loss` of hidden [T, D]:
-        objective and sums.
+        """Logits [..., V] of hidden [..., D]; with `tokens`, the objective and the sums that
+        `mixed_loss` gives for hidden [T, D].
         """
         if tokens is None:
             return super().forward(hidden)
@@ -56,8 +54,8 @@ class MixedHead(nn.Linear):
 
 
 def make_mixed(head: nn.Linear, settings: HeadSettings) -> None:
-    """Turn a model's own head into a MixedHead in place: same parameters, same names, ties
-    untouched.
+    """Turn a model's own head into a MixedHead in place: its parameters, their names and whether
+    they are tied to the embedding stay as they are.
     """
     head.__class__ = MixedHead
     assert isinstance(head, MixedHead)

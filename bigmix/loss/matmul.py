@@ -1,9 +1,8 @@
-"""The matrix products of the loss: two matrices go in, left @ right^T comes out, by the fastest way
-of the device.
+"""The matrix products of the loss, left @ right^T, by the fastest way of the device.
 
 torch sends fp32 products on a CPU to MKL, which takes 2.7 times as long as oneDNN on CPUs that are
-not Intel's; oneDNN, which computes torch's bf16 products and compiled code, is called as compiled
-code calls it.
+not Intel's. oneDNN, which computes torch's bf16 products and those of compiled code, is called here
+as compiled code calls it.
 """
 
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor
 from bigmix.loss.chunks import slices
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-# oneDNN makes room for its result: a large one goes by blocks of so many elements to where it is
-# wanted.
+# oneDNN allocates its result; a large one is made and copied in blocks of this many elements.
 _BLOCK = 1 << 20
 
 
@@ -29,15 +27,15 @@ def times_transposed_into(out_CV: Tensor, left_CK: Tensor, right_VK: Tensor) -> 
     if out_CV.dtype != left_CK.dtype:
         torch.mm(left_CK, right_VK.T, out_dtype=out_CV.dtype, out=out_CV)
     elif _is_for_onednn(left_CK):
-        rows = max(16, _BLOCK // len(left_CK))
-        for part in slices(len(right_VK), rows):
+        block_size = max(16, _BLOCK // len(left_CK))
+        for part in slices(len(right_VK), block_size):
             out_CV[:, part] = _by_onednn(left_CK, right_VK[part])
     else:
         torch.mm(left_CK, right_VK.T, out=out_CV)
 
 
 def gives_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device's product of `dtype` can give fp32, not rounded to `dtype`."""
+    """Whether the device's product of `dtype` can give fp32 that is not rounded to `dtype`."""
     return dtype == torch.float32 or device.type == "cuda"
 
 

@@ -1,4 +1,4 @@
-"""Counts of a whole step go in, the weight of one loss token of each source comes out.
+"""The objective of a step: from the counts of the whole step, the weight of each source's tokens.
 
 With nll_i the negative log-likelihood of loss token i and N_s the loss tokens of source s in the
 step, over all ranks and micro-batches, the step minimises
@@ -6,9 +6,9 @@ step, over all ranks and micro-batches, the step minimises
     per_source:  sum_s lambda_s * (sum over i of s of nll_i) / N_s
     per_token:   sum_i w_s(i) nll_i / sum_i w_s(i),   w_s = loss share / share
 
-so that under per_source a source's share is its weight in the gradient, whatever the masks and the
-packing. Where chosen sources stay near a reference model, either has beside it sum_s kappa_s * (sum
-over i of s of KL_i) / N_s.
+so that under per_source a source's loss share is its weight in the gradient, whatever the masks and
+the packing. Where some sources stay near a reference model, either one has in addition
+sum_s kappa_s * (sum over i of s of KL_i) / N_s.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ Objective = Literal["per_source", "per_token"]
 class StepWeights:
     """The weights of a step, by source.
 
-    `token`: the coefficient of one loss token's nll; `gradient`: the source's part of the
-    objective, sum over its loss tokens of `token`.
+    token: the coefficient of one loss token's nll
+    gradient: the source's weight in the objective, the sum of `token` over its loss tokens
     """
 
     token: dict[str, float]
@@ -41,49 +41,50 @@ class StepShares:
 def weigh(
     objective: Objective,
     shares: StepShares,
-    rows: Mapping[str, int],
-    loss_tokens: Mapping[str, int],
+    num_rows: Mapping[str, int],
+    num_loss_tokens: Mapping[str, int],
     weight_sums: Mapping[str, float] | None = None,
 ) -> StepWeights:
     """The weight of a loss token of each source, from the counts of the whole step.
 
     `weight_sums`: the sum of the weights that the loss tokens of a source have among themselves,
-    where they have some; they take the place of the counts N_s under per_source, and under
+    where they have some; under per_source they take the place of the counts N_s, and under
     per_token there are none.
     """
     if objective == "per_token":
-        return per_token(shares.rows, shares.loss, loss_tokens)
-    lambdas = source_weights(shares.rows, shares.loss, rows, sum(rows.values()))
-    return per_source(lambdas, loss_tokens if weight_sums is None else weight_sums)
+        return per_token(shares.rows, shares.loss, num_loss_tokens)
+    lambdas = source_weights(shares.rows, shares.loss, num_rows, sum(num_rows.values()))
+    return per_source(lambdas, num_loss_tokens if weight_sums is None else weight_sums)
 
 
 def source_weights(
     shares: Mapping[str, float],
     loss_shares: Mapping[str, float],
-    rows: Mapping[str, int],
+    num_rows: Mapping[str, int],
     rows_per_step: int,
 ) -> dict[str, float]:
-    """lambda_s of a step: the loss share, and for a source that is not surely in every step its
-    catching up.
+    """lambda_s of a step: the loss share; a source that may miss steps weighs more in the others.
 
-    A source that is in some steps only weighs loss_share / (share * rows per step) there for each
-    row, so that over the run its part of the gradient is its loss share: with share 0.25 of 2 rows
-    it is in every second step, with twice the weight.
+    Such a source weighs loss_share / (share * rows per step) for each of its rows in the step, so
+    that over the run its part of the gradient is its loss share: with share 0.25 of 2 rows it is in
+    every second step, with twice the weight.
     """
-    surely = surely_from(shares)
+    due_in_every_step = min_rows_for_every_step(shares)
     weights = {}
     for name, loss_share in loss_shares.items():
         due = shares[name] * rows_per_step
-        weights[name] = loss_share if due >= surely or due == 0 else loss_share * rows[name] / due
+        weighs_its_share = due >= due_in_every_step or due == 0
+        weights[name] = loss_share if weighs_its_share else loss_share * num_rows[name] / due
     return weights
 
 
-def surely_from(shares: Mapping[str, float]) -> int:
-    """Rows that a source is due in a step, from which on it has one in each: its rows are within
-    one of its share.
+def min_rows_for_every_step(shares: Mapping[str, float]) -> int:
+    """How many rows of a step a source must be due to have one in every step.
 
-    Of two sources one has what the other leaves, and both have a row in each step that they are due
-    one in; of more, a source that comes early in one step may have none in the next.
+    It is due share * rows per step, and its rows are within one of its share at any point of the
+    run. Of two sources one has the rows that the other leaves, and each has a row in every step
+    that it is due one in; of more, a source whose row comes early in one step may have none in the
+    next.
     """
     return 1 if sum(share > 0 for share in shares.values()) <= 2 else 2
 
@@ -91,33 +92,35 @@ def surely_from(shares: Mapping[str, float]) -> int:
 def divergence_weights(
     kl_weights: Mapping[str, float],
     shares: StepShares,
-    rows: Mapping[str, int],
-    loss_tokens: Mapping[str, int],
+    num_rows: Mapping[str, int],
+    num_loss_tokens: Mapping[str, int],
 ) -> dict[str, float]:
     """The coefficient of one loss token's KL: kappa_s / N_s, 0 for sources without a kappa.
 
-    A source that is not due in every step catches up as it does in `source_weights`.
+    A source that may miss steps weighs more in the others, as in `source_weights`.
     """
-    given = {name: kl_weights.get(name, 0.0) for name in rows}
-    due = source_weights(shares.rows, given, rows, sum(rows.values()))
-    return per_source(due, loss_tokens).token
+    kappas = {name: kl_weights.get(name, 0.0) for name in num_rows}
+    weights = source_weights(shares.rows, kappas, num_rows, sum(num_rows.values()))
+    return per_source(weights, num_loss_tokens).token
 
 
-def per_source(lambdas: Mapping[str, float], loss_tokens: Mapping[str, float]) -> StepWeights:
-    """lambda_s / N_s; a source without a loss token in the step has no part in it."""
-    token = {n: lambdas[n] / count if count else 0.0 for n, count in loss_tokens.items()}
-    gradient = {n: lambdas[n] if count else 0.0 for n, count in loss_tokens.items()}
+def per_source(lambdas: Mapping[str, float], num_loss_tokens: Mapping[str, float]) -> StepWeights:
+    """lambda_s / N_s; a source without a loss token in the step weighs nothing in it."""
+    token = {n: lambdas[n] / count if count else 0.0 for n, count in num_loss_tokens.items()}
+    gradient = {n: lambdas[n] if count else 0.0 for n, count in num_loss_tokens.items()}
     return StepWeights(token=token, gradient=gradient)
 
 
 def per_token(
-    shares: Mapping[str, float], loss_shares: Mapping[str, float], loss_tokens: Mapping[str, int]
+    shares: Mapping[str, float],
+    loss_shares: Mapping[str, float],
+    num_loss_tokens: Mapping[str, int],
 ) -> StepWeights:
-    """w_s / sum over all loss tokens of w; where every loss share is its share that is one over
-    their number.
+    """w_s / sum over all loss tokens of w; where every loss share is its share, that is one over
+    the number of loss tokens.
     """
-    weights = {n: loss_shares[n] / shares[n] if shares[n] else 0.0 for n in loss_tokens}
-    total = sum(weights[n] * count for n, count in loss_tokens.items())
-    token = {n: weights[n] / total if total else 0.0 for n in loss_tokens}
-    gradient = {n: token[n] * count for n, count in loss_tokens.items()}
+    weights = {n: loss_shares[n] / shares[n] if shares[n] else 0.0 for n in num_loss_tokens}
+    total = sum(weights[n] * count for n, count in num_loss_tokens.items())
+    token = {n: weights[n] / total if total else 0.0 for n in num_loss_tokens}
+    gradient = {n: token[n] * count for n, count in num_loss_tokens.items()}
     return StepWeights(token=token, gradient=gradient)

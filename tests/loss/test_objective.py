@@ -1,4 +1,4 @@
-"""A source's share is its weight in the gradient, in each step and over the run."""
+"""A source's loss share is its weight in the gradient, in each step and over the run."""
 
 import random
 
@@ -40,11 +40,11 @@ def weights_over_a_run(shares, loss, rows_per_step, steps):
     total, misses = dict.fromkeys(shares, 0.0), dict.fromkeys(shares, False)
     for step in range(steps):
         before, after = (mixture.counts(k * rows_per_step) for k in (step, step + 1))
-        rows = {name: after[name] - before[name] for name in shares}
-        weights = source_weights(shares, loss, rows, rows_per_step)
+        num_rows = {name: after[name] - before[name] for name in shares}
+        weights = source_weights(shares, loss, num_rows, rows_per_step)
         for name in shares:
-            total[name] += weights[name] if rows[name] else 0.0
-            misses[name] |= rows[name] == 0
+            total[name] += weights[name] if num_rows[name] else 0.0
+            misses[name] |= num_rows[name] == 0
     return {name: sum_ / steps for name, sum_ in total.items()}, misses
 
 
@@ -66,12 +66,12 @@ def test_where_every_step_has_a_source_it_weighs_its_share_in_each():
     """From one row a step on with two sources, from two on with more, for any shares."""
     draw = random.Random(0)
     for _ in range(60):
-        rows_per_step, count = draw.choice([4, 8, 15, 32]), draw.choice([2, 3, 5])
-        least = 1 if count == 2 else 2
-        sizes = [draw.random() for _ in range(count)]
+        rows_per_step, num_sources = draw.choice([4, 8, 15, 32]), draw.choice([2, 3, 5])
+        min_rows = 1 if num_sources == 2 else 2
+        sizes = [draw.random() for _ in range(num_sources)]
         shares = {str(n): size / sum(sizes) for n, size in enumerate(sizes)}
         _, misses = weights_over_a_run(shares, shares, rows_per_step, 300)
-        sure = {n for n, share in shares.items() if share * rows_per_step >= least}
+        sure = {n for n, share in shares.items() if share * rows_per_step >= min_rows}
         assert not any(misses[name] for name in sure), (shares, rows_per_step)
         weights = source_weights(shares, shares, dict.fromkeys(shares, 1), rows_per_step)
         assert all(weights[name] == shares[name] for name in sure)
@@ -88,8 +88,8 @@ def test_a_source_below_one_row_a_step_has_its_share_of_the_gradient_over_the_ru
     total = dict.fromkeys(shares, 0.0)
     for step in range(steps):
         before, after = (mixture.counts(k * rows_per_step) for k in (step, step + 1))
-        rows = {name: after[name] - before[name] for name in shares}
-        for name, weight in source_weights(shares, loss, rows, rows_per_step).items():
+        num_rows = {name: after[name] - before[name] for name in shares}
+        for name, weight in source_weights(shares, loss, num_rows, rows_per_step).items():
             total[name] += weight
     assert total["rare"] / steps == pytest.approx(0.1, rel=0.01)
     assert total["web"] / steps == pytest.approx(0.9)

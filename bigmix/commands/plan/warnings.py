@@ -5,7 +5,7 @@ from math import ceil
 
 from bigmix.commands.plan.counts import SourceCounts
 from bigmix.commands.plan.forecast import Forecast, Machine
-from bigmix.loss.objective import surely_from
+from bigmix.loss.objective import min_rows_for_every_step
 from bigmix.recipe import Recipe
 from bigmix.terminal import GIB, gib
 
@@ -34,8 +34,8 @@ def _rare(recipe: Recipe, plan: Forecast, name: str, source: SourceCounts) -> It
         yield f"{name} has no row at all in this run; raise its share or the budget, or delete it"
         return
     part = source.num_steps / plan.counts.num_steps
-    surely = surely_from(plan.counts.shares("rows"))
-    needed = ceil(surely * recipe.rows_per_step / source.mean_rows_per_step)
+    min_rows = min_rows_for_every_step(plan.counts.shares("rows"))
+    needed = ceil(min_rows * recipe.rows_per_step / source.mean_rows_per_step)
     effect = (
         "its weight is raised there, so that over the run its part of the gradient is still right"
         if recipe.objective == "per_source"
