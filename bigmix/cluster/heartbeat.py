@@ -1,7 +1,4 @@
-"""Judges from the heartbeats of ranks which of them are dead, frozen or behind.
-
-Pure functions and a monitor of heartbeats and a clock; the watchdog supplies both.
-"""
+"""Judges from heartbeats and a clock which ranks are dead, frozen or behind."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
