@@ -1,4 +1,4 @@
-"""What a person sees: a live bar, tables and colours on a terminal, plain lines in a file."""
+"""Terminal output: progress bars, tables, colours and number formats; plain lines in a file."""
 
 import logging
 import os
