@@ -4,8 +4,8 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
-# Modules are compiled when they are first imported, and kept in the environment that is made here: to compile all of torch
-# and transformers ahead would take over a minute, and to compile anew at each start some seconds each time.
+# Modules are compiled when they are first imported and kept in the environment that is made here: compiling all of torch
+# and transformers ahead of time takes over a minute, and compiling at each start takes some seconds each time.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --editable
 # A file's tests stay on one worker, so that what they share is made once; tests/conftest.py says which files come first.
@@ -20,8 +20,8 @@ $(INSTALLED): pyproject.toml
 	$(INSTALL) .
 	touch $(INSTALLED)
 
-# With all that tests and checks need. To collect the tests compiles what they import once, where both workers would do it;
-# what fails there, the tests tell.
+# With all that tests and checks need. Collecting the tests once compiles what they import, which both workers would
+# otherwise do; what fails there is reported by the tests.
 $(READY): $(INSTALLED)
 	$(INSTALL) '.[test]'
 	$(BIN)/python -m pytest --collect-only -q > /dev/null || true

@@ -292,12 +292,16 @@ def test_recipes_are_trained_and_compared(slurm, data):
     (data / "two-way.yaml").write_text(two_way)
     (data / "one-way.yaml").write_text(one_way + "held_out: {web: web}\n")
     recipes = ["one-way.yaml", "two-way.yaml"]
-    arguments = [*recipes, "budget={task_tokens: 12K}", "--out", "runs/report"]
+    arguments = [*recipes, "budget={task_tokens: 24K}", "--out", "runs/report"]
     array = submit(slurm, data, "compare.sbatch", *arguments, options=["--array=1-2", *TRAINING])
     tasks = [replace(array, number=f"{array.number}_{task}") for task in (1, 2)]
-    for task, name in zip(tasks, ("one-way", "two-way"), strict=True):
-        task.wait(lambda run=data / "runs" / name: newest_step(run) >= 2, f"a checkpoint of {name}")
-    of_array, other = sorted(tasks, key=lambda task: slurm.job(task.number)["JobId"])
+    for task in tasks:
+        task.wait(lambda task=task: task.state[0] == "RUNNING", "the start of a task")
+    other, of_array = sorted(
+        tasks, key=lambda task: slurm.job(task.number)["JobId"] == array.number
+    )
+    run = data / ("runs/one-way" if of_array is tasks[0] else "runs/two-way")
+    of_array.wait(lambda: newest_step(run) >= 2, "a checkpoint")
     assert slurm.job(of_array.number)["JobId"] == array.number
     stop_by_the_batch_shell(of_array)
     of_array.restart(1)
