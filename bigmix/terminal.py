@@ -274,10 +274,21 @@ def quiet_third_party_logs() -> None:
         os.environ.setdefault(name, value)
     for logger, level in _LEVELS.items():
         logging.getLogger(logger).setLevel(level)
+    logging.getLogger("DeepSpeed").addFilter(_print_to_stderr)
     for module, message in _KNOWN_NOISE:
         warnings.filterwarnings("ignore", message=message, module=module)
 
 
+def _print_to_stderr(record: logging.LogRecord) -> bool:
+    """Print what is logged to stderr, and keep it from the logger's own handlers.
+
+    DeepSpeed's handler writes to stdout, which is for the result of a command.
+    """
+    sys.stderr.write(_LOG_FORMAT.format(record) + "\n")
+    return False
+
+
+_LOG_FORMAT = logging.Formatter("[%(asctime)s] [%(levelname)s] [%(name)s] %(message)s")
 _ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DATASETS_VERBOSITY": "error",

@@ -182,6 +182,19 @@ def test_taming_imports_none_of_the_libraries() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_deepspeed_logs_to_stderr() -> None:
+    """stdout is for the result of a command, such as the JSON of `bigmix plan --json`."""
+    code = (
+        "from bigmix.terminal import quiet_third_party_logs as quiet; quiet();"
+        "import deepspeed; deepspeed.utils.logger.warning('slow')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout == ""
+    assert done.stderr.endswith("[WARNING] [DeepSpeed] slow\n")
+
+
 def test_numbers_are_short_and_have_their_unit() -> None:
     assert [short(value) for value in (0.5, 999.4, 999.6, 1_234_567, -2.5e9)] == [
         "0.5",
