@@ -120,7 +120,7 @@ class RunInputs:
         return self._plan(recipe, position, replace(self._segment(recipe, position), owed=owed))
 
     def _segment(self, recipe: Recipe, position: Position) -> RecipeSegment:
-        """The chapter that begins at a position."""
+        """The segment that begins at a position."""
         streams = stages_from(self.plan.stages, position.step)[0].streams
         decided = position.decisions[-1].shares if position.decisions else {}
         return RecipeSegment(
