@@ -3,9 +3,7 @@ measures how many of them a model recalls.
 """
 
 import argparse
-import contextlib
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -77,10 +75,8 @@ def _make(known: argparse.Namespace) -> int:
 
 def _score(known: argparse.Namespace) -> int:
     quiet_third_party_logs()
-    # torch and transformers take seconds to import. DeepSpeed keeps logging to what stdout is while
-    # it is imported, and on a machine without a GPU it logs at once: stdout is for the results.
-    with contextlib.redirect_stdout(sys.stderr):
-        from bigmix.commands.probe.score import recall
+    # torch and transformers take seconds to import: `bigmix --help` should not.
+    from bigmix.commands.probe.score import recall
 
     terminal = Terminal(enabled=not known.json)
     found = {}
