@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from bigmix.recipe.fields import (
     AtResume,
@@ -19,6 +19,7 @@ from bigmix.recipe.fields import (
     Settings,
 )
 from bigmix.recipe.sections import (
+    Behaviour,
     Budget,
     Cache,
     Checkpoint,
@@ -33,6 +34,7 @@ from bigmix.recipe.sections import (
     Source,
     Sweep,
     Train,
+    behaviour_table,
 )
 from bigmix.recipe.shares import Controller, faults_of_controller, faults_side_by_side
 from bigmix.recipe.task import Task
@@ -81,6 +83,10 @@ class Recipe(Settings):
     train: Train
     evaluate: Evaluate = Evaluate()
     """When the model is evaluated, and what is measured."""
+    behaviour: Annotated[
+        Behaviour, BeforeValidator(behaviour_table), AtResume.FREE_WITHOUT_CONTROLLERS
+    ] = Behaviour()
+    """Whether and how the answers of a chat model to general prompts are measured."""
     checkpoint: Annotated[Checkpoint, AtResume.FREE, BeforeFirstStep.IGNORED] = Checkpoint()
     """When the run is saved, stopped and exported."""
     health: Annotated[HealthSettings, BeforeFirstStep.IGNORED] = HealthSettings()

@@ -239,6 +239,39 @@ class Evaluate(Settings):
     """
 
 
+def behaviour_table(value: Any) -> Any:
+    """A table of `Behaviour` from the one word that may stand in its place; YAML reads `off` as
+    false.
+    """
+    word = {False: "off", True: "every"}.get(value, value) if isinstance(value, bool) else value
+    return {"when": word} if isinstance(word, str) else value
+
+
+class Behaviour(Settings):
+    """The behaviour probe: what the model answers to general prompts, against the answers that it
+    gave before the first step; docs/behaviour.md. One word in place of the table is its `when`.
+    """
+
+    when: Literal["auto", "every", "ends", "off"] = "auto"
+    """The evaluations it is part of. every: all; ends: before the first and after the last step;
+    off: none; auto: every where `model.path` is a chat model, off elsewhere.
+    """
+    prompts: PathOrUrl | None = None
+    """File of prompts (.jsonl): messages, and constraints on the answers; default: the prompts that
+    come with bigmix, in English and Chinese.
+    """
+    languages: Annotated[tuple[Literal["en", "zh"], ...], Field(min_length=1)] = ("en", "zh")
+    """Languages of the prompts that come with bigmix."""
+    num_prompts: Count | None = None
+    """Most prompts, spread evenly over all kinds; default: all."""
+    max_new_tokens: Count = 96
+    """Tokens after which an answer ends in any case."""
+    batch_rows: Count = 32
+    """Answers that one rank writes at a time; it changes speed and memory only."""
+    samples: CountOrZero = 3
+    """Answers that are shown next to those of the base after each evaluation."""
+
+
 class Checkpoint(Settings):
     """When the run is saved, stopped and exported."""
 
