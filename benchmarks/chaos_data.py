@@ -7,6 +7,7 @@ import numpy as np
 
 from bigmix.data.shards.manifest import (
     Manifest,
+    ShardTable,
     TemplateEntry,
     TokenizerEntry,
     token_dtype,
@@ -73,7 +74,7 @@ def _write_source(folder: Path, kind: str, seed: int) -> None:
         tokens=sum(entry.tokens for entry in entries),
         loss_tokens=loss_tokens,
         loss_bytes=loss_tokens,
-        shards=tuple(entries),
+        shards=ShardTable.of(entries),
     )
     write_manifest(folder, with_lengths(folder, manifest))
 

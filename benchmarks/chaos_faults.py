@@ -20,6 +20,7 @@ from typing import Any
 
 from chaos_data import damage
 
+from bigmix import files
 from bigmix.cluster.watchdog import Watchdog
 from bigmix.data import run_plan
 from bigmix.model.engine import Engine
@@ -120,7 +121,7 @@ def _record_rows(path: Path, at: _At) -> None:
             file.write(json.dumps(line) + "\n")
         return result
 
-    step.run = run
+    step.run = run  # type: ignore[assignment]
 
 
 def _report_when_there(notes: Path, fault: Fault) -> None:
@@ -148,12 +149,12 @@ def _kill_in_save(folder: Path, fault: Fault, at: _At) -> None:
         left[0] -= is_here
         real(file, content)
 
-    state_file._write_all = write_all
+    state_file._write_all = write_all  # type: ignore[assignment]
 
 
 def _kill_before_latest(folder: Path, fault: Fault, at: _At) -> None:
     del at
-    real = checkpoints.replace_text
+    real = files.replace_text
 
     def replace_text(path: Path, text: str) -> None:
         is_here = path.name == checkpoints.LATEST and text == f"step-{fault.step:06d}\n"
@@ -161,7 +162,7 @@ def _kill_before_latest(folder: Path, fault: Fault, at: _At) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         real(path, text)
 
-    checkpoints.replace_text = replace_text
+    checkpoints.replace_text = replace_text  # type: ignore[attr-defined]
 
 
 def _fill_disk(folder: Path, fault: Fault, at: _At) -> None:
@@ -197,7 +198,7 @@ def _fill_disk(folder: Path, fault: Fault, at: _At) -> None:
 
     at.before = before
     if fault.part >= 0.5:
-        state_file._write_all = write_all
+        state_file._write_all = write_all  # type: ignore[assignment]
 
 
 def _limit_files(folder: Path, fault: Fault, at: _At) -> None:

@@ -220,7 +220,7 @@ class Bench:
             return self.fault_free(run.case.num_ranks_after)
         listed = last_checkpoint(run.folder)
         assert not isinstance(listed, str)
-        quarantine = listed.position.quarantine
+        quarantine = listed.position.data.quarantine
         plan = inputs_of(self.folder / "data", run.case.num_ranks).plan.with_quarantine(quarantine)
         if not quarantine.first_steps:
             run.result.faults.append("no shard was replaced")

@@ -101,7 +101,7 @@ def _chosen_tokens(case: Case) -> int:
         device_bytes=device_bytes(device),
     )
     first = even_slices(case.num_loss_tokens, chunk_tokens(shape))[0]
-    return first.stop - first.start
+    return int(first.stop - first.start)
 
 
 def _keep(folder: Path, name: str, found: Mapping[str, Result]) -> None:

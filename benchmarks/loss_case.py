@@ -88,7 +88,7 @@ def reference(case: Case, device: torch.device) -> Expected:
     positions_N = (labels_T != IGNORE).nonzero().squeeze(1)
     grad_hidden_TD, grad_head_VD = torch.zeros_like(hidden_TD), torch.zeros_like(head_VD)
     loss = 0.0
-    for positions_C in positions_N.split(max(1, _CHUNK_BYTES // (8 * case.vocabulary_size))):
+    for positions_C in torch.split(positions_N, max(1, _CHUNK_BYTES // (8 * case.vocabulary_size))):
         hidden_CD, label_C1 = hidden_TD[positions_C], labels_T[positions_C].unsqueeze(1)
         log_p_CV = (hidden_CD @ head_VD.T).log_softmax(1)
         loss -= float(log_p_CV.gather(1, label_C1).sum())

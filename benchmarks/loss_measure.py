@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -25,7 +26,7 @@ from meter import cost
 from torch import Tensor
 
 Result = dict[str, Any]
-_TINY = {"num_tokens": 64, "hidden_size": 32, "vocabulary_size": 128}
+_TINY: dict[str, Any] = {"num_tokens": 64, "hidden_size": 32, "vocabulary_size": 128}
 _NUM_GPU_CALLS = 5  # more calls, with other inputs; on a CPU fresh processes repeat the one call
 _RATE_SIZE, _NUM_RATE_CALLS = 8192, 20
 
@@ -89,10 +90,10 @@ def _cost_and_error(loss: Loss, case: Case, head_VD: Tensor, folder: Path) -> Re
         both = []
         for number in range(1, 1 + _NUM_GPU_CALLS):
             other = case.inputs(number, head_VD)
-            both.append(cost(lambda inputs=other: _with_gradients(loss, inputs), device))
+            both.append(cost(partial(_with_gradients, loss, other), device))
     for number in range(1, 1 + (_NUM_GPU_CALLS if device.type == "cuda" else 1)):
         other = case.inputs(number, head_VD)
-        forward.append(cost(lambda inputs=other: _forward(loss, inputs), device))
+        forward.append(cost(partial(_forward, loss, other), device))
     return {
         "peak_mib": first.peak_mib,
         "kept_mib": first.kept_mib,
@@ -119,7 +120,7 @@ def _with_gradients(loss: Loss, inputs: Inputs) -> _LossAndGradients:
     hidden_TD = inputs.hidden_TD.detach().requires_grad_()
     head_VD = inputs.head_VD.detach().requires_grad_()
     value = loss(hidden_TD, head_VD, inputs.labels_T)
-    value.backward()
+    value.backward()  # type: ignore[no-untyped-call]
     assert hidden_TD.grad is not None
     assert head_VD.grad is not None
     return _LossAndGradients(value.detach(), hidden_TD.grad, head_VD.grad)

@@ -78,7 +78,7 @@ def _resume(module: Any, corpus: Corpus, own: Path, state: bytes, expected: int)
 
 
 def _fingerprint(batch: Batch) -> int:
-    return zlib.crc32(np.ascontiguousarray(batch.ids_BT))
+    return zlib.crc32(np.ascontiguousarray(batch.ids_BT).tobytes())
 
 
 def _iterate(batches: Any, seconds: float, workers: int) -> dict[str, float]:
@@ -100,7 +100,7 @@ def _cpu_s() -> float:
     """CPU time of this process and of the workers that it has."""
     workers = psutil.Process().children(recursive=True)
     times = [worker.cpu_times() for worker in workers if worker.is_running()]
-    return time.process_time() + sum(t.user + t.system for t in times)
+    return time.process_time() + float(sum(t.user + t.system for t in times))
 
 
 def _check(batch: Batch) -> None:
@@ -182,7 +182,8 @@ def shards(*, folder: str, shards: int) -> dict[str, float]:
 
 def order(*, folder: str, shards: int, rows: int) -> dict[str, Any]:
     """How well each order of a simulated source is shuffled."""
-    return importlib.import_module("order").compare(Path(folder), shards, rows)
+    compared: dict[str, Any] = importlib.import_module("order").compare(Path(folder), shards, rows)
+    return compared
 
 
 def _rss_mib() -> float:

@@ -60,7 +60,7 @@ def _on_gpu(work: Callable[[], object]) -> Cost:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     wall_began = time.perf_counter()
     began.record()
     work()

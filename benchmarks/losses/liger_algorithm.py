@@ -24,7 +24,8 @@ class _GradientInForward(torch.autograd.Function):
         grad_hidden_TD = torch.zeros_like(hidden_TD) if wanted else None
         grad_head_VD = torch.zeros_like(head_VD) if wanted else None
         losses_T = torch.zeros(len(hidden_TD), device=hidden_TD.device)
-        size = _chunk_tokens(*hidden_TD.shape, len(head_VD))
+        num_tokens, hidden_size = hidden_TD.shape
+        size = _chunk_tokens(num_tokens, hidden_size, len(head_VD))
         for begin in range(0, len(hidden_TD), size):
             part = slice(begin, begin + size)
             logits_CV = hidden_TD[part] @ head_VD.T

@@ -42,7 +42,7 @@ def place(value: Any) -> Any:
     )
 
 
-# Beside the bounds of a number: a truth value is none.
+# In addition to the bounds of a number: a truth value is not one.
 A_NUMBER = BeforeValidator(number)
 Positive = Annotated[float, Field(gt=0), A_NUMBER]
 NonNegative = Annotated[float, Field(ge=0), A_NUMBER]

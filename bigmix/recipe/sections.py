@@ -294,7 +294,7 @@ class Checkpoint(Settings):
     command continues it. Default: no limit.
     """
     stop_before_end_minutes: NonNegative = 5.0
-    """Minutes before the end of its Slurm job, where SLURM_JOB_END_TIME tells it, at which the run
+    """Minutes before the end of its Slurm job, where SLURM_JOB_END_TIME gives it, at which the run
     saves and ends with 75.
     """
     export: bool = True

@@ -90,7 +90,7 @@ def observe(run: Run, state: TrainState, result: StepResult) -> None:
 
 
 def report_nonfinite_rows(run: Run, state: TrainState, step: int, finite_M: Sequence[bool]) -> None:
-    """Tell and write down the rows of a step that was skipped; a collective.
+    """Report and write down the rows of a step that was skipped; a collective.
 
     Those of the micro-batches whose loss is not finite, and all of them where only the gradient is
     not.

@@ -132,15 +132,18 @@ def dense(given_case, dtype=torch.float64):
     return value.detach(), sums, [t.grad for t in copies]
 
 
-def error(found, expected):
+def error(found, expected, least=1e-30):
+    """The relative error; what is smaller than `least` is compared with `least`."""
     return float(
-        (found.double() - expected.double()).norm() / expected.double().norm().clamp(1e-30)
+        (found.double() - expected.double()).norm() / expected.double().norm().clamp(least)
     )
 
 
 def assert_equal(found, expected, factor=1.0, within=2e-6):
     assert error(found[0], expected[0]) < within
-    for name in ("tokens_G", "nll_G", "hits_G", "z_G", "entropy_G", "kl_G"):
+    for name in ("tokens_G", "nll_G", "hits_G", "z_G", "entropy_G"):
         assert error(getattr(found[1], name), getattr(expected[1], name)) < within, name
+    # The divergence of nearly equal distributions is made of terms that are far larger than itself.
+    assert error(found[1].kl_G, expected[1].kl_G, least=1e-3) < within
     for ours, theirs in zip(found[2], expected[2], strict=True):
         assert error(ours / factor, theirs) < within
