@@ -23,14 +23,15 @@ _FENCED = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.S)
 _OPENING = " \t\n*_#>`\"'(["
 _CLOSING = " \t\n*_`\"')]"
 _PLAIN_SIGNS = str.maketrans("‘’“”«»「」『』‐‑‒–—−、。", '\'\'""""""""------,.')
-# Their stops end no sentence: titles and the like, and letters such as those of U.S.
+# Their stops end no sentence: titles and the like, initials such as those of U.S., hours.
 _ABBREVIATIONS = re.compile(
-    r"\b(?:(?i:mr|mrs|ms|dr|prof|st|vs|e\.g|i\.e|approx)\.|[A-Z]\.(?=\s?[A-Z]\b))"
+    r"\b(?:(?i:mr|mrs|ms|dr|prof|st|vs|e\.g|i\.e|approx)\.|(?:[A-Z]\.\s?){2,}|[ap]\.m\.(?=\s+[a-z]))"
 )
 _MARKER = re.compile(r"^\s*(?:[-*+•·]|\(?\d{1,3}[.)、](?!\d)|#+)\s*")
 _BULLET = re.compile(r"^\s*(?:[-*+]\s+|[•·]\s*|-(?=[^\W\d]))(?=\S)")
 _NUMBERED = re.compile(r"^\s*[*_]*\(?(\d{1,3})[.)、．](?!\d)")
 _WORD = re.compile(r"(?:(?<!\S)-(?=\d))?\w+(?:(?:(?<=\d)[.,:/](?=\d)|['-](?=\w))\w+)*")
+_SCRIPT_WORD = re.compile(rf"{CHINESE.pattern}|(?:(?!{CHINESE.pattern})[^\W\d_])+")
 
 
 def _texts(value: Any) -> Any:
@@ -240,20 +241,19 @@ class LastNumber(Settings):
 
 
 class WrittenIn(Settings):
-    """The script of the answer is that of the language `is`: at least half of its letters are
-    Chinese (zh), or at least nine of ten are Latin (en; other languages are not distinguished).
+    """The script of the answer is that of the language `is`: at least half of its words are Chinese
+    (zh), each character being one, or at least three of four are Latin (en; languages that are
+    written in Latin are not distinguished).
     """
 
     type: Literal["language"]
     is_: Literal["zh", "en"] = Field(alias="is")
 
     def holds(self, answer: str) -> bool:
-        letters = [sign for sign in answer if sign.isalpha()]
-        chinese = sum(bool(CHINESE.match(sign)) for sign in letters)
-        latin = sum(sign < "\u0370" for sign in letters)
+        words: list[str] = _SCRIPT_WORD.findall(answer)
         if self.is_ == "zh":
-            return chinese > 0 and 2 * chinese >= len(letters)
-        return latin > 0 and 10 * latin >= 9 * len(letters)
+            return 2 * sum(bool(CHINESE.match(word)) for word in words) >= max(1, len(words))
+        return 4 * sum(word[0] < "\u0370" for word in words) >= max(1, 3 * len(words))
 
 
 class Code(Settings):
@@ -399,7 +399,7 @@ def _pattern(text: str) -> re.Pattern[str]:
     and a digit no digit, also not behind a decimal point.
     """
     folded = _folded(text)
-    inner = r"\s+".join(map(re.escape, folded.split())) or re.escape(folded)
+    inner = r"\s+".join(map(re.escape, re.split(r"\s+", folded)))
     if folded[0].isdecimal():
         inner = rf"(?<!\d)(?<!\d[.,]){inner}"
     elif re.match(_LETTER, folded[0]):
