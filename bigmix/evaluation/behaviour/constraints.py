@@ -22,7 +22,13 @@ _LETTER = rf"(?!{CHINESE.pattern})\w"  # of a word that has an edge: Chinese is 
 _FENCED = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.S)
 _OPENING = " \t\n*_#>`\"'(["
 _CLOSING = " \t\n*_`\"')]"
-_PLAIN_SIGNS = str.maketrans("‘’“”«»「」『』‐‑‒–—−、。", '\'\'""""""""------,.')
+_PLAIN_SIGNS = str.maketrans(
+    dict.fromkeys("‘’", "'")
+    | dict.fromkeys("“”«»「」『』", '"')
+    | dict.fromkeys("‐‑‒–—−", "-")
+    | dict.fromkeys("，、", ", ")
+    | {"。": "."}
+)
 # Their stops end no sentence: titles and the like, initials such as those of U.S., hours.
 _ABBREVIATIONS = re.compile(
     r"\b(?:(?i:mr|mrs|ms|dr|prof|st|vs|e\.g|i\.e|approx)\.|(?:[A-Z]\.\s?){2,}|[ap]\.m\.(?=\s+[a-z]))"
@@ -360,7 +366,7 @@ def constraint_of(value: Any) -> Constraint:
 
 def plain_constraint(constraint: Constraint) -> dict[str, Any]:
     """The JSON object that `constraint_of` reads the constraint from."""
-    return constraint.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return constraint.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
 def _fault(name: str, fault: Any) -> str:
@@ -396,16 +402,16 @@ def _folded(text: str) -> str:
 
 def _pattern(text: str) -> re.Pattern[str]:
     """Finds a text in folded ones as whole words: a letter at its edge has no letter next to it,
-    and a digit no digit, also not behind a decimal point.
+    and a digit no more digits of the same number.
     """
     folded = _folded(text)
     inner = r"\s+".join(map(re.escape, re.split(r"\s+", folded)))
     if folded[0].isdecimal():
-        inner = rf"(?<!\d)(?<!\d[.,]){inner}"
+        inner = rf"(?<!\d)(?<!\d\.){inner}"
     elif re.match(_LETTER, folded[0]):
         inner = rf"(?<!{_LETTER}){inner}"
     if folded[-1].isdecimal():
-        inner = rf"{inner}(?![.,]?\d)"
+        inner = rf"{inner}(?!\.?\d|,\d{{3}}(?!\d))"
     elif re.match(_LETTER, folded[-1]):
         inner = rf"{inner}(?!{_LETTER})"
     return re.compile(inner)
