@@ -17,7 +17,8 @@ from bigmix.runs.metrics_log import METRICS, has_evaluation
 
 # What is in the folder of a run, besides METRICS and TENSORBOARD, which the metrics log names.
 RECIPE, ATTEMPT = "recipe.yaml", "attempt.json"
-CHECKPOINTS, EXPORT, LOG, SAMPLES = FOLDER, "export", "log", "samples"
+CHECKPOINTS, EXPORT, LOG = FOLDER, "export", "log"
+SAMPLES, BEHAVIOUR = "samples", "behaviour"  # answers to tasks, and to the behaviour probe
 EVALUATION = "evaluation.json"  # of a model that was evaluated outside of a run, in its own folder
 
 
