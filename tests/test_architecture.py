@@ -40,6 +40,7 @@ COVERED_BY = {
     "data/shards/test_storage.py": {"data/shards/transports"},
     "data/test_planning.py": {"data/planning", "recipe/shares"},
     "data/test_share_rules.py": {"train/share_control"},
+    "evaluation/behaviour/test_measure.py": {"evaluation/behaviour/teacher_forcing"},
     "evaluation/tasks/test_runner.py": {"recipe/task"},
     "evaluation/test_evaluator.py": {
         "commands/evaluate",

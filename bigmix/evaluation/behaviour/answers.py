@@ -92,6 +92,13 @@ def prepare_behaviour(inputs: BehaviourInputs, max_positions: int | None) -> Beh
     )
 
 
+def left_out_note(probe: BehaviourProbe) -> str:
+    """Which prompts are left out, in one line for the user."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in probe.left_out.items())
+    num_all = len(probe.chat.prompts) + sum(probe.left_out.values())
+    return f"behaviour: of {num_all} prompts some are left out: {reasons}"
+
+
 def _template(tokenizer: Tokenizer) -> Template:
     try:
         return open_template(tokenizer, "tokenizer")

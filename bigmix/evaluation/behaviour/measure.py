@@ -19,7 +19,7 @@ of its likeliest tokens, C columns of `_Column`, R resamples.
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum, auto
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -83,8 +83,9 @@ class BehaviourResult:
     """The behaviour of a model; None what is not measured without a base.
 
     loss, forgetting and kl are in nats per token of the base's answers. `same` is the part of the
-    answers that are the base's. `base` are the statistics of the base's answers, `change` those of
-    the model less those of the base. `pairs` are all answers, `samples` those to show.
+    answers that are the base's. `base` are the statistics of the base's answers where the model is
+    not the base, `change` those of the model less those of the base. `pairs` are all answers,
+    `samples` those to show.
     """
 
     loss: Estimate | None
@@ -125,7 +126,8 @@ def answers_of_base(respondent: Respondent, probe: BehaviourProbe) -> BaseAnswer
 
 def result_of_base(probe: BehaviourProbe, base: BaseAnswers) -> BehaviourResult:
     """The result of the base itself: nothing is forgotten, and every answer is the same."""
-    return _summarised(probe, base.chat, base.answers, base, base.scores)
+    result = _summarised(probe, base.chat, base.answers, base, base.scores)
+    return replace(result, base=None, change=None)
 
 
 def measure_behaviour(
@@ -255,7 +257,7 @@ def _summarised(
         numbers_DC[:, _Column.BASE_NLL] = base.nll
         numbers_DC[:, _Column.KL] = sums_of_answers(_kl(base.scores, scores), base.answers)
     resampled_RC = resampled_sums(numbers_DC, key_of("interval", BEHAVIOUR))
-    sums = _Sums(
+    sums = _PromptSums(
         totals_C=numbers_DC.sum(axis=0),
         resampled_RC=resampled_RC if len(pairs) > 1 else resampled_RC[:0],
     )
@@ -278,7 +280,7 @@ def _summarised(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Sums:
+class _PromptSums:
     """The columns summed over all prompts, and over those of each resample; no resample where there
     is one prompt, which says nothing about how others would differ.
     """
@@ -293,7 +295,7 @@ class _Sums:
             return Estimate(value=float(quotient(self.totals_C)), low=low, high=high)
 
 
-def _statistics(sums: _Sums, of: Callable[[_Column, _Column], _Quotient]) -> AnswerStatistics:
+def _statistics(sums: _PromptSums, of: Callable[[_Column, _Column], _Quotient]) -> AnswerStatistics:
     """The statistics, each as `of` makes it of the column of the model's answers and the number of
     prompts.
     """
