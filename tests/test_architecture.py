@@ -35,6 +35,7 @@ COVERED_BY = {
         "commands/prepare/picture",
         "commands/prepare/writer",
     },
+    "commands/probe/test_behaviour.py": {"evaluation/tables"},
     "commands/probe/test_probe.py": {"commands/probe/command", "commands/probe/score"},
     "commands/remedies/test_average.py": {"commands/remedies/command"},
     "data/shards/test_storage.py": {"data/shards/transports"},
