@@ -8,6 +8,7 @@ import ast
 import json
 import re
 import unicodedata
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeAlias, get_args
@@ -274,7 +275,7 @@ class Code(Settings):
     def holds(self, answer: str) -> bool:
         fenced = _FENCED.search(answer)
         try:
-            tree = ast.parse(fenced[1] if fenced else answer.strip().strip("`"))
+            tree = _parsed(fenced[1] if fenced else answer.strip().strip("`"))
         # A null byte is a ValueError; deep nesting exhausts the parser.
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return False
@@ -367,6 +368,13 @@ def constraint_of(value: Any) -> Constraint:
 def plain_constraint(constraint: Constraint) -> dict[str, Any]:
     """The JSON object that `constraint_of` reads the constraint from."""
     return constraint.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+def _parsed(program: str) -> ast.Module:
+    """The syntax tree of a program, without the warnings that Python has about some."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(program)
 
 
 def _fault(name: str, fault: Any) -> str:

@@ -1,5 +1,7 @@
 """Constraints on answers: which texts each type accepts, and which objects are refused."""
 
+import time
+
 import pytest
 
 from bigmix.errors import BadInput
@@ -273,6 +275,20 @@ def test_an_answer_must_follow_all_constraints():
     assert followed(both, "YES SIR")
     assert not followed(both, "Yes sir") and not followed(both, "YES SIR YES")
     assert followed([], "")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_program_that_python_warns_about_is_still_a_program():
+    assert constraint_of({"type": "code"}).holds('path = "C:\\data"\nassert (path, "is empty")')
+
+
+@pytest.mark.parametrize(("value", "good", "bad"), CASES, ids=lambda each: str(each)[:40])
+def test_long_answers_of_one_sign_end_soon(value, good, bad):
+    constraint = constraint_of(value)
+    for sign in ["a", " ", "1", "-", "*", "'", "(", "|", "一", "十", ".", "`", "\n", "b'"]:
+        start = time.perf_counter()
+        constraint.holds(sign * 4000)
+        assert time.perf_counter() - start < 2
 
 
 @pytest.mark.parametrize(
