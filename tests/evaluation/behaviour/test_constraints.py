@@ -11,6 +11,7 @@ from bigmix.evaluation.behaviour.constraints import (
     followed,
     plain_constraint,
 )
+from bigmix.evaluation.behaviour.text_measures import AMOUNTS
 
 # A constraint, texts that follow it, and texts that do not.
 CASES = [
@@ -260,6 +261,7 @@ def test_a_constraint_accepts_what_follows_it_and_nothing_else(value, good, bad)
 def test_every_type_is_in_the_table_of_cases_and_has_a_docstring():
     assert {value["type"] for value, _, _ in CASES} == set(TYPES)
     assert all(each.__doc__ for each in TYPES.values())
+    assert {name for name in TYPES if name.startswith("num_")} == AMOUNTS.keys()
 
 
 def test_a_constraint_is_written_as_it_was_read():
