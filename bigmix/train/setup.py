@@ -130,14 +130,8 @@ def set_up(
         rank_rows=_portion(recipe, world),
         engine=built.engine,
         objective=_objective(recipe, plan, reference),
-        evaluator=Evaluator(
-            engine=built.engine,
-            cluster=cluster,
-            held_out=_exam(recipe, inputs, base),
-            tasks=tasks,
-            behaviour=behaviour,
-            weights=recipe.evaluate.task_weights,
-            seed=recipe.seed,
+        evaluator=_evaluator(
+            recipe, inputs, built.engine, cluster, tasks=tasks, behaviour=behaviour, base=base
         ),
         metrics=RunMetrics(_report(recipe, plan, built, world, device), log, terminal, health),
         saver=saver,
@@ -191,6 +185,27 @@ def _build(
         backend=backend,
         cost=cost_of(model.lm),
         num_parameters=count_parameters(model.lm),
+    )
+
+
+def _evaluator(
+    recipe: Recipe,
+    inputs: RunInputs,
+    engine: Engine,
+    cluster: Cluster,
+    *,
+    tasks: Mapping[str, PreparedTask],
+    behaviour: BehaviourProbe | None,
+    base: ReferenceModel | None,
+) -> Evaluator:
+    return Evaluator(
+        engine=engine,
+        cluster=cluster,
+        held_out=_exam(recipe, inputs, base),
+        tasks=tasks,
+        behaviour=behaviour,
+        weights=recipe.evaluate.task_weights,
+        seed=recipe.seed,
     )
 
 

@@ -104,6 +104,10 @@ def test_the_terminal_and_tensorboard_show_answers_side_by_side(data, run):
     assert [event.step for event in shown] == [0, 2, 4, 5]
     text = shown[-1].tensor_proto.string_val[0].decode()
     assert text.startswith("| prompt | base | now |") and "what is under the tower" in text
+    card = (data / "run/export/README.md").read_text()
+    found = evaluations(data / "run")[5]
+    assert "## Behaviour" in card and f"Answers to {len(PROMPTS)} general prompts" in card
+    assert f"| forgetting | {found['behaviour/forgetting']:.4f} (" in card
 
 
 def test_without_the_probe_a_run_is_the_same_and_says_nothing_of_it(data, run):
