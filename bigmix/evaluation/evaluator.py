@@ -110,7 +110,12 @@ class Evaluator:
         results = self._task_results(chosen, activity)
         if results is None:
             return None
-        line = {"step": step, "eval": True} | held_out_numbers(held_out) | task_line(results)
+        kinds = {
+            f"held_out_chat/{name}": self.held_out.held_out[name].manifest.kind == "chat"
+            for name in held_out
+        }
+        line: MetricsRecord = {"step": step, "eval": True}
+        line |= held_out_numbers(held_out) | kinds | task_line(results)
         return EvaluationResult(held_out=held_out, tasks=results, line=line)
 
     def _task_results(

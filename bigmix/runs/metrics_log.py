@@ -31,7 +31,7 @@ _GROUPS = {
     "mfu": "speed",
     "peak_gib": "speed",
 }
-_NOT_CHARTED = ("step", "eval")
+_NOT_CHARTED = ("step", "eval", "held_out_chat")  # keys up to their first slash
 _HELD_OUT = {
     "held-out loss": "held_out_loss",
     "forgetting": "forgetting",
@@ -101,7 +101,7 @@ class RunLog:
         self._file.write(json.dumps(numbers, allow_nan=False) + "\n")
         self._file.flush()
         for key, value in numbers.items():
-            if value is not None and key not in _NOT_CHARTED:
+            if value is not None and key.split("/")[0] not in _NOT_CHARTED:
                 self._writer.add_scalar(tag_of(key), value, line["step"])
         if line.get("eval") or time.monotonic() - self._flushed_at > FLUSH_EVERY_S:
             self._writer.flush()
