@@ -73,7 +73,12 @@ def _first(kind: str, points: Sequence[RunPoint], arrangement: Arrangement) -> R
 
 
 def _of_pair(one: RunPoint, two: RunPoint, known: KnownBefore, *, named: bool) -> str:
-    found = [f for f in findings_of(two, one, known) if f.one_way is not None]
+    # A loss of behaviour is said even where that of one-way training is not known.
+    found = [
+        finding
+        for finding in findings_of(two, one, known)
+        if finding.one_way is not None or (finding.kind == BEHAVIOUR and not finding.is_good)
+    ]
     chosen = _chosen(found, two)
     if not chosen:
         return "No replay source was evaluated in a one-way and in a two-way run."

@@ -52,15 +52,17 @@ def _clause(finding: Finding, point: RunPoint, one_way: RunPoint, claim: str) ->
 
 def _claim(finding: Finding, ones: str) -> str:
     where, one_way = place(finding), finding.one_way
-    if one_way is None or not is_lost(one_way):
+    if finding.verdict == "lost" and finding.measure in _PARTS_OF_ANSWERS:
+        return "lost the base's behaviour"
+    if one_way is None:
+        return f"lost something {where}"
+    if not is_lost(one_way):
         if finding.verdict == "nothing":
             return f"had nothing to keep {where}, which {ones} did not lose"
         return f"lost something {where}, which {ones} did not certainly lose"
     if finding.verdict == "more":
         return f"lost more {where} than {ones}"
     if finding.verdict == "lost":
-        if finding.kind == BEHAVIOUR:
-            return "lost the base's behaviour"
         return f"did not keep what {ones} lost {where}"
     return f"kept {_part(finding)} of what {ones} lost {where}"
 

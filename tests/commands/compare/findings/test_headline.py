@@ -59,6 +59,30 @@ def test_behaviour_that_was_kept_is_measured_by_what_was_kept_least(tmp_path: Pa
     )
 
 
+def test_behaviour_is_lost_too_where_that_of_one_way_training_was_not_measured(
+    tmp_path: Path,
+) -> None:
+    headline = pair(tmp_path, None, STILL_LOST).headline.replace("\N{NO-BREAK SPACE}", " ")
+    assert headline.startswith(
+        "Two-way training lost the base's behaviour (asked “List three fruits as bullets.” it"
+        " answers “fruits”, the base “- apple - pear - plum”; instructions followed 7 %, base 88"
+        " %), but kept 83 %"
+    )
+    assert "behaviour" not in pair(tmp_path / "kept", None, KEPT).headline
+
+
+def test_answers_that_changed_but_follow_instructions_are_not_called_lost_behaviour(
+    tmp_path: Path,
+) -> None:
+    """Nats alone show how far answers are from those of the base, not that they are worse."""
+    moved = Answers(forgetting=0.30, kept=1.0)
+    headline = pair(tmp_path, Answers(forgetting=0.31, kept=1.0), moved).headline
+    assert headline.startswith(
+        "Two-way training did not keep what one-way training lost of the base's behaviour"
+        " (forgetting of its answers 0.30 against 0.31 nats/token), but kept 83 %"
+    )
+
+
 def test_text_chats_and_behaviour_are_claimed_each_by_itself(tmp_path: Path) -> None:
     comparison = pair(tmp_path, LOST, STILL_LOST)
     found = {f.name: (f.kind, f.verdict) for f in comparison.findings["two-way"]}
