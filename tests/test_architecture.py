@@ -37,11 +37,13 @@ COVERED_BY = {
         "commands/prepare/picture",
         "commands/prepare/writer",
     },
+    "commands/probe/test_behaviour.py": {"evaluation/tables"},
     "commands/probe/test_probe.py": {"commands/probe/command", "commands/probe/score"},
     "commands/remedies/test_average.py": {"commands/remedies/command"},
     "data/shards/test_storage.py": {"data/shards/transports"},
     "data/test_planning.py": {"data/planning", "recipe/shares"},
     "data/test_share_rules.py": {"train/share_control"},
+    "evaluation/behaviour/test_measure.py": {"evaluation/behaviour/teacher_forcing"},
     "evaluation/tasks/test_runner.py": {"recipe/task"},
     "evaluation/test_evaluator.py": {
         "commands/evaluate",
