@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from bigmix.evaluation.behaviour.sentences import holds_sentence
+
 # Question, the base's answer, an answer after one-way training, what the answer must hold.
 PROMPTS = (
     (
@@ -144,7 +146,7 @@ def measures(answers: Answers, part: float, lines: list[dict[str, Any]]) -> dict
         ("forgetting", forgotten, part * answers.half),
         ("kl", 0.9 * forgotten, part * answers.half),
         ("instructions", sum(line["followed"] for line in constrained) / len(constrained), 0.1),
-        ("sentences", sum(len(line["answer"]) > 11 for line in lines) / len(lines), 0.08),
+        ("sentences", sum(holds_sentence(line["answer"]) for line in lines) / len(lines), 0.08),
         ("stops", 1.0, 0.0),
         ("length", sum(line["tokens"] for line in lines) / len(lines), 1.2),
         ("same", sum(line["answer"] == line["base"] for line in lines) / len(lines), 0.05),

@@ -7,14 +7,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigmix.commands.compare.findings.answers import ANSWERS
 from bigmix.data.shards.location import MANIFEST
 from bigmix.errors import BadInput
-from bigmix.runs.layout import CHECKPOINTS, EVALUATION, EXPORT, LOG, RECIPE, SAMPLES
+from bigmix.runs.layout import BEHAVIOUR, CHECKPOINTS, EVALUATION, EXPORT, LOG, RECIPE, SAMPLES
 from bigmix.runs.metrics_log import METRICS, TENSORBOARD
 
 # Folders of a run that hold no results and may hold many files.
-_NOT_SEARCHED = {CHECKPOINTS, EXPORT, TENSORBOARD, LOG, SAMPLES, ANSWERS}
+_NOT_SEARCHED = {CHECKPOINTS, EXPORT, TENSORBOARD, LOG, SAMPLES, BEHAVIOUR}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

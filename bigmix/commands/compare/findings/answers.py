@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from bigmix.errors import BadInput
+from bigmix.evaluation.behaviour.sentences import holds_sentence
 from bigmix.evaluation.bootstrap import Estimate, interval, resampled_sums
+from bigmix.runs.layout import BEHAVIOUR
 from bigmix.seeding import key_of
-
-ANSWERS = "behaviour"  # the folder of a run with the answers after each evaluation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,11 +44,11 @@ class ComparedAnswer:
 
 def read_answers(folder: Path, step: int) -> list[ComparedAnswer]:
     """The answers of the model after a step, in the order of the prompts; none where the folder of
-    the run has none.
+    the run has none, or none of the base.
 
     Raises BadInput where a line of them is damaged.
     """
-    path = folder / ANSWERS / f"step-{step:06d}.jsonl"
+    path = folder / BEHAVIOUR / f"step-{step:06d}.jsonl"
     if not path.is_file():
         return []
     answers = []
@@ -56,7 +56,9 @@ def read_answers(folder: Path, step: int) -> list[ComparedAnswer]:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, raw in enumerate(lines[:-1], start=1):
         try:
-            answers.append(_answer(json.loads(raw)))
+            line = json.loads(raw)
+            if line["base"] is not None:
+                answers.append(_answer(line))
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise BadInput(
                 f"{path}:{number} is {raw[:60]!r}; each line must be a JSON object with id,"
@@ -89,20 +91,30 @@ def _flag(value: Any) -> bool | None:
 def instructions_lost(answers: Sequence[ComparedAnswer]) -> Estimate | None:
     """The fraction of prompts with constraints that the base followed, minus that which the model
     follows; None without such prompts.
+    """
+    return _part_lost([(a.base_followed, a.followed) for a in answers if a.followed is not None])
+
+
+def sentences_lost(answers: Sequence[ComparedAnswer]) -> Estimate | None:
+    """The fraction of the base's answers with a whole sentence, minus that of the model's; None
+    without answers.
+    """
+    return _part_lost([(holds_sentence(a.base), holds_sentence(a.answer)) for a in answers])
+
+
+def _part_lost(pairs: Sequence[tuple[bool | None, bool | None]]) -> Estimate | None:
+    """How much smaller a part of the answers has something, from whether that of the base and that
+    of the model have it.
 
     The interval is that of prompts drawn with replacement, both answers to a prompt together.
-    Where the model fails at none that the base followed, such draws have no loss either, however
-    few the prompts are; the high end is then the largest loss that is still as likely as 2.5 % to
-    remain unseen in so many prompts.
+    Where none has lost it, such draws have no loss either, however few the prompts are; the high
+    end is then the largest loss that remains unseen in so many prompts with a probability of
+    2.5 %.
     """
-    changes = [
-        float(answer.base_followed) - float(answer.followed)
-        for answer in answers
-        if answer.base_followed is not None and answer.followed is not None
-    ]
-    if not changes:
+    if not pairs:
         return None
-    resampled_R = resampled_sums(np.array(changes)[:, None], key_of("interval", ANSWERS))[:, 0]
+    changes = [float(bool(before)) - float(bool(after)) for before, after in pairs]
+    resampled_R = resampled_sums(np.array(changes)[:, None], key_of("interval", BEHAVIOUR))[:, 0]
     low, high = interval(resampled_R / len(changes))
     if max(changes) <= 0:
         high = 1 - 0.025 ** (1 / len(changes))

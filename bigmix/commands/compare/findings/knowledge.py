@@ -3,11 +3,15 @@
 They are different things: a model may keep its loss on text and no longer answer a question.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from bigmix.commands.compare.findings.answers import instructions_lost
+from bigmix.commands.compare.findings.answers import (
+    ComparedAnswer,
+    instructions_lost,
+    sentences_lost,
+)
 from bigmix.commands.compare.findings.kept import GOOD, VERDICTS, Verdict, is_lost, verdict_of
 from bigmix.commands.compare.measures import (
     BEHAVIOUR,
@@ -27,6 +31,11 @@ Knowledge = Literal["behaviour", "text", "chats", "data", "task"]
 KINDS: tuple[Knowledge, ...] = (BEHAVIOUR, "text", "chats", "data", "task")
 # In this order where several are lost equally: the first two say more than nats.
 _OF_BEHAVIOUR = (INSTRUCTIONS, SENTENCES, FORGETTING)
+
+_PAIRED: Mapping[str, Callable[[Sequence[ComparedAnswer]], Estimate | None]] = {
+    INSTRUCTIONS: instructions_lost,
+    SENTENCES: sentences_lost,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +111,8 @@ def behaviour_lost(point: RunPoint | None, measure: str) -> Spread | None:
 
 
 def _behaviour_lost(run: FinishedRun, measure: str) -> Estimate | None:
-    if measure == INSTRUCTIONS and (paired := instructions_lost(run.answers)) is not None:
+    paired = _PAIRED[measure](run.answers) if measure in _PAIRED else None
+    if paired is not None:
         return paired
     before, after = (e.behaviour.get(measure) for e in (run.first, run.final))
     if after is None or measure == FORGETTING:

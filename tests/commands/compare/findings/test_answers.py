@@ -13,9 +13,11 @@ from bigmix.commands.compare.findings.answers import (
     ComparedAnswer,
     instructions_lost,
     read_answers,
+    sentences_lost,
     telling_example,
 )
 from bigmix.errors import BadInput
+from bigmix.evaluation.behaviour.sentences import holds_sentence
 from bigmix.seeding import key_of
 
 
@@ -94,6 +96,17 @@ def test_instructions_are_lost_prompt_by_prompt(tmp_path: Path) -> None:
     ]
     assert found.value == pytest.approx(np.mean(changes))
     assert found.interval == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+
+
+def test_sentences_are_lost_answer_by_answer(tmp_path: Path) -> None:
+    answers = read(tmp_path, 0.5)
+    found = sentences_lost(answers)
+    assert found is not None
+    changes = [holds_sentence(a.base) - holds_sentence(a.answer) for a in answers]
+    assert sum(changes) > 5
+    assert found.value == pytest.approx(sum(changes) / len(answers))
+    assert found.low < found.value < found.high
+    assert sentences_lost([]) is None
 
 
 def test_a_few_prompts_without_a_failure_do_not_show_that_nothing_was_lost(tmp_path: Path) -> None:
