@@ -30,9 +30,9 @@ _GROUPS = {
     "tokens_per_s": "speed",
     "mfu": "speed",
     "peak_gib": "speed",
-    "behaviour_prompts": "counts",
-    "behaviour_constrained": "counts",
-    "behaviour_tokens": "counts",
+    "behaviour_prompts": "behaviour",
+    "behaviour_constrained": "behaviour",
+    "behaviour_tokens": "behaviour",
 }
 _NOT_CHARTED = ("step", "eval", "held_out_chat")  # keys up to their first slash
 _HELD_OUT = {

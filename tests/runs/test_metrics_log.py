@@ -203,7 +203,7 @@ def test_the_behaviour_probe_has_charts_of_its_own_where_it_is_measured(tmp_path
     (band,) = [c.margin.series[0] for c in group.chart if c.title.startswith("forgetting")]
     assert {band.value, band.lower, band.upper} <= set(tags)
     # Which kind of source was measured is no number to draw.
-    assert "counts/behaviour_prompts" in tags and not any("held_out_chat" in tag for tag in tags)
+    assert "behaviour/behaviour_prompts" in tags and not any("held_out_chat" in tag for tag in tags)
 
 
 def test_a_run_without_the_behaviour_probe_has_no_charts_of_it(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ def add_compare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     """Add the command to the parser of `bigmix`."""
     parser = subparsers.add_parser(
         "compare",
-        help="compare runs: forgetting and task gain as a page, tables and pictures",
+        help="compare runs: what was kept, lost and learned, as a page, tables and pictures",
         description="Compare finished runs that started from the same base model.",
     )
     parser.add_argument(

@@ -6,6 +6,7 @@ from pathlib import Path
 from bigmix.commands.compare.measures import BEHAVIOUR, LOSS
 from bigmix.commands.compare.points import RunPoint
 from bigmix.commands.compare.read import ABSENT, BASE, FinishedRun, ReadRun
+from bigmix.evaluation.behaviour.inputs import has_chat_template
 from bigmix.evaluation.bootstrap import Estimate
 
 SAME_BASE = 1e-3  # relative difference of losses at step 0; kernels and numbers of GPUs make less
@@ -130,13 +131,5 @@ def _may_be_chat(run: FinishedRun) -> bool:
     base = run.settings.get("model.path", ABSENT)
     if base == ABSENT or run.settings.get("behaviour.when", "off") not in ("off", "False"):
         return False
-    folder = Path(base)
-    return not folder.is_dir() or _has_template(folder)
-
-
-def _has_template(folder: Path) -> bool:
-    try:
-        settings = (folder / "tokenizer_config.json").read_text(encoding="utf-8")
-    except OSError:
-        settings = ""
-    return "chat_template" in settings or (folder / "chat_template.jinja").is_file()
+    # That of a hub name is not fetched for a comparison.
+    return not Path(base).is_dir() or has_chat_template(base)
