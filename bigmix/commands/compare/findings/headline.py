@@ -36,8 +36,9 @@ _WORDS: dict[Verdict, str] = {  # in the order in which a sentence has them
     "unclear": "perhaps kept",
     "most": "kept",
     "all": "kept",
-    "nothing": "not lost",
+    "nothing": "not certainly lost",
 }
+_MOVED = "not kept"  # as "lost", of nats alone, which do not show that answers are worse
 
 
 def headline_of(
@@ -73,7 +74,7 @@ def _first(kind: str, points: Sequence[RunPoint], arrangement: Arrangement) -> R
 
 
 def _of_pair(one: RunPoint, two: RunPoint, known: KnownBefore, *, named: bool) -> str:
-    # A loss of behaviour is said even where that of one-way training is not known.
+    # A loss of behaviour is reported even where that of one-way training is not known.
     found = [
         finding
         for finding in findings_of(two, one, known)
@@ -120,18 +121,18 @@ def _alone(point: RunPoint, known: KnownBefore) -> str:
         if (loss := point.source(task, FORGETTING)) is not None:
             parts.append(f"gained {0.0 - loss.mean:.2f} nats/token on `{task}`")
     other = "two-way" if point.kind == "one-way" else "one-way"
-    said = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-    start = f"{point.kind.capitalize()} training ({point.name}) {said or 'was not evaluated'}"
+    listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    start = f"{point.kind.capitalize()} training ({point.name}) {listed or 'was not evaluated'}"
     return f"{start}; no {other} run was given to compare it with."
 
 
 def _behaviour_alone(finding: Finding, point: RunPoint) -> str:
-    numbers = (
-        f"forgetting of its answers {finding.loss.mean:.2f} nats/token"
-        if finding.measure == FORGETTING
-        else scores_of(finding, point)
-    )
-    return f"lost the base's behaviour ({'; '.join([*example_of(point), numbers])})"
+    example = example_of(point)
+    if finding.measure == FORGETTING:
+        shown = f" ({example[0]})" if example else ""
+        return f"forgot {finding.loss.mean:.2f} nats/token of the base's answers{shown}"
+    numbers = [*example, scores_of(finding, point)]
+    return f"lost the base's behaviour ({'; '.join(numbers)})"
 
 
 def _over_shares(main: Sequence[RunPoint], source: str, known: KnownBefore) -> str:
@@ -155,17 +156,20 @@ def _behaviour_over_shares(main: Sequence[RunPoint], known: KnownBefore) -> str:
     """A sentence on behaviour at each share, empty where it was not measured: where it was lost
     first, with an answer at the largest of these shares.
     """
-    places: dict[str, list[RunPoint]] = {word: [] for word in _WORDS.values()}
+    words = [*dict.fromkeys(_WORDS.values())]
+    places: dict[str, list[RunPoint]] = {w: [] for w in (words[0], _MOVED, *words[1:])}
     for point in main[1:]:
         for finding in findings_of(point, main[0], known):
             if finding.kind == BEHAVIOUR and finding.one_way is not None:
-                places[_WORDS[finding.verdict]].append(point)
+                word = _WORDS[finding.verdict]
+                is_nats = finding.measure == FORGETTING
+                places[_MOVED if word == "lost" and is_nats else word].append(point)
     parts = []
     for word, points in places.items():
         if points:
             shares = [share_percent(point.written_share) for point in points]
             listed = " and ".join([", ".join(shares[:-1]), shares[-1]] if shares[1:] else shares)
-            example = example_of(points[-1]) if word == "lost" else []
+            example = example_of(points[-1]) if word in ("lost", _MOVED) else []
             shown = f" (with {shares[-1]}, {example[0]})" if example else ""
             parts.append(f"{word} with {listed} of replay{shown}")
     return f"Behaviour was {', '.join(parts)}. " if parts else ""

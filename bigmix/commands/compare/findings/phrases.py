@@ -58,7 +58,7 @@ def _claim(finding: Finding, ones: str) -> str:
         return f"lost something {where}"
     if not is_lost(one_way):
         if finding.verdict == "nothing":
-            return f"had nothing to keep {where}, which {ones} did not lose"
+            return f"lost nothing for certain {where}, nor did {ones}"
         return f"lost something {where}, which {ones} did not certainly lose"
     if finding.verdict == "more":
         return f"lost more {where} than {ones}"
@@ -100,7 +100,7 @@ def _numbers(finding: Finding, point: RunPoint, one_way: RunPoint) -> str:
     """The measure that a verdict is about, of the point and of the one-way point."""
     if finding.measure != FORGETTING:
         return scores_of(finding, point, one_way)
-    what = "forgetting of its answers" if finding.kind == BEHAVIOUR else "forgetting"
+    what = "forgetting of the base's answers" if finding.kind == BEHAVIOUR else "forgetting"
     spreads = [finding.loss, *([] if finding.one_way is None else [finding.one_way])]
     shown = " against ".join(f"{nats(spread.mean)}" for spread in spreads)
     known = all(spread.interval for spread in spreads)
@@ -118,7 +118,7 @@ def brief(finding: Finding) -> str:
     """A verdict in two words, for a table."""
     if _is_part(finding) and finding.verdict != "unclear":
         return f"kept {_part(finding)}"
-    return {"nothing": "not lost", "more": "lost more"}.get(finding.verdict, finding.verdict)
+    return {"nothing": "no certain loss", "more": "lost more"}.get(finding.verdict, finding.verdict)
 
 
 def brief_numbers(finding: Finding, point: RunPoint) -> str:

@@ -79,7 +79,7 @@ def test_answers_that_changed_but_follow_instructions_are_not_called_lost_behavi
     headline = pair(tmp_path, Answers(forgetting=0.31, kept=1.0), moved).headline
     assert headline.startswith(
         "Two-way training did not keep what one-way training lost of the base's behaviour"
-        " (forgetting of its answers 0.30 against 0.31 nats/token), but kept 83 %"
+        " (forgetting of the base's answers 0.30 against 0.31 nats/token), but kept 83 %"
     )
 
 
@@ -128,6 +128,22 @@ def test_one_run_that_lost_behaviour_says_so_first(tmp_path: Path) -> None:
         " France?” it answers “capital”"
     )
     assert "forgot 0.2" in headline and "on the text `books`" in headline
+
+
+def test_nothing_is_claimed_where_no_loss_is_certain(tmp_path: Path) -> None:
+    unchanged = Answers(forgetting=0.001, kept=1.0)
+    headline = pair(tmp_path, unchanged, unchanged).headline.replace("\N{NO-BREAK SPACE}", " ")
+    assert headline.startswith(
+        "Two-way training lost nothing for certain of the base's behaviour, nor did one-way"
+        " training (instructions followed 88 %, one-way 88 %, base 88 %), kept 83 %"
+    )
+
+
+def test_one_run_whose_answers_only_changed_is_not_called_lost(tmp_path: Path) -> None:
+    run(tmp_path / "one-way", Answers(forgetting=0.3, kept=1.0), 0.239)
+    headline = judge(read_runs([tmp_path])).headline
+    assert "forgot 0.30 nats/token of the base's answers, forgot" in headline
+    assert "lost" not in headline
 
 
 def test_over_shares_behaviour_is_said_first_and_share_by_share(tmp_path: Path) -> None:
