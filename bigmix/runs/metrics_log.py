@@ -135,6 +135,11 @@ class RunLog:
             self._writer.file_writer.add_summary(record, 0)
         self._writer.flush()
 
+    def show_text(self, tag: str, text: str, step: int) -> None:
+        """Show a text in Markdown next to the charts."""
+        self._writer.add_text(tag, text, step)
+        self._writer.flush()
+
     def flush(self) -> None:
         """Flush TensorBoard's file: what a checkpoint counts as logged is not logged again."""
         self._writer.flush()
