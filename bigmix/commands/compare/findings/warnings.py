@@ -131,5 +131,7 @@ def _may_be_chat(run: FinishedRun) -> bool:
     base = run.settings.get("model.path", ABSENT)
     if base == ABSENT or run.settings.get("behaviour.when", "off") not in ("off", "False"):
         return False
+    tokenizer = run.settings.get("model.tokenizer", ABSENT)
+    asked = base if tokenizer == ABSENT else tokenizer
     # That of a hub name is not fetched for a comparison.
-    return not Path(base).is_dir() or has_chat_template(base)
+    return not Path(asked).is_dir() or has_chat_template(asked)
