@@ -129,9 +129,9 @@ class Baseline:
             return None
         return found.sums_DM if np.array_equal(found.ids_D2, like.ids_D2) else None
 
-    def resume(self, losses: Mapping[str, float], fingerprint: str | None) -> None:
-        """Continue from the losses of an earlier part of a run, and from the answers with this
-        fingerprint.
+    def resume(self, losses: Mapping[str, float], fingerprint: str | None = None) -> None:
+        """Continue from the losses of an earlier part of a run, and from its answers, which have
+        this fingerprint; None: it had none.
         """
         self.losses, self._fingerprint = dict(losses), fingerprint
 
