@@ -137,7 +137,12 @@ class Evaluator:
         answered = self._answered(asked or self.everything, step, base, activity)
         if answered is None:
             return None
-        line = {"step": step, "eval": True} | held_out_numbers(held_out) | task_line(answered.tasks)
+        kinds = {
+            f"held_out_chat/{name}": self.held_out.held_out[name].manifest.kind == "chat"
+            for name in held_out
+        }
+        line: MetricsRecord = {"step": step, "eval": True}
+        line |= held_out_numbers(held_out) | kinds | task_line(answered.tasks)
         if answered.behaviour is not None:
             line |= behaviour_line(answered.behaviour)
         return EvaluationResult(

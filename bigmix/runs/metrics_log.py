@@ -34,7 +34,7 @@ _GROUPS = {
     "behaviour_constrained": "behaviour",
     "behaviour_tokens": "behaviour",
 }
-_NOT_CHARTED = ("step", "eval")
+_NOT_CHARTED = ("step", "eval", "held_out_chat")  # keys up to their first slash
 _HELD_OUT = {
     "held-out loss": "held_out_loss",
     "forgetting": "forgetting",
@@ -42,6 +42,11 @@ _HELD_OUT = {
     "token accuracy": "token_accuracy",
     "last-word accuracy": "last_word_accuracy",
     "KL to the base": "kl_to_base",
+}
+_BEHAVIOUR = {
+    "of the base's answers, nats/token": ("loss", "forgetting", "kl"),
+    "parts of the answers": ("instructions", "sentences", "stops", "same"),
+    "length of an answer, tokens": ("length",),
 }
 _PARTS_OF_STEP = ("step_s", "data_wait_s", "forward_s", "backward_s", "optimizer_s")
 _SHARES = {
@@ -55,6 +60,7 @@ _SHARES = {
 class RunLog:
     """Appends to `metrics.jsonl` and `tensorboard/` in the folder of a run.
 
+    `has_behaviour`: whether the behaviour probe is part of evaluations, so that it has charts.
     `resume_step` is the last step that is already trained. What was logged after it is deleted, so
     that file and charts become those of a run that was never interrupted. None starts a new log.
     """
@@ -66,11 +72,13 @@ class RunLog:
         sources: Sequence[str],
         held_out: Sequence[str],
         resume_step: int | None,
+        has_behaviour: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._held_out = tuple(held_out)
-        self._layout = _layout(sources, held_out)
+        self._has_behaviour = has_behaviour
+        self._layout = _layout(sources, held_out) | (_behaviour_layout() if has_behaviour else {})
         self._open(resume_step)
 
     def _open(self, resume_step: int | None) -> None:
@@ -104,7 +112,7 @@ class RunLog:
         self._file.write(json.dumps(numbers, allow_nan=False) + "\n")
         self._file.flush()
         for key, value in numbers.items():
-            if value is not None and key not in _NOT_CHARTED:
+            if value is not None and key.split("/")[0] not in _NOT_CHARTED:
                 self._writer.add_scalar(tag_of(key), value, line["step"])
         if line.get("eval") or time.monotonic() - self._flushed_at > FLUSH_EVERY_S:
             self._writer.flush()
@@ -119,6 +127,8 @@ class RunLog:
         metrics = [
             f"{kind}/{s}" for kind in ("held_out_loss", "forgetting") for s in self._held_out
         ]
+        if self._has_behaviour:
+            metrics += ["behaviour/forgetting", "behaviour/instructions"]
         # add_hparams would open a second event file, and TensorBoard would then drop later points.
         tags = dict.fromkeys([*metrics, tag_of("loss"), tag_of("tokens_per_s")], 0.0)
         for record in hparams_records(named, tags):
@@ -223,9 +233,20 @@ def _finite(value: Number) -> Number:
     return value if value is None or math.isfinite(value) else None
 
 
-def _layout(
-    sources: Sequence[str], held_out: Sequence[str]
-) -> dict[str, dict[str, tuple[str, list[str]]]]:
+_ChartLayout: TypeAlias = dict[str, dict[str, tuple[str, list[str]]]]
+
+
+def _behaviour_layout() -> _ChartLayout:
+    """The charts of the behaviour probe, as a group of their own."""
+    charts = {
+        title: _lines_of([f"behaviour/{k}" for k in keys]) for title, keys in _BEHAVIOUR.items()
+    }
+    for key in ("forgetting", "instructions"):
+        charts[f"{key}, with its 95 % interval"] = _band("behaviour", key)
+    return {"behaviour": charts}
+
+
+def _layout(sources: Sequence[str], held_out: Sequence[str]) -> _ChartLayout:
     """The charts of several lines, as `add_custom_scalars` takes them."""
     learning = {
         "training loss": _lines_of([f"loss/{s}" for s in sources]),

@@ -110,6 +110,7 @@ def model_card(recipe: Recipe, inputs: RunInputs, lines: Sequence[Mapping[str, A
         _opening(recipe),
         _training(recipe, last),
         _mixture(recipe, inputs, last),
+        behaviour_section(recipe, evaluations),
         _held_out(evaluated),
         _tasks(evaluated),
         _behaviour(evaluated),
@@ -238,6 +239,72 @@ def _held_out(line: Mapping[str, Any]) -> str:
         " held-out loss minus that before the first step: above 0 something was lost, below 0"
         " something was learned.\n\n" + table(columns, rows)
     )
+
+
+_OF_ANSWERS = {
+    "instructions": "prompts with constraints whose answer follows them",
+    "sentences": "answers with a whole sentence",
+    "stops": "answers that end by themselves",
+    "same": "answers that are those of the base",
+}
+
+
+def behaviour_section(recipe: Recipe, evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """What the card says of behaviour, from the lines of evaluations: the base and the model after
+    the last one, and whether something was certainly lost; empty where there is nothing to say.
+    """
+    measured = [line for line in evaluations if "behaviour/forgetting" in line]
+    if not measured:
+        is_off = recipe.behaviour.when == "off" and recipe.model.path is not None
+        return "## Behaviour\n\nIt was not measured.\n" if is_off else ""
+    base, now = measured[0], measured[-1]
+    rows = [
+        [label, *(_behaviour_part(line, key) for line in (base, now))]
+        for key, label in _OF_ANSWERS.items()
+        if f"behaviour/{key}" in now
+    ]
+    rows.append(
+        ["tokens of an answer", *(_number(e.get("behaviour/length"), 1) for e in (base, now))]
+    )
+    for key, label in (("forgetting", "forgetting"), ("kl", "divergence from the base, at least")):
+        rows.append([f"{label}, nats/token", "–", _behaviour_value(now, key)])
+    return (
+        f"## Behaviour\n\nAnswers to {now.get('behaviour_prompts', 0)} general prompts,"
+        f" {now.get('behaviour_constrained', 0)} of them with constraints, after step"
+        f" {now['step']}, with 95 % intervals. Forgetting and divergence are measured on the base's"
+        f" own answers. {_behaviour_verdict(base, now)}\n\n"
+        + table(("behaviour", "base", "this model"), rows)
+    )
+
+
+def _behaviour_verdict(base: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Whether the intervals of what the answers are like are below those of the base."""
+    lost = []
+    for key in ("instructions", "sentences"):
+        low, high = base.get(f"behaviour_low/{key}"), now.get(f"behaviour_high/{key}")
+        if low is not None and high is not None and high < low:
+            lost.append(
+                f"{_OF_ANSWERS[key]}: {percent(now[f'behaviour/{key}'])}, of the base"
+                f" {percent(base[f'behaviour/{key}'])}"
+            )
+    if lost:
+        return f"Behaviour of the base was lost ({'; '.join(lost)})."
+    return (
+        "Neither constraints followed nor whole sentences are certainly fewer than with the base,"
+        " which does not prove that nothing was lost."
+    )
+
+
+def _behaviour_part(line: Mapping[str, Any], key: str) -> str:
+    low, high = (line.get(f"behaviour_{end}/{key}") for end in ("low", "high"))
+    text = percent(line.get(f"behaviour/{key}"))
+    known = low is not None and high is not None and low < high
+    return f"{text} ({percent(low)} to {percent(high)})" if known else text
+
+
+def _behaviour_value(line: Mapping[str, Any], key: str) -> str:
+    low, high = (line.get(f"behaviour_{end}/{key}") for end in ("low", "high"))
+    return _with_interval(line.get(f"behaviour/{key}"), low, high)
 
 
 def _tasks(line: Mapping[str, Any]) -> str:

@@ -396,6 +396,7 @@ def _open_log(recipe: Recipe, inputs: RunInputs, plan: RunPlan, start: ResumePoi
         sources=tuple(recipe.sources),
         held_out=tuple(inputs.held_out),
         resume_step=start.step if start.checkpoint is not None else None,
+        has_behaviour=inputs.behaviour is not None,
     )
     shares = {f"share/{n}": str(s.share) for n, s in recipe.sources.items()}
     log.describe(

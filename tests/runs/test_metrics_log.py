@@ -188,3 +188,38 @@ def test_recipe_and_hyperparameters_are_on_the_page_of_the_one_run(tmp_path: Pat
         "true",
     )
     assert len(list((tmp_path / "one-way" / "tensorboard").iterdir())) == 1
+
+
+def test_the_behaviour_probe_has_charts_of_its_own_where_it_is_measured(tmp_path: Path) -> None:
+    run_log = RunLog(
+        tmp_path, sources=["web"], held_out=["web"], resume_step=None, has_behaviour=True
+    )
+    run_log.describe("seed: 1\n", {"lr": 1e-4})
+    measured = {f"behaviour/{key}": 0.5 for key in ("forgetting", "kl", "instructions", "same")}
+    ends = {"behaviour_low/forgetting": 0.25, "behaviour_high/forgetting": 0.75}
+    line = {"step": 1, "eval": True, "held_out_chat/web": False, "behaviour_prompts": 60}
+    run_log.write(line | measured | ends)
+    run_log.close()
+    layout = layout_pb2.Layout()
+    tensor = events(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto
+    layout.ParseFromString(tensor.string_val[0])
+    (group,) = [group for group in layout.category if group.title == "behaviour"]
+    tags = events(tmp_path).Tags()["scalars"]
+    drawn = {
+        chart.title: [tag for tag in tags for p in chart.multiline.tag if re.match(p, tag)]
+        for chart in group.chart
+    }
+    assert drawn["of the base's answers, nats/token"] == ["behaviour/forgetting", "behaviour/kl"]
+    assert drawn["parts of the answers"] == ["behaviour/instructions", "behaviour/same"]
+    (band,) = [c.margin.series[0] for c in group.chart if c.title.startswith("forgetting")]
+    assert {band.value, band.lower, band.upper} <= set(tags)
+    # Which kind of source was measured is no number to draw.
+    assert "behaviour/behaviour_prompts" in tags and not any("held_out_chat" in tag for tag in tags)
+
+
+def test_a_run_without_the_behaviour_probe_has_no_charts_of_it(tmp_path: Path) -> None:
+    log(tmp_path, range(1, 3))
+    layout = layout_pb2.Layout()
+    tensor = events(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto
+    layout.ParseFromString(tensor.string_val[0])
+    assert "behaviour" not in {group.title for group in layout.category}

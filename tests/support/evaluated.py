@@ -210,4 +210,5 @@ def expected_line(folder: Path, name: str, source: str, model: str, base: str | 
     line[f"held_out_tokens/{source}"] = now["tokens"].sum()
     line[f"held_out_documents/{source}"] = len(everything)
     line[f"last_words/{source}"] = now["words"].sum()
+    line[f"held_out_chat/{source}"] = manifest.kind == "chat"
     return line

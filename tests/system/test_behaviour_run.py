@@ -281,3 +281,32 @@ def test_a_controller_holds_what_is_forgotten_of_behaviour(data):
     newest = json.loads((data / "controlled/checkpoints/step-000005/checkpoint.json").read_text())
     first = newest["position"]["decisions"][0]
     assert first["forgetting"]["behaviour"] == found[2]["behaviour/forgetting"]
+
+
+@pytest.mark.slow
+def test_runs_are_compared_by_what_their_models_answer(data, run, monkeypatch):
+    one_way = RECIPE.replace("share: 0.5, held_out", "share: 1.0, held_out")
+    one_way = "".join(
+        line for line in one_way.splitlines(keepends=True) if "role: replay" not in line
+    )
+    (data / "one-way.yaml").write_text(one_way)
+    codes, said = end(start(data, 2, "output=one-way", recipe="one-way.yaml"))
+    assert codes == [0, 0], said
+    monkeypatch.chdir(data)
+    assert main(["compare", "one-way", "run", "--out", "report"]) == 0
+    summary = json.loads((data / "report/summary.json").read_text())
+    last = evaluations(data / "run")[5]
+    assert summary["runs"]["base"]["behaviour"]["same"]["value"] == 1
+    for key in ("forgetting", "kl", "instructions", "sentences", "stops", "length", "same"):
+        assert summary["runs"]["run"]["behaviour"][key]["value"] == last[f"behaviour/{key}"]
+    kept = {found["name"]: found for found in summary["points"]["run"]["kept"]}
+    pairs = pairs_of(data / "run", 5)
+    constrained = [pair for pair in pairs if pair["constraints"]]
+    lost = sum(p["base_followed"] - p["followed"] for p in constrained) / len(constrained)
+    if kept["behaviour"]["measure"] == "instructions":
+        assert kept["behaviour"]["lost"]["mean"] == pytest.approx(lost)
+    # Seven prompts and five steps: how much was lost is not certain, that answers are others is.
+    assert "behaviour" in summary["headline"]
+    page = (data / "report/index.html").read_text()
+    assert "Answers to general prompts" in page and "The tower and it is seven." in page
+    assert "## Behaviour" in (data / "run/export/README.md").read_text()

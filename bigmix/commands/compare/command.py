@@ -14,7 +14,7 @@ def add_compare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     """Add the command to the parser of `bigmix`."""
     parser = subparsers.add_parser(
         "compare",
-        help="compare runs: forgetting and task gain as a page, tables and pictures",
+        help="compare runs: what was kept, lost and learned, as a page, tables and pictures",
         description="Compare finished runs that started from the same base model.",
     )
     parser.add_argument(
@@ -43,7 +43,8 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _show(summary: "Summary") -> None:
     # As above: the import is for this command alone.
-    from bigmix.commands.compare.tables import ABSENT, narrow_tables
+    from bigmix.commands.compare.read import ABSENT
+    from bigmix.commands.compare.tables import kept_table, narrow_tables
     from bigmix.terminal import Table, Terminal
 
     comparison = summary.comparison
@@ -57,7 +58,8 @@ def _show(summary: "Summary") -> None:
             " boxes in the PNGs, though not on the page; install a font that has them, such as Noto"
             " Sans CJK"
         )
-    for table in narrow_tables(comparison):
+    kept = kept_table(comparison)
+    for table in ([] if kept is None else [kept]) + narrow_tables(comparison):
         # A terminal has no room for intervals; they are in the files.
         rows = [
             [row.name, *(None if cell.value == ABSENT else cell.brief for cell in row.cells)]

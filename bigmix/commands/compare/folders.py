@@ -3,15 +3,17 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from bigmix.data.shards.location import MANIFEST
 from bigmix.errors import BadInput
-from bigmix.runs.layout import CHECKPOINTS, EVALUATION, EXPORT, LOG, RECIPE, SAMPLES
+from bigmix.runs.layout import BEHAVIOUR, CHECKPOINTS, EVALUATION, EXPORT, LOG, RECIPE, SAMPLES
 from bigmix.runs.metrics_log import METRICS, TENSORBOARD
 
 # Folders of a run that hold no results and may hold many files.
-_NOT_SEARCHED = {CHECKPOINTS, EXPORT, TENSORBOARD, LOG, SAMPLES}
+_NOT_SEARCHED = {CHECKPOINTS, EXPORT, TENSORBOARD, LOG, SAMPLES, BEHAVIOUR}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,3 +115,16 @@ def _read(path: Path) -> list[TaskSample]:
             ) from error
         samples.append(sample)
     return samples
+
+
+def prepared_chats(folders: Mapping[str, str]) -> dict[str, bool]:
+    """Whether prepared sources, given as folders by name, have conversations, as far as they are on
+    this machine.
+    """
+    found = {}
+    for name, folder in folders.items():
+        with suppress(OSError, ValueError):
+            manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+            if isinstance(manifest, dict) and manifest.get("kind") in ("text", "chat"):
+                found[name] = manifest["kind"] == "chat"
+    return found

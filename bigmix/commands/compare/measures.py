@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from bigmix.evaluation.bootstrap import Estimate
 
 Better = Literal["lower", "higher"]
 LOSS, FORGETTING, GAIN = "held_out_loss", "forgetting", "gain"
+BEHAVIOUR: Final = "behaviour"  # where a held-out source could stand; no source has this name
+INSTRUCTIONS, SENTENCES = "instructions", "sentences"
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom. For more of them the last one is
 # taken, which is at most 9 % too large.
 _T_975 = (
@@ -34,12 +36,16 @@ _T_975 = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measure:
-    """How a measure is named and shown, and which way is better."""
+    """How a measure is named and shown, and which way is better; `better` is None where neither
+    is. `has_interval`: whether tables show the interval of a single run.
+    """
 
     key: str
     label: str
-    better: Better
+    better: Better | None
     is_signed: bool = False
+    digits: int = 3
+    has_interval: bool = True
 
 
 SOURCE_MEASURES = (
@@ -53,6 +59,15 @@ SOURCE_MEASURES = (
     Measure(key="kl_to_base", label="KL to the base", better="lower"),
 )
 _LOGGED = tuple(m.key for m in SOURCE_MEASURES if m.key not in (FORGETTING, GAIN))
+BEHAVIOUR_MEASURES = (
+    Measure(key=FORGETTING, label="forgetting", better="lower", is_signed=True),
+    Measure(key="kl", label="KL", better="lower"),
+    Measure(key=INSTRUCTIONS, label="instructions", better="higher", digits=2),
+    Measure(key=SENTENCES, label="sentences", better="higher", digits=2),
+    Measure(key="stops", label="stops", better="higher", digits=2, has_interval=False),
+    Measure(key="length", label="length", better=None, digits=1, has_interval=False),
+    Measure(key="same", label="same", better="higher", digits=2, has_interval=False),
+)
 
 
 def score_measure(score: str) -> Measure:
@@ -65,12 +80,15 @@ class Spread:
     """A value over the seeds of a point: the mean with a 95 % interval, and the standard deviation.
 
     The interval is Student's, of the mean over seeds. A single run has no standard deviation, and
-    the interval is its own bootstrap interval.
+    the interval is its own bootstrap interval. `reach` is from the lowest to the highest end of
+    the runs' own intervals, where a run without one counts with its value: what holds for the
+    whole reach holds for every seed.
     """
 
     estimate: Estimate
     deviation: float | None
     values: Sequence[float]
+    reach: tuple[float, float]
 
     @property
     def mean(self) -> float:
@@ -86,12 +104,32 @@ class Spread:
 def spread_of(estimates: Sequence[Estimate]) -> Spread:
     """The same measure of one or more runs that differ in their seed alone."""
     values = [estimate.value for estimate in estimates]
+    ends = [end for estimate in estimates for end in estimate.interval or (estimate.value,)]
+    reach = (min(ends), max(ends))
     if len(values) == 1:
-        return Spread(estimate=estimates[0], deviation=None, values=values)
+        return Spread(estimate=estimates[0], deviation=None, values=values, reach=reach)
     mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
     half = _T_975[min(len(values) - 1, len(_T_975)) - 1] * deviation / math.sqrt(len(values))
     over_seeds = Estimate(value=mean, low=mean - half, high=mean + half)
-    return Spread(estimate=over_seeds, deviation=deviation, values=values)
+    return Spread(estimate=over_seeds, deviation=deviation, values=values, reach=reach)
+
+
+def spread_of_known(found: Sequence[Estimate | None]) -> Spread | None:
+    """The same; None where a run lacks the measure."""
+    known = [estimate for estimate in found if estimate is not None]
+    return spread_of(known) if known and len(known) == len(found) else None
+
+
+def drop(before: Estimate, after: Estimate) -> Estimate:
+    """How much lower a fraction is than before.
+
+    The interval is that of a difference of independent fractions (Newcombe, 1998). It is wider than
+    that of paired ones, as those of the same prompts or examples are.
+    """
+    value = before.value - after.value
+    low = math.hypot(before.value - before.low, after.high - after.value)
+    high = math.hypot(before.high - before.value, after.value - after.low)
+    return Estimate(value=value, low=value - low, high=value + high)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,8 +138,11 @@ class Evaluation:
     are None where they are not known.
 
     `sources` has the measures of each held-out source by their keys, `tasks` the scores of each
-    task, `num_examples` how many examples a task was scored on. `diverged` are the sources whose
-    loss is not finite. `sizes` says on how much data each source was evaluated, to be shown.
+    task, `num_examples` how many examples a task was scored on. `behaviour` has the measures of the
+    behaviour probe, empty where it was not part of the evaluation. `diverged` are the sources whose
+    loss is not finite. `sizes` says on how much data each source, and `behaviour`, was evaluated,
+    to be shown. `chats` has the sources of which the log says that they have conversations (True)
+    or texts (False).
     """
 
     step: int
@@ -109,8 +150,10 @@ class Evaluation:
     sources: Mapping[str, Mapping[str, Estimate]]
     tasks: Mapping[str, Mapping[str, Estimate]]
     num_examples: Mapping[str, int]
+    behaviour: Mapping[str, Estimate] = field(default_factory=dict)
     diverged: Sequence[str] = ()
     sizes: Mapping[str, str] = field(default_factory=dict)
+    chats: Mapping[str, bool] = field(default_factory=dict)
 
 
 def evaluations_in(
@@ -145,6 +188,8 @@ def evaluations_in(
                 sources=sources,
                 tasks=_tasks_in(line),
                 num_examples=_examples_in(line),
+                behaviour=_behaviour_in(line),
+                chats=_chats_in(line),
                 diverged=_diverged_in(line),
                 sizes=_sizes_in(line),
             )
@@ -153,7 +198,7 @@ def evaluations_in(
 
 
 def _has_results(line: Mapping[str, Any]) -> bool:
-    return bool(_sources_in(line) or _tasks_in(line) or _diverged_in(line))
+    return bool(_sources_in(line) or _tasks_in(line) or _behaviour_in(line) or _diverged_in(line))
 
 
 def _sources_in(line: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
@@ -173,12 +218,19 @@ def _diverged_in(line: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _chats_in(line: Mapping[str, Any]) -> dict[str, bool]:
+    prefix = "held_out_chat/"
+    return {key.removeprefix(prefix): v for key, v in line.items() if key.startswith(prefix)}
+
+
 def _sizes_in(line: Mapping[str, Any]) -> dict[str, str]:
     """On how much data each source was evaluated, as a text; empty for the log of an earlier
     version.
     """
     prefix = "held_out_documents/"
-    return {
+    prompts, constrained = (line.get(f"behaviour_{kind}") for kind in ("prompts", "constrained"))
+    probe = f"{prompts or 0:,} prompts, {constrained or 0:,} with constraints"
+    return ({BEHAVIOUR: probe} if prompts else {}) | {
         (
             name := key.removeprefix(prefix)
         ): f"{value:,} documents, {line[f'held_out_tokens/{name}']:,} loss tokens"
@@ -236,6 +288,15 @@ def _tasks_in(line: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
         if prefix == "task" and value is not None:
             name, _, score = rest.rpartition("/")
             found.setdefault(name, {})[score] = _estimate(line, value, "task", rest)
+    return found
+
+
+def _behaviour_in(line: Mapping[str, Any]) -> dict[str, Estimate]:
+    """The measures of the behaviour probe in a line of an evaluation."""
+    found = {}
+    for measure in BEHAVIOUR_MEASURES:
+        if (value := line.get(f"{BEHAVIOUR}/{measure.key}")) is not None:
+            found[measure.key] = _estimate(line, value, BEHAVIOUR, measure.key)
     return found
 
 

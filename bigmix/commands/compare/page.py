@@ -16,18 +16,22 @@ from bigmix.commands.compare.charts.styles import (
     styles_of,
 )
 from bigmix.commands.compare.charts.svg import Mark, Scene, draw_svg, mark_svg
+from bigmix.commands.compare.findings.kept import DEFINITION
 from bigmix.commands.compare.judge import Comparison
 from bigmix.commands.compare.law import Fit
+from bigmix.commands.compare.read import BASE
 from bigmix.commands.compare.sections import (
     TextTable,
+    answers_side_by_side,
     budget_sentences,
     kept_outputs,
     realised_shares,
     recipe_settings,
     source_colours,
     training_table,
+    with_asides,
 )
-from bigmix.commands.compare.tables import NOTE, tables, tables_of_runs
+from bigmix.commands.compare.tables import kept_table, note_of, tables, tables_of_runs
 
 _MOST_IN_TITLE = 4
 _MOST_OPEN = 4  # points whose commands are shown at once
@@ -63,6 +67,7 @@ def page(comparison: Comparison, pictures: Pictures, *, given: Sequence[Path], o
     return environment.get_template("page.html").render(
         title=_title(comparison),
         comparison=comparison,
+        headline=with_asides(comparison.headline),
         points=points,
         pictures=pictures,
         draw_svg=draw_svg,
@@ -72,7 +77,11 @@ def page(comparison: Comparison, pictures: Pictures, *, given: Sequence[Path], o
         laws=_laws(comparison),
         tables=tables(comparison),
         tables_of_runs=tables_of_runs(comparison),
-        tables_note=NOTE,
+        tables_note=note_of(comparison),
+        kept=kept_table(comparison),
+        kept_note=DEFINITION,
+        base_name=BASE,
+        answered=answers_side_by_side(comparison),
         is_over_tokens=is_over_tokens(comparison),
         are_runs_shaded=len(comparison.points) <= MAX_NAMED,
         num_without_curve=sum(point.runs[0].model is not None for point in comparison.points),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain, count, takewhile
 from pathlib import Path
 
-from bigmix.commands.compare.measures import Evaluation, Spread, spread_of
+from bigmix.commands.compare.measures import Evaluation, Spread, spread_of_known
 from bigmix.commands.compare.read import (
     BASE,
     SEED_FOLDER,
@@ -16,7 +16,6 @@ from bigmix.commands.compare.read import (
     RunKind,
     names_of,
 )
-from bigmix.evaluation.bootstrap import Estimate
 
 _FREE = {"seed", "output"}  # what may differ between the runs of a point
 # A key among the settings of a model that was evaluated outside of a run.
@@ -57,11 +56,17 @@ class RunPoint:
 
     def source(self, source: str, measure: str) -> Spread | None:
         """A measure of a held-out source after the last step; None where a run lacks it."""
-        return _spread([run.final.sources.get(source, {}).get(measure) for run in self.runs])
+        return spread_of_known(
+            [run.final.sources.get(source, {}).get(measure) for run in self.runs]
+        )
 
     def task(self, task: str, score: str) -> Spread | None:
         """A score of a task after the last step; None where a run lacks it."""
-        return _spread([run.final.tasks.get(task, {}).get(score) for run in self.runs])
+        return spread_of_known([run.final.tasks.get(task, {}).get(score) for run in self.runs])
+
+    def behaviour(self, measure: str) -> Spread | None:
+        """A measure of behaviour after the last step; None where a run lacks it."""
+        return spread_of_known([run.final.behaviour.get(measure) for run in self.runs])
 
     def shared_steps(self) -> list[list[Evaluation]]:
         """The evaluations of all runs at each step at which all were evaluated, then those after
@@ -74,11 +79,6 @@ class RunPoint:
         ]
         final = [run.final for run in self.runs]
         return found if final in found else [*found, final]
-
-
-def _spread(found: Sequence[Estimate | None]) -> Spread | None:
-    known = [estimate for estimate in found if estimate is not None]
-    return spread_of(known) if known and len(known) == len(found) else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

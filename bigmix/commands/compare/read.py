@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 import yaml
 
+from bigmix.commands.compare.findings.answers import ComparedAnswer, read_answers
 from bigmix.commands.compare.folders import (
     TaskSample,
     find_result_folders,
+    prepared_chats,
     read_samples,
 )
 from bigmix.commands.compare.measures import Evaluation, evaluations_in
@@ -22,6 +24,7 @@ from bigmix.runs.layout import EVALUATION, EXPORT, RECIPE
 from bigmix.runs.metrics_log import METRICS, read_lines
 
 BASE = "base"  # the name of the model before training in every output
+ABSENT = "–"  # a setting that is None, and a number that is not known
 SEED_FOLDER = re.compile(r"seed-\d+")  # where a sweep puts the runs of a point
 # A run that was trained on this part of its tokens is finished: rows are packed, so the last step
 # rarely ends at the very token.
@@ -76,6 +79,8 @@ class FinishedRun:
     model: str | None
     command: str
     samples: Mapping[int, Mapping[str, Sequence[TaskSample]]]
+    answers: Sequence[ComparedAnswer]
+    chats: Mapping[str, bool]
 
     @property
     def first(self) -> Evaluation:
@@ -265,12 +270,22 @@ def _run(
         total_tokens=total_tokens,
         evaluations=evaluations,
         settings={
-            key: "–" if value is None else str(value) for key, value in leaves(recipe).items()
+            key: ABSENT if value is None else str(value) for key, value in leaves(recipe).items()
         },
         model=model,
         command=command,
         samples={step: read_samples(folder, step) for step in steps},
+        answers=read_answers(folder, steps[-1]),
+        chats={**prepared_chats(_held_out_folders(recipe)), **evaluations[-1].chats},
     )
+
+
+def _held_out_folders(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """The folder of each held-out source, by its name."""
+    given = {name: table.get("held_out") for name, table in recipe["sources"].items()}
+    given |= recipe.get("held_out") or {}
+    paths = {n: v.get("path") if isinstance(v, dict) else v for n, v in given.items()}
+    return {name: str(path) for name, path in paths.items() if path}
 
 
 def _tasks(recipe: Mapping[str, Any]) -> list[str]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigmix.commands.compare.charts.curves import curve_scenes
-from bigmix.commands.compare.charts.figure import draw_figure, unknown_letters
+from bigmix.commands.compare.charts.figure import MAX_COLUMNS, draw_figure, unknown_letters
 from bigmix.commands.compare.charts.frontier import frontier_scene, frontiers
 from bigmix.commands.compare.charts.law_chart import law_scenes
 from bigmix.commands.compare.charts.styles import are_labels_enough, styles_of
 from bigmix.commands.compare.judge import Comparison, judge
+from bigmix.commands.compare.measures import BEHAVIOUR
 from bigmix.commands.compare.page import Pictures, page
 from bigmix.commands.compare.read import read_runs
 from bigmix.commands.compare.summary import summary_tree
@@ -69,7 +70,10 @@ def compare(runs: Sequence[Path], out: Path) -> Summary:
     for name, scenes in drawn.items():
         # The shares of a law are on its axis, and curves that are few have names at their ends.
         is_named = name == "law.png" or (name == "figure.png" and are_labels_enough(styles))
-        draw_figure(scenes, styles, out / name, with_legend=not is_named)
+        # Frontiers against text and against behaviour are side by side.
+        is_paired = name == "frontier.png" and any(f.replay == BEHAVIOUR for f in found)
+        columns = 2 if is_paired else MAX_COLUMNS
+        draw_figure(scenes, styles, out / name, columns=columns, with_legend=not is_named)
     for name, text in texts.items():
         replace_text(out / name, text)
     written = ["index.html", *drawn, "table.md", "table.tex", "summary.json"]

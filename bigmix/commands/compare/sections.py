@@ -6,11 +6,11 @@ These functions select and count; the templates next to this module make HTML of
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from bigmix.commands.compare.findings.answers import ComparedAnswer, telling_example
 from bigmix.commands.compare.folders import TaskSample
 from bigmix.commands.compare.judge import Comparison
 from bigmix.commands.compare.points import RunPoint
-from bigmix.commands.compare.read import BASE, FinishedRun
-from bigmix.commands.compare.tables import ABSENT
+from bigmix.commands.compare.read import ABSENT, BASE, FinishedRun
 from bigmix.terminal import share_percent
 
 
@@ -20,6 +20,28 @@ class TextTable:
 
     heads: Sequence[str]
     rows: Sequence[tuple[str, Sequence[str]]]
+
+
+def with_asides(text: str) -> list[tuple[str, bool]]:
+    """The parts of a text, with True for those in parentheses, which an answer in quotation marks
+    may have too.
+    """
+    parts: list[tuple[str, bool]] = []
+    begin, depth, is_quoted = 0, 0, False
+    for at, letter in enumerate(text):
+        if letter in "“”":
+            is_quoted = letter == "“"
+        elif letter == "(" and not is_quoted:
+            if depth == 0:
+                parts.append((text[begin:at], False))
+                begin = at
+            depth += 1
+        elif letter == ")" and not is_quoted and depth:
+            depth -= 1
+            if depth == 0:
+                parts.append((text[begin : at + 1], True))
+                begin = at + 1
+    return [*parts, (text[begin:], depth > 0)]
 
 
 _MAX_COLUMNS = 4  # points side by side; with more of them, each point is a row
@@ -270,3 +292,48 @@ def _of_base(points: Sequence[RunPoint], task: str) -> dict[str, TaskSample]:
     """Outputs of the base, by prompt, from the first run that has them."""
     kept = (point.runs[0].samples.get(0, {}).get(task) for point in points)
     return {sample.prompt: sample for sample in next((found for found in kept if found), ())}
+
+
+_MOST_PROMPTS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnsweredPrompt:
+    """A prompt of the behaviour probe and the answers to it: `prompt` has those of the base,
+    `answers` is by point. `is_telling` where it is one that shows what was lost.
+    """
+
+    prompt: ComparedAnswer
+    answers: Mapping[str, ComparedAnswer]
+    is_telling: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswersSideBySide:
+    """Some of the prompts that were answered; `num_prompts` is how many there are."""
+
+    num_prompts: int
+    shown: Sequence[AnsweredPrompt]
+
+
+def answers_side_by_side(comparison: Comparison) -> AnswersSideBySide:
+    """Answers of the first run of each point: to the prompts that show what a point has lost, then
+    to the first prompt of each kind.
+    """
+    points = comparison.arrangement.ordered
+    by_point = {p.name: {a.id: a for a in p.runs[0].answers} for p in points}
+    prompts = {i: answer for own in reversed(by_point.values()) for i, answer in own.items()}
+    telling = [found.id for p in points if (found := telling_example(p.runs[0].answers))]
+    kinds = {prompt.kind: prompt.id for prompt in reversed(prompts.values())}
+    chosen = [*telling, *(prompt.id for prompt in prompts.values() if prompt.id in kinds.values())]
+    return AnswersSideBySide(
+        num_prompts=len(prompts),
+        shown=[
+            AnsweredPrompt(
+                prompt=prompts[i],
+                answers={name: own[i] for name, own in by_point.items() if i in own},
+                is_telling=i in telling,
+            )
+            for i in list(dict.fromkeys(chosen))[:_MOST_PROMPTS]
+        ],
+    )

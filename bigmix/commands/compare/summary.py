@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bigmix.commands.compare.charts.frontier import Frontier
+from bigmix.commands.compare.findings.knowledge import Finding
 from bigmix.commands.compare.judge import Comparison
 from bigmix.commands.compare.law import Fit, Prediction
 from bigmix.commands.compare.measures import FORGETTING, GAIN, LOSS, Evaluation, Spread
@@ -21,6 +22,7 @@ def summary_tree(comparison: Comparison, frontiers: Sequence[Frontier]) -> dict[
         sources=comparison.base,
         tasks=comparison.base_tasks,
         num_examples={},
+        behaviour=comparison.base_behaviour,
     )
     runs: dict[str, Any] = {BASE: {"kind": BASE, **_of_model(comparison, base)}}
     of_run = {run.name: point for point in comparison.points for run in point.runs}
@@ -70,6 +72,10 @@ def _of_model(comparison: Comparison, evaluation: Evaluation) -> dict[str, Any]:
             task: {score: _of_estimate(found) for score, found in scores.items()}
             for task, scores in evaluation.tasks.items()
         },
+        "behaviour": {
+            measure: _of_estimate(found) for measure, found in evaluation.behaviour.items()
+        }
+        or None,
     }
 
 
@@ -111,6 +117,11 @@ def _of_point(comparison: Comparison, point: RunPoint) -> dict[str, Any]:
         task: {s: _of_spread(spread) for s in names if (spread := point.task(task, s)) is not None}
         for task, names in comparison.scores.items()
     }
+    behaviour = {
+        measure: _of_spread(spread)
+        for measure in point.runs[0].final.behaviour
+        if (spread := point.behaviour(measure)) is not None
+    }
     return {
         "kind": point.kind,
         "replay_share": point.share,
@@ -119,7 +130,24 @@ def _of_point(comparison: Comparison, point: RunPoint) -> dict[str, Any]:
         "total_tokens": [run.total_tokens for run in point.runs],
         "sources": measures,
         "scores": scores,
+        "behaviour": behaviour or None,
+        "kept": [_of_finding(finding) for finding in comparison.findings[point.name]],
     }
+
+
+def _of_finding(finding: Finding) -> dict[str, Any]:
+    return {
+        "kind": finding.kind,
+        "name": finding.name,
+        "measure": finding.measure,
+        "verdict": finding.verdict,
+        "lost": _of_loss(finding.loss),
+        "lost_one_way": None if finding.one_way is None else _of_loss(finding.one_way),
+    }
+
+
+def _of_loss(loss: Spread) -> dict[str, Any]:
+    return {"mean": _finite(loss.mean), "reach": [_finite(end) for end in loss.reach]}
 
 
 def _of_spread(spread: Spread) -> dict[str, Any]:

@@ -4,8 +4,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from bigmix.commands.compare.findings.kept import DEFINITION, is_lost
+from bigmix.commands.compare.findings.knowledge import KINDS, Finding
+from bigmix.commands.compare.findings.phrases import brief, brief_numbers, head_of
 from bigmix.commands.compare.judge import Comparison
 from bigmix.commands.compare.measures import (
+    BEHAVIOUR,
+    BEHAVIOUR_MEASURES,
     FORGETTING,
     GAIN,
     SOURCE_MEASURES,
@@ -15,16 +20,21 @@ from bigmix.commands.compare.measures import (
     spread_of,
 )
 from bigmix.commands.compare.points import RunPoint
-from bigmix.commands.compare.read import BASE
+from bigmix.commands.compare.read import ABSENT, BASE
 from bigmix.evaluation.bootstrap import Estimate
 from bigmix.terminal import share_percent
 
-ABSENT = "–"
-NOTE = (
+_NOTE = (
     "Loss in nats/token; forgetting: loss after training minus loss of the base, lower is better;"
     " task gain: loss of the base minus loss after training, higher is better. In brackets is the"
     " 95 % bootstrap interval of a single run; after ± is the standard deviation over the seeds of"
     " a point, whose value is their mean."
+)
+_BEHAVIOUR_NOTE = (
+    " Behaviour is how the model answers general prompts. Forgetting and KL, both in nats/token,"
+    " are measured on the base's answers. Of the model's own answers are instructions (the part"
+    " that follows the constraints of its prompt), sentences (the part in sentences), stops (the"
+    " part that ends by itself), length (tokens) and same (the part that is the base's answer)."
 )
 
 
@@ -102,12 +112,50 @@ def tables_of_runs(comparison: Comparison) -> list[MeasureTable]:
     return list(_tables(comparison, [RunPoint(name=r.name, runs=[r], settings={}) for r in runs]))
 
 
+def kept_table(comparison: Comparison) -> MeasureTable | None:
+    """What each point kept and lost, a column for each thing that the base knew; None where the
+    headline alone says it.
+    """
+    found = comparison.findings
+    every = sorted((f for own in found.values() for f in own), key=lambda f: KINDS.index(f.kind))
+    heads = dict.fromkeys(head_of(finding) for finding in every)
+    if not heads or (len(heads) == 1 and len(found) <= 2):
+        return None
+    rows = []
+    for point in comparison.arrangement.ordered:
+        by_head = {head_of(finding): finding for finding in found[point.name]}
+        cells = [_cell_of_finding(by_head.get(head), point) for head in heads]
+        rows.append(MeasureRow(name=point.name, cells=cells))
+    one_way = comparison.reference
+    role = f"against {one_way.name}" if one_way else "against the base"
+    return MeasureTable(name="kept and lost", role=role, heads=list(heads), rows=rows)
+
+
+def note_of(comparison: Comparison) -> str:
+    """What the numbers of the tables mean."""
+    return _NOTE + (_BEHAVIOUR_NOTE if _has_behaviour(comparison) else "")
+
+
+def _has_behaviour(comparison: Comparison) -> bool:
+    return any(run.final.behaviour for run in comparison.runs)
+
+
+def _cell_of_finding(finding: Finding | None, point: RunPoint) -> ResultCell:
+    if finding is None:
+        return ResultCell(value=ABSENT)
+    sign = 1 if finding.verdict in ("all", "most") else -1 if is_lost(finding.loss) else 0
+    doubt = f"({brief_numbers(finding, point)})"
+    return ResultCell(value=brief(finding), doubt=doubt, sign=sign)
+
+
 def _tables(
     comparison: Comparison,
     points: Sequence[RunPoint],
     measures: Sequence[Measure] = SOURCE_MEASURES,
 ) -> Iterator[MeasureTable]:
     with_share = len(comparison.points) > 2
+    if _has_behaviour(comparison):
+        yield _behaviour_table(comparison, points, with_share=with_share)
     for source, role in comparison.roles.items():
         hidden = FORGETTING if role == "task" else GAIN
         spreads = {
@@ -130,6 +178,17 @@ def _tables(
         base = comparison.base_tasks.get(task, {})
         heads, rows = _measured(points, spreads, base, with_share=with_share)
         yield MeasureTable(name=task, role=role, heads=heads, rows=rows)
+
+
+def _behaviour_table(
+    comparison: Comparison, points: Sequence[RunPoint], *, with_share: bool
+) -> MeasureTable:
+    spreads = {m: [point.behaviour(m.key) for point in points] for m in BEHAVIOUR_MEASURES}
+    base = comparison.base_behaviour
+    heads, rows = _measured(points, spreads, base, with_share=with_share)
+    sizes = {size for run in comparison.runs if (size := run.final.sizes.get(BEHAVIOUR))}
+    role = sizes.pop().partition(",")[0] if len(sizes) == 1 else "prompts"
+    return MeasureTable(name=BEHAVIOUR, role=role, heads=heads, rows=rows)
 
 
 def _measured(
@@ -170,7 +229,7 @@ def _cell(spread: Spread | None, measure: Measure) -> ResultCell:
     doubt = ""
     if spread.deviation is not None:
         doubt = f"± {_plain(spread.deviation, measure)}"
-    elif spread.interval:
+    elif spread.interval and measure.has_interval:
         doubt = f"[{', '.join(_number(end, measure) for end in spread.interval)}]"
     is_change = measure.is_signed and value[0] in "+−"
     sign = (1 if (value[0] == "−") == (measure.better == "lower") else -1) if is_change else 0
@@ -185,7 +244,7 @@ def _plain(value: float, measure: Measure) -> str:
     if measure.key == "perplexity":
         digits = 2 if value < 1000 else 0
         return f"{value:,.{digits}f}" if value < 1e6 or math.isinf(value) else f"{value:.2e}"
-    return f"{value:.3f}"
+    return f"{value:.{measure.digits}f}"
 
 
 def signed(value: float) -> str:
@@ -197,13 +256,19 @@ def markdown(comparison: Comparison) -> str:
     """The text of `table.md`: the headline, the tables and what their numbers mean."""
     lines = [f"{comparison.headline} {comparison.detail}".strip(), ""]
     lines += [f"> Warning: {text}\n" for text in comparison.warnings]
+    if (kept := kept_table(comparison)) is not None:
+        lines += [*_markdown(kept), DEFINITION, ""]
     for table in tables(comparison):
-        heads = [table.title, *table.heads]
-        lines += [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
-        for row in table.rows:
-            lines.append(_line([row.name, *(cell.text for cell in row.cells)]))
-        lines.append("")
-    return "\n".join([*lines, NOTE, ""])
+        lines += _markdown(table)
+    return "\n".join([*lines, note_of(comparison), ""])
+
+
+def _markdown(table: MeasureTable) -> Iterator[str]:
+    heads = [table.title, *table.heads]
+    yield from (_line(heads), _line(["---", *["---:"] * (len(heads) - 1)]))
+    for row in table.rows:
+        yield _line([row.name, *(cell.text for cell in row.cells)])
+    yield ""
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -231,7 +296,8 @@ _TEX = {
 def latex(comparison: Comparison) -> str:
     """The text of `table.tex`: each table as a tabular, for the package booktabs."""
     lines = ["% Needs \\usepackage{booktabs}."]
-    for table in tables(comparison):
+    kept = kept_table(comparison)
+    for table in ([] if kept is None else [kept]) + tables(comparison):
         heads = [table.title, *table.heads]
         lines += [rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}", r"\toprule"]
         lines += [_tex_line(heads), r"\midrule"]

@@ -17,7 +17,6 @@ of its likeliest tokens, C columns of `_Column`, R resamples.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum, auto
@@ -37,9 +36,9 @@ from bigmix.evaluation.behaviour.records import (
     ChatPrompts,
     sums_of_answers,
 )
+from bigmix.evaluation.behaviour.sentences import holds_sentence
 from bigmix.evaluation.behaviour.teacher_forcing import score_given
 from bigmix.evaluation.bootstrap import Estimate, interval, resampled_sums
-from bigmix.evaluation.tasks.matching import CHINESE
 from bigmix.files import replace_text
 from bigmix.runs.layout import BEHAVIOUR
 from bigmix.runs.metrics_log import MetricsRecord
@@ -216,30 +215,6 @@ def _plain(pair: AnswerPair) -> dict[str, Any]:
         "stops": pair.answer.stops,
         "tokens": pair.answer.length,
     }
-
-
-_FENCED = re.compile(r"```.*?(?:```|\Z)", re.S)
-_SENTENCE = re.compile(r"(.+?)(?:[。！？]|[.!?…](?=[\s\"'”’」』)\]*_]|$))")
-_WORD = re.compile(
-    rf"(?:(?!{CHINESE.pattern})[^\W\d_])+(?:['’-](?:(?!{CHINESE.pattern})[^\W\d_])+)*"
-)
-_WORDS_OF_SENTENCE, _SIGNS_OF_SENTENCE = 3, 4
-
-
-def holds_sentence(text: str) -> bool:
-    """Whether a text has a whole sentence outside of fenced code.
-
-    A sentence is a part of a line that ends with a full stop, a question mark, an exclamation mark
-    or an ellipsis, has none of these before its end, and has three words or four Chinese
-    characters; where it has both, n/3 + m/4 must reach 1. A word is made of letters.
-    """
-    return any(
-        len(_WORD.findall(part)) / _WORDS_OF_SENTENCE
-        + len(CHINESE.findall(part)) / _SIGNS_OF_SENTENCE
-        >= 1
-        for line in _FENCED.sub("\n", text).splitlines()
-        for part in _SENTENCE.findall(line)
-    )
 
 
 class _Column(IntEnum):

@@ -54,6 +54,7 @@ def recipe(folder: Path, replay_share: float) -> dict[str, Any]:
         "held_out": {"code": "data/code-test", "manual": "data/manual-test"},
         "budget": {"task_tokens": STEPS * TASK_ROWS * ROW_TOKENS, "steps": None},
         "train": {"lr": 1e-3, "steps": None},
+        "behaviour": {"when": "auto"},  # the base is no chat model
         "output": str(folder),
     }
 
@@ -90,7 +91,10 @@ def evaluation(step: int, replay_share: float, base: Mapping[str, float]) -> dic
             f"forgetting/{name}": change,
             f"held_out_low/{name}": loss - 0.03,
             f"held_out_high/{name}": loss + 0.03,
+            f"forgetting_low/{name}": change - 0.02,
+            f"forgetting_high/{name}": change + 0.02,
             f"held_out_tokens/{name}": 20_000,
+            f"held_out_chat/{name}": False,
         }
     return line
 
@@ -138,12 +142,12 @@ def test_headline_says_what_was_kept_and_at_what_task_loss(
     comparison = compare(two_runs, tmp_path / "report").comparison
     assert (
         comparison.headline
-        == "Two-way training kept 83 % of what one-way training lost on `code` (forgetting 0.20"
-        " against 1.20 nats/token) at about the same task loss (2.30 against 2.29)."
+        == "Two-way training kept 83 % of what one-way training lost on the text `code` (forgetting"
+        " 0.20 against 1.20 nats/token) at about the same task loss (2.30 against 2.29)."
     )
     assert (
         comparison.detail
-        == "Over all 2 replay sources the mean forgetting is 0.30 against 1.05 nats/token."
+        == "Over all 2 text sources the mean forgetting is 0.30 against 1.05 nats/token."
     )
 
 
@@ -152,9 +156,9 @@ def test_headline_of_one_run_claims_no_comparison(tmp_path: Path) -> None:
     headline = compare([run], tmp_path / "report").comparison.headline
     assert (
         headline
-        == "One-way training (a) forgot 1.20 nats/token on `code`, forgot 0.90 nats/token on"
-        " `manual` and gained 1.81 nats/token on `docs`; no two-way run was given to compare it"
-        " with."
+        == "One-way training (a) forgot 1.20 nats/token on the text `code`, forgot 0.90 nats/token"
+        " on the text `manual` and gained 1.81 nats/token on `docs`; no two-way run was given to"
+        " compare it with."
     )
 
 

@@ -236,7 +236,7 @@ def test_files_of_a_sweep(summary: Summary) -> None:
     assert "Task tokens are fixed: replay comes on top" in page
     tex = (report / "table.tex").read_text()
     assert r"{books-0.05} & {5~\%}" in tex
-    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 6
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 7
 
 
 def test_the_same_example_is_shown_for_all_points(summary: Summary) -> None:

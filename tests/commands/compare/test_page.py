@@ -4,12 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+from support.behaviour_runs import Answers, add_behaviour
 from support.browser import Page, browser, find_browser
 from support.run_folders import Numbers, Recipe, write_run, write_sweep
 
 from bigmix.commands.compare.report import compare
 
-WIDE, NARROW = 1200, 390
+WIDE, NARROW = 1280, 390
 
 # The position and size of each figure, and its texts that are cut off.
 FIGURES = """
@@ -75,6 +76,21 @@ def pair_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def behaviour_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("behaviour")
+    for name, share, replay, kept in (
+        ("one-way", 0.0, "books", 0.05),
+        ("two-way-books", 0.25, "books", 0.1),
+        ("two-way-chats", 0.25, "self", 0.95),
+    ):
+        numbers = Numbers(forgetting=0.4 - share)
+        run = write_run(folder / name, Recipe(share=share, replay=replay), numbers)
+        add_behaviour(run, Answers(forgetting=2.3 * (1 - kept), kept=kept))
+    compare([folder], folder / "report")
+    return folder / "report/index.html"
+
+
+@pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory):
     if find_browser() is None:
         # Where a Chromium must be installed, a missing one is a fault.
@@ -88,9 +104,15 @@ def page(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("width", [WIDE, NARROW])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_figures_are_visible_and_nothing_is_loaded_from_the_network(
-    sweep_page: Path, pair_page: Path, page: Page, scheme: str, width: int, tmp_path: Path
+    sweep_page: Path,
+    pair_page: Path,
+    behaviour_page: Path,
+    page: Page,
+    scheme: str,
+    width: int,
+    tmp_path: Path,
 ) -> None:
-    for file, num_figures in ((sweep_page, 14), (pair_page, 7)):
+    for file, num_figures in ((sweep_page, 14), (pair_page, 7), (behaviour_page, 20)):
         page.requests.clear()
         page.open(file, width=width, scheme=scheme)
         assert page.requests == [file.as_uri()]
@@ -145,3 +167,26 @@ def test_the_keyboard_reaches_marks_and_wide_tables(sweep_page: Path, page: Page
     tip = "document.querySelector('.point:focus .tip')"
     page.value("document.querySelector('.point').focus()")
     assert page.value(f"getComputedStyle({tip}).opacity") == "1"
+
+
+@pytest.mark.slow
+def test_the_page_shows_first_what_was_lost_and_the_answers_that_show_it(
+    behaviour_page: Path, page: Page
+) -> None:
+    page.open(behaviour_page, width=WIDE, scheme="light")
+    lost = "Two-way training (two-way-books) lost the base's behaviour"
+    assert page.value("document.querySelector('h1').textContent").startswith(lost)
+    # The numbers are smaller than what is claimed, and the first table is the verdicts.
+    sizes = page.value(
+        "['h1', 'h1 small'].map(s => parseFloat(getComputedStyle("
+        "document.querySelector(s)).fontSize))"
+    )
+    assert sizes[0] > 1.2 * sizes[1]
+    first = page.value("document.querySelector('table').innerText")
+    assert "two-way-chats" in first and "lost (instructions followed" in first
+    # All tables fit a wide window.
+    scrolled = "[...document.querySelectorAll('.wide')].filter(w => w.scrollWidth > w.clientWidth)"
+    assert page.value(f"{scrolled}.map(w => w.getAttribute('aria-label'))") == []
+    opened = page.value("[...document.querySelectorAll('details[open]')].map(d => d.innerText)")
+    assert opened and "does not follow the constraints" in opened[0]
+    assert all(name in opened[0] for name in ("base", "one-way", "two-way-chats"))

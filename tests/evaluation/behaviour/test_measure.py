@@ -19,10 +19,10 @@ from bigmix.evaluation.behaviour.baseline import parse_base_answers, read_base_a
 from bigmix.evaluation.behaviour.measure import (
     behaviour_line,
     estimates_of,
-    holds_sentence,
     measure_behaviour,
     notes_on_base,
 )
+from bigmix.evaluation.behaviour.sentences import holds_sentence
 from bigmix.evaluation.bootstrap import RESAMPLES
 from bigmix.evaluation.tasks.inference_model import InferenceModel
 from bigmix.seeding import key_of

@@ -18,12 +18,22 @@ from bigmix.commands.compare.charts.axes import (
 from bigmix.commands.compare.charts.styles import MAX_NAMED, Style, styles_of
 from bigmix.commands.compare.charts.svg import Area, Label, Mark, Scene, Shape, Stroke, width_of
 from bigmix.commands.compare.judge import Comparison
-from bigmix.commands.compare.measures import FORGETTING, LOSS, Evaluation, spread_of
+from bigmix.commands.compare.measures import (
+    BEHAVIOUR,
+    BEHAVIOUR_MEASURES,
+    FORGETTING,
+    INSTRUCTIONS,
+    LOSS,
+    SENTENCES,
+    Evaluation,
+    spread_of,
+)
 from bigmix.commands.compare.points import RunPoint
 from bigmix.commands.compare.read import BASE
 from bigmix.evaluation.bootstrap import Estimate
 from bigmix.terminal import short
 
+_DRAWN_OF_BEHAVIOUR = (FORGETTING, INSTRUCTIONS, SENTENCES)
 Pick = Callable[[Evaluation], Estimate | None]
 
 
@@ -51,11 +61,15 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurvePanel:
-    """The curves of one quantity; `base_y` is its value for the base, None where it is unknown."""
+    """The curves of one quantity; `base_y` is its value for the base, None where it is unknown.
+
+    Panels that are on one scale have `is_on_common_scale`.
+    """
 
     title: str
     curves: Sequence[Curve]
     base_y: float | None
+    is_on_common_scale: bool = False
 
 
 def is_over_tokens(comparison: Comparison) -> bool:
@@ -64,12 +78,12 @@ def is_over_tokens(comparison: Comparison) -> bool:
 
 
 def curve_scenes(comparison: Comparison) -> list[Scene]:
-    """The forgetting of each replay source, all on one scale, then the loss of each task source,
-    then the scores of tasks.
+    """Behaviour, then the forgetting of each replay source, all on one scale, then the loss of each
+    task source, then the scores of tasks.
     """
     by_tokens = is_over_tokens(comparison)
     panels = [panel for panel in _panels(comparison) if panel.curves]
-    forgotten = [panel for panel in panels if panel.title.endswith("forgetting")]
+    forgotten = [panel for panel in panels if panel.is_on_common_scale]
     together = range_of([v for panel in forgotten for v in _heights(panel)]) if forgotten else None
     last_x = max((d.x for p in panels for c in p.curves for d in c.dots), default=1.0)
     return [
@@ -90,11 +104,20 @@ def _heights(panel: CurvePanel) -> list[float]:
 
 
 def _panels(comparison: Comparison) -> Iterator[CurvePanel]:
+    for measure in BEHAVIOUR_MEASURES:
+        if measure.key in _DRAWN_OF_BEHAVIOUR:
+            base = comparison.base_behaviour.get(measure.key)
+            yield CurvePanel(
+                title=f"{BEHAVIOUR}: {measure.label}",
+                curves=_curves(comparison, _of_behaviour(measure.key)),
+                base_y=base.value if base else None,
+            )
     for source in comparison.replays:
         yield CurvePanel(
             title=f"{source}: forgetting",
             curves=_curves(comparison, _of_source(source, FORGETTING)),
             base_y=0.0,
+            is_on_common_scale=True,
         )
     for source in comparison.tasks:
         yield CurvePanel(
@@ -110,6 +133,10 @@ def _panels(comparison: Comparison) -> Iterator[CurvePanel]:
                 curves=_curves(comparison, _of_task(task, score)),
                 base_y=base.value if base else None,
             )
+
+
+def _of_behaviour(measure: str) -> Pick:
+    return lambda evaluation: evaluation.behaviour.get(measure)
 
 
 def _of_source(source: str, measure: str) -> Pick:

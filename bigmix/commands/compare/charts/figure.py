@@ -43,15 +43,20 @@ _INK = {"ink": "#1b1f24", "soft": "#5b6470", "line": "#e3e6ea", "paper": "#fffff
 
 
 def draw_figure(
-    scenes: Sequence[Scene], styles: Mapping[str, Style], path: Path, *, with_legend: bool
+    scenes: Sequence[Scene],
+    styles: Mapping[str, Style],
+    path: Path,
+    *,
+    columns: int = MAX_COLUMNS,
+    with_legend: bool,
 ) -> None:
-    """Draw the scenes with their titles, three side by side at most, and a legend below them."""
+    """Draw the scenes with their titles, at most `columns` side by side, and a legend below."""
     # Matplotlib takes a second to import, and no other command draws.
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(MAX_COLUMNS, len(scenes))
+    columns = min(columns, len(scenes))
     lines = [scenes[start : start + columns] for start in range(0, len(scenes), columns)]
     cell = max(scene.width for scene in scenes) + GAP_PX
     width = columns * cell + 2 * MARGIN_PX

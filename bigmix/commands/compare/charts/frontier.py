@@ -26,7 +26,7 @@ from bigmix.commands.compare.charts.svg import (
     width_of,
 )
 from bigmix.commands.compare.judge import Comparison
-from bigmix.commands.compare.measures import FORGETTING, LOSS, Better, Spread
+from bigmix.commands.compare.measures import BEHAVIOUR, FORGETTING, LOSS, Better, Spread
 from bigmix.commands.compare.points import RunPoint
 
 HEIGHT = 330
@@ -50,7 +50,9 @@ class Spot:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Frontier:
-    """All points by one measure of a task and by what they forgot of the source `replay`."""
+    """All points by one measure of a task and by what they forgot of the source `replay`, or of
+    behaviour.
+    """
 
     title: str
     x_label: str
@@ -60,13 +62,15 @@ class Frontier:
 
 
 def frontiers(comparison: Comparison) -> list[Frontier]:
-    """A frontier for the loss of each task source and for each score of each task, where three
-    points or more have it.
+    """Frontiers for the loss of each task source and for each score of each task, where three
+    points or more have it: against forgetting of the judged source, and of behaviour.
     """
-    replay = comparison.judged
-    if replay is None:
-        return []
-    found = [_frontier(comparison.points, replay, measured) for measured in _measured(comparison)]
+    forgotten = [name for name in (comparison.judged, BEHAVIOUR) if name is not None]
+    found = [
+        _frontier(comparison.points, replay, measured)
+        for measured in _measured(comparison)
+        for replay in forgotten
+    ]
     return [frontier for frontier in found if len(frontier.spots) >= LEAST_POINTS]
 
 
@@ -104,7 +108,7 @@ def _frontier(points: Sequence[RunPoint], replay: str, measured: _Measured) -> F
         (point, task, lost)
         for point in points
         if (task := measured.spreads[point.name]) is not None
-        and (lost := point.source(replay, FORGETTING)) is not None
+        and (lost := _forgotten(point, replay)) is not None
     ]
     sign = 1.0 if measured.better == "lower" else -1.0
     costs = [(sign * task.mean, lost.mean) for _, task, lost in known]
@@ -119,6 +123,10 @@ def _frontier(points: Sequence[RunPoint], replay: str, measured: _Measured) -> F
         replay=replay,
         spots=spots,
     )
+
+
+def _forgotten(point: RunPoint, replay: str) -> Spread | None:
+    return point.behaviour(FORGETTING) if replay == BEHAVIOUR else point.source(replay, FORGETTING)
 
 
 def _is_dominated(cost: XY, others: Sequence[XY]) -> bool:

@@ -14,7 +14,7 @@ from bigmix.commands.compare.judge import Comparison
 from bigmix.commands.compare.law import Fit, Law, Prediction, fit_law
 from bigmix.commands.compare.measures import FORGETTING, Spread
 from bigmix.commands.compare.points import RunPoint
-from bigmix.commands.compare.tables import ABSENT
+from bigmix.commands.compare.read import ABSENT
 from bigmix.terminal import share_percent
 
 
