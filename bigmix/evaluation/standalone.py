@@ -31,8 +31,8 @@ from bigmix.model.ds_config import complete_for_evaluation
 from bigmix.model.engine import device_of, join
 from bigmix.model.loading import DevicePlacement, ModelSource, open_evaluated, open_reference
 from bigmix.recipe import Recipe, to_yaml
-from bigmix.runs.layout import EVALUATION, LOG, RECIPE
-from bigmix.runs.metrics_log import METRICS, MetricsRecord, finite, read_lines
+from bigmix.runs.layout import EVALUATION, LOG, RECIPE, step_of_export
+from bigmix.runs.metrics_log import MetricsRecord, finite
 from bigmix.runs.resume import log_to_file
 from bigmix.terminal import Terminal
 
@@ -130,7 +130,10 @@ def _results(
         yield base, _evaluate(services, base, held_out_spec, 0, baseline)
         reference = open_reference(_source_of(base), services.recipe, _placement(services))
         held_out_spec = replace(held_out_spec, base=reference)
-    yield model, _evaluate(services, model, held_out_spec, _step_of(Path(model.path)), baseline)
+    yield (
+        model,
+        _evaluate(services, model, held_out_spec, step_of_export(Path(model.path)), baseline),
+    )
 
 
 def _held_out_spec(services: _Services) -> HeldOutSpec:
@@ -179,13 +182,6 @@ def _evaluate(
     if result is None:
         raise Interrupted("stopped on request; run the same command to evaluate again")
     return result
-
-
-def _step_of(model: Path) -> int:
-    """The last step of the run that exported a model; 1 where that is unknown."""
-    metrics = model.parent / METRICS
-    lines = read_lines(metrics) if metrics.is_file() else []
-    return max((int(line["step"]) for line in lines), default=1)
 
 
 def _write(recipe: Recipe, request: EvaluationRequest, lines: Sequence[MetricsRecord]) -> None:

@@ -13,11 +13,12 @@ from bigmix.errors import BadInput
 from bigmix.files import replace_text
 from bigmix.recipe import Recipe
 from bigmix.runs.checkpoints import FOLDER, newest_step
-from bigmix.runs.metrics_log import METRICS, has_evaluation
+from bigmix.runs.metrics_log import METRICS, has_evaluation, read_lines
 
 # What is in the folder of a run, besides METRICS and TENSORBOARD, which the metrics log names.
 RECIPE, ATTEMPT = "recipe.yaml", "attempt.json"
-CHECKPOINTS, EXPORT, LOG, SAMPLES = FOLDER, "export", "log", "samples"
+CHECKPOINTS, EXPORT, LOG = FOLDER, "export", "log"
+SAMPLES, BEHAVIOUR = "samples", "behaviour"  # answers to tasks, and to the behaviour probe
 EVALUATION = "evaluation.json"  # of a model that was evaluated outside of a run, in its own folder
 
 
@@ -103,3 +104,10 @@ def progress(recipes: Iterable[Recipe]) -> int:
     """
     folders = [Path(recipe.output) for recipe in recipes]
     return sum(newest_step(folder / FOLDER) + (folder / ATTEMPT).exists() for folder in folders)
+
+
+def step_of_export(model: Path) -> int:
+    """The last step of the run that exported a model; 1 where that is unknown."""
+    metrics = model.parent / METRICS
+    lines = read_lines(metrics) if metrics.is_file() else []
+    return max((int(line["step"]) for line in lines), default=1)

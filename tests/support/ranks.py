@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _IMPORTED = [
     "support.workers.engines",
     "support.workers.checkpoints",
+    "support.workers.behaviour",
     "support.workers.tasks",
     "bigmix.commands.main",
     "bigmix.train.run",

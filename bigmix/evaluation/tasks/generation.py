@@ -1,4 +1,4 @@
-"""Generates the outputs of prompts, each sampled with random numbers of its own.
+"""Generates the outputs of prompts, greedily or each sampled with random numbers of its own.
 
 Letters: R rows of a batch, T tokens, V vocabulary.
 """
@@ -25,7 +25,6 @@ from transformers import (
 
 from bigmix.evaluation.tasks.inference_model import InferenceModel, padded
 from bigmix.evaluation.tasks.prompts import PromptTokens
-from bigmix.recipe.task import Task
 from bigmix.seeding import keys_of
 from bigmix.text.tokenizer import Tokenizer
 
@@ -33,47 +32,74 @@ _MANTISSA = 53  # bits of a double
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationSettings:
+    """How outputs are generated: until one of the ids `stops` or one of the texts `stop_texts`, and
+    at most `max_new_tokens` tokens.
+
+    temperature 0: always the likeliest token; above: drawn, of the likeliest tokens that together
+    have the probability `top_p`.
+    """
+
+    stops: frozenset[int]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop_texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """The tokens of a prompt, and the key of the random numbers that its output is sampled with."""
 
     tokens: PromptTokens
-    key: int
+    key: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratedOutput:
+    """What a model has written after a prompt: its tokens, and its text without what ends it.
+
+    `is_ended`: whether the last of the tokens is one that ends an output; where not, the output was
+    cut after as many tokens as are allowed.
+    """
+
+    tokens: PromptTokens
+    text: str
+    is_ended: bool
 
 
 def generate(
     model: InferenceModel,
     tokenizer: Tokenizer,
-    task: Task,
-    stops: frozenset[int],
+    settings: GenerationSettings,
     prompts: Sequence[Prompt],
-) -> list[str]:
-    """The text that the model writes after each prompt, without what ends it.
+) -> list[GeneratedOutput]:
+    """What the model writes after each prompt.
 
-    `stops` are the ids that end an output. Where the model runs in step with other ranks, a
-    collective. An output depends only on its prompt and key, up to rounding, which may differ
-    between batches of different shapes.
+    Where the model runs in step with other ranks, a collective. An output depends only on its
+    prompt and key, up to rounding, which may differ between batches of different shapes.
     """
     width = max(len(prompt.tokens) for prompt in prompts)
     tokens = [prompt.tokens for prompt in prompts]
     ids_RT, mask_RT = padded(tokens, width, model.device, at_left=True)
     config = GenerationConfig(
-        max_new_tokens=task.max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
         do_sample=False,
         use_cache=True,
-        eos_token_id=sorted(stops),
-        pad_token_id=min(stops),
+        eos_token_id=sorted(settings.stops),
+        pad_token_id=min(settings.stops),
     )
     with _own_settings(model.lm, config), torch.no_grad():
         written_RT = model.lm.generate(
             input_ids=ids_RT,
             attention_mask=mask_RT,
             generation_config=config,
-            logits_processor=LogitsProcessorList(_drawing(task, prompts, width, model.device)),
-            stopping_criteria=StoppingCriteriaList(_stopping(tokenizer, task, width)),
+            logits_processor=LogitsProcessorList(_drawing(settings, prompts, width, model.device)),
+            stopping_criteria=StoppingCriteriaList(_stopping(tokenizer, settings, width)),
             synced_gpus=model.in_step,
         )
     return [
-        _text(tokenizer, task, stops, prompt.tokens, written)
+        _output(tokenizer, settings, prompt.tokens, written)
         for prompt, written in zip(prompts, written_RT[:, width:].tolist(), strict=True)
     ]
 
@@ -92,12 +118,12 @@ def _own_settings(lm: Any, config: GenerationConfig) -> Iterator[None]:
 
 
 def _drawing(
-    task: Task, prompts: Sequence[Prompt], width: int, device: torch.device
+    settings: GenerationSettings, prompts: Sequence[Prompt], width: int, device: torch.device
 ) -> Iterator[LogitsProcessor]:
-    if task.temperature:
-        uniforms_RT = np.stack([_uniforms(prompt.key, task.max_new_tokens) for prompt in prompts])
+    if settings.temperature:
+        uniforms_RT = np.stack([_uniforms(each.key, settings.max_new_tokens) for each in prompts])
         yield TokenSampler(
-            torch.from_numpy(uniforms_RT).to(device), width, partial(_probabilities, task)
+            torch.from_numpy(uniforms_RT).to(device), width, partial(_probabilities, settings)
         )
 
 
@@ -108,11 +134,11 @@ def _uniforms(key: int, count: int) -> npt.NDArray[np.float64]:
     return uniforms
 
 
-def _probabilities(task: Task, scores_RV: Tensor) -> Tensor:
-    """The probabilities [R, V] of the next tokens at the temperature and top_p of a task."""
-    scores_RV = scores_RV / task.temperature
-    if task.top_p < 1:
-        scores_RV = TopPLogitsWarper(task.top_p)(None, scores_RV)
+def _probabilities(settings: GenerationSettings, scores_RV: Tensor) -> Tensor:
+    """The probabilities [R, V] of the next tokens at a temperature and top_p."""
+    scores_RV = scores_RV / settings.temperature
+    if settings.top_p < 1:
+        scores_RV = TopPLogitsWarper(settings.top_p)(None, scores_RV)
     return scores_RV.double().softmax(dim=-1)
 
 
@@ -156,9 +182,11 @@ def draw_ids(weights_RV: Tensor, uniforms_R: Tensor) -> Tensor:
     return torch.minimum(drawn_R, last_R)
 
 
-def _stopping(tokenizer: Tokenizer, task: Task, width: int) -> Iterator[StoppingCriteria]:
-    if task.stop:
-        yield _Stopped(tokenizer, task.stop, width)
+def _stopping(
+    tokenizer: Tokenizer, settings: GenerationSettings, width: int
+) -> Iterator[StoppingCriteria]:
+    if settings.stop_texts:
+        yield _Stopped(tokenizer, settings.stop_texts, width)
 
 
 class _Stopped(StoppingCriteria):  # type: ignore[misc]
@@ -183,17 +211,20 @@ class _Stopped(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(found, device=ids_RT.device)
 
 
-def _text(
+def _output(
     tokenizer: Tokenizer,
-    task: Task,
-    stops: frozenset[int],
+    settings: GenerationSettings,
     prompt: PromptTokens,
     written: Sequence[int],
-) -> str:
-    end = next((at for at, token in enumerate(written) if token in stops), len(written))
+) -> GeneratedOutput:
+    end = next((at for at, token in enumerate(written) if token in settings.stops), None)
     own = [token for token in written[:end] if token not in tokenizer.special_ids]
     # Some tokenizers drop the space before the first word of a text; after the prompt it is kept.
     before = tokenizer.decode(prompt)
     text = tokenizer.decode([*prompt, *own]).removeprefix(before)
-    cuts = [at for stop in task.stop if (at := text.find(stop)) >= 0]
-    return text[: min(cuts, default=len(text))]
+    cuts = [at for stop in settings.stop_texts if (at := text.find(stop)) >= 0]
+    return GeneratedOutput(
+        tokens=tuple(written if end is None else written[: end + 1]),
+        text=text[: min(cuts, default=len(text))],
+        is_ended=end is not None,
+    )

@@ -8,7 +8,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 import transformers
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.processes import available_memory_bytes
+from bigmix.cluster.world import World
 from bigmix.model.engine import is_sharded, whole_parameters
 
 _ROOM = 2  # times the copy: activations and the cache of keys and values need memory as well
 
+T = TypeVar("T")
 WeightPlacement = Literal["auto", "whole", "sharded"]
 
 
@@ -33,6 +35,24 @@ class InferenceModel:
     lm: Any
     device: torch.device
     in_step: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankBatch(Generic[T]):
+    """The rows of one batch on a rank; what an idle one gives is not used."""
+
+    rows: Sequence[T]
+    is_idle: bool
+
+
+def batches_of_rank(rows: Sequence[T], world: World, size: int) -> Sequence[RankBatch[T]]:
+    """The rows of a rank in batches of at most `size`, in the same number of batches as on every
+    other rank; rows that are next to each other share a batch.
+    """
+    own = rows[world.rank :: world.size]
+    longest = -(-len(rows) // world.size)
+    parts = [own[at : at + size] for at in range(0, longest, size)]
+    return [RankBatch(rows=part or rows[-1:], is_idle=not part) for part in parts]
 
 
 def padded(

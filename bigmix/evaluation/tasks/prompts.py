@@ -1,6 +1,6 @@
 """Tokenises the prompts of tasks: a chat has the token ids that it would have in training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,11 +11,11 @@ from bigmix.errors import BadInput
 from bigmix.evaluation.tasks.examples import Example, TaskFile
 from bigmix.recipe.task import Task
 from bigmix.text.chat_template import Template, open_template, render_chat
-from bigmix.text.chat_tokens import EncodedChat, encode_chats
-from bigmix.text.formats import Conversation
+from bigmix.text.chat_tokens import encode_chats
+from bigmix.text.formats import Conversation, Dropped
 from bigmix.text.tokenizer import Tokenizer, load_tokenizer
 
-_PROBE = "a"  # an answer that is rendered only to find where answers begin
+ANSWER = "a"  # an answer that is rendered only to find where answers begin
 
 PromptTokens = tuple[int, ...]
 
@@ -129,7 +129,7 @@ def _prepare(file: TaskFile, language: ChatFormat, max_positions: int | None) ->
         questions=fitting,
         num_dropped=num_dropped,
         is_chat=template is not None,
-        stops=_stops(tokenizer, template),
+        stops=stops_of(tokenizer, template),
         tokenizer=tokenizer,
     )
 
@@ -146,7 +146,7 @@ def _template(task: Task, language: ChatFormat) -> Template | None:
     return open_template(language.tokenizer, name)
 
 
-def _stops(tokenizer: Tokenizer, template: Template | None) -> frozenset[int]:
+def stops_of(tokenizer: Tokenizer, template: Template | None) -> frozenset[int]:
     """The ids that end an output: the end of a document, and the end of a turn."""
     ends = tokenizer.encode_rendered(template.turn_end.strip()).ids if template is not None else ()
     return frozenset({tokenizer.eos_id, *(int(t) for t in ends if t in tokenizer.special_ids)})
@@ -167,7 +167,7 @@ def _question(
             )
         pairs = _as_text(tokenizer, example, task.separator, labels)
     else:
-        pairs = _as_chat(tokenizer, template, example, labels or (_PROBE,))
+        pairs = _as_chat(tokenizer, template, example, labels or (ANSWER,))
     if not labels:
         prompt, _ = pairs[0]
         return Question(example=example, prompt=prompt, labels=())
@@ -196,30 +196,38 @@ def _num_shared(pairs: Sequence[tuple[PromptTokens, PromptTokens]]) -> int:
 def _as_chat(
     tokenizer: Tokenizer, template: Template, example: Example, answers: Sequence[str]
 ) -> list[tuple[PromptTokens, PromptTokens]]:
-    """The tokens before each answer, and those of it that would be in the loss: the end of the turn
-    is one of them.
-    """
-    rendered = [
-        render_chat(
-            tokenizer,
-            template,
-            Conversation(
-                messages=[*example.messages, {"role": "assistant", "content": answer}],
-                tools=example.tools,
-            ),
+    conversations = [
+        Conversation(
+            messages=[*example.messages, {"role": "assistant", "content": answer}],
+            tools=example.tools,
         )
         for answer in answers
     ]
     pairs = []
+    for pair in chat_pairs(tokenizer, template, conversations):
+        if isinstance(pair, Dropped):
+            raise BadInput(f"{example.place}: the chat template cannot render it ({pair.reason})")
+        pairs.append(pair)
+    return pairs
+
+
+def chat_pairs(
+    tokenizer: Tokenizer, template: Template, conversations: Sequence[Conversation]
+) -> Iterator[tuple[PromptTokens, PromptTokens] | Dropped]:
+    """For each conversation, which ends with an answer, the tokens before that answer, and those of
+    it that would be in the loss: the end of the turn is one of them. Dropped, with the reason,
+    where the template cannot render it.
+    """
+    rendered = [render_chat(tokenizer, template, each) for each in conversations]
     for chat in encode_chats(tokenizer, rendered):
-        if not isinstance(chat, EncodedChat):
-            raise BadInput(f"{example.place}: the chat template cannot render it ({chat.reason})")
+        if isinstance(chat, Dropped):
+            yield chat
+            continue
         # The last run of loss tokens: earlier answers of the conversation are in the loss, too.
         end = int(np.flatnonzero(chat.loss_mask)[-1]) + 1
         begin = int(np.flatnonzero(~chat.loss_mask[:end])[-1]) + 1
         ids = chat.ids.tolist()
-        pairs.append((tuple(ids[:begin]), tuple(ids[begin:end])))
-    return pairs
+        yield tuple(ids[:begin]), tuple(ids[begin:end])
 
 
 def _as_text(

@@ -12,8 +12,8 @@ from bigmix.cluster.signals import Activity
 from bigmix.cluster.world import World
 from bigmix.evaluation.bootstrap import Estimate
 from bigmix.evaluation.tasks.execution import passes, program_of
-from bigmix.evaluation.tasks.generation import Prompt, generate
-from bigmix.evaluation.tasks.inference_model import InferenceModel
+from bigmix.evaluation.tasks.generation import GenerationSettings, Prompt, generate
+from bigmix.evaluation.tasks.inference_model import InferenceModel, RankBatch, batches_of_rank
 from bigmix.evaluation.tasks.likelihood import log_likelihoods
 from bigmix.evaluation.tasks.prompts import PreparedTask, Question
 from bigmix.evaluation.tasks.scoring import Answered, score_answers, scored
@@ -121,19 +121,9 @@ class _Output:
     passes: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Batch:
-    """Rows (question, number of the output) that are generated together; the outputs of idle ones
-    are not used.
-    """
-
-    rows: Sequence[tuple[Question, int]]
-    is_idle: bool
-
-
-def _batches(prepared: PreparedTask, world: World) -> Sequence[_Batch]:
-    """The rows of a rank, in the same number of batches as on every other rank; questions of
-    similar lengths together, the longest first.
+def _batches(prepared: PreparedTask, world: World) -> Sequence[RankBatch[tuple[Question, int]]]:
+    """The rows (question, number of the output) of a rank; questions of similar lengths together,
+    the longest first.
     """
     task = prepared.task
     num_outputs, size = task.outputs, task.batch_rows
@@ -142,10 +132,7 @@ def _batches(prepared: PreparedTask, world: World) -> Sequence[_Batch]:
         num_outputs, size = 1, max(1, size // len(prepared.labels))
     ordered = sorted(prepared.questions, key=lambda q: (-len(q.prompt), q.example.index))
     rows = [(question, number) for question in ordered for number in range(num_outputs)]
-    own = rows[world.rank :: world.size]
-    longest = -(-len(rows) // world.size)
-    parts = [own[at : at + size] for at in range(0, longest, size)]
-    return [_Batch(rows=part or rows[-1:], is_idle=not part) for part in parts]
+    return batches_of_rank(rows, world, size)
 
 
 def _outputs_of_rank(
@@ -188,9 +175,20 @@ def _answers(
         Prompt(tokens=question.prompt, key=key_of(key, question.example.index, number))
         for question, number in rows
     ]
-    texts = generate(model, prepared.tokenizer, prepared.task, prepared.stops, prompts)
+    outputs = generate(model, prepared.tokenizer, _settings(prepared), prompts)
     # The spaces around a chat's answer come from the template; those of a text may belong to code.
-    return [text.strip() for text in texts] if prepared.is_chat else texts
+    return [output.text.strip() if prepared.is_chat else output.text for output in outputs]
+
+
+def _settings(prepared: PreparedTask) -> GenerationSettings:
+    task = prepared.task
+    return GenerationSettings(
+        stops=prepared.stops,
+        max_new_tokens=task.max_new_tokens,
+        temperature=task.temperature,
+        top_p=task.top_p,
+        stop_texts=task.stop,
+    )
 
 
 def _normalised(prepared: PreparedTask, question: Question, values: Sequence[float]) -> list[float]:

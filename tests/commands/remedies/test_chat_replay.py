@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from support.chat_models import ASKED, CHAT_TEMPLATE, NO_SYSTEM, VOCABULARY, make_chat_model
 from support.evaluated import stored
+from support.small_chat_model import ASKED, CHAT_TEMPLATE, NO_SYSTEM, VOCABULARY, make_chat_model
 from support.templates import CLOSE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

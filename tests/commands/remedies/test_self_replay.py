@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support.chat_models import make_chat_model
 from support.models import FAMILIES
+from support.small_chat_model import make_chat_model
 
 from bigmix.commands.main import main
 from bigmix.commands.remedies.generator import next_ids, probabilities
