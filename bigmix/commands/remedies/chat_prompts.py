@@ -14,17 +14,17 @@ import numpy as np
 
 from bigmix.commands.remedies.answer_filter import TurnMarks
 from bigmix.errors import BadInput
+from bigmix.evaluation.tasks.prompts import ANSWER, chat_pairs, stops_of
 from bigmix.seeding import key_of, permutation
-from bigmix.text.chat_template import Template, encode_chat, render_chat
-from bigmix.text.chat_tokens import EncodedChat, RenderedChat
-from bigmix.text.formats import Conversation, Layout, Turn, document_of, utf8_of
+from bigmix.text.chat_template import Template, render_chat
+from bigmix.text.chat_tokens import RenderedChat
+from bigmix.text.formats import Conversation, Dropped, Layout, Turn, document_of, utf8_of
 from bigmix.text.readers import LINE_SUFFIXES, ReadOptions, format_of, read_records
 from bigmix.text.tokenizer import Tokenizer
 
 SEEDS = Path(__file__).with_name("seeds.jsonl")
 SYSTEMS = Path(__file__).with_name("systems.jsonl")
 _COLUMNS = ("id", "language", "topic", "prompt", "messages")
-_ANSWER = "a"  # rendered only to find where answers begin
 # Rendered only to find where the template writes them: texts that no template contains.
 _QUESTION, _REPLY, _SYSTEM = "qxqxq", "zxzxz", "sxsxs"
 
@@ -160,23 +160,18 @@ def ids_before_answer(
     """The ids of a conversation up to the answer that comes next, as they are in training; None
     where the template cannot render it.
     """
-    whole = Conversation(messages=[*messages, _turn("assistant", _ANSWER)], tools=None)
-    chat = encode_chat(tokenizer, template, whole)
-    if not isinstance(chat, EncodedChat) or not chat.loss_mask.any():
-        return None
-    end = int(np.flatnonzero(chat.loss_mask)[-1]) + 1
-    begin = int(np.flatnonzero(~chat.loss_mask[:end])[-1]) + 1
-    ids: list[int] = chat.ids[:begin].tolist()
-    return ids
+    whole = Conversation(messages=[*messages, _turn("assistant", ANSWER)], tools=None)
+    (pair,) = chat_pairs(tokenizer, template, [whole])
+    return None if isinstance(pair, Dropped) else pair[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TemplateFacts:
     """What a chat template writes.
 
-    `before_question` are the ids up to a question without a system prompt, `question_ends` those
-    that end one, none where the template ends a question with text. `takes_system` is False where
-    it refuses or leaves out a system prompt.
+    `answer_ends` are the ids that end an answer, `before_question` those up to a question without a
+    system prompt, `question_ends` those that end one, none where the template ends a question with
+    text. `takes_system` is False where it refuses or leaves out a system prompt.
     """
 
     answer_ends: Sequence[int]
@@ -189,17 +184,17 @@ class TemplateFacts:
 def facts_of(tokenizer: Tokenizer, template: Template) -> TemplateFacts:
     """What the template writes around turns, seen from conversations that it renders."""
     turns = [
-        _turn("user", _ANSWER),
+        _turn("user", ANSWER),
         _turn("assistant", _REPLY),
         _turn("user", _QUESTION),
-        _turn("assistant", _ANSWER),
+        _turn("assistant", ANSWER),
     ]
     text = _rendered(tokenizer, template, turns[2:])
     before, _, after = text.partition(_QUESTION)
     found = tokenizer.special_pattern.match(after.lstrip())
     told = _rendered(tokenizer, template, [_turn("system", _SYSTEM), *turns[2:]])
     return TemplateFacts(
-        answer_ends=_special_ids(tokenizer, template.turn_end),
+        answer_ends=sorted(stops_of(tokenizer, template)),
         before_question=_with_bos(tokenizer, before),
         question_ends=_special_ids(tokenizer, found.group()) if found else (),
         takes_system=_SYSTEM in told,

@@ -41,6 +41,7 @@ from bigmix.commands.remedies.generator import TextGenerator, barred_ids, ends_o
 from bigmix.commands.remedies.outcomes import Outcome, OutcomeFiles, files_of_outcomes
 from bigmix.commands.remedies.sample_files import Report, SampleOrder, keep_settings, kept_settings
 from bigmix.errors import BadInput
+from bigmix.evaluation.behaviour.prompts import LANGUAGES
 from bigmix.files import sha256_of
 from bigmix.model.causal_lm import max_positions, read_config
 from bigmix.model.loading import open_whole
@@ -49,7 +50,6 @@ from bigmix.text.tokenizer import load_tokenizer
 
 VERSION = 1
 BUILT_IN, OF_MODEL = "seeds", "model"  # the prompts that are no file
-LANGUAGES = ("en", "zh")
 _USUAL_TOKENS = 1024  # the most of an answer, unless the settings or the model say less
 _USUAL_SYSTEMS = 0.3
 _SYSTEM_TOKENS = 128  # no system prompt that comes with bigmix has more

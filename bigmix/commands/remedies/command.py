@@ -109,7 +109,7 @@ def add_self_replay(subparsers: Any) -> None:
     add(
         "--batch",
         type=count,
-        help="documents at a time (default 32 on a CPU, on a GPU by its memory, at most 256)",
+        help="documents at a time (default 64 on a CPU, on a GPU by its memory, at most 256)",
     )
     add(
         "--max-tokens",
@@ -244,12 +244,8 @@ def _replay_chats(known: argparse.Namespace) -> int:
 
 
 def _chat_settings(known: argparse.Namespace) -> "ChatReplay":
-    from bigmix.commands.remedies.chat_replay import (
-        BUILT_IN,
-        LANGUAGES,
-        ChatReplay,
-        ChatSampling,
-    )
+    from bigmix.commands.remedies.chat_replay import BUILT_IN, ChatReplay, ChatSampling
+    from bigmix.evaluation.behaviour.prompts import LANGUAGES
 
     faults = _faults_of_other_kind(known, ("prompt_tokens",))
     held_out = fraction_of(known.held_out, faults)

@@ -23,7 +23,7 @@ from bigmix.evaluation.tasks.generation import draw_ids
 from bigmix.evaluation.tasks.inference_model import padded
 from bigmix.text.tokenizer import Tokenizer
 
-_ROWS_ON_CPU, _MOST_ROWS_ON_GPU = 32, 256
+_ROWS_ON_CPU, _MOST_ROWS_ON_GPU = 64, 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -154,7 +154,7 @@ class TextGenerator:
 
 def usual_rows(lm: Any, num_tokens: int) -> int:
     """The number of rows to generate at a time where the user gives none, if each may have so many
-    tokens: those whose keys and values fill half of a GPU's free memory, at most 256; 32 on a CPU.
+    tokens: those whose keys and values fill half of a GPU's free memory, at most 256; 64 on a CPU.
     """
     if lm.device.type != "cuda":
         return _ROWS_ON_CPU
