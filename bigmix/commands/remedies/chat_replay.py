@@ -322,17 +322,21 @@ def _prepare_settings(settings: ChatReplay, lines_file: Path, output: Path) -> P
 
 def _sample(settings: ChatReplay, checked: _Checked, files: OutcomeFiles, report: Report) -> None:
     """Append conversations until there are enough tokens."""
-    report(files.num_kept, files.num_tokens)
+    before = files.num_kept, files.num_tokens
+    report(*before)
     if files.num_tokens >= settings.num_tokens:
         return
     sampler = _sampler(settings, checked)
-    order = SampleOrder[Outcome](files.num_conversations, files.num_tokens, settings.num_tokens)
+    order = SampleOrder[Outcome](
+        files.num_conversations,
+        settings.num_tokens - files.num_tokens,
+        lambda num, tokens: report(before[0] + num, before[1] + tokens),
+    )
     for outcome in sampler.outcomes(order):
         judged = files.judged(outcome)
         if judged.reason != outcome.reason:
             order.leave_out(outcome.tokens)
         files.add(judged)
-        report(files.num_kept, files.num_tokens)
         if files.num_tokens >= settings.num_tokens:
             return
 

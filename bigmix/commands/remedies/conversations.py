@@ -105,7 +105,7 @@ class ConversationSampler:
                 else self._answered(asked, completion)
             )
             if outcome is not None:
-                kept = outcome.tokens if outcome.reason is None else 0
+                kept = outcome.tokens if outcome.reason is None else None
                 yield from order.end(number, outcome, kept)
 
     def _begun(self, number: int) -> GenerationRequest:

@@ -79,18 +79,24 @@ def line_of(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 
+Report = Callable[[int, int], None]  # samples and tokens so far
+
+
 class SampleOrder(Generic[SampleT]):
     """Puts samples into the order of their numbers, and decides whether one more is to be begun.
 
-    `first` is the number of the next sample, `num_tokens` how many tokens there are before it and
-    `needed` how many there are to be.
+    `first` is the number of the next sample, `needed` how many tokens there are to be after it.
+    `report` is called with the samples and their tokens that have ended since, also with those that
+    wait for an earlier one.
     """
 
-    def __init__(self, first: int, num_tokens: int, needed: int) -> None:
+    def __init__(self, first: int, needed: int, report: Report) -> None:
         self._next = self._begun = first
         self._num_ended = 0
+        self._num_kept = 0
         self._new_tokens = 0
-        self._missing = needed - num_tokens
+        self._needed = needed
+        self._report = report
         self._waiting: dict[int, SampleT] = {}
 
     def begin(self) -> int | None:
@@ -99,23 +105,26 @@ class SampleOrder(Generic[SampleT]):
         """
         num_open = self._begun - self._next - len(self._waiting)
         expected = num_open * self._new_tokens / max(self._num_ended, 1)
-        if self._new_tokens + expected >= self._missing:
+        if self._new_tokens + expected >= self._needed:
             return None
         self._begun += 1
         return self._begun - 1
 
-    def end(self, number: int, sample: SampleT, num_tokens: int) -> Iterator[SampleT]:
-        """Take a sample that has ended; yields those that no earlier one is missing for."""
+    def end(self, number: int, sample: SampleT, num_tokens: int | None) -> Iterator[SampleT]:
+        """Take a sample that has ended, None tokens where it is not kept; yields those that no
+        earlier one is missing for.
+        """
         self._waiting[number] = sample
         self._num_ended += 1
-        self._new_tokens += num_tokens
+        if num_tokens is not None:
+            self._num_kept += 1
+            self._new_tokens += num_tokens
+        self._report(self._num_kept, self._new_tokens)
         while self._next in self._waiting:
             self._next += 1
             yield self._waiting.pop(self._next - 1)
 
     def leave_out(self, num_tokens: int) -> None:
-        """Take back the tokens of a sample that is not kept after all."""
+        """Take back a sample with these tokens, which is not kept after all."""
+        self._num_kept -= 1
         self._new_tokens -= num_tokens
-
-
-Report = Callable[[int, int], None]  # samples and tokens so far

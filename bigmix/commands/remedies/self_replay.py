@@ -239,18 +239,22 @@ def _sample(
     """
     num_tokens = sum(sample.tokens for sample in samples)
     empty_from = len(samples)
-    report(len(samples), num_tokens)
+    before = len(samples), num_tokens
+    report(*before)
     if num_tokens >= settings.num_tokens:
         return
     sampler = _DocumentSampler(settings, tokenizer, max_tokens)
-    order = SampleOrder[_Sample](len(samples), num_tokens, settings.num_tokens)
+    order = SampleOrder[_Sample](
+        len(samples),
+        settings.num_tokens - num_tokens,
+        lambda num, tokens: report(before[0] + num, before[1] + tokens),
+    )
     with _lines_file(settings).open("a", encoding="utf-8") as file:
         for sample in sampler.documents(order):
             file.write(line_of(asdict(sample)))
             file.flush()
             samples.append(sample)
             num_tokens += sample.tokens
-            report(len(samples), num_tokens)
             if num_tokens >= settings.num_tokens:
                 return
             empty_from = len(samples) if sample.tokens else empty_from
