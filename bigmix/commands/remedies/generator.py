@@ -154,17 +154,24 @@ class TextGenerator:
 
 def usual_rows(lm: Any, num_tokens: int) -> int:
     """The number of rows to generate at a time where the user gives none, if each may have so many
-    tokens: those whose keys and values fill half of a GPU's free memory, at most 256; 64 on a CPU.
+    tokens: 64 on a CPU, on a GPU as many as half of its free memory holds, at most 256.
     """
     if lm.device.type != "cuda":
         return _ROWS_ON_CPU
-    config = lm.config.get_text_config(decoder=True)
-    num_heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    num_cached = getattr(config, "num_key_value_heads", None) or num_heads
-    row_bytes = 2 * config.num_hidden_layers * num_cached * head_size * 2 * num_tokens
     free_bytes, _ = torch.cuda.mem_get_info(lm.device)
-    return max(1, min(_MOST_ROWS_ON_GPU, int(free_bytes // 2 // row_bytes)))
+    return rows_in(lm.config, num_tokens, free_bytes // 2)
+
+
+def rows_in(config: Any, num_tokens: int, num_bytes: int) -> int:
+    """How many rows have their keys and values, in 2 bytes each, in this memory: from 1 to 256."""
+    own = config.get_text_config(decoder=True)
+    num_heads = getattr(own, "num_attention_heads", None)
+    if not isinstance(num_heads, int):  # none, or layers that differ
+        return _ROWS_ON_CPU
+    head_size = getattr(own, "head_dim", None) or own.hidden_size // num_heads
+    num_cached = getattr(own, "num_key_value_heads", None) or num_heads
+    row_bytes = 2 * 2 * own.num_hidden_layers * num_cached * head_size * num_tokens
+    return max(1, min(_MOST_ROWS_ON_GPU, int(num_bytes // row_bytes)))
 
 
 def ends_of(lm: Any, tokenizer: Tokenizer) -> list[int]:

@@ -6,7 +6,7 @@ import torch
 import transformers
 from support.models import FAMILIES, VOCABULARY
 
-from bigmix.commands.remedies.generator import TextGenerator
+from bigmix.commands.remedies.generator import TextGenerator, rows_in
 from bigmix.commands.remedies.row_cache import GenerationRequest, can_exchange_rows
 
 OTHERS = {
@@ -127,3 +127,14 @@ def test_a_request_may_come_later_than_the_end_of_all_rows():
         ):
             found[each.request.number] = (each.ids, each.is_cut)
     assert found == {r.number: one_by_one(lm, r, ENDS, 1.0) for r in asked}
+
+
+def test_rows_are_as_many_as_their_keys_and_values_fit_into_memory():
+    llama = model_of("llama").config  # 2 layers, 2 heads of keys and values, each of size 8
+    row_bytes = 2 * 2 * 2 * 2 * 8 * 100
+    assert rows_in(llama, 100, 5 * row_bytes + 1) == 5
+    assert rows_in(llama, 100, row_bytes - 1) == 1
+    assert rows_in(llama, 100, 10_000 * row_bytes) == 256
+    gpt2 = model_of("gpt2").config  # 4 heads, all of them cached
+    assert rows_in(gpt2, 100, 5 * 2 * row_bytes) == 5
+    assert rows_in(model_of("mamba").config, 100, 10**12) == 64
