@@ -116,12 +116,12 @@ class Terminal:
         elif step % self._every == 0 or step == total or done == 0:
             self._line(_plain_progress(step, total, left_s, fields))
 
-    def counter(self, *names: str) -> Callable[..., None]:
+    def counter(self, *names: str, total: int | None = None) -> Callable[..., None]:
         """A function to call with the counts so far: a live line, or in a pipe one line every ten
         seconds.
 
         The rates count from its first call, so that they are right where work goes on from an
-        earlier run.
+        earlier run. With `total`, the time until the last count is as large is shown.
         """
         began = shown = self._clock()
         first: tuple[int, ...] = ()
@@ -135,6 +135,9 @@ class Terminal:
                 f"{n:,} {name} ({short((n - n0) / seconds)}/s)"
                 for n, n0, name in zip(counts, first, names, strict=True)
             ]
+            if total is not None:
+                done, left = counts[-1] - first[-1], max(total - counts[-1], 0)
+                parts.append(_eta(seconds / done * left if done else None))
             if self._is_live:
                 self._show(Text("  ".join(parts)))
             elif self._clock() - shown >= PLAIN_EVERY_S:

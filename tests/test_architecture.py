@@ -40,6 +40,7 @@ COVERED_BY = {
     "commands/probe/test_behaviour.py": {"evaluation/tables"},
     "commands/probe/test_probe.py": {"commands/probe/command", "commands/probe/score"},
     "commands/remedies/test_average.py": {"commands/remedies/command"},
+    "commands/remedies/test_chat_replay.py": {"commands/remedies/conversations"},
     "data/shards/test_storage.py": {"data/shards/transports"},
     "data/test_planning.py": {"data/planning", "recipe/shares"},
     "data/test_share_rules.py": {"train/share_control"},

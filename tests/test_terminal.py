@@ -216,3 +216,20 @@ def test_numbers_are_short_and_have_their_unit() -> None:
     assert [clock_time(59.6), clock_time(90_061)] == ["0:01:00", "1d 1:01:01"]
     assert [gib(3 << 29), gib(1 << 41, 2)] == ["1.5 GiB", "2,048.00 GiB"]
     assert gib_or_mib(20 << 20) == "20.0 MiB"
+
+
+def test_a_counter_shows_rates_and_the_time_that_is_left() -> None:
+    out = io.StringIO()
+    now = [0.0]
+    terminal = Terminal(file=out, clock=lambda: now[0])
+    count = terminal.counter("conversations", "tokens", total=2_000)
+    count(10, 1_000)
+    now[0] = 20.0
+    count(14, 1_400)
+    count(14, 1_500)  # within ten seconds of the line before
+    now[0] = 40.0
+    count(20, 2_000)
+    assert out.getvalue().splitlines() == [
+        "14 conversations (0.2/s)  1,400 tokens (20/s)  eta 0:00:30",
+        "20 conversations (0.25/s)  2,000 tokens (25/s)  eta 0:00:00",
+    ]

@@ -4,6 +4,7 @@ Nothing here imports torch, so that a fault is reported within a second.
 """
 
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,11 @@ from bigmix.data.share_rules import rule_of
 from bigmix.data.source import PreparedSource, ShardStore, bytes_in_use
 from bigmix.data.stream import Stream
 from bigmix.errors import BadInput
-from bigmix.evaluation.behaviour.inputs import BehaviourInputs, open_behaviour
+from bigmix.evaluation.behaviour.inputs import (
+    BehaviourInputs,
+    has_chat_template,
+    open_behaviour,
+)
 from bigmix.evaluation.tasks.examples import TaskFile, open_tasks
 from bigmix.model.ds_config import complete_for_training, read_ds_config
 from bigmix.recipe import Recipe, SweepRun, plain
@@ -197,6 +202,7 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
         notes=[
             *opened.notes,
             *_behaviour_notes(behaviour),
+            *missing_replay(recipe, _kinds(plan)),
             *moving_shares(recipe),
             *_warm_up(recipe, plan.steps),
             *plan.notes,
@@ -247,6 +253,45 @@ def moving_shares(recipe: Recipe) -> Iterator[str]:
             f" every {recipe.evaluate.every} steps; what is shown before the run supposes that"
             " it stays"
         )
+
+
+def _kinds(plan: RunPlan) -> dict[str, str]:
+    """The kind of each source that has a row in the run."""
+    counts = plan.counts(plan.steps)
+    return {name: s.manifest.kind for name, s in plan.streams.items() if counts[name]}
+
+
+def missing_replay(recipe: Recipe, kinds: Mapping[str, str]) -> Iterator[str]:
+    """What a model may forget since nothing like it is replayed, and what to type against it.
+
+    `kinds` are those of the trained sources. A chat model forgets how it answers where no chats are
+    replayed; a base model that is trained on chats alone forgets its texts.
+    """
+    path = recipe.model.path
+    if path is None or not kinds:
+        return
+    replayed = {kind for name, kind in kinds.items() if recipe.sources[name].role == "replay"}
+    if has_chat_template(recipe.model.tokenizer or path):
+        if "chat" not in replayed:
+            yield (
+                f"{path} is a chat model and no source of chats is replayed, so it may forget how"
+                f" it answers; {_self_replay(path, 'chat')}"
+            )
+    elif set(kinds.values()) == {"chat"}:
+        yield (
+            f"{path} is trained on chats alone and no source of texts is replayed, so it may forget"
+            f" what it learned from texts; {_self_replay(path, 'text')}"
+        )
+
+
+def _self_replay(path: str, kind: str) -> str:
+    """What to type for a replay source of this kind."""
+    output = f"data/replay-{kind}"
+    return (
+        f"to replay its own {'answers' if kind == 'chat' else 'texts'}, run `bigmix self-replay"
+        f" {shlex.quote(path)} --kind {kind} --tokens 2M --output {output}` and add to sources:"
+        f" `replay-{kind}: {{path: {output}, role: replay, share: 0.1}}`"
+    )
 
 
 def _warm_up(recipe: Recipe, steps: int) -> Iterator[str]:

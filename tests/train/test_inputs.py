@@ -224,3 +224,47 @@ def test_what_is_found_before_the_first_step_follows_from_the_template_of_tasks(
     text = opened("sources={web: {path: web, role: task, share: 1, held_out: web}}")
     with_chat, without = (replace(inputs, held_out={}) for inputs in (one, text))
     assert baseline_cache_key(recipe, with_chat, 2) != baseline_cache_key(recipe, without, 2)
+
+
+def trained_on(folder, kinds, *, chat_model):
+    """The notes about replay of a run with these kinds of sources, by role."""
+    (folder / "base model").mkdir(exist_ok=True)
+    template = {"chat_template": "{{ messages }}"} if chat_model else {}
+    (folder / "base model" / "tokenizer_config.json").write_text(json.dumps(template))
+    sources = [
+        f"sources.{role}={{path: {'web' if kind == 'text' else 'chat'}, role: {role}, share: 0.5}}"
+        for role, kind in kinds.items()
+    ]
+    overrides = ["model={path: 'base model'}", "sources={}", *sources]
+    return [note for note in opened(*overrides).notes if "replayed" in note]
+
+
+@pytest.mark.parametrize("task", ["text", "chat"])
+@pytest.mark.parametrize("replay", [None, "text", "chat"])
+def test_a_chat_model_without_chat_replay_is_noted_with_what_to_type(world, task, replay):
+    kinds = {"task": task} | ({"replay": replay} if replay else {})
+    notes = trained_on(world, kinds, chat_model=True)
+    if replay == "chat":
+        assert notes == []
+        return
+    (note,) = notes
+    command = "`bigmix self-replay 'base model' --kind chat --tokens 2M --output data/replay-chat`"
+    assert note.startswith("base model is a chat model") and command in note
+    line = re.search(r"`(replay-chat: .*)`", note)[1]
+    again = load_recipe("recipe.yaml", [f"sources.{line.replace(': ', '=', 1)}"])
+    assert again.sources["replay-chat"].role == "replay"
+
+
+@pytest.mark.parametrize("task", ["text", "chat"])
+@pytest.mark.parametrize("replay", [None, "text", "chat"])
+def test_a_base_model_that_gets_chats_alone_is_noted_with_what_to_type(world, task, replay):
+    kinds = {"task": task} | ({"replay": replay} if replay else {})
+    notes = trained_on(world, kinds, chat_model=False)
+    assert len(notes) == ("text" not in kinds.values())
+    for note in notes:
+        assert "is trained on chats alone" in note
+        assert "--kind text --tokens 2M --output data/replay-text`" in note
+
+
+def test_a_model_from_scratch_has_nothing_to_forget(world):
+    assert not [note for note in opened().notes if "replayed" in note]

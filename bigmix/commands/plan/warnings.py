@@ -8,6 +8,7 @@ from bigmix.commands.plan.forecast import Forecast, Machine
 from bigmix.loss.objective import min_rows_for_every_step
 from bigmix.recipe import Recipe
 from bigmix.terminal import GIB, gib
+from bigmix.train.inputs import missing_replay
 
 MOST_EPOCHS = 4  # repeated more often, data teaches less and less (Muennighoff et al., 2023)
 MOST_PADDING = 0.15
@@ -24,7 +25,14 @@ def warnings_of(recipe: Recipe, plan: Forecast, machine: Machine) -> list[str]:
         found += _repeated(name, source)
         found += _padded(name, source)
         found += _dropped(name, source)
-    return [*found, *_drifted(recipe, plan), *_too_large(recipe, plan, machine)]
+    sources = plan.counts.sources.items()
+    kinds = {name: source.kind for name, source in sources if source.num_rows}
+    return [
+        *found,
+        *missing_replay(recipe, kinds),
+        *_drifted(recipe, plan),
+        *_too_large(recipe, plan, machine),
+    ]
 
 
 def _rare(recipe: Recipe, plan: Forecast, name: str, source: SourceCounts) -> Iterator[str]:

@@ -3,27 +3,36 @@
 A model that is trained on its own samples in addition to the task keeps much of what it knows
 (data-free rehearsal: Sun et al., "LAMOL", 2020; Liu et al., "LLM-QAT", arXiv:2305.17888). Document
 i is a function of the model, the settings and (seed, i), so that a command that was stopped
-continues where it was. Letters: B documents of a batch, T tokens, V vocabulary.
+continues where it was. Letters: T tokens, V vocabulary.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from torch import Tensor
 
 from bigmix.commands.prepare.job import Prepared, PrepareSettings, faults_of_settings, prepare
 from bigmix.commands.prepare.progress import faults_of_output
+from bigmix.commands.remedies.generator import (
+    Completion,
+    TextGenerator,
+    barred_ids,
+    ends_of,
+    usual_rows,
+)
+from bigmix.commands.remedies.row_cache import GenerationRequest
+from bigmix.commands.remedies.sample_files import (
+    Report,
+    SampleOrder,
+    complete_lines,
+    keep_settings,
+    line_of,
+)
 from bigmix.errors import BadInput, BigmixError
-from bigmix.evaluation.tasks.generation import TokenSampler
-from bigmix.files import replace_text
 from bigmix.model.causal_lm import max_positions, read_config
 from bigmix.model.loading import open_whole
 from bigmix.seeding import key_of
@@ -32,7 +41,9 @@ from bigmix.text.tokenizer import Tokenizer, load_tokenizer
 VERSION = 1
 _USUAL_TOKENS = 512  # the most of a document, unless the settings or the model say less
 _MOST_EMPTY = 5_000  # empty documents one after another
-ReportGenerated = Callable[[int, int], None]  # documents and tokens so far
+# Special tokens that separate documents in pretraining. What ends a turn of a chat model, which is
+# often its eos token, does not.
+_SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,22 +64,23 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelfReplay:
-    """What to sample: at least `num_tokens` tokens of a model, `batch_size` documents at a time, as
-    a source in `output`; the fraction `held_out` of the documents goes to a source of its own.
+    """What to sample: at least `num_tokens` tokens of a model, `batch_size` documents at a time
+    (None: by the device), as a source in `output`; the fraction `held_out` of the documents goes to
+    a source of its own.
     """
 
     model: str
     num_tokens: int
     output: str
     sampling: Sampling
-    batch_size: int
+    batch_size: int | None
     held_out: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratedSource:
     """What was sampled: documents and tokens, how many documents are empty or were cut before the
-    model ended them, and the prepared source.
+    model ended them, the prepared source, and what the user should know of it.
     """
 
     num_documents: int
@@ -76,6 +88,7 @@ class GeneratedSource:
     num_empty: int
     num_cut: int
     prepared: Prepared
+    notes: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +103,7 @@ class _Sample:
     is_cut: bool
 
 
-def self_replay(settings: SelfReplay, report: ReportGenerated = lambda *_: None) -> GeneratedSource:
+def self_replay(settings: SelfReplay, report: Report = lambda *_: None) -> GeneratedSource:
     """Sample documents until they have enough tokens, write them to OUTPUT.jsonl, and prepare them.
 
     `report` is called with the documents and tokens so far. Raises BadInput where the settings are
@@ -98,8 +111,10 @@ def self_replay(settings: SelfReplay, report: ReportGenerated = lambda *_: None)
     """
     tokenizer, config, prepare_settings = _checked(settings)
     max_tokens = _max_tokens(settings.sampling, config)
-    _keep_settings(settings, tokenizer, max_tokens)
-    samples = _read(_lines_file(settings))
+    start = _document_start(tokenizer)
+    lines_file = _lines_file(settings)
+    keep_settings([lines_file], _settings_of_lines(settings, tokenizer, max_tokens, start))
+    samples = [_Sample(**line) for line in complete_lines(lines_file)]
     _sample(settings, tokenizer, max_tokens, samples, report)
     return GeneratedSource(
         num_documents=len(samples),
@@ -107,6 +122,7 @@ def self_replay(settings: SelfReplay, report: ReportGenerated = lambda *_: None)
         num_empty=sum(not sample.text.strip() for sample in samples),
         num_cut=sum(sample.is_cut for sample in samples),
         prepared=prepare(prepare_settings),
+        notes=list(_notes(settings, tokenizer, start)),
     )
 
 
@@ -166,12 +182,10 @@ def _lines_file(settings: SelfReplay) -> Path:
     return output.with_name(f"{output.name}.jsonl")
 
 
-def _keep_settings(settings: SelfReplay, tokenizer: Tokenizer, max_tokens: int) -> None:
-    """Write what the lines depend on to a file; raises BadInput where there are lines of other
-    settings.
-    """
-    lines_file = _lines_file(settings)
-    path = lines_file.with_suffix(".settings.json")
+def _settings_of_lines(
+    settings: SelfReplay, tokenizer: Tokenizer, max_tokens: int, start: int
+) -> dict[str, Any]:
+    """What the documents depend on."""
     now = {
         "version": VERSION,
         "model": settings.model,
@@ -179,34 +193,38 @@ def _keep_settings(settings: SelfReplay, tokenizer: Tokenizer, max_tokens: int) 
         **asdict(settings.sampling),
         "max_tokens": max_tokens,
     }
-    if lines_file.exists() and not path.exists():
-        raise BadInput(
-            f"{lines_file} exists and was not made by this command; remove it, or give another"
-            " --output"
+    if tokenizer.bos_id is None and start != tokenizer.eos_id:
+        now["start"] = tokenizer.text_of(start)
+    return now
+
+
+def _document_start(tokenizer: Tokenizer) -> int:
+    """The id that a document begins after: BOS where the tokenizer adds one, else the end of the
+    document before it. Of a chat model that is a token that separates documents in pretraining, if
+    it has one: after the end of a turn it would go on with a conversation.
+    """
+    if tokenizer.bos_id is not None:
+        return tokenizer.bos_id
+    by_name = {tokenizer.text_of(token): token for token in tokenizer.special_ids}
+    if tokenizer.chat_template is None or tokenizer.eos_token in _SEPARATORS:
+        return tokenizer.eos_id
+    return next((by_name[name] for name in _SEPARATORS if name in by_name), tokenizer.eos_id)
+
+
+def _notes(settings: SelfReplay, tokenizer: Tokenizer, start: int) -> Iterator[str]:
+    if tokenizer.chat_template is None:
+        return
+    yield (
+        f"{settings.model} is a chat model: these texts keep what it knows, not how it answers; for"
+        " that, sample answers as well, with --kind chat and another --output"
+    )
+    is_turn_end = start == tokenizer.eos_id and tokenizer.eos_token not in _SEPARATORS
+    if is_turn_end and tokenizer.bos_id is None and not settings.sampling.prompt_tokens:
+        yield (
+            f"the tokenizer of {settings.model} has no token that is known to begin a document, so"
+            f" the texts begin after {tokenizer.eos_token}, which may end a turn of a conversation;"
+            " where they look broken, give --prompt-tokens 1"
         )
-    if lines_file.exists():
-        then = json.loads(path.read_text(encoding="utf-8"))
-        faults = [
-            f"{key} is {value!r}, and {lines_file} was begun with {then.get(key)!r}; give that"
-            " again, or remove the file"
-            for key, value in now.items()
-            if then.get(key) != value
-        ]
-        if faults:
-            raise BadInput(*faults)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(now, indent=1) + "\n")
-
-
-def _read(path: Path) -> list[_Sample]:
-    """The documents that were written before; an incomplete line at the end is removed."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith(b"\n")]
-    with path.open("rb+") as file:
-        file.truncate(sum(map(len, complete)))
-    return [_Sample(**json.loads(line)) for line in complete]
 
 
 def _sample(
@@ -214,143 +232,96 @@ def _sample(
     tokenizer: Tokenizer,
     max_tokens: int,
     samples: list[_Sample],
-    report: ReportGenerated,
+    report: Report,
 ) -> None:
     """Append documents until all of them have enough tokens; the last one does not depend on the
     size of the batch.
     """
     num_tokens = sum(sample.tokens for sample in samples)
     empty_from = len(samples)
-    report(len(samples), num_tokens)
+    before = len(samples), num_tokens
+    report(*before)
     if num_tokens >= settings.num_tokens:
         return
-    sampler = _DocumentSampler(settings.model, tokenizer, settings.sampling, max_tokens)
+    sampler = _DocumentSampler(settings, tokenizer, max_tokens)
+    order = SampleOrder[_Sample](
+        len(samples),
+        settings.num_tokens - num_tokens,
+        lambda num, tokens: report(before[0] + num, before[1] + tokens),
+    )
     with _lines_file(settings).open("a", encoding="utf-8") as file:
-        while num_tokens < settings.num_tokens:
-            first = len(samples)
-            for sample in sampler.documents(range(first, first + settings.batch_size)):
-                if num_tokens >= settings.num_tokens:
-                    break
-                file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
-                samples.append(sample)
-                num_tokens += sample.tokens
-                empty_from = len(samples) if sample.tokens else empty_from
+        for sample in sampler.documents(order):
+            file.write(line_of(asdict(sample)))
             file.flush()
-            num_empty = len(samples) - empty_from
-            if num_empty >= _MOST_EMPTY:
+            samples.append(sample)
+            num_tokens += sample.tokens
+            if num_tokens >= settings.num_tokens:
+                return
+            empty_from = len(samples) if sample.tokens else empty_from
+            if len(samples) - empty_from >= _MOST_EMPTY:
                 raise BigmixError(
-                    f"{settings.model} ended each of the last {num_empty:,} documents before"
+                    f"{settings.model} ended each of the last {_MOST_EMPTY:,} documents before"
                     " their first token: it does not generate texts without a prompt; give"
                     " --prompt-tokens 1 or more"
                 )
-            report(len(samples), num_tokens)
 
 
 class _DocumentSampler:
     """A model in memory that documents are sampled from."""
 
-    def __init__(
-        self, model: str, tokenizer: Tokenizer, sampling: Sampling, max_tokens: int
-    ) -> None:
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = "bf16" if self._device.type == "cuda" else "fp32"
-        self._lm = lm = open_whole(model, dtype=dtype, device=self._device)
+    def __init__(self, settings: SelfReplay, tokenizer: Tokenizer, max_tokens: int) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = "bf16" if device.type == "cuda" else "fp32"
+        lm = open_whole(settings.model, dtype=dtype, device=device)
         self._tokenizer = tokenizer
-        self._sampling = sampling
-        self._ends = _ends(lm.generation_config, tokenizer)
-        barred_V = _barred(tokenizer, self._ends, lm.config.vocab_size)
-        self._ordinary = np.setdiff1d(np.flatnonzero(~barred_V.numpy()), self._ends)
-        self._barred_V = barred_V.to(self._device)
+        self._sampling = settings.sampling
+        self._start = _document_start(tokenizer)
         self._max_tokens = max_tokens
-        # The configuration of the model may have penalties and truncations, with which the samples
-        # would not be what it has learned.
-        lm.generation_config = transformers.GenerationConfig(
-            max_new_tokens=max_tokens,
-            do_sample=False,  # the sampler draws, and leaves one token to choose
-            eos_token_id=self._ends,
-            pad_token_id=tokenizer.eos_id,
+        ends = ends_of(lm, tokenizer)
+        if tokenizer.bos_id is None:
+            ends = sorted({*ends, self._start})
+        barred_V = barred_ids(tokenizer, ends, lm.config.vocab_size)
+        self._ordinary = np.setdiff1d(np.flatnonzero(~barred_V.numpy()), ends)
+        self._generator = TextGenerator(
+            lm,
+            ends=ends,
+            barred_V=barred_V,
+            top_p=settings.sampling.top_p,
+            num_rows=settings.batch_size or usual_rows(lm, max_tokens),
         )
 
-    def documents(self, numbers: range) -> Iterator[_Sample]:
-        """The documents of these numbers; a document depends on the others only by rounding."""
-        draws = [
-            np.random.default_rng(key_of(self._sampling.seed, "self-replay", n)) for n in numbers
-        ]
-        prompt_BT = torch.tensor([self._prompt(draw) for draw in draws], device=self._device)
-        uniforms_BT = np.stack([draw.random(self._max_tokens) for draw in draws])
-        token_sampler = TokenSampler(
-            torch.from_numpy(uniforms_BT).to(self._device),
-            prompt_BT.shape[1],
-            partial(probabilities, self._sampling, self._barred_V),
-        )
-        with torch.no_grad():
-            generated_BT = self._lm.generate(
-                prompt_BT,
-                attention_mask=torch.ones_like(prompt_BT),
-                logits_processor=transformers.LogitsProcessorList([token_sampler]),
-            )
-        start = prompt_BT.shape[1] - self._sampling.prompt_tokens
-        for number, ids in zip(numbers, generated_BT[:, start:].tolist(), strict=True):
-            yield self._document(number, ids)
+    def documents(self, order: SampleOrder[_Sample]) -> Iterator[_Sample]:
+        """The documents in order, as long as there are to be more."""
 
-    def _prompt(self, draw: np.random.Generator) -> list[int]:
-        """The ids that a document begins with: BOS where the tokenizer adds one, and the drawn
-        tokens. Without either it is the end token, after which the model generates the first one.
+        def next_request() -> GenerationRequest | None:
+            number = order.begin()
+            return None if number is None else self._request(number)
+
+        for completion in self._generator.completions(next_request):
+            sample = self._document(completion)
+            yield from order.end(sample.document, sample, sample.tokens)
+
+    def _request(self, number: int) -> GenerationRequest:
+        """A document depends on no other, except by rounding. It begins with the start and the
+        drawn tokens; without BOS the drawn tokens need no start.
         """
-        drawn = draw.choice(self._ordinary, self._sampling.prompt_tokens)
-        if self._tokenizer.bos_id is not None:
-            return [self._tokenizer.bos_id, *drawn.tolist()]
-        return drawn.tolist() or [self._tokenizer.eos_id]
+        draw = np.random.default_rng(key_of(self._sampling.seed, "self-replay", number))
+        drawn = draw.choice(self._ordinary, self._sampling.prompt_tokens).tolist()
+        is_started = self._tokenizer.bos_id is not None or not drawn
+        return GenerationRequest(
+            number=number,
+            prompt=[self._start, *drawn] if is_started else drawn,
+            uniforms_T=draw.random(self._max_tokens),
+            temperature=self._sampling.temperature,
+        )
 
-    def _document(self, number: int, ids: Sequence[int]) -> _Sample:
-        end = next((at for at, token in enumerate(ids) if token in self._ends), None)
-        own = ids[:end]
+    def _document(self, completion: Completion) -> _Sample:
+        prompt = completion.request.prompt
+        drawn = prompt[len(prompt) - self._sampling.prompt_tokens :]
+        own = [*drawn, *completion.ids]
         return _Sample(
-            document=number,
+            document=completion.request.number,
             text=self._tokenizer.decode(own),
             tokens=len(own),
-            is_cut=end is None,
+            is_cut=completion.is_cut,
         )
-
-
-def _ends(generation: Any, tokenizer: Tokenizer) -> list[int]:
-    """The ids that end a document for the tokenizer or for the model."""
-    named = getattr(generation, "eos_token_id", None)
-    own = named if isinstance(named, list) else [named]
-    return sorted({tokenizer.eos_id, *(token for token in own if token is not None)})
-
-
-def _barred(tokenizer: Tokenizer, ends: Sequence[int], vocab_size: int) -> Tensor:
-    """True for ids [V] that are never drawn: special tokens other than the ends, and rows of the
-    head without a token.
-    """
-    barred_V = torch.zeros(vocab_size, dtype=torch.bool)
-    barred_V[tokenizer.vocab_size :] = True
-    barred_V[[token for token in tokenizer.special_ids if token < vocab_size]] = True
-    barred_V[list(ends)] = False
-    return barred_V
-
-
-def probabilities(sampling: Sampling, barred_V: Tensor, logits_BV: Tensor) -> Tensor:
-    """The probabilities [B, V] of the next tokens at a temperature and top_p; 0 for barred ids.
-
-    Those that top_p leaves need not sum to 1.
-    """
-    logits_BV = logits_BV.double().masked_fill(barred_V, -torch.inf)
-    probabilities_BV = (logits_BV / sampling.temperature).softmax(1)
-    if sampling.top_p < 1:
-        probabilities_BV = _truncated(probabilities_BV, sampling.top_p)
-    return probabilities_BV
-
-
-def _truncated(probabilities_BV: Tensor, top_p: float) -> Tensor:
-    """The probabilities with 0 for the least probable tokens, as long as the others sum to `top_p`
-    (Holtzman et al., 2020).
-
-    transformers' TopPLogitsWarper is not used: of equally probable tokens, which are common among
-    logits in bf16, it keeps others, and the documents of a seed would change.
-    """
-    sorted_BV, order_BV = probabilities_BV.sort(1, descending=True)
-    before_BV = sorted_BV.cumsum(1) - sorted_BV
-    kept_BV = torch.where(before_BV < top_p, sorted_BV, 0.0)
-    return torch.zeros_like(probabilities_BV).scatter(1, order_BV, kept_BV)

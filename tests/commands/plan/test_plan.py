@@ -23,7 +23,7 @@ from bigmix.errors import BadInput
 from bigmix.evaluation.behaviour.inputs import BehaviourInputs
 from bigmix.evaluation.behaviour.prompts import read_prompts
 from bigmix.recipe import load_recipe
-from bigmix.recipe.sections import Behaviour
+from bigmix.recipe.sections import Behaviour, ModelSettings
 from bigmix.train.inputs import open_inputs
 from bigmix.types import IGNORE
 
@@ -173,6 +173,21 @@ def test_a_recipe_that_needs_a_look_has_a_warning(here, overrides, text):
 
 def test_a_sound_recipe_has_no_warnings(here):
     assert planned("sources.web.share=0.25")[1] == []
+
+
+def test_a_chat_model_without_chat_replay_has_a_warning(here, tmp_path):
+    recipe = load_recipe("recipe.yaml", ["sources.web.share=0.25"])
+    inputs = open_inputs(recipe, ranks=1, verify=False)
+    plan = forecast(recipe, inputs, inputs.plan, CPU)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    model = ModelSettings(path=str(tmp_path))
+    with_path = recipe.model_copy(update={"model": model})
+    (warning,) = warnings_of(with_path, plan, CPU)
+    assert "is a chat model and no source of chats is replayed" in warning
+    web = recipe.sources["web"].model_copy(update={"role": "task"})
+    chat = recipe.sources["chat"].model_copy(update={"role": "replay"})
+    changed = with_path.model_copy(update={"sources": {"web": web, "chat": chat}})
+    assert warnings_of(changed, plan, CPU) == []
 
 
 def test_too_little_memory_is_a_warning_with_remedies(here):

@@ -2,18 +2,17 @@
 
 import json
 import shutil
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from support.models import FAMILIES
+from support.small_chat_model import make_chat_model
 
 from bigmix.commands.main import main
-from bigmix.commands.remedies.self_replay import Sampling, probabilities
+from bigmix.commands.remedies.generator import next_ids, probabilities
 from bigmix.data.shards.manifest import read_manifest
-from bigmix.evaluation.tasks.generation import TokenSampler
 from bigmix.seeding import key_of
 from bigmix.text.tokenizer import load_tokenizer
 
@@ -102,28 +101,27 @@ def test_tokens_come_as_often_as_they_are_probable(top_p):
             mass += float(expected[index])
         expected = torch.where(torch.isin(torch.arange(50), torch.tensor(kept)), expected, 0)
         expected /= expected.sum()
-    chances = ((torch.arange(draws) + 0.5) / draws)[:, None].double()
-    sampling = Sampling(temperature=0.8, top_p=top_p)
-    sampler = TokenSampler(chances, 1, partial(probabilities, sampling, barred))
-    drawn = sampler(torch.zeros(draws, 1), logits.expand(draws, 50)).argmax(1)
+    chances = (torch.arange(draws).double() + 0.5) / draws
+    heats = torch.full([draws], 0.8, dtype=torch.float64)
+    drawn = next_ids(logits.expand(draws, 50), barred, heats, top_p, chances)
     found = torch.bincount(drawn, minlength=50) / draws
     assert float((found - expected).abs().max()) < 2 / draws
     assert not (found[expected == 0] > 0).any()
 
 
 def test_top_p_keeps_the_tokens_that_transformers_keeps_unless_some_are_equally_probable():
-    none_barred, sampling = torch.zeros(64, dtype=torch.bool), Sampling(top_p=0.5)
     theirs = transformers.TopPLogitsWarper(0.5)
 
     def kept_by_both(logits):
-        ours = probabilities(sampling, none_barred, logits) > 0
+        ours = probabilities(logits, torch.ones(len(logits)), 0.5) > 0
         return ours, theirs(None, logits.double()) > -torch.inf
 
     torch.manual_seed(0)
     ours, others = kept_by_both(torch.randn(200, 64))
     assert torch.equal(ours, others)
-    ours, others = kept_by_both(torch.zeros(1, 64))  # as many of them, and not the same
-    assert ours.sum() == others.sum() == 32 and not torch.equal(ours, others)
+    ours, others = kept_by_both(torch.zeros(3, 64))
+    assert (ours.sum(1) == 32).all() and torch.equal(ours.sum(1), others.sum(1))
+    assert ours[:, :32].all()  # of equal ones the first, on every machine
 
 
 def test_the_texts_do_not_depend_on_the_batch_or_on_interruptions(model, made, tmp_path):
@@ -160,6 +158,57 @@ def test_first_tokens_may_come_from_the_vocabulary(model, made, tmp_path):
     sampled = documents(output)
     assert all(2 <= document["tokens"] <= 22 for document in sampled)
     assert not any("<|" in document["text"] for document in sampled)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tiny_tokenizer, tmp_path_factory):
+    return make_chat_model(tmp_path_factory.mktemp("chat") / "model", tiny_tokenizer, steps=20)
+
+
+def first_tokens(folder, output, start):
+    """The text of each document, and what is drawn first after a token."""
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = load_tokenizer(str(folder))
+    with torch.no_grad():
+        logits = lm(input_ids=torch.tensor([[start]])).logits[0, -1].double()
+    logits[tokenizer.vocab_size :] = -torch.inf
+    logits[sorted(tokenizer.special_ids - {tokenizer.eos_id, start})] = -torch.inf
+    heights = logits.softmax(0).cumsum(0)
+    for document in documents(output):
+        number = document["document"]
+        chance = np.random.default_rng(key_of(0, "self-replay", number)).random()
+        drawn = int((heights <= chance * heights[-1]).sum())
+        is_end = drawn in (tokenizer.eos_id, start)
+        yield document["text"], "" if is_end else tokenizer.decode([drawn])
+
+
+def test_texts_of_a_chat_model_begin_where_documents_do_in_pretraining(
+    chat_model, tmp_path, capsys
+):
+    code, output = make(chat_model, tmp_path, *OPTIONS)
+    assert code == 0
+    start = load_tokenizer(str(chat_model)).backend.token_to_id("<|endoftext|>")
+    found = list(first_tokens(chat_model, output, start))
+    assert len(found) > 10 and any(first for _, first in found)
+    assert all(text.startswith(first.rstrip("\N{REPLACEMENT CHARACTER}")) for text, first in found)
+    settings = json.loads((tmp_path / "self.settings.json").read_text())
+    assert settings["start"] == "<|endoftext|>"
+    printed = capsys.readouterr().out
+    assert "is a chat model: these texts keep what it knows" in printed
+    assert "no token that is known to begin a document" not in printed
+
+
+def test_where_no_token_separates_documents_the_user_is_told_so(chat_model, tmp_path, capsys):
+    other = shutil.copytree(chat_model, tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (other / name).read_text()
+        (other / name).write_text(text.replace("<|endoftext|>", "<|of_nothing|>"))
+    code, output = make(other, tmp_path, *OPTIONS)
+    assert code == 0
+    assert "no token that is known to begin a document" in capsys.readouterr().out
+    assert "start" not in json.loads((tmp_path / "self.settings.json").read_text())
+    found = list(first_tokens(other, output, load_tokenizer(str(other)).eos_id))
+    assert all(text.startswith(first.rstrip("\N{REPLACEMENT CHARACTER}")) for text, first in found)
 
 
 @pytest.mark.parametrize(
