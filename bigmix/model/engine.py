@@ -225,6 +225,9 @@ class Engine:
         try:
             with self.averaged(), torch.no_grad():
                 yield
+                # After the last forward, ZeRO-3 is fetching weights for the backward that follows
+                # in training; a weight that is being fetched cannot be gathered by others.
+                self._engine.empty_partition_cache()
         finally:
             self._engine.train()
 
