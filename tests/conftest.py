@@ -36,6 +36,7 @@ LONGEST = (
     "test_supervisor",
     "test_sweep",
     "test_controlled_run",
+    "test_behaviour_run",
     "test_plan",
     "test_run",
     "test_chaos",

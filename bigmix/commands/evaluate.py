@@ -121,16 +121,21 @@ def main(arguments: Sequence[str], stop_signal: StopSignal) -> int:
 
 
 def _run(recipe: Recipe, known: argparse.Namespace, world: World, stop_signal: StopSignal) -> int:
-    model = _model(recipe, known)
-    inputs = open_held_out(recipe, verify=world.local_rank == 0, machines=world.num_machines)
+    model, base = _model(recipe, known), known.base or recipe.model.path
+    base = None if base == _NO_BASE else base
+    inputs = open_held_out(
+        recipe,
+        verify=world.local_rank == 0,
+        machines=world.num_machines,
+        asked=base or model,
+    )
     quiet_third_party_logs()
     # Takes seconds to import, which a recipe that cannot be evaluated should not wait for.
     from bigmix.evaluation.standalone import EvaluationRequest, evaluate_standalone
 
-    base = known.base or recipe.model.path
     request = EvaluationRequest(
         model=model,
-        base=None if base == _NO_BASE else base,
+        base=base,
         output=_out(recipe, known),
         command=shlex.join(["bigmix", "evaluate", *_words(known), "--ranks", str(world.size)]),
     )

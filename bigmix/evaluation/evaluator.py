@@ -1,4 +1,4 @@
-"""Evaluates a model on held-out sources and tasks, for a line of metrics.jsonl."""
+"""Evaluates a model on held-out sources, tasks and general prompts, for a line of metrics.jsonl."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,14 @@ from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.signals import Activity
 from bigmix.data.shards.manifest import Manifest
 from bigmix.errors import BadInput
+from bigmix.evaluation.behaviour.answers import BehaviourProbe, Respondent
+from bigmix.evaluation.behaviour.measure import (
+    BehaviourResult,
+    answers_of_base,
+    behaviour_line,
+    measure_behaviour,
+    result_of_base,
+)
 from bigmix.evaluation.bootstrap import Estimate
 from bigmix.evaluation.forward import HeldOutSpec, evaluate
 from bigmix.evaluation.held_out import Baseline, HeldOutResult, summarise
@@ -58,25 +66,44 @@ def _numbers(key: str, interval_key: str, source: str, estimate: Estimate) -> Me
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationResult:
-    """The results of an evaluation; `line` has all numbers, under the keys of metrics.jsonl."""
+    """The results of an evaluation; `line` has all numbers, under the keys of metrics.jsonl.
+
+    `behaviour` is None where it was not measured.
+    """
 
     held_out: Mapping[str, HeldOutResult]
     tasks: Mapping[str, TaskResult]
+    behaviour: BehaviourResult | None
     line: MetricsRecord
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluator:
-    """Evaluates one model on held-out sources and tasks, in a run or outside of one.
+class Asked:
+    """What a model answers in an evaluation: tasks, by name, and whether the behaviour probe."""
 
-    `weights` is how the weights are held while the model answers tasks, `seed` that of sampled
-    answers.
+    tasks: Collection[str]
+    behaviour: bool
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it answers nothing."""
+        return not self.tasks and not self.behaviour
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluator:
+    """Evaluates one model on held-out sources, tasks and general prompts, in a run or outside of
+    one.
+
+    `behaviour` is None where it is not measured. `weights` is how the weights are held while the
+    model answers, `seed` that of sampled answers to tasks.
     """
 
     engine: Evaluable
     cluster: Cluster
     held_out: HeldOutSpec
     tasks: Mapping[str, PreparedTask]
+    behaviour: BehaviourProbe | None
     weights: WeightPlacement
     seed: int
 
@@ -85,12 +112,13 @@ class Evaluator:
         step: int,
         base: Baseline | None,
         activity: Activity,
-        tasks: Collection[str] | None = None,
+        asked: Asked | None = None,
     ) -> EvaluationResult | None:
         """Evaluate the model after a step; a collective. None where a stop was requested.
 
         Forgetting is measured from `base`, which takes the result of a source that it does not have
-        yet; it is not measured where `base` is None. `tasks` names the tasks to run; None: all.
+        yet, and before the first step the model's answers; it is not measured where `base` is None.
+        `asked` is what the model answers; None: everything.
         """
         sums = evaluate(self.engine, self.cluster, self.held_out, activity)
         if sums is None:
@@ -106,28 +134,68 @@ class Evaluator:
                 tokens_per_byte=manifest.loss_tokens / max(manifest.loss_bytes, 1),
                 base=base,
             )
-        chosen = {n: task for n, task in self.tasks.items() if tasks is None or n in tasks}
-        results = self._task_results(chosen, activity)
-        if results is None:
+        answered = self._answered(asked or self.everything, step, base, activity)
+        if answered is None:
             return None
-        line = {"step": step, "eval": True} | held_out_numbers(held_out) | task_line(results)
-        return EvaluationResult(held_out=held_out, tasks=results, line=line)
+        line = {"step": step, "eval": True} | held_out_numbers(held_out) | task_line(answered.tasks)
+        if answered.behaviour is not None:
+            line |= behaviour_line(answered.behaviour)
+        return EvaluationResult(
+            held_out=held_out, tasks=answered.tasks, behaviour=answered.behaviour, line=line
+        )
 
-    def _task_results(
-        self, tasks: Mapping[str, PreparedTask], activity: Activity
-    ) -> dict[str, TaskResult] | None:
-        """The results of tasks; None where a stop was requested."""
-        if not tasks:
-            return {}
-        activity.begin("gathering the weights for tasks")
-        engine = self.engine
+    @property
+    def everything(self) -> Asked:
+        """All tasks, and the behaviour probe where there is one."""
+        return Asked(tasks=frozenset(self.tasks), behaviour=self.behaviour is not None)
+
+    def _answered(
+        self, asked: Asked, step: int, base: Baseline | None, activity: Activity
+    ) -> "_Answered | None":
+        """What the model answers; None where a stop was requested."""
+        if asked.is_empty:
+            return _Answered(tasks={}, behaviour=None)
+        activity.begin("gathering the weights for answers")
+        engine, behaviour = self.engine, None
         with (
             engine.evaluating(),
             gathered_for_inference(
                 engine.module.lm, engine.device, self.cluster, self.weights
             ) as model,
         ):
-            return score_tasks(model, self.cluster, tasks, seed=self.seed, activity=activity)
+            chosen = {name: task for name, task in self.tasks.items() if name in asked.tasks}
+            tasks = score_tasks(model, self.cluster, chosen, seed=self.seed, activity=activity)
+            if tasks is None:
+                return None
+            if asked.behaviour and self.behaviour is not None:
+                respondent = Respondent(model=model, cluster=self.cluster, activity=activity)
+                behaviour = _behaviour_of(respondent, self.behaviour, step, base)
+                if behaviour is None:
+                    return None
+        return _Answered(tasks=tasks, behaviour=behaviour)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Answered:
+    """The results of tasks, and of the behaviour probe where it was asked."""
+
+    tasks: Mapping[str, TaskResult]
+    behaviour: BehaviourResult | None
+
+
+def _behaviour_of(
+    respondent: Respondent, probe: BehaviourProbe, step: int, base: Baseline | None
+) -> BehaviourResult | None:
+    """The behaviour after a step; before the first one the model is the base. None where a stop was
+    requested.
+    """
+    if base is None or step > 0:
+        return measure_behaviour(respondent, probe, None if base is None else base.answers)
+    answers = answers_of_base(respondent, probe)
+    if answers is None:
+        return None
+    base.answers = answers
+    return result_of_base(probe, answers)
 
 
 def prepare_tasks(

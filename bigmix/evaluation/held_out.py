@@ -21,6 +21,7 @@ from typing import TypeAlias
 import numpy as np
 
 from bigmix.errors import BadInput
+from bigmix.evaluation.behaviour.baseline import BaseAnswers, parse_base_answers
 from bigmix.evaluation.bootstrap import Estimate, interval, resampled_sums
 from bigmix.files import atomic_write
 from bigmix.seeding import key_of
@@ -84,15 +85,23 @@ class HeldOutResult:
 
 
 class Baseline:
-    """What forgetting is measured from: the first result of each source, in a run that of step 0.
+    """What forgetting is measured from: the first result of each source, in a run that of step 0,
+    and the answers of the base, None where behaviour is not compared with them.
 
-    The losses are part of a run's state. The sums over documents, which intervals need as well, are
-    kept in a file of the run's folder.
+    The losses are part of a run's state, as is the fingerprint of the answers. The sums over
+    documents, which intervals need as well, and the answers are kept in files of the run's folder.
     """
 
     def __init__(self) -> None:
         self.losses: dict[str, float] = {}
+        self.answers: BaseAnswers | None = None
         self._sums: dict[str, DocumentSums] = {}
+        self._fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """That of the base's answers; None where there have never been any."""
+        return self._fingerprint if self.answers is None else self.answers.fingerprint
 
     def take(self, name: str, sums: DocumentSums) -> None:
         """Keep the first result of a source; later ones change nothing."""
@@ -102,6 +111,7 @@ class Baseline:
     def take_over(self, other: "Baseline") -> None:
         """Replace the results by those of another baseline."""
         self.losses, self._sums = dict(other.losses), dict(other._sums)
+        self.answers, self._fingerprint = other.answers, other._fingerprint
 
     def copy(self) -> "Baseline":
         """An independent copy: it does not change when this one takes another result."""
@@ -119,9 +129,11 @@ class Baseline:
             return None
         return found.sums_DM if np.array_equal(found.ids_D2, like.ids_D2) else None
 
-    def resume(self, losses: Mapping[str, float]) -> None:
-        """Continue from the losses of an earlier part of a run."""
-        self.losses = dict(losses)
+    def resume(self, losses: Mapping[str, float], fingerprint: str | None = None) -> None:
+        """Continue from the losses of an earlier part of a run, and from its answers, which have
+        this fingerprint; None: it had none.
+        """
+        self.losses, self._fingerprint = dict(losses), fingerprint
 
     def put_back(self, content: bytes | None) -> None:
         """Restore the sums over documents from the bytes that `content` returned; None restores
@@ -131,6 +143,15 @@ class Baseline:
         """
         if content is not None:
             self._sums = _parsed(content)
+
+    def put_back_answers(self, content: bytes | None) -> None:
+        """Restore the answers from the bytes that `read_base_answers` returned; nothing where there
+        are none, or where there were none in the earlier part of the run.
+
+        Raises BadInput where they are damaged, or are not those of that part.
+        """
+        if content is not None and self._fingerprint is not None:
+            self.answers = parse_base_answers(content, self._fingerprint)
 
     def content(self) -> bytes:
         """The sums over documents as the bytes of a file."""

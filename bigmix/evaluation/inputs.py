@@ -19,6 +19,7 @@ from bigmix.data.shards.manifest import Manifest
 from bigmix.data.source import ShardStore
 from bigmix.data.stream import Stream
 from bigmix.errors import BadInput
+from bigmix.evaluation.behaviour.inputs import BehaviourInputs, open_behaviour
 from bigmix.evaluation.tasks.examples import TaskFile, open_tasks
 from bigmix.model.ds_config import read_ds_config
 from bigmix.recipe import Recipe
@@ -27,34 +28,42 @@ from bigmix.recipe import Recipe
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutInputs:
     """What a recipe names for an evaluation outside of a run, opened: its held-out streams, its
-    tasks and the keys for DeepSpeed.
+    tasks, the prompts of the behaviour probe and the keys for DeepSpeed.
 
-    `manifests` are those of the held-out sources, local ones first; `trained` those of the sources
-    to train on, where the prompts of tasks depend on them.
+    `behaviour` is None where it is not measured. `manifests` are those of the held-out sources,
+    local ones first; `trained` those of the sources to train on, where the prompts of tasks depend
+    on them.
     """
 
     streams: Mapping[str, Stream]
     tasks: Mapping[str, TaskFile]
+    behaviour: BehaviourInputs | None
     ds_keys: Mapping[str, Any]
     manifests: Sequence[Manifest]
     trained: Sequence[Manifest]
     tokenizer_folder: Path
 
 
-def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOutInputs:
-    """Open and check only the held-out sources and the tasks: the sources to train on need not be
-    there.
+def open_held_out(
+    recipe: Recipe, *, verify: bool, machines: int = 1, asked: str | None = None
+) -> HeldOutInputs:
+    """Open and check only the held-out sources, the tasks and the behaviour probe: the sources to
+    train on need not be there.
 
     They are needed only where they decide whether the prompts of tasks are chats, which no held-out
-    source has decided. `verify` also reads the first GiB of each local source through. Raises
-    BadInput with every fault that is found.
+    source has decided. `asked` is the model that is evaluated first, in whose chat template the
+    prompts of the probe are; None: behaviour is not measured. `verify` also reads the first GiB of
+    each local source through. Raises BadInput with every fault that is found.
     """
     paths, faults = recipe.held_out_paths, list[str]()
     if not paths:
         raise BadInput(
             "no held-out source is in the recipe; give a source its `held_out` folder, or name some"
-            " under `held_out`"
+            " under `held_out`; `bigmix probe behaviour` needs none"
         )
+    is_base = asked == recipe.model.path
+    tokenizer = recipe.chat_tokenizer if is_base else asked
+    behaviour = collect(faults, open_behaviour, recipe.behaviour, tokenizer)
     ds_keys = collect(faults, read_ds_config, recipe.deepspeed)
     tasks = collect(faults, open_tasks, recipe.tasks)
     shard_store = ShardStore(read_options_of(recipe, machines))
@@ -76,6 +85,7 @@ def open_held_out(recipe: Recipe, *, verify: bool, machines: int = 1) -> HeldOut
     return HeldOutInputs(
         streams=streams,
         tasks=tasks,
+        behaviour=behaviour,
         ds_keys=ds_keys,
         manifests=[source.manifest for source in ordered],
         trained=trained,

@@ -5,7 +5,7 @@ base. Neither has an optimizer or gradients.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,12 @@ from bigmix.cluster.signals import Activity, StopSignal
 from bigmix.cluster.watchdog import Watchdog
 from bigmix.cluster.world import World
 from bigmix.errors import Interrupted
+from bigmix.evaluation.behaviour.answers import (
+    BehaviourProbe,
+    left_out_note,
+    prepare_behaviour,
+)
+from bigmix.evaluation.behaviour.measure import write_pairs
 from bigmix.evaluation.evaluator import EvaluationResult, Evaluator, prepare_tasks, token_bytes_in
 from bigmix.evaluation.forward import HeldOutSpec
 from bigmix.evaluation.held_out import Baseline
@@ -25,7 +31,7 @@ from bigmix.evaluation.tasks.prompts import PreparedTask
 from bigmix.evaluation.tasks.runner import write_samples
 from bigmix.files import replace_text
 from bigmix.loss.backend import backend_options_of, choose_backend
-from bigmix.model.causal_lm import choose_dtype
+from bigmix.model.causal_lm import choose_dtype, max_positions
 from bigmix.model.checks import Evaluated, read_evaluated
 from bigmix.model.ds_config import complete_for_evaluation
 from bigmix.model.engine import device_of, join
@@ -76,23 +82,28 @@ def evaluate_standalone(
         )
         for named, model in models.items()
     }
+    behaviour = _behaviour(inputs, models.values())
     cluster = join(world)
     log_to_file(request.output / LOG, world)
     limits = Limits(dead_s=recipe.health.dead_after_s, hang_s=60 * recipe.health.hang_minutes)
     watchdog = Watchdog(cluster, stop_signal, limits, request.output / LOG)
+    if behaviour is not None and behaviour.left_out:
+        terminal.note(left_out_note(behaviour))
     services = _Services(
         recipe=recipe,
         inputs=inputs,
         tasks=tasks,
+        behaviour=behaviour,
         cluster=cluster,
         activity=Activity(begin=watchdog.doing, stop_requested=stop_signal.is_set),
+        output=request.output,
     )
     try:
         lines = []
         for model, result in _results(services, models):
             lines.append(result.line)
             if world.is_first:
-                write_samples(request.output, int(result.line["step"] or 0), result.tasks)
+                _keep_answers(request.output, result)
             show_evaluation(terminal, recipe, model.path, result)
         if world.is_first:
             _write(recipe, request, lines)
@@ -104,17 +115,34 @@ def evaluate_standalone(
     leave()
 
 
+def _behaviour(inputs: HeldOutInputs, models: Iterable[Evaluated]) -> BehaviourProbe | None:
+    if inputs.behaviour is None:
+        return None
+    limits = [n for model in models if (n := max_positions(model.config)) is not None]
+    return prepare_behaviour(inputs.behaviour, min(limits, default=None))
+
+
+def _keep_answers(output: Path, result: EvaluationResult) -> None:
+    """Write the answers of a model to tasks and to general prompts."""
+    step = int(result.line["step"] or 0)
+    write_samples(output, step, result.tasks)
+    if result.behaviour is not None:
+        write_pairs(output, step, result.behaviour)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Services:
     """What the evaluations of all models share; `tasks` are the tasks as tokens, by the option that
-    names the model.
+    names the model, and `behaviour` the prompts as tokens of the first model.
     """
 
     recipe: Recipe
     inputs: HeldOutInputs
     tasks: Mapping[str, Mapping[str, PreparedTask]]
+    behaviour: BehaviourProbe | None
     cluster: Cluster
     activity: Activity
+    output: Path
 
 
 def _results(
@@ -127,7 +155,10 @@ def _results(
     model, base = models["--model"], models.get("--base")
     if base is not None:
         baseline = Baseline()
-        yield base, _evaluate(services, base, held_out_spec, 0, baseline)
+        found = _evaluate(services, base, held_out_spec, 0, baseline)
+        if services.cluster.world.is_first and baseline.answers is not None:
+            baseline.answers.write(services.output)
+        yield base, found
         reference = open_reference(_source_of(base), services.recipe, _placement(services))
         held_out_spec = replace(held_out_spec, base=reference)
     yield (
@@ -175,6 +206,7 @@ def _evaluate(
         cluster=services.cluster,
         held_out=held_out_spec,
         tasks=services.tasks[model.named],
+        behaviour=services.behaviour,
         weights=recipe.evaluate.task_weights,
         seed=recipe.seed,
     )

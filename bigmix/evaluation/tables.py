@@ -27,6 +27,8 @@ def show_evaluation(terminal: Terminal, recipe: Recipe, of: str, found: Evaluati
         terminal.table(evaluation_table(f"held out, {of}", rows))
     if found.tasks:
         terminal.table(_tasks_table(f"tasks, {of}", found.tasks))
+    if found.behaviour is not None:
+        show_behaviour(terminal, of, found.behaviour)
 
 
 def _held_out_row(recipe: Recipe, name: str, found: HeldOutResult) -> HeldOutRow:
@@ -89,6 +91,18 @@ def behaviour_samples(found: BehaviourResult) -> tuple[Sequence[str], Sequence[S
         for each in found.samples
     ]
     return ["prompt", "base", "now"], rows
+
+
+def samples_as_markdown(found: BehaviourResult) -> str:
+    """The samples of a result as a table in Markdown."""
+    columns, rows = behaviour_samples(found)
+    lines = [columns, ["---"] * len(columns), *([_as_cell(text) for text in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _as_cell(text: str) -> str:
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
+    return "<br>".join(escaped.splitlines())
 
 
 def _question(pair: AnswerPair) -> str:

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from bigmix.recipe.models import Recipe
 from bigmix.recipe.sections import (
+    Behaviour,
     Budget,
     Cache,
     Checkpoint,
@@ -40,6 +41,7 @@ _TABLES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("budget", Budget),
     ("train", Train),
     ("evaluate", Evaluate),
+    ("behaviour", Behaviour),
     ("checkpoint", Checkpoint),
     ("health", HealthSettings),
     ("cache", Cache),

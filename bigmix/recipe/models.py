@@ -36,7 +36,12 @@ from bigmix.recipe.sections import (
     Train,
     behaviour_table,
 )
-from bigmix.recipe.shares import Controller, faults_of_controller, faults_side_by_side
+from bigmix.recipe.shares import (
+    BEHAVIOUR,
+    Controller,
+    faults_of_controller,
+    faults_side_by_side,
+)
 from bigmix.recipe.task import Task
 
 
@@ -111,6 +116,7 @@ class Recipe(Settings):
             *self._weigh_faults(),
             *self._reference_faults(),
             *self._evaluation_faults(),
+            *self._behaviour_faults(),
         ]
         if faults:
             raise ValueError("\n".join(faults))
@@ -177,7 +183,7 @@ class Recipe(Settings):
                 f"{table}.{name}.share",
                 controller,
                 evaluate_every=self.evaluate.every,
-                held_out=tuple(self.held_out_paths),
+                held_out=self.measured_sets,
                 watched_sets=self.watched_sets(controller),
                 tasks=[n for n in self.task_names if self._is_in(n, name)],
             )
@@ -228,6 +234,19 @@ class Recipe(Settings):
                 " divergence to; set evaluate.kl=false, or give model.path"
             )
 
+    def _behaviour_faults(self) -> Iterator[str]:
+        for table in ("sources", "held_out", "tasks"):
+            if BEHAVIOUR in getattr(self, table):
+                yield (
+                    f"{table}.{BEHAVIOUR} has the name of the base's answers to general prompts,"
+                    " on which forgetting is measured too; give it another name"
+                )
+        if self.model.path is None and self.behaviour.when in ("every", "ends"):
+            yield (
+                f"behaviour.when is {self.behaviour.when}, and a model from scratch has no"
+                " behaviour to keep; set behaviour=auto, or give model.path"
+            )
+
     @property
     def reference_path(self) -> str | None:
         """Where the frozen model is."""
@@ -267,6 +286,19 @@ class Recipe(Settings):
         """The held-out sets that a controller judges by."""
         replay = (n for n, s in self.sources.items() if s.role == "replay" and s.held_out)
         return controller.held_out or tuple(replay)
+
+    @property
+    def measured_sets(self) -> tuple[str, ...]:
+        """The held-out sets whose forgetting a controller can look at after each evaluation; those
+        of behaviour are the answers of the base.
+        """
+        is_measured = self.behaviour.when in ("auto", "every") and self.model.path is not None
+        return (*self.held_out_paths, *([BEHAVIOUR] if is_measured else []))
+
+    @property
+    def chat_tokenizer(self) -> str | None:
+        """The tokenizer of the model before training, a folder or a hub name; None from scratch."""
+        return None if self.model.path is None else self.model.tokenizer or self.model.path
 
     @property
     def task_names(self) -> tuple[str, ...]:

@@ -233,9 +233,9 @@ class Evaluate(Settings):
     it is held in memory next to the model.
     """
     task_weights: Annotated[Literal["auto", "whole", "sharded"], AtResume.FREE] = "auto"
-    """How the weights of a ZeRO-3 model are held while tasks are evaluated. whole: gathered once
-    into a copy on each rank; sharded: gathered for each token, slow; auto: whole where the copy
-    fits twice into the memory that is free.
+    """How the weights of a ZeRO-3 model are held while it answers tasks and the prompts of the
+    behaviour probe. whole: gathered once into a copy on each rank; sharded: gathered for each
+    token, slow; auto: whole where the copy fits twice into the memory that is free.
     """
 
 

@@ -10,6 +10,7 @@ from pydantic import Discriminator, Field, Tag
 from bigmix.recipe.fields import A_NUMBER, Name, NonNegative, Positive, SchedulePoint, Settings
 
 FORGETTING = "forgetting"  # the controller that is built in
+BEHAVIOUR = "behaviour"  # what the base's answers to general prompts are called among held-out sets
 _OWN_RULE = re.compile(r"[^:]+:[A-Za-z_]\w*")
 
 
@@ -51,7 +52,9 @@ class Controller(Settings):
     most: Annotated[float, Field(gt=0, lt=1), A_NUMBER] = 0.5
     """Largest fraction that is decided on."""
     held_out: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
-    """Held-out sets that are watched; default: those of the replay sources."""
+    """Held-out sets that are watched, and behaviour, which is the base's answers to general
+    prompts; default: those of the replay sources.
+    """
     judge: Literal["worst", "mean"] = "worst"
     """Which forgetting counts where several sets are watched."""
     aim: Annotated[float, Field(gt=0, le=1), A_NUMBER] = 0.8
@@ -128,6 +131,14 @@ def faults_side_by_side(level: str | None, shares: Mapping[str, Any]) -> Iterato
         )
 
 
+def unmeasured_behaviour(key: str) -> str:
+    """What is wrong with a controller that looks at behaviour in a run that does not measure it."""
+    return (
+        f"{key}.held_out names {BEHAVIOUR}, which is not measured where shares are decided; give a"
+        " chat model as model.path and set behaviour=every, or leave it out"
+    )
+
+
 def faults_of_controller(
     key: str,
     controller: Controller,
@@ -147,6 +158,9 @@ def faults_of_controller(
             f"{key} has a controller, which decides after evaluations, and evaluate.every is"
             " 0; set evaluate.every=50, or another number of steps"
         )
+    if BEHAVIOUR in unknown:
+        yield unmeasured_behaviour(key)
+        unknown.remove(BEHAVIOUR)
     if unknown:
         yield f"{key}.held_out names {', '.join(unknown)}; known held-out sets are: {known}"
     if not watched_sets:

@@ -30,6 +30,9 @@ _GROUPS = {
     "tokens_per_s": "speed",
     "mfu": "speed",
     "peak_gib": "speed",
+    "behaviour_prompts": "behaviour",
+    "behaviour_constrained": "behaviour",
+    "behaviour_tokens": "behaviour",
 }
 _NOT_CHARTED = ("step", "eval")
 _HELD_OUT = {
@@ -120,6 +123,11 @@ class RunLog:
         tags = dict.fromkeys([*metrics, tag_of("loss"), tag_of("tokens_per_s")], 0.0)
         for record in hparams_records(named, tags):
             self._writer.file_writer.add_summary(record, 0)
+        self._writer.flush()
+
+    def show_text(self, tag: str, text: str, step: int) -> None:
+        """Show a text in Markdown next to the charts."""
+        self._writer.add_text(tag, text, step)
         self._writer.flush()
 
     def flush(self) -> None:

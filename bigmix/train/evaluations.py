@@ -3,15 +3,17 @@
 from pathlib import Path
 
 from bigmix.cluster.signals import Activity
+from bigmix.evaluation.behaviour.measure import BehaviourResult, write_pairs
 from bigmix.evaluation.evaluator import BaselineEvaluation, EvaluationResult
 from bigmix.evaluation.held_out import Baseline
-from bigmix.evaluation.tables import show_evaluation
+from bigmix.evaluation.tables import samples_as_markdown, show_evaluation
 from bigmix.evaluation.tasks.runner import write_samples
+from bigmix.runs.layout import BEHAVIOUR
 from bigmix.runs.metrics_log import METRICS, MetricsRecord, evaluation_at
 from bigmix.train.inputs import baseline_cache_key
 from bigmix.train.saving import save, save_and_stop, save_finished
 from bigmix.train.share_control import RuleFailed, decide_shares, shares_from
-from bigmix.train.state import Run, TrainState, evaluates_after, tasks_after
+from bigmix.train.state import Run, TrainState, asked_after, evaluates_after
 
 
 def catch_up(run: Run, state: TrainState) -> TrainState:
@@ -39,8 +41,8 @@ def evaluate(run: Run, state: TrainState) -> TrainState:
     found = _result(run, state, base) if state.step else _baseline_result(run, state, base)
     _show(run, state, found)
     decided = _decide(run, state, found.line)
-    if tasks_after(run, decided) != tasks_after(run, state):
-        # The decision has made this step the last one, which is evaluated on more tasks.
+    if asked_after(run, decided) != asked_after(run, state):
+        # The decision has made this step the last one, where the model answers more.
         found = _result(run, decided, base)
         _show(run, state, found)
     if run.cluster.world.is_first:
@@ -48,8 +50,20 @@ def evaluate(run: Run, state: TrainState) -> TrainState:
         if set(base.losses) != known:
             base.write(folder)
         write_samples(folder, state.step, found.tasks)
+        if found.behaviour is not None:
+            _keep_behaviour(run, state, found.behaviour)
         run.metrics.write(found.line | shares_from(decided.plan, run.recipe, state.step))
     return decided
+
+
+def _keep_behaviour(run: Run, state: TrainState, found: BehaviourResult) -> None:
+    """Write the answers of an evaluation down, before the line that counts it as done."""
+    folder, base = Path(run.recipe.output), run.metrics.report.base
+    if not state.step and base.answers is not None:
+        base.answers.write(folder)
+    write_pairs(folder, state.step, found)
+    if found.samples:
+        run.metrics.show_text(f"{BEHAVIOUR}/samples", samples_as_markdown(found), state.step)
 
 
 def _show(run: Run, state: TrainState, found: EvaluationResult) -> None:
@@ -84,7 +98,7 @@ def _result(run: Run, state: TrainState, base: Baseline) -> EvaluationResult:
         begin=lambda what: run.watchdog.doing(f"{what}, after step {state.step}"),
         stop_requested=run.stop_signal.is_set,
     )
-    found = run.evaluator.evaluate(state.step, base, activity, tasks_after(run, state))
+    found = run.evaluator.evaluate(state.step, base, activity, asked_after(run, state))
     if found is None:
         save_and_stop(run, state)
     return found

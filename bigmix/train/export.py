@@ -22,7 +22,7 @@ from bigmix.model.export import export
 from bigmix.model.loading import open_whole
 from bigmix.recipe import Recipe, to_yaml
 from bigmix.recipe.shares import SourceShare
-from bigmix.runs.layout import EXPORT
+from bigmix.runs.layout import BEHAVIOUR, EXPORT
 from bigmix.runs.metrics_log import METRICS, read_lines
 from bigmix.terminal import UNKNOWN, percent
 from bigmix.text.chat_template import PLAIN, PLAIN_SHA256
@@ -112,6 +112,7 @@ def model_card(recipe: Recipe, inputs: RunInputs, lines: Sequence[Mapping[str, A
         _mixture(recipe, inputs, last),
         _held_out(evaluated),
         _tasks(evaluated),
+        _behaviour(evaluated),
         _reproduction(recipe),
     ]
     return front_matter(recipe.model.path) + "\n".join(filter(None, sections))
@@ -251,6 +252,27 @@ def _tasks(line: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     return "## Tasks\n\n" + table(("task", "score", "value", "examples"), rows)
+
+
+def _behaviour(line: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            key.removeprefix(f"{BEHAVIOUR}/"),
+            _with_interval(
+                value, *(line.get(key.replace("/", end)) for end in ("_low/", "_high/"))
+            ),
+        ]
+        for key, value in line.items()
+        if key.startswith(f"{BEHAVIOUR}/")
+    ]
+    if not rows:
+        return ""
+    return (
+        f"## Behaviour\n\nAnswers to {line['behaviour_prompts']} general prompts, next to those of"
+        " the base, with 95 % intervals: loss, forgetting and KL(base || model) on the base's"
+        " answers in nats/token, the others as parts of the model's own answers, and their mean"
+        " length in tokens.\n\n" + table(("measure", "value"), rows)
+    )
 
 
 def _reproduction(recipe: Recipe) -> str:

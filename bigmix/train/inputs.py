@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from bigmix.data.planning import mix
 from bigmix.data.quarantine import BadShard
 from bigmix.data.recipe_sources import (
+    OpenedSources,
     ahead_of,
     collect,
     faults_of_empty,
@@ -30,12 +31,17 @@ from bigmix.data.share_rules import rule_of
 from bigmix.data.source import PreparedSource, ShardStore, bytes_in_use
 from bigmix.data.stream import Stream
 from bigmix.errors import BadInput
-from bigmix.evaluation.behaviour.inputs import has_chat_template
+from bigmix.evaluation.behaviour.inputs import (
+    BehaviourInputs,
+    has_chat_template,
+    open_behaviour,
+)
 from bigmix.evaluation.tasks.examples import TaskFile, open_tasks
 from bigmix.model.ds_config import complete_for_training, read_ds_config
 from bigmix.recipe import Recipe, SweepRun, plain
 from bigmix.recipe.marks import matters_before_first_step
 from bigmix.recipe.schedule import warmup_steps
+from bigmix.recipe.shares import BEHAVIOUR, unmeasured_behaviour
 from bigmix.recipe.tree import leaves
 from bigmix.runs.checkpoints import Position
 
@@ -51,16 +57,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunInputs:
-    """What a recipe names, opened and checked: its sources, held-out sets, tasks and DeepSpeed's
-    keys.
+    """What a recipe names, opened and checked: its sources, held-out sets, tasks, prompts and
+    DeepSpeed's keys.
 
-    `plan` is that of a run that begins at its first step. `content` is a checksum of the shards of
-    each source.
+    `behaviour` is None where it is not measured. `plan` is that of a run that begins at its first
+    step. `content` is a checksum of the shards of each source.
     """
 
     plan: RunPlan
     held_out: Mapping[str, Stream]
     tasks: Mapping[str, TaskFile]
+    behaviour: BehaviourInputs | None
     notes: Sequence[str]
     ds_keys: Mapping[str, Any]
     sources: Mapping[str, PreparedSource]
@@ -71,7 +78,7 @@ class RunInputs:
     @property
     def has_evaluation(self) -> bool:
         """Whether evaluations have anything to ask of the model."""
-        return bool(self.held_out or self.tasks)
+        return bool(self.held_out or self.tasks or self.behaviour)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -171,11 +178,9 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
         collect(faults, rule_of, controller, recipe.watched_sets(controller))
     ds_keys = collect(faults, _ds_keys, recipe, ranks)
     tasks = collect(faults, open_tasks, recipe.tasks)
+    behaviour = collect(faults, _behaviour, recipe)
     shard_store = ShardStore(read_options_of(recipe, machines))
-    paths = {f"sources.{name}.path": source.path for name, source in recipe.sources.items()}
-    replaceable = list(paths) if recipe.bad_shards == "replace" else []
-    paths |= {f"held_out of {name}": path for name, path in recipe.held_out_paths.items()}
-    opened = open_sources(paths, retry_of(recipe), verify=verify, replaceable=replaceable)
+    opened = _opened_sources(recipe, verify=verify)
     sources = opened.sources
     faults += [*opened.faults, *tokenizer_faults(sources)]
     if faults:
@@ -193,8 +198,10 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
         plan=plan,
         held_out=held_out,
         tasks=tasks,
+        behaviour=behaviour,
         notes=[
             *opened.notes,
+            *_behaviour_notes(behaviour),
             *missing_replay(recipe, _kinds(plan)),
             *moving_shares(recipe),
             *_warm_up(recipe, plan.steps),
@@ -207,6 +214,34 @@ def open_inputs(recipe: Recipe, *, ranks: int, verify: bool, machines: int = 1) 
         shard_store=shard_store,
         replaces_bad_shards=recipe.bad_shards == "replace",
     )
+
+
+def _opened_sources(recipe: Recipe, *, verify: bool) -> OpenedSources:
+    """The sources and held-out sets of a recipe."""
+    paths = {f"sources.{name}.path": source.path for name, source in recipe.sources.items()}
+    replaceable = list(paths) if recipe.bad_shards == "replace" else []
+    paths |= {f"held_out of {name}": path for name, path in recipe.held_out_paths.items()}
+    return open_sources(paths, retry_of(recipe), verify=verify, replaceable=replaceable)
+
+
+def _behaviour(recipe: Recipe) -> BehaviourInputs | None:
+    """The behaviour probe; raises BadInput also where controllers would look at it in vain."""
+    found = open_behaviour(recipe.behaviour, recipe.chat_tokenizer)
+    watching = [n for n, c in recipe.controllers.items() if BEHAVIOUR in recipe.watched_sets(c)]
+    if found is None and watching:
+        tables = {n: "sources" if n in recipe.sources else "groups" for n in watching}
+        raise BadInput(*(unmeasured_behaviour(f"{tables[n]}.{n}.share") for n in watching))
+    return found
+
+
+def _behaviour_notes(behaviour: BehaviourInputs | None) -> Iterator[str]:
+    if behaviour is not None:
+        settings = behaviour.settings
+        when = "at both ends" if settings.when == "ends" else "in every evaluation"
+        yield (
+            f"behaviour: the model answers {len(behaviour.prompts)} prompts {when}, with at most"
+            f" {settings.max_new_tokens} tokens each; behaviour=off leaves them out"
+        )
 
 
 def moving_shares(recipe: Recipe) -> Iterator[str]:

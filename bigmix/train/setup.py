@@ -13,6 +13,14 @@ from bigmix.cluster.watchdog import Watchdog
 from bigmix.cluster.world import World
 from bigmix.data.records import Decision, RankRows
 from bigmix.data.run_plan import RunPlan
+from bigmix.errors import BadInput
+from bigmix.evaluation.behaviour.answers import (
+    BehaviourProbe,
+    left_out_note,
+    prepare_behaviour,
+)
+from bigmix.evaluation.behaviour.baseline import BASE_ANSWERS, read_base_answers
+from bigmix.evaluation.behaviour.measure import notes_on_base
 from bigmix.evaluation.evaluator import BaselineEvaluation, Evaluator, prepare_tasks, token_bytes_in
 from bigmix.evaluation.forward import HeldOutSpec
 from bigmix.evaluation.held_out import read_baseline
@@ -20,7 +28,14 @@ from bigmix.evaluation.tasks.prompts import PreparedTask
 from bigmix.loss.backend import backend_options_of, check_backend, choose_backend
 from bigmix.loss.requests import LossBackendOptions
 from bigmix.loss.terms import LossTerms, Statistic, logged_statistics, terms_of
-from bigmix.model.causal_lm import DTYPES, build, choose_attention, choose_dtype, logit_rule
+from bigmix.model.causal_lm import (
+    DTYPES,
+    build,
+    choose_attention,
+    choose_dtype,
+    logit_rule,
+    max_positions,
+)
 from bigmix.model.checks import Configs, check_packing_isolation, read_configs
 from bigmix.model.ds_config import complete_for_training
 from bigmix.model.engine import AdamW, Engine, device_of, sharded_construction
@@ -28,6 +43,7 @@ from bigmix.model.flops import Cost, cost_of, count_parameters, peak_flops
 from bigmix.model.inputs import ReferenceModel
 from bigmix.model.loading import DevicePlacement, ModelSource, open_reference
 from bigmix.recipe import Recipe, to_yaml
+from bigmix.recipe.shares import BEHAVIOUR
 from bigmix.runs.checkpoints import put_aside
 from bigmix.runs.layout import CHECKPOINTS, LOG
 from bigmix.runs.metrics_log import RunLog
@@ -87,6 +103,7 @@ def set_up(
     log_to_file(Path(recipe.output) / LOG, world)
     configs = read_configs(recipe, inputs.manifest)
     tasks = _tasks(recipe, inputs, configs.model, terminal)
+    behaviour = _behaviour(inputs, configs.model, terminal)
     built = _build(recipe, inputs, configs, world, watchdog)
     watchdog.doing("making the reference model")
     place = DevicePlacement(keys=built.keys, dtype=built.dtype.value, device=device)
@@ -113,7 +130,9 @@ def set_up(
         rank_rows=_portion(recipe, world),
         engine=built.engine,
         objective=_objective(recipe, plan, reference),
-        evaluator=_evaluator(recipe, inputs, built.engine, cluster, tasks, base),
+        evaluator=_evaluator(
+            recipe, inputs, built.engine, cluster, tasks=tasks, behaviour=behaviour, base=base
+        ),
         metrics=RunMetrics(_report(recipe, plan, built, world, device), log, terminal, health),
         saver=saver,
         health=health,
@@ -174,7 +193,9 @@ def _evaluator(
     inputs: RunInputs,
     engine: Engine,
     cluster: Cluster,
+    *,
     tasks: Mapping[str, PreparedTask],
+    behaviour: BehaviourProbe | None,
     base: ReferenceModel | None,
 ) -> Evaluator:
     return Evaluator(
@@ -182,6 +203,7 @@ def _evaluator(
         cluster=cluster,
         held_out=_exam(recipe, inputs, base),
         tasks=tasks,
+        behaviour=behaviour,
         weights=recipe.evaluate.task_weights,
         seed=recipe.seed,
     )
@@ -212,6 +234,16 @@ def _tasks(
         inputs.manifests,
         config,
     )
+
+
+def _behaviour(inputs: RunInputs, config: Any, terminal: Terminal) -> BehaviourProbe | None:
+    """The behaviour probe as tokens; None where behaviour is not measured."""
+    if inputs.behaviour is None:
+        return None
+    probe = prepare_behaviour(inputs.behaviour, max_positions(config))
+    if probe.left_out:
+        terminal.note(left_out_note(probe))
+    return probe
 
 
 def _adamw(recipe: Recipe) -> AdamW:
@@ -283,11 +315,38 @@ def _resume(run: Run, start: ResumePoint) -> None:
     restore(run, start.checkpoint)
     kept, *_ = run.cluster.gather(read_baseline(folder) if world.is_first else None)
     run.metrics.report.base.put_back(kept)
+    _resume_answers(run)
     ranks, now = start.checkpoint.ranks, world.size
     for change in start.changes:
         terminal.warning(f"from step {start.step + 1} on: {change}")
     other = "" if ranks == now else f", written by {ranks} ranks and read by {now}"
     terminal.note(f"going on after step {start.step}, from {start.checkpoint.path}{other}")
+
+
+def _resume_answers(run: Run) -> None:
+    """Read the answers of the base again, where behaviour is measured from them; a collective."""
+    probe, base, folder = run.evaluator.behaviour, run.metrics.report.base, Path(run.recipe.output)
+    if probe is None:
+        return
+    kept, *_ = run.cluster.gather(read_base_answers(folder) if run.cluster.world.is_first else None)
+    base.put_back_answers(kept)
+    if base.answers is not None:
+        for note in notes_on_base(probe, base.answers):
+            run.terminal.warning(note)
+        return
+    missing = (
+        "the run began without the behaviour probe"
+        if base.fingerprint is None
+        else f"{folder / BASE_ANSWERS} is missing"
+    )
+    if any(BEHAVIOUR in run.recipe.watched_sets(c) for c in run.recipe.controllers.values()):
+        raise BadInput(
+            f"{missing}, and a controller looks at {BEHAVIOUR}; restore the file from a copy, or"
+            f" leave {BEHAVIOUR} out of its held_out"
+        )
+    run.terminal.warning(
+        f"{missing}: from here on answers are measured, but not compared with those of the base"
+    )
 
 
 def _decisions(start: ResumePoint) -> tuple[Decision, ...]:

@@ -10,6 +10,7 @@ from bigmix.data.run_plan import RunPlan
 from bigmix.data.share_rules import ControllerInput, decide, rule_of
 from bigmix.errors import BadInput, BigmixError
 from bigmix.recipe import Recipe
+from bigmix.recipe.shares import BEHAVIOUR
 from bigmix.runs.metrics_log import MetricsRecord
 from bigmix.train.state import Run, TrainState, position_of, progress
 
@@ -87,8 +88,8 @@ def _reading(run: Run, state: TrainState, name: str, line: MetricsRecord) -> Con
         limit=controller.limit,
         shares=MappingProxyType(state.plan.shares_of_step(state.step).rows),
         losses=MappingProxyType(run.metrics.report.interval_losses()),
-        held_out=MappingProxyType(_numbers(line, "held_out_loss")),
-        forgetting=MappingProxyType(_numbers(line, "forgetting")),
+        held_out=MappingProxyType(_numbers(line, "held_out_loss", f"{BEHAVIOUR}/loss")),
+        forgetting=MappingProxyType(_forgetting(line)),
         earlier=tuple(map(_read_only, state.decisions)),
     )
 
@@ -101,11 +102,16 @@ def _read_only(decision: Decision) -> Decision:
     )
 
 
-def _numbers(line: MetricsRecord, key: str) -> dict[str, float]:
-    """The numbers KEY/NAME of a line by name; those that are not finite are left out, as
-    metrics.jsonl has them.
+def _forgetting(line: MetricsRecord) -> dict[str, float]:
+    return _numbers(line, "forgetting", f"{BEHAVIOUR}/forgetting")
+
+
+def _numbers(line: MetricsRecord, key: str, of_behaviour: str) -> dict[str, float]:
+    """The numbers KEY/NAME of a line by name, and that of behaviour under its own key; those that
+    are not finite are left out, as metrics.jsonl has them.
     """
     found = {k.removeprefix(f"{key}/"): v for k, v in line.items() if k.startswith(f"{key}/")}
+    found |= {BEHAVIOUR: line[of_behaviour]} if of_behaviour in line else {}
     return {name: v for name, v in found.items() if isinstance(v, float) and math.isfinite(v)}
 
 
@@ -120,7 +126,7 @@ def _with_shares(
         step=state.step,
         progress=progress(state.step, state.plan.steps, state.decisions),
         shares=shares,
-        forgetting=_numbers(line, "forgetting"),
+        forgetting=_forgetting(line),
     )
     decided = replace(state, decisions=(*state.decisions, decision))
     try:

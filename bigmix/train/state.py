@@ -9,7 +9,7 @@ from bigmix.cluster.watchdog import Watchdog
 from bigmix.data.loader import Batches
 from bigmix.data.records import Decision, RankRows
 from bigmix.data.run_plan import RunPlan
-from bigmix.evaluation.evaluator import BaselineEvaluation, Evaluator
+from bigmix.evaluation.evaluator import Asked, BaselineEvaluation, Evaluator
 from bigmix.model.engine import Engine
 from bigmix.recipe import Recipe, plain
 from bigmix.recipe.schedule import LearningRate, warmup_steps
@@ -106,15 +106,19 @@ def evaluates_after(run: Run, state: TrainState) -> bool:
     """
     every = run.recipe.evaluate.every
     is_due = state.step == 0 or state.is_last or (every > 0 and state.step % every == 0)
-    return is_due and bool(run.inputs.held_out or tasks_after(run, state))
+    return is_due and (bool(run.inputs.held_out) or not asked_after(run, state).is_empty)
 
 
-def tasks_after(run: Run, state: TrainState) -> frozenset[str]:
-    """The tasks that are part of the evaluation after a step."""
+def asked_after(run: Run, state: TrainState) -> Asked:
+    """What the model answers in the evaluation after a step."""
     last = state.plan.steps
     steps = {"ends": (0, last), "last": (last,), "every": (state.step,)}
     tasks = run.evaluator.tasks.items()
-    return frozenset(name for name, asked in tasks if state.step in steps[asked.task.when])
+    probed = steps["ends" if run.recipe.behaviour.when == "ends" else "every"]
+    return Asked(
+        tasks=frozenset(name for name, asked in tasks if state.step in steps[asked.task.when]),
+        behaviour=run.evaluator.behaviour is not None and state.step in probed,
+    )
 
 
 def step_settings(run: Run, state: TrainState, number: int) -> StepSettings:

@@ -264,13 +264,14 @@ class MetricsAccumulator:
         """What has been added up until now, as plain values; every step must have been read."""
         assert not self._waiting, "read the report before its state"
         totals = {unit: dict(values) for unit, values in self._totals.items()}
+        fingerprint = self.base.fingerprint
         return {
             "totals": totals,
             "substituted": dict(self._substituted),
             "base": dict(self.base.losses),
             "interval": dict(self._interval),
             "skipped": self._skipped,
-        }
+        } | ({} if fingerprint is None else {"base_answers": fingerprint})
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave; a source that has joined since then begins at 0, one that
@@ -281,7 +282,7 @@ class MetricsAccumulator:
             for unit, values in state["totals"].items()
         }
         self._substituted = {name: state["substituted"].get(name, 0) for name in self._sources}
-        self.base.resume(state["base"])
+        self.base.resume(state["base"], state.get("base_answers"))
         # Releases without controllers kept none.
         interval = state.get("interval", {})
         self._interval = {name: tuple(interval.get(name, (0.0, 0))) for name in self._sources}
@@ -413,6 +414,11 @@ class RunMetrics:
         """Write one line."""
         if self._log is not None:
             self._log.write(line)
+
+    def show_text(self, tag: str, text: str, step: int) -> None:
+        """Show a text in Markdown in TensorBoard."""
+        if self._log is not None:
+            self._log.show_text(tag, text, step)
 
     def sync(self) -> None:
         """Put what is written on the disk."""

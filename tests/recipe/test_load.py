@@ -129,11 +129,38 @@ def test_settings_that_would_do_nothing_or_overflow_are_refused(tmp_path):
         ("output:", "loss: {label_smoothing: 1}\noutput:", "loss.label_smoothing is 1"),
         ("output:", "loss: {backend: cuda}\noutput:", "loss.backend is 'cuda'"),
         ("output:", "held_out: {gsm8k: x}\noutput:", "and sources.gsm8k.held_out are both given"),
+        ("gsm8k:", "behaviour:", "sources.behaviour has the name of the base's answers"),
+        ("output:", "held_out: {behaviour: x}\noutput:", "held_out.behaviour has the name of"),
+        (
+            "output:",
+            "tasks: {behaviour: {path: x, scores: [bleu]}}\noutput:",
+            "tasks.behaviour has the name of the base's answers",
+        ),
+        ("output:", "behaviour: sometimes\noutput:", "behaviour.when is 'sometimes'"),
+        ("output:", "behaviour: {languages: [fr]}\noutput:", "behaviour.languages"),
+        (
+            "path: base}",
+            "config: {model_type: llama}}\nbehaviour: ends",
+            "behaviour.when is ends, and a model from scratch has no behaviour to keep",
+        ),
     ],
 )
 def test_each_fault_is_named(tmp_path, old, new, said):
     assert old in GOOD
     assert any(said in fault for fault in faults(tmp_path, GOOD.replace(old, new)))
+
+
+def test_a_controller_looks_at_behaviour_only_where_each_evaluation_measures_it(tmp_path):
+    watch = "sources.web.share={controller: forgetting, limit: 1, held_out: [behaviour]}"
+    said = "sources.web.share.held_out names behaviour, which is not measured where shares are"
+    scratch = "model={config: {model_type: llama}}"
+    for words in (["behaviour=ends"], ["behaviour=off"], [scratch]):
+        (found,) = faults(tmp_path, GOOD, watch, *words)
+        assert said in found
+    for when in ("auto", "every"):
+        recipe = load_recipe(write(tmp_path, GOOD), [watch, f"behaviour={when}"])
+        (controller,) = recipe.controllers.values()
+        assert recipe.watched_sets(controller) == ("behaviour",)
 
 
 def test_documents_cannot_weigh_alike_where_every_token_does(tmp_path):

@@ -162,6 +162,17 @@ def test_the_page_draws_each_chart_from_exactly_its_own_tags(tmp_path: Path) -> 
     assert {"share of rows", "share of tokens", "share of loss tokens"} < charts.keys()
 
 
+def test_a_text_is_shown_next_to_the_charts(tmp_path: Path) -> None:
+    run_log = RunLog(tmp_path, sources=["web"], held_out=[], resume_step=None)
+    for step in (0, 4):
+        run_log.show_text("behaviour/samples", f"| prompt | step {step} |", step)
+    run_log.close()
+    shown = events(tmp_path).Tensors("behaviour/samples/text_summary")
+    texts = [event.tensor_proto.string_val[0].decode() for event in shown]
+    assert texts == ["| prompt | step 0 |", "| prompt | step 4 |"]
+    assert [event.step for event in shown] == [0, 4]
+
+
 def test_recipe_and_hyperparameters_are_on_the_page_of_the_one_run(tmp_path: Path) -> None:
     log(tmp_path / "one-way", range(1, 3))
     runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()

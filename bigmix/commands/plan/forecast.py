@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from bigmix.commands.plan.counts import Counts, count
 from bigmix.commands.plan.memory import Memory, Setting, memory_of
 from bigmix.commands.plan.shape import Shape, shape_of
 from bigmix.data.run_plan import RunPlan
+from bigmix.evaluation.behaviour.inputs import BehaviourInputs
 from bigmix.model.causal_lm import choose_attention, choose_dtype
 from bigmix.model.checks import read_configs
 from bigmix.model.ds_config import complete_for_training
@@ -17,6 +19,10 @@ from bigmix.model.flops import PEAKS
 from bigmix.recipe import Recipe
 from bigmix.terminal import GIB
 from bigmix.train.inputs import RunInputs
+
+# For each token of a batch of answers the weights are read once. What a GPU computes in the time in
+# which it reads a byte, and the time in which Python starts the kernels of a layer: both roughly.
+_FLOPS_FOR_A_BYTE, _LAYER_S = 300, 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,10 +57,33 @@ class Disk:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerCost:
+    """What the behaviour probe costs: prompts, evaluations that it is part of, and the tokens after
+    which an answer is cut. `seconds` is that of all of them, roughly; None where it is not known.
+    """
+
+    num_prompts: int
+    num_evaluations: int
+    max_new_tokens: int
+    seconds: float | None
+
+    @property
+    def tokens_per_evaluation(self) -> int:
+        """The most tokens that an evaluation generates."""
+        return self.num_prompts * self.max_new_tokens
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens that the run generates."""
+        return self.tokens_per_evaluation * self.num_evaluations
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
     """Everything that is known about a run before it starts.
 
-    `flops` is None for mixtures of experts, `seconds` also where the device's peak is not known.
+    `behaviour` is None where it is not measured, `flops` for mixtures of experts, and `seconds`
+    also where the peak of the device is not known.
     """
 
     counts: Counts
@@ -65,6 +94,7 @@ class Forecast:
     flops: float | None
     seconds: float | None
     attention: str
+    behaviour: AnswerCost | None
 
 
 def forecast(recipe: Recipe, inputs: RunInputs, plan: RunPlan, machine: Machine) -> Forecast:
@@ -93,6 +123,35 @@ def forecast(recipe: Recipe, inputs: RunInputs, plan: RunPlan, machine: Machine)
         flops=flops,
         seconds=all_flops / (machine.mfu * peak * machine.num_gpus) if all_flops and peak else None,
         attention=_attention(recipe, config, machine, dtype),
+        behaviour=_behaviour(recipe, inputs.behaviour, plan.steps, shape, machine),
+    )
+
+
+def _behaviour(
+    recipe: Recipe,
+    behaviour: BehaviourInputs | None,
+    steps: int,
+    shape: Shape,
+    machine: Machine,
+) -> AnswerCost | None:
+    if behaviour is None:
+        return None
+    settings, every = behaviour.settings, recipe.evaluate.every
+    evaluated = {0, steps}
+    if settings.when != "ends" and every:
+        evaluated |= {*range(every, steps, every)}
+    num_prompts, num_evaluations = len(behaviour.prompts), len(evaluated)
+    peak, seconds = PEAKS.get(machine.gpu), None
+    if peak is not None:
+        num_batches = ceil(num_prompts / (machine.num_gpus * settings.batch_rows))
+        reading_s = 2 * shape.num_parameters * _FLOPS_FOR_A_BYTE / peak
+        token_s = max(reading_s, shape.num_layers * _LAYER_S)
+        seconds = num_evaluations * num_batches * settings.max_new_tokens * token_s
+    return AnswerCost(
+        num_prompts=num_prompts,
+        num_evaluations=num_evaluations,
+        max_new_tokens=settings.max_new_tokens,
+        seconds=seconds,
     )
 
 

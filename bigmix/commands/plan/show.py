@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bigmix.commands.plan.counts import SourceCounts
-from bigmix.commands.plan.forecast import Forecast, Machine
+from bigmix.commands.plan.forecast import AnswerCost, Forecast, Machine
 from bigmix.commands.plan.memory import PHASES, PLACES
 from bigmix.commands.plan.shape import Shape
 from bigmix.recipe import Recipe
@@ -42,6 +42,7 @@ def as_json(plan: Forecast, machine: Machine, warnings: list[str]) -> dict[str, 
         "parameters": plan.shape.num_parameters,
         "flops": plan.flops,
         "seconds": plan.seconds,
+        "behaviour": _behaviour_json(plan.behaviour),
         "gpus": machine.num_gpus,
         "sources": {
             name: _source_json(source) | {"share": {unit: shares[unit][name] for unit in shares}}
@@ -64,6 +65,18 @@ def as_json(plan: Forecast, machine: Machine, warnings: list[str]) -> dict[str, 
             "export": plan.disk.export_bytes,
         },
         "warnings": warnings,
+    }
+
+
+def _behaviour_json(cost: AnswerCost | None) -> dict[str, Any] | None:
+    if cost is None:
+        return None
+    return {
+        "prompts": cost.num_prompts,
+        "evaluations": cost.num_evaluations,
+        "tokens_per_evaluation": cost.tokens_per_evaluation,
+        "tokens": cost.tokens,
+        "seconds": cost.seconds,
     }
 
 
@@ -106,6 +119,8 @@ def _settings(recipe: Recipe, plan: Forecast, machine: Machine) -> Iterator[tupl
         f" {gib_or_mib(disk.checkpoints_bytes)} with the one being written{export}",
     )
     yield "time", _time(plan, machine)
+    if plan.behaviour is not None:
+        yield "behaviour", _behaviour(plan.behaviour)
 
 
 def _name(recipe: Recipe) -> str:
@@ -138,6 +153,14 @@ def _time(plan: Forecast, machine: Machine) -> str:
     return (
         f"{duration(plan.seconds)} at MFU {machine.mfu:.0%} ({plan.flops:.3g} FLOPs,"
         f" {gpu_hours:,.1f} GPU hours)"
+    )
+
+
+def _behaviour(cost: AnswerCost) -> str:
+    about = "" if cost.seconds is None else f"; about {duration(cost.seconds)} on top of the time"
+    return (
+        f"{cost.num_prompts} prompts in {cost.num_evaluations} evaluations: up to"
+        f" {cost.tokens_per_evaluation:,} tokens each, {cost.tokens:,} in all{about}"
     )
 
 

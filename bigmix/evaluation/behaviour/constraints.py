@@ -1,42 +1,33 @@
 """Constraints on an answer that code can check: its length, its form, the words in it.
 
-Texts are compared without regard to case, accents and the style of quotation marks and dashes. A
-word is a run of characters between spaces, or one Chinese character.
+What counts as a word, a sentence or the same text is in `text_measures`.
 """
 
 import ast
 import json
 import re
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from bigmix.errors import BadInput
+from bigmix.evaluation.behaviour.text_measures import (
+    AMOUNTS,
+    begins_with,
+    ends_with,
+    found_in_order,
+    last_spelled_number,
+    num_found,
+    plain_words,
+    table_sizes,
+)
 from bigmix.evaluation.tasks.matching import CHINESE, last_number
 from bigmix.recipe.fields import A_NUMBER, Settings
 
-_LETTER = rf"(?!{CHINESE.pattern})\w"  # of a word that has an edge: Chinese is written without
 _FENCED = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.S)
-_OPENING = " \t\n*_#>`\"'(["
-_CLOSING = " \t\n*_`\"')]"
-_PLAIN_SIGNS = str.maketrans(
-    dict.fromkeys("‘’", "'")
-    | dict.fromkeys("“”«»「」『』", '"')
-    | dict.fromkeys("‐‑‒–—−", "-")
-    | dict.fromkeys("，、", ", ")
-    | {"。": "."}
-)
-# Their stops end no sentence: titles and the like, initials such as those of U.S., hours.
-_ABBREVIATIONS = re.compile(
-    r"\b(?:(?i:mr|mrs|ms|dr|prof|st|vs|e\.g|i\.e|approx)\.|(?:[A-Z]\.\s?){2,}|[ap]\.m\.(?=\s+[a-z]))"
-)
-_MARKER = re.compile(r"^\s*(?:[-*+•·]|\(?\d{1,3}[.)、](?!\d)|#+)\s*")
-_BULLET = re.compile(r"^\s*(?:[-*+]\s+|[•·]\s*|-(?=[^\W\d]))(?=\S)")
-_NUMBERED = re.compile(r"^\s*[*_]*\(?(\d{1,3})[.)、．](?!\d)")
-_WORD = re.compile(r"(?:(?<!\S)-(?=\d))?\w+(?:(?:(?<=\d)[.,:/](?=\d)|['-](?=\w))\w+)*")
 _SCRIPT_WORD = re.compile(rf"{CHINESE.pattern}|(?:(?!{CHINESE.pattern})[^\W\d_])+")
 
 
@@ -57,7 +48,7 @@ class Contains(Settings):
     any: _Texts
 
     def holds(self, answer: str) -> bool:
-        return any(_found(text, answer) for text in self.any)
+        return any(num_found(text, answer) for text in self.any)
 
 
 class Excludes(Settings):
@@ -69,7 +60,7 @@ class Excludes(Settings):
     any: _Texts
 
     def holds(self, answer: str) -> bool:
-        return not any(_found(text, answer) for text in self.any)
+        return not any(num_found(text, answer) for text in self.any)
 
 
 class Occurrences(Settings):
@@ -81,7 +72,7 @@ class Occurrences(Settings):
     most: _Bound | None = None
 
     def holds(self, answer: str) -> bool:
-        return _within(len(_found(self.of, answer)), self.least, self.most)
+        return _within(num_found(self.of, answer), self.least, self.most)
 
     @model_validator(mode="after")
     def _bounded(self) -> "Occurrences":
@@ -96,13 +87,7 @@ class InOrder(Settings):
     texts: _Texts
 
     def holds(self, answer: str) -> bool:
-        at, folded = 0, _folded(answer)
-        for text in self.texts:
-            match = _pattern(text).search(folded, at)
-            if match is None:
-                return False
-            at = match.end()
-        return True
+        return found_in_order(self.texts, answer)
 
 
 class StartsWith(Settings):
@@ -114,9 +99,7 @@ class StartsWith(Settings):
     any: _Texts
 
     def holds(self, answer: str) -> bool:
-        folded = _folded(answer)
-        begins = (folded.lstrip(), folded.lstrip(_OPENING))
-        return any(_pattern(text).match(begin) for text in self.any for begin in begins)
+        return any(begins_with(answer, text) for text in self.any)
 
 
 class EndsWith(Settings):
@@ -128,9 +111,7 @@ class EndsWith(Settings):
     any: _Texts
 
     def holds(self, answer: str) -> bool:
-        end = _folded(answer).rstrip(_CLOSING)
-        bare = end.rstrip(".!" + _CLOSING)
-        return any(_ends(end, text) or _ends(bare, text) for text in map(_folded, self.any))
+        return any(ends_with(answer, text) for text in self.any)
 
 
 class OneOf(Settings):
@@ -140,11 +121,11 @@ class OneOf(Settings):
     options: _Texts
 
     def holds(self, answer: str) -> bool:
-        return _bare(answer) in map(_bare, self.options)
+        return plain_words(answer) in map(plain_words, self.options)
 
     @model_validator(mode="after")
     def _with_letters(self) -> "OneOf":
-        if not all(map(_bare, self.options)):
+        if not all(map(plain_words, self.options)):
             raise ValueError("options has one without a letter or digit; give words or numbers")
         return self
 
@@ -193,7 +174,7 @@ class Amount(Settings):
     most: _Bound | None = None
 
     def holds(self, answer: str) -> bool:
-        return _within(_AMOUNTS[self.type](answer), self.least, self.most)
+        return _within(AMOUNTS[self.type](answer), self.least, self.most)
 
     @model_validator(mode="after")
     def _bounded(self) -> "Amount":
@@ -242,7 +223,7 @@ class LastNumber(Settings):
 
     def holds(self, answer: str) -> bool:
         number = last_number(answer)
-        found = _last_spelled(answer) if number is None else float(number)
+        found = last_spelled_number(answer) if number is None else float(number)
         return found is not None and abs(found - self.value) <= 1e-9 * max(1, abs(self.value))
 
 
@@ -274,7 +255,7 @@ class Code(Settings):
     def holds(self, answer: str) -> bool:
         fenced = _FENCED.search(answer)
         try:
-            tree = ast.parse(fenced[1] if fenced else answer.strip().strip("`"))
+            tree = _parsed(fenced[1] if fenced else answer.strip().strip("`"))
         # A null byte is a ValueError; deep nesting exhausts the parser.
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return False
@@ -292,13 +273,10 @@ class MarkdownTable(Settings):
     rows: _Bound | None = None
 
     def holds(self, answer: str) -> bool:
-        lines = answer.splitlines()
-        for at, line in enumerate(lines):
-            if at and _is_rule(line) and _num_cells(line) == self.columns:
-                body = _rows_from(lines[at + 1 :])
-                same = all(_num_cells(each) == self.columns for each in [lines[at - 1], *body])
-                return same and self.rows in (None, len(body))
-        return False
+        return any(
+            columns == self.columns and self.rows in (None, rows)
+            for columns, rows in table_sizes(answer)
+        )
 
 
 Constraint: TypeAlias = (
@@ -369,6 +347,13 @@ def plain_constraint(constraint: Constraint) -> dict[str, Any]:
     return constraint.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
+def _parsed(program: str) -> ast.Module:
+    """The syntax tree of a program, without the warnings that Python has about some."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(program)
+
+
 def _fault(name: str, fault: Any) -> str:
     if fault["type"] == "value_error":
         return f"of the type {name}: {fault['ctx']['error']}"
@@ -392,158 +377,3 @@ def _check_bounds(least: int, most: int | None) -> None:
 
 def _within(count: int, least: int, most: int | None) -> bool:
     return least <= count and (most is None or count <= most)
-
-
-def _folded(text: str) -> str:
-    """A text without case, accents and the style of signs; full-width signs are plain ones."""
-    parts = unicodedata.normalize("NFKD", text.translate(_PLAIN_SIGNS))
-    return "".join(sign for sign in parts if unicodedata.category(sign) != "Mn").casefold()
-
-
-def _pattern(text: str) -> re.Pattern[str]:
-    """Finds a text in folded ones as whole words: a letter at its edge has no letter next to it,
-    and a digit no more digits of the same number.
-    """
-    folded = _folded(text)
-    inner = r"\s+".join(map(re.escape, re.split(r"\s+", folded)))
-    if folded[0].isdecimal():
-        inner = rf"(?<!\d)(?<!\d\.){inner}"
-    elif re.match(_LETTER, folded[0]):
-        inner = rf"(?<!{_LETTER}){inner}"
-    if folded[-1].isdecimal():
-        inner = rf"{inner}(?!\.?\d|,\d{{3}}(?!\d))"
-    elif re.match(_LETTER, folded[-1]):
-        inner = rf"{inner}(?!{_LETTER})"
-    return re.compile(inner)
-
-
-def _found(text: str, answer: str) -> list[str]:
-    return _pattern(text).findall(_folded(answer))
-
-
-def _ends(text: str, ending: str) -> bool:
-    """Whether a text ends with the ending as whole words."""
-    if not text.endswith(ending):
-        return False
-    before = text[: len(text) - len(ending)][-1:]
-    return not (re.match(_LETTER, ending[0]) and re.match(_LETTER, before))
-
-
-def _bare(text: str) -> str:
-    """The words and numbers of a text with one space between them, without other signs."""
-    return " ".join(_WORD.findall(_folded(text)))
-
-
-def _num_words(text: str) -> int:
-    lines = (_MARKER.sub("", line) for line in text.splitlines())
-    spaced = CHINESE.sub(r" \g<0> ", " ".join(lines)).replace("—", " ")
-    return sum(any(sign.isalnum() for sign in word) for word in spaced.split())
-
-
-def _num_characters(text: str) -> int:
-    return sum(sign.isalnum() for sign in text)
-
-
-def _num_sentences(text: str) -> int:
-    """The parts that stops and line ends separate, without abbreviations and initials."""
-    lines = (_MARKER.sub("", line) for line in text.splitlines())
-    text = "\n".join(_ABBREVIATIONS.sub(lambda m: m[0].replace(".", ""), line) for line in lines)
-    parts = re.split(r"[。！？]+|[.!?…]+(?=[\s\"'”’)*]|$)|\n", text)
-    return sum(any(sign.isalnum() for sign in part) for part in parts)
-
-
-def _num_lines(text: str) -> int:
-    return sum(bool(line.strip()) for line in text.splitlines())
-
-
-def _num_paragraphs(text: str) -> int:
-    return sum(bool(part.strip()) for part in re.split(r"\n\s*\n", text))
-
-
-def _num_bullets(text: str) -> int:
-    return sum(bool(_BULLET.match(line)) for line in text.splitlines())
-
-
-def _num_numbered(text: str) -> int:
-    """How many numbered lines there are; 0 where their numbers are not 1, 2, 3 ..."""
-    numbers = [int(match[1]) for line in text.splitlines() if (match := _NUMBERED.match(line))]
-    return len(numbers) if numbers == list(range(1, len(numbers) + 1)) else 0
-
-
-def _num_items(text: str) -> int:
-    return sum(any(s.isalnum() for s in part) for part in re.split(r"[,，、]", text))
-
-
-_AMOUNTS: Mapping[str, Callable[[str], int]] = {
-    "num_words": _num_words,
-    "num_characters": _num_characters,
-    "num_sentences": _num_sentences,
-    "num_lines": _num_lines,
-    "num_paragraphs": _num_paragraphs,
-    "num_bullets": _num_bullets,
-    "num_numbered": _num_numbered,
-    "num_items": _num_items,
-}
-
-
-def _is_rule(line: str) -> bool:
-    """Whether a line separates the header of a Markdown table from its rows."""
-    return re.fullmatch(r"\s*\|?(?:\s*:?-+:?\s*\|)*\s*:?-+:?\s*\|?\s*", line) is not None and (
-        "|" in line
-    )
-
-
-def _num_cells(line: str) -> int:
-    return len(line.strip().removeprefix("|").removesuffix("|").split("|"))
-
-
-def _rows_from(lines: Sequence[str]) -> list[str]:
-    """The rows of a table at the start of the lines."""
-    end = next((at for at, line in enumerate(lines) if "|" not in line), len(lines))
-    return list(lines[:end])
-
-
-_SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
-    " sixteen seventeen eighteen nineteen"
-)
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_ENGLISH = {word: value for value, word in enumerate(_SMALL.split())} | {
-    word: 10 * value for value, word in enumerate(_TENS.split(), 2)
-}
-_CHINESE_DIGITS = {sign: value for value, sign in enumerate("零一二三四五六七八九")} | {
-    "两": 2,
-    "〇": 0,
-}
-_SCALES = {"hundred": 100, "thousand": 1000, "十": 10, "百": 100, "千": 1000, "万": 10_000}
-_SPELLED = re.compile(r"[a-z]+|[零〇一二两三四五六七八九十百千万]")
-
-
-def _last_spelled(text: str) -> float | None:
-    """The value of the last number that is written in words; None where there is none."""
-    last: list[str] = []
-    end = -2
-    for match in _SPELLED.finditer(_folded(text)):
-        word = match[0]
-        if word in _ENGLISH or word in _CHINESE_DIGITS or word in _SCALES:
-            last = [*last, word] if match.start() - end <= 1 else [word]
-            end = match.end()
-        elif word == "and" and last and match.start() - end == 1:
-            end = match.end()
-    return _value_of(last) if last else None
-
-
-def _value_of(words: Sequence[str]) -> float:
-    """The number that the words write, such as two hundred five or 三十六."""
-    total = section = current = 0
-    for word in words:
-        scale = _SCALES.get(word)
-        if scale is None:
-            current += _ENGLISH.get(word, _CHINESE_DIGITS.get(word, 0))
-        elif scale < 1000 or word == "千":
-            section += (current or 1) * scale
-            current = 0
-        else:
-            total += (section + current or 1) * scale
-            section = current = 0
-    return float(total + section + current)

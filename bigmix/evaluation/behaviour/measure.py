@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from bigmix.errors import BadInput
 from bigmix.evaluation.behaviour.answers import BehaviourProbe, Respondent, write_answers
 from bigmix.evaluation.behaviour.baseline import BaseAnswers
 from bigmix.evaluation.behaviour.constraints import followed
@@ -128,6 +129,30 @@ def result_of_base(probe: BehaviourProbe, base: BaseAnswers) -> BehaviourResult:
     """The result of the base itself: nothing is forgotten, and every answer is the same."""
     result = _summarised(probe, base.chat, base.answers, base, base.scores)
     return replace(result, base=None, change=None)
+
+
+def notes_on_base(probe: BehaviourProbe, base: BaseAnswers) -> Iterator[str]:
+    """What the user should know of answers of a base that were read from a file, before a model is
+    compared with them.
+
+    Raises BadInput where they are in the tokens of another tokenizer or template.
+    """
+    if (probe.tokenizer.fingerprint, probe.template.sha256) != (base.tokenizer, base.template):
+        raise BadInput(
+            f"the tokenizer of {probe.tokenizer.name} or its chat template is not the one that"
+            " the base answered in; restore it, or set behaviour=off"
+        )
+    # Not their tokens, in which some templates write today's date.
+    if _plain_chat(probe.chat) != _plain_chat(base.chat):
+        yield (
+            f"behaviour is measured with the {len(base.chat.prompts)} prompts and the"
+            f" max_new_tokens of {base.chat.max_new_tokens} of the first evaluation, which are not"
+            " those that the recipe names now"
+        )
+
+
+def _plain_chat(chat: ChatPrompts) -> tuple[Any, ...]:
+    return [prompt.plain() for prompt in chat.prompts], chat.max_new_tokens
 
 
 def measure_behaviour(

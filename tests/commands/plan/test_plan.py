@@ -10,6 +10,7 @@ import pytest
 from support.commands import printed
 from support.corpora import locate, write_source
 from support.ranks import ROOT, environment, free_port, start_script
+from support.templates import CHATML
 
 from bigmix.commands.main import main
 from bigmix.commands.plan.counts import row_counts
@@ -19,8 +20,10 @@ from bigmix.commands.plan.shape import Activations, Shape, shape_of
 from bigmix.commands.plan.show import as_json
 from bigmix.commands.plan.warnings import warnings_of
 from bigmix.errors import BadInput
+from bigmix.evaluation.behaviour.inputs import BehaviourInputs
+from bigmix.evaluation.behaviour.prompts import read_prompts
 from bigmix.recipe import load_recipe
-from bigmix.recipe.sections import ModelSettings
+from bigmix.recipe.sections import Behaviour, ModelSettings
 from bigmix.train.inputs import open_inputs
 from bigmix.types import IGNORE
 
@@ -354,6 +357,34 @@ def test_seventy_billion_weights_are_planned_on_a_laptop():
     assert sizes.num_parameters == 70_553_706_496 and sizes.num_layers == 80
 
 
+def test_the_answers_of_the_behaviour_probe_are_counted(here, with_template):
+    chat = with_template(CHATML)
+    recipe = load_recipe("recipe.yaml", ["evaluate.every=8"])
+    inputs = open_inputs(recipe, ranks=1, verify=False)
+    prompts = read_prompts(None, ("en",))[:50]
+    for when, num_evaluations in (("every", 4), ("ends", 2)):
+        settings = Behaviour(when=when, max_new_tokens=10, batch_rows=4)
+        asked = BehaviourInputs(settings=settings, prompts=prompts, tokenizer=chat.name)
+        probed = replace(inputs, behaviour=asked)
+        (cost, gpu) = (
+            forecast(recipe, probed, inputs.plan, machine).behaviour
+            for machine in (CPU, replace(CPU, gpu="H100"))
+        )
+        assert (cost.num_prompts, cost.num_evaluations) == (50, num_evaluations)
+        assert cost.tokens_per_evaluation == 500 and cost.tokens == 500 * num_evaluations
+        # 13 batches of 10 tokens, 2 layers of a millisecond each
+        assert cost.seconds is None and gpu.seconds == pytest.approx(0.26 * num_evaluations)
+    shown = as_json(replace(planned()[0], behaviour=gpu), CPU, [])["behaviour"]
+    assert shown == {
+        "prompts": 50,
+        "evaluations": 2,
+        "tokens_per_evaluation": 500,
+        "tokens": 1000,
+        "seconds": gpu.seconds,
+    }
+    assert as_json(planned()[0], CPU, [])["behaviour"] is None
+
+
 def test_json_is_stable(here):
     plan, warnings = planned()
     keys = as_json(plan, CPU, warnings)
@@ -364,6 +395,7 @@ def test_json_is_stable(here):
         "parameters",
         "flops",
         "seconds",
+        "behaviour",
         "gpus",
         "sources",
         "memory",

@@ -1,5 +1,7 @@
 """Constraints on answers: which texts each type accepts, and which objects are refused."""
 
+import time
+
 import pytest
 
 from bigmix.errors import BadInput
@@ -9,6 +11,7 @@ from bigmix.evaluation.behaviour.constraints import (
     followed,
     plain_constraint,
 )
+from bigmix.evaluation.behaviour.text_measures import AMOUNTS
 
 # A constraint, texts that follow it, and texts that do not.
 CASES = [
@@ -258,6 +261,7 @@ def test_a_constraint_accepts_what_follows_it_and_nothing_else(value, good, bad)
 def test_every_type_is_in_the_table_of_cases_and_has_a_docstring():
     assert {value["type"] for value, _, _ in CASES} == set(TYPES)
     assert all(each.__doc__ for each in TYPES.values())
+    assert {name for name in TYPES if name.startswith("num_")} == AMOUNTS.keys()
 
 
 def test_a_constraint_is_written_as_it_was_read():
@@ -273,6 +277,20 @@ def test_an_answer_must_follow_all_constraints():
     assert followed(both, "YES SIR")
     assert not followed(both, "Yes sir") and not followed(both, "YES SIR YES")
     assert followed([], "")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_program_that_python_warns_about_is_still_a_program():
+    assert constraint_of({"type": "code"}).holds('path = "C:\\data"\nassert (path, "is empty")')
+
+
+@pytest.mark.parametrize(("value", "good", "bad"), CASES, ids=lambda each: str(each)[:40])
+def test_long_answers_of_one_sign_end_soon(value, good, bad):
+    constraint = constraint_of(value)
+    for sign in ["a", " ", "1", "-", "*", "'", "(", "|", "一", "十", ".", "`", "\n", "b'"]:
+        start = time.perf_counter()
+        constraint.holds(sign * 4000)
+        assert time.perf_counter() - start < 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Whether behaviour is measured is known from a tokenizer's files, before anything is imported."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -41,12 +42,33 @@ def test_a_chat_model_is_known_by_the_files_of_its_tokenizer(tmp_path, template,
     assert open_behaviour(Behaviour(when="off"), path) is None
 
 
-def test_a_tokenizer_that_cannot_be_read_has_none(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_tokenizer_that_cannot_be_read_has_none(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     (tmp_path / "vocabulary.model").write_bytes(b"\x00")
-    for path in (tmp_path, tmp_path / "vocabulary.model", "no/such/model", "no-such-model"):
+    for path in (tmp_path, tmp_path / "vocabulary.model", "no/such/model"):
         assert not has_chat_template(str(path))
+
+
+def test_a_model_of_the_hub_is_known_by_the_same_files(tmp_path):
+    """Of which some are in the cache; the hub cannot be reached."""
+    for name, template in (("chat", CHATML), ("plain", None)):
+        folder = tmp_path / f"hub/models--org--{name}"
+        tokenizer(folder / "snapshots/1", template)
+        (folder / "refs").mkdir()
+        (folder / "refs/main").write_text("1")
+    program = (
+        "from bigmix.evaluation.behaviour.inputs import has_chat_template as has;"
+        " print([has(f'org/{name}') for name in ('chat', 'plain', 'none')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split("\n")[0] == "[True, False, False]"
 
 
 def test_a_probe_that_is_asked_for_needs_a_template(tmp_path):

@@ -1,6 +1,7 @@
 """Every number of the probe is that of a plain loop over single prompts, on any ranks."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from bigmix.cluster.collectives import Cluster
 from bigmix.cluster.signals import UNWATCHED
 from bigmix.cluster.world import World
+from bigmix.errors import BadInput
 from bigmix.evaluation.behaviour.answers import Respondent
 from bigmix.evaluation.behaviour.baseline import parse_base_answers, read_base_answers
 from bigmix.evaluation.behaviour.measure import (
@@ -19,6 +21,7 @@ from bigmix.evaluation.behaviour.measure import (
     estimates_of,
     holds_sentence,
     measure_behaviour,
+    notes_on_base,
 )
 from bigmix.evaluation.bootstrap import RESAMPLES
 from bigmix.evaluation.tasks.inference_model import InferenceModel
@@ -153,6 +156,17 @@ def test_a_model_on_disk_measures_the_same_from_the_file_of_the_base(data, alone
         change = alone["tuned"]["line"][f"behaviour/{key}"] - before.value
         assert changes[key].value == pytest.approx(change)
         assert changes[key].low <= changes[key].value <= changes[key].high
+
+
+def test_answers_of_another_template_are_refused_and_other_prompts_reported(data, plain):
+    _, base = plain
+    probe = probe_of(data)
+    assert list(notes_on_base(probe, base)) == []
+    (note,) = notes_on_base(probe_of(data, num_prompts=2), base)
+    assert "the 7 prompts and the max_new_tokens of 12 of the first evaluation" in note
+    other = replace(probe, template=replace(probe.template, source="{{ messages }}"))
+    with pytest.raises(BadInput, match="its chat template is not the one that the base answered"):
+        list(notes_on_base(other, base))
 
 
 def test_without_a_base_only_the_answers_are_measured(data, alone, plain):

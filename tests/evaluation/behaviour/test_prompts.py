@@ -1,13 +1,14 @@
 """The prompts of the behaviour probe: those that come with bigmix, and the files of users."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from bigmix.errors import BadInput
-from bigmix.evaluation.behaviour.constraints import followed
+from bigmix.evaluation.behaviour.constraints import TYPES, followed
 from bigmix.evaluation.behaviour.prompts import BUILT_IN, KINDS, LANGUAGES, read_prompts, spread
 
 PROMPTS = read_prompts(None, LANGUAGES)
@@ -221,3 +222,16 @@ def test_the_prompts_of_a_kind_are_taken_at_equal_distances(tmp_path):
     assert [prompt.id for prompt in spread(prompts, 4)] == [
         f"line-{at + 1:04}" for at in (0, 2, 5, 7)
     ]
+
+
+def test_the_page_describes_what_there_is():
+    page = (Path(__file__).parents[3] / "docs/behaviour-prompts.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| (`.+?`) \|", page, re.M)
+    names = {name for cell in listed for name in re.findall(r"`(\w+)`", cell)}
+    assert names == {*KINDS, *TYPES, "messages", "constraints", "id", "language", "kind"}
+
+
+def test_the_example_of_the_page_is_read(tmp_path):
+    page = (Path(__file__).parents[3] / "docs/behaviour-prompts.md").read_text(encoding="utf-8")
+    (prompt,) = read_prompts(written(tmp_path, re.findall(r"```json\n(.+)\n```", page)), ("en",))
+    assert followed(prompt.constraints, "Line 17 does.")
