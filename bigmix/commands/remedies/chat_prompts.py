@@ -14,6 +14,7 @@ import numpy as np
 
 from bigmix.commands.remedies.answer_filter import TurnMarks
 from bigmix.errors import BadInput
+from bigmix.evaluation.behaviour.prompts import language_of
 from bigmix.evaluation.tasks.prompts import ANSWER, chat_pairs, stops_of
 from bigmix.seeding import key_of, permutation
 from bigmix.text.chat_template import Template, render_chat
@@ -84,10 +85,11 @@ def built_in_prompts(languages: Sequence[str]) -> Sequence[ChatPrompt]:
 
 
 def system_for(prompt: ChatPrompt, draw: np.random.Generator, languages: Sequence[str]) -> str:
-    """One of the system prompts that come with bigmix, in the language of the prompt where that is
-    known.
+    """One of the system prompts that come with bigmix, in the language of the prompt where there
+    are any.
     """
-    allowed = languages if prompt.language not in languages else (prompt.language,)
+    own = prompt.language or language_of(prompt.question)
+    allowed = (own,) if own in languages else languages
     texts = [str(row["system"]) for row in _rows(SYSTEMS) if row["language"] in allowed]
     return texts[int(draw.integers(len(texts)))]
 

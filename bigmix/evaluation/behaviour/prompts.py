@@ -133,7 +133,7 @@ def _prompt(row: Mapping[str, Any] | None, number: int) -> BehaviourPrompt:
     constraints: list[Constraint] = []
     faults += _constraint_faults(row.get("constraints"), constraints)
     default = "conversation" if any(turn["role"] == "assistant" for turn in turns) else "other"
-    language = row.get("language") or (_language_of(str(turns[-1]["content"])) if turns else "en")
+    language = row.get("language") or (language_of(str(turns[-1]["content"])) if turns else "en")
     kind: Any = row.get("kind") or default
     name: Any = row.get("id") or f"line-{number:04}"
     faults += [
@@ -190,6 +190,6 @@ def _constraint_faults(value: Any, found: list[Constraint]) -> Iterator[str]:
             yield from (f"constraint {number} {fault}" for fault in error.faults)
 
 
-def _language_of(text: str) -> Language:
+def language_of(text: str) -> Language:
     """zh where more than 30 % of the characters of a text are Chinese, else en."""
     return "zh" if len(CHINESE.findall(text)) > _CHINESE_FROM * len(text) else "en"

@@ -15,7 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from bigmix.commands.main import main
 from bigmix.commands.remedies.answer_filter import normalised
-from bigmix.commands.remedies.chat_prompts import built_in_prompts, read_chat_prompts
+from bigmix.commands.remedies.chat_prompts import (
+    ChatPrompt,
+    built_in_prompts,
+    read_chat_prompts,
+    system_for,
+)
 from bigmix.commands.remedies.outcomes import files_of_outcomes
 from bigmix.data.shards.manifest import read_manifest
 from bigmix.errors import BadInput
@@ -364,6 +369,17 @@ def test_every_fault_of_a_file_of_prompts_is_reported_with_its_line(line, messag
     assert len(caught.value.faults) == 2
     assert caught.value.faults[0].startswith(f"{path}, line 2: ")
     assert message in caught.value.faults[0]
+
+
+def test_a_system_prompt_is_in_the_language_of_the_prompt():
+    draw = np.random.default_rng(0)
+    for question, is_chinese in (("What keeps the tower?", False), ("混合知识是什么？", True)):
+        for language in (None, "zh" if is_chinese else "en"):
+            turns = [{"role": "user", "content": question}]
+            prompt = ChatPrompt(id=None, language=language, messages=turns)
+            found = {system_for(prompt, draw, ("en", "zh")) for _ in range(30)}
+            assert len(found) > 3 and {not text.isascii() for text in found} == {is_chinese}
+            assert not system_for(prompt, draw, ("zh",)).isascii()  # there is no other
 
 
 def test_the_built_in_prompts_are_those_of_the_languages():
