@@ -70,3 +70,14 @@ def test_weights_are_gathered_by_layers_unless_the_file_decides(tmp_path):
         for family, name in layers.items():
             trained, frozen = found[family]
             assert set(trained) == {name} and trained == frozen
+
+
+def test_each_weight_can_be_gathered_after_an_evaluation(tmp_path):
+    """ZeRO-3 is fetching one for the backward of training as the last forward ends."""
+    keys = json.loads(Path("ds_configs/cpu.json").read_text())
+    keys["zero_optimization"]["stage3_prefetch_bucket_size"] = 10_000
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(keys))
+    for ranks in (1, 2):
+        found = run_on_ranks("weights_after_an_evaluation", ranks, tmp_path, {"file": str(own)})
+        assert all(gathered == together for gathered, together in found)

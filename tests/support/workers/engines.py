@@ -31,9 +31,10 @@ from bigmix.model.engine import (
     join,
     release_memory,
     sharded_construction,
+    whole_parameters,
 )
 from bigmix.model.export import export
-from bigmix.model.inputs import ReferenceModel
+from bigmix.model.inputs import ReferenceModel, to_device
 from bigmix.runs.resume import locked_folder
 from bigmix.train import step
 
@@ -384,6 +385,27 @@ def units_of_gathering(rank, ranks, cluster, families, file):
             for model in (engine.module, reference.model)
         ]
     return found
+
+
+def weights_after_an_evaluation(rank, ranks, cluster, file):
+    """The sum of each weight of a deep model, gathered on its own after two steps and a forward
+    without a gradient; and of all together.
+    """
+    FAMILIES["deep"] = FAMILIES["qwen"] | {"num_hidden_layers": 12}
+    engine = make_engine("deep", 1, ranks, file)
+    batch = batch_of(documents(True), rank, ranks, 1)
+    (micro_batch,) = batch.micro_batches
+    tensors = to_device(micro_batch, [0.0] * len(SOURCES), engine.device)
+    for num_steps in (0, 2):
+        for _ in range(num_steps):
+            take_step(engine, cluster, batch, aim("per_source"))
+        with engine.evaluating():
+            engine.forward(tensors)
+    gathered = {
+        name: float(weight.double().sum()) for name, weight in whole_parameters(engine.module)
+    }
+    together = {name: float(weight.sum()) for name, weight in whole_weights(engine).items()}
+    return [gathered, together]
 
 
 def models_left(rank, ranks, cluster):
