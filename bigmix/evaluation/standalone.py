@@ -18,8 +18,7 @@ from bigmix.cluster.world import World
 from bigmix.errors import Interrupted
 from bigmix.evaluation.behaviour.answers import (
     BehaviourProbe,
-    left_out_note,
-    prepare_behaviour,
+    probe_for_model,
 )
 from bigmix.evaluation.behaviour.measure import write_pairs
 from bigmix.evaluation.evaluator import EvaluationResult, Evaluator, prepare_tasks, token_bytes_in
@@ -82,13 +81,11 @@ def evaluate_standalone(
         )
         for named, model in models.items()
     }
-    behaviour = _behaviour(inputs, models.values())
+    behaviour = _behaviour(inputs, models.values(), terminal)
     cluster = join(world)
     log_to_file(request.output / LOG, world)
     limits = Limits(dead_s=recipe.health.dead_after_s, hang_s=60 * recipe.health.hang_minutes)
     watchdog = Watchdog(cluster, stop_signal, limits, request.output / LOG)
-    if behaviour is not None and behaviour.left_out:
-        terminal.note(left_out_note(behaviour))
     services = _Services(
         recipe=recipe,
         inputs=inputs,
@@ -115,11 +112,11 @@ def evaluate_standalone(
     leave()
 
 
-def _behaviour(inputs: HeldOutInputs, models: Iterable[Evaluated]) -> BehaviourProbe | None:
-    if inputs.behaviour is None:
-        return None
+def _behaviour(
+    inputs: HeldOutInputs, models: Iterable[Evaluated], terminal: Terminal
+) -> BehaviourProbe | None:
     limits = [n for model in models if (n := max_positions(model.config)) is not None]
-    return prepare_behaviour(inputs.behaviour, min(limits, default=None))
+    return probe_for_model(inputs.behaviour, min(limits, default=None), terminal)
 
 
 def _keep_answers(output: Path, result: EvaluationResult) -> None:

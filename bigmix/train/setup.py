@@ -16,8 +16,7 @@ from bigmix.data.run_plan import RunPlan
 from bigmix.errors import BadInput
 from bigmix.evaluation.behaviour.answers import (
     BehaviourProbe,
-    left_out_note,
-    prepare_behaviour,
+    probe_for_model,
 )
 from bigmix.evaluation.behaviour.baseline import BASE_ANSWERS, read_base_answers
 from bigmix.evaluation.behaviour.measure import notes_on_base
@@ -103,7 +102,7 @@ def set_up(
     log_to_file(Path(recipe.output) / LOG, world)
     configs = read_configs(recipe, inputs.manifest)
     tasks = _tasks(recipe, inputs, configs.model, terminal)
-    behaviour = _behaviour(inputs, configs.model, terminal)
+    behaviour = _behaviour(recipe, inputs, configs.model, terminal)
     built = _build(recipe, inputs, configs, world, watchdog)
     watchdog.doing("making the reference model")
     place = DevicePlacement(keys=built.keys, dtype=built.dtype.value, device=device)
@@ -236,14 +235,12 @@ def _tasks(
     )
 
 
-def _behaviour(inputs: RunInputs, config: Any, terminal: Terminal) -> BehaviourProbe | None:
+def _behaviour(
+    recipe: Recipe, inputs: RunInputs, config: Any, terminal: Terminal
+) -> BehaviourProbe | None:
     """The behaviour probe as tokens; None where behaviour is not measured."""
-    if inputs.behaviour is None:
-        return None
-    probe = prepare_behaviour(inputs.behaviour, max_positions(config))
-    if probe.left_out:
-        terminal.note(left_out_note(probe))
-    return probe
+    watched = any(BEHAVIOUR in recipe.watched_sets(c) for c in recipe.controllers.values())
+    return probe_for_model(inputs.behaviour, max_positions(config), terminal, is_needed=watched)
 
 
 def _adamw(recipe: Recipe) -> AdamW:

@@ -209,6 +209,8 @@ def test_a_run_that_stays_near_a_reference_resumes_bit_for_bit(base, data):
     codes, said = end(start(data, 2, "output=anchored", *ANCHORED))
     assert codes == [0, 0], said
     assert "KL to base (0.5 on web)" in said
+    # Its 64 positions are too few for any prompt, which is no reason to refuse a run.
+    assert "behaviour is not measured: no prompt of the behaviour probe can be put" in said
     steps = [line for line in lines(data / "anchored") if "eval" not in line]
     assert all(line["kl/web"] >= 0 and "kl/chat" not in line for line in steps)
     assert all(0 <= line["accuracy/chat"] <= 1 < line["z/chat"] for line in steps)

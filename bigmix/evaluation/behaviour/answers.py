@@ -13,6 +13,7 @@ from bigmix.evaluation.behaviour.records import Answer, ChatPrompts
 from bigmix.evaluation.tasks.generation import GenerationSettings, Prompt, generate
 from bigmix.evaluation.tasks.inference_model import InferenceModel, batches_of_rank
 from bigmix.evaluation.tasks.prompts import ANSWER, chat_pairs, stops_of
+from bigmix.terminal import Terminal
 from bigmix.text.chat_template import Template, open_template
 from bigmix.text.formats import Conversation, Dropped
 from bigmix.text.tokenizer import Tokenizer, load_tokenizer
@@ -90,6 +91,33 @@ def prepare_behaviour(inputs: BehaviourInputs, max_positions: int | None) -> Beh
         num_samples=inputs.settings.samples,
         left_out=left_out,
     )
+
+
+def probe_for_model(
+    inputs: BehaviourInputs | None,
+    max_positions: int | None,
+    terminal: Terminal,
+    *,
+    is_needed: bool = False,
+) -> BehaviourProbe | None:
+    """The probe for a model, with what is left out shown on the terminal; None where behaviour is
+    not measured.
+
+    Raises BadInput where it cannot be put to the model. Where nothing asked for it, since
+    `behaviour` is auto and not needed, that is a warning.
+    """
+    if inputs is None:
+        return None
+    try:
+        probe = prepare_behaviour(inputs, max_positions)
+    except BadInput as error:
+        if is_needed or inputs.settings.when != "auto":
+            raise
+        terminal.warning(f"behaviour is not measured: {error}")
+        return None
+    if probe.left_out:
+        terminal.note(left_out_note(probe))
+    return probe
 
 
 def left_out_note(probe: BehaviourProbe) -> str:

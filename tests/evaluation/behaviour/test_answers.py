@@ -1,14 +1,17 @@
 """What a template or a model cannot take is left out, and counted; the rest has its own tokens."""
 
+import io
+
 import pytest
 from support.templates import CHATML, LAST_THINKS
 from transformers import AutoTokenizer
 
 from bigmix.errors import BadInput
-from bigmix.evaluation.behaviour.answers import prepare_behaviour
+from bigmix.evaluation.behaviour.answers import prepare_behaviour, probe_for_model
 from bigmix.evaluation.behaviour.inputs import BehaviourInputs, open_behaviour
 from bigmix.evaluation.behaviour.prompts import read_prompts
 from bigmix.recipe.sections import Behaviour
+from bigmix.terminal import Terminal
 
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -62,3 +65,14 @@ def test_a_template_that_renders_nothing_is_refused_with_what_to_do(with_templat
     )
     with pytest.raises(BadInput, match=r"cannot render .* or set behaviour=off"):
         prepare_behaviour(inputs, None)
+
+
+def test_a_probe_that_nothing_asked_for_is_left_out_with_a_warning(with_template):
+    """One that the recipe or a controller asks for is refused."""
+    tokenizer, out = with_template(CHATML), io.StringIO()
+    terminal = Terminal(file=out)
+    assert probe_for_model(inputs_of(tokenizer), 50, terminal) is None
+    assert "behaviour is not measured: no prompt" in out.getvalue()
+    for settings, is_needed in (({"when": "every"}, False), ({}, True)):
+        with pytest.raises(BadInput, match="no prompt"):
+            probe_for_model(inputs_of(tokenizer, **settings), 50, terminal, is_needed=is_needed)
