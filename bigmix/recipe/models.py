@@ -301,6 +301,11 @@ class Recipe(Settings):
         return None if self.model.path is None else self.model.tokenizer or self.model.path
 
     @property
+    def behaviour_watchers(self) -> tuple[str, ...]:
+        """The sources and groups whose controllers look at behaviour."""
+        return tuple(n for n, c in self.controllers.items() if BEHAVIOUR in self.watched_sets(c))
+
+    @property
     def task_names(self) -> tuple[str, ...]:
         """Names of the sources that the model is to learn."""
         return tuple(name for name, source in self.sources.items() if source.role == "task")

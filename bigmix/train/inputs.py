@@ -41,7 +41,7 @@ from bigmix.model.ds_config import complete_for_training, read_ds_config
 from bigmix.recipe import Recipe, SweepRun, plain
 from bigmix.recipe.marks import matters_before_first_step
 from bigmix.recipe.schedule import warmup_steps
-from bigmix.recipe.shares import BEHAVIOUR, unmeasured_behaviour
+from bigmix.recipe.shares import unmeasured_behaviour
 from bigmix.recipe.tree import leaves
 from bigmix.runs.checkpoints import Position
 
@@ -227,7 +227,7 @@ def _opened_sources(recipe: Recipe, *, verify: bool) -> OpenedSources:
 def _behaviour(recipe: Recipe) -> BehaviourInputs | None:
     """The behaviour probe; raises BadInput also where controllers would look at it in vain."""
     found = open_behaviour(recipe.behaviour, recipe.chat_tokenizer)
-    watching = [n for n, c in recipe.controllers.items() if BEHAVIOUR in recipe.watched_sets(c)]
+    watching = recipe.behaviour_watchers
     if found is None and watching:
         tables = {n: "sources" if n in recipe.sources else "groups" for n in watching}
         raise BadInput(*(unmeasured_behaviour(f"{tables[n]}.{n}.share") for n in watching))

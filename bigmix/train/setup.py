@@ -239,8 +239,8 @@ def _behaviour(
     recipe: Recipe, inputs: RunInputs, config: Any, terminal: Terminal
 ) -> BehaviourProbe | None:
     """The behaviour probe as tokens; None where behaviour is not measured."""
-    watched = any(BEHAVIOUR in recipe.watched_sets(c) for c in recipe.controllers.values())
-    return probe_for_model(inputs.behaviour, max_positions(config), terminal, is_needed=watched)
+    is_needed = bool(recipe.behaviour_watchers)
+    return probe_for_model(inputs.behaviour, max_positions(config), terminal, is_needed=is_needed)
 
 
 def _adamw(recipe: Recipe) -> AdamW:
@@ -336,7 +336,7 @@ def _resume_answers(run: Run) -> None:
         if base.fingerprint is None
         else f"{folder / BASE_ANSWERS} is missing"
     )
-    if any(BEHAVIOUR in run.recipe.watched_sets(c) for c in run.recipe.controllers.values()):
+    if run.recipe.behaviour_watchers:
         raise BadInput(
             f"{missing}, and a controller looks at {BEHAVIOUR}; restore the file from a copy, or"
             f" leave {BEHAVIOUR} out of its held_out"
