@@ -7,17 +7,14 @@ import json
 from pathlib import Path
 
 import torch
-from support.templates import CLOSE, OPEN
+from support.templates import CHATML, CLOSE, OPEN
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from bigmix.evaluation.behaviour.answers import BehaviourProbe, prepare_behaviour
 from bigmix.evaluation.behaviour.inputs import open_behaviour
 from bigmix.recipe.sections import Behaviour
 
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+TEMPLATE = CHATML + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 POSITIONS = 96
 NEW_TOKENS = 12
 LIKELIEST = 64

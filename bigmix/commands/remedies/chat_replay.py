@@ -37,7 +37,13 @@ from bigmix.commands.remedies.conversations import (
     ConversationSampler,
     TurnFormat,
 )
-from bigmix.commands.remedies.generator import TextGenerator, barred_ids, ends_of, usual_rows
+from bigmix.commands.remedies.generator import (
+    TextGenerator,
+    barred_ids,
+    ends_of,
+    faults_of_top_p,
+    usual_rows,
+)
 from bigmix.commands.remedies.outcomes import Outcome, OutcomeFiles, files_of_outcomes
 from bigmix.commands.remedies.sample_files import Report, SampleOrder, keep_settings, kept_settings
 from bigmix.errors import BadInput
@@ -189,8 +195,7 @@ def _faults(sampling: ChatSampling) -> Iterator[str]:
                 f"--temperature is {temperature:g}, must be above 0; 1 samples what the model has"
                 " learned, and --greedy-first gives likeliest answers"
             )
-    if not 0 < sampling.top_p <= 1:
-        yield f"--top-p is {sampling.top_p:g}, must be above 0 and at most 1; 1 leaves nothing out"
+    yield from faults_of_top_p(sampling.top_p)
     if sampling.systems is not None and not 0 <= sampling.systems <= 1:
         yield f"--systems is {sampling.systems:g}, must be a fraction of the conversations"
     unknown = [name for name in sampling.languages if name not in LANGUAGES]

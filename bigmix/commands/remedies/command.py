@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigmix.commands.arguments import count
 from bigmix.commands.prepare.command import fraction_of, report_held_out, report_source
+from bigmix.commands.prepare.progress import held_out_folder
 from bigmix.errors import DONE, BadInput
 from bigmix.terminal import Table, Terminal, quiet_third_party_logs
 
@@ -285,7 +286,7 @@ def _report_chats(terminal: Terminal, settings: "ChatReplay", replayed: "Replaye
         terminal.warning(text)
     for prepared, output in (
         (replayed.prepared, settings.output),
-        (replayed.held_out, f"{settings.output}-held-out"),
+        (replayed.held_out, str(held_out_folder(Path(settings.output)))),
     ):
         if prepared is not None:
             report_source(terminal, output, prepared.manifest, prepared.first_dropped)

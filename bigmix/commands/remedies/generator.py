@@ -152,6 +152,12 @@ class TextGenerator:
         return tokens
 
 
+def faults_of_top_p(top_p: float) -> Iterator[str]:
+    """What is wrong with a `top_p` that the user gives."""
+    if not 0 < top_p <= 1:
+        yield f"--top-p is {top_p:g}, must be above 0 and at most 1; 1 leaves nothing out"
+
+
 def usual_rows(lm: Any, num_tokens: int) -> int:
     """The number of rows to generate at a time where the user gives none, if each may have so many
     tokens: 64 on a CPU, on a GPU as many as half of its free memory holds, at most 256.

@@ -22,6 +22,7 @@ from bigmix.commands.remedies.generator import (
     TextGenerator,
     barred_ids,
     ends_of,
+    faults_of_top_p,
     usual_rows,
 )
 from bigmix.commands.remedies.row_cache import GenerationRequest
@@ -162,8 +163,7 @@ def _faults(sampling: Sampling) -> Iterator[str]:
             f"--temperature is {sampling.temperature:g}, must be above 0; 1 samples what the model"
             " has learned"
         )
-    if not 0 < sampling.top_p <= 1:
-        yield f"--top-p is {sampling.top_p:g}, must be above 0 and at most 1; 1 leaves nothing out"
+    yield from faults_of_top_p(sampling.top_p)
     if sampling.prompt_tokens < 0:
         yield f"--prompt-tokens is {sampling.prompt_tokens}, must be 0 or more"
 
